@@ -1,0 +1,1 @@
+"""Operations of the models, one file each. Kept light: transformers looks for a top-level `kernels` too."""

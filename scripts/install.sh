@@ -1,0 +1,34 @@
+# Sourced by quickstart.sh and test.sh: uses the active virtual environment or creates .venv, installs what is missing.
+# Sets PYTHON and puts the environment's programs (deepspeed, xdscale, ninja) on PATH.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+environment=${VIRTUAL_ENV:-$root/.venv}
+if [ ! -x "$environment/bin/python" ]; then
+    for candidate in python3.11 python3; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+            base=$candidate
+            break
+        fi
+    done
+    if [ -z "${base:-}" ]; then
+        echo "error: Python 3.11 was not found (tried python3.11 and python3); install it and run this again" >&2
+        exit 2
+    fi
+    echo "creating $environment" >&2
+    "$base" -m venv "$environment"
+fi
+PYTHON=$environment/bin/python
+PATH=$environment/bin:$PATH
+export PATH
+
+# The installation is redone when what it was made from has changed, or when the environment was used for another copy.
+wanted=$(cat pyproject.toml scripts/demo-requirements.txt <(echo "$root") | sha256sum | cut -d' ' -f1)
+stamp=$environment/.xdscale-installed
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing xdscale and its pinned dependencies (about 6 GB, a few minutes the first time)" >&2
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+        -r scripts/demo-requirements.txt
+    echo "$wanted" >"$stamp"
+fi

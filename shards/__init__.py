@@ -1,0 +1,1 @@
+"""Text corpora to tar shards: reading, packing, writing, verifying, and reading back by sample number."""

@@ -1,0 +1,161 @@
+"""`xdscale shards build | verify | info`. Heavy imports stand inside the commands: `--help` must be quick."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from xdscale.shards.manifest import Manifest, Split
+
+shards_app = typer.Typer(help="Build, check and describe tar shards of packed text.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(help="Folder written by 'xdscale shards build'.")]
+
+
+@shards_app.command()
+def build(
+    inputs: Annotated[list[str], typer.Argument(help="Corpus files, or package:NAME/inner/path.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    language_tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder, package:NAME/folder or hub name.")],
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence, less [CLS] and [SEP].")] = 510,
+    clip_blocks: Annotated[int, typer.Option(min=1, help="CLIP blocks of 75 tokens per sequence, at most.")] = 9,
+    validation_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of documents held out.")] = 0.01,
+    min_words: Annotated[int, typer.Option(min=0, help="Leave out paragraphs with fewer words.")] = 5,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    format: Annotated[str, typer.Option(help="auto, text, wikitext, jsonl or mediawiki.")] = "auto",
+    text_field: Annotated[str, typer.Option(help="JSON Lines field that holds the text.")] = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+) -> None:
+    """Turns text into shards; a build that was stopped goes on when started again."""
+    from xdscale.names import resolve_path
+    from xdscale.shards.build import Progress, build_shards
+
+    started = time.monotonic()
+    last: list[Progress] = []
+    with _bar("building") as advance:
+
+        def on_progress(progress: Progress) -> None:
+            last[:] = [progress]
+            advance(progress.bytes_read, progress.bytes_total)
+
+        manifest = build_shards(
+            [resolve_path(name) for name in inputs],
+            out,
+            language_tokenizer=language_tokenizer,
+            sequence_length=sequence_length,
+            clip_blocks=clip_blocks,
+            validation_fraction=validation_fraction,
+            min_words=min_words,
+            workers=workers,
+            format=format,
+            text_field=text_field,
+            overwrite=overwrite,
+            on_progress=on_progress,
+        )
+    typer.echo(_summary(out, manifest, time.monotonic() - started, last[-1].kept_shards))
+
+
+@shards_app.command()
+def verify(folder: Folder) -> None:
+    """Compares every shard's size and SHA-256 with the manifest."""
+    from xdscale.shards.manifest import Manifest
+    from xdscale.shards.verify import verify_shards
+
+    with _bar("verifying") as advance:
+        verify_shards(folder, on_progress=advance)
+    shards = [shard for split in Manifest.load(folder).splits.values() for shard in split.shards]
+    typer.echo(f"{folder}: {len(shards)} shards, {sum(shard.bytes for shard in shards):,} bytes, all as built")
+
+
+@shards_app.command()
+def info(folder: Folder) -> None:
+    """Shows what a dataset holds, and how long its texts are for CLIP."""
+    from rich.console import Console
+
+    from xdscale.shards.manifest import Manifest
+
+    manifest = Manifest.load(folder)
+    # Not wider than its content and without colour when piped, so that scripts can read it.
+    console = Console(highlight=False, width=None if Console().is_terminal else 200)
+    built = manifest.build
+    console.print(
+        f"{folder}: sequences of {built.sequence_length} language tokens ({built.language_tokenizer.name}), "
+        f"up to {built.clip_blocks} CLIP blocks; {manifest.corpus.documents:,} documents, "
+        f"{manifest.corpus.paragraphs:,} paragraphs, {manifest.corpus.text_bytes:,} bytes of text"
+    )
+    console.print(_splits_table(manifest))
+    console.print(_lengths_table(manifest))
+
+
+def _summary(out: Path, manifest: "Manifest", seconds: float, kept: int) -> str:
+    splits = manifest.splits.values()
+    shards = sum(len(split.shards) for split in splits)
+    stored = sum(shard.bytes for split in splits for shard in split.shards)
+    payload = sum(_payload_bytes(split) for split in splits)
+    counts = ", ".join(f"{name} {split.samples:,}" for name, split in manifest.splits.items())
+    lines = [
+        f"{out}: {shards} shards ({kept} kept from an earlier run)",
+        f"sequences: {counts}",
+        f"tokens: language {sum(split.language_tokens for split in splits):,}, "
+        f"CLIP {sum(split.clip_tokens for split in splits):,}, dropped {manifest.corpus.dropped_tokens:,}",
+        f"bytes: {stored:,}, {stored / payload:.3f} per payload byte",
+        f"seconds: {seconds:.1f}",
+    ]
+    return "\n".join(lines)
+
+
+def _payload_bytes(split: "Split") -> int:
+    """Returns the bytes of the ids alone, 2 each: what a file without headers or offsets would need."""
+    return 2 * (split.language_tokens + split.clip_tokens)
+
+
+def _splits_table(manifest: "Manifest") -> Any:
+    from rich.table import Table
+
+    table = Table("split")
+    for column in ("shards", "samples", "language tokens", "CLIP tokens", "bytes", "bytes/payload"):
+        table.add_column(column, justify="right")
+    for name, split in manifest.splits.items():
+        stored = sum(shard.bytes for shard in split.shards)
+        payload = _payload_bytes(split)
+        numbers = (len(split.shards), split.samples, split.language_tokens, split.clip_tokens, stored)
+        ratio = f"{stored / payload:.3f}" if payload else "-"
+        table.add_row(name, *(f"{number:,}" for number in numbers), ratio)
+    return table
+
+
+def _lengths_table(manifest: "Manifest") -> Any:
+    """CLIP blocks that whole texts need, as shares; those above `clip_blocks` were cut."""
+    from rich.table import Table
+
+    limit = manifest.build.clip_blocks
+    splits = manifest.splits.values()
+    table = Table("CLIP blocks needed", *manifest.splits)
+    longest = max((len(split.blocks_needed) for split in splits), default=0)
+    for blocks in range(1, longest + 1):
+        counts = [split.blocks_needed[blocks - 1 : blocks] for split in splits]
+        if any(map(any, counts)):
+            table.add_row(f"{blocks}", *map(_share, splits, counts))
+    table.add_row(f"over {limit}, cut", *(_share(split, split.blocks_needed[limit:]) for split in splits))
+    return table
+
+
+def _share(split: "Split", counts: list[int]) -> str:
+    return f"{sum(counts) / split.samples:.2%}" if split.samples else "-"
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows a progress bar of bytes on stderr while it is a terminal; gives the function that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

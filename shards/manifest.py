@@ -1,0 +1,169 @@
+"""`dataset.json`: what a folder of shards holds and how it was built."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from xdscale.errors import XdscaleError
+
+MANIFEST_NAME = "dataset.json"
+FORMAT_VERSION = 1
+BLOCK_SEQUENCES = 1024
+"""Sequences per block: large enough that tar and npy headers cost well under 1 % of 512-token sequences."""
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LanguageTokenizer(_Section):
+    """The language model's tokenizer; equal `sha256` means equal ids for equal text."""
+
+    name: str
+    sha256: Sha256
+    vocab_size: Annotated[int, Field(gt=0, le=2**16)]
+    cls_id: Count
+    sep_id: Count
+    mask_id: Count
+    pad_id: Count
+
+
+class ClipTokenizer(_Section):
+    """CLIP's BPE."""
+
+    name: str
+    sha256: Sha256
+    vocab_size: Annotated[int, Field(gt=0, le=2**16)]
+    start_id: Count
+    end_id: Count
+
+
+class InputFile(_Section):
+    """A corpus file, by its content; only the last part of its path is kept."""
+
+    name: str
+    bytes: Count
+    sha256: Sha256
+
+
+class Build(_Section):
+    """Everything that decides the bytes of the shards."""
+
+    inputs: list[InputFile]
+    format: str
+    text_field: str
+    min_words: Count
+    sequence_length: Annotated[int, Field(gt=0)]
+    clip_blocks: Annotated[int, Field(gt=0)]
+    validation_fraction: Annotated[float, Field(ge=0, le=1)]
+    shard_text_bytes: Annotated[int, Field(gt=0)]
+    block_sequences: Annotated[int, Field(gt=0)] = BLOCK_SEQUENCES
+    language_tokenizer: LanguageTokenizer
+    clip_tokenizer: ClipTokenizer
+
+    def identity(self) -> dict[str, object]:
+        """Returns what must be equal for two builds to give the same shards: all but the names of files."""
+        values = self.model_dump(mode="json")
+        values["inputs"] = [{"bytes": item.bytes, "sha256": item.sha256} for item in self.inputs]
+        del values["language_tokenizer"]["name"], values["clip_tokenizer"]["name"]
+        return values
+
+
+class ShardRecord(_Section):
+    """One tar file of a split."""
+
+    file: Annotated[str, Field(pattern=r"^[a-z]+-[0-9]{6,}\.tar$")]
+    samples: Annotated[int, Field(gt=0)]
+    bytes: Annotated[int, Field(gt=0)]
+    sha256: Sha256
+
+
+class Split(_Section):
+    """The shards of one split; sample ids count through them in this order.
+
+    `blocks_needed[k]` is the number of sequences whose whole text fills k + 1 CLIP blocks of 75 tokens,
+    before the cut at `clip_blocks`.
+    """
+
+    samples: Count
+    language_tokens: Count
+    clip_tokens: Count
+    blocks_needed: list[Count]
+    shards: list[ShardRecord]
+
+    @model_validator(mode="after")
+    def _totals_agree(self) -> Self:
+        found = sum(shard.samples for shard in self.shards)
+        if found != self.samples:
+            raise ValueError(f"samples is {self.samples}, but the shards hold {found}")
+        return self
+
+
+class Corpus(_Section):
+    """What was read: documents, kept paragraphs and their UTF-8 bytes, and tokens that filled no sequence."""
+
+    documents: Count
+    paragraphs: Count
+    text_bytes: Count
+    dropped_tokens: Count
+
+
+class Manifest(_Section):
+    """The whole of `dataset.json`."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    build: Build
+    corpus: Corpus
+    splits: dict[str, Split]
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads `folder/dataset.json`.
+
+        Raises:
+            XdscaleError: the folder or the file is missing or invalid, or the build was not finished.
+        """
+        path = Path(folder) / MANIFEST_NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise XdscaleError(_missing_message(Path(folder))) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise XdscaleError(f"{path}: cannot be read: {error}") from None
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise XdscaleError(
+                f"{path}: not a dataset of format {FORMAT_VERSION}: {key}: {first['msg']}; "
+                "build the shards again with 'xdscale shards build'"
+            ) from None
+
+    def to_json(self) -> str:
+        """Returns the text of `dataset.json`: sorted keys, so equal manifests are equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the canonical JSON: the identity of the data a run was trained on."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+
+def canonical_json(value: object) -> bytes:
+    """Returns `value` as UTF-8 JSON with sorted keys and no spaces, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def _missing_message(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such folder; make it with 'xdscale shards build INPUT... --out {folder}'"
+    if (folder / ".build").is_dir():
+        return f"{folder}: the build was not finished; run the same 'xdscale shards build' command again"
+    return f"{folder}: has no {MANIFEST_NAME}; a folder written by 'xdscale shards build' was expected"

@@ -1,0 +1,79 @@
+"""Checking that a folder holds exactly the shards its manifest names."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from xdscale.errors import XdscaleError
+from xdscale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
+
+
+def verify_shards(
+    folder: Path,
+    *,
+    split: str | None = None,
+    part: tuple[int, int] = (0, 1),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Reads shards whole and compares sizes and SHA-256 with the manifest.
+
+    Args:
+        folder: written by `xdscale shards build`.
+        split: only this split; None is all of them.
+        part: (i, n) checks shards i, i + n, i + 2n, ... so that n processes share the work. Part 0 also looks
+            for tar files that the manifest does not name.
+        on_progress: called after each shard with (bytes checked, bytes in this part).
+
+    Raises:
+        XdscaleError: names every shard that is missing, truncated, altered or extra, with expected and found.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    if split is not None and split not in manifest.splits:
+        known = ", ".join(sorted(manifest.splits)) or "none"
+        raise XdscaleError(f"{folder}: no split {split!r}; the dataset has: {known}")
+    every = [record for item in manifest.splits.values() for record in item.shards]
+    chosen = every if split is None else manifest.splits[split].shards
+    mine = chosen[part[0] :: part[1]]
+    names = {record.sha256: record.file for record in every}
+    problems = []
+    done, total = 0, sum(record.bytes for record in mine)
+    for record in mine:
+        problem = _problem(folder / record.file, record, names)
+        if problem is not None:
+            problems.append(problem)
+        done += record.bytes
+        if on_progress is not None:
+            on_progress(done, total)
+    if part[0] == 0:
+        known = {record.file for record in every}
+        extra = sorted(path for path in folder.glob("*.tar") if path.name not in known)
+        problems += [f"{path}: extra: not named in {MANIFEST_NAME}; remove it" for path in extra]
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        hint = "copy the named files again, or build again with 'xdscale shards build ... --overwrite'"
+        raise XdscaleError("\n".join([f"{folder}: {count} found; {hint}", *problems]))
+
+
+def _problem(path: Path, record: ShardRecord, names: dict[str, str]) -> str | None:
+    """Returns what is wrong with a shard, or None. Its size is looked at first: that costs no reading."""
+    try:
+        size = path.stat().st_size
+        if size != record.bytes:
+            kind = "truncated" if size < record.bytes else "altered"
+            return f"{path}: {kind}: expected {record.bytes} bytes, found {size}"
+        found = file_sha256(path)
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror or error}"
+    if found == record.sha256:
+        return None
+    whose = f" (the content of {names[found]})" if found in names else ""
+    return f"{path}: altered: expected sha256 {record.sha256}, found {found}{whose}"
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 (hex) of a file, read in constant memory."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

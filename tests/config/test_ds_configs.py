@@ -1,0 +1,108 @@
+"""DeepSpeed configurations: DeepSpeed ignores its own misspelt keys, xdscale does not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xdscale.ds_config import check_sections, precision, read_ds_config, resolve_ds_config, zero_stage
+from xdscale.errors import XdscaleError
+from xdscale.recipe import load_recipe
+
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(values):
+        path = tmp_path / "ds.json"
+        path.write_text(values if isinstance(values, str) else json.dumps(values))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid_and_is_what_its_name_says(path):
+    values = read_ds_config(str(path))
+    check_sections(str(path), values)
+    assert zero_stage(values) == int(path.stem[-1])
+    recipe = load_recipe("xdbert-base-wikitext103")
+    for world_size in (1, 8, 7):
+        resolved = resolve_ds_config(str(path), values, recipe, world_size)
+        slots = resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * world_size
+        assert 0 <= slots - recipe.training.global_batch < world_size * values["train_micro_batch_size_per_gpu"]
+        assert "auto" not in json.dumps(resolved)
+
+
+@pytest.mark.parametrize("size", ["bert-base", "bert-large", "electra-base", "electra-large"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_size_and_stage_ships_in_bf16_with_fp32_accumulation(size, stage):
+    values = read_ds_config(f"ds_configs/{size}-zero{stage}.json")
+    assert precision(values) == "bf16"
+    assert values["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_misspelt_top_level_key_is_refused(write):
+    with pytest.raises(XdscaleError, match="unknown key 'zero_optimisation'; did you mean 'zero_optimization'"):
+        read_ds_config(write({"train_micro_batch_size_per_gpu": 1, "zero_optimisation": {"stage": 2}}))
+
+
+@pytest.mark.parametrize(
+    ("section", "body", "message"),
+    [
+        ("zero_optimization", {"stge": 2}, "unknown key 'stge'; did you mean 'stage'"),
+        ("zero_optimization", {"stage": 9}, "stage = 9"),
+        ("bf16", {"enable": True}, "unknown key 'enable'; did you mean 'enabled'"),
+    ],
+)
+def test_sections_are_checked_with_deepspeeds_own_classes(write, section, body, message):
+    name = write({"train_micro_batch_size_per_gpu": 1, section: body})
+    with pytest.raises(XdscaleError, match=message):
+        check_sections(name, read_ds_config(name))
+
+
+def test_sections_that_deepspeed_does_not_check_are_checked_here(write):
+    with pytest.raises(XdscaleError, match=r"'data_types\.grad_acum_dtype'; did you mean 'grad_accum_dtype'"):
+        read_ds_config(write({"train_micro_batch_size_per_gpu": 1, "data_types": {"grad_acum_dtype": "fp32"}}))
+
+
+@pytest.mark.parametrize("key", ["scheduler", "tensorboard", "checkpoint"])
+def test_what_the_recipe_decides_does_not_belong_here(write, key):
+    with pytest.raises(XdscaleError, match=f"'{key}' does not belong here"):
+        read_ds_config(write({key: {}}))
+
+
+def test_duplicate_key_and_bad_json(write):
+    with pytest.raises(XdscaleError, match="key given twice: bf16"):
+        read_ds_config(write('{"bf16": {}, "bf16": {}}'))
+    with pytest.raises(XdscaleError, match="not valid JSON"):
+        read_ds_config(write("{"))
+    with pytest.raises(XdscaleError, match="no such DeepSpeed config"):
+        read_ds_config("ds_configs/none.json")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gradient_clipping": 0.5}, r"gradient_clipping = 0\.5 contradicts the recipe: optim\.gradient_clipping"),
+        ({"train_batch_size": 64}, r"train_batch_size = 64 contradicts the recipe: training\.global_batch gives 288"),
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps = 3 contradicts"),
+        ({"optimizer": {"params": {"lr": 1e-3}}}, r"optimizer\.params\.lr = 0\.001 contradicts.*optim\.learning_rate"),
+        ({"optimizer": {"type": "Lamb"}}, r"optimizer\.type = 'Lamb' contradicts"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, "expected a whole number"),
+    ],
+)
+def test_contradictions_name_both_places(write, values, message):
+    name = write({"train_micro_batch_size_per_gpu": 4} | values)
+    with pytest.raises(XdscaleError, match=message):
+        resolve_ds_config(name, read_ds_config(name), load_recipe("xdbert-base-wikitext103"), 8)
+
+
+def test_auto_is_filled_from_the_recipe(write):
+    optimizer = {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999], "weight_decay": 0.01}}
+    name = write({"train_micro_batch_size_per_gpu": 4, "gradient_clipping": "auto", "optimizer": optimizer})
+    resolved = resolve_ds_config(name, read_ds_config(name), load_recipe("xdbert-base-wikitext103"), 8)
+    assert resolved["gradient_accumulation_steps"] == 288 / 8 / 4
+    assert resolved["gradient_clipping"] == 1.0
+    assert "optimizer" not in resolved

@@ -1,0 +1,134 @@
+"""Recipes: what ships, what is refused, what an override does."""
+
+import pytest
+import yaml
+
+from xdscale.errors import XdscaleError
+from xdscale.recipe import SHIPPED, Recipe, load_recipe, shipped_recipes
+
+MINIMAL = {
+    "model": {"language": {"name": "bert-base-uncased"}, "clip": {"name": "ViT-B-32"}},
+    "data": {"shards": "shards"},
+    "training": {"steps": 10, "global_batch": 4},
+    "output": {"folder": "run"},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(values):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_valid_and_says_what_it_is(name):
+    recipe = load_recipe(name)
+    assert recipe.output.folder == f"runs/{name}"
+    assert (SHIPPED / f"{name}.yaml").read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("encoder", ["xdbert-base", "xdelectra-base", "xdelectra-large"])
+@pytest.mark.parametrize("corpus", ["wikitext103", "wikipedia"])
+def test_published_recipes_hold_the_papers_numbers(encoder, corpus):
+    """Paper appendix C.1: learning rate 1e-4, warm-up .05, 1 epoch of the 20 that take 16k steps; §2.1: 2 layers."""
+    recipe = load_recipe(f"{encoder}-{corpus}")
+    assert recipe.optim.learning_rate == 1e-4
+    assert recipe.optim.warmup_ratio == 0.05
+    assert recipe.training.steps == 16_000 / 20
+    assert recipe.model.cross_layers == 2
+    assert recipe.tasks.weights() == {"mlm": 1.0, "match": 1.0, "clip_tokens": 1.0}
+    assert (recipe.tasks.mlm.select, recipe.tasks.mlm.mask, recipe.tasks.mlm.random) == (0.15, 0.8, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("xdbert-base-mlm-match", "tasks", {"clip_tokens": None}),
+        ("xdbert-base-mlm", "tasks", {"clip_tokens": None, "match": None}),
+        ("xdbert-base-one-cross-layer", "model", {"cross_layers": 1}),
+        ("xdbert-base-2-epochs", "training", {"steps": 1600}),
+        ("xdbert-base-20-epochs", "training", {"steps": 16_000}),
+    ],
+)
+def test_table_3_ablations_change_one_thing(name, key, value):
+    """Spec xdbert §6, Table 3."""
+    main, ablation = load_recipe("xdbert-base-wikitext103").identity(), load_recipe(name).identity()
+    assert ablation == main | {key: main[key] | value}
+
+
+def test_unknown_key_names_the_nearest_right_one(write):
+    path = write(MINIMAL | {"training": {"steps": 10, "global_batch": 4, "sed": 1}})
+    with pytest.raises(XdscaleError, match=r"recipe\.yaml: unknown key 'training\.sed'; did you mean 'seed'\?"):
+        load_recipe(path)
+
+
+def test_unknown_section_names_the_nearest_right_one(write):
+    with pytest.raises(XdscaleError, match=r"unknown key 'trainin'; did you mean 'training'\?"):
+        load_recipe(write(MINIMAL | {"trainin": {}}))
+
+
+def test_key_inside_an_optional_section_is_checked(write):
+    with pytest.raises(XdscaleError, match=r"unknown key 'tasks\.mlm\.wieght'; did you mean 'weight'\?"):
+        load_recipe(write(MINIMAL | {"tasks": {"mlm": {"wieght": 2}}}))
+
+
+def test_missing_key_is_named(write):
+    with pytest.raises(XdscaleError, match=r"'training\.steps' is missing"):
+        load_recipe(write(MINIMAL | {"training": {"global_batch": 4}}))
+
+
+def test_wrong_type_shows_key_and_value(write):
+    with pytest.raises(XdscaleError, match=r"training\.steps = 'many'"):
+        load_recipe(write(MINIMAL | {"training": {"steps": "many", "global_batch": 4}}))
+
+
+def test_not_yaml_and_not_a_recipe(write):
+    with pytest.raises(XdscaleError, match="not a YAML recipe"):
+        load_recipe(write("model: [unclosed"))
+    with pytest.raises(XdscaleError, match="expected the sections model"):
+        load_recipe(write("just words"))
+
+
+def test_unknown_recipe_name_suggests_one():
+    with pytest.raises(XdscaleError, match="did you mean 'quickstart'"):
+        load_recipe("quikstart")
+
+
+def test_no_objective_is_refused(write):
+    with pytest.raises(XdscaleError, match="every objective is off"):
+        load_recipe(write(MINIMAL | {"tasks": {"mlm": None, "match": None, "clip_tokens": None}}))
+
+
+def test_mlm_rates_beyond_one_are_refused(write):
+    with pytest.raises(XdscaleError, match="is more than 1"):
+        load_recipe(write(MINIMAL | {"tasks": {"mlm": {"mask": 0.9, "random": 0.2}}}))
+
+
+def test_overrides_are_yaml_and_reach_any_depth(write):
+    overrides = ["optim.learning_rate=5e-5", "tasks.match=null", "model.language.weights=random", "training.seed=7"]
+    recipe = load_recipe(write(MINIMAL), overrides)
+    assert recipe.optim.learning_rate == 5e-5
+    assert recipe.tasks.match is None
+    assert recipe.model.language.weights == "random"
+    assert recipe.training.seed == 7
+
+
+def test_override_without_equals_sign_is_refused(write):
+    with pytest.raises(XdscaleError, match=r"has the form section\.key=value"):
+        load_recipe(write(MINIMAL), ["training.seed"])
+
+
+def test_resolved_yaml_reads_back_as_the_same_recipe():
+    recipe = load_recipe("quickstart")
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_identity_ignores_where_and_how_often_but_not_what():
+    recipe = load_recipe("quickstart")
+    moved = load_recipe("quickstart", ["output.folder=elsewhere", "training.eval_every=7", "training.stop_at_step=3"])
+    other = load_recipe("quickstart", ["training.seed=1"])
+    assert moved.identity() == recipe.identity() != other.identity()

@@ -1,0 +1,43 @@
+"""A split held in memory, with the two methods and the manifest that the collator uses."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+LANGUAGE = SimpleNamespace(vocab_size=30522, cls_id=101, sep_id=102, mask_id=103, pad_id=0)
+CLIP = SimpleNamespace(vocab_size=49408, start_id=49406, end_id=49407)
+
+
+class MemorySplit:
+    def __init__(self, language: np.ndarray, texts: list[np.ndarray]) -> None:
+        self.language = language
+        self.texts = texts
+        self.manifest = SimpleNamespace(
+            build=SimpleNamespace(sequence_length=language.shape[1], language_tokenizer=LANGUAGE, clip_tokenizer=CLIP)
+        )
+
+    def __len__(self) -> int:
+        return len(self.language)
+
+    def language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
+        return self.language[sample_ids]
+
+    def clip_ids(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        chosen = [self.texts[sample] for sample in sample_ids]
+        return np.concatenate(chosen), np.cumsum([0, *map(len, chosen)])
+
+
+@pytest.fixture(scope="session")
+def memory_split():
+    """Returns a function (samples, sequence_length, clip_blocks) -> MemorySplit of random ids."""
+
+    def make(samples: int, sequence_length: int, clip_blocks: int) -> MemorySplit:
+        draw = np.random.default_rng(samples)
+        language = draw.integers(1000, LANGUAGE.vocab_size, (samples, sequence_length)).astype(np.uint16)
+        counts = draw.integers(1, 75 * clip_blocks + 1, samples)
+        counts[0] = 75 * clip_blocks
+        texts = [draw.integers(0, CLIP.start_id, count).astype(np.uint16) for count in counts]
+        return MemorySplit(language, texts)
+
+    return make

@@ -1,0 +1,111 @@
+"""The stream is the same at any world size and sees every sample of an epoch exactly once."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xdscale.data.stream import Position, Stream, sample_hash, validation_slots
+from xdscale.errors import XdscaleError
+
+sizes, batches, worlds, micros = st.integers(1, 60), st.integers(1, 50), st.integers(1, 8), st.integers(1, 7)
+quick = settings(deadline=None, max_examples=60)
+
+
+def stream(size, batch, world=1, rank=0, micro=1, seed=0):
+    return Stream(size, seed=seed, global_batch=batch, world_size=world, rank=rank, micro_batch=micro)
+
+
+@quick
+@given(sizes, batches, worlds, micros, st.integers(0, 10**6), st.integers(0, 2**32 - 1))
+def test_ranks_together_hold_exactly_the_global_batch(size, batch, world, micro, step, seed):
+    epochs, ids = stream(size, batch, seed=seed).global_batch_ids(step)
+    assert len(epochs) == len(ids) == batch
+    ranks = [stream(size, batch, world, rank, micro, seed) for rank in range(world)]
+    parts = [rank.slots(step) for rank in ranks]
+    rounds = -(-batch // (world * micro))
+    assert [rank.micro_batches_per_step for rank in ranks] == [rounds] * world
+    assert [len(part) for part in parts] == [rounds] * world
+    seen = {}
+    for rank, part in enumerate(parts):
+        for m, slots in enumerate(part):
+            for j in range(micro):
+                pair = (int(slots.epochs[j]), int(slots.sample_ids[j]))
+                if slots.real[j]:
+                    seen[m * world * micro + rank * micro + j] = pair
+                else:
+                    assert pair in set(zip(epochs.tolist(), ids.tolist()))
+    assert seen == dict(enumerate(zip(epochs.tolist(), ids.tolist())))
+
+
+@quick
+@given(sizes, batches, st.integers(0, 1000), st.integers(0, 2**32 - 1))
+def test_an_epoch_has_every_sample_once_across_batch_borders(size, batch, first_epoch, seed):
+    one = stream(size, batch, seed=seed)
+    first = first_epoch * size // batch
+    last = -(-(first_epoch + 3) * size // batch)
+    parts = [one.global_batch_ids(step) for step in range(first, last)]
+    epochs, ids = (np.concatenate(arrays) for arrays in zip(*parts))
+    assert (np.diff(epochs) >= 0).all()
+    for epoch in range(first_epoch, first_epoch + 3):
+        np.testing.assert_array_equal(np.sort(ids[epochs == epoch]), np.arange(size))
+
+
+@quick
+@given(sizes, batches, st.integers(0, 10**6))
+def test_position_counts_consumed_samples(size, batch, step):
+    position = stream(size, batch).position(step)
+    assert 0 <= position.index < size
+    assert position.epoch * size + position.index == step * batch
+    epochs, _ = stream(size, batch).global_batch_ids(step)
+    assert epochs[0] == position.epoch
+
+
+def test_position_at_an_epoch_border():
+    assert stream(10, 4).position(0) == Position(0, 0)
+    assert stream(10, 4).position(3) == Position(1, 2)
+    assert stream(10, 5).position(2) == Position(1, 0)
+
+
+def test_epochs_are_ordered_differently_and_seeds_too():
+    epochs = [stream(1000, 1000).global_batch_ids(step)[1] for step in (0, 1)]
+    other = stream(1000, 1000, seed=1).global_batch_ids(0)[1]
+    assert (epochs[0] == epochs[1]).sum() < 10
+    assert (epochs[0] == other).sum() < 10
+
+
+@quick
+@given(sizes, st.integers(1, 80), worlds, micros)
+def test_validation_sees_the_first_samples_once_with_equal_work(size, limit, world, micro):
+    parts = [validation_slots(size, limit, world, rank, micro) for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1
+    ids = [slots.sample_ids[slots.real] for part in parts for slots in part]
+    np.testing.assert_array_equal(np.sort(np.concatenate(ids)), np.arange(min(limit, size)))
+    for slots in (slots for part in parts for slots in part):
+        assert len(slots.epochs) == len(slots.sample_ids) == len(slots.real) == micro
+        assert len(set(slots.epochs.tolist())) == 1
+        assert ((slots.sample_ids >= 0) & (slots.sample_ids < min(limit, size))).all()
+
+
+def test_validation_masks_never_change_and_are_not_those_of_training():
+    epochs = {int(validation_slots(9, 9, world, 0, 2)[0].epochs[0]) for world in (1, 2, 5)}
+    assert len(epochs) == 1
+    assert epochs.pop() >= 2**32 - 1
+
+
+@pytest.mark.parametrize("size", [0, 2**32 + 1])
+def test_a_split_of_impossible_size_is_refused(size):
+    with pytest.raises(XdscaleError, match=f"{size} samples"):
+        stream(size, 4)
+    with pytest.raises(XdscaleError, match=f"{size} samples"):
+        validation_slots(size, 4, 1, 0, 1)
+
+
+def test_sample_hash_stands_for_epochs_ids_and_order():
+    epochs, ids = np.array([0, 0, 1]), np.array([5, 6, 7])
+    known = sample_hash(epochs, ids)
+    assert len(known) == 16
+    assert int(known, 16) >= 0
+    assert known == sample_hash(epochs.astype(np.int32), ids.astype(np.int32))
+    changed = [(epochs, ids[::-1]), (epochs, ids + 1), (epochs + 1, ids), (epochs[:2], ids[:2])]
+    assert known not in {sample_hash(*pair) for pair in changed}

@@ -1,0 +1,34 @@
+"""The quickstart, as a newcomer runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_quickstart_learns_and_reports():
+    environment = os.environ | {"VIRTUAL_ENV": str(Path(sys.executable).parents[1])}
+    result = subprocess.run(
+        ["bash", "scripts/quickstart.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads((ROOT / "runs/quickstart/summary.json").read_text())
+    before, after = summary["before"], summary["after"]
+    names = {"mlm_loss", "mlm_accuracy", "match_accuracy", "clip_token_accuracy"}
+    assert names == before.keys() == after.keys()
+    assert after["mlm_loss"] <= before["mlm_loss"] - 2.5
+    assert after["clip_token_accuracy"] > summary["chance"]["clip_token_accuracy"]
+    assert 0 <= after["match_accuracy"] <= 1
+    assert summary["chance"]["match_accuracy"] == 0.5
+    assert summary["tokens_per_second"] > 0
+    assert summary["seconds"] > 0
+    assert all((ROOT / path).exists() for path in summary["paths"].values())
+    # The report says what the figures are worth, and what to type next.
+    assert "random weights" in result.stdout
+    assert "deepspeed --module xdscale.adapt" in result.stdout

@@ -1,0 +1,85 @@
+import open_clip
+import pytest
+import torch
+
+from xdscale import recipe
+from xdscale.models.clip_text import CLIPTextEncoder
+from xdscale.pretrained import load_clip_text_tower
+
+START, END = 49406, 49407
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """ViT-B/32's text tower at its real size, with random weights."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    return load_clip_text_tower(recipe.Clip(name="ViT-B-32", weights="random")).eval()
+
+
+@pytest.fixture(scope="module")
+def clip_ids():
+    return torch.randint(0, 49406, (1, 4, 77), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_features_are_open_clips_at_every_position(tmp_path):
+    """Spec xdbert §2.2: ln_final, then text_projection; open_clip's own readout sees the same at the end token."""
+    torch.manual_seed(0)
+    text = {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 2}
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 32}
+    reference = open_clip.CLIP(39, vision, text, quick_gelu=True).eval()
+    encoder = load_clip_text_tower(_stored(reference, text, tmp_path)).eval()
+    ids = torch.randint(1, 49406, (5, 77))
+    for row, end in enumerate((2, 10, 33, 60, 76)):
+        ids[row, end], ids[row, end + 1 :] = END, 0
+    features = encoder(ids.view(1, 5, 77))
+    assert features.shape == (1, 385, 39)
+    expected = reference.encode_text(ids)
+    at_end = features.view(5, 77, 39)[torch.arange(5), ids.argmax(-1)]
+    torch.testing.assert_close(at_end, expected, rtol=1e-5, atol=1e-5)
+    assert (at_end.norm(dim=-1) - 1).abs().min() > 0.01  # not normalised
+
+
+def _stored(reference, text, tmp_path):
+    import json
+
+    from safetensors.torch import save_file
+
+    config = tmp_path / "clip.json"
+    config.write_text(json.dumps({"embed_dim": 39, "quick_gelu": True, "text_cfg": text}))
+    save_file({k: v.contiguous() for k, v in reference.state_dict().items()}, tmp_path / "clip.safetensors")
+    return recipe.Clip(name=str(config), weights=str(tmp_path / "clip.safetensors"))
+
+
+@torch.no_grad()
+def test_swapping_blocks_swaps_features(encoder, clip_ids):
+    """Spec xdbert §10 fact 3: blocks are encoded apart, bit-equal wherever they stand."""
+    order = [2, 0, 3, 1]
+    features = encoder(clip_ids).view(4, 77, 512)
+    swapped = encoder(clip_ids[:, order]).view(4, 77, 512)
+    assert torch.equal(swapped, features[order])
+
+
+@torch.no_grad()
+def test_later_tokens_are_invisible(encoder, clip_ids):
+    """Spec xdbert §10 fact 4, first half: CLIP is causal within a block."""
+    changed = clip_ids.clone()
+    changed[0, 1, 41:] = (changed[0, 1, 41:] + 1) % 49406
+    before, after = encoder(clip_ids).view(4, 77, 512), encoder(changed).view(4, 77, 512)
+    torch.testing.assert_close(after[1, :41], before[1, :41], rtol=0, atol=1e-5)
+    assert (after[1, 41:] - before[1, 41:]).abs().amax(-1).min() > 1e-2
+    assert torch.equal(after[[0, 2, 3]], before[[0, 2, 3]])
+
+
+def test_parameter_count(encoder):
+    """Spec xdbert §10 fact 1 and §2.5: 63,165,952 + text_projection 262,144 + logit_scale 1."""
+    assert sum(p.numel() for p in encoder.parameters()) == 63_165_952 + 262_144 + 1
+    assert encoder.tower.text_projection.numel() == 262_144
+    assert [n for n, p in encoder.named_parameters() if not p.requires_grad] == ["logit_scale"]
+
+
+def test_a_tower_that_pools_is_refused():
+    tower = open_clip.transformer.TextTransformer(width=8, heads=2, layers=1, output_dim=8)
+    with pytest.raises(ValueError, match="pool_type 'none', found 'argmax'"):
+        CLIPTextEncoder(tower)

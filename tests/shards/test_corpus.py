@@ -1,0 +1,169 @@
+"""Each corpus format against small files written by hand, and the real dump."""
+
+import bz2
+import json
+import sys
+import tracemalloc
+
+import pytest
+
+from xdscale.errors import XdscaleError
+from xdscale.shards import corpus
+from xdscale.shards.corpus import paragraphs, read_documents, stream_documents
+
+LONG = "one two three four five"
+
+
+def documents(path, **options):
+    return [document.text for document in stream_documents(path, **options)]
+
+
+def page(title, text, namespace=0, extra=""):
+    return f"<page><title>{title}</title><ns>{namespace}</ns>{extra}<revision><text>{text}</text></revision></page>"
+
+
+def dump(*pages):
+    return '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">' + "".join(pages) + "</mediawiki>"
+
+
+def test_plain_text_documents_stand_between_blank_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbffirst line\r\nsecond\n\n \n\nnext document\n")
+    assert documents(path) == ["first line\nsecond", "next document"]
+
+
+def test_wikitext_documents_start_at_level_one_headings_only(tmp_path):
+    path = tmp_path / "wiki.train.raw"
+    path.write_text(
+        f" \n = Robert Boulter = \n \n {LONG} . \n \n = = Career = = \n \n {LONG} !\n = Du Fu = \n {LONG} \n"
+    )
+    found = list(read_documents(path))
+    assert found == [[f"{LONG} .", f"{LONG} !"], [LONG]]
+    # As plain text the same file falls apart at every blank line.
+    assert len(documents(path, format="text")) == 4
+
+
+def test_jsonl_each_line_is_a_document(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        json.dumps({"text": f"{LONG}\n{LONG} six"}) + "\n\n" + json.dumps({"text": "b", "body": "c"}) + "\n"
+    )
+    assert documents(path) == [f"{LONG}\n{LONG} six", "b"]
+    with pytest.raises(XdscaleError, match=r"a\.jsonl:1: no field 'body' \(found: text\)"):
+        documents(path, text_field="body")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_mediawiki_keeps_articles_and_drops_markup(tmp_path, compressed):
+    text = (
+        "'''Bold''' and ''italic'' [[River|rivers]] run {{citation needed}} to the sea.\n"
+        "== A heading of five words here ==\n"
+        "*: A list item with [[many words]] in it\n"
+        "too few words\n"
+    )
+    content = dump(
+        page("A", text),
+        page("Talk:A", LONG, namespace=1),
+        page("B", "#REDIRECT [[A]]", extra='<redirect title="A" />'),
+        page("C", LONG),
+    ).encode()
+    path = tmp_path / ("dump.bz2" if compressed else "dump")
+    path.write_bytes(bz2.compress(content) if compressed else content)
+    found = list(read_documents(path))
+    assert found == [
+        ["Bold and italic rivers run  to the sea.", "A list item with many words in it"],
+        [LONG],
+    ]
+
+
+def test_real_dump_has_106_articles(wiki_dump):
+    """real-data.md §4: 206 pages, 100 redirects, 106 articles."""
+    found = list(stream_documents(wiki_dump))
+    assert len(found) == 106
+    assert {document.format for document in found} == {"mediawiki"}
+    assert found[-1].bytes_read <= wiki_dump.stat().st_size
+    first = paragraphs(found[0].text, "mediawiki", 5)
+    assert first[0].startswith("Anarchism is a political philosophy that advocates self-governed")
+    assert not any("''" in line or line.startswith(("=", "*", "#", ":", ";")) for line in first)
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        (LONG, True),
+        ("one two three four", False),
+        ("  one\ttwo three four five  ", True),
+        (" = A heading of many words = ", False),
+        ("= = Sub heading of words = =", False),
+        ("2 + 2 = 4 is true =", True),
+        ("", False),
+    ],
+)
+def test_paragraph_filter(line, kept):
+    """Spec xdbert §4: no empty lines, headings, or lines with fewer than 5 words."""
+    assert paragraphs(line, "text", 5) == ([line.strip()] if kept else [])
+
+
+def test_min_words_of_zero_still_drops_empty_lines():
+    assert paragraphs("a\n\n  \nb c", "text", 0) == ["a", "b c"]
+
+
+def write_and_read(tmp_path, name, content, **options):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return documents(path, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good line\nbad \xe9 byte\n", r"a\.txt: byte 14 \(0xe9\) is not UTF-8.*iconv"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2: not valid JSON"),
+        ("b.jsonl", b'{"text": "a"}\n[1]\n', r"b\.jsonl:2: no field 'text' \(found: list\)"),
+        ("c.jsonl", b'{"text": 3}\n', r"c\.jsonl:1: 'text' is int, expected a string"),
+        ("d.jsonl", b'{"text": "\\ud800"}\n', r"d\.jsonl:1: 'text' holds half of a surrogate pair"),
+        ("a.xml", dump(page("A", LONG)).encode()[:-20], r"a\.xml: malformed or truncated XML"),
+        ("b.xml", b"<mediawiki><page></mediawiki>", r"b\.xml: malformed or truncated XML"),
+        ("a.bz2", bz2.compress(dump(page("A", LONG)).encode())[:-8], r"a\.bz2: the bzip2 file is truncated"),
+        ("b.bz2", b"BZh9" + b"\0" * 40, r"b\.bz2: cannot be read: Invalid data stream"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    with pytest.raises(XdscaleError, match=message):
+        write_and_read(tmp_path, name, content)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(XdscaleError, match=r"none\.txt: cannot be read: No such file"):
+        documents(tmp_path / "none.txt")
+
+
+def test_missing_gensim_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gensim.corpora.wikicorpus", None)
+    with pytest.raises(XdscaleError, match=r"pip install 'xdscale\[wikipedia\]'"):
+        paragraphs(LONG, "mediawiki", 5)
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LARGEST_LINE_BYTES", 64)
+    with pytest.raises(XdscaleError, match="the line at byte 10 is longer than 64 bytes"):
+        write_and_read(tmp_path, "a.txt", b"123456789\n" + b"x" * 100)
+
+
+@pytest.mark.parametrize("kind", ["text", "mediawiki"])
+def test_memory_does_not_grow_with_the_file(tmp_path, kind):
+    """Files of 16 MB: one text without blank lines, one dump of 4,000 pages."""
+    path = tmp_path / "large"
+    body = f"{LONG} " * 160
+    if kind == "text":
+        path.write_text(f"{body}\n" * 4000)
+    else:
+        path.write_text(dump(*(page("A", body) for _ in range(4000))))
+    assert path.stat().st_size > 14 << 20
+    tracemalloc.start()
+    size = sum(len(document.text) for document in stream_documents(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size >= 4000 * len(body.strip())
+    # A text document is cut at 1 MiB; its lines, their joined copy and the one before are there together.
+    assert peak < {"text": 4 << 20, "mediawiki": 1 << 20}[kind]

@@ -1,0 +1,185 @@
+"""Shards read back: against stock webdataset and plain numpy, in any order, with few open files."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xdscale.errors import XdscaleError
+from xdscale.shards.manifest import MANIFEST_NAME, Manifest
+from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.writer import write_shard
+
+
+def read_with_webdataset(folder, split):
+    """All sequences of a split: stock webdataset for the tar, numpy for the members, shards in manifest order."""
+    urls = [str(folder / record.file) for record in Manifest.load(folder).splits[split].shards]
+    language, clip = [], []
+    for sample in webdataset.WebDataset(urls, shardshuffle=False):
+        arrays = {
+            name: np.load(io.BytesIO(sample[name]), allow_pickle=False)
+            for name in ("language.npy", "clip.npy", "clip_offsets.npy")
+        }
+        language.append(arrays["language.npy"])
+        clip += np.split(arrays["clip.npy"], arrays["clip_offsets.npy"][1:-1].astype(np.int64))
+    return np.concatenate(language), clip
+
+
+@pytest.fixture(scope="module")
+def many_blocks(small_dataset, tmp_path_factory):
+    """Three shards of 5, 2,500 and 1,024 sequences of random ids: one short, one of three blocks, one exact."""
+    chance = np.random.default_rng(3)
+    folder = tmp_path_factory.mktemp("blocks")
+    records, arrays = [], []
+    for number, samples in enumerate((5, 2500, 1024)):
+        language = chance.integers(0, 2**16, (samples, 30)).astype(np.uint16)
+        offsets = np.concatenate([[0], np.cumsum(chance.integers(1, 76, samples))])
+        clip = chance.integers(0, 2**16, offsets[-1]).astype(np.uint16)
+        records.append(write_shard(folder / f"train-{number:06d}.tar", language, clip, offsets))
+        arrays.append((language, np.split(clip, offsets[1:-1])))
+    manifest = Manifest.load(small_dataset)
+    clip = [ids for _, pieces in arrays for ids in pieces]
+    split = manifest.splits["train"].model_copy(update={"samples": 3529, "shards": records})
+    changed = manifest.model_copy(update={"splits": {"train": split}})
+    (folder / MANIFEST_NAME).write_text(changed.to_json())
+    return folder, np.concatenate([language for language, _ in arrays]), clip
+
+
+def check(split, sample_ids, language, clip):
+    found = split.language_ids(sample_ids)
+    assert found.dtype == np.uint16
+    assert np.array_equal(found, language[sample_ids])
+    ids, offsets = split.clip_ids(sample_ids)
+    assert (ids.dtype, offsets.dtype, offsets[0], offsets[-1]) == (np.uint16, np.int64, 0, len(ids))
+    assert len(offsets) == len(sample_ids) + 1
+    for number, sample in enumerate(sample_ids):
+        assert np.array_equal(ids[offsets[number] : offsets[number + 1]], clip[sample])
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_stock_webdataset_reads_the_same(small_dataset, split):
+    language, clip = read_with_webdataset(small_dataset, split)
+    reader = ShardedSplit(small_dataset, split)
+    assert len(reader) == len(language) == reader.manifest.splits[split].samples
+    check(reader, np.arange(len(reader)), language, clip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sample_ids=st.lists(st.integers(0, 3528), max_size=60))
+def test_any_order_and_repeats(many_blocks, sample_ids):
+    folder, language, clip = many_blocks
+    check(ShardedSplit(folder, "train", max_open_shards=1), np.array(sample_ids, np.int64), language, clip)
+
+
+def test_borders_of_blocks_and_shards(many_blocks):
+    folder, language, clip = many_blocks
+    borders = np.array([3528, 0, 4, 5, 1028, 1029, 2052, 2053, 2504, 2505, 2504, 5])
+    check(ShardedSplit(folder, "train"), borders, language, clip)
+    stock = read_with_webdataset(folder, "train")
+    assert np.array_equal(stock[0], language)
+
+
+def test_results_do_not_depend_on_the_file_staying_open(many_blocks):
+    folder, language, _ = many_blocks
+    reader = ShardedSplit(folder, "train", max_open_shards=1)
+    first = reader.language_ids(np.array([0, 1]))
+    reader.language_ids(np.array([3000]))  # closes the first shard
+    assert np.array_equal(first, language[:2])
+
+
+@pytest.mark.parametrize("bound", [1, 2])
+def test_open_files_stay_bounded(many_blocks, bound):
+    folder, _, _ = many_blocks
+
+    def open_shards():
+        names = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+        return sum(os.path.realpath(name).startswith(str(folder)) for name in names)
+
+    reader = ShardedSplit(folder, "train", max_open_shards=bound)
+    assert open_shards() == 0
+    for sample in (0, 100, 3000, 1, 2000, 3500):
+        reader.language_ids(np.array([sample]))
+        reader.clip_ids(np.array([sample]))
+        assert 1 <= open_shards() <= bound
+
+
+def test_bad_ids_and_splits_are_named(small_dataset):
+    reader = ShardedSplit(small_dataset, "train")
+    for bad in (-1, len(reader)):
+        with pytest.raises(XdscaleError, match=f"sample {bad} does not exist; train has samples 0 to"):
+            reader.language_ids(np.array([0, bad]))
+    with pytest.raises(XdscaleError, match="no split 'test'; the dataset has: train, validation"):
+        ShardedSplit(small_dataset, "test")
+
+
+def test_torn_and_missing_shards_are_named(small_build, tmp_path):
+    manifest = small_build(tmp_path / "out")
+    record = manifest.splits["train"].shards[0]
+    path = tmp_path / "out" / record.file
+    path.write_bytes(path.read_bytes()[:-512])
+    reader = ShardedSplit(tmp_path / "out", "train")
+    expected = f"{record.file}: expected {record.bytes} bytes, found {record.bytes - 512}"
+    with pytest.raises(XdscaleError, match=expected):
+        reader.language_ids(np.array([0]))
+    path.write_bytes(b"\0" * record.bytes)
+    with pytest.raises(XdscaleError, match=f"{record.file}: not a shard of this dataset"):
+        reader.clip_ids(np.array([0]))
+    path.unlink()
+    with pytest.raises(XdscaleError, match=f"{record.file}: cannot be read: No such file"):
+        reader.clip_ids(np.array([0]))
+
+
+def test_a_shard_of_other_shapes_is_refused(many_blocks, tmp_path):
+    """Right size on disk, wrong arrays inside: the reader must not serve shifted ids."""
+    folder, _, _ = many_blocks
+    manifest = Manifest.load(folder)
+    ids = np.ones(40, np.uint16)
+    record = write_shard(tmp_path / "train-000000.tar", ids.reshape(2, 20), ids, np.array([0, 1, 40]))
+    split = manifest.splits["train"].model_copy(update={"samples": 2, "shards": [record]})
+    (tmp_path / MANIFEST_NAME).write_text(manifest.model_copy(update={"splits": {"train": split}}).to_json())
+    with pytest.raises(XdscaleError, match=r"000000\.language\.npy holds uint16 \[2, 20\], expected uint16 \[2, 30\]"):
+        ShardedSplit(tmp_path, "train").language_ids(np.array([0]))
+
+
+def test_manifest_errors_say_what_to_do(small_dataset, tmp_path):
+    with pytest.raises(XdscaleError, match="no such folder; make it with 'xdscale shards build"):
+        Manifest.load(tmp_path / "none")
+    with pytest.raises(XdscaleError, match=r"has no dataset\.json"):
+        Manifest.load(tmp_path)
+    (tmp_path / ".build").mkdir()
+    with pytest.raises(XdscaleError, match="the build was not finished; run the same"):
+        Manifest.load(tmp_path)
+    good = (small_dataset / MANIFEST_NAME).read_text()
+    for old, new, message in (
+        ('"format_version": 1', '"format_version": 2', "format_version"),
+        ('"file": "train-000000.tar"', '"file": "../train-000000.tar"', r"splits\.train\.shards\.0\.file"),
+        ("{", "[", "Invalid JSON"),
+    ):
+        assert old in good
+        (tmp_path / MANIFEST_NAME).write_text(good.replace(old, new, 1))
+        with pytest.raises(XdscaleError, match=rf"dataset\.json: not a dataset of format 1: .*{message}"):
+            Manifest.load(tmp_path)
+
+
+def test_fingerprint_follows_the_content(small_dataset, tmp_path):
+    manifest = Manifest.load(small_dataset)
+    (tmp_path / MANIFEST_NAME).write_text(manifest.to_json().replace("\n", " "))
+    assert Manifest.load(tmp_path).fingerprint == manifest.fingerprint
+    digest = manifest.splits["train"].shards[0].sha256
+    (tmp_path / MANIFEST_NAME).write_text(manifest.to_json().replace(digest, "0" * 64))
+    assert Manifest.load(tmp_path).fingerprint != manifest.fingerprint
+
+
+def test_reading_needs_neither_torch_nor_tokenizers():
+    """Data-loading workers import the reader; each library here would cost every rank."""
+    heavy = ("torch", "tokenizers", "ftfy", "transformers", "webdataset")
+    code = f"import sys, xdscale.shards.reader, xdscale.shards.verify; print([n for n in {heavy} if n in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,74 @@
+"""The commands, as a user runs them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from xdscale.errors import XdscaleError
+from xdscale.shards.commands import shards_app
+from xdscale.shards.manifest import Manifest
+
+
+def run(*arguments):
+    return CliRunner().invoke(shards_app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def build(corpus, out, *more):
+    options = ("--language-tokenizer", "package:cognition/model", "--sequence-length", 30, "--clip-blocks", 1)
+    return run("build", corpus, "--out", out, "--validation-fraction", 0.2, *options, *more)
+
+
+def test_build_says_what_was_made(small_corpus, tmp_path):
+    result = build(small_corpus, tmp_path / "out")
+    assert result.exit_code == 0
+    manifest = Manifest.load(tmp_path / "out")
+    train, validation = manifest.splits["train"], manifest.splits["validation"]
+    assert f"sequences: train {train.samples:,}, validation {validation.samples:,}" in result.stdout
+    assert f"dropped {manifest.corpus.dropped_tokens}" in result.stdout
+    stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    payload = 2 * sum(split.language_tokens + split.clip_tokens for split in (train, validation))
+    assert f"bytes: {stored:,}, {stored / payload:.3f} per payload byte" in result.stdout
+    assert "2 shards (0 kept from an earlier run)" in result.stdout
+    assert "2 shards (2 kept from an earlier run)" in build(small_corpus, tmp_path / "out").stdout
+
+
+def test_overwrite_and_bad_values(small_corpus, tmp_path):
+    build(small_corpus, tmp_path / "out")
+    with pytest.raises(XdscaleError, match="min_words 5, now 9"):
+        build(small_corpus, tmp_path / "out", "--min-words", 9)
+    assert build(small_corpus, tmp_path / "out", "--min-words", 9, "--overwrite").exit_code == 0
+    assert build(small_corpus, tmp_path / "out", "--workers", 0).exit_code == 2
+    with pytest.raises(XdscaleError, match=r"none\.txt: no such file"):
+        build("none.txt", tmp_path / "other")
+
+
+def test_verify(small_dataset, tmp_path):
+    shards = list(small_dataset.glob("*.tar"))
+    assert (
+        f"{len(shards)} shards, {sum(path.stat().st_size for path in shards):,} bytes, all as built"
+        in run("verify", small_dataset).stdout
+    )
+    with pytest.raises(XdscaleError, match="no such folder"):
+        run("verify", tmp_path / "none")
+
+
+def test_info_shows_splits_and_the_share_that_was_cut(small_dataset):
+    output = run("info", small_dataset).stdout
+    manifest = Manifest.load(small_dataset)
+    split = manifest.splits["train"]
+    row = next(line for line in output.splitlines() if "│ train" in line)
+    for number in (len(split.shards), split.samples, split.language_tokens, split.clip_tokens):
+        assert f" {number:,} " in row
+    cut = next(line for line in output.splitlines() if "over 1, cut" in line)
+    assert f" {sum(split.blocks_needed[1:]) / split.samples:.2%} " in cut
+
+
+def test_importing_the_commands_is_light():
+    """The command line lists all commands at every start: no numpy, pydantic or tokenizers for that."""
+    heavy = ("numpy", "pydantic", "tokenizers", "torch", "ftfy")
+    code = f"import sys, xdscale.shards.commands; print([n for n in {heavy} if n in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert result.stdout.strip() == "[]"

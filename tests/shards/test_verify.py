@@ -1,0 +1,113 @@
+"""Every kind of damage is found and named."""
+
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xdscale.errors import XdscaleError
+from xdscale.shards.manifest import Manifest
+from xdscale.shards.verify import verify_shards
+
+
+@pytest.fixture
+def dataset(small_dataset, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(small_dataset, folder)
+    return folder
+
+
+def shard(folder, number=0, split="train"):
+    return Manifest.load(folder).splits[split].shards[number]
+
+
+def test_an_intact_dataset_passes_and_reports(dataset):
+    seen = []
+    verify_shards(dataset, on_progress=lambda done, total: seen.append((done, total)))
+    shards = [record for split in Manifest.load(dataset).splits.values() for record in split.shards]
+    assert len(seen) == len(shards) > 3
+    assert seen[-1] == (sum(record.bytes for record in shards),) * 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_flipped_bit_is_found(small_dataset, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("flip") / "dataset"
+    shutil.copytree(small_dataset, folder)
+    record = shard(folder)
+    content = bytearray((folder / record.file).read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (folder / record.file).write_bytes(content)
+    with pytest.raises(XdscaleError, match=f"{record.file}: altered: expected sha256 {record.sha256}, found [0-9a-f]+"):
+        verify_shards(folder)
+    shutil.rmtree(folder)
+
+
+def test_all_damage_is_named_at_once(dataset):
+    truncated, missing, longer = shard(dataset, 0), shard(dataset, 1), shard(dataset, 0, "validation")
+    path = dataset / truncated.file
+    path.write_bytes(path.read_bytes()[:-1])
+    (dataset / missing.file).unlink()
+    path = dataset / longer.file
+    path.write_bytes(path.read_bytes() + b"\0")
+    (dataset / "train-000099.tar").write_bytes(b"")
+    with pytest.raises(XdscaleError) as caught:
+        verify_shards(dataset)
+    message = str(caught.value)
+    assert "4 problems" in message
+    assert f"{truncated.file}: truncated: expected {truncated.bytes} bytes, found {truncated.bytes - 1}" in message
+    assert f"{missing.file}: missing" in message
+    assert f"{longer.file}: altered: expected {longer.bytes} bytes, found {longer.bytes + 1}" in message
+    assert "train-000099.tar: extra" in message
+
+
+def test_swapped_shards_are_both_named(dataset):
+    first, second = shard(dataset, 0), shard(dataset, 1)
+    (dataset / first.file).rename(dataset / "aside")
+    (dataset / second.file).rename(dataset / first.file)
+    (dataset / "aside").rename(dataset / second.file)
+    with pytest.raises(XdscaleError) as caught:
+        verify_shards(dataset)
+    assert first.file in str(caught.value)
+    assert second.file in str(caught.value)
+
+
+def test_a_copy_under_another_name_is_recognised(dataset):
+    first, second = (
+        shard(dataset, 0),
+        next(
+            record
+            for record in Manifest.load(dataset).splits["train"].shards[1:]
+            if record.bytes == shard(dataset).bytes
+        ),
+    )
+    shutil.copy(dataset / first.file, dataset / second.file)
+    with pytest.raises(XdscaleError, match=rf"{second.file}: altered: .*\(the content of {first.file}\)"):
+        verify_shards(dataset)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 50])
+def test_parts_cover_every_shard_once(dataset, parts):
+    every = [record for split in Manifest.load(dataset).splits.values() for record in split.shards]
+    for record in every:
+        (dataset / record.file).unlink()
+    (dataset / "other.tar").write_bytes(b"")
+    named, extra = [], 0
+    for part in range(parts):
+        try:
+            verify_shards(dataset, part=(part, parts))
+        except XdscaleError as error:
+            extra += "other.tar: extra" in str(error)
+            named += [line for line in str(error).splitlines()[1:] if line.endswith(": missing")]
+    assert len(named) == len(set(named)) == len(every)
+    assert extra == 1
+
+
+def test_one_split_alone(dataset):
+    (dataset / shard(dataset).file).unlink()
+    verify_shards(dataset, split="validation")
+    with pytest.raises(XdscaleError, match="missing"):
+        verify_shards(dataset, split="train")
+    with pytest.raises(XdscaleError, match="no split 'test'"):
+        verify_shards(dataset, split="test")

@@ -1,0 +1,248 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from xdscale import recipe
+from xdscale.data.collate import XDBERTCollator
+from xdscale.data.stream import Stream
+from xdscale.errors import XdscaleError
+from xdscale.models.cross_modal import CrossModalLayer
+from xdscale.models.xdbert import XDBERT
+from xdscale.pretrained import load_clip_text_tower
+from xdscale.shards.manifest import Manifest
+from xdscale.shards.reader import ShardedSplit
+from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation, check_shards
+
+
+def spec(language, clip="clip-tiny.json", *, weights="pretrained", tasks=None, dropout=0.0):
+    return recipe.Recipe(
+        model={
+            "language": {"name": str(language), "weights": weights},
+            "clip": {"name": str(clip), "weights": "random"},
+            "dropout": dropout,
+        },
+        tasks=tasks or {},
+        data={"shards": "unused"},
+        training={"steps": 1, "global_batch": 4},
+        output={"folder": "unused"},
+    )
+
+
+@pytest.fixture(scope="module")
+def small(cassette_model):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    return build_adaptation(spec(cassette_model))
+
+
+@pytest.fixture(scope="module")
+def batch(wiki_shards):
+    """Four real sequences, as the training loop gets them; the last is padding of the micro-batch."""
+    split = ShardedSplit(wiki_shards, "train")
+    stream = Stream(len(split), seed=1, global_batch=3, world_size=1, rank=0, micro_batch=4)
+    collator = XDBERTCollator(split, seed=1, tasks=recipe.Tasks())
+    return {name: torch.from_numpy(array) for name, array in collator(stream.slots(0)[0]).arrays.items()}
+
+
+def test_losses_are_those_of_the_full_vocabulary(small, batch):
+    """Spec xdbert §3: each objective as cross-entropy over all positions with ignored labels."""
+    small.eval()
+    with torch.no_grad():
+        terms = small(batch)
+        language, clip = small.model(batch["language_ids"], batch["clip_ids"], batch["clip_lengths"])
+        embeddings = small.model.language.embeddings.word_embeddings, small.model.clip.tower.token_embedding
+        for name, head, states, table, positions, labels in (
+            ("mlm", small.mlm, language, embeddings[0], "masked_lm_positions", "masked_lm_labels"),
+            ("clip_tokens", small.clip_tokens, clip, embeddings[1], "clip_positions", "clip_labels"),
+        ):
+            logits = F.linear(head.norm(F.gelu(head.transform(states))), table.weight, head.decoder_bias)
+            everything = torch.full(states.shape[:2], -1)
+            everything.view(-1)[batch[positions]] = batch[labels]
+            expected = F.cross_entropy(logits.flatten(0, 1), everything.flatten(), ignore_index=-1, reduction="sum")
+            assert len(batch[labels]) > 20
+            assert terms[name][0].item() == pytest.approx(expected.item(), rel=1e-5)
+            assert terms[name][1] == (logits.argmax(-1) == everything).sum()
+        assert batch["match_labels"].tolist().count(-1) == 1
+        expected, _ = small.match(language[:3], batch["match_labels"][:3])
+        assert terms["match"][0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_first_losses_are_those_of_guessing(small, batch):
+    """Fresh heads cannot know more than the vocabulary's size: near ln 30,522, ln 2 and ln 49,408."""
+    small.eval()
+    with torch.no_grad():
+        terms = small(batch)
+    targets = len(batch["masked_lm_labels"]), 3, len(batch["clip_labels"])
+    mlm, match, clip = (terms[n][0].item() / t for n, t in zip(("mlm", "match", "clip_tokens"), targets, strict=True))
+    assert mlm == pytest.approx(10.33, abs=1.5)
+    assert match == pytest.approx(0.69, abs=0.5)
+    assert clip == pytest.approx(10.81, abs=1.5)
+
+
+def test_learns_real_text(cassette_model, batch):
+    """Ten steps on one batch of the encyclopedia lower every objective."""
+    torch.manual_seed(0)
+    module = build_adaptation(spec(cassette_model))
+    optimiser = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=2e-3)
+    losses = []
+    for _ in range(10):
+        terms = module(batch)
+        losses.append({name: term[0].item() for name, term in terms.items()})
+        (terms["mlm"][0] / 50 + terms["match"][0] / 3 + terms["clip_tokens"][0] / 50).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    for name, first in losses[0].items():
+        assert losses[-1][name] < 0.7 * first
+
+
+def test_every_trainable_parameter_has_a_gradient_with_and_without_targets(small, batch):
+    """Ranks whose micro-batch holds no target must run the same reductions."""
+    empty = dict(batch, match_labels=torch.full((4,), -1))
+    for name in ("masked_lm_positions", "masked_lm_labels", "clip_positions", "clip_labels"):
+        empty[name] = batch[name][:0]
+    small.train()
+    for arrays, some in ((batch, True), (empty, False)):
+        small.zero_grad()
+        sum(loss for loss, _ in small(arrays).values()).backward()
+        for name, parameter in small.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, name
+                assert some or not parameter.grad.any(), name
+    small.zero_grad()
+
+
+def test_decoders_are_the_embeddings(small):
+    embedding = small.model.language.embeddings.word_embeddings.weight
+    assert small.mlm.decoder_weight is embedding
+    assert small.clip_tokens.decoder_weight is small.model.clip.tower.token_embedding.weight
+    small.bfloat16()
+    assert small.mlm.decoder_weight is small.model.language.embeddings.word_embeddings.weight
+    small.float()
+
+
+@pytest.mark.parametrize("off", [("match", "clip_tokens"), ("mlm",), ("clip_tokens",)])
+def test_only_heads_of_objectives_that_are_on(cassette_model, batch, off):
+    """Paper table 3's ablations."""
+    module = build_adaptation(spec(cassette_model, tasks=dict.fromkeys(off)))
+    on = {"mlm", "match", "clip_tokens"} - set(off)
+    wanted = {"mlm": "masked_lm", "match": "match", "clip_tokens": "clip_"}
+    arrays = {
+        k: v
+        for k, v in batch.items()
+        if k in ("language_ids", "clip_ids", "clip_lengths") or any(k.startswith(wanted[name]) for name in on)
+    }
+    assert set(module(arrays)) == on
+    assert {name.split(".")[0] for name, _ in module.named_parameters()} == on | {"model"}
+
+
+def test_electra_maps_to_its_embedding_size():
+    """Spec xdbert §2.4: ELECTRA's transform maps to embedding_size; here 48 of 64."""
+    from transformers import ElectraConfig, ElectraModel
+
+    clip = load_clip_text_tower(recipe.Clip(name="clip-tiny.json", weights="random"))
+    config = ElectraConfig(
+        vocab_size=99,
+        embedding_size=48,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = XDBERT(ElectraModel(config), clip, [CrossModalLayer(64, 128, 2, 2, 32, 0.1)])
+    module = XDBERTAdaptation(model, recipe.Tasks())
+    assert module.mlm.transform.weight.shape == (48, 64)
+    assert module.mlm.decoder_weight.shape == (99, 48)
+    assert module.clip_tokens.transform.weight.shape == (128, 128)
+
+
+def test_bf16_losses_are_fp32_and_near(small, batch):
+    small.eval()
+    with torch.no_grad():
+        expected = small(batch)
+        state = {name: value.clone() for name, value in small.state_dict().items()}
+        found = small.bfloat16()(batch)
+    small.float().load_state_dict(state)
+    for name, (loss, _) in found.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected[name][0].item(), rel=0.02)
+
+
+def test_attention_maps_come_through_forward(small, batch):
+    small.eval()
+    with torch.no_grad():
+        terms = small(batch, return_attention=True)
+    length, clip_length = batch["language_ids"].shape[1], batch["clip_ids"][0].numel()
+    assert [tuple(weights.shape) for weights in terms["attention_maps"]] == [(length, clip_length)] * 2
+    valid = (torch.arange(77) < batch["clip_lengths"][0, :, None]).flatten()
+    for weights in terms["attention_maps"]:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(length))
+        assert not weights[:, ~valid].any()
+        assert weights[:, valid].min() > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_are_those_that_torch_counts(cassette_model, batch, checkpointing):
+    module = build_adaptation(spec(cassette_model))
+    if checkpointing:
+        module.enable_activation_checkpointing()
+    shapes = {name: tuple(array.shape) for name, array in batch.items()}
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:  # the fused kernels' backward counts a recomputation
+        sum(loss for loss, _ in module(batch).values()).backward()
+    counted = counter.get_total_flops()
+    if checkpointing:
+        assert module.flops(shapes) < counted  # what is computed again is no useful work
+    else:
+        assert module.flops(shapes) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "google/electra-large-discriminator"])
+def test_flops_of_the_published_sizes(name):
+    """On the meta device: BERT-base and ELECTRA-large at 512 × 693, micro-batch 2."""
+    with torch.device("meta"):
+        module = build_adaptation(spec(name, "ViT-B-32", weights="random")).eval()
+        shapes = {"language_ids": (2, 512), "clip_ids": (2, 9, 77), "clip_lengths": (2, 9), "match_labels": (2,)}
+        shapes |= dict.fromkeys(("masked_lm_positions", "masked_lm_labels"), (153,))
+        shapes |= dict.fromkeys(("clip_positions", "clip_labels"), (180,))
+        arrays = {key: torch.zeros(shape, dtype=torch.int64) for key, shape in shapes.items()}
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            module(arrays)
+    assert module.flops(shapes) == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
+
+
+def altered(manifest, **build):
+    return manifest.model_copy(update={"build": manifest.build.model_copy(update=build)})
+
+
+def test_shards_that_fit(wiki_shards, cassette_model):
+    manifest = Manifest.load(wiki_shards)
+    check_shards(spec(cassette_model).model, manifest)
+    check_shards(spec("bert-base-uncased", "ViT-B-32", weights="random").model, manifest)
+    check_shards(spec(cassette_model).model, altered(manifest, sequence_length=510))
+
+
+def test_sequences_longer_than_the_positions(wiki_shards, cassette_model):
+    manifest = altered(Manifest.load(wiki_shards), sequence_length=511)
+    with pytest.raises(XdscaleError, match=r"511 tokens, 513 with .* has 512 positions; .*--sequence-length 510"):
+        check_shards(spec(cassette_model).model, manifest)
+
+
+def test_another_language_tokenizer(wiki_shards, cassette_model):
+    manifest = Manifest.load(wiki_shards)
+    tokenizer = manifest.build.language_tokenizer
+    other = altered(manifest, language_tokenizer=tokenizer.model_copy(update={"sha256": "0" * 64}))
+    with pytest.raises(XdscaleError, match=rf"000000000000.*another one \({tokenizer.sha256[:12]}\)"):
+        check_shards(spec(cassette_model).model, other)
+    larger = altered(manifest, language_tokenizer=tokenizer.model_copy(update={"vocab_size": 30523}))
+    with pytest.raises(XdscaleError, match=r"30523 ids, but bert-base-uncased has embeddings for 30522"):
+        check_shards(spec("bert-base-uncased", weights="random").model, larger)
+
+
+def test_another_clip_tokenizer(wiki_shards, cassette_model):
+    manifest = Manifest.load(wiki_shards)
+    tokenizer = manifest.build.clip_tokenizer.model_copy(update={"vocab_size": 32000})
+    with pytest.raises(XdscaleError, match=r"of 32000 ids, but clip-tiny\.json has 49408"):
+        check_shards(spec(cassette_model).model, altered(manifest, clip_tokenizer=tokenizer))

@@ -1,0 +1,3 @@
+"""xdscale: adapts language encoders with CLIP's visual knowledge, at scale."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,250 @@
+"""Entry point of adaptation: `deepspeed [launcher options] --module xdscale.adapt RECIPE [section.key=value …]`."""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xdscale.ds_config import (
+    activation_checkpointing,
+    check_sections,
+    precision,
+    read_ds_config,
+    resolve_ds_config,
+    zero_stage,
+)
+from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, XdscaleError
+from xdscale.recipe import Recipe, load_recipe
+
+_SECONDS_FOR_FIRST_RANK_TO_SPEAK = 5
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Adapts a language encoder as a recipe says.
+
+    Args:
+        arguments: command line, without the program's name.
+
+    Returns:
+        Exit code: 0 done, 2 bad input (one message, no traceback), 75 stopped by SIGTERM or SIGUSR1 with a checkpoint
+        saved, so that the same command continues.
+    """
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _adapt(options)
+    except XdscaleError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # The launcher ends all ranks when one ends, and what concerns all ranks only the first should say.
+            time.sleep(_SECONDS_FOR_FIRST_RANK_TO_SPEAK)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="xdscale.adapt", description=__doc__)
+    parser.add_argument("recipe", help="YAML file or name of a shipped recipe ('xdscale recipes' lists them)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe values to replace")
+    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed JSON, see ds_configs/")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher
+    return parser.parse_intermixed_args(arguments)
+
+
+class _Data(NamedTuple):
+    """What a rank reads, and how its place in the data is recorded."""
+
+    prepare: Any
+    validation: list[Any]
+    stream: Any
+    fingerprint: str
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    ds_values = read_ds_config(options.deepspeed_config)
+    _calm_environment()
+    from xdscale.training.distributed import start_distributed
+    from xdscale.training.run_folder import RunFolder
+    from xdscale.training.signals import StopRequest
+
+    ranks = start_distributed()
+    check_sections(options.deepspeed_config, ds_values)
+    ds_config = resolve_ds_config(options.deepspeed_config, ds_values, recipe, ranks.world_size)
+    data = _open_data(recipe, ds_config, ranks)
+    run = RunFolder(Path(recipe.output.folder))
+    run.check(recipe)
+    ranks.raise_first(_claim(run) if ranks.is_first else None, "cannot start")
+    # From here on a signal is remembered: it is honoured after the first step, however long building takes.
+    stop = StopRequest()
+    stop.install()
+    engine, module, start_step = _build(recipe, ds_config, run, data, ranks)
+    return _train(recipe, ds_config, run, data, ranks, stop, engine, module, start_step)
+
+
+def _calm_environment() -> None:
+    """Settings that must stand before torch's and DeepSpeed's first import."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_LOGS", "-all")
+    # DeepSpeed calls names that torch is about to rename; nothing a user could do about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _claim(run: Any) -> str | None:
+    try:
+        run.claim()
+    except XdscaleError as error:
+        return str(error)
+    return None
+
+
+def _open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> _Data:
+    """Checks the shards, each rank its share, and sets the streams up."""
+    from xdscale.data.collate import XDBERTCollator
+    from xdscale.data.stream import Stream, sample_hash, validation_slots
+    from xdscale.names import resolve_path
+    from xdscale.shards.reader import ShardedSplit
+    from xdscale.shards.verify import verify_shards
+    from xdscale.tasks.xdbert import check_shards
+    from xdscale.training.loop import StepData
+
+    folder = resolve_path(recipe.data.shards)
+    train = ShardedSplit(folder, "train")
+    check_shards(recipe.model, train.manifest)
+    if recipe.data.verify:
+        problem = None
+        try:
+            verify_shards(folder, part=(ranks.rank, ranks.world_size))
+        except XdscaleError as error:
+            problem = str(error)
+        ranks.raise_first(problem, "data.shards")
+    training, micro_batch = recipe.training, ds_config["train_micro_batch_size_per_gpu"]
+    stream = Stream(
+        len(train),
+        seed=training.seed,
+        global_batch=training.global_batch,
+        world_size=ranks.world_size,
+        rank=ranks.rank,
+        micro_batch=micro_batch,
+    )
+    collate = XDBERTCollator(train, seed=training.seed, tasks=recipe.tasks)
+
+    def prepare(step: int) -> StepData:
+        return StepData([collate(slots) for slots in stream.slots(step)], sample_hash(*stream.global_batch_ids(step)))
+
+    held_out = ShardedSplit(folder, "validation")
+    collate_held_out = XDBERTCollator(held_out, seed=training.seed, tasks=recipe.tasks)
+    slots = validation_slots(len(held_out), training.eval_samples, ranks.world_size, ranks.rank, micro_batch)
+    return _Data(prepare, [collate_held_out(item) for item in slots], stream, train.manifest.fingerprint)
+
+
+def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: _Data, ranks: Any) -> tuple[Any, Any, int]:
+    """Builds module and engine and continues from the newest undamaged checkpoint, if there is one."""
+    import torch
+
+    from xdscale.export import save_language_files
+    from xdscale.tasks.xdbert import build_adaptation
+    from xdscale.training import checkpoint as ckpt
+    from xdscale.training.engine import build_engine
+
+    found = ckpt.find_checkpoint(run.checkpoints, ranks)
+    position = ckpt.read_position(found) if found else None
+    if position is not None:
+        ckpt.check_compatible(
+            found,
+            position,
+            zero_stage=zero_stage(ds_config),
+            precision=precision(ds_config),
+            data_fingerprint=data.fingerprint,
+        )
+    convert = position is not None and ckpt.needs_resharding(position, ranks.world_size)
+    source = ckpt.reshard(found, ranks) if convert else found
+    torch.manual_seed(recipe.training.seed)
+    module = build_adaptation(recipe)
+    if activation_checkpointing(ds_config):
+        module.enable_activation_checkpointing()
+    engine = build_engine(module, recipe.optim, ds_config, load_universal=convert)
+    if source is not None:
+        engine.load_checkpoint(str(source.parent), tag=source.name)
+        ckpt.remove_resharded(run.checkpoints, ranks)
+    elif ranks.is_first:
+        run.write_records(recipe, ds_config, ranks.world_size)
+        save_language_files(recipe.model.language, run.language)
+    return engine, module, position.step if position else 0
+
+
+def _train(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    run: Any,
+    data: _Data,
+    ranks: Any,
+    stop: Any,
+    engine: Any,
+    module: Any,
+    start_step: int,
+) -> int:
+    import torch
+
+    from xdscale.data.prefetch import Prefetcher
+    from xdscale.training.checkpoint import CheckpointPosition
+    from xdscale.training.loop import Trainer
+    from xdscale.training.monitor import Monitor
+    from xdscale.training.throughput import matmul_flops_per_second, peak_memory_gib
+
+    def position(step: int) -> CheckpointPosition:
+        place = data.stream.position(step)
+        return CheckpointPosition(
+            step=step,
+            epoch=place.epoch,
+            index=place.index,
+            world_size=ranks.world_size,
+            zero_stage=zero_stage(ds_config),
+            precision=precision(ds_config),
+            data_fingerprint=data.fingerprint,
+        )
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(ds_config)]
+    monitor = Monitor(run, recipe, start_step) if ranks.is_first else None
+    if monitor and start_step:
+        monitor.message(f"continuing after step {start_step} of {recipe.training.steps}")
+    with Prefetcher(data.prepare, range(start_step, recipe.training.steps)) as source:
+        trainer = Trainer(
+            engine=engine,
+            recipe=recipe,
+            ranks=ranks,
+            weights=recipe.tasks.weights(),
+            source=source,
+            validation=data.validation,
+            position=position,
+            flops=lambda arrays: module.flops({name: array.shape for name, array in arrays.items()}),
+            matmul_flops_per_second=matmul_flops_per_second(engine.device, dtype),
+            checkpoints=run.checkpoints,
+            monitor=monitor,
+            stop=stop,
+        )
+        stopped, step = trainer.train(start_step)
+    peaks_gib = ranks.gather(peak_memory_gib())
+    if monitor:
+        monitor.end(step, peaks_gib, stopped)
+    ranks.barrier()
+    return EXIT_STOPPED if stopped else 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # Without the interpreter's orderly shutdown: after an error other ranks may still wait in a collective for us.
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""Streams of samples from shards, masking, pairing and collating; numpy only."""

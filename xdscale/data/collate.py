@@ -1,0 +1,126 @@
+"""Builds XDBERT's batches from packed sequences (spec xdbert §2.2, §3, §4)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xdscale.data.masking import mask_language_ids, select_clip_targets
+from xdscale.data.pairing import draw_partners
+from xdscale.data.stream import Slots
+from xdscale.recipe import Tasks
+from xdscale.shards.reader import ShardedSplit
+
+CLIP_LENGTH = 77
+CLIP_CONTENT = CLIP_LENGTH - 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        arrays: model inputs and labels by name (see `XDBERTCollator`), int64.
+        targets: number of targets of each objective that is on.
+        tokens: language tokens of real samples, with [CLS] and [SEP].
+    """
+
+    arrays: dict[str, np.ndarray]
+    targets: dict[str, int]
+    tokens: int
+
+
+class XDBERTCollator:
+    """Turns slots into batches; what is drawn depends on (seed, epoch, sample id) alone.
+
+    Arrays, with b samples, S = sequence length + 2, and N blocks, as many as the longest text needs:
+        language_ids [b, S]: [CLS] ids [SEP], masked.
+        clip_ids [b, N, 77], clip_lengths [b, N]: see `pack_clip_blocks`.
+        masked_lm_positions [m]: flat index into b * S; masked_lm_labels [m]: the original ids.
+        clip_positions [c]: flat index into b * N * 77, content tokens only; clip_labels [c]: the ids there.
+        match_labels [b]: 1 same text, 0 other text, -1 padding sample.
+    An objective that is off has no arrays and no entry in `targets`; without MATCH both texts are the same.
+    """
+
+    def __init__(self, split: ShardedSplit, *, seed: int, tasks: Tasks) -> None:
+        """Sets the collator up.
+
+        Args:
+            split: where the sequences are.
+            seed: of all draws, below 2**32.
+            tasks: the objectives that are on, with their rates.
+        """
+        self.split = split
+        self.seed = seed
+        self.tasks = tasks
+        self._language = split.manifest.build.language_tokenizer
+        self._clip = split.manifest.build.clip_tokenizer
+
+    def __call__(self, slots: Slots) -> Batch:
+        """Reads and prepares the samples of one micro-batch."""
+        arrays: dict[str, np.ndarray] = {}
+        targets: dict[str, int] = {}
+        language_ids = self._language_ids(slots.sample_ids)
+        arrays["language_ids"] = language_ids
+        if self.tasks.mlm is not None:
+            positions, labels = mask_language_ids(
+                language_ids,
+                slots,
+                self.tasks.mlm,
+                seed=self.seed,
+                mask_id=self._language.mask_id,
+                vocab_size=self._language.vocab_size,
+            )
+            arrays["masked_lm_positions"], arrays["masked_lm_labels"] = positions, labels
+            targets["mlm"] = len(positions)
+        text_ids = slots.sample_ids
+        if self.tasks.match is not None:
+            text_ids, labels = draw_partners(slots, len(self.split), self.tasks.match, seed=self.seed)
+            arrays["match_labels"] = labels
+            targets["match"] = int(slots.real.sum())
+        flat, offsets = self.split.clip_ids(text_ids)
+        clip_ids, clip_lengths = pack_clip_blocks(flat, offsets, start_id=self._clip.start_id, end_id=self._clip.end_id)
+        arrays["clip_ids"], arrays["clip_lengths"] = clip_ids, clip_lengths
+        if self.tasks.clip_tokens is not None:
+            row, token = select_clip_targets(np.diff(offsets), slots, self.tasks.clip_tokens, seed=self.seed)
+            positions = row * clip_ids[0].size + token + 2 * (token // CLIP_CONTENT) + 1
+            arrays["clip_positions"], arrays["clip_labels"] = positions, clip_ids.reshape(-1)[positions]
+            targets["clip_tokens"] = len(positions)
+        return Batch(arrays, targets, tokens=int(slots.real.sum()) * language_ids.shape[1])
+
+    def _language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
+        sequences = self.split.language_ids(sample_ids)
+        language_ids = np.empty((len(sequences), sequences.shape[1] + 2), np.int64)
+        language_ids[:, 0] = self._language.cls_id
+        language_ids[:, 1:-1] = sequences
+        language_ids[:, -1] = self._language.sep_id
+        return language_ids
+
+
+def pack_clip_blocks(
+    flat: np.ndarray, offsets: np.ndarray, *, start_id: int, end_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lays ragged CLIP texts out in blocks of 77: start, at most 75 ids, end, zeros.
+
+    Args:
+        flat: uint16 [total], the ids of all texts one after the other; an id 0 among them is a word like any
+            other.
+        offsets: int64 [b + 1]; text i is flat[offsets[i]:offsets[i + 1]] and has at least one id.
+        start_id: id of the start token.
+        end_id: id of the end token.
+
+    Returns:
+        (clip_ids int64 [b, N, 77], clip_lengths int64 [b, N]): N blocks hold the longest text; a length
+        counts start and end, and is 0 for the trailing blocks that a text does not need.
+    """
+    counts = np.diff(offsets)
+    blocks = max(1, -(-int(counts.max(initial=0)) // CLIP_CONTENT))
+    content = np.zeros((len(counts), blocks * CLIP_CONTENT), np.int64)
+    content[np.arange(blocks * CLIP_CONTENT) < counts[:, None]] = flat
+    inside = np.clip(counts[:, None] - np.arange(blocks) * CLIP_CONTENT, 0, CLIP_CONTENT)  # [b, N]
+    used = inside > 0
+    clip_ids = np.zeros((len(counts), blocks, CLIP_LENGTH), np.int64)
+    clip_ids[:, :, 1:-1] = content.reshape(len(counts), blocks, CLIP_CONTENT)
+    clip_ids[:, :, 0] = np.where(used, start_id, 0)
+    row, block = np.nonzero(used)
+    clip_ids[row, block, inside[row, block] + 1] = end_id
+    return clip_ids, np.where(used, inside + 2, 0)

@@ -1,0 +1,145 @@
+"""Which samples make a global batch: a pure function of (seed, step), the same at any world size.
+
+The consumed samples, counted over all epochs, are the only position there is: step * global_batch. Any rank
+finds its part of any step at once, so that continuing a run, also at another world size, needs nothing but
+the step.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from xdscale.data.hashing import MAX_EPOCH, MAX_SAMPLES
+from xdscale.data.permutation import permute
+from xdscale.errors import XdscaleError
+
+VALIDATION_EPOCH = MAX_EPOCH
+"""Epoch number of every validation draw: no training epoch has it and the masks of a sample never change."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the stream stands: the epoch and the index of the next sample within it."""
+
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Slots:
+    """One micro-batch of one rank.
+
+    Attributes:
+        epochs: int64 [b].
+        sample_ids: int64 [b].
+        real: bool [b]; False marks a padding slot, which repeats some sample with weight zero.
+    """
+
+    epochs: np.ndarray
+    sample_ids: np.ndarray
+    real: np.ndarray
+
+
+class Stream:
+    """The training stream of one rank."""
+
+    def __init__(
+        self, size: int, *, seed: int, global_batch: int, world_size: int, rank: int, micro_batch: int
+    ) -> None:
+        """Sets the stream up; nothing is read or shuffled.
+
+        Args:
+            size: samples per epoch.
+            seed: of the shuffle, below 2**32.
+            global_batch: samples per step over all ranks; need not be divisible by anything.
+            world_size: number of ranks.
+            rank: this one.
+            micro_batch: samples per forward of one rank.
+
+        Raises:
+            XdscaleError: the split is empty or holds more than 2**32 samples.
+        """
+        _check_size(size)
+        self.size = size
+        self.seed = seed
+        self.global_batch = global_batch
+        self._slot_index, self._real = _rank_slots(global_batch, world_size, rank, micro_batch)
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Forwards per step, the same on all ranks: ceil(global_batch / (world_size * micro_batch))."""
+        return len(self._slot_index)
+
+    def position(self, step: int) -> Position:
+        """Returns the position before `step` (steps count from 0)."""
+        epoch, index = divmod(step * self.global_batch, self.size)
+        return Position(epoch, index)
+
+    def global_batch_ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (epochs, sample ids), each int64 [global_batch]: what all ranks together see in `step`."""
+        return self._locate(step, np.arange(self.global_batch))
+
+    def slots(self, step: int) -> list[Slots]:
+        """Returns this rank's micro-batches of `step`.
+
+        Slot (m, rank, j) of the step holds sample m * world_size * micro_batch + rank * micro_batch + j of
+        the global batch. Slots beyond its end are padding.
+        """
+        epochs, sample_ids = self._locate(step, self._slot_index.reshape(-1))
+        shape = self._slot_index.shape
+        return [Slots(*part) for part in zip(epochs.reshape(shape), sample_ids.reshape(shape), self._real)]
+
+    def _locate(self, step: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (epochs, sample ids) of places in the global batch of `step`, in any order."""
+        start = self.position(step)
+        laps, index = np.divmod(start.index + places, self.size)
+        epochs = start.epoch + laps
+        sample_ids = np.empty_like(index)
+        for epoch in np.unique(epochs):  # one, or two at an epoch border, unless the batch exceeds the data
+            here = epochs == epoch
+            sample_ids[here] = permute(index[here], self.size, seed=self.seed, epoch=int(epoch))
+        return epochs, sample_ids
+
+
+def validation_slots(size: int, limit: int, world_size: int, rank: int, micro_batch: int) -> list[Slots]:
+    """Returns one rank's share of the validation samples 0 .. min(limit, size) - 1, in fixed order.
+
+    All ranks together see each of them once; padding gives every rank the same number of micro-batches.
+
+    Args:
+        size: samples in the validation split.
+        limit: most samples to use.
+        world_size: number of ranks.
+        rank: this one.
+        micro_batch: samples per forward of one rank.
+
+    Raises:
+        XdscaleError: the split is empty or holds more than 2**32 samples.
+    """
+    _check_size(size)
+    index, real = _rank_slots(min(limit, size), world_size, rank, micro_batch)
+    epochs = np.full(micro_batch, VALIDATION_EPOCH, np.int64)
+    return [Slots(epochs, *part) for part in zip(index, real)]
+
+
+def sample_hash(epochs: np.ndarray, sample_ids: np.ndarray) -> str:
+    """Returns 16 hex digits that stand for a global batch: which samples, of which epochs, in which order."""
+    digest = hashlib.sha256(np.stack([epochs, sample_ids]).astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _rank_slots(total: int, world_size: int, rank: int, micro_batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (place in the batch int64, real bool), each [micro-batches, micro_batch]."""
+    per_round = world_size * micro_batch
+    rounds = -(-total // per_round)
+    place = np.arange(rounds)[:, None] * per_round + rank * micro_batch + np.arange(micro_batch)
+    return place % total, place < total
+
+
+def _check_size(size: int) -> None:
+    if not 1 <= size <= MAX_SAMPLES:
+        raise XdscaleError(
+            f"the split holds {size} samples; expected 1 to {MAX_SAMPLES}: build shards from more text, "
+            "or from less with a longer sequence length"
+        )

@@ -1,0 +1,217 @@
+"""DeepSpeed configuration files: how a recipe is computed, checked before DeepSpeed sees them.
+
+DeepSpeed ignores a top-level key that it does not know (a misspelt `zero_optimization` trains unsharded), so every
+key is checked here. `"auto"` is filled from the recipe; a value that contradicts the recipe is an error.
+"""
+
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from xdscale.errors import XdscaleError
+from xdscale.recipe import Recipe, describe_validation_error
+
+AUTO = "auto"
+
+KNOWN_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "bf16",
+    "fp16",
+    "data_types",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "steps_per_print",
+    "disable_python_gc",
+)
+
+REFUSED_KEYS = {
+    "scheduler": "the learning rate follows the recipe (optim.learning_rate, optim.warmup_ratio)",
+    "tensorboard": "xdscale writes TensorBoard files to the run folder itself",
+    "wandb": "xdscale writes TensorBoard files to the run folder itself",
+    "csv_monitor": "xdscale writes log.jsonl to the run folder itself",
+    "checkpoint": "checkpoints follow the recipe (training.checkpoint_every, training.keep_checkpoints)",
+}
+
+_SECTION_KEYS = {
+    "data_types": ("grad_accum_dtype",),
+    "activation_checkpointing": ("enabled",),
+    "optimizer": ("type", "params"),
+}
+
+
+def read_ds_config(name: str) -> dict[str, Any]:
+    """Reads a DeepSpeed JSON file and checks the names of its keys.
+
+    Args:
+        name: path of the file.
+
+    Returns:
+        The values as they stand in the file.
+
+    Raises:
+        XdscaleError: no such file, not JSON, a key given twice, an unknown key (the nearest right one is named) or
+            a key whose job the recipe has.
+    """
+    path = Path(name)
+    if not path.is_file():
+        raise XdscaleError(f"{name}: no such DeepSpeed config; those that ship are in ds_configs/")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(name))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise XdscaleError(f"{name}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise XdscaleError(f"{name}: expected a JSON object, found {type(values).__name__}")
+    for key in values:
+        if key in REFUSED_KEYS:
+            raise XdscaleError(f"{name}: {key!r} does not belong here: {REFUSED_KEYS[key]}; remove it")
+        _require_known(name, "", key, KNOWN_KEYS)
+    for section, keys in _SECTION_KEYS.items():
+        for key in _section(name, values, section):
+            _require_known(name, f"{section}.", key, keys)
+    return values
+
+
+def check_sections(name: str, values: dict[str, Any]) -> None:
+    """Checks the inside of the sections that DeepSpeed itself defines, with DeepSpeed's own classes.
+
+    Imports DeepSpeed, which takes seconds: the training entry point calls this, light commands do not.
+
+    Args:
+        name: the file, for messages.
+        values: what `read_ds_config` returned.
+
+    Raises:
+        XdscaleError: an unknown key or a value of the wrong type.
+    """
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    classes: dict[str, type[BaseModel]] = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "comms_logger": CommsLoggerConfig,
+    }
+    for section, model in classes.items():
+        body = _section(name, values, section)
+        try:
+            model(**body)
+        except ValidationError as error:
+            raise XdscaleError(describe_validation_error(f"{name}: {section}", error, model)) from None
+
+
+def resolve_ds_config(name: str, values: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """Fills `"auto"` from the recipe and refuses contradictions.
+
+    Args:
+        name: the file, for messages.
+        values: what `read_ds_config` returned.
+        recipe: the recipe to be trained.
+        world_size: number of ranks.
+
+    Returns:
+        The complete DeepSpeed configuration. The accumulation steps cover the recipe's global batch; when it does
+        not divide by ranks × micro-batch, the stream pads with zero-weight samples.
+
+    Raises:
+        XdscaleError: the micro-batch is missing, or the same quantity has different values in both files.
+    """
+    micro_batch = values.get("train_micro_batch_size_per_gpu")
+    if not isinstance(micro_batch, int) or micro_batch < 1:
+        raise XdscaleError(f"{name}: train_micro_batch_size_per_gpu = {micro_batch!r}: expected a whole number >= 1")
+    accumulation = math.ceil(recipe.training.global_batch / (world_size * micro_batch))
+    needed = f"training.global_batch {recipe.training.global_batch} / ({world_size} ranks × micro-batch {micro_batch})"
+    _agree(name, values, "train_batch_size", recipe.training.global_batch, "training.global_batch")
+    _agree(name, values, "gradient_accumulation_steps", accumulation, needed)
+    _agree(name, values, "gradient_clipping", recipe.optim.gradient_clipping, "optim.gradient_clipping")
+    _check_optimizer(name, values, recipe)
+    resolved = {key: value for key, value in values.items() if key not in ("optimizer", "train_batch_size")}
+    resolved |= {
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optim.gradient_clipping,
+        # DeepSpeed's own console line says less than our progress line.
+        "steps_per_print": values.get("steps_per_print", 2**31),
+    }
+    return resolved
+
+
+def zero_stage(values: dict[str, Any]) -> int:
+    """Returns the ZeRO stage, 0 to 3."""
+    return values.get("zero_optimization", {}).get("stage", 0)
+
+
+def precision(values: dict[str, Any]) -> str:
+    """Returns `fp32`, `bf16` or `fp16`."""
+    enabled = [kind for kind in ("bf16", "fp16") if values.get(kind, {}).get("enabled")]
+    return enabled[0] if enabled else "fp32"
+
+
+def activation_checkpointing(values: dict[str, Any]) -> bool:
+    """Returns whether layers are recomputed in the backward pass instead of keeping their activations."""
+    return bool(values.get("activation_checkpointing", {}).get("enabled", False))
+
+
+def _refuse_duplicates(name: str) -> Any:
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise XdscaleError(f"{name}: key given twice: {', '.join(sorted(twice))}")
+        return dict(pairs)
+
+    return build
+
+
+def _section(name: str, values: dict[str, Any], section: str) -> dict[str, Any]:
+    body = values.get(section, {})
+    if not isinstance(body, dict):
+        raise XdscaleError(f"{name}: {section} = {body!r}: expected a JSON object")
+    return body
+
+
+def _require_known(name: str, prefix: str, key: str, known: tuple[str, ...]) -> None:
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    raise XdscaleError(f"{name}: unknown key '{prefix}{key}'; {hint}")
+
+
+def _agree(name: str, values: dict[str, Any], key: str, wanted: float, source: str) -> None:
+    found = values.get(key, AUTO)
+    if found != AUTO and found != wanted:
+        raise XdscaleError(
+            f'{name}: {key} = {found!r} contradicts the recipe: {source} gives {wanted}; write "auto" or remove it'
+        )
+
+
+def _check_optimizer(name: str, values: dict[str, Any], recipe: Recipe) -> None:
+    optimizer = _section(name, values, "optimizer")
+    _agree(name, {"optimizer.type": optimizer.get("type", AUTO)}, "optimizer.type", "AdamW", "optim")
+    wanted = {
+        "lr": ("optim.learning_rate", recipe.optim.learning_rate),
+        "betas": ("optim.betas", list(recipe.optim.betas)),
+        "eps": ("optim.eps", recipe.optim.eps),
+        "weight_decay": ("optim.weight_decay", recipe.optim.weight_decay),
+    }
+    for key, found in optimizer.get("params", {}).items():
+        _require_known(name, "optimizer.params.", key, tuple(wanted))
+        source, value = wanted[key]
+        _agree(name, {f"optimizer.params.{key}": found}, f"optimizer.params.{key}", value, source)

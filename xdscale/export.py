@@ -1,0 +1,147 @@
+"""From a run to Hugging Face folders: the adapted language encoder, and the full cross-modal model."""
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xdscale.errors import XdscaleError
+from xdscale.recipe import Language, Recipe
+
+LANGUAGE_PREFIX = "model.language."
+FULL_MODEL = "cross_modal"
+
+
+def save_language_files(spec: Language, folder: Path) -> None:
+    """Keeps the language encoder's config and tokenizer with the run, so that exporting needs no original.
+
+    Args:
+        spec: the recipe's language encoder.
+        folder: the run's `language` folder.
+    """
+    from xdscale.pretrained import language_config, tokenizer_folder
+
+    folder.mkdir(parents=True, exist_ok=True)
+    language_config(spec).save_pretrained(folder)
+    source = tokenizer_folder(spec)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def export_run(run: Path, out: Path, *, step: int | None = None) -> str:
+    """Exports a run's checkpoint.
+
+    `OUT` is a Hugging Face folder: `AutoModel.from_pretrained(OUT)` gives the adapted language encoder with exactly
+    the original's parameters. `OUT/cross_modal` holds the full model: safetensors (fp32) and the recipe it was built
+    from.
+
+    Args:
+        run: the run folder.
+        out: a folder that does not exist yet, or is empty.
+        step: whose checkpoint; None for the newest undamaged one.
+
+    Returns:
+        One line that says what was exported.
+
+    Raises:
+        XdscaleError: no such run or checkpoint, a damaged checkpoint (the file is named), or `out` is in use.
+    """
+    recipe = _read_recipe(run)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise XdscaleError(f"{out}: exists and is not an empty folder; choose another one for the export")
+    checkpoint = _choose_checkpoint(run, step)
+    state = consolidated_state(checkpoint)
+    aside = out.with_name(out.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    parameters = _export_language(run / "language", state, aside)
+    _export_full_model(recipe, state, aside / FULL_MODEL)
+    if out.exists():
+        out.rmdir()
+    aside.rename(out)
+    return f"{out}: language encoder of {checkpoint.name} ({parameters:,} parameters), full model in {out / FULL_MODEL}"
+
+
+def consolidated_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns the fp32 weights of a checkpoint, put together from all ranks' files.
+
+    Tied weights appear under each of their names and share storage.
+
+    Args:
+        checkpoint: a published checkpoint of any ZeRO stage; its checksums must have been verified, since DeepSpeed's
+            files are pickles.
+    """
+    import torch
+
+    from xdscale.training.checkpoint import read_position
+
+    position = read_position(checkpoint)
+    if position.zero_stage == 0 and position.precision == "fp32":
+        saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        return saved["module"]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+
+
+def _read_recipe(run: Path) -> Recipe:
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise XdscaleError(f"{run}: not a run folder (no recipe.yaml); give the recipe's output.folder")
+    return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def _choose_checkpoint(run: Path, step: int | None) -> Path:
+    from xdscale.training.checkpoint import checkpoint_name, damage, find_checkpoint, list_checkpoints
+    from xdscale.training.distributed import Ranks
+
+    folder = run / "checkpoints"
+    if step is None:
+        found = find_checkpoint(folder, Ranks(0, 1, 0))
+        if found is None:
+            raise XdscaleError(f"{run}: has no checkpoint yet")
+        return found
+    found = folder / checkpoint_name(step)
+    if not found.is_dir():
+        steps = ", ".join(str(int(path.name[5:])) for path in list_checkpoints(folder)) or "none"
+        raise XdscaleError(f"{run}: no checkpoint of step {step}; there are: {steps}")
+    problems = damage(found)
+    if problems:
+        raise XdscaleError(f"{found}: damaged: {'; '.join(problems)}")
+    return found
+
+
+def _export_language(source: Path, state: dict[str, Any], out: Path) -> int:
+    from transformers import AutoConfig, AutoModel
+
+    for path in source.iterdir():
+        shutil.copyfile(path, out / path.name)
+    model = AutoModel.from_config(AutoConfig.from_pretrained(source))
+    weights = {
+        name.removeprefix(LANGUAGE_PREFIX): value for name, value in state.items() if name.startswith(LANGUAGE_PREFIX)
+    }
+    model.load_state_dict(weights, strict=True)
+    model.save_pretrained(out)
+    return sum(value.numel() for value in model.parameters())
+
+
+def _export_full_model(recipe: Recipe, state: dict[str, Any], out: Path) -> None:
+    from safetensors.torch import save_file
+
+    out.mkdir()
+    unique, seen, tied = {}, {}, {}
+    for name, value in state.items():
+        if value.data_ptr() in seen and value.shape == unique[seen[value.data_ptr()]].shape:
+            tied[name] = seen[value.data_ptr()]
+        else:
+            seen[value.data_ptr()] = name
+            unique[name] = value.contiguous()
+    save_file(unique, out / "model.safetensors", metadata={"format": "pt"})
+    config = {"recipe": recipe.model_dump(mode="json"), "tied_weights": tied}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Neural network modules: shapes in, shapes out."""

@@ -1,0 +1,43 @@
+"""Names of files: plain paths, and files inside installed packages."""
+
+import importlib.util
+from pathlib import Path
+
+from xdscale.errors import XdscaleError
+
+PACKAGE_PREFIX = "package:"
+
+
+def resolve_path(name: str, *, base: Path | None = None) -> Path:
+    """Returns the existing file or folder that `name` stands for.
+
+    Args:
+        name: a path (`~` is expanded), or `package:NAME/inner/path` for a file shipped in an installed
+            package. The package is located, never imported, so none of its code runs.
+        base: folder against which a relative path is tried when it does not exist in the working folder.
+
+    Raises:
+        XdscaleError: the package is not installed or nothing exists under that name.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        return _inside_package(name)
+    path = Path(name).expanduser()
+    if not path.exists() and base is not None and not path.is_absolute():
+        path = base / path
+    if not path.exists():
+        raise XdscaleError(f"{name}: no such file or folder")
+    return path
+
+
+def _inside_package(name: str) -> Path:
+    package, _, inner = name.removeprefix(PACKAGE_PREFIX).partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise XdscaleError(
+            f"{name}: the package {package!r} is not installed; install the demo's packages "
+            "with 'pip install -e .[demo]' and scripts/demo-requirements.txt"
+        )
+    path = Path(spec.submodule_search_locations[0]) / inner
+    if not path.exists():
+        raise XdscaleError(f"{name}: {path} does not exist in the installed package {package!r}")
+    return path

@@ -1,0 +1,85 @@
+"""Parameter counts of a recipe's model, part by part (spec xdbert §2.5, paper table 6)."""
+
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from xdscale import recipe
+from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation
+
+
+class Row(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        part: what is counted.
+        parameters: how many it has; tied decoder weights count once, with the embedding they share.
+        total: whether this line sums up lines above it.
+    """
+
+    part: str
+    parameters: int
+    total: bool = False
+
+
+def parameter_table(spec: recipe.Recipe) -> list[Row]:
+    """Counts parameters without allocating any: the model is built on the meta device, without weights.
+
+    Raises:
+        XdscaleError: an architecture is neither known nor in a local folder, or cannot be built.
+    """
+    bare = spec.model_copy(deep=True, update={"model": _without_weights(spec.model)})
+    with torch.device("meta"):
+        adaptation = build_adaptation(bare)
+    model = adaptation.model
+    layers = spec.model.cross_layers
+    projection = _count(model.clip) - _count(model.clip.tower) + model.clip.tower.text_projection.numel()
+    rows = [
+        Row(f"language model, {spec.model.language.name}", _count(model.language)),
+        Row(f"CLIP text transformer, {spec.model.clip.name}", _count(model.clip) - projection),
+        Row("text_projection + logit_scale", projection),
+        Row("one cross-modal layer", _count(model.layers[0])),
+        Row(f"model with {layers} cross-modal layer{'s' if layers > 1 else ''}", _count(model), total=True),
+    ]
+    rows += _head_rows(adaptation)
+    rows.append(Row("model during adaptation", _count(adaptation), total=True))
+    return rows
+
+
+def print_parameters(spec: recipe.Recipe) -> None:
+    """Prints `parameter_table` for people.
+
+    Raises:
+        XdscaleError: as `parameter_table`.
+    """
+    table = Table(caption="decoders of the token heads are tied to the embeddings and counted once")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    for row in parameter_table(spec):
+        table.add_row(row.part, f"{row.parameters:,}", style="bold" if row.total else None, end_section=row.total)
+    Console().print(table)
+
+
+def _without_weights(model: recipe.Model) -> recipe.Model:
+    return model.model_copy(
+        update={
+            "language": model.language.model_copy(update={"weights": "random"}),
+            "clip": model.clip.model_copy(update={"weights": "random"}),
+        }
+    )
+
+
+def _head_rows(adaptation: XDBERTAdaptation) -> list[Row]:
+    heads = (
+        ("masked-LM head", adaptation.mlm),
+        ("MATCH head", adaptation.match),
+        ("CLIP token head", adaptation.clip_tokens),
+    )
+    return [Row(name, _count(head, tied="decoder_weight")) for name, head in heads if head is not None]
+
+
+def _count(module: nn.Module, *, tied: str = "") -> int:
+    return sum(parameter.numel() for name, parameter in module.named_parameters() if name != tied)

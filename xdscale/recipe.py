@@ -1,0 +1,260 @@
+"""Recipes: the science of an experiment, as validated YAML.
+
+A recipe decides the result (model, tasks, data, optimiser, schedule). How it is computed (precision, sharding,
+micro-batch) stands in a DeepSpeed JSON file: see `xdscale.ds_config`.
+"""
+
+import difflib
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xdscale.errors import XdscaleError
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    """A group of recipe keys; unknown keys are refused and values are never changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Language(Section):
+    """The language encoder: BERT or ELECTRA, through transformers."""
+
+    name: str = Field(description="known architecture, hub name, local folder or package:NAME/folder")
+    weights: Literal["pretrained", "random"] = "pretrained"
+    sha256: str | None = Field(None, description="expected SHA-256 of the weights file, checked before loading")
+
+
+class Clip(Section):
+    """The CLIP text tower, through open_clip."""
+
+    name: str = Field(description="open_clip architecture, or a JSON file in open_clip's model-config format")
+    weights: str = Field("openai", description="open_clip pretrained tag, a weights file, or 'random'")
+
+
+class Model(Section):
+    """Spec xdbert §2: language encoder, CLIP-T and the cross-modal layers between them."""
+
+    language: Language
+    clip: Clip
+    cross_layers: int = Field(2, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1, description="language encoder and cross-modal layers; CLIP-T has none")
+
+
+class MaskedLM(Section):
+    """Paper §2.3.1; rates of Devlin et al.: 15 % selected, of which 80 % [MASK], 10 % random, 10 % kept."""
+
+    weight: float = Field(1.0, gt=0)
+    select: float = Field(0.15, gt=0, lt=1)
+    mask: float = Field(0.8, ge=0, le=1)
+    random: float = Field(0.1, ge=0, le=1)
+
+
+class Match(Section):
+    """Paper §2.3.2: are the two texts the same? `mismatch` is the share of pairs that are not."""
+
+    weight: float = Field(1.0, gt=0)
+    mismatch: float = Field(0.5, gt=0, lt=1)
+
+
+class ClipTokens(Section):
+    """Paper §2.3.3: name the CLIP token at 15 % of the CLIP positions, input unchanged."""
+
+    weight: float = Field(1.0, gt=0)
+    select: float = Field(0.15, gt=0, lt=1)
+
+
+class Tasks(Section):
+    """The objectives that are on; `null` switches one off (Table 3's ablations)."""
+
+    mlm: MaskedLM | None = MaskedLM()
+    match: Match | None = Match()
+    clip_tokens: ClipTokens | None = ClipTokens()
+
+    def weights(self) -> dict[str, float]:
+        """Returns the weight of each objective that is on, by name."""
+        terms = {"mlm": self.mlm, "match": self.match, "clip_tokens": self.clip_tokens}
+        return {name: term.weight for name, term in terms.items() if term is not None}
+
+
+class Data(Section):
+    """Where the shards are."""
+
+    shards: str = Field(description="folder written by 'xdscale shards build'")
+    verify: bool = Field(True, description="check every shard's SHA-256 before the first step")
+
+
+class Optim(Section):
+    """AdamW, linear warm-up, linear decay to 0 (spec xdbert §5.1)."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="on all parameters, as the released code does")
+    warmup_ratio: float = Field(0.05, ge=0, le=1)
+    gradient_clipping: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+
+class Training(Section):
+    """How long, how much at once, and what happens in between."""
+
+    steps: int = Field(ge=1)
+    global_batch: int = Field(ge=1, description="sequences per optimiser step, over all ranks")
+    seed: int = Field(0, ge=0, lt=2**32)
+    eval_every: int = Field(100, ge=1, description="steps between validations; one also before and after")
+    eval_samples: int = Field(512, ge=1, description="held-out sequences per validation, at most")
+    checkpoint_every: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(3, ge=1)
+    stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows steps")
+
+
+class Output(Section):
+    """Where the run is written."""
+
+    folder: str
+
+
+class Recipe(Section):
+    """Everything that decides the result of a run."""
+
+    model: Model
+    tasks: Tasks = Tasks()
+    data: Data
+    optim: Optim = Optim()
+    training: Training
+    output: Output
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what must be equal for a run to be continued: all but where, how often and how far at once."""
+        values = self.model_dump(mode="json")
+        del values["output"]
+        for key in ("eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints", "stop_at_step"):
+            del values["training"][key]
+        return values
+
+    def to_yaml(self) -> str:
+        """Returns the recipe with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def shipped_recipes() -> list[str]:
+    """Returns the names of the recipes that come with xdscale."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe and applies overrides.
+
+    Args:
+        name: a YAML file, or the name of a shipped recipe.
+        overrides: `section.key=value` items; the value is read as YAML.
+
+    Raises:
+        XdscaleError: no such recipe, not YAML, an unknown key (the nearest right one is named) or a bad value.
+    """
+    path = _recipe_path(name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise XdscaleError(f"{path}: not a YAML recipe: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise XdscaleError(f"{path}: expected the sections {', '.join(Recipe.model_fields)}, found {values!r}")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise XdscaleError(describe_validation_error(str(path), error, Recipe)) from None
+    _check_consistency(recipe, path)
+    return recipe
+
+
+def describe_validation_error(source: str, error: ValidationError, model: type[BaseModel]) -> str:
+    """Returns one line per problem: file, key, what was found, what was expected, the nearest right name.
+
+    Args:
+        source: the file that held the values.
+        error: what pydantic found.
+        model: the class that was validated, from which near names are taken.
+    """
+    problems = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        key = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(model, location[:-1])
+            near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            problems.append(f"{source}: unknown key {key!r}; {hint}")
+        elif item["type"] == "missing":
+            problems.append(f"{source}: {key!r} is missing")
+        else:
+            problems.append(f"{source}: {key} = {item['input']!r}: {item['msg']}")
+    return "\n".join(problems)
+
+
+def _recipe_path(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    near = difflib.get_close_matches(name, shipped_recipes(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "'xdscale recipes' lists those that ship"
+    raise XdscaleError(f"{name}: no such recipe file or shipped recipe; {hint}")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise XdscaleError(f"{override!r}: an override has the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise XdscaleError(f"{override!r}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        value = _number_if_scientific(value)
+    *sections, last = key.split(".")
+    target = values
+    for section in sections:
+        if not isinstance(target.get(section), dict):
+            target[section] = {}
+        target = target[section]
+    target[last] = value
+
+
+def _number_if_scientific(text: str) -> str | float:
+    """Reads `5e-5`, which YAML 1.1 takes for a string, as the number everybody means."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
+    for part in location:
+        if part not in model.model_fields:
+            return []
+        model = _model_class(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _model_class(annotation: Any) -> type[BaseModel]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(arg for arg in get_args(annotation) if arg is not types.NoneType)
+    return annotation
+
+
+def _check_consistency(recipe: Recipe, path: Path) -> None:
+    if not recipe.tasks.weights():
+        raise XdscaleError(f"{path}: tasks: every objective is off; keep at least one of mlm, match, clip_tokens")
+    mlm = recipe.tasks.mlm
+    if mlm is not None and mlm.mask + mlm.random > 1:
+        raise XdscaleError(f"{path}: tasks.mlm: mask {mlm.mask} + random {mlm.random} is more than 1")

@@ -1,0 +1,1 @@
+"""Published sets of training objectives, one file each."""

@@ -1,0 +1,66 @@
+"""Matrix-multiplication FLOPs of XDBERT's parts, on the positions that are computed (padding included).
+
+A multiply-add counts as two. Biases, norms, softmax and embedding look-ups are left out, as is usual for
+model FLOPs utilisation. All functions give the forward pass; a training step costs three times that, since
+each product has two more of its size in the backward pass. What activation checkpointing computes again does
+not count.
+"""
+
+from transformers import PretrainedConfig
+
+from xdscale.models.clip_text import CLIPTextEncoder
+
+
+def language_flops(config: PretrainedConfig, batch: int, length: int) -> int:
+    """Returns the FLOPs of a BERT or ELECTRA encoder, without BERT's pooler."""
+    size, tokens = config.hidden_size, batch * length
+    layer = self_attention_flops(size, batch, length) + feed_forward_flops(size, config.intermediate_size, tokens)
+    embedding_size = getattr(config, "embedding_size", size)
+    project = 2 * tokens * embedding_size * size if embedding_size != size else 0
+    return project + config.num_hidden_layers * layer
+
+
+def clip_flops(encoder: CLIPTextEncoder, blocks: int) -> int:
+    """Returns the FLOPs of CLIP's text tower for so many blocks of 77; its causal mask saves nothing."""
+    tower, length = encoder.tower, encoder.context_length
+    tokens = blocks * length
+    hidden = tower.transformer.resblocks[0].mlp.c_fc.out_features
+    layer = self_attention_flops(tower.width, blocks, length) + feed_forward_flops(tower.width, hidden, tokens)
+    return tower.transformer.layers * layer + 2 * tokens * tower.width * tower.output_dim
+
+
+def cross_layer_flops(
+    language_size: int, clip_size: int, intermediate_size: int, batch: int, length: int, clip_length: int
+) -> int:
+    """Returns the FLOPs of one cross-modal layer."""
+    flops = 0
+    streams = (
+        (language_size, length, clip_size, clip_length),
+        (clip_size, clip_length, language_size, length),
+    )
+    for size, positions, context_size, context_positions in streams:
+        projections = 4 * batch * (positions * size * size + context_positions * context_size * size)
+        flops += projections + 4 * batch * positions * context_positions * size
+        flops += self_attention_flops(size, batch, positions)
+        flops += feed_forward_flops(size, intermediate_size, batch * positions)
+    return flops
+
+
+def self_attention_flops(size: int, batch: int, length: int) -> int:
+    """Returns the FLOPs of the four projections, the scores and the weighted sum."""
+    return 8 * batch * length * size * size + 4 * batch * length * length * size
+
+
+def feed_forward_flops(size: int, intermediate_size: int, tokens: int) -> int:
+    """Returns the FLOPs of the two projections."""
+    return 4 * tokens * size * intermediate_size
+
+
+def masked_token_flops(size: int, embedding_size: int, vocabulary: int, labelled: int) -> int:
+    """Returns the FLOPs of a masked-token head on its labelled positions."""
+    return 2 * labelled * embedding_size * (size + vocabulary)
+
+
+def match_flops(size: int, batch: int) -> int:
+    """Returns the FLOPs of the MATCH head."""
+    return 2 * batch * size * (size + 2)

@@ -1,0 +1,180 @@
+"""XDBERT's adaptation: MLM + MATCH + CLIP token classification, cross-modally (spec xdbert §2.4, §3)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from xdscale import recipe
+from xdscale.errors import XdscaleError
+from xdscale.models.cross_modal import CrossModalLayer
+from xdscale.models.xdbert import XDBERT
+from xdscale.pretrained import clip_config, language_config, load_clip_text_tower, load_language_encoder
+from xdscale.pretrained import tokenizer_folder as own_tokenizer_folder
+from xdscale.shards.language import load_language_tokenizer
+from xdscale.shards.manifest import Manifest
+from xdscale.tasks import flops
+from xdscale.tasks.heads import MaskedTokenHead, MatchHead
+
+
+class XDBERTAdaptation(nn.Module):
+    """The cross-modal encoder with the heads of the objectives that are on.
+
+    Attributes:
+        model: the encoder.
+        mlm: masked-LM head, tied to the language encoder's word embedding; None when off.
+        match: same-text head; None when off.
+        clip_tokens: CLIP token head, tied to CLIP's token embedding; None when off.
+    """
+
+    def __init__(self, model: XDBERT, tasks: recipe.Tasks) -> None:
+        super().__init__()
+        config, clip = model.language.config, model.clip
+        self.model = model
+        self.mlm = None
+        if tasks.mlm is not None:
+            self.mlm = MaskedTokenHead(config.hidden_size, model.language.get_input_embeddings().weight)
+        self.match = MatchHead(config.hidden_size) if tasks.match is not None else None
+        self.clip_tokens = None
+        if tasks.clip_tokens is not None:
+            self.clip_tokens = MaskedTokenHead(clip.output_size, clip.tower.token_embedding.weight)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Trades a second forward pass of the encoder for its activations; the result stays the same."""
+        self.model.enable_activation_checkpointing()
+
+    def forward(
+        self, batch: Mapping[str, torch.Tensor], return_attention: bool = False
+    ) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Computes the summed loss of each objective.
+
+        Args:
+            batch: the arrays of `xdscale.data.collate.Batch` as int64 tensors: language_ids [b, S],
+                clip_ids [b, N, 77], clip_lengths [b, N], and for the objectives that are on
+                masked_lm_positions and masked_lm_labels [m], match_labels [b] (-1: no target),
+                clip_positions and clip_labels [c].
+            return_attention: add an entry "attention_maps": for each cross-modal layer the first sample's
+                weights from language to CLIP positions, averaged over heads, fp32 [S, N * 77].
+
+        Returns:
+            For each of "mlm", "match", "clip_tokens" that is on: the loss summed over targets (fp32 scalar)
+            and the number of right predictions (int64 scalar). Without targets the loss is 0 and still has
+            (zero) gradients, so every rank runs the same collectives.
+        """
+        language, clip, *maps = self.model(
+            batch["language_ids"],
+            batch["clip_ids"],
+            batch["clip_lengths"],
+            return_attention=return_attention,
+        )  # [b, S, H], [b, N * 77, D]
+        terms: dict[str, tuple[torch.Tensor, ...]] = {}
+        if self.mlm is not None:
+            terms["mlm"] = self.mlm(language, batch["masked_lm_positions"], batch["masked_lm_labels"])
+        if self.match is not None:
+            terms["match"] = self.match(language, batch["match_labels"])
+        if self.clip_tokens is not None:
+            terms["clip_tokens"] = self.clip_tokens(clip, batch["clip_positions"], batch["clip_labels"])
+        if return_attention:
+            terms["attention_maps"] = tuple(maps[0])
+        return terms
+
+    def flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Returns the matrix-multiplication FLOPs of forward and backward for one micro-batch.
+
+        Args:
+            shapes: of the batch's arrays, by name.
+        """
+        config, encoder = self.model.language.config, self.model.clip
+        batch, length = shapes["language_ids"]
+        blocks = shapes["clip_ids"][1]
+        size, clip_size = config.hidden_size, encoder.output_size
+        total = flops.language_flops(config, batch, length) + flops.clip_flops(encoder, batch * blocks)
+        total += len(self.model.layers) * flops.cross_layer_flops(
+            size, clip_size, config.intermediate_size, batch, length, blocks * encoder.context_length
+        )
+        if self.mlm is not None:
+            labelled = shapes["masked_lm_positions"][0]
+            embedding_size = self.mlm.transform.out_features
+            total += flops.masked_token_flops(size, embedding_size, config.vocab_size, labelled)
+        if self.match is not None:
+            total += flops.match_flops(size, batch)
+        if self.clip_tokens is not None:
+            tower, labelled = encoder.tower, shapes["clip_positions"][0]
+            total += flops.masked_token_flops(clip_size, tower.width, tower.vocab_size, labelled)
+        return 3 * total
+
+
+def build_model(spec: recipe.Model) -> XDBERT:
+    """Builds the cross-modal encoder of a recipe's `model` section.
+
+    Raises:
+        XdscaleError: an encoder cannot be built or its weights cannot be loaded (see `xdscale.pretrained`).
+    """
+    language = load_language_encoder(spec.language, dropout=spec.dropout)
+    clip = load_clip_text_tower(spec.clip)
+    config = language.config
+    layers = [
+        CrossModalLayer(
+            config.hidden_size,
+            clip.output_size,
+            config.num_attention_heads,
+            clip.tower.heads,
+            config.intermediate_size,
+            spec.dropout,
+        )
+        for _ in range(spec.cross_layers)
+    ]
+    return XDBERT(language, clip, layers)
+
+
+def build_adaptation(spec: recipe.Recipe) -> XDBERTAdaptation:
+    """Builds the model and the heads of a recipe.
+
+    New parts take their values from torch's global generator: seed it before, alike on all ranks.
+
+    Raises:
+        XdscaleError: as `build_model`.
+    """
+    return XDBERTAdaptation(build_model(spec.model), spec.tasks)
+
+
+def check_shards(spec: recipe.Model, manifest: Manifest) -> None:
+    """Checks that shards and model fit, before any weights are loaded.
+
+    Raises:
+        XdscaleError: sequences longer than the encoder's positions, or shards made with another tokenizer.
+    """
+    build, config = manifest.build, language_config(spec.language)
+    length = build.sequence_length + 2
+    if length > config.max_position_embeddings:
+        raise XdscaleError(
+            f"the shards hold sequences of {build.sequence_length} tokens, {length} with [CLS] and [SEP], "
+            f"but {spec.language.name} has {config.max_position_embeddings} positions; build shards with "
+            f"--sequence-length {config.max_position_embeddings - 2} or less"
+        )
+    _check_language_tokenizer(spec.language, manifest, config.vocab_size)
+    clip_vocabulary = clip_config(spec.clip).text_cfg.vocab_size
+    if build.clip_tokenizer.vocab_size != clip_vocabulary:
+        raise XdscaleError(
+            f"the shards were built with {build.clip_tokenizer.name} of {build.clip_tokenizer.vocab_size} "
+            f"ids, but {spec.clip.name} has {clip_vocabulary}; a CLIP text tower with the same tokenizer is needed"
+        )
+
+
+def _check_language_tokenizer(spec: recipe.Language, manifest: Manifest, vocabulary: int) -> None:
+    used = manifest.build.language_tokenizer
+    if used.vocab_size > vocabulary:
+        raise XdscaleError(
+            f"the shards were built with the tokenizer {used.name} of {used.vocab_size} ids, but {spec.name} "
+            f"has embeddings for {vocabulary}; build the shards with the model's own tokenizer"
+        )
+    folder = own_tokenizer_folder(spec)
+    if folder is None:
+        return
+    _, own = load_language_tokenizer(str(folder))
+    if own.sha256 != used.sha256:
+        raise XdscaleError(
+            f"the shards were built with the tokenizer {used.name} ({used.sha256[:12]}), but {spec.name} has "
+            f"another one ({own.sha256[:12]}): its word pieces would have other ids; build the shards with "
+            f"--language-tokenizer {spec.name}"
+        )

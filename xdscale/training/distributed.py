@@ -1,0 +1,77 @@
+"""Processes of a run: who this rank is, and how ranks agree. DeepSpeed starts here and in `engine`."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+
+from xdscale.errors import XdscaleError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes logs and records."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the small picklable values of all ranks, in rank order, on every rank."""
+        if not torch.distributed.is_initialized():
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the sum over ranks of a tensor on the training device."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+        return values
+
+    def raise_first(self, problem: str | None, what: str) -> None:
+        """Raises the same error on every rank when any rank has a problem, so that none is left waiting.
+
+        Raises:
+            XdscaleError: `what`, the rank and its problem.
+        """
+        for rank, text in enumerate(self.gather(problem)):
+            if text is not None:
+                raise XdscaleError(f"{what}: rank {rank}: {text}")
+
+
+def start_distributed() -> Ranks:
+    """Joins the process group that the launcher prepared, or starts a group of one.
+
+    Works under `deepspeed`, `torchrun` and plain `python -m`. On CPU no collective extension is compiled: DeepSpeed
+    would spend one to two minutes on a shared-memory operation that training never calls.
+
+    Returns:
+        This process among the others.
+    """
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
+    return ranks

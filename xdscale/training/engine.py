@@ -1,0 +1,60 @@
+"""The DeepSpeed engine and its optimizer."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from xdscale.recipe import Optim
+
+
+def build_engine(module: nn.Module, optim: Optim, ds_config: dict[str, Any], *, load_universal: bool) -> Any:
+    """Wraps a module and AdamW in a DeepSpeed engine.
+
+    The optimizer is PyTorch's AdamW on every device (fused on CUDA), so that the same recipe gives the same update
+    everywhere and no first run waits for a compiler. Parameters that take no gradient stay out of it: AdamW would
+    decay them.
+
+    Args:
+        module: the trained module; its forward returns sums, not means.
+        optim: the recipe's optimizer section.
+        ds_config: a resolved DeepSpeed configuration.
+        load_universal: whether a converted checkpoint will be loaded.
+
+    Returns:
+        The engine.
+    """
+    import deepspeed
+
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=optim.learning_rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=torch.cuda.is_available(),
+    )
+    config = ds_config | ({"checkpoint": {"load_universal": True}} if load_universal else {})
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    return engine
+
+
+def set_learning_rate(engine: Any, value: float) -> None:
+    """Sets the learning rate of the next optimiser step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def plain_gradient_norm(engine: Any) -> float | None:
+    """Returns the global gradient norm between backward and step where DeepSpeed keeps none: stage 0 in fp32."""
+    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled() or engine.fp16_enabled():
+        return None
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def to_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """Returns the arrays of a batch as tensors on the training device."""
+    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}

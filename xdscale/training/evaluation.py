@@ -1,0 +1,43 @@
+"""Held-out losses and accuracies."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from xdscale.training.distributed import Ranks
+from xdscale.training.engine import to_device
+
+
+def evaluate(
+    engine: Any, batches: list[Any], names: list[str], ranks: Ranks
+) -> tuple[dict[str, float], list[np.ndarray]]:
+    """Measures a model on the held-out batches; every rank calls it with equally many.
+
+    Args:
+        engine: the DeepSpeed engine.
+        batches: this rank's micro-batches, always the same ones with the same masks.
+        names: the objectives.
+        ranks: this process among the others.
+
+    Returns:
+        `loss/NAME` and `accuracy/NAME` per objective, means over all targets of all ranks; and the cross-attention
+        maps of the first sample, one per cross-modal layer.
+    """
+    sums = torch.zeros(3 * len(names), dtype=torch.float64, device=engine.device)
+    maps: list[np.ndarray] = []
+    engine.eval()
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            # Every rank computes the maps: under ZeRO-3 a forward is a collective.
+            outputs = engine(to_device(batch.arrays, engine.device), return_attention=number == 0)
+            rows = [[*outputs[name], torch.tensor(batch.targets[name])] for name in names]
+            sums += torch.stack([value.to(engine.device).double() for row in rows for value in row])
+            if number == 0:
+                maps = [weights.float().cpu().numpy() for weights in outputs["attention_maps"]]
+    engine.train()
+    metrics = {}
+    for name, (loss, correct, targets) in zip(names, ranks.sum(sums).view(-1, 3).tolist()):
+        metrics[f"loss/{name}"] = loss / max(1, targets)
+        metrics[f"accuracy/{name}"] = correct / max(1, targets)
+    return metrics, maps

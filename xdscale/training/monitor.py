@@ -1,0 +1,170 @@
+"""What a run tells: TensorBoard, `log.jsonl`, and one line or bar of progress; written by the first rank only."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from xdscale.recipe import Recipe
+from xdscale.training.run_folder import RunFolder
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+_LAYOUT = {
+    "Learning": {
+        "losses": ["Multiline", ["loss/total", "loss/mlm", "loss/match", "loss/clip_tokens"]],
+        "accuracies": ["Multiline", ["accuracy/mlm", "accuracy/match", "accuracy/clip_tokens"]],
+        "held-out losses": [
+            "Multiline",
+            ["validation/loss/mlm", "validation/loss/match", "validation/loss/clip_tokens"],
+        ],
+    },
+    "Optimiser": {"rate": ["Multiline", ["optim/lr"]], "gradient": ["Multiline", ["optim/grad_norm"]]},
+    "Speed": {
+        "tokens": ["Multiline", ["throughput/tokens_per_second"]],
+        "shares": ["Multiline", ["throughput/mfu", "data/wait_fraction"]],
+    },
+    "Health": {
+        "memory": ["Multiline", ["memory/peak_gib"]],
+        "skipped": ["Multiline", ["health/skipped_steps"]],
+    },
+}
+
+
+class Monitor:
+    """Writes the records of a run.
+
+    Args:
+        run: the claimed run folder.
+        recipe: the resolved recipe, shown as text and as hyper-parameters.
+        start_step: steps already done; TensorBoard drops what an earlier process wrote after it.
+    """
+
+    def __init__(self, run: RunFolder, recipe: Recipe, start_step: int) -> None:
+        if start_step == 0:
+            # What a run left that died before its first checkpoint would lie under the new curves.
+            run.log.unlink(missing_ok=True)
+            shutil.rmtree(run.tensorboard, ignore_errors=True)
+        run.truncate_log(start_step)
+        self._log = run.log.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else None)
+        self._recipe = recipe
+        if start_step == 0:
+            self._board.add_custom_scalars(_LAYOUT)
+            self._board.add_text("recipe", "```yaml\n" + recipe.to_yaml() + "```", 0)
+        self._progress = _progress_bar(recipe.training.steps, start_step)
+        self._last_line_seconds = 0.0
+        self._folder = run.folder
+        self._validated: dict[str, float] = {}
+
+    def step(self, step: int, scalars: dict[str, float], samples: str) -> None:
+        """Records one optimiser step.
+
+        Args:
+            step: steps done, counting this one.
+            scalars: TensorBoard names and values.
+            samples: hash of the global batch's sample ids.
+        """
+        self._write(step, "step", scalars, {"samples": samples})
+        self._show(step, scalars)
+
+    def validation(self, step: int, scalars: dict[str, float]) -> None:
+        """Records the held-out losses and accuracies after `step` steps."""
+        self._write(step, "validation", {f"validation/{name}": value for name, value in scalars.items()}, {})
+        self._validated = scalars
+        text = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        self._say(f"step {step}: held-out {text}")
+
+    def attention(self, step: int, layer: int, weights: np.ndarray) -> None:
+        """Adds one cross-attention map, language positions × CLIP positions, scaled to its largest weight."""
+        self._board.add_image(f"cross_attention/layer_{layer}", weights / weights.max(), step, dataformats="HW")
+
+    def message(self, text: str) -> None:
+        """Says something to the person at the terminal."""
+        self._say(text)
+
+    def end(self, step: int, peaks_gib: list[float], stopped: bool) -> None:
+        """Says how the process ended and closes the files.
+
+        The last held-out metrics go to TensorBoard's HParams, where runs are compared.
+
+        Args:
+            step: steps done.
+            peaks_gib: peak memory of each rank.
+            stopped: whether a signal ended the run.
+        """
+        steps = self._recipe.training.steps
+        self._log.write(json.dumps({"step": step, "kind": "end", "memory/peak_gib_per_rank": peaks_gib}) + "\n")
+        if self._validated:
+            values = _flatten(self._recipe.model_dump(mode="json"))
+            final = {f"final/{name}": value for name, value in self._validated.items()}
+            self._board.add_hparams(values, final, run_name=".")
+        self._board.close()
+        self._log.close()
+        how = "stopped by a signal" if stopped else "done" if step == steps else "stopped as training.stop_at_step says"
+        what_next = "" if step == steps else "; the same command continues"
+        memory = f"peak memory {max(peaks_gib):.2f} GiB per rank"
+        self._say(f"{how} after step {step} of {steps}{what_next}; {memory}; run folder {self._folder}")
+        if self._progress:
+            self._progress[0].stop()
+
+    def _write(self, step: int, kind: str, scalars: dict[str, float], extra: dict[str, Any]) -> None:
+        self._log.write(json.dumps({"step": step, "kind": kind, **scalars, **extra}) + "\n")
+        self._log.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def _show(self, step: int, scalars: dict[str, float]) -> None:
+        text = (
+            f"loss {scalars['loss/total']:.3f}  {scalars['throughput/tokens_per_second']:,.0f} tokens/s  "
+            f"data wait {scalars['data/wait_fraction']:.1%}"
+        )
+        if self._progress:
+            self._progress[0].update(self._progress[1], completed=step, status=text)
+        elif time.monotonic() - self._last_line_seconds > _SECONDS_BETWEEN_LINES:
+            self._last_line_seconds = time.monotonic()
+            self._say(f"step {step}/{self._recipe.training.steps}: {text}")
+
+    def _say(self, text: str) -> None:
+        if self._progress:
+            self._progress[0].console.print(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Returns the entries of a run's `log.jsonl`, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _progress_bar(steps: int, done: int) -> tuple[Progress, Any] | None:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return None
+    bar = Progress(
+        TextColumn("adapting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    bar.start()
+    return bar, bar.add_task("", total=steps, completed=done, status="")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | float | int | bool]:
+    flat: dict[str, str | float | int | bool] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (str, float, int, bool)) else str(value)
+    return flat

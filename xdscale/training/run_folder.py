@@ -1,0 +1,130 @@
+"""The run folder: one run, one recipe, one writer at a time."""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from xdscale.errors import XdscaleError
+from xdscale.recipe import Recipe
+
+_RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "open_clip_torch", "tokenizers", "triton", "numpy")
+
+
+class RunFolder:
+    """Paths and records of a run: `recipe.yaml`, `ds_config.json`, `environment.json`, `log.jsonl`, and folders.
+
+    Args:
+        folder: the run folder; created on `claim`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.tensorboard = folder / "tensorboard"
+        self.language = folder / "language"
+        self.log = folder / "log.jsonl"
+        self._lock: TextIO | None = None
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuses a folder that holds another experiment.
+
+        Raises:
+            XdscaleError: the folder's recipe differs (the differing keys are named), or the folder is not a run's.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise XdscaleError(f"output.folder = {self.folder}: exists and is not a folder")
+        stored = self.folder / "recipe.yaml"
+        if not stored.exists():
+            foreign = (
+                [path.name for path in self.folder.iterdir() if path.name != ".lock"] if self.folder.exists() else []
+            )
+            if foreign:
+                raise XdscaleError(
+                    f"output.folder = {self.folder}: holds files but no recipe.yaml, so it is not a run "
+                    f"folder ({foreign[0]} …); choose an empty or new one"
+                )
+            return
+        before = Recipe.model_validate(yaml.safe_load(stored.read_text(encoding="utf-8"))).identity()
+        differences = _differences(before, recipe.identity())
+        if differences:
+            raise XdscaleError(
+                f"output.folder = {self.folder}: holds a run of a different recipe ("
+                + "; ".join(differences)
+                + "); choose another folder, or delete this one"
+            )
+
+    def claim(self) -> None:
+        """Takes the folder for this process until it ends; a crash releases it.
+
+        Raises:
+            XdscaleError: another process trains in it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise XdscaleError(
+                f"output.folder = {self.folder}: in use by {lock.read().strip() or 'another process'}; "
+                "wait for it to end or choose another folder"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        self._lock = lock
+
+    def write_records(self, recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> None:
+        """Writes the resolved recipe, the resolved DeepSpeed configuration and the environment."""
+        write_atomically(self.folder / "recipe.yaml", recipe.to_yaml())
+        write_atomically(self.folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+        environment = {
+            "python": sys.version.split()[0],
+            "platform": platform.platform(),
+            "world_size": world_size,
+            "command": sys.argv,
+            "packages": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
+        }
+        write_atomically(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+    def truncate_log(self, step: int) -> None:
+        """Drops log lines of steps after `step`, which a resumed run will write again."""
+        if not self.log.exists():
+            return
+        kept = []
+        for line in self.log.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the torn last line of a killed run
+            if entry["step"] <= step:
+                kept.append(line + "\n")
+        write_atomically(self.log, "".join(kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file aside, syncs it and renames it, so that no reader ever sees half of it."""
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in before.keys() | after.keys():
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old!r}, now {new!r}")
+    return sorted(found)
