@@ -23,14 +23,14 @@ def save_language_files(spec: Language, folder: Path) -> None:
         spec: the recipe's language encoder.
         folder: the run's `language` folder.
     """
-    from xdscale.pretrained import language_config, tokenizer_folder
+    from xdscale.pretrained.language import language_config, tokenizer_folder
 
     folder.mkdir(parents=True, exist_ok=True)
     language_config(spec).save_pretrained(folder)
     source = tokenizer_folder(spec)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    for path in source.iterdir() if source is not None else ():
+        if path.name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+            shutil.copyfile(path, folder / path.name)
 
 
 def export_run(run: Path, out: Path, *, step: int | None = None) -> str:

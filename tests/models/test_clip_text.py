@@ -4,7 +4,7 @@ import torch
 
 from xdscale import recipe
 from xdscale.models.clip_text import CLIPTextEncoder
-from xdscale.pretrained import load_clip_text_tower
+from xdscale.pretrained.clip import load_clip_text_tower
 
 START, END = 49406, 49407
 

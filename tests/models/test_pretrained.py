@@ -16,14 +16,8 @@ from torch import nn
 
 from xdscale import recipe
 from xdscale.errors import XdscaleError
-from xdscale.pretrained import (
-    KNOWN,
-    clip_config,
-    language_config,
-    load_clip_text_tower,
-    load_language_encoder,
-    tokenizer_folder,
-)
+from xdscale.pretrained.clip import clip_config, load_clip_text_tower
+from xdscale.pretrained.language import KNOWN, language_config, load_language_encoder, tokenizer_folder
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 2}
 
@@ -129,6 +123,8 @@ def test_random_weights_ignore_the_file(cassette_model):
 def test_fp16_files_become_fp32(folder):
     state = load_file(folder / "model.safetensors")
     save_file({name: value.half() for name, value in state.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     model = load_language_encoder(language(folder), dropout=0.1)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     expected = state["bert.embeddings.word_embeddings.weight"].half().float()

@@ -9,8 +9,9 @@ from xdscale import recipe
 from xdscale.errors import XdscaleError
 from xdscale.models.cross_modal import CrossModalLayer
 from xdscale.models.xdbert import XDBERT
-from xdscale.pretrained import clip_config, language_config, load_clip_text_tower, load_language_encoder
-from xdscale.pretrained import tokenizer_folder as own_tokenizer_folder
+from xdscale.pretrained.clip import clip_config, load_clip_text_tower
+from xdscale.pretrained.language import language_config, load_language_encoder, masked_lm_head_state
+from xdscale.pretrained.language import tokenizer_folder as own_tokenizer_folder
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.manifest import Manifest
 from xdscale.tasks import flops
@@ -130,12 +131,18 @@ def build_model(spec: recipe.Model) -> XDBERT:
 def build_adaptation(spec: recipe.Recipe) -> XDBERTAdaptation:
     """Builds the model and the heads of a recipe.
 
-    New parts take their values from torch's global generator: seed it before, alike on all ranks.
+    New parts take their values from torch's global generator: seed it before, alike on all ranks. A BERT that was
+    published with its masked-LM head brings it along.
 
     Raises:
         XdscaleError: as `build_model`.
     """
-    return XDBERTAdaptation(build_model(spec.model), spec.tasks)
+    module = XDBERTAdaptation(build_model(spec.model), spec.tasks)
+    head = masked_lm_head_state(spec.model.language) if module.mlm is not None else None
+    if head is not None:
+        # All but the decoder's weight, which is the encoder's embedding already.
+        module.mlm.load_state_dict(head, strict=False)
+    return module
 
 
 def check_shards(spec: recipe.Model, manifest: Manifest) -> None:
