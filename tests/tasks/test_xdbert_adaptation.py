@@ -71,13 +71,13 @@ def test_losses_are_those_of_the_full_vocabulary(small, batch):
 
 
 def test_first_losses_are_those_of_guessing(small, batch):
-    """Fresh heads cannot know more than the vocabulary's size: near ln 30,522, ln 2 and ln 49,408."""
+    """Fresh heads know no more than the vocabulary's size, ln 2 and ln 49,408; BERT's own head knows more than ln 30,522."""
     small.eval()
     with torch.no_grad():
         terms = small(batch)
     targets = len(batch["masked_lm_labels"]), 3, len(batch["clip_labels"])
     mlm, match, clip = (terms[n][0].item() / t for n, t in zip(("mlm", "match", "clip_tokens"), targets, strict=True))
-    assert mlm == pytest.approx(10.33, abs=1.5)
+    assert mlm < 10.33 - 0.5
     assert match == pytest.approx(0.69, abs=0.5)
     assert clip == pytest.approx(10.81, abs=1.5)
 
