@@ -73,7 +73,9 @@ def _commonest_clip_token_share(run: Path) -> float:
 def _load_export(folder: Path) -> int:
     import torch
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModel.from_pretrained(folder)
     inputs = AutoTokenizer.from_pretrained(folder)("A red apple on a wooden table.", return_tensors="pt")
     with torch.no_grad():
@@ -97,12 +99,14 @@ def _print(summary: dict, step: int, parameters: int) -> None:
     console.print(table)
     console.print(
         "CLIP's text tower had random weights: the figures show that everything runs and learns, not what "
-        "visual knowledge adds."
+        "visual knowledge adds.",
+        soft_wrap=True,
     )
     paths = summary["paths"]
     console.print(
         f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['seconds']} s in all; the export loads with "
-        f"plain transformers ({parameters:,} parameters)"
+        f"plain transformers ({parameters:,} parameters)",
+        soft_wrap=True,
     )
     console.print(
         f"export      {paths['export']}\ncheckpoint  {paths['checkpoint']}\nTensorBoard {paths['tensorboard']}",

@@ -86,7 +86,8 @@ def consolidated_state(checkpoint: Path) -> dict[str, Any]:
         return saved["module"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    # It reports its progress by printing, and with a bar of its own.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
 
 
@@ -119,7 +120,9 @@ def _choose_checkpoint(run: Path, step: int | None) -> Path:
 
 def _export_language(source: Path, state: dict[str, Any], out: Path) -> int:
     from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     for path in source.iterdir():
         shutil.copyfile(path, out / path.name)
     model = AutoModel.from_config(AutoConfig.from_pretrained(source))
