@@ -132,3 +132,16 @@ def test_identity_ignores_where_and_how_often_but_not_what():
     moved = load_recipe("quickstart", ["output.folder=elsewhere", "training.eval_every=7", "training.stop_at_step=3"])
     other = load_recipe("quickstart", ["training.seed=1"])
     assert moved.identity() == recipe.identity() != other.identity()
+
+
+@pytest.mark.parametrize(("name", "size", "layers"), [("quickstart", 128, 2), ("quickstart-minilm", 384, 6)])
+def test_quickstart_recipes_build_on_real_pretrained_encoders(name, size, layers):
+    """Weights and vocabulary ship in registry packages; their SHA-256 stands in the recipe."""
+    from xdscale.pretrained.language import load_language_encoder
+
+    recipe = load_recipe(name)
+    assert len(recipe.model.language.sha256) == 64
+    encoder = load_language_encoder(recipe.model.language, dropout=0.1)
+    assert (encoder.config.hidden_size, encoder.config.num_hidden_layers) == (size, layers)
+    # Pretrained, not random: BERT's initialiser gives every matrix the standard deviation 0.02.
+    assert abs(encoder.get_input_embeddings().weight.std().item() - 0.02) > 0.005
