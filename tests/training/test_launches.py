@@ -99,9 +99,10 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(adapt, wiki_shards
     settings = {"model__dropout": 0.1, "training__checkpoint_every": 2, "training__keep_checkpoints": 9}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(adapt, config, *overrides(wiki_shards, whole, 6, **settings))
-    train(adapt, config, *overrides(wiki_shards, parts, 6, training__stop_at_step=4, **settings))
-    # Not the newest checkpoint: the run also forgets what it did after the one it continues from.
-    shutil.rmtree(parts / "checkpoints" / "step-00000004")
+    # As if the run had been killed during step 4: the newest checkpoint is that of step 2, the log is ahead of it.
+    shutil.copytree(whole, parts)
+    for later in ("step-00000004", "step-00000006"):
+        shutil.rmtree(parts / "checkpoints" / later)
     train(adapt, config, *overrides(wiki_shards, parts, 6, **settings))
     for key in ("loss/total", "loss/mlm", "loss/match", "loss/clip_tokens", "optim/grad_norm", "samples"):
         assert steps_of(parts, key) == steps_of(whole, key)
@@ -123,27 +124,26 @@ def tensors(value, prefix=""):
 
 
 @pytest.mark.parametrize(("stage", "before", "after"), [(0, 2, 1), (1, 2, 1), (2, 1, 2), (3, 2, 3)])
-def test_resuming_at_another_world_size(adapt, wiki_shards, tmp_path, ds_config, stage, before, after):
+def test_resuming_at_another_world_size(
+    adapt, one_process_curve, wiki_shards, tmp_path, ds_config, stage, before, after
+):
     """The curve goes on as if nothing had happened, also with ranks that do not divide the global batch."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    config = ds_config(stage, micro_batch=1)
-    train(adapt, config, *overrides(wiki_shards, whole, 6), ranks=before)
-    train(adapt, config, *overrides(wiki_shards, run, 6, training__stop_at_step=3), ranks=before)
-    train(adapt, config, *overrides(wiki_shards, run, 6), ranks=after)
-    assert steps_of(run, "samples") == steps_of(whole, "samples")
-    assert steps_of(run) == pytest.approx(steps_of(whole), rel=1e-5)
+    run, config = tmp_path / "run", ds_config(stage, micro_batch=1)
+    train(adapt, config, *overrides(wiki_shards, run, 20, training__stop_at_step=3), ranks=before)
+    train(adapt, config, *overrides(wiki_shards, run, 20, training__stop_at_step=6), ranks=after)
+    assert steps_of(run) == pytest.approx(one_process_curve[:6], rel=1e-5)
     assert not list((run / "checkpoints").glob(".*"))
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(adapt, wiki_shards, tmp_path, ds_config):
-    run, config = tmp_path / "run", ds_config(1)
+    run, config = tmp_path / "run", ds_config(1, micro_batch=4)
     settings = {"training__checkpoint_every": 2, "training__stop_at_step": 4}
-    train(adapt, config, *overrides(wiki_shards, run, 5, **settings))
+    train(adapt, config, *overrides(wiki_shards, run, 5, **settings), ranks=1)
     damaged = run / "checkpoints" / "step-00000004" / "mp_rank_00_model_states.pt"
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
-    launch = train(adapt, config, *overrides(wiki_shards, run, 5))
+    launch = train(adapt, config, *overrides(wiki_shards, run, 5), ranks=1)
     assert "skipping damaged checkpoint step-00000004" in launch.stderr
     assert "mp_rank_00_model_states.pt is altered" in launch.stderr
     assert "continuing after step 2 of 5" in launch.stderr
@@ -188,3 +188,28 @@ def wait_for(condition, process, seconds=180):
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_tensorboard_tells_what_design_lists_without_overlapping_curves(adapt, wiki_shards, tmp_path, ds_config):
+    """Read back with TensorBoard's own reader, after a resume that repeats two steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, config = tmp_path / "run", ds_config(1, micro_batch=4)
+    settings = {"training__checkpoint_every": 2, "training__eval_every": 2}
+    train(adapt, config, *overrides(wiki_shards, run, 6, training__stop_at_step=4, **settings), ranks=1)
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    train(adapt, config, *overrides(wiki_shards, run, 6, **settings), ranks=1)
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    names = {"loss/total", "optim/lr", "optim/grad_norm", "throughput/tokens_per_second", "throughput/mfu"}
+    names |= {"data/wait_fraction", "memory/peak_gib", "health/skipped_steps"}
+    names |= {f"{kind}/{task}" for kind in ("loss", "accuracy") for task in ("mlm", "match", "clip_tokens")}
+    tags = board.Tags()
+    assert names <= set(tags["scalars"])
+    for name in names:
+        assert [event.step for event in board.Scalars(name)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in board.Scalars("validation/loss/mlm")] == [0, 2, 4, 6]
+    assert [event.value for event in board.Scalars("loss/total")] == pytest.approx(steps_of(run), rel=1e-6)
+    assert {"cross_attention/layer_0", "cross_attention/layer_1"} <= set(tags["images"])
+    assert {"recipe/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
+    assert "final/loss/mlm" in tags["scalars"]
