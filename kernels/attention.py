@@ -1,50 +1,226 @@
-"""Attention between two sequences, with padding and dropout: the plain PyTorch definition."""
+"""Attention between packed token streams of variable lengths, with dropout on the weights, forward and backward.
+
+The plain definition below is the reference. On the CPU `attention_cpu` computes the same in cache-sized blocks, on
+GPUs `attention_launch` in the fused kernels of `attention_triton`; `_backend` chooses. All three drop the same
+scores (`dropout_mask`).
+"""
+
+from dataclasses import replace
+from types import ModuleType
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from xdscale.kernels import attention_cpu
+from xdscale.kernels.dropout_mask import drop_threshold, keep_mask, keep_rate
+from xdscale.kernels.packing import Packing
+
+LARGEST_TRITON_HEAD = 128
 
 
-def attention(
+@torch.compiler.disable
+def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    key_mask: torch.Tensor | None = None,
+    query_offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    *,
+    max_query: int,
+    max_key: int,
     dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns softmax(Q Kᵀ / √d) V for each head (paper eq. 1; spec xdbert §2.3).
+    """Returns dropout(softmax(Q Kᵀ / √d)) V for each head, samples apart (paper eq. 1; spec xdbert §2.3).
+
+    The tokens of all samples stand in one row without padding: sample b owns the queries
+    `query_offsets[b]` to `query_offsets[b + 1] - 1`, and the keys likewise. Under autocast the inputs are
+    cast as for PyTorch's own attention. With `torch.compile` the call is a graph break. On a GPU nothing
+    waits for the device (fp64 apart), so it can be captured in a CUDA graph; there the offsets' values are
+    trusted, and tokens that pad a buffer of fixed size must belong to some sample, for instance a last one.
 
     Args:
-        query: [batch, heads, q, d].
-        key: [batch, heads, k, d].
-        value: [batch, heads, k, d].
-        key_mask: bool [batch, k], True for keys that may be attended to; None for all. A sample without
-            a single valid key gets zeros.
-        dropout: rate on the attention weights; the caller passes 0 outside of training.
+        query: [Tq, heads, d], fp16, bf16, fp32 or fp64.
+        key: [Tk, heads, d].
+        value: [Tk, heads, d].
+        query_offsets: int32 [samples + 1], from 0 to Tq; at least one sample.
+        key_offsets: int32 [samples + 1], from 0 to Tk.
+        max_query: at least the largest number of queries of a sample.
+        max_key: at least the largest number of keys of a sample.
+        dropout: rate on the attention weights, rounded to 1 / 256; kept weights are divided by the
+            share that is really kept. The caller passes 0 outside of training.
+        seed: int64 [1] on the device of `query`, drawn anew by the caller for every call, so that
+            checkpointed activations are recomputed with the same mask. Needed where `dropout` is not 0.
 
     Returns:
-        [batch, heads, q, d], in the dtype of `query`.
+        [Tq, heads, d] in the dtype of the inputs; zeros for samples without keys.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, device or range.
     """
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
+        query, key, value = (tokens.to(torch.get_autocast_dtype(device_type)) for tokens in (query, key, value))
+    _check_tokens(query, key, value)
+    _check_offsets(query, key, query_offsets, key_offsets, max_query, max_key)
+    _check_dropout(query, dropout, seed)
+    threshold = drop_threshold(dropout)
+    backend = _backend(query)
+    with torch.autocast(device_type, enabled=False):
+        if backend is None:
+            return packed_attention_plain(query, key, value, query_offsets, key_offsets, threshold, seed)
+        if backend is attention_cpu and query.dtype == torch.float32 and not threshold:
+            # PyTorch's own kernel is 1.2 times as fast here; in bf16 and with dropout it is the slower one.
+            return attention_cpu.attend_without_dropout(query, key, value, query_offsets, key_offsets)
+        packing = Packing(query_offsets, key_offsets, max_query, max_key, threshold, seed)
+        return _PackedAttention.apply(query, key, value, packing, backend)
 
 
-def attention_probabilities(
-    query: torch.Tensor, key: torch.Tensor, key_mask: torch.Tensor | None = None
+def packed_attention_plain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    threshold: int = 0,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the weights that `attention` gives to its values, for attention maps.
+    """The definition of `packed_attention`, sample by sample; differentiable by PyTorch itself.
 
-    Args:
-        query: [batch, heads, q, d].
-        key: [batch, heads, k, d].
-        key_mask: bool [batch, k], True for keys that may be attended to; None for all.
-
-    Returns:
-        [batch, heads, q, k], in fp32 or wider; rows sum to 1, or to 0 for a sample without a valid key.
+    Scores, softmax and sums are fp32, or fp64 for fp64 inputs. `threshold` is `drop_threshold(dropout)`.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(wide) @ key.to(wide).transpose(-2, -1) * query.shape[-1] ** -0.5
-    if key_mask is None:
-        return scores.softmax(-1)
-    valid = key_mask[:, None, None, :]
-    # The lowest finite score instead of -inf: a row without valid keys stays finite and is zeroed below.
-    return scores.masked_fill(~valid, torch.finfo(wide).min).softmax(-1) * valid
+    query_bounds, key_bounds = query_offsets.tolist(), key_offsets.tolist()
+    heads, outputs = query.shape[1], []
+    for sample in range(len(query_bounds) - 1):
+        queries = slice(*query_bounds[sample : sample + 2])
+        keys = slice(*key_bounds[sample : sample + 2])
+        rows = query[queries].to(wide).transpose(0, 1)  # [heads, queries, d]
+        scores = rows @ key[keys].to(wide).permute(1, 2, 0) * query.shape[-1] ** -0.5  # [heads, queries, keys]
+        weights = scores.softmax(-1)
+        if threshold:
+            weights = weights * keep_mask(seed, sample, heads, *weights.shape[1:], threshold) / keep_rate(threshold)
+        attended = weights @ value[keys].to(wide).transpose(0, 1)  # [heads, queries, d]; an empty sum without keys
+        outputs.append(attended.transpose(0, 1).to(query.dtype))
+    return torch.cat(outputs)
+
+
+def packed_attention_probabilities(
+    query: torch.Tensor, key: torch.Tensor, query_offsets: torch.Tensor, key_offsets: torch.Tensor
+) -> torch.Tensor:
+    """Returns the first sample's attention weights without dropout, for attention maps.
+
+    Args:
+        query: [Tq, heads, d].
+        key: [Tk, heads, d].
+        query_offsets: int32 [samples + 1].
+        key_offsets: int32 [samples + 1].
+
+    Returns:
+        [heads, queries of sample 0, keys of sample 0], in fp32 or wider.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    rows = query[: int(query_offsets[1])].to(wide).transpose(0, 1)  # [heads, queries, d]
+    columns = key[: int(key_offsets[1])].to(wide).permute(1, 2, 0)  # [heads, d, keys]
+    return (rows @ columns * query.shape[-1] ** -0.5).softmax(-1)
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Saves inputs, and what the backend returns besides the output; recomputes the weights in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packing: Packing,
+        backend: ModuleType,
+    ) -> torch.Tensor:
+        out, *saved = backend.forward(query, key, value, packing)
+        # Saved rather than kept on ctx, so that PyTorch notices a seed that is overwritten before the backward.
+        ctx.save_for_backward(query, key, value, packing.query_offsets, packing.key_offsets, packing.seed, *saved)
+        ctx.packing, ctx.backend = packing, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple:
+        query, key, value, query_offsets, key_offsets, seed, *saved = ctx.saved_tensors
+        packing = replace(ctx.packing, query_offsets=query_offsets, key_offsets=key_offsets, seed=seed)
+        with torch.autocast(query.device.type, enabled=False):
+            return *ctx.backend.backward(grad, query, key, value, packing, *saved), None, None
+
+
+def _backend(query: torch.Tensor) -> ModuleType | None:
+    """Returns what computes this call: None for the plain definition."""
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return None
+    if query.device.type == "cpu":
+        return attention_cpu
+    if query.device.type == "cuda" and query.shape[-1] <= LARGEST_TRITON_HEAD:  # ROCm devices are "cuda" too
+        from xdscale.kernels import attention_launch  # kernels are decorated only where they can run
+
+        return attention_launch
+    return None
+
+
+def _check_tokens(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    if not query.is_floating_point():
+        raise TypeError(f"query must be fp16, bf16, fp32 or fp64, not {query.dtype}")
+    if query.ndim != 3:
+        raise ValueError(f"query must have the shape [tokens, heads, d], not {list(query.shape)}")
+    for name, tokens in (("key", key), ("value", value)):
+        if tokens.dtype != query.dtype:
+            raise TypeError(f"{name} must be {query.dtype} like query, not {tokens.dtype}")
+        if tokens.ndim != 3 or tokens.shape[1:] != query.shape[1:]:
+            expected = f"[tokens, {query.shape[1]}, {query.shape[2]}] like query"
+            raise ValueError(f"{name} must have the shape {expected}, not {list(tokens.shape)}")
+        if tokens.device != query.device:
+            raise ValueError(f"{name} must be on {query.device} like query, not on {tokens.device}")
+    if len(value) != len(key):
+        raise ValueError(f"value must have {len(key)} tokens like key, not {len(value)}")
+
+
+def _check_offsets(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    max_query: int,
+    max_key: int,
+) -> None:
+    for side, tokens, offsets, longest in (
+        ("query", query, query_offsets, max_query),
+        ("key", key, key_offsets, max_key),
+    ):
+        name = f"{side}_offsets"
+        if offsets.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, not {offsets.dtype}")
+        if offsets.ndim != 1 or len(offsets) < 2 or len(offsets) != len(query_offsets):
+            expected = "[samples + 1], at least 2 and the same for both"
+            raise ValueError(f"{name} must have the shape {expected}, not {list(offsets.shape)}")
+        if offsets.device != query.device:
+            raise ValueError(f"{name} must be on {query.device} like query, not on {offsets.device}")
+        if offsets.device.type != "cpu":
+            continue  # reading the values would wait for the device
+        bounds = offsets.tolist()
+        lengths = [stop - start for start, stop in zip(bounds, bounds[1:])]
+        if bounds[0] != 0 or bounds[-1] != len(tokens) or min(lengths, default=0) < 0:
+            raise ValueError(f"{name} must rise from 0 to the {len(tokens)} tokens of {side}, not be {bounds}")
+        if longest < max(lengths, default=0):
+            raise ValueError(f"max_{side} must be at least the longest sequence, {max(lengths)}, not {longest}")
+
+
+def _check_dropout(query: torch.Tensor, dropout: float, seed: torch.Tensor | None) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
+    if seed is None:
+        if dropout:
+            raise ValueError("seed must be an int64 tensor of shape [1] where dropout is not 0, not None")
+        return
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be int64, not {seed.dtype}")
+    if seed.shape != (1,) or seed.device != query.device:
+        raise ValueError(f"seed must have the shape [1] on {query.device}, not {list(seed.shape)} on {seed.device}")

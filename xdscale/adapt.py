@@ -229,7 +229,7 @@ def _train(
             source=source,
             validation=data.validation,
             position=position,
-            flops=lambda arrays: module.flops({name: array.shape for name, array in arrays.items()}),
+            flops=module.flops,
             matmul_flops_per_second=matmul_flops_per_second(engine.device, dtype),
             checkpoints=run.checkpoints,
             monitor=monitor,

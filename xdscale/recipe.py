@@ -45,6 +45,7 @@ class Model(Section):
     clip: Clip
     cross_layers: int = Field(2, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1, description="language encoder and cross-modal layers; CLIP-T has none")
+    kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
 
 
 class MaskedLM(Section):

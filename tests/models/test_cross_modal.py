@@ -1,78 +1,69 @@
-import math
-
 import pytest
 import torch
 
-from xdscale.models.cross_modal import CrossModalLayer
+from xdscale.models.cross_modal import CrossModalLayer, Wanted
+from xdscale.models.streams import rows_of_samples, stream_of
+
+LANGUAGE_MASK = [[True] * 5, [True, True, True, False, False], [False, True, False, True, False]]
+CLIP_MASK = [[True, True, True, False, True, False], [True] * 6, [True] + [False] * 5]
 
 
-def dense(x, module):
-    return x @ module.weight.T + module.bias
-
-
-def layer_norm(x, module):
-    mean = x.mean(-1, keepdim=True)
-    variance = (x - mean).square().mean(-1, keepdim=True)
-    return (x - mean) / (variance + 1e-12).sqrt() * module.weight + module.bias
-
-
-def attend(x, context, mask, module, heads):
-    """Post-LN multi-head attention, written out (spec §2.3), one head at a time."""
-    query, key, value = dense(x, module.query), dense(context, module.key), dense(context, module.value)
-    size = query.shape[-1] // heads
-    outputs = []
-    for head in range(heads):
-        part = slice(head * size, (head + 1) * size)
-        scores = query[..., part] @ key[..., part].transpose(1, 2) / math.sqrt(size)
-        weights = (scores.exp() * mask[:, None, :]) / (scores.exp() * mask[:, None, :]).sum(-1, keepdim=True)
-        outputs.append(weights @ value[..., part])
-    return layer_norm(x + dense(torch.cat(outputs, -1), module.output), module.norm)
-
-
-def feed_forward(x, module):
-    hidden = dense(x, module.intermediate)
-    hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-    return layer_norm(x + dense(hidden, module.output), module.norm)
-
-
-@pytest.fixture
-def layer():
+@pytest.fixture(params=["fused", "plain"])
+def layer(request):
     torch.manual_seed(0)
-    return CrossModalLayer(12, 8, 3, 2, 20, 0.1).double().eval()
+    return CrossModalLayer(12, 8, 3, 2, 20, 0.1, plain=request.param == "plain").double().eval()
 
 
 @pytest.fixture
-def streams():
-    torch.manual_seed(1)
-    language = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
-    clip = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
-    language_mask = torch.tensor([[True] * 5, [True, True, True, False, False]])
-    clip_mask = torch.tensor([[True, True, True, False, True, False], [True] * 6])
-    return language, clip, language_mask, clip_mask
+def padded():
+    """Language and CLIP states of three samples with their padding."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = (3, 5, 12), (3, 6, 8)
+    return tuple(torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
 
 
-def test_equals_the_formulas_of_the_spec(layer, streams):
-    """Spec xdbert §2.3: cross-attention from the layer's inputs, self-attention, feed-forward, all post-LN."""
-    language, clip, language_mask, clip_mask = streams
+@pytest.fixture
+def streams(padded):
+    """What the layer takes: both states without padding, and their streams; samples of 5/4, 3/6 and 2/1 tokens."""
+    masks = torch.tensor(LANGUAGE_MASK), torch.tensor(CLIP_MASK)
+    (language, _), (clip, _) = map(stream_of, masks)
+    states = (x[mask].requires_grad_() for x, mask in zip(padded, masks, strict=True))
+    return *states, language, clip
+
+
+def sample_rows(stream):
+    """A slice of the stream for each sample."""
+    bounds = stream.offsets.tolist()
+    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+def gradients(outputs, inputs):
+    """Of a fixed random projection of both outputs."""
+    generator = torch.Generator().manual_seed(2)
+    total = sum((x * torch.randn(x.shape, dtype=x.dtype, generator=generator)).sum() for x in outputs)
+    return torch.autograd.grad(total, inputs)
+
+
+def test_equals_the_formulas_of_the_spec(layer, padded, streams, layer_formula):
+    """Spec xdbert §2.3, on each sample's valid positions alone, read through its mask."""
+    leaves = [x.detach().requires_grad_() for x in padded]
+    results = []
+    for language, clip, language_mask, clip_mask in zip(*leaves, LANGUAGE_MASK, CLIP_MASK, strict=True):
+        results.append(layer_formula(layer, language[language_mask], clip[clip_mask], 3, 2))
+    expected = tuple(torch.cat(side) for side in zip(*results, strict=True))
     found = layer(*streams)
-    lang = attend(language, clip, clip_mask, layer.language_cross, 3)
-    text = attend(clip, language, language_mask, layer.clip_cross, 2)
-    lang = attend(lang, lang, language_mask, layer.language_self, 3)
-    text = attend(text, text, clip_mask, layer.clip_self, 2)
-    expected = feed_forward(lang, layer.language_feed_forward), feed_forward(text, layer.clip_feed_forward)
-    weights = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(2, 6, 8, dtype=torch.float64)
-    inputs = [language, clip, *layer.parameters()]
-    gradients = []
-    for outputs in (found, expected):
-        total = sum((out * w).sum() for out, w in zip(outputs, weights, strict=True))
-        gradients.append(torch.autograd.grad(total, inputs))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
+    found = gradients(found, [*streams[:2], *layer.parameters()])
+    expected = list(gradients(expected, [*leaves, *layer.parameters()]))
+    for side, mask in enumerate((LANGUAGE_MASK, CLIP_MASK)):
+        assert not expected[side][~torch.tensor(mask)].any()
+        expected[side] = expected[side][torch.tensor(mask)]
+    torch.testing.assert_close(found, tuple(expected), rtol=1e-8, atol=1e-10)
 
 
 def test_the_order_of_the_two_directions_does_not_matter(layer, streams):
     """Spec xdbert §10 fact 6: both cross-attentions read pre-update inputs."""
-    language, clip, language_mask, clip_mask = streams
+    language, clip, language_stream, clip_stream = streams
     calls = []
     layer.language_cross.register_forward_pre_hook(lambda _, args: calls.append(args[:2]))
     layer.clip_cross.register_forward_pre_hook(lambda _, args: calls.append(args[:2]))
@@ -81,18 +72,41 @@ def test_the_order_of_the_two_directions_does_not_matter(layer, streams):
         tuple(x is y for x, y in zip(call, expected, strict=True))
         for call, expected in zip(calls, ((language, clip), (clip, language)), strict=True)
     ] == [(True, True), (True, True)]
-    text = layer.clip_cross(clip, language, language_mask)
-    lang = layer.language_cross(language, clip, clip_mask)
-    lang = layer.language_feed_forward(layer.language_self(lang, lang, language_mask))
-    text = layer.clip_feed_forward(layer.clip_self(text, text, clip_mask))
+    text = layer.clip_cross(clip, language, clip_stream, language_stream)
+    lang = layer.language_cross(language, clip, language_stream, clip_stream)
+    lang = layer.language_feed_forward(layer.language_self(lang, lang, language_stream, language_stream))
+    text = layer.clip_feed_forward(layer.clip_self(text, text, clip_stream, clip_stream))
     assert torch.equal(found[0], lang)
     assert torch.equal(found[1], text)
 
 
-def test_no_mask_means_all_positions(layer, streams):
-    language, clip, _, _ = streams
-    everything = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 6, dtype=torch.bool)
-    torch.testing.assert_close(layer(language, clip, None, None), layer(language, clip, *everything))
+WANTED = {
+    "some": ([0, 3, 4, 6], [2, 3, 5, 9, 10]),
+    "none of the second sample": ([1, 8, 9], [0, 10]),
+    "one sample": ([5, 7], [4]),
+    "no language": ([], [0, 1, 10]),
+    "no CLIP": ([0, 5, 8], []),
+    "all": (list(range(10)), list(range(11))),
+}
+
+
+@pytest.mark.parametrize("rows", WANTED.values(), ids=WANTED)
+def test_wanted_rows_are_those_of_the_whole_layer(layer, streams, rows):
+    """What is left out changes no wanted state and no gradient, fp64."""
+    language_rows, clip_rows = (torch.tensor(side, dtype=torch.int64) for side in rows)
+    language, clip, language_stream, clip_stream = streams
+    wanted = Wanted(
+        language_rows,
+        rows_of_samples(language_rows, language_stream),
+        clip_rows,
+        rows_of_samples(clip_rows, clip_stream),
+    )
+    everything = layer(*streams)
+    expected = everything[0][language_rows], everything[1][clip_rows]
+    found = layer(*streams, wanted)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    inputs = [language, clip, *layer.parameters()]
+    torch.testing.assert_close(gradients(found, inputs), gradients(expected, inputs), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +127,10 @@ def test_parameter_counts_of_the_parts(sizes, parts, total):
     assert sum(p.numel() for p in layer.parameters()) == total
 
 
-def test_dropout_acts_in_training_only(streams):
+@pytest.mark.parametrize("plain", [False, True])
+def test_dropout_acts_in_training_only(streams, plain):
     torch.manual_seed(0)
-    layer = CrossModalLayer(12, 8, 3, 2, 20, 0.5).double()
+    layer = CrossModalLayer(12, 8, 3, 2, 20, 0.5, plain=plain).double()
     first, second = layer(*streams), layer(*streams)
     assert not torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
@@ -123,28 +138,53 @@ def test_dropout_acts_in_training_only(streams):
     assert torch.equal(layer(*streams)[0], layer(*streams)[0])
 
 
-def test_attention_dropout_follows_the_rate(monkeypatch, layer, streams):
-    rates = []
+def test_attention_dropout_follows_the_rate(monkeypatch, streams):
+    """The kernel gets the rate in training only, with a seed of its own for every call."""
+    layer = CrossModalLayer(12, 8, 3, 2, 20, 0.1).double().eval()
+    rates, seeds = [], []
 
-    def spy(query, key, value, key_mask, dropout):
+    def spy(query, key, value, query_offsets, key_offsets, *, max_query, max_key, dropout, seed):
         rates.append(dropout)
+        seeds.append(None if seed is None else seed.item())
         return torch.zeros_like(query)
 
-    monkeypatch.setattr("xdscale.models.cross_modal.attention", spy)
+    monkeypatch.setattr("xdscale.models.cross_modal.packed_attention", spy)
     layer(*streams)
     layer.train()(*streams)
     assert rates == [0.0] * 4 + [0.1] * 4
+    assert seeds[:4] == [None] * 4
+    assert None not in seeds[4:]
+    assert len(set(seeds[4:])) == 4
 
 
-def test_attention_map_is_the_mean_over_heads(layer, streams):
-    language, clip, _, clip_mask = streams
-    found = layer.language_cross.attention_map(language, clip, clip_mask)
-    query, key = dense(language, layer.language_cross.query), dense(clip, layer.language_cross.key)
+@pytest.mark.parametrize("plain", [False, True])
+def test_attention_weights_are_dropped_and_not_only_the_output(streams, plain):
+    """Without the dropout of states, the masks of the attention weights alone decide."""
+    torch.manual_seed(0)
+    layer = CrossModalLayer(12, 8, 3, 2, 20, 0.5, plain=plain).double()
+    for module in layer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(layer(*streams))
+    for first, again, other in zip(*outputs, strict=True):
+        assert torch.equal(first, again)
+        assert (first - other).abs().max() > 1e-3
+
+
+def test_attention_map_is_the_mean_over_heads_of_the_first_sample(layer, streams):
+    language, clip, language_stream, clip_stream = streams
+    module = layer.language_cross
+    found = module.attention_map(language, clip, language_stream, clip_stream)
+    query = language[sample_rows(language_stream)[0]] @ module.query.weight.T + module.query.bias
+    key = clip[sample_rows(clip_stream)[0]] @ module.key.weight.T + module.key.bias
     expected = 0
     for head in range(3):
         part = slice(4 * head, 4 * head + 4)
-        scores = query[..., part] @ key[..., part].transpose(1, 2) / 2
-        expected = expected + scores.masked_fill(~clip_mask[:, None], -torch.inf).softmax(-1) / 3
+        expected = expected + (query[:, part] @ key[:, part].T / 2).softmax(-1) / 3
+    assert found.shape == (5, 4)
     torch.testing.assert_close(found, expected)
 
 

@@ -6,12 +6,13 @@ from xdscale import recipe
 from xdscale.tasks.xdbert import build_model
 
 
-def spec(language="bert-base-uncased", clip="ViT-B-32", *, weights="random", layers=2, dropout=0.1):
+def spec(language="bert-base-uncased", clip="ViT-B-32", *, weights="random", layers=2, dropout=0.1, kernels="fused"):
     return recipe.Model(
         language=recipe.Language(name=str(language), weights=weights),
         clip=recipe.Clip(name=str(clip), weights="random"),
         cross_layers=layers,
         dropout=dropout,
+        kernels=kernels,
     )
 
 
@@ -33,34 +34,123 @@ def inputs():
     return language_ids, clip_ids, clip_lengths
 
 
-@pytest.mark.parametrize(("name", "size"), [("bert-base-uncased", 768), ("google/electra-large-discriminator", 1024)])
-@pytest.mark.parametrize(("length", "blocks", "clip_length"), [(512, 9, 693), (128, 4, 308)])
-def test_output_shapes(name, size, length, blocks, clip_length):
-    """Spec xdbert §10 fact 2, at the published sizes, without memory."""
-    with torch.device("meta"):
-        model = build_model(spec(name))
-        language, clip = model(
-            torch.zeros(3, length, dtype=torch.int64),
-            torch.zeros(3, blocks, 77, dtype=torch.int64),
-            torch.zeros(3, blocks, dtype=torch.int64),
-        )
-    assert language.shape == (3, length, size)
-    assert clip.shape == (3, clip_length, 512)
-
-
-@torch.no_grad()
-def test_runs_at_the_published_size():
-    """BERT-base with ViT-B/32's text tower, one forward pass with real memory."""
+def check_shapes(model, size, length, blocks):
+    """One text that fills all blocks but the last, which holds three tokens; fresh LayerNorms end both streams."""
     torch.manual_seed(0)
-    model = build_model(spec(layers=1)).eval()
-    ids = torch.randint(0, 30522, (1, 32)), torch.randint(0, 49408, (1, 1, 77))
-    language, clip = model(*ids, torch.tensor([[77]]))
-    assert language.isfinite().all()
-    assert clip.isfinite().all()
-    # The last sublayer is a fresh LayerNorm: mean 0 and variance 1 in every state.
-    for states in (language, clip):
-        torch.testing.assert_close(states.mean(-1), torch.zeros(states.shape[:-1]), rtol=0, atol=1e-5)
-        torch.testing.assert_close(states.var(-1, unbiased=False), torch.ones(states.shape[:-1]), rtol=0, atol=1e-4)
+    clip_lengths = torch.full((1, blocks), 77)
+    clip_lengths[0, -1] = 3
+    with torch.no_grad():
+        language, clip = model(
+            torch.randint(0, 30522, (1, length)), torch.randint(0, 49408, (1, blocks, 77)), clip_lengths
+        )
+    assert language.shape == (1, length, size)
+    assert clip.shape == (1, blocks * 77, model.clip.output_size)
+    assert not clip[0, -74:].any()
+    for states in (language[0], clip[0, :-74]):
+        torch.testing.assert_close(states.mean(-1), torch.zeros(len(states)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(states.var(-1, unbiased=False), torch.ones(len(states)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "inputs"),
+    [
+        ("bert-base-uncased", 768, [(512, 9), (128, 4)]),
+        ("google/electra-large-discriminator", 1024, [(128, 4)]),
+    ],
+)
+def test_output_shapes(name, size, inputs):
+    """Spec xdbert §10 fact 2, (B, 512) with (B, 9, 77) and (B, 128) with (B, 4, 77), at the published sizes."""
+    torch.set_num_threads(2)
+    model = build_model(spec(name)).eval()
+    assert model.clip.output_size == 512
+    for length, blocks in inputs:
+        check_shapes(model, size, length, blocks)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("length", "blocks"), [(512, 9), (128, 4)])
+def test_output_shapes_of_a_small_model(small, length, blocks):
+    check_shapes(small, 128, length, blocks)
+
+
+@pytest.fixture(scope="module")
+def wide(cassette_model, clip_tiny):
+    """The small model in fp64."""
+    torch.manual_seed(0)
+    return build_model(spec(cassette_model, clip_tiny, weights="pretrained")).double().eval()
+
+
+def test_equals_the_parts_sample_by_sample(wide, inputs, layer_formula):
+    """Both encoders and the formula of spec xdbert §2.3 on each text alone, without any padding, fp64."""
+    language_ids, clip_ids, clip_lengths = inputs
+    lengths = torch.tensor([13, 20])
+    mask = torch.arange(20) < lengths[:, None]
+    language, clip, maps = wide(language_ids, clip_ids, clip_lengths, mask, return_attention=True)
+    expected_language, expected_clip = torch.zeros_like(language), torch.zeros_like(clip)
+    for sample, length in enumerate(lengths):
+        states = wide.language(language_ids[sample : sample + 1, :length]).last_hidden_state[0]
+        features = zip(wide.clip.tower(clip_ids[sample]), clip_lengths[sample], strict=True)
+        text = torch.cat([block[:valid] for block, valid in features])  # the tower's states at valid positions
+        for layer in wide.layers:
+            states, text = layer_formula(layer, states, text, 2, 2)
+        expected_language[sample, :length] = states
+        places = (torch.arange(77) < clip_lengths[sample, :, None]).flatten()
+        expected_clip[sample, places] = text
+    torch.testing.assert_close((language, clip), (expected_language, expected_clip), rtol=1e-10, atol=1e-10)
+    assert [tuple(weights.shape) for weights in maps] == [(13, 184)] * 2
+    found, expected = (
+        torch.autograd.grad((x**3).sum() + (y**3).sum(), trained(wide))
+        for x, y in ((language, clip), (expected_language, expected_clip))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize(
+    ("language", "clip"),
+    [
+        ([0, 4, 5, 20, 31], [1, 2, 78, 183, 231, 308, 319]),
+        ([3, 8], [240]),  # no row of one sample on either side
+        ([20, 21], []),
+        ([], [17, 250]),
+    ],
+)
+def test_wanted_states_are_those_of_the_whole_model(wide, inputs, language, clip, with_mask):
+    """The last layer at some positions only: the same states and gradients as at all positions, fp64."""
+    mask = torch.arange(20) < torch.tensor([[13], [20]]) if with_mask else None
+    wanted = torch.tensor(language, dtype=torch.int64), torch.tensor(clip, dtype=torch.int64)
+    everything = wide(*inputs, mask)
+    expected = tuple(states.flatten(0, 1)[rows] for states, rows in zip(everything, wanted, strict=True))
+    found = wide(*inputs, mask, wanted=wanted)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    pair = (torch.autograd.grad(sum((x**3).sum() for x in states), trained(wide)) for states in (found, expected))
+    torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_the_last_layer_is_cut_and_only_to_what_is_wanted(cassette_model, clip_tiny, inputs, checkpointing):
+    model = build_model(spec(cassette_model, clip_tiny, weights="pretrained", layers=3))
+    if checkpointing:
+        model.enable_activation_checkpointing()
+    rows = []
+    for layer in model.layers:
+        for side in (layer.language_feed_forward, layer.clip_feed_forward):
+            side.register_forward_hook(lambda _, args, out: rows.append((len(args[0]), len(out))))
+    with torch.set_grad_enabled(checkpointing):
+        model(*inputs, wanted=(torch.tensor([3, 8, 22]), torch.tensor([240])))
+    # 2 x 20 language tokens; 77 + 77 + 30 and 77 + 12 CLIP tokens
+    assert rows == [(40, 40), (273, 273)] * 2 + [(3, 3), (1, 1)]
+
+
+def test_no_language_mask_means_all_positions(wide, inputs):
+    everything = torch.ones_like(inputs[0], dtype=torch.bool)
+    with torch.no_grad():
+        found, expected = wide(*inputs), wide(*inputs, everything)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
@@ -85,7 +175,7 @@ def test_padding_is_invisible_and_word_zero_is_not(small, inputs):
     with_word = clip_ids.clone()
     with_word[0, 0, 5] = 0
     before_word, _, maps = small(language_ids, with_word, clip_lengths, return_attention=True)
-    assert min(weights[:, 5].min() for weights in maps) > 0
+    assert [weights.shape[1] for weights in maps] == [77 + 77 + 30] * 2  # the word at position 5 is among them
     embedding = small.clip.tower.token_embedding.weight
     original = embedding[0].clone()
     embedding[0] = torch.randn(len(original))
@@ -153,24 +243,35 @@ def test_bf16_stays_near_fp32(small, inputs, cassette_model, clip_tiny):
         assert (found.float() - wanted).abs().mean() < 0.03  # states have unit variance; bf16 steps are 2**-8
 
 
-@pytest.fixture
-def plain_and_thrifty(cassette_model, clip_tiny):
+@pytest.fixture(params=["fused", "plain"])
+def plain_and_thrifty(request, cassette_model, clip_tiny):
     """Twice the same model, the second with activation checkpointing."""
     torch.manual_seed(0)
-    plain, thrifty = (build_model(spec(cassette_model, clip_tiny, weights="pretrained")).train() for _ in range(2))
+    model = spec(cassette_model, clip_tiny, weights="pretrained", kernels=request.param)
+    plain, thrifty = (build_model(model).train() for _ in range(2))
     thrifty.load_state_dict(plain.state_dict())
     thrifty.enable_activation_checkpointing()
     return plain, thrifty
 
 
-def test_activation_checkpointing_changes_no_gradient(plain_and_thrifty, inputs):
-    for model in plain_and_thrifty:
-        torch.manual_seed(7)  # dropout is on, and must be drawn alike in the second pass
-        language, clip = model(*inputs)
-        (language.square().sum() + (clip**3).sum()).backward()
-    pairs = zip(*(model.named_parameters() for model in plain_and_thrifty), strict=True)
-    for (name, expected), (_, found) in pairs:
-        torch.testing.assert_close(found.grad, expected.grad, msg=lambda text, name=name: f"{name}: {text}")
+def all_gradients(model, inputs, seed, wanted):
+    """By name, after one forward pass with dropout."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    language, clip = model(*inputs, wanted=wanted)
+    (language.square().sum() + (clip**3).sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("wanted", [None, (torch.tensor([0, 7, 9]), torch.tensor([3, 232, 300]))])
+def test_activation_checkpointing_changes_no_gradient(plain_and_thrifty, inputs, wanted):
+    """Dropout is on, of states and of attention weights, and is drawn alike in the second pass."""
+    plain, thrifty = plain_and_thrifty
+    expected = all_gradients(plain, inputs, 7, wanted)
+    torch.testing.assert_close(all_gradients(thrifty, inputs, 7, wanted), expected)
+    other = all_gradients(plain, inputs, 8, wanted)
+    name = "layers.0.language_self.value.weight"
+    assert (other[name] - expected[name]).norm() > 0.1 * expected[name].norm()  # masks matter
 
 
 @pytest.mark.parametrize("part", ["language encoder", "CLIP text tower", "whole"])
@@ -191,10 +292,14 @@ def test_activation_checkpointing_keeps_less(plain_and_thrifty, inputs, part):
 
 @torch.no_grad()
 def test_attention_maps(small, inputs):
+    """The first sample's tokens without padding: 77 + 77 + 30 of CLIP."""
     language, clip, maps = small(*inputs, return_attention=True)
     assert torch.equal(language, small(*inputs)[0])
-    assert [tuple(weights.shape) for weights in maps] == [(20, 231)] * 2
+    assert torch.equal(clip, small(*inputs)[1])
+    assert [tuple(weights.shape) for weights in maps] == [(20, 184)] * 2
     for weights in maps:
+        assert weights.dtype == torch.float32
         torch.testing.assert_close(weights.sum(-1), torch.ones(20))
-        assert not weights[:, 154 + 30 :].any()
-        assert weights[:, : 154 + 30].min() > 0
+        assert weights.min() > 0
+    alone = small(*(x[:1] for x in inputs), return_attention=True)[2]
+    torch.testing.assert_close(maps, alone, rtol=1e-4, atol=1e-7)

@@ -16,18 +16,19 @@ def embedding():
     return nn.Parameter(torch.randn(VOCABULARY, 6, dtype=torch.float64))
 
 
-@pytest.fixture
-def head(embedding):
+@pytest.fixture(params=["fused", "plain"])
+def head(request, embedding):
     """A head whose states (8) are wider than the embedding (6), as in ELECTRA-small or a CLIP with a projection."""
-    head = MaskedTokenHead(8, embedding).double()
+    head = MaskedTokenHead(8, embedding, plain=request.param == "plain").double()
     nn.init.normal_(head.decoder_bias)
     return head
 
 
 @pytest.fixture
 def states():
+    """At every position of three sequences of five tokens."""
     torch.manual_seed(1)
-    return torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    return torch.randn(15, 8, dtype=torch.float64, requires_grad=True)
 
 
 def full_logits(head, states):
@@ -37,12 +38,12 @@ def full_logits(head, states):
 
 
 def test_equals_cross_entropy_over_all_positions(head, states):
-    """The gathered loss against full logits with ignored labels: value and every gradient, fp64."""
+    """The labelled rows' loss against full logits with ignored labels: value and every gradient, fp64."""
     positions, labels = torch.tensor([1, 3, 7, 12]), torch.tensor([0, 12, 5, 5])
-    loss, correct = head(states, positions, labels)
+    loss, correct = head(states[positions], labels)
     everything = torch.full((15,), -1)
     everything[positions] = labels
-    logits = full_logits(head, states).flatten(0, 1)
+    logits = full_logits(head, states)
     expected = F.cross_entropy(logits, everything, ignore_index=-1, reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert correct.item() == (logits.argmax(-1) == everything).sum().item()
@@ -51,16 +52,14 @@ def test_equals_cross_entropy_over_all_positions(head, states):
 
 
 def test_counts_right_predictions(head, states):
-    predictions = full_logits(head, states).flatten(0, 1).argmax(-1)
-    positions = torch.arange(15)
+    predictions = full_logits(head, states).argmax(-1)
     labels = predictions.clone()
     labels[[2, 9, 14]] = (labels[[2, 9, 14]] + 1) % VOCABULARY
-    assert head(states, positions, labels)[1].item() == 12
+    assert head(states, labels)[1].item() == 12
 
 
 def test_no_targets_give_zero_gradients_everywhere(head, states):
-    nothing = torch.zeros(0, dtype=torch.int64)
-    loss, correct = head(states, nothing, nothing)
+    loss, correct = head(states[:0], torch.zeros(0, dtype=torch.int64))
     assert loss.item() == 0
     assert correct.item() == 0
     loss.backward()
@@ -81,13 +80,13 @@ def test_the_decoder_is_the_embedding(head, embedding):
 
 
 def test_tied_gradients_are_the_sum_of_both_uses(head, embedding):
-    ids, positions = torch.tensor([[3, 3, 7, 1]]), torch.tensor([0, 2])
+    ids = torch.tensor([3, 7, 1])
     projection = torch.randn(6, 8, dtype=torch.float64)
 
     def loss(table, tied):
         used = copy.copy(head)
         used._parameters = dict(head._parameters) | {"decoder_weight": tied}
-        return used(F.embedding(ids, table) @ projection, positions, torch.tensor([3, 9]))[0]
+        return used(F.embedding(ids, table) @ projection, torch.tensor([3, 9, 3]))[0]
 
     as_input, as_decoder = (nn.Parameter(embedding.detach().clone()) for _ in range(2))
     loss(as_input, as_decoder).backward()
@@ -97,10 +96,17 @@ def test_tied_gradients_are_the_sum_of_both_uses(head, embedding):
 
 
 def test_bf16(head, states):
-    loss, _ = head(states, torch.tensor([1, 3]), torch.tensor([0, 12]))
-    half, _ = head.bfloat16()(states.bfloat16(), torch.tensor([1, 3]), torch.tensor([0, 12]))
+    loss, _ = head(states[[1, 3]], torch.tensor([0, 12]))
+    half, _ = head.bfloat16()(states[[1, 3]].bfloat16(), torch.tensor([0, 12]))
     assert half.dtype == torch.float32
     assert half.item() == pytest.approx(loss.item(), rel=0.05)
+
+
+@pytest.fixture
+def first_states():
+    """At the first position of three sequences."""
+    torch.manual_seed(3)
+    return torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
 
 
 @pytest.fixture
@@ -109,29 +115,29 @@ def match():
     return MatchHead(8).double()
 
 
-def test_match_is_pooler_and_classifier_on_the_first_position(match, states):
+def test_match_is_pooler_and_classifier(match, first_states):
     """Spec xdbert §2.4: Linear, tanh, Linear on [CLS]; -1 is no target."""
     labels = torch.tensor([1, -1, 0])
-    loss, correct = match(states, labels)
-    pooled = torch.tanh(states[:, 0] @ match.pooler.weight.T + match.pooler.bias)
+    loss, correct = match(first_states, labels)
+    pooled = torch.tanh(first_states @ match.pooler.weight.T + match.pooler.bias)
     logits = pooled @ match.classifier.weight.T + match.classifier.bias
     log_probabilities = logits - logits.exp().sum(-1, keepdim=True).log()
     expected = -(log_probabilities[0, 1] + log_probabilities[2, 0])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert correct.item() == int(logits[0].argmax() == 1) + int(logits[2].argmax() == 0)
-    inputs = [states, *match.parameters()]
+    inputs = [first_states, *match.parameters()]
     torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs))
 
 
-def test_match_without_targets(match, states):
-    loss, correct = match(states, torch.full((3,), -1))
+def test_match_without_targets(match, first_states):
+    loss, correct = match(first_states, torch.full((3,), -1))
     assert (loss.item(), correct.item()) == (0, 0)
     loss.backward()
-    for tensor in (states, *match.parameters()):
+    for tensor in (first_states, *match.parameters()):
         assert tensor.grad is not None
         assert not tensor.grad.any()
 
 
-def test_match_bf16(match, states):
-    loss, _ = match.bfloat16()(states.bfloat16(), torch.tensor([1, -1, 0]))
+def test_match_bf16(match, first_states):
+    loss, _ = match.bfloat16()(first_states.bfloat16(), torch.tensor([1, -1, 0]))
     assert loss.dtype == torch.float32

@@ -1,12 +1,36 @@
-"""The cross-modal layer between a language model and CLIP's text tower (spec xdbert §2.3, paper figure 3)."""
+"""The cross-modal layer between a language model and CLIP's text tower (spec xdbert §2.3, paper figure 3).
+
+Everything here works on token streams without padding: [tokens, size], with offsets that tell samples apart.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from xdscale.kernels.attention import attention, attention_probabilities
+from xdscale.kernels.attention import packed_attention, packed_attention_plain, packed_attention_probabilities
+from xdscale.kernels.dropout_mask import drop_threshold
+from xdscale.models.streams import Stream
 
 LAYER_NORM_EPS = 1e-12
 """As in BERT."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The rows of both streams that are read after the last layer; the others are not computed there.
+
+    Attributes:
+        language_rows: int64 [n], ascending.
+        language: their stream.
+        clip_rows: int64 [m], ascending.
+        clip: their stream.
+    """
+
+    language_rows: torch.Tensor
+    language: Stream
+    clip_rows: torch.Tensor
+    clip: Stream
 
 
 class AttentionSublayer(nn.Module):
@@ -15,7 +39,7 @@ class AttentionSublayer(nn.Module):
     With a context of another stream it is cross-attention, with the sublayer's own input self-attention.
     """
 
-    def __init__(self, size: int, context_size: int, heads: int, dropout: float) -> None:
+    def __init__(self, size: int, context_size: int, heads: int, dropout: float, *, plain: bool = False) -> None:
         """Builds the projections, with PyTorch's default initialisation as the released code has.
 
         Args:
@@ -23,11 +47,13 @@ class AttentionSublayer(nn.Module):
             context_size: of the states that answer; keys and values are projected from it to `size`.
             heads: number of heads; must divide `size`.
             dropout: rate on the attention weights and on the output.
+            plain: attention by its definition instead of the kernels.
         """
         super().__init__()
         if size % heads:
             raise ValueError(f"{heads} heads do not divide states of size {size}")
         self.heads = heads
+        self.plain = plain
         self.query = nn.Linear(size, size)
         self.key = nn.Linear(context_size, size)
         self.value = nn.Linear(context_size, size)
@@ -35,33 +61,49 @@ class AttentionSublayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
 
-    def forward(self, states: torch.Tensor, context: torch.Tensor, context_mask: torch.Tensor | None) -> torch.Tensor:
-        """Attends from `states` to `context`.
+    def forward(self, states: torch.Tensor, context: torch.Tensor, asking: Stream, answering: Stream) -> torch.Tensor:
+        """Attends from `states` to `context`, each sample to its own.
 
         Args:
-            states: [batch, q, size].
-            context: [batch, k, context_size].
-            context_mask: bool [batch, k], True for valid positions; None for all.
+            states: [q tokens, size].
+            context: [k tokens, context_size].
+            asking: stream of `states`.
+            answering: stream of `context`.
 
         Returns:
-            [batch, q, size].
+            [q tokens, size].
         """
-        query = self._split_heads(self.query(states))
-        key, value = self._split_heads(self.key(context)), self._split_heads(self.value(context))
+        query, key, value = self.query(states), self.key(context), self.value(context)
+        query, key, value = (tokens.unflatten(-1, (self.heads, -1)) for tokens in (query, key, value))
         rate = self.dropout.p if self.training else 0.0
-        attended = attention(query, key, value, context_mask, rate)
-        attended = attended.transpose(1, 2).flatten(2)  # [batch, q, size]
-        return self.norm(states + self.dropout(self.output(attended)))
+        # Drawn per call: recomputed activations restore the generator and so draw the same mask again.
+        seed = torch.randint(2**62, (1,), device=states.device) if rate else None
+        if self.plain:
+            threshold = drop_threshold(rate)
+            attended = packed_attention_plain(
+                query, key, value, asking.offsets, answering.offsets, threshold, seed
+            )  # [q tokens, heads, head size]
+        else:
+            attended = packed_attention(
+                query,
+                key,
+                value,
+                asking.offsets,
+                answering.offsets,
+                max_query=asking.longest,
+                max_key=answering.longest,
+                dropout=rate,
+                seed=seed,
+            )
+        return self.norm(states + self.dropout(self.output(attended.flatten(1))))
 
     def attention_map(
-        self, states: torch.Tensor, context: torch.Tensor, context_mask: torch.Tensor | None
+        self, states: torch.Tensor, context: torch.Tensor, asking: Stream, answering: Stream
     ) -> torch.Tensor:
-        """Returns the weights that `forward` attends with, averaged over the heads: fp32 [batch, q, k]."""
-        query, key = self._split_heads(self.query(states)), self._split_heads(self.key(context))
-        return attention_probabilities(query, key, context_mask).mean(1)
-
-    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
-        return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [batch, heads, positions, head size]
+        """Returns the first sample's weights, averaged over the heads: [its queries, its keys], fp32."""
+        query, key = self.query(states), self.key(context)
+        query, key = (tokens.unflatten(-1, (self.heads, -1)) for tokens in (query, key))
+        return packed_attention_probabilities(query, key, asking.offsets, answering.offsets).mean(0)
 
 
 class FeedForward(nn.Module):
@@ -76,8 +118,8 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Maps [batch, positions, size] to the same shape."""
-        hidden = self.activation(self.intermediate(states))  # [batch, positions, intermediate_size]
+        """Maps [tokens, size] to the same shape."""
+        hidden = self.activation(self.intermediate(states))  # [tokens, intermediate_size]
         return self.norm(states + self.dropout(self.output(hidden)))
 
 
@@ -97,12 +139,14 @@ class CrossModalLayer(nn.Module):
         clip_heads: int,
         intermediate_size: int,
         dropout: float,
+        *,
+        plain: bool = False,
     ) -> None:
         super().__init__()
-        self.language_cross = AttentionSublayer(language_size, clip_size, language_heads, dropout)
-        self.clip_cross = AttentionSublayer(clip_size, language_size, clip_heads, dropout)
-        self.language_self = AttentionSublayer(language_size, language_size, language_heads, dropout)
-        self.clip_self = AttentionSublayer(clip_size, clip_size, clip_heads, dropout)
+        self.language_cross = AttentionSublayer(language_size, clip_size, language_heads, dropout, plain=plain)
+        self.clip_cross = AttentionSublayer(clip_size, language_size, clip_heads, dropout, plain=plain)
+        self.language_self = AttentionSublayer(language_size, language_size, language_heads, dropout, plain=plain)
+        self.clip_self = AttentionSublayer(clip_size, clip_size, clip_heads, dropout, plain=plain)
         self.language_feed_forward = FeedForward(language_size, intermediate_size, dropout)
         self.clip_feed_forward = FeedForward(clip_size, intermediate_size, dropout)
 
@@ -110,22 +154,31 @@ class CrossModalLayer(nn.Module):
         self,
         language: torch.Tensor,
         clip: torch.Tensor,
-        language_mask: torch.Tensor | None,
-        clip_mask: torch.Tensor | None,
+        language_stream: Stream,
+        clip_stream: Stream,
+        wanted: Wanted | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Lets the two streams read each other.
 
         Args:
-            language: [batch, s, language_size].
-            clip: [batch, c, clip_size].
-            language_mask: bool [batch, s], True for valid positions; None for all.
-            clip_mask: bool [batch, c]; None for all.
+            language: [language tokens, language_size].
+            clip: [CLIP tokens, clip_size].
+            language_stream: of `language`.
+            clip_stream: of `clip`.
+            wanted: in the last layer, the rows that are read after it. The others still answer in
+                self-attention, but ask nothing and pass no feed-forward.
 
         Returns:
-            The new language states [batch, s, language_size] and CLIP states [batch, c, clip_size].
+            The new language and CLIP states, of all rows or of the wanted ones.
         """
-        crossed_language = self.language_cross(language, clip, clip_mask)
-        crossed_clip = self.clip_cross(clip, language, language_mask)
-        language = self.language_self(crossed_language, crossed_language, language_mask)
-        clip = self.clip_self(crossed_clip, crossed_clip, clip_mask)
+        crossed_language = self.language_cross(language, clip, language_stream, clip_stream)
+        crossed_clip = self.clip_cross(clip, language, clip_stream, language_stream)
+        asking_language, asking_clip = crossed_language, crossed_clip
+        language_asking, clip_asking = language_stream, clip_stream
+        if wanted is not None:
+            asking_language = crossed_language.index_select(0, wanted.language_rows)
+            asking_clip = crossed_clip.index_select(0, wanted.clip_rows)
+            language_asking, clip_asking = wanted.language, wanted.clip
+        language = self.language_self(asking_language, crossed_language, language_asking, language_stream)
+        clip = self.clip_self(asking_clip, crossed_clip, clip_asking, clip_stream)
         return self.language_feed_forward(language), self.clip_feed_forward(clip)

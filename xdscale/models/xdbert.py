@@ -1,6 +1,7 @@
 """XDBERT: a language encoder and CLIP's text tower joined by cross-modal layers (spec xdbert §2)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -8,7 +9,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from xdscale.models.clip_text import CLIPTextEncoder
-from xdscale.models.cross_modal import CrossModalLayer
+from xdscale.models.cross_modal import CrossModalLayer, Wanted
+from xdscale.models.streams import Stream, full_stream, rows_of_samples, stream_of, unpack
+
+
+class _Encoded(NamedTuple):
+    """Both encoders' states as streams, and where their rows stand in the padded shapes."""
+
+    language: torch.Tensor  # [language tokens, language size]
+    clip: torch.Tensor  # [CLIP tokens, CLIP size]
+    language_stream: Stream
+    clip_stream: Stream
+    language_positions: torch.Tensor | None  # None: every position is valid
+    clip_positions: torch.Tensor
 
 
 class XDBERT(nn.Module):
@@ -43,36 +56,81 @@ class XDBERT(nn.Module):
         clip_ids: torch.Tensor,
         clip_lengths: torch.Tensor,
         language_mask: torch.Tensor | None = None,
+        *,
+        wanted: tuple[torch.Tensor, torch.Tensor] | None = None,
         return_attention: bool = False,
     ) -> tuple:
         """Encodes a text through both encoders and the cross-modal layers.
 
-        Padding comes from `clip_lengths` and never from ids: CLIP's id 0 is a word (spec xdbert §9).
+        Padding comes from `clip_lengths` and never from ids: CLIP's id 0 is a word (spec xdbert §9). Padding is not
+        computed at all: the cross-modal layers work on the valid tokens alone.
 
         Args:
             language_ids: int64 [batch, s].
             clip_ids: int64 [batch, blocks, 77].
             clip_lengths: int64 [batch, blocks], valid positions of each block; 0 for an empty block.
             language_mask: bool [batch, s], True for valid positions; None for all.
+            wanted: the only positions whose states are needed, ascending and valid: int64 [n] into batch * s, and
+                int64 [m] into batch * blocks * 77. None for all.
             return_attention: also return attention maps.
 
         Returns:
-            Language states [batch, s, language size] and CLIP states [batch, blocks * 77, CLIP size]; with
-            `return_attention` also a list with, for each cross-modal layer, the first sample's weights from
-            language to CLIP positions, averaged over heads, fp32 [s, blocks * 77].
+            Language states [batch, s, language size] and CLIP states [batch, blocks * 77, CLIP size], zeros at
+            padding; or, with `wanted`, [n, language size] and [m, CLIP size]. With `return_attention` also a list
+            with, for each cross-modal layer, the first sample's weights from language to CLIP tokens, averaged
+            over heads, fp32 [its language tokens, its CLIP tokens].
         """
-        positions = torch.arange(clip_ids.shape[-1], device=clip_ids.device)
-        clip_mask = (positions < clip_lengths.unsqueeze(-1)).flatten(1)  # [batch, blocks * 77]
+        encoded = self._encode(language_ids, clip_ids, clip_lengths, language_mask)
+        language, clip = encoded.language, encoded.clip
+        streams = encoded.language_stream, encoded.clip_stream
+        last = None if wanted is None else _wanted_rows(encoded, wanted)
+        maps = []
+        for number, layer in enumerate(self.layers, 1):
+            if return_attention:
+                maps.append(layer.language_cross.attention_map(language, clip, *streams))
+            rows = last if number == len(self.layers) else None
+            if self._checkpoint_layers and torch.is_grad_enabled():
+                language, clip = checkpoint(layer, language, clip, *streams, rows, use_reentrant=False)
+            else:
+                language, clip = layer(language, clip, *streams, rows)
+        if wanted is None:
+            if encoded.language_positions is not None:
+                language = unpack(language, encoded.language_positions, language_ids.shape)
+            language = language.view(*language_ids.shape, -1)
+            clip = unpack(clip, encoded.clip_positions, (len(clip_ids), clip_ids[0].numel()))
+        return (language, clip, maps) if return_attention else (language, clip)
+
+    def _encode(
+        self,
+        language_ids: torch.Tensor,
+        clip_ids: torch.Tensor,
+        clip_lengths: torch.Tensor,
+        language_mask: torch.Tensor | None,
+    ) -> _Encoded:
         language = self.language(
             input_ids=language_ids, attention_mask=language_mask, use_cache=False
         ).last_hidden_state  # [batch, s, language size]
-        clip = self.clip(clip_ids)  # [batch, blocks * 77, CLIP size]
-        maps = []
-        for layer in self.layers:
-            if return_attention:
-                maps.append(layer.language_cross.attention_map(language[:1], clip[:1], clip_mask[:1])[0])
-            if self._checkpoint_layers and torch.is_grad_enabled():
-                language, clip = checkpoint(layer, language, clip, language_mask, clip_mask, use_reentrant=False)
-            else:
-                language, clip = layer(language, clip, language_mask, clip_mask)
-        return (language, clip, maps) if return_attention else (language, clip)
+        language_stream, language_positions = full_stream(*language_ids.shape, language_ids.device), None
+        language = language.flatten(0, 1)
+        if language_mask is not None:
+            language_stream, language_positions = stream_of(language_mask)
+            language = language.index_select(0, language_positions)
+        places = torch.arange(clip_ids.shape[-1], device=clip_ids.device)
+        clip_mask = places < clip_lengths.unsqueeze(-1)  # [batch, blocks, 77]
+        clip_stream, clip_positions = stream_of(clip_mask.flatten(1))
+        clip = self.clip(clip_ids).flatten(0, 1).index_select(0, clip_positions)  # [CLIP tokens, CLIP size]
+        return _Encoded(language, clip, language_stream, clip_stream, language_positions, clip_positions)
+
+
+def _wanted_rows(encoded: _Encoded, wanted: tuple[torch.Tensor, torch.Tensor]) -> Wanted:
+    """Turns positions in the padded shapes into rows of the streams."""
+    language_rows, clip_positions = wanted
+    if encoded.language_positions is not None:
+        language_rows = torch.searchsorted(encoded.language_positions, language_rows)
+    clip_rows = torch.searchsorted(encoded.clip_positions, clip_positions)
+    return Wanted(
+        language_rows,
+        rows_of_samples(language_rows, encoded.language_stream),
+        clip_rows,
+        rows_of_samples(clip_rows, encoded.clip_stream),
+    )

@@ -1,4 +1,4 @@
-"""Matrix-multiplication FLOPs of XDBERT's parts, on the positions that are computed (padding included).
+"""Matrix-multiplication FLOPs of XDBERT's parts, on the positions that are computed.
 
 A multiply-add counts as two. Biases, norms, softmax and embedding look-ups are left out, as is usual for
 model FLOPs utilisation. All functions give the forward pass; a training step costs three times that, since
@@ -6,6 +6,7 @@ each product has two more of its size in the backward pass. What activation chec
 not count.
 """
 
+import numpy as np
 from transformers import PretrainedConfig
 
 from xdscale.models.clip_text import CLIPTextEncoder
@@ -30,20 +31,40 @@ def clip_flops(encoder: CLIPTextEncoder, blocks: int) -> int:
 
 
 def cross_layer_flops(
-    language_size: int, clip_size: int, intermediate_size: int, batch: int, length: int, clip_length: int
+    language_size: int,
+    clip_size: int,
+    intermediate_size: int,
+    language: np.ndarray,
+    clip: np.ndarray,
+    wanted_language: np.ndarray,
+    wanted_clip: np.ndarray,
 ) -> int:
-    """Returns the FLOPs of one cross-modal layer."""
+    """Returns the FLOPs of one cross-modal layer on streams without padding.
+
+    Args:
+        language_size: size of the language states.
+        clip_size: size of the CLIP states.
+        intermediate_size: of both feed-forward parts.
+        language: int [batch], language tokens of each sample.
+        clip: int [batch], CLIP tokens of each sample.
+        wanted_language: int [batch], those that are read after the layer.
+        wanted_clip: int [batch], likewise.
+    """
     flops = 0
-    streams = (
-        (language_size, length, clip_size, clip_length),
-        (clip_size, clip_length, language_size, length),
-    )
-    for size, positions, context_size, context_positions in streams:
-        projections = 4 * batch * (positions * size * size + context_positions * context_size * size)
-        flops += projections + 4 * batch * positions * context_positions * size
-        flops += self_attention_flops(size, batch, positions)
-        flops += feed_forward_flops(size, intermediate_size, batch * positions)
+    for size, tokens, wanted, context_size, context in (
+        (language_size, language, wanted_language, clip_size, clip),
+        (clip_size, clip, wanted_clip, language_size, language),
+    ):
+        flops += attention_flops(size, context_size, tokens, context)
+        flops += attention_flops(size, size, wanted, tokens)
+        flops += feed_forward_flops(size, intermediate_size, int(wanted.sum()))
     return flops
+
+
+def attention_flops(size: int, context_size: int, asking: np.ndarray, answering: np.ndarray) -> int:
+    """Returns the FLOPs of the four projections, the scores and the weighted sum; arguments as tokens per sample."""
+    projections = 4 * size * (size * asking.sum() + context_size * answering.sum())
+    return int(projections + 4 * size * (asking * answering).sum())
 
 
 def self_attention_flops(size: int, batch: int, length: int) -> int:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from xdscale.kernels.masked_token_loss import masked_token_loss
+from xdscale.kernels.masked_token_loss import masked_token_loss, plain_masked_token_loss
 
 LAYER_NORM_EPS = 1e-12
 """As in BERT."""
@@ -17,12 +17,13 @@ class MaskedTokenHead(nn.Module):
     gathered only for the module whose forward is running, so projection and loss stand in this forward.
     """
 
-    def __init__(self, size: int, embedding: nn.Parameter) -> None:
+    def __init__(self, size: int, embedding: nn.Parameter, *, plain: bool = False) -> None:
         """Builds the head.
 
         Args:
             size: of the hidden states that come in.
             embedding: [V, embedding size], the input embedding to be tied; the transform maps to its size.
+            plain: the loss by its definition instead of the kernels.
         """
         super().__init__()
         vocabulary, embedding_size = embedding.shape
@@ -31,23 +32,20 @@ class MaskedTokenHead(nn.Module):
         self.norm = nn.LayerNorm(embedding_size, eps=LAYER_NORM_EPS)
         self.decoder_weight = embedding
         self.decoder_bias = nn.Parameter(torch.zeros(vocabulary))
+        self.loss = plain_masked_token_loss if plain else masked_token_loss
 
-    def forward(
-        self, states: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicts the tokens at the labelled positions only.
+    def forward(self, states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicts tokens.
 
         Args:
-            states: [batch, length, size].
-            positions: int64 [n], index into batch * length; n may be 0.
+            states: [n, size], at the labelled positions only; n may be 0.
             labels: int64 [n], the right tokens.
 
         Returns:
             Summed cross-entropy (fp32 scalar) and the number of right predictions (int64 scalar).
         """
-        labelled = states.flatten(0, 1).index_select(0, positions)  # [n, size]
-        hidden = self.norm(self.activation(self.transform(labelled)))  # [n, embedding size]
-        return masked_token_loss(hidden, self.decoder_weight, self.decoder_bias, labels)
+        hidden = self.norm(self.activation(self.transform(states)))  # [n, embedding size]
+        return self.loss(hidden, self.decoder_weight, self.decoder_bias, labels)
 
 
 class MatchHead(nn.Module):
@@ -59,16 +57,16 @@ class MatchHead(nn.Module):
         self.classifier = nn.Linear(size, 2)
 
     def forward(self, states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Classifies each pair by its first language position.
+        """Classifies each pair.
 
         Args:
-            states: [batch, length, size], from the last cross-modal layer.
+            states: [batch, size], of the first language position, from the last cross-modal layer.
             labels: int64 [batch], 1 for the same text, 0 for another, -1 for no target.
 
         Returns:
             Summed cross-entropy (fp32 scalar) and the number of right predictions (int64 scalar).
         """
-        logits = self.classifier(torch.tanh(self.pooler(states[:, 0])))  # [batch, 2]
+        logits = self.classifier(torch.tanh(self.pooler(states)))  # [batch, 2]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
         correct = (logits.detach().argmax(-1) == labels).sum()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,17 +29,18 @@ class XDBERTAdaptation(nn.Module):
         clip_tokens: CLIP token head, tied to CLIP's token embedding; None when off.
     """
 
-    def __init__(self, model: XDBERT, tasks: recipe.Tasks) -> None:
+    def __init__(self, model: XDBERT, tasks: recipe.Tasks, *, plain: bool = False) -> None:
         super().__init__()
         config, clip = model.language.config, model.clip
         self.model = model
         self.mlm = None
         if tasks.mlm is not None:
-            self.mlm = MaskedTokenHead(config.hidden_size, model.language.get_input_embeddings().weight)
+            words = model.language.get_input_embeddings().weight
+            self.mlm = MaskedTokenHead(config.hidden_size, words, plain=plain)
         self.match = MatchHead(config.hidden_size) if tasks.match is not None else None
         self.clip_tokens = None
         if tasks.clip_tokens is not None:
-            self.clip_tokens = MaskedTokenHead(clip.output_size, clip.tower.token_embedding.weight)
+            self.clip_tokens = MaskedTokenHead(clip.output_size, clip.tower.token_embedding.weight, plain=plain)
 
     def enable_activation_checkpointing(self) -> None:
         """Trades a second forward pass of the encoder for its activations; the result stays the same."""
@@ -49,59 +51,84 @@ class XDBERTAdaptation(nn.Module):
     ) -> dict[str, tuple[torch.Tensor, ...]]:
         """Computes the summed loss of each objective.
 
+        The last cross-modal layer is computed only at the positions that a loss reads.
+
         Args:
             batch: the arrays of `xdscale.data.collate.Batch` as int64 tensors: language_ids [b, S],
                 clip_ids [b, N, 77], clip_lengths [b, N], and for the objectives that are on
                 masked_lm_positions and masked_lm_labels [m], match_labels [b] (-1: no target),
                 clip_positions and clip_labels [c].
             return_attention: add an entry "attention_maps": for each cross-modal layer the first sample's
-                weights from language to CLIP positions, averaged over heads, fp32 [S, N * 77].
+                weights from language to CLIP tokens, averaged over heads, fp32 [S, its CLIP tokens]. For evaluation.
 
         Returns:
             For each of "mlm", "match", "clip_tokens" that is on: the loss summed over targets (fp32 scalar)
             and the number of right predictions (int64 scalar). Without targets the loss is 0 and still has
             (zero) gradients, so every rank runs the same collectives.
         """
+        samples, length = batch["language_ids"].shape
+        first = torch.arange(samples, device=batch["language_ids"].device) * length  # [CLS] of each sample
+        none = first[:0]
+        masked = batch["masked_lm_positions"] if self.mlm is not None else none
+        targets = batch["clip_positions"] if self.clip_tokens is not None else none
+        # [CLS] is never masked, so no position appears twice.
+        positions, order = torch.cat([masked, first if self.match is not None else none]).sort()
         language, clip, *maps = self.model(
             batch["language_ids"],
             batch["clip_ids"],
             batch["clip_lengths"],
+            wanted=(positions, targets),
             return_attention=return_attention,
-        )  # [b, S, H], [b, N * 77, D]
+        )  # [m + b, H], [c, D]
+        rows = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        masked_rows, first_rows = rows.split([len(masked), len(rows) - len(masked)])
         terms: dict[str, tuple[torch.Tensor, ...]] = {}
         if self.mlm is not None:
-            terms["mlm"] = self.mlm(language, batch["masked_lm_positions"], batch["masked_lm_labels"])
+            terms["mlm"] = self.mlm(language.index_select(0, masked_rows), batch["masked_lm_labels"])
         if self.match is not None:
-            terms["match"] = self.match(language, batch["match_labels"])
+            terms["match"] = self.match(language.index_select(0, first_rows), batch["match_labels"])
         if self.clip_tokens is not None:
-            terms["clip_tokens"] = self.clip_tokens(clip, batch["clip_positions"], batch["clip_labels"])
+            terms["clip_tokens"] = self.clip_tokens(clip, batch["clip_labels"])
         if return_attention:
             terms["attention_maps"] = tuple(maps[0])
         return terms
 
-    def flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
         """Returns the matrix-multiplication FLOPs of forward and backward for one micro-batch.
 
         Args:
-            shapes: of the batch's arrays, by name.
+            arrays: of `xdscale.data.collate.Batch`.
         """
         config, encoder = self.model.language.config, self.model.clip
-        batch, length = shapes["language_ids"]
-        blocks = shapes["clip_ids"][1]
-        size, clip_size = config.hidden_size, encoder.output_size
-        total = flops.language_flops(config, batch, length) + flops.clip_flops(encoder, batch * blocks)
-        total += len(self.model.layers) * flops.cross_layer_flops(
-            size, clip_size, config.intermediate_size, batch, length, blocks * encoder.context_length
-        )
+        samples, length = arrays["language_ids"].shape
+        blocks = arrays["clip_ids"].shape[1]
+        none = np.empty(0, np.int64)
+        masked = arrays["masked_lm_positions"] if self.mlm is not None else none
+        targets = arrays["clip_positions"] if self.clip_tokens is not None else none
+        language = np.full(samples, length)
+        clip = arrays["clip_lengths"].sum(1)
+        wanted_language = np.bincount(masked // length, minlength=samples) + (self.match is not None)
+        wanted_clip = np.bincount(targets // (blocks * encoder.context_length), minlength=samples)
+        total = flops.language_flops(config, samples, length) + flops.clip_flops(encoder, samples * blocks)
+        for number in range(1, len(self.model.layers) + 1):
+            last = number == len(self.model.layers)
+            total += flops.cross_layer_flops(
+                config.hidden_size,
+                encoder.output_size,
+                config.intermediate_size,
+                language,
+                clip,
+                wanted_language if last else language,
+                wanted_clip if last else clip,
+            )
         if self.mlm is not None:
-            labelled = shapes["masked_lm_positions"][0]
             embedding_size = self.mlm.transform.out_features
-            total += flops.masked_token_flops(size, embedding_size, config.vocab_size, labelled)
+            total += flops.masked_token_flops(config.hidden_size, embedding_size, config.vocab_size, len(masked))
         if self.match is not None:
-            total += flops.match_flops(size, batch)
+            total += flops.match_flops(config.hidden_size, samples)
         if self.clip_tokens is not None:
-            tower, labelled = encoder.tower, shapes["clip_positions"][0]
-            total += flops.masked_token_flops(clip_size, tower.width, tower.vocab_size, labelled)
+            tower = encoder.tower
+            total += flops.masked_token_flops(encoder.output_size, tower.width, tower.vocab_size, len(targets))
         return 3 * total
 
 
@@ -122,6 +149,7 @@ def build_model(spec: recipe.Model) -> XDBERT:
             clip.tower.heads,
             config.intermediate_size,
             spec.dropout,
+            plain=spec.kernels == "plain",
         )
         for _ in range(spec.cross_layers)
     ]
@@ -137,7 +165,7 @@ def build_adaptation(spec: recipe.Recipe) -> XDBERTAdaptation:
     Raises:
         XdscaleError: as `build_model`.
     """
-    module = XDBERTAdaptation(build_model(spec.model), spec.tasks)
+    module = XDBERTAdaptation(build_model(spec.model), spec.tasks, plain=spec.model.kernels == "plain")
     head = masked_lm_head_state(spec.model.language) if module.mlm is not None else None
     if head is not None:
         # All but the decoder's weight, which is the encoder's embedding already.

@@ -1,0 +1,184 @@
+"""Packed attention on the CPU: blocks of scores that stay in cache, in PyTorch operations.
+
+Nothing of size [queries, keys] outlives a block: the backward pass recomputes the probabilities, which costs one
+more product but saves writing and reading them through main memory. Dropout is a bitwise "and" of the scores'
+own representation with 0 or -1, the cheapest way PyTorch has to zero selected elements.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from xdscale.kernels.dropout_mask import KEYS_PER_WORD, keep_rate, mix_, stream_keys, weyl
+from xdscale.kernels.packing import Packing
+
+BLOCK_SCORES = 1 << 18
+"""Most scores per block, unless a single row has more: what fits in a core's cache beside its mask. Half a head of
+512 queries and 693 keys is one block."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some heads and queries of one sample, against all of its keys."""
+
+    sample: int
+    heads: slice
+    queries: slice  # tokens
+    keys: slice  # tokens
+    first_query: int  # within the sample
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Heads, queries and keys of its scores."""
+        return (
+            self.heads.stop - self.heads.start,
+            self.queries.stop - self.queries.start,
+            self.keys.stop - self.keys.start,
+        )
+
+    def query_rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[self.queries, self.heads].transpose(0, 1)  # [block heads, block queries, d]
+
+    def key_rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[self.keys, self.heads].transpose(0, 1)  # [block heads, keys, d]
+
+
+class _Buffer:
+    """Memory that is reused from block to block: fresh pages would cost more than the operations on them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.memory = torch.empty(0, dtype=dtype)
+
+    def __call__(self, *shape: int) -> torch.Tensor:
+        """Returns an uninitialised contiguous tensor that is valid until the next call."""
+        size = shape[0] * shape[1] * shape[2]
+        if size > len(self.memory):
+            self.memory = self.memory.new_empty(size)
+        return self.memory[:size].view(shape)
+
+
+class _Dropout:
+    """Applies the masks of one call, block by block."""
+
+    def __init__(self, packing: Packing, heads: int, dtype: torch.dtype) -> None:
+        self.threshold = packing.threshold
+        self.rescale = 1.0 / keep_rate(packing.threshold)
+        if packing.threshold:
+            self.keys = stream_keys(packing.seed, packing.samples, heads)
+            self.weyl_shape = ()
+            self.words, self.scratch = _Buffer(torch.int32), _Buffer(torch.int32)
+            self.wide = _Buffer(torch.int32 if dtype.itemsize == 4 else torch.int16)
+
+    def draw(self, block: _Block) -> None:
+        """Fixes the bits for `apply_`: -1 where a score of the block stays and 0 where not, as wide as a score."""
+        if not self.threshold:
+            return
+        heads, queries, keys = block.shape
+        base = self._weyl(block.first_query, queries, -(-keys // KEYS_PER_WORD))
+        words, scratch = self.words(heads, *base.shape), self.scratch(heads, *base.shape)
+        key_0, key_1 = (key[block.sample, block.heads, None, None] for key in self.keys)
+        mix_(torch.add(base, key_0, out=words), key_1, scratch)
+        keep = words.view(torch.uint8).ge_(self.threshold).view(torch.int8).neg_()
+        self.bits = self.wide(heads, queries, keys).copy_(keep[:, :, :keys])
+
+    def _weyl(self, *shape: int) -> torch.Tensor:
+        if shape != self.weyl_shape:  # the heads of a sample share it
+            self.weyl_shape, self.weyl = shape, weyl(*shape, torch.device("cpu"))
+        return self.weyl
+
+    def apply_(self, scores: torch.Tensor) -> None:
+        """Zeroes what the block's mask drops; the caller divides by the keep rate inside the next product."""
+        if self.threshold:
+            scores.view(self.bits.dtype).bitwise_and_(self.bits)
+
+
+def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> tuple[torch.Tensor]:
+    """Returns the attended values [Tq, heads, d], and nothing to save; arguments as in `packed_attention`."""
+    out = query.new_zeros(query.shape)
+    dropout = _Dropout(packing, query.shape[1], query.dtype)
+    buffer = _Buffer(query.dtype)
+    for block in _blocks(packing, query.shape[1]):
+        probabilities = _probabilities(block, query, key, buffer(*block.shape))
+        dropout.draw(block)
+        dropout.apply_(probabilities)
+        _product(probabilities, block.key_rows(value), dropout.rescale, block.query_rows(out))
+    return (out,)
+
+
+def backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the gradients of query, key and value; arguments as in `packed_attention`."""
+    scale = query.shape[-1] ** -0.5
+    grad_query = query.new_zeros(query.shape)
+    # Sums over blocks of queries run in fp32, as they do inside a product.
+    grad_key, grad_value = (torch.zeros(tokens.shape, dtype=torch.float32) for tokens in (key, value))
+    dropout = _Dropout(packing, query.shape[1], query.dtype)
+    buffers = _Buffer(query.dtype), _Buffer(query.dtype)
+    for block in _blocks(packing, query.shape[1]):
+        grad_rows = block.query_rows(grad)
+        probabilities = _probabilities(block, query, key, buffers[0](*block.shape))
+        grad_scores = buffers[1](*block.shape)
+        _product(grad_rows, block.key_rows(value).transpose(1, 2), dropout.rescale, grad_scores)
+        dropout.draw(block)
+        dropout.apply_(grad_scores)
+        torch._softmax_backward_data(grad_scores, probabilities, -1, grad_scores.dtype, grad_input=grad_scores)
+        dropout.apply_(probabilities)
+        _add_product(block.key_rows(grad_value), probabilities.transpose(1, 2), grad_rows, dropout.rescale)
+        _add_product(block.key_rows(grad_key), grad_scores.transpose(1, 2), block.query_rows(query), scale)
+        _product(grad_scores, block.key_rows(key), scale, block.query_rows(grad_query))
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def attend_without_dropout(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+) -> torch.Tensor:
+    """Returns the attended values [Tq, heads, d] by PyTorch's attention, sample by sample; differentiable."""
+    query_lengths, key_lengths = query_offsets.diff().tolist(), key_offsets.diff().tolist()
+    rows = zip(query.split(query_lengths), key.split(key_lengths), value.split(key_lengths))
+    attended = [
+        F.scaled_dot_product_attention(*(tokens.transpose(0, 1)[None] for tokens in sample))[0].transpose(0, 1)
+        for sample in rows
+    ]
+    return torch.cat(attended)
+
+
+def _blocks(packing: Packing, heads: int) -> Iterator[_Block]:
+    """Cuts the batch into blocks: several heads of a short sample, or some of the queries of a long one."""
+    query_bounds, key_bounds = packing.query_offsets.tolist(), packing.key_offsets.tolist()
+    for sample in range(packing.samples):
+        start, stop = query_bounds[sample : sample + 2]
+        keys = slice(*key_bounds[sample : sample + 2])
+        scores = (stop - start) * (keys.stop - keys.start)
+        if not scores:
+            continue
+        heads_step = max(1, BLOCK_SCORES // scores)
+        parts = min(stop - start, -(-scores // BLOCK_SCORES))
+        rows = -(-(stop - start) // parts)
+        for head in range(0, heads, heads_step):
+            for first in range(start, stop, rows):
+                queries = slice(first, min(first + rows, stop))
+                yield _Block(sample, slice(head, min(head + heads_step, heads)), queries, keys, first - start)
+
+
+def _probabilities(block: _Block, query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    _product(block.query_rows(query), block.key_rows(key).transpose(1, 2), query.shape[-1] ** -0.5, out)
+    return torch.softmax(out, -1, out=out)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, factor: float, out: torch.Tensor) -> torch.Tensor:
+    """Writes `factor * left @ right` per head to `out`; the factor is applied inside the product."""
+    return torch.baddbmm(out, left, right, beta=0, alpha=factor, out=out)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float) -> None:
+    if left.dtype == total.dtype:
+        torch.baddbmm(total, left, right, alpha=factor, out=total)
+    else:
+        total.add_(_product(left, right, factor, left.new_empty(total.shape)))

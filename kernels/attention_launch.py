@@ -1,0 +1,234 @@
+"""Launches packed attention's Triton kernels: tile shapes per architecture, grids, and ahead-of-time cases."""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from xdscale.kernels.attention_triton import (
+    LOG2_E,
+    attention_backward_key_value,
+    attention_backward_query,
+    attention_forward,
+)
+from xdscale.kernels.compile_case import CompileCase
+from xdscale.kernels.dropout_mask import drop_threshold, keep_rate
+from xdscale.kernels.packing import Packing
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter, on CPU tensors."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program cuts its work: queries and keys at a time, warps, and depth of the software pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+KERNELS = {
+    "forward": attention_forward,
+    "backward_query": attention_backward_query,
+    "backward_key_value": attention_backward_key_value,
+}
+TILES = {
+    "sm_80": {
+        "forward": Tile(128, 64, warps=8, stages=3),
+        "backward_query": Tile(64, 64, warps=4, stages=3),
+        "backward_key_value": Tile(32, 64, warps=4, stages=2),
+    },
+    "sm_90": {
+        "forward": Tile(128, 64, warps=8, stages=3),
+        "backward_query": Tile(64, 64, warps=4, stages=3),
+        "backward_key_value": Tile(32, 64, warps=4, stages=2),
+    },
+    "sm_100": {
+        "forward": Tile(128, 64, warps=8, stages=3),
+        "backward_query": Tile(64, 64, warps=4, stages=3),
+        "backward_key_value": Tile(64, 64, warps=8, stages=2),
+    },
+    "gfx942": {
+        "forward": Tile(128, 64, warps=4, stages=1),
+        "backward_query": Tile(64, 64, warps=4, stages=1),
+        "backward_key_value": Tile(32, 64, warps=4, stages=1),
+    },
+}
+"""For 16-bit inputs and head sizes up to 64."""
+WIDE_HEAD_TILES = {
+    "sm_80": Tile(64, 32, warps=4, stages=1),
+    "sm_90": Tile(64, 32, warps=8, stages=1),
+    "sm_100": Tile(64, 32, warps=8, stages=1),
+    "gfx942": Tile(32, 32, warps=4, stages=1),
+}
+"""For 16-bit inputs and head sizes beyond 64."""
+FP32_TILES = {
+    "sm_80": Tile(32, 32, warps=8, stages=1),
+    "sm_90": Tile(32, 32, warps=8, stages=1),
+    "sm_100": Tile(32, 32, warps=4, stages=1),
+    "gfx942": Tile(32, 32, warps=4, stages=1),
+}
+"""For fp32 inputs and head sizes up to 64."""
+WIDE_HEAD_FP32_TILES = {
+    "sm_80": Tile(16, 16, warps=8, stages=1),
+    "sm_90": Tile(16, 16, warps=4, stages=1),
+    "sm_100": Tile(16, 16, warps=4, stages=1),
+    "gfx942": Tile(16, 16, warps=4, stages=1),
+}
+"""For fp32 inputs and head sizes beyond 64."""
+# All of these were chosen ahead of time: no spills, shared memory within limits, most programs per core.
+
+TRITON_TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+COMPILE_SAMPLES, COMPILE_QUERIES, COMPILE_KEYS, COMPILE_HEADS = 32, 512, 560, 12
+"""True shape of `compile_cases`: language to CLIP in the base model, 560 of 693 CLIP positions filled."""
+
+
+def forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, tile: Tile | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the attended values [Tq, heads, d]; then, to save, those and the log-sum-exp (base 2), fp32 [heads, Tq].
+
+    Arguments as in `packed_attention`; `tile` replaces what `TILES` has for the device.
+    """
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    out = torch.empty_like(query)
+    log_sum = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+    tile = tile or _tile("forward", query)
+    parts = triton.cdiv(packing.max_query, tile.queries)
+    _launch("forward", parts, tile, packing, (query, key, value, out, log_sum))
+    return out, out, log_sum
+
+
+def backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    out: torch.Tensor,
+    log_sum: torch.Tensor,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the gradients of query, key and value; `out` and `log_sum` are what `forward` gave to save."""
+    grad, query, key, value = grad.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
+    grad_query, grad_key, grad_value = (torch.empty_like(tokens) for tokens in (query, key, value))
+    row_sum = torch.empty_like(log_sum)
+    chosen = tile or _tile("backward_query", query)
+    parts = triton.cdiv(packing.max_query, chosen.queries)
+    pointers = (query, key, value, out, grad, log_sum, row_sum, grad_query)
+    _launch("backward_query", parts, chosen, packing, pointers)  # writes row_sum, which the next one reads
+    chosen = tile or _tile("backward_key_value", query)
+    parts = triton.cdiv(packing.max_key, chosen.keys)
+    pointers = (query, key, value, grad, log_sum, row_sum, grad_key, grad_value)
+    _launch("backward_key_value", parts, chosen, packing, pointers)
+    return grad_query, grad_key, grad_value
+
+
+def _launch(name: str, parts: int, tile: Tile, packing: Packing, pointers: tuple[torch.Tensor, ...]) -> None:
+    query = pointers[0]
+    tokens, heads, size = query.shape
+    if not parts * heads * packing.samples:
+        return
+    seed = packing.query_offsets if packing.seed is None else packing.seed  # not read without dropout
+    arguments = (*pointers, packing.query_offsets, packing.key_offsets, seed, tokens, heads)
+    widen = INTERPRETED and query.dtype == torch.bfloat16
+    constants = _constants(tile, size, packing.threshold, widen, _precision(_architecture(query.device)))
+    scale = size**-0.5 * LOG2_E.value
+    KERNELS[name][parts, heads, packing.samples](
+        *arguments, scale, **constants, num_warps=tile.warps, num_stages=tile.stages
+    )
+
+
+def _constants(tile: Tile, head_size: int, threshold: int, widen: bool, precision: str) -> dict[str, object]:
+    return {
+        "D": head_size,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "BLOCK_Q": tile.queries,
+        "BLOCK_K": tile.keys,
+        "THRESHOLD": threshold,
+        "RESCALE": 1.0 / keep_rate(threshold),
+        "WIDEN": widen,
+        "PRECISION": precision,
+    }
+
+
+def _tile(name: str, query: torch.Tensor) -> Tile:
+    return _table(name, query.dtype, query.shape[-1])[_architecture(query.device)]
+
+
+def _table(name: str, dtype: torch.dtype, head_size: int) -> dict[str, Tile]:
+    """Returns the tiles of one kernel by architecture."""
+    if dtype == torch.float32:
+        return FP32_TILES if head_size <= 64 else WIDE_HEAD_FP32_TILES
+    if head_size > 64:
+        return WIDE_HEAD_TILES
+    return {architecture: tiles[name] for architecture, tiles in TILES.items()}
+
+
+def _precision(architecture: str) -> str:
+    """Returns how products of fp32 values run: in three TF32 passes (relative error 2**-22), or on AMD as they are."""
+    return "ieee" if architecture == "gfx942" else "tf32x3"
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    """Returns the entry of `TILES` for a device: the newest one that is not newer than the device."""
+    if torch.version.hip:
+        return "gfx942"
+    if INTERPRETED:
+        return "sm_80"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def compile_cases() -> list[CompileCase]:
+    """Returns every configuration that ships, for head sizes 64 and 128, bf16 and fp32, with and without dropout.
+
+    Bytes count each element once: the tiles that a sample's other programs read again are in the second-level
+    cache. Above the lower bound are only the log-sum-exp and the row sums.
+    """
+    cases = []
+    for name in KERNELS:
+        for dtype, head_size, dropout in itertools.product(TRITON_TYPES, (64, 128), (0.0, 0.1)):
+            for architecture, tile in _table(name, dtype, head_size).items():
+                cases.append(_compile_case(name, architecture, tile, dtype, head_size, dropout))
+    return cases
+
+
+def _compile_case(
+    name: str, architecture: str, tile: Tile, dtype: torch.dtype, head_size: int, dropout: float
+) -> CompileCase:
+    kernel = KERNELS[name]
+    constants = _constants(tile, head_size, drop_threshold(dropout), False, _precision(architecture))
+    types = {"LOG_SUM": "*fp32", "ROW_SUM": "*fp32", "QUERY_OFFSETS": "*i32", "KEY_OFFSETS": "*i32"}
+    types |= {"SEED": "*i64" if dropout else "*i32", "tokens": "i32", "heads": "i32", "scale": "fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    queries = COMPILE_SAMPLES * COMPILE_QUERIES * COMPILE_HEADS
+    keys = COMPILE_SAMPLES * COMPILE_KEYS * COMPILE_HEADS
+    # How often rows of queries (query, output, their gradients), rows of keys, and fp32 vectors pass; products.
+    query_passes, key_passes, vectors, products = {
+        "forward": (2, 2, 1, 2),
+        "backward_query": (4, 2, 2, 3),
+        "backward_key_value": (2, 4, 2, 4),
+    }[name]
+    bound = (query_passes * queries + key_passes * keys) * head_size * dtype.itemsize
+    signature = {argument: types.get(argument, f"*{TRITON_TYPES[dtype]}") for argument in kernel.arg_names}
+    return CompileCase(
+        operation="packed_attention",
+        name=f"{name} {TRITON_TYPES[dtype]} d={head_size} {'dropout' if dropout else 'no dropout'}",
+        kernel=kernel,
+        signature=signature,
+        # All are tensors of their own, so their addresses are; the number of packed tokens is any number.
+        divisible_by_16=tuple(argument for argument, kind in signature.items() if kind.startswith("*")),
+        constexprs=constants,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        target=architecture,
+        bytes_moved=bound + vectors * queries * 4,
+        lower_bound_bytes=bound,
+        flops=products * 2 * queries * COMPILE_KEYS * head_size,
+    )

@@ -1,0 +1,167 @@
+"""Packed attention's Triton kernels: one forward kernel, one backward kernel for queries and one for keys and values.
+
+Programs walk over tiles of their own sample only, so there is no padding work, and no program writes where
+another does: no atomics, deterministic. Scores stay in registers and accumulate in fp32; the log-sum-exp (base 2)
+and the rows' sums of gradient x output, fp32 [heads, Tq], are all that is kept besides inputs and outputs.
+"""
+
+import triton
+import triton.language as tl
+
+from xdscale.kernels.dropout_mask import START_0, START_1, keep_tile, stream_key_tile
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _rows(POINTER, start, index, length, head, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr):  # noqa: ANN001, ANN202
+    """Loads rows of one head from [tokens, heads, D]; zeros beyond the sequence and beyond D."""
+    column = tl.arange(0, BLOCK_D)
+    offset = ((start + index).to(tl.int64) * heads + head)[:, None] * D + column[None, :]
+    mask = (index < length)[:, None]
+    if D != BLOCK_D:
+        mask = mask & (column < D)[None, :]
+    rows = tl.load(POINTER + offset, mask=mask, other=0.0)
+    if WIDEN:
+        rows = rows.to(tl.float32)
+    return rows
+
+
+@triton.jit
+def _store_rows(POINTER, rows, start, index, length, head, heads, D: tl.constexpr, BLOCK_D: tl.constexpr):  # noqa: ANN001, ANN202
+    column = tl.arange(0, BLOCK_D)
+    offset = ((start + index).to(tl.int64) * heads + head)[:, None] * D + column[None, :]
+    mask = (index < length)[:, None]
+    if D != BLOCK_D:
+        mask = mask & (column < D)[None, :]
+    tl.store(POINTER + offset, rows.to(POINTER.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attention_forward(  # noqa: ANN201
+    QUERY, KEY, VALUE, OUT, LOG_SUM, QUERY_OFFSETS, KEY_OFFSETS, SEED,  # noqa: ANN001
+    tokens, heads, scale,  # noqa: ANN001
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attends from one tile of queries to all keys of its sample. Grid: (query tiles, heads, samples)."""
+    head, sample = tl.program_id(1), tl.program_id(2)
+    start, key_start = tl.load(QUERY_OFFSETS + sample), tl.load(KEY_OFFSETS + sample)
+    length, keys = tl.load(QUERY_OFFSETS + sample + 1) - start, tl.load(KEY_OFFSETS + sample + 1) - key_start
+    if tl.program_id(0) * BLOCK_Q >= length:
+        return
+    index = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = _rows(QUERY, start, index, length, head, heads, D, BLOCK_D, WIDEN)
+    if THRESHOLD:
+        stream_0 = stream_key_tile(SEED, sample, head, START_0)
+        stream_1 = stream_key_tile(SEED, sample, head, START_1)
+    highest = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    attended = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for first in range(0, keys, BLOCK_K):
+        key_index = first + tl.arange(0, BLOCK_K)
+        key = _rows(KEY, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        scores = tl.where((key_index < keys)[None, :], scores, -float("inf"))
+        raised = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - raised[:, None])
+        shrink = tl.exp2(highest - raised)
+        total = total * shrink + tl.sum(weights, 1)
+        if THRESHOLD:
+            keep = keep_tile(stream_0, stream_1, index[:, None], key_index[None, :], THRESHOLD)
+            weights = tl.where(keep, weights, 0.0)
+        value = _rows(VALUE, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
+        attended = tl.dot(weights.to(value.dtype), value, attended * shrink[:, None], input_precision=PRECISION)
+        highest = raised
+    # Without keys, `total` is 0: the result is 0, and so is the log-sum-exp.
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    _store_rows(OUT, attended * (RESCALE / safe)[:, None], start, index, length, head, heads, D, BLOCK_D)
+    log_sum = tl.where(some, highest + tl.log2(safe), 0.0)
+    tl.store(LOG_SUM + head.to(tl.int64) * tokens + start + index, log_sum, mask=index < length)
+
+
+@triton.jit
+def attention_backward_query(  # noqa: ANN201
+    QUERY, KEY, VALUE, OUT, GRAD, LOG_SUM, ROW_SUM, GRAD_QUERY, QUERY_OFFSETS, KEY_OFFSETS, SEED,  # noqa: ANN001
+    tokens, heads, scale,  # noqa: ANN001
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one tile of queries, and its rows' sums of gradient x output. Grid: (query tiles, heads, samples)."""
+    head, sample = tl.program_id(1), tl.program_id(2)
+    start, key_start = tl.load(QUERY_OFFSETS + sample), tl.load(KEY_OFFSETS + sample)
+    length, keys = tl.load(QUERY_OFFSETS + sample + 1) - start, tl.load(KEY_OFFSETS + sample + 1) - key_start
+    if tl.program_id(0) * BLOCK_Q >= length:
+        return
+    index = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = _rows(QUERY, start, index, length, head, heads, D, BLOCK_D, WIDEN)
+    grad = _rows(GRAD, start, index, length, head, heads, D, BLOCK_D, WIDEN)
+    out = _rows(OUT, start, index, length, head, heads, D, BLOCK_D, WIDEN)
+    row_sum = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    row = head.to(tl.int64) * tokens + start + index
+    tl.store(ROW_SUM + row, row_sum, mask=index < length)
+    log_sum = tl.load(LOG_SUM + row, mask=index < length, other=0.0)
+    if THRESHOLD:
+        stream_0 = stream_key_tile(SEED, sample, head, START_0)
+        stream_1 = stream_key_tile(SEED, sample, head, START_1)
+    grad_query = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for first in range(0, keys, BLOCK_K):
+        key_index = first + tl.arange(0, BLOCK_K)
+        key = _rows(KEY, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
+        value = _rows(VALUE, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        weights = tl.where((key_index < keys)[None, :], tl.exp2(scores - log_sum[:, None]), 0.0)
+        grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+        if THRESHOLD:
+            keep = keep_tile(stream_0, stream_1, index[:, None], key_index[None, :], THRESHOLD)
+            grad_weights = tl.where(keep, grad_weights * RESCALE, 0.0)
+        grad_scores = (weights * (grad_weights - row_sum[:, None])).to(key.dtype)
+        grad_query = tl.dot(grad_scores, key, grad_query, input_precision=PRECISION)
+    _store_rows(GRAD_QUERY, grad_query * (scale / LOG2_E), start, index, length, head, heads, D, BLOCK_D)
+
+
+@triton.jit
+def attention_backward_key_value(  # noqa: ANN201
+    QUERY, KEY, VALUE, GRAD, LOG_SUM, ROW_SUM, GRAD_KEY, GRAD_VALUE, QUERY_OFFSETS, KEY_OFFSETS, SEED,  # noqa: ANN001
+    tokens, heads, scale,  # noqa: ANN001
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile of keys and values, on transposed scores. Grid: (key tiles, heads, samples).
+
+    Rows beyond the sequences need no mask: queries, gradients and row sums are loaded as 0 there, and what
+    keys beyond the end accumulate is not stored.
+    """
+    head, sample = tl.program_id(1), tl.program_id(2)
+    start, key_start = tl.load(QUERY_OFFSETS + sample), tl.load(KEY_OFFSETS + sample)
+    length, keys = tl.load(QUERY_OFFSETS + sample + 1) - start, tl.load(KEY_OFFSETS + sample + 1) - key_start
+    if tl.program_id(0) * BLOCK_K >= keys:
+        return
+    key_index = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    key = _rows(KEY, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
+    value = _rows(VALUE, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
+    if THRESHOLD:
+        stream_0 = stream_key_tile(SEED, sample, head, START_0)
+        stream_1 = stream_key_tile(SEED, sample, head, START_1)
+    grad_key = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    grad_value = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for first in range(0, length, BLOCK_Q):
+        index = first + tl.arange(0, BLOCK_Q)
+        row = head.to(tl.int64) * tokens + start + index
+        query = _rows(QUERY, start, index, length, head, heads, D, BLOCK_D, WIDEN)
+        grad = _rows(GRAD, start, index, length, head, heads, D, BLOCK_D, WIDEN)
+        log_sum = tl.load(LOG_SUM + row, mask=index < length, other=0.0)
+        row_sum = tl.load(ROW_SUM + row, mask=index < length, other=0.0)
+        weights = tl.exp2(tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale - log_sum[None, :])
+        grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+        kept = weights
+        if THRESHOLD:
+            keep = keep_tile(stream_0, stream_1, index[None, :], key_index[:, None], THRESHOLD)
+            grad_weights = tl.where(keep, grad_weights * RESCALE, 0.0)
+            kept = tl.where(keep, weights, 0.0)
+        grad_value = tl.dot(kept.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
+        grad_scores = (weights * (grad_weights - row_sum[None, :])).to(query.dtype)
+        grad_key = tl.dot(grad_scores, query, grad_key, input_precision=PRECISION)
+    _store_rows(GRAD_KEY, grad_key * (scale / LOG2_E), key_start, key_index, keys, head, heads, D, BLOCK_D)
+    _store_rows(GRAD_VALUE, grad_value * RESCALE, key_start, key_index, keys, head, heads, D, BLOCK_D)

@@ -1,0 +1,119 @@
+"""The random bits of attention dropout: one definition, bit-identical in PyTorch and in Triton.
+
+The bits are counter-based, so that forward, backward, every tile shape and every device see the same mask
+without storing it. Each (seed, sample, head) has a stream key of 2 x 32 bits. One call turns the counter
+`query * 65,536 + key // 4` of such a stream into a 32-bit word whose four bytes, lowest first, serve the keys
+4g, 4g + 1, 4g + 2 and 4g + 3. A score is dropped where its byte is below the threshold. Counters repeat after
+65,536 queries or 262,144 keys.
+
+A word is `mix(counter * WEYL + key_0, key_1)`, modulo 2**32: a Weyl sequence, then two rounds of xor-shift and
+multiplication (the "lowbias32" family of C. Wellons's hash-prospector: 16, 15, 15) with the second half of the
+key between them. Fewer steps fail: without the Weyl factor or the last xor-shift, bytes of queries 16 apart
+are dependent, and additions in place of the xors leave the whole sequence nearly linear (chi-squared tests of
+byte pairs over 3 million words).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+THRESHOLDS = 256
+"""A rate is a multiple of 1 / 256."""
+KEYS_PER_WORD = 4
+
+_START_0, _START_1 = 0x1B873593, 0x4CF5AD43  # two arbitrary odd constants: they tell the halves of the key apart
+_WEYL = 0x9E3779B1  # 2**32 divided by the golden ratio, made prime
+_MULTIPLIER_0, _MULTIPLIER_1 = 0x21F0AAAD, 0x735A2D97
+
+START_0, START_1 = tl.constexpr(_START_0), tl.constexpr(_START_1)
+_TL_WEYL = tl.constexpr(_WEYL)
+_TL_MULTIPLIER_0, _TL_MULTIPLIER_1 = tl.constexpr(_MULTIPLIER_0), tl.constexpr(_MULTIPLIER_1)
+
+
+def drop_threshold(dropout: float) -> int:
+    """Returns how many of the 256 byte values mean "dropped": `dropout` rounded to 1 / 256, at most 255."""
+    return min(round(dropout * THRESHOLDS), THRESHOLDS - 1)
+
+
+def keep_rate(threshold: int) -> float:
+    """Returns the share of scores that a threshold keeps, by which the kept ones are divided."""
+    return 1.0 - threshold / THRESHOLDS
+
+
+def stream_keys(seed: torch.Tensor, samples: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns both halves of the key of every stream, int32 [samples, heads] each.
+
+    Args:
+        seed: int64 [1]; all 64 bits count.
+        samples: number of samples.
+        heads: number of heads.
+    """
+    low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)  # narrowing keeps the low 32 bits
+    sample = torch.arange(samples, dtype=torch.int32, device=seed.device)[:, None]
+    head = torch.arange(heads, dtype=torch.int32, device=seed.device)
+    halves = []
+    for start in (_START_0, _START_1):
+        state = torch.full((samples, heads), start, dtype=torch.int32, device=seed.device)
+        for part in (low, high, sample, head):
+            state = mix_(state ^ part, torch.zeros_like(state), torch.empty_like(state)) + start
+        halves.append(state)
+    return halves[0], halves[1]
+
+
+def weyl(first_query: int, queries: int, groups: int, device: torch.device) -> torch.Tensor:
+    """Returns `counter * WEYL` of some queries and the first `groups` groups of four keys, int32 [queries, groups]."""
+    row = torch.arange(first_query, first_query + queries, dtype=torch.int32, device=device) << 16
+    group = torch.arange(groups, dtype=torch.int32, device=device)
+    return (row[:, None] + group).mul_(_WEYL - (1 << 32))  # int32 cannot hold the unsigned form
+
+
+def keep_mask(seed: torch.Tensor, sample: int, heads: int, queries: int, keys: int, threshold: int) -> torch.Tensor:
+    """Returns which scores of one sample stay: bool [heads, queries, keys]. The definition in its readable form."""
+    key_0, key_1 = (half[sample, :, None, None] for half in stream_keys(seed, sample + 1, heads))
+    words = key_0 + weyl(0, queries, -(-keys // KEYS_PER_WORD), seed.device)  # [heads, queries, groups]
+    mix_(words, key_1, torch.empty_like(words))
+    # Viewed as bytes, position k of a row belongs to key k: every host that PyTorch supports is little-endian.
+    return words.view(torch.uint8)[:, :, :keys] >= threshold
+
+
+def mix_(words: torch.Tensor, key: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """Mixes int32 `words` with `key` in place, modulo 2**32; `scratch` is a buffer like `words`."""
+    _xor_shift_(words, 16, scratch)
+    torch.add(key, words, alpha=_MULTIPLIER_0, out=words)
+    _xor_shift_(words, 15, scratch)
+    words.mul_(_MULTIPLIER_1)
+    return _xor_shift_(words, 15, scratch)
+
+
+def _xor_shift_(words: torch.Tensor, places: int, scratch: torch.Tensor) -> torch.Tensor:
+    torch.bitwise_right_shift(words, places, out=scratch)
+    scratch.bitwise_and_((1 << (32 - places)) - 1)  # int32 shifts copy the sign; this makes the shift logical
+    return words.bitwise_xor_(scratch)
+
+
+@triton.jit
+def _mix_tile(word, key):  # noqa: ANN001, ANN202
+    word = (word ^ (word >> 16)) * _TL_MULTIPLIER_0 + key
+    word = (word ^ (word >> 15)) * _TL_MULTIPLIER_1
+    return word ^ (word >> 15)
+
+
+@triton.jit
+def stream_key_tile(SEED, sample, head, START: tl.constexpr):  # noqa: ANN001, ANN201
+    """Returns one half of a stream's key, a uint32 scalar; `START` is `START_0` or `START_1`."""
+    seed = tl.load(SEED)
+    zero = (sample * 0).to(tl.uint32)
+    state = _mix_tile(seed.to(tl.uint32) ^ START, zero) + START
+    state = _mix_tile(state ^ (seed >> 32).to(tl.uint32), zero) + START
+    state = _mix_tile(state ^ sample.to(tl.uint32), zero) + START
+    return _mix_tile(state ^ head.to(tl.uint32), zero) + START
+
+
+@triton.jit
+def keep_tile(key_0, key_1, query, key, THRESHOLD: tl.constexpr):  # noqa: ANN001, ANN201
+    """Returns which scores stay, for index tensors `query` and `key` that broadcast, in either orientation."""
+    row = (query.to(tl.uint32) << 16) * _TL_WEYL + key_0
+    group = (key.to(tl.uint32) >> 2) * _TL_WEYL
+    word = _mix_tile(row + group, key_1)
+    # The wanted byte moves to the top, where the lower ones cannot change the comparison.
+    return (word << (24 - (key.to(tl.uint32) & 3) * 8)) >= (THRESHOLD << 24)

@@ -1,0 +1,388 @@
+"""Triton kernels of `masked_token_loss`, their launches, and the configurations that are shipped.
+
+Three kernels. `row_statistics_kernel` multiplies a block of rows by one split of the vocabulary, tile by tile,
+and keeps a running maximum and sum; splits fill the GPU when there are few rows. `combine_kernel` joins the
+splits. `logit_gradients_kernel` writes one tile of gradients of logits into a scratch that stays in the L2 cache
+and that two plain matrix products (cuBLAS, hipBLASLt) then read. Programs that share rows of the weight start
+next to each other, so each row comes from memory once. No atomics: every value has one writer.
+
+Products take `product_dtype` operands and sum in fp32. Triton's interpreter computes wrongly in bf16: there,
+operands in bf16 become fp32 on loading (INTERPRETED).
+"""
+
+# ruff: noqa: ANN001, ANN201 -- the arguments of kernels are pointers and integers, typed by each launch
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from xdscale.kernels.compile_case import CompileCase
+from xdscale.kernels.masked_token_loss import ChunkGradients, RowStatistics
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether TRITON_INTERPRET was set when the kernels were decorated."""
+
+SCRATCH_BYTES = 24 << 20
+"""Wanted size of the [n, chunk] scratch: half the L2 cache of an H100."""
+
+CHUNK_COLUMNS = (1024, 8192)
+"""Fewest and most columns of a chunk: below, the matrix products do not fill a GPU."""
+
+MAX_SPLITS = 256
+"""Most parts of the vocabulary in the forward pass; the combining kernel holds them all."""
+
+COMBINED_ROWS = 16
+"""Rows per program of the combining kernel."""
+
+
+class Tile(NamedTuple):
+    """Shape of the work of one program, and the resources it gets."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+TILES = {
+    # (family, bytes per operand of the products, bytes per element of the weight): (up to 64 rows, more rows).
+    # Compiled for every target: no register spills, shared memory within 99 KiB (consumer cards) or 64 KiB (gfx942).
+    ("cuda", 2, 2): (Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+    ("cuda", 2, 4): (Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3)),
+    ("cuda", 4, 4): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+    ("blackwell", 2, 2): (Tile(64, 128, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
+    ("blackwell", 2, 4): (Tile(64, 128, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
+    ("blackwell", 4, 4): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+    ("hip", 2, 2): (Tile(64, 128, 64, 4, 2), Tile(128, 128, 64, 8, 2)),
+    ("hip", 2, 4): (Tile(64, 128, 32, 4, 2), Tile(128, 128, 32, 8, 2)),
+    ("hip", 4, 4): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+}
+
+
+@triton.jit
+def logits_of_tile(
+    hidden, weight, bias, row, column, rows, columns, size, hidden_stride, weight_stride,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits of a tile times log2(e), [TILE_ROWS, TILE_COLUMNS] in fp32; reads nothing past rows, columns, size."""
+    step = tl.arange(0, DEPTH)
+    hidden_at = hidden + row[:, None].to(tl.int64) * hidden_stride + step[None, :]
+    weight_at = weight + column[None, :].to(tl.int64) * weight_stride + step[:, None]
+    logits = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
+    for start in range(0, size, DEPTH):
+        row_mask, column_mask = row[:, None] < rows, column[None, :] < columns
+        if not EVEN:
+            row_mask = row_mask & (start + step[None, :] < size)
+            column_mask = column_mask & (start + step[:, None] < size)
+        left = tl.load(hidden_at + start, mask=row_mask, other=0.0).to(DTYPE)
+        right = tl.load(weight_at + start, mask=column_mask, other=0.0).to(DTYPE)
+        logits = tl.dot(left, right, logits, input_precision=PRECISION)
+    offset = tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+    return (logits + offset[None, :]) * 1.4426950408889634
+
+
+@triton.jit
+def row_statistics_kernel(
+    hidden, weight, bias, labels, maximum, total, label_logit, best,
+    rows, columns, size, split_columns, hidden_stride, weight_stride,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Maximum, sum of exponentials, label's logit and first best id of some rows over one split: [splits, rows]."""
+    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    begin = tl.program_id(1) * split_columns
+    end = tl.minimum(begin + split_columns, columns)
+    label = tl.load(labels + row, mask=row < rows, other=-1)
+    # The lowest finite number: a tile of bias -inf (a padded vocabulary) makes no NaN of -inf - -inf.
+    row_maximum = tl.full((TILE_ROWS,), -3.4028234663852886e38, dtype=tl.float32)
+    row_total = tl.zeros((TILE_ROWS,), dtype=tl.float32)
+    row_label_logit = tl.zeros((TILE_ROWS,), dtype=tl.float32)
+    row_best = tl.full((TILE_ROWS,), 0, dtype=tl.int32)
+    for start in range(begin, end, TILE_COLUMNS):
+        column = start + tl.arange(0, TILE_COLUMNS)
+        logits = logits_of_tile(
+            hidden, weight, bias, row, column, rows, end, size, hidden_stride, weight_stride,
+            TILE_ROWS, TILE_COLUMNS, DEPTH, EVEN, DTYPE, PRECISION,
+        )  # fmt: skip
+        logits = tl.where(column[None, :] < end, logits, float("-inf"))
+        highest = tl.max(logits, 1)
+        first = tl.min(tl.where(logits == highest[:, None], column[None, :], 2147483647), 1)
+        row_best = tl.where(highest > row_maximum, first, row_best)
+        row_label_logit += tl.sum(tl.where(column[None, :] == label[:, None], logits, 0.0), 1)
+        renewed = tl.maximum(row_maximum, highest)
+        row_total = row_total * tl.exp2(row_maximum - renewed) + tl.sum(tl.exp2(logits - renewed[:, None]), 1)
+        row_maximum = renewed
+    place = tl.program_id(1).to(tl.int64) * rows + row
+    tl.store(maximum + place, row_maximum, mask=row < rows)
+    tl.store(total + place, row_total, mask=row < rows)
+    tl.store(label_logit + place, row_label_logit, mask=row < rows)
+    tl.store(best + place, row_best, mask=row < rows)
+
+
+@triton.jit
+def combine_kernel(
+    split_maximum, split_total, split_label_logit, split_best, labels, maximum, total, label_logit, correct,
+    rows, splits, TILE_ROWS: tl.constexpr, TILE_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits of some rows."""
+    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    split = tl.arange(0, TILE_SPLITS)
+    mask = (split[:, None] < splits) & (row[None, :] < rows)
+    place = split[:, None].to(tl.int64) * rows + row[None, :]
+    maxima = tl.load(split_maximum + place, mask=mask, other=-3.4028234663852886e38)
+    highest = tl.max(maxima, 0)
+    sums = tl.load(split_total + place, mask=mask, other=0.0) * tl.exp2(maxima - highest[None, :])
+    bests = tl.load(split_best + place, mask=mask, other=2147483647)
+    best = tl.min(tl.where(maxima == highest[None, :], bests, 2147483647), 0)
+    label = tl.load(labels + row, mask=row < rows, other=-1)
+    tl.store(maximum + row, highest, mask=row < rows)
+    tl.store(total + row, tl.sum(sums, 0), mask=row < rows)
+    label_logits = tl.load(split_label_logit + place, mask=mask, other=0.0)
+    tl.store(label_logit + row, tl.sum(label_logits, 0), mask=row < rows)
+    tl.store(correct + row, (best == label).to(tl.int8), mask=row < rows)
+
+
+@triton.jit
+def logit_gradients_kernel(
+    hidden, weight, bias, labels, maximum, total, grad_loss, gradients, column_sums,
+    rows, columns, size, begin, end, hidden_stride, weight_stride,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of grad_loss * (softmax - one-hot) and its column sums.
+
+    gradients is [rows, end - begin]; column_sums is [blocks of rows, columns], for the bias.
+    """
+    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = begin + tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    logits = logits_of_tile(
+        hidden, weight, bias, row, column, rows, end, size, hidden_stride, weight_stride,
+        TILE_ROWS, TILE_COLUMNS, DEPTH, EVEN, DTYPE, PRECISION,
+    )  # fmt: skip
+    label = tl.load(labels + row, mask=row < rows, other=-1)
+    shift = tl.load(maximum + row, mask=row < rows, other=0.0)
+    scale = tl.load(grad_loss).to(tl.float32)
+    row_scale = scale / tl.load(total + row, mask=row < rows, other=1.0)
+    values = tl.exp2(logits - shift[:, None]) * row_scale[:, None]
+    values -= tl.where(column[None, :] == label[:, None], scale, 0.0)
+    mask = (row[:, None] < rows) & (column[None, :] < end)
+    values = tl.where(mask, values, 0.0)
+    place = row[:, None].to(tl.int64) * (end - begin) + (column[None, :] - begin)
+    tl.store(gradients + place, values.to(gradients.dtype.element_ty), mask=mask)
+    sums_at = column_sums + tl.program_id(0).to(tl.int64) * columns + column
+    tl.store(sums_at, tl.sum(values, 0), mask=column < end)
+
+
+class _Launch:
+    """Arguments that both matrix kernels share."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> None:
+        self.product_dtype = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+        self.hidden = _rows_contiguous(hidden.to(self.product_dtype))
+        self.weight, self.bias = _rows_contiguous(weight), bias.contiguous()
+        self.rows, self.columns, self.size = hidden.shape[0], *weight.shape
+        self.tile = choose_tile(_family(hidden.device), dtype, weight.dtype, self.rows)
+        self.row_blocks = triton.cdiv(self.rows, self.tile.rows)
+        self.options = {
+            **constexprs_of(self.tile, self.size, self.product_dtype, _precision(dtype)),
+            "num_warps": self.tile.num_warps,
+            "num_stages": self.tile.num_stages,
+        }
+        # Kernels start on the current stream of the tensors' own GPU, whichever GPU is the current one.
+        self.device = torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext()
+
+
+def _rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix itself wherever its rows are contiguous, as parameters' are."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _family(device: torch.device) -> str:
+    """Key into `TILES`; the interpreter takes "cuda"."""
+    if torch.version.hip:
+        return "hip"
+    datacentre_blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+    return "blackwell" if datacentre_blackwell else "cuda"
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How fp32 is multiplied: as PyTorch is told to on tensor cores, else three TF32 products, nearly fp32."""
+    if dtype != torch.float32 or torch.version.hip or INTERPRETED:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def choose_tile(family: str, dtype: torch.dtype, weight_dtype: torch.dtype, rows: int) -> Tile:
+    """The tile for this many rows on a family of GPUs, a key of `TILES`."""
+    few, many = TILES[family, dtype.itemsize, weight_dtype.itemsize]
+    return few if rows <= few.rows else many
+
+
+def constexprs_of(tile: Tile, size: int, product_dtype: torch.dtype, precision: str) -> dict[str, object]:
+    """Compile-time arguments of both matrix kernels."""
+    return {
+        "TILE_ROWS": tile.rows,
+        "TILE_COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "EVEN": size % tile.depth == 0,
+        "DTYPE": getattr(tl, str(product_dtype).removeprefix("torch.")),
+        "PRECISION": precision,
+    }
+
+
+def split_columns(row_blocks: int, columns: int, tile_columns: int, processors: int) -> int:
+    """Columns per split of the vocabulary: whole tiles, about two programs per processor."""
+    tiles = triton.cdiv(columns, tile_columns)
+    splits = min(triton.cdiv(2 * processors, row_blocks), tiles, MAX_SPLITS)
+    return triton.cdiv(tiles, splits) * tile_columns
+
+
+def chunk_columns(rows: int, itemsize: int) -> int:
+    """Columns of one chunk of the backward pass."""
+    fitting = SCRATCH_BYTES // (rows * itemsize) // 128 * 128
+    return min(max(fitting, CHUNK_COLUMNS[0]), CHUNK_COLUMNS[1])
+
+
+def row_statistics(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+) -> RowStatistics:
+    """The pass over the vocabulary, as `masked_token_loss._row_statistics`, for n > 0."""
+    launch = _Launch(hidden, weight, bias, dtype)
+    labels = labels.contiguous()
+    n, columns = launch.rows, launch.columns
+    processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 1
+    per_split = split_columns(launch.row_blocks, columns, launch.tile.columns, processors)
+    splits = triton.cdiv(columns, per_split)
+    parts = hidden.new_empty((3, splits, n), dtype=torch.float32)
+    best = labels.new_empty((splits, n), dtype=torch.int32)
+    joined = hidden.new_empty((3, n), dtype=torch.float32)
+    correct = labels.new_empty(n, dtype=torch.int8)
+    with launch.device:
+        row_statistics_kernel[(launch.row_blocks, splits)](
+            launch.hidden, launch.weight, launch.bias, labels, parts[0], parts[1], parts[2], best,
+            n, columns, launch.size, per_split, launch.hidden.stride(0), launch.weight.stride(0), **launch.options,
+        )  # fmt: skip
+        combine_kernel[(triton.cdiv(n, COMBINED_ROWS),)](
+            parts[0], parts[1], parts[2], best, labels, joined[0], joined[1], joined[2], correct, n, splits,
+            TILE_ROWS=COMBINED_ROWS, TILE_SPLITS=triton.next_power_of_2(splits), num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return RowStatistics(joined[0], joined[1], joined[2], correct)
+
+
+def logit_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    labels: torch.Tensor,
+    maximum: torch.Tensor,
+    total: torch.Tensor,
+    grad_loss: torch.Tensor,
+    grad_bias: torch.Tensor,
+    dtype: torch.dtype,
+) -> Iterator[ChunkGradients]:
+    """Yields gradients of logits, as `masked_token_loss._logit_gradients`, for n > 0."""
+    launch = _Launch(hidden, weight, bias, dtype)
+    labels, n = labels.contiguous(), launch.rows
+    width = min(chunk_columns(n, launch.product_dtype.itemsize), launch.columns)
+    scratch = hidden.new_empty(n * width, dtype=launch.product_dtype)
+    sums = hidden.new_empty((launch.row_blocks, launch.columns), dtype=torch.float32)
+    for begin in range(0, launch.columns, width):
+        end = min(begin + width, launch.columns)
+        gradients = scratch[: n * (end - begin)].view(n, end - begin)
+        with launch.device:
+            logit_gradients_kernel[(launch.row_blocks, triton.cdiv(end - begin, launch.tile.columns))](
+                launch.hidden, launch.weight, launch.bias, labels, maximum, total, grad_loss, gradients, sums,
+                n, launch.columns, launch.size, begin, end,
+                launch.hidden.stride(0), launch.weight.stride(0), **launch.options,
+            )  # fmt: skip
+        yield ChunkGradients(slice(begin, end), weight[begin:end].to(launch.product_dtype), gradients)
+    grad_bias.copy_(sums.sum(0))
+
+
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+"""Multiprocessors of an A100, H100, B200 and MI300X."""
+
+FAMILIES = {"sm_80": "cuda", "sm_90": "cuda", "sm_100": "blackwell", "gfx942": "hip"}
+"""Which tiles a target takes."""
+
+TRUE_SHAPE = {"few": 64, "many": 2458, "columns": 30522, "size": 768}
+"""BERT-base: 64 rows, or 15 % of 32 x 512 positions (2,458); vocabulary; hidden size."""
+
+OPERANDS = (("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp32", "fp32"))
+"""dtype of products and of weight: bf16, fp16, autocast to bf16, fp32."""
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every configuration that is shipped, for every target, at BERT-base's shape."""
+    cases = []
+    for target in PROCESSORS:
+        for operands in OPERANDS:
+            for rows in ("few", "many"):
+                if operands != ("fp32", "fp32") or rows == "many":  # one tile for any number of rows
+                    cases += _matrix_cases(target, operands, rows)
+        cases.append(_combine_case(target))
+    return cases
+
+
+def _matrix_cases(target: str, operands: tuple[str, str], amount: str) -> list[CompileCase]:
+    """The two matrix kernels for one target, pair of dtypes and amount of rows."""
+    product, stored = operands
+    n, columns, size = TRUE_SHAPE[amount], TRUE_SHAPE["columns"], TRUE_SHAPE["size"]
+    family = FAMILIES[target]
+    tile = choose_tile(family, TORCH_DTYPES[product], TORCH_DTYPES[stored], n)
+    precision = "tf32x3" if product == "fp32" and family != "hip" else "ieee"
+    constexprs = constexprs_of(tile, size, TORCH_DTYPES[product], precision)
+    item, stored_item = TORCH_DTYPES[product].itemsize, TORCH_DTYPES[stored].itemsize
+    blocks = triton.cdiv(n, tile.rows)
+    per_split = split_columns(blocks, columns, tile.columns, PROCESSORS[target])
+    splits, chunk = triton.cdiv(columns, per_split), chunk_columns(n, item)
+    inputs = {"hidden": f"*{product}", "weight": f"*{stored}", "bias": f"*{stored}", "labels": "*i64"}
+    outer = {"hidden_stride": "i32", "weight_stride": "i32", **dict.fromkeys(constexprs, "constexpr")}
+    floats = dict.fromkeys(("maximum", "total", "label_logit"), "*fp32")
+    read = n * (size * item + 8) + columns * (size + 1) * stored_item
+    forward = {**inputs, **floats, "best": "*i32"}
+    forward |= {"rows": "i32", "columns": "i32", "size": "i32", "split_columns": "i32", **outer}
+    backward = {**inputs, "maximum": "*fp32", "total": "*fp32", "grad_loss": "*fp32"}
+    backward |= {"gradients": f"*{product}", "column_sums": "*fp32"}
+    backward |= {"rows": "i32", "columns": "i32", "size": "i32", "begin": "i32", "end": "i32", **outer}
+    aligned = ("hidden", "weight", "bias", "labels", "maximum", "size", "hidden_stride", "weight_stride")
+    chunk_bytes = n * (size * item + 16) + chunk * (size + 1) * stored_item + n * chunk * item
+    common = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "target": target}
+    label = f"{product} x {stored}, n = {n}"
+    return [
+        CompileCase(
+            "masked_token_loss", f"row_statistics {label}", row_statistics_kernel, forward,
+            (*aligned, "best", "split_columns"), constexprs, **common,
+            bytes_moved=read + splits * n * 16, lower_bound_bytes=read + n * 16, flops=2 * n * columns * size,
+        ),
+        CompileCase(
+            "masked_token_loss", f"logit_gradients {label}", logit_gradients_kernel, backward,
+            (*aligned, "grad_loss", "gradients", "column_sums", "begin", "end"), constexprs, **common,
+            bytes_moved=chunk_bytes + blocks * chunk * 4, lower_bound_bytes=chunk_bytes + chunk * 4,
+            flops=2 * n * chunk * size,
+        ),
+    ]  # fmt: skip
+
+
+def _combine_case(target: str) -> CompileCase:
+    """The combining kernel for the most splits."""
+    n, splits = TRUE_SHAPE["few"], MAX_SPLITS
+    parts = dict.fromkeys(("split_maximum", "split_total", "split_label_logit"), "*fp32")
+    results = dict.fromkeys(("maximum", "total", "label_logit"), "*fp32")
+    signature = {**parts, "split_best": "*i32", "labels": "*i64", **results, "correct": "*i8"}
+    signature |= {"rows": "i32", "splits": "i32", "TILE_ROWS": "constexpr", "TILE_SPLITS": "constexpr"}
+    moved = n * (splits * 16 + 8 + 13)
+    return CompileCase(
+        "masked_token_loss", f"combine {splits} splits, n = {n}", combine_kernel, signature,
+        ("split_maximum", "split_best", "labels", "maximum", "correct"),
+        {"TILE_ROWS": COMBINED_ROWS, "TILE_SPLITS": MAX_SPLITS}, num_warps=4, num_stages=1, target=target,
+        bytes_moved=moved, lower_bound_bytes=moved, flops=0,
+    )  # fmt: skip

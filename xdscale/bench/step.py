@@ -1,0 +1,394 @@
+"""`xdscale bench step`: a whole training step, as this package and as the released code compute it, in one run.
+
+Forward, backward and AdamW on the same weights, tokens and targets, in turns, on the CPU. The learning rate is 0, so
+that every step starts from the same weights while the update costs what it always costs.
+"""
+
+import copy
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from xdscale.bench.plain_model import plain_flops, plain_losses
+from xdscale.data.collate import CLIP_LENGTH, Batch, XDBERTCollator
+from xdscale.data.stream import Slots
+from xdscale.errors import XdscaleError
+from xdscale.names import resolve_path
+from xdscale.recipe import Recipe
+from xdscale.shards.reader import ShardedSplit
+from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation, check_shards
+from xdscale.training.throughput import matmul_flops_per_second
+
+LANGUAGE_TOKENS = 512
+CLIP_TOKENS = 560
+"""Positions that the invented CLIP text fills of the 693, start and end tokens counted."""
+
+PLAIN, FAST = "plain fp32", "fast fp32"
+MASTERS, AUTOCAST = "fast bf16, fp32 masters", "fast bf16, autocast"
+DTYPES = {PLAIN: torch.float32, FAST: torch.float32, MASTERS: torch.bfloat16, AUTOCAST: torch.bfloat16}
+AGAINST = {"plain": PLAIN, "fp32": FAST}
+PARTS = ("language encoder", "CLIP text tower", "cross-modal layers", "heads", "optimizer")
+
+_GRADIENT = "xdscale gradient of bytes "
+
+
+@dataclass
+class Measured:
+    """What was found out about one way to compute the step.
+
+    Attributes:
+        flops: of the matrix products in forward and backward.
+        activation_bytes: see `activation_bytes`.
+        seconds: of each step.
+        cpu_seconds: of each step, over all threads; what others take of the machine is not in it.
+        parts: of each step, the seconds of (part, "forward" or "backward").
+    """
+
+    flops: int
+    activation_bytes: int
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    parts: list[Mapping[tuple[str, str], float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """All measurements of a run.
+
+    Attributes:
+        paths: by name, the one that is measured against first.
+        rates: measured FLOPs per second of matrix products, by dtype.
+        bf16_seconds: one step of each way to use bf16; the faster one is among the paths.
+        disagreement: largest relative difference of a loss between plain and fast fp32, without dropout.
+        shape: the batch in words.
+    """
+
+    paths: dict[str, Measured]
+    rates: dict[torch.dtype, float]
+    bf16_seconds: dict[str, float]
+    disagreement: float
+    shape: str
+
+    def ratios(self, name: str, *, without_optimizer: bool = False) -> list[float]:
+        """Returns how many times as fast `name` was as the path it is measured against, pair by pair."""
+        base, path = next(iter(self.paths.values())), self.paths[name]
+        return [a / b for a, b in zip(_seconds(base, without_optimizer), _seconds(path, without_optimizer))]
+
+
+def bench_step(recipe: Recipe, against: str = "plain", pairs: int = 5, sequences: int = 2) -> None:
+    """Measures the training step and prints a table; progress goes to stderr.
+
+    Args:
+        recipe: its model and tasks are measured, with random weights. The batch comes from its shards; where there
+            are none, ids are drawn at the true shape: 512 language tokens, CLIP text on 560 of 693 positions.
+        against: "plain" for the released code's computation, "fp32" to leave that out.
+        pairs: how many times each path is measured, in turns.
+        sequences: samples per step.
+
+    Raises:
+        XdscaleError: an argument is out of range, or the model or the shards cannot be read.
+    """
+    report = measure_step(recipe, against=against, pairs=pairs, sequences=sequences)
+    console = Console()
+    console.print(
+        f"{recipe.model.language.name} + {recipe.model.clip.name}, {report.shape}; {torch.get_num_threads()} threads, "
+        f"load {os.getloadavg()[0]:.1f}; matrix products reach "
+        + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {_short(dtype)}" for dtype, rate in report.rates.items())
+        + "; one step in bf16: "
+        + ", ".join(
+            f"{name.removeprefix('fast bf16, ')} {seconds:.2f} s" for name, seconds in report.bf16_seconds.items()
+        )
+        + f"; losses of plain and fast fp32 differ by {report.disagreement:.0e} at most"
+    )
+    console.print(_table(report))
+
+
+def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) -> StepReport:
+    """Does the work of `bench_step`."""
+    for name, value in (("pairs", pairs), ("sequences", sequences)):
+        if value < 1:
+            raise XdscaleError(f"--{name} {value}: expected at least 1")
+    if against not in AGAINST:
+        raise XdscaleError(f"--against {against!r}: expected one of {', '.join(AGAINST)}")
+    rates = {dtype: _matmul_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    torch.manual_seed(recipe.training.seed)
+    module = build_adaptation(_with_random_weights(recipe)).train()
+    bench = _Bench(module, recipe, _batch(recipe, module, sequences))
+    names = [PLAIN, FAST] if against == "plain" else [FAST]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("memory of a step", total=len(names) * (pairs + 1) + pairs + 5)
+
+        def advance(what: str) -> None:
+            progress.update(task, advance=1, description=what)
+
+        disagreement = bench.disagreement()
+        advance("memory of a step")
+        bf16_seconds, measured = {}, {}
+        for name in [*names, MASTERS, AUTOCAST]:
+            flops = plain_flops(module, bench.arrays) if name == PLAIN else module.flops(bench.arrays)
+            measured[name] = Measured(flops, bench.activation_bytes(name))
+            advance(f"memory: {name}")
+        for name in (MASTERS, AUTOCAST):
+            trial = replace(measured[name], seconds=[], cpu_seconds=[], parts=[])
+            bench.step(name, trial)
+            bf16_seconds[name] = trial.seconds[0]
+            advance(f"trial: {name}")
+        names.append(min(bf16_seconds, key=bf16_seconds.get))
+        for pair in range(1, pairs + 1):
+            for name in names:
+                bench.step(name, measured[name])
+                advance(f"{pair} of {pairs}: {name}")
+    paths = {name: measured[name] for name in names}
+    return StepReport(paths, rates, bf16_seconds, disagreement, bench.shape)
+
+
+def activation_bytes(run: Callable[[], None], parameters: Iterable[nn.Parameter]) -> int:
+    """Returns the peak memory of a forward and backward pass, above what existed before and gradients.
+
+    Counts every allocation of PyTorch's CPU allocator as it happens: saved activations, masks, temporaries and
+    scratch inside operators, casts of weights. A gradient counts until it has arrived in `.grad`, from then on not.
+    What libraries allocate by themselves (oneDNN's scratch) is not seen.
+
+    Args:
+        run: one forward and backward pass, gradients not allocated before.
+        parameters: whose gradients are left out.
+    """
+
+    def arrived(parameter: nn.Parameter) -> None:
+        with record_function(f"{_GRADIENT}{parameter.grad.nbytes}"):
+            pass
+
+    hooks = [p.register_post_accumulate_grad_hook(arrived) for p in parameters if p.requires_grad]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and a missing GPU on stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        run()
+    for hook in hooks:
+        hook.remove()
+    live = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+        elif event.name().startswith(_GRADIENT):
+            live -= int(event.name().removeprefix(_GRADIENT))
+        peak = max(peak, live)
+    return peak
+
+
+class _Clock:
+    """Sums the time of the parts; a part lasts until another one begins."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[tuple[str, str], float] = defaultdict(float)
+        self._running: tuple[str, str] | None = None
+        self._began = 0.0
+
+    def begin(self, part: tuple[str, str] | None) -> None:
+        now = time.perf_counter()
+        if self._running is not None:
+            self.seconds[self._running] += now - self._began
+        self._running, self._began = part, now
+
+    def end_forward(self, name: str, outputs: Any) -> None:
+        """The backward pass of a part begins when the gradient of one of its outputs arrives."""
+        self.begin(None)
+        tensors = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        tensors = tensors.values() if isinstance(tensors, Mapping) else tensors
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                tensor.register_hook(lambda _gradient: self.begin((name, "backward")))
+
+    def run(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        self.begin((name, "forward"))
+        outputs = function(*arguments)
+        self.end_forward(name, outputs)
+        return outputs
+
+    def watch(self, module: XDBERTAdaptation) -> None:
+        """Times the parts of a module from now on."""
+        heads = [head for head in (module.mlm, module.match, module.clip_tokens) if head is not None]
+        parts = ([module.model.language], [module.model.clip], module.model.layers, heads)
+        for name, group in zip(PARTS, parts):
+            for part in group:
+                part.register_forward_pre_hook(lambda *_, name=name: self.begin((name, "forward")))
+                part.register_forward_hook(lambda _module, _in, outputs, name=name: self.end_forward(name, outputs))
+
+
+class _Bench:
+    """One set of weights, in fp32 and copied to bf16, and one batch."""
+
+    def __init__(self, module: XDBERTAdaptation, recipe: Recipe, batch: Batch) -> None:
+        self.module, self.narrow = module, copy.deepcopy(module).to(torch.bfloat16)
+        self.dropout, self.arrays = recipe.model.dropout, batch.arrays
+        self.batch = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+        self.scales = {name: w / max(1, batch.targets[name]) for name, w in recipe.tasks.weights().items()}
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optim = recipe.optim
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=0.01)
+        self.clock = _Clock()
+        self.clock.watch(self.module)
+        self.clock.watch(self.narrow)
+        samples, length = batch.arrays["language_ids"].shape
+        counts = ", ".join(f"{count} {name} targets" for name, count in batch.targets.items())
+        clip = batch.arrays["clip_lengths"].sum(1).mean()
+        self.shape = f"{samples} sequences of {length} tokens, CLIP text on {clip:.0f} positions each, {counts}"
+
+    def step(self, name: str, measured: Measured) -> None:
+        """Makes a step and adds its times to `measured`."""
+        self._clear()
+        self.clock.seconds = defaultdict(float)
+        began, cpu_began = time.perf_counter(), time.process_time()
+        self._forward_backward(name)
+        self.clock.begin(("optimizer", "forward"))
+        self._update(name)
+        self.clock.begin(None)
+        measured.seconds.append(time.perf_counter() - began)
+        measured.cpu_seconds.append(time.process_time() - cpu_began)
+        measured.parts.append(self.clock.seconds)
+
+    def activation_bytes(self, name: str) -> int:
+        """Returns the peak memory of forward and backward above weights and gradients; also warms caches."""
+        self._clear()
+        module = self.narrow if name == MASTERS else self.module
+        return activation_bytes(lambda: self._forward_backward(name), module.parameters())
+
+    def disagreement(self) -> float:
+        """Returns the largest relative difference of a loss between plain and fast fp32, without dropout."""
+        self.module.eval()
+        with torch.no_grad():
+            expected = plain_losses(self.module, self.batch, dropout=0.0)
+            found = self.module(self.batch)
+        self.module.train()
+        return max(abs(found[name][0] / expected[name] - 1).item() for name in expected)
+
+    def _clear(self) -> None:
+        torch.manual_seed(0)
+        for module in (self.module, self.narrow):
+            module.zero_grad(set_to_none=True)
+
+    def _forward_backward(self, name: str) -> None:
+        losses = self._losses(name)
+        torch.stack([losses[task] * scale for task, scale in self.scales.items()]).sum().backward()
+        self.clock.begin(None)
+
+    def _losses(self, name: str) -> dict[str, torch.Tensor]:
+        if name == PLAIN:
+            return plain_losses(self.module, self.batch, dropout=self.dropout, run=self.clock.run)
+        module = self.narrow if name == MASTERS else self.module
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == AUTOCAST):
+            return {task: terms[0] for task, terms in module(self.batch).items()}
+
+    def _update(self, name: str) -> None:
+        """AdamW as PyTorch does it by default for the plain path, fused for the fast ones; one state serves all."""
+        for group in self.optimizer.param_groups:
+            group["fused"] = name != PLAIN
+        if name != MASTERS:
+            self.optimizer.step()
+            return
+        pairs = list(zip(self.module.parameters(), self.narrow.parameters(), strict=True))
+        for master, parameter in pairs:
+            if parameter.grad is not None:
+                master.grad = parameter.grad.float()
+        self.optimizer.step()
+        with torch.no_grad():
+            for master, parameter in pairs:
+                parameter.copy_(master)
+
+
+class _InventedSplit:
+    """Sequences of uniformly drawn ids, in the place of a `ShardedSplit`."""
+
+    def __init__(self, module: XDBERTAdaptation, samples: int) -> None:
+        config, tower = module.model.language.config, module.model.clip.tower
+        language = SimpleNamespace(vocab_size=config.vocab_size, cls_id=101, sep_id=102, mask_id=103)
+        clip = SimpleNamespace(start_id=tower.vocab_size - 2, end_id=tower.vocab_size - 1)
+        self.manifest = SimpleNamespace(build=SimpleNamespace(language_tokenizer=language, clip_tokenizer=clip))
+        generator = np.random.default_rng(0)
+        length = min(LANGUAGE_TOKENS, config.max_position_embeddings) - 2
+        content = CLIP_TOKENS - 2 * -(-CLIP_TOKENS // CLIP_LENGTH)
+        self._language = generator.integers(1000, config.vocab_size, (samples, length)).astype(np.uint16)
+        self._clip = generator.integers(1, tower.vocab_size - 2, (samples, content)).astype(np.uint16)
+
+    def __len__(self) -> int:
+        return len(self._language)
+
+    def language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
+        return self._language[sample_ids]
+
+    def clip_ids(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._clip[sample_ids].ravel(), np.arange(len(sample_ids) + 1) * self._clip.shape[1]
+
+
+def _batch(recipe: Recipe, module: XDBERTAdaptation, sequences: int) -> Batch:
+    try:
+        folder = resolve_path(recipe.data.shards)
+    except XdscaleError:  # the recipe's data is not on this machine
+        split = _InventedSplit(module, sequences + 1)  # one more, so that every text has another as its partner
+    else:
+        split = ShardedSplit(folder, "train")
+        check_shards(recipe.model, split.manifest)
+    sample_ids = np.arange(sequences) % len(split)
+    slots = Slots(np.zeros_like(sample_ids), sample_ids, np.ones(sequences, bool))
+    return XDBERTCollator(split, seed=recipe.training.seed, tasks=recipe.tasks)(slots)
+
+
+def _with_random_weights(recipe: Recipe) -> Recipe:
+    """Speed does not depend on the weights, and random ones need no network."""
+    model = recipe.model
+    language = model.language.model_copy(update={"weights": "random"})
+    clip = model.clip.model_copy(update={"weights": "random"})
+    return recipe.model_copy(update={"model": model.model_copy(update={"language": language, "clip": clip})})
+
+
+def _matmul_rate(dtype: torch.dtype) -> float:
+    return max(matmul_flops_per_second(torch.device("cpu"), dtype) for _ in range(3))
+
+
+def _seconds(path: Measured, without_optimizer: bool) -> list[float]:
+    if not without_optimizer:
+        return path.seconds
+    return [whole - parts["optimizer", "forward"] for whole, parts in zip(path.seconds, path.parts)]
+
+
+def _table(report: StepReport) -> Table:
+    base = next(iter(report.paths.values()))
+    table = Table(caption="median (range) of the steps; parts: median seconds of forward + backward")
+    table.add_column("")
+    rows: dict[str, list[str]] = defaultdict(list)
+    for name, path in report.paths.items():
+        table.add_column(name, justify="right")
+        rate = path.flops / median(path.seconds) / report.rates[DTYPES[name]]
+        rows["seconds"].append(_spread(path.seconds))
+        rows["CPU seconds"].append(_spread(path.cpu_seconds))
+        rows["times as fast"].append(_spread(report.ratios(name)))
+        rows["… without optimizer"].append(_spread(report.ratios(name, without_optimizer=True)))
+        rows["TFLOP of products"].append(f"{path.flops / 1e12:.3f}")
+        rows["share of matrix rate"].append(f"{rate:.0%}")
+        rows["activations, MiB"].append(f"{path.activation_bytes / 2**20:,.0f}")
+        rows["… as a share"].append(f"1/{base.activation_bytes / path.activation_bytes:.1f}")
+        for part in PARTS:
+            ways = [median(parts.get((part, way), 0.0) for parts in path.parts) for way in ("forward", "backward")]
+            rows[part].append(" + ".join(f"{seconds:.2f}" for seconds in ways if seconds or part != "optimizer"))
+    for heading, cells in rows.items():
+        table.add_row(heading, *cells, end_section=heading == "… as a share")
+    return table
+
+
+def _spread(values: list[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f} – {max(values):.2f})"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
