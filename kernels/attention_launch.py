@@ -48,7 +48,7 @@ TILES = {
         "backward_key_value": Tile(32, 64, warps=4, stages=2),
     },
     "sm_100": {
-        "forward": Tile(128, 64, warps=8, stages=3),
+        "forward": Tile(128, 32, warps=8, stages=3),
         "backward_query": Tile(64, 64, warps=4, stages=3),
         "backward_key_value": Tile(64, 64, warps=8, stages=2),
     },
@@ -76,7 +76,7 @@ FP32_TILES = {
 WIDE_HEAD_FP32_TILES = {
     "sm_80": Tile(16, 16, warps=8, stages=1),
     "sm_90": Tile(16, 16, warps=4, stages=1),
-    "sm_100": Tile(16, 16, warps=4, stages=1),
+    "sm_100": Tile(16, 16, warps=8, stages=1),
     "gfx942": Tile(16, 16, warps=4, stages=1),
 }
 """For fp32 inputs and head sizes beyond 64."""

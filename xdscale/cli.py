@@ -82,9 +82,7 @@ def bench_kernels_command() -> None:
 def bench_step_command(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     recipe: Annotated[str, typer.Option(help="Recipe file or name.")] = "xdbert-base-wikitext103",
-    against: Annotated[
-        str, typer.Option(help="What to compare with: plain, what the released code computes.")
-    ] = "plain",
+    against: Annotated[str, typer.Option(help="plain: what the released code computes.")] = "plain",
     pairs: Annotated[int, typer.Option(min=1, help="Alternations.")] = 5,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 2,
 ) -> None:

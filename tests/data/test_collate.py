@@ -89,6 +89,7 @@ def test_targets_are_the_counts_of_the_arrays_and_lie_on_content(split):
         "clip_tokens": len(arrays["clip_positions"]),
     }
     assert len(arrays["masked_lm_labels"]) == batch.targets["mlm"]
+    assert (np.diff(arrays["clip_positions"]) > 0).all()  # the model looks its rows up by binary search
     row, block, place = np.unravel_index(arrays["clip_positions"], arrays["clip_ids"].shape)
     assert (place > 0).all()
     assert (place < arrays["clip_lengths"][row, block] - 1).all()

@@ -76,6 +76,7 @@ def test_clip_targets_are_drawn_from_content_only():
     row, token = select_clip_targets(counts, slots(), ClipTokens(), seed=0)
     assert (token < counts[row]).all()
     assert (token >= 0).all()
+    assert (np.diff(row * 676 + token) > 0).all()  # in order: the model looks its rows up by binary search
     assert len(row) / counts.sum() == pytest.approx(0.15, abs=0.002)
     assert len(set(zip(row.tolist(), token.tolist()))) == len(row)
     per_sample = np.bincount(row, minlength=SAMPLES) / counts

@@ -311,3 +311,18 @@ def test_four_times_faster_than_projecting_all_positions():
     torch.set_num_threads(threads)
     full, gathered = (min(times) for times in zip(*pairs))
     assert full >= 4 * gathered
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_few_rows_are_as_precise_as_many(rows):
+    """PyTorch's own fp32 product of one to three rows with 30,522 columns errs by 1e-6 to 5e-6."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 128, generator=generator)
+    weight = torch.randn(30522, 128, generator=generator) * 0.1
+    labels = torch.randint(30522, (rows,), generator=generator)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        states = hidden.to(dtype).requires_grad_()
+        loss, _ = masked_token_loss(states, weight.to(dtype), torch.zeros(30522, dtype=dtype), labels)
+        gradients.append(torch.autograd.grad(loss, states)[0].double())
+    assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[1].norm()

@@ -173,7 +173,7 @@ def activation_bytes(run: Callable[[], None], parameters: Iterable[nn.Parameter]
 
     hooks = [p.register_post_accumulate_grad_hook(arrived) for p in parameters if p.requires_grad]
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and a missing GPU on stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     for hook in hooks:
         hook.remove()
