@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, then lint and all tests, quick ones first.
+# Installs what is missing, then lint and all tests.
 set -euo pipefail
 source "$(dirname "$0")/install.sh"
 ruff check .

@@ -236,7 +236,9 @@ class _Bench:
         self.scales = {name: w / max(1, batch.targets[name]) for name, w in recipe.tasks.weights().items()}
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optim = recipe.optim
-        self.optimizer = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
         self.clock = _Clock()
         self.clock.watch(self.module)
         self.clock.watch(self.narrow)
