@@ -73,17 +73,18 @@ def consolidated_state(checkpoint: Path) -> dict[str, Any]:
     Tied weights appear under each of their names and share storage.
 
     Args:
-        checkpoint: a published checkpoint of any ZeRO stage; its checksums must have been verified, since DeepSpeed's
-            files are pickles.
+        checkpoint: a published checkpoint of any ZeRO stage; its checksums must have been verified, since DeepSpeed
+            reads its sharded files as pickles.
     """
     import torch
 
     from xdscale.training.checkpoint import read_position
 
-    position = read_position(checkpoint)
-    if position.zero_stage == 0 and position.precision == "fp32":
-        saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return saved["module"]
+    if read_position(checkpoint).zero_stage == 0:
+        # Nothing is sharded, and DeepSpeed's own consolidation does not know this case.
+        saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
+        wide = {value.data_ptr(): value.float() for value in saved.values()}  # ties keep sharing storage
+        return {name: wide[value.data_ptr()] for name, value in saved.items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # It reports its progress by printing, and with a bar of its own.

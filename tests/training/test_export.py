@@ -37,7 +37,7 @@ def exported(run):
 def trained(run):
     """The module's weights as DeepSpeed saved them whole, beside the sharded fp32 copies that the export reads."""
     path = run / "checkpoints" / "step-00000002" / "mp_rank_00_model_states.pt"
-    return torch.load(path, weights_only=False, map_location="cpu")["module"]
+    return torch.load(path, weights_only=True, map_location="cpu")["module"]
 
 
 def test_every_tensor_of_the_language_encoder_equals_the_trained_one(exported, trained):
@@ -88,3 +88,21 @@ def test_a_missing_step_names_those_that_exist(run, tmp_path):
     with pytest.raises(XdscaleError, match="no checkpoint of step 7; there are: 2"):
         export_run(run, tmp_path / "out", step=7)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_unsharded_run_exports_too(adapt, wiki_shards, tmp_path, precision):
+    """ZeRO stage 0: DeepSpeed's own consolidation fails there."""
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": precision == "bf16"}}))
+    settings = ["training.steps=1", "training.global_batch=4", "training.eval_samples=4", f"data.shards={wiki_shards}"]
+    launch = adapt("quickstart", *settings, f"output.folder={tmp_path / 'run'}", "--deepspeed_config", str(config))
+    assert launch.code == 0, launch.stderr
+    export_run(tmp_path / "run", tmp_path / "out")
+    path = tmp_path / "run" / "checkpoints" / "step-00000001" / "mp_rank_00_model_states.pt"
+    trained = torch.load(path, weights_only=True, map_location="cpu")["module"]
+    for name, value in AutoModel.from_pretrained(tmp_path / "out").state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, trained[f"model.language.{name}"].float())
+    tied = json.loads((tmp_path / "out" / "cross_modal" / "config.json").read_text())["tied_weights"]
+    assert len(tied) == 2

@@ -122,8 +122,9 @@ class Monitor:
             self._board.add_scalar(name, value, step)
 
     def _show(self, step: int, scalars: dict[str, float]) -> None:
+        losses = "  ".join(f"{name[5:]} {value:.3f}" for name, value in scalars.items() if name.startswith("loss/"))
         text = (
-            f"loss {scalars['loss/total']:.3f}  {scalars['throughput/tokens_per_second']:,.0f} tokens/s  "
+            f"loss {losses}  {scalars['throughput/tokens_per_second']:,.0f} tokens/s  "
             f"data wait {scalars['data/wait_fraction']:.1%}"
         )
         if self._progress:
