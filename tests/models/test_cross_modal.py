@@ -148,7 +148,7 @@ def test_attention_dropout_follows_the_rate(monkeypatch, streams):
         seeds.append(None if seed is None else seed.item())
         return torch.zeros_like(query)
 
-    monkeypatch.setattr("xdscale.models.cross_modal.packed_attention", spy)
+    monkeypatch.setattr("xdscale.models.attention.packed_attention", spy)
     layer(*streams)
     layer.train()(*streams)
     assert rates == [0.0] * 4 + [0.1] * 4

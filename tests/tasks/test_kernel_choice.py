@@ -49,12 +49,12 @@ def test_each_choice_runs_its_own_code(pair, batch, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the other choice")
 
-    monkeypatch.setattr("xdscale.models.cross_modal.packed_attention", refuse)
+    monkeypatch.setattr("xdscale.models.attention.packed_attention", refuse)
     plain(batch)
     with pytest.raises(AssertionError, match="the other choice"):
         fused(batch)
     monkeypatch.undo()
-    monkeypatch.setattr("xdscale.models.cross_modal.packed_attention_plain", refuse)
+    monkeypatch.setattr("xdscale.models.attention.packed_attention_plain", refuse)
     fused(batch)
     with pytest.raises(AssertionError, match="the other choice"):
         plain(batch)

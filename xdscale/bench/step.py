@@ -239,6 +239,8 @@ class _Bench:
         self.optimizer = torch.optim.AdamW(
             trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
+        # Kept from step to step, as engines do: fresh pages would cost more than the copies.
+        self._wide_gradients = [torch.empty_like(p, requires_grad=False) for p in module.parameters()]
         self.clock = _Clock()
         self.clock.watch(self.module)
         self.clock.watch(self.narrow)
@@ -299,13 +301,13 @@ class _Bench:
         if name != MASTERS:
             self.optimizer.step()
             return
-        pairs = list(zip(self.module.parameters(), self.narrow.parameters(), strict=True))
-        for master, parameter in pairs:
-            if parameter.grad is not None:
-                master.grad = parameter.grad.float()
-        self.optimizer.step()
+        triples = list(zip(self.module.parameters(), self.narrow.parameters(), self._wide_gradients, strict=True))
         with torch.no_grad():
-            for master, parameter in pairs:
+            for master, parameter, gradient in triples:
+                if parameter.grad is not None:
+                    master.grad = gradient.copy_(parameter.grad)
+            self.optimizer.step()
+            for master, parameter, _ in triples:
                 parameter.copy_(master)
 
 

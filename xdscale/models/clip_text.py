@@ -6,6 +6,43 @@ import torch
 from open_clip.transformer import TextTransformer
 from torch import nn
 
+from xdscale.kernels.causal_attention import causal_attention
+
+
+class CausalBlockAttention(nn.MultiheadAttention):
+    """CLIP's self-attention under its own parameter names, through `causal_attention`."""
+
+    def __init__(self, original: nn.MultiheadAttention) -> None:
+        """Takes over the parameters of the module that it replaces."""
+        super().__init__(original.embed_dim, original.num_heads, batch_first=True, device="meta")
+        self.in_proj_weight, self.in_proj_bias = original.in_proj_weight, original.in_proj_bias
+        self.out_proj = original.out_proj
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        need_weights: bool = False,
+        attn_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        """Attends as open_clip's blocks ask for it, with three times the same states and the causal mask.
+
+        Args:
+            query: [blocks, length, width].
+            key: the same tensor.
+            value: the same tensor.
+            need_weights: not available.
+            attn_mask: the causal mask, which is understood.
+
+        Returns:
+            [blocks, length, width], and None for the weights.
+        """
+        projected = nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+        heads = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, blocks, heads, length, d]
+        attended = causal_attention(*heads)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
+
 
 class CLIPTextEncoder(nn.Module):
     """CLIP-T: blocks of 77 tokens in, a projected state for each position out.
@@ -26,6 +63,8 @@ class CLIPTextEncoder(nn.Module):
         if tower.pool_type != "none":
             raise ValueError(f"the tower must be built with pool_type 'none', found {tower.pool_type!r}")
         self.tower = tower
+        for block in tower.transformer.resblocks:
+            block.attn = CausalBlockAttention(block.attn)
         # CLIP's temperature belongs to the module that the paper counts (Table 6), but nothing uses it here.
         # One element, not a 0-dimensional tensor: DeepSpeed cannot broadcast those.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)), requires_grad=False)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from xdscale.kernels.attention import packed_attention, packed_attention_plain, packed_attention_probabilities
-from xdscale.kernels.dropout_mask import drop_threshold
+from xdscale.kernels.attention import packed_attention_probabilities
+from xdscale.models.attention import attend
 from xdscale.models.streams import Stream
 
 LAYER_NORM_EPS = 1e-12
@@ -76,25 +76,7 @@ class AttentionSublayer(nn.Module):
         query, key, value = self.query(states), self.key(context), self.value(context)
         query, key, value = (tokens.unflatten(-1, (self.heads, -1)) for tokens in (query, key, value))
         rate = self.dropout.p if self.training else 0.0
-        # Drawn per call: recomputed activations restore the generator and so draw the same mask again.
-        seed = torch.randint(2**62, (1,), device=states.device) if rate else None
-        if self.plain:
-            threshold = drop_threshold(rate)
-            attended = packed_attention_plain(
-                query, key, value, asking.offsets, answering.offsets, threshold, seed
-            )  # [q tokens, heads, head size]
-        else:
-            attended = packed_attention(
-                query,
-                key,
-                value,
-                asking.offsets,
-                answering.offsets,
-                max_query=asking.longest,
-                max_key=answering.longest,
-                dropout=rate,
-                seed=seed,
-            )
+        attended = attend(query, key, value, asking, answering, dropout=rate, plain=self.plain)  # [q tokens, heads, d]
         return self.norm(states + self.dropout(self.output(attended.flatten(1))))
 
     def attention_map(

@@ -107,6 +107,13 @@ class XDBERT(nn.Module):
         clip_lengths: torch.Tensor,
         language_mask: torch.Tensor | None,
     ) -> _Encoded:
+        places = torch.arange(clip_ids.shape[-1], device=clip_ids.device)
+        clip_mask = places < clip_lengths.unsqueeze(-1)  # [batch, blocks, 77]
+        clip_stream, clip_positions = stream_of(clip_mask.flatten(1))
+        filled = clip_lengths.flatten().nonzero().squeeze(1)  # CLIP never sees the empty blocks of shorter texts
+        clip_rows = clip_mask.flatten(0, 1).index_select(0, filled).flatten().nonzero().squeeze(1)
+        clip = self.clip(clip_ids.flatten(0, 1).index_select(0, filled).unsqueeze(0)).squeeze(0)  # [filled * 77, D]
+        clip = clip.index_select(0, clip_rows)  # [CLIP tokens, CLIP size]
         language = self.language(
             input_ids=language_ids, attention_mask=language_mask, use_cache=False
         ).last_hidden_state  # [batch, s, language size]
@@ -115,10 +122,6 @@ class XDBERT(nn.Module):
         if language_mask is not None:
             language_stream, language_positions = stream_of(language_mask)
             language = language.index_select(0, language_positions)
-        places = torch.arange(clip_ids.shape[-1], device=clip_ids.device)
-        clip_mask = places < clip_lengths.unsqueeze(-1)  # [batch, blocks, 77]
-        clip_stream, clip_positions = stream_of(clip_mask.flatten(1))
-        clip = self.clip(clip_ids).flatten(0, 1).index_select(0, clip_positions)  # [CLIP tokens, CLIP size]
         return _Encoded(language, clip, language_stream, clip_stream, language_positions, clip_positions)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from xdscale import recipe
 from xdscale.errors import XdscaleError
+from xdscale.models.attention import use_packed_attention
 from xdscale.models.cross_modal import CrossModalLayer
 from xdscale.models.xdbert import XDBERT
 from xdscale.pretrained.clip import clip_config, load_clip_text_tower
@@ -109,7 +110,8 @@ class XDBERTAdaptation(nn.Module):
         clip = arrays["clip_lengths"].sum(1)
         wanted_language = np.bincount(masked // length, minlength=samples) + (self.match is not None)
         wanted_clip = np.bincount(targets // (blocks * encoder.context_length), minlength=samples)
-        total = flops.language_flops(config, samples, length) + flops.clip_flops(encoder, samples * blocks)
+        total = flops.language_flops(config, samples, length)
+        total += flops.clip_flops(encoder, np.count_nonzero(arrays["clip_lengths"]))
         for number in range(1, len(self.model.layers) + 1):
             last = number == len(self.model.layers)
             total += flops.cross_layer_flops(
@@ -139,6 +141,8 @@ def build_model(spec: recipe.Model) -> XDBERT:
         XdscaleError: an encoder cannot be built or its weights cannot be loaded (see `xdscale.pretrained`).
     """
     language = load_language_encoder(spec.language, dropout=spec.dropout)
+    plain = spec.kernels == "plain"
+    use_packed_attention(language, plain=plain)
     clip = load_clip_text_tower(spec.clip)
     config = language.config
     layers = [
@@ -149,7 +153,7 @@ def build_model(spec: recipe.Model) -> XDBERT:
             clip.tower.heads,
             config.intermediate_size,
             spec.dropout,
-            plain=spec.kernels == "plain",
+            plain=plain,
         )
         for _ in range(spec.cross_layers)
     ]

@@ -12,7 +12,7 @@ from xdscale.recipe import Optim
 def build_engine(module: nn.Module, optim: Optim, ds_config: dict[str, Any], *, load_universal: bool) -> Any:
     """Wraps a module and AdamW in a DeepSpeed engine.
 
-    The optimizer is PyTorch's AdamW on every device (fused on CUDA), so that the same recipe gives the same update
+    The optimizer is PyTorch's fused AdamW on every device, so that the same recipe gives the same update
     everywhere and no first run waits for a compiler. Parameters that take no gradient stay out of it: AdamW would
     decay them.
 
@@ -34,7 +34,7 @@ def build_engine(module: nn.Module, optim: Optim, ds_config: dict[str, Any], *, 
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        fused=torch.cuda.is_available(),
+        fused=True,
     )
     config = ds_config | ({"checkpoint": {"load_universal": True}} if load_universal else {})
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)

@@ -1,0 +1,94 @@
+"""Attention of the models through the packed kernels: for our own layers, and for the encoders of transformers."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from xdscale.kernels.attention import packed_attention, packed_attention_plain
+from xdscale.kernels.dropout_mask import drop_threshold
+from xdscale.models.streams import Stream, full_stream, stream_of, unpack
+
+FUSED, PLAIN = "xdscale_fused", "xdscale_plain"
+"""Names under which transformers knows the kernels and their definition."""
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    asking: Stream,
+    answering: Stream,
+    *,
+    dropout: float,
+    plain: bool,
+) -> torch.Tensor:
+    """Attends within each sample, with fresh dropout on the weights.
+
+    Args:
+        query: [q tokens, heads, d].
+        key: [k tokens, heads, d].
+        value: [k tokens, heads, d].
+        asking: stream of `query`.
+        answering: stream of `key` and `value`.
+        dropout: rate on the attention weights; 0 outside of training.
+        plain: by the definition instead of the kernels; both draw the same mask.
+
+    Returns:
+        [q tokens, heads, d].
+    """
+    # Drawn per call: recomputed activations restore the generator and so draw the same mask again.
+    seed = torch.randint(2**62, (1,), device=query.device) if dropout else None
+    offsets = asking.offsets, answering.offsets
+    if plain:
+        return packed_attention_plain(query, key, value, *offsets, drop_threshold(dropout), seed)
+    longest = {"max_query": asking.longest, "max_key": answering.longest}
+    return packed_attention(query, key, value, *offsets, **longest, dropout=dropout, seed=seed)
+
+
+def use_packed_attention(encoder: PreTrainedModel, *, plain: bool) -> None:
+    """Lets an encoder of transformers attend through the packed kernels, at any place in its life.
+
+    PyTorch's own attention takes its slow path with dropout and keeps the whole matrix of weights for the backward
+    pass; here nothing of that size is kept, and padding is not computed.
+
+    Args:
+        encoder: BERT, ELECTRA or any other that takes its attention from transformers' registry.
+        plain: by the definition instead of the kernels.
+    """
+    encoder.set_attn_implementation(PLAIN if plain else FUSED)
+
+
+def _self_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: tuple[Stream, torch.Tensor] | None,
+    *,
+    plain: bool,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in each layer: [batch, heads, length, d] three times to [batch, length, heads, d]."""
+    batch, _heads, length, _size = query.shape
+    rows = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]  # [batch * length, heads, d]
+    if attention_mask is None:
+        stream = full_stream(batch, length, query.device)
+        return attend(*rows, stream, stream, dropout=dropout, plain=plain).unflatten(0, (batch, length)), None
+    stream, positions = attention_mask
+    valid = (states.index_select(0, positions) for states in rows)
+    attended = attend(*valid, stream, stream, dropout=dropout, plain=plain).flatten(1)  # [tokens, heads * d]
+    return unpack(attended, positions, (batch, length)).unflatten(-1, rows[0].shape[1:]), None
+
+
+def _stream_of_mask(*, attention_mask: torch.Tensor | None, **_: Any) -> tuple[Stream, torch.Tensor] | None:
+    """What transformers calls once per forward pass, for all layers: a padding mask becomes a stream."""
+    return None if attention_mask is None else stream_of(attention_mask)
+
+
+for _name, _plain in ((FUSED, False), (PLAIN, True)):
+    AttentionInterface.register(_name, partial(_self_attention, plain=_plain))
+    AttentionMaskInterface.register(_name, _stream_of_mask)
