@@ -106,8 +106,8 @@ def sbatch_text(
 _SCRIPT = """\
 #!/bin/bash
 {options}
-# Written by 'xdscale launch … --slurm'. One task per GPU. {minutes} minutes before the time is up Slurm sends SIGUSR1 to
-# every rank: a checkpoint is saved, exit code {stopped} queues the job again, and the same script then continues.
+# Written by 'xdscale launch … --slurm'. One task per GPU. {minutes} minutes before the time is up Slurm sends SIGUSR1
+# to every rank: a checkpoint is saved, exit code {stopped} queues the job again, and the same script then continues.
 set -u
 # A handler, unlike a shell without one, lets srun end first; what it ends with is looked at below.
 trap : TERM USR1
