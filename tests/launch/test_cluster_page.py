@@ -84,7 +84,7 @@ def smaller(command, free_port):
         command += f" --master-addr 127.0.0.1 --master-port {free_port()}"
     if "launch" in command:
         command += f" --deepspeed-config ds_configs/quickstart-zero2.json --out launch/{NAME}"
-    return command + (" --force" if "--run" in command else "")
+    return command
 
 
 def execute(command, folder, settings):

@@ -100,6 +100,7 @@ def test_every_planted_fault_is_named(free_port, recipe, wiki_shards, tmp_path):
         ("warn b, environment: OMP_NUM_THREADS is 64, on the first machine 1", 1),
         ("warn b, environment: OMP_NUM_THREADS=64 for 1 ranks on ", 1),
         ("warn b, environment: NCCL_SOCKET_IFNAME is eth7, on the first machine not set", 1),
+        (f"warn b, environment: PYTHONPATH is {copy}", 1),
         ("warn b, environment: TRITON_CACHE_DIR is /tmp/elsewhere", 1),
     ]
     assert [(text, sum(line.startswith(text) for line in lines)) for text, _ in expected] == expected

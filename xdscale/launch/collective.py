@@ -1,5 +1,6 @@
 """All-reduces between all ranks, with a limit on how long they may take."""
 
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ def all_reduce_twice(store: Any, rank: int, world_size: int, local_rank: int, ti
     """
     import torch
 
-    outcome = Outcome("nccl" if torch.cuda.is_available() else "gloo")
+    uses_gpus = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    outcome = Outcome("nccl" if uses_gpus else "gloo")
     limit = timedelta(seconds=timeout_seconds)
 
     def work() -> None:

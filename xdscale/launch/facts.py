@@ -73,13 +73,15 @@ class HostFacts:
         import torch
 
         cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        # Where DeepSpeed is told to compute on CPU ranks, GPUs are somebody else's.
+        uses_gpus = os.environ.get("DS_ACCELERATOR") != "cpu"
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if uses_gpus else []
         return cls(
             rank=rank,
             host=platform.node(),
             versions=_versions(),
             gpus=gpus,
-            driver=_driver(),
+            driver=_driver() if uses_gpus else "",
             local_ranks=local_ranks,
             cores=len(os.sched_getaffinity(0)),
             environment={name: value for name, value in sorted(os.environ.items()) if is_carried(name)},
