@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# As the real programs do: pdsh joins its words with blanks, ssh hands them to a shell in a fresh environment.
+# As the real programs do: pdsh joins its words with blanks and names the machine before each line, ssh hands them to a shell in a fresh environment.
 FAKES = {
     "pdsh": """
 while [ $# -gt 0 ]; do
@@ -15,7 +15,7 @@ done
 number=0
 for host in ${hosts//,/ }; do
     words="$*"
-    ssh "$host" "${words//%n/$number}" &
+    { set -o pipefail; ssh "$host" "${words//%n/$number}" | sed -u "s/^/$host: /"; } &
     tasks+=($!)
     number=$((number + 1))
 done

@@ -57,7 +57,13 @@ def _over_ssh(hosts: list[Host], meet: Rendezvous, arguments: tuple[str, ...]) -
         command = over_ssh(hostfile, meet, _MODULE, (*arguments, "--hosts", hosts_text(hosts)))
         command.insert(1, "-q")
         settings = os.environ | {"DS_ENV_FILE": str(environment_file)}
-        return subprocess.run(command, env=settings, check=False).returncode
+        with subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                # pdsh puts the machine's name before each line; the launcher there cannot be told to be quiet.
+                line = line.removeprefix(f"{hosts[0].name}: ")
+                if "[INFO] [launch.py" not in line:
+                    print(line, end="", flush=True)
+        return process.returncode
 
 
 def _inside_slurm(arguments: tuple[str, ...]) -> int:

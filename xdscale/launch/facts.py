@@ -38,7 +38,7 @@ class HostFacts:
         triton_cache_kind: type of the file system there.
         open_files: limit of open files.
         shared_memory_gib: size of /dev/shm.
-        loopback_name: whether the machine's own name stands for a loopback address.
+        loopback_name: whether the machine's own name stands for a loopback address, though ranks meet elsewhere.
         shards_fingerprint: of the recipe's shards; None without a recipe or where they cannot be read.
         shards_problem: why they cannot be read, or empty.
         output_free_bytes: free space where the run will be written.
@@ -155,10 +155,15 @@ def _driver() -> str:
 
 
 def _name_is_loopback() -> bool:
+    own, meeting = (_address(name) for name in (platform.node(), os.environ.get("MASTER_ADDR", "127.0.0.1")))
+    return own.startswith("127.") and not meeting.startswith("127.")
+
+
+def _address(name: str) -> str:
     try:
-        return socket.gethostbyname(platform.node()).startswith("127.")
+        return socket.gethostbyname(name)
     except OSError:
-        return False
+        return ""
 
 
 def _recipe_facts(recipe: Recipe) -> dict[str, object]:
