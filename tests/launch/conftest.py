@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# As the real programs do: pdsh joins its words with blanks and names the machine before each line, ssh hands them to a shell in a fresh environment.
+# As the real programs do: pdsh joins its words with blanks and names the machine before each line; ssh hands them to a
+# shell in a fresh environment.
 FAKES = {
     "pdsh": """
 while [ $# -gt 0 ]; do
