@@ -92,21 +92,21 @@ def test_every_planted_fault_is_named(free_port, recipe, wiki_shards, tmp_path):
     assert [line for line in findings(stdout, "a") if line.startswith("FAIL")] == []
     lines = findings(stdout, "b")
     expected = [
-        ("FAIL b, versions: triton 9.9.9, the first machine has 3.8.0", 1),
-        ("FAIL b, versions: xdscale source ", 1),
-        ("FAIL b, clock: +5.0 s", 1),
-        (f"FAIL b, paths: data.shards: {shard}: ", 1),
-        ("FAIL b, paths: output.folder = runs/new: not the first machine's folder", 1),
-        ("warn b, environment: OMP_NUM_THREADS is 64, on the first machine 1", 1),
-        ("warn b, environment: OMP_NUM_THREADS=64 for 1 ranks on ", 1),
-        ("warn b, environment: NCCL_SOCKET_IFNAME is eth7, on the first machine not set", 1),
-        (f"warn b, environment: PYTHONPATH is {copy}", 1),
-        ("warn b, environment: TRITON_CACHE_DIR is /tmp/elsewhere", 1),
+        "FAIL b, versions: triton 9.9.9, the first machine has 3.8.0",
+        "FAIL b, versions: xdscale source ",
+        "FAIL b, clock: +5.0 s",
+        f"FAIL b, paths: data.shards: {shard}: ",
+        "FAIL b, paths: output.folder = runs/new: not the first machine's folder",
+        "warn b, environment: OMP_NUM_THREADS is 64, on the first machine 1",
+        "warn b, environment: OMP_NUM_THREADS=64 for 1 ranks on ",
+        "warn b, environment: NCCL_SOCKET_IFNAME is eth7, on the first machine not set",
+        f"warn b, environment: PYTHONPATH is {copy}",
+        "warn b, environment: TRITON_CACHE_DIR is /tmp/elsewhere",
     ]
-    assert [(text, sum(line.startswith(text) for line in lines)) for text, _ in expected] == expected
-    loopback = [line for line in lines if "loopback" in line]
-    limits = [line for line in lines if "open files" in line]
-    assert len(lines) == len(expected) + len(loopback) + len(limits)
+    assert [text for text in expected if sum(line.startswith(text) for line in lines) != 1] == []
+    # How many files this machine may open is nobody's fault here; nothing else is said.
+    others = [line for line in lines if not line.startswith(tuple(expected)) and "open files" not in line]
+    assert others == []
     assert not (tmp_path / "here" / "runs").exists()
 
 

@@ -86,6 +86,7 @@ def _lead(store: Any, world_size: int, recipe: Recipe | None, options: argparse.
 
     names = rank_names(parse_hosts(options.hosts)) if options.hosts else [""] * world_size
     evidence = Evidence(names=names)
+    own = _facts(0, recipe)  # before the model's imports, which set environment variables
     token = OutputToken(Path(recipe.output.folder)) if recipe else None
     try:
         if token:
@@ -93,7 +94,7 @@ def _lead(store: Any, world_size: int, recipe: Recipe | None, options: argparse.
             evidence.needed_bytes = _checkpoint_bytes(recipe)
             token.leave()
         store.set("token", token.text if token else "")
-        store.set("facts/0", json.dumps(_facts(0, recipe)))
+        store.set("facts/0", json.dumps(own))
         evidence.silent, heard = answers(store, "facts", range(world_size), options.timeout)
         evidence.hosts = [HostFacts(**facts) for facts in heard.values() if facts]
         store.set("go", "stop" if evidence.silent else "go")
