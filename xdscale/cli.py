@@ -59,6 +59,71 @@ def export(
     print(export_run(Path(run), Path(out), step=step))
 
 
+@app.command()
+def launch(
+    recipe: Annotated[str, typer.Argument(help="Recipe file or name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    deepspeed_config: Annotated[str | None, typer.Option(help="Default: the shipped ZeRO-2 file that fits.")] = None,
+    hosts: Annotated[str | None, typer.Option(help="Machines and ranks: node-1:8,node-2:8")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="The same from a file: lines 'node-1 slots=8'.")] = None,
+    master_addr: Annotated[str | None, typer.Option(help="First machine, as the others reach it.")] = None,
+    master_port: Annotated[int, typer.Option(min=1, max=65535, help="Free port there.")] = 29500,
+    ssh_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where sshd listens.")] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Write a batch script for Slurm.")] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Slurm: machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Slurm: GPUs, and ranks, of each.")] = 8,
+    time: Annotated[str, typer.Option(help="Slurm: as in 24:00:00.")] = "24:00:00",
+    partition: Annotated[str | None, typer.Option(help="Slurm: queue.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm: who pays.")] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For every rank; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default launch/RECIPE.")] = None,
+    run: Annotated[bool, typer.Option("--run", help="Start it, instead of printing the command.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that differ.")] = False,
+) -> None:
+    """Start a recipe on several machines: write hostfile and environment, or a Slurm script, and print the command."""
+    from xdscale.launch.command import launch_on_hosts, launch_on_slurm
+    from xdscale.launch.hosts import one_of
+    from xdscale.launch.job import check_job, path_warnings
+    from xdscale.launch.slurm import SlurmRequest
+    from xdscale.launch.start import Rendezvous
+
+    machines = one_of(hosts, hostfile)
+    if slurm == bool(machines):
+        raise XdscaleError("say where to run: one of --hosts node-1:8,node-2:8, --hostfile FILE or --slurm --nodes N")
+    request = SlurmRequest(nodes, gpus_per_node, time, partition, account)
+    world_size = request.world_size if slurm else sum(host.slots for host in machines)
+    job = check_job(recipe, overrides or [], deepspeed_config, world_size)
+    for warning in path_warnings(job.recipe):
+        print(f"warning: {warning}", file=sys.stderr)
+    folder = out or Path("launch", job.name)
+    if slurm:
+        launch_on_slurm(job, request, folder, env=env or [], run=run, force=force)
+    else:
+        meet = Rendezvous(master_addr or machines[0].name, master_port, ssh_port)
+        launch_on_hosts(job, machines, meet, folder, env=env or [], run=run, force=force)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="Recipe file or name: its paths and space are checked.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    hosts: Annotated[str | None, typer.Option(help="Machines and ranks: node-1:8,node-2:8")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="The same from a file: lines 'node-1 slots=8'.")] = None,
+    master_addr: Annotated[str | None, typer.Option(help="First machine, as the others reach it.")] = None,
+    master_port: Annotated[int, typer.Option(min=1, max=65535, help="Port to be tried there.")] = 29500,
+    ssh_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where sshd listens.")] = None,
+    timeout: Annotated[int, typer.Option(min=1, help="Seconds for machines to answer.")] = 120,
+) -> None:
+    """Check this machine, these machines or this Slurm allocation: versions, clocks, paths, space, network."""
+    from xdscale.launch.doctor import examine
+    from xdscale.launch.hosts import one_of
+    from xdscale.launch.start import Rendezvous
+
+    machines = one_of(hosts, hostfile)
+    meet = Rendezvous(master_addr or (machines[0].name if machines else "127.0.0.1"), master_port, ssh_port)
+    raise typer.Exit(examine(machines, meet, recipe, overrides or [], timeout_seconds=timeout))
+
+
 @kernels_app.command()
 def report(
     write: Annotated[Path | None, typer.Option(help="Markdown file whose table is replaced, docs/kernels.md.")] = None,

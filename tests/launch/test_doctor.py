@@ -1,0 +1,162 @@
+"""The doctor's probe as two "machines" on loopback: every planted fault is found and named."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["model.clip.name=clip-tiny.json", "model.clip.weights=random"]
+
+
+def start(rank, port, *arguments, cwd=ROOT, **variables):
+    ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    settings = {name: str(value) for name, value in (ranks | {"MASTER_PORT": port} | variables).items()}
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "SLURM_JOB_ID")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "xdscale.launch.probe", *map(str, arguments)],
+        cwd=cwd,
+        env=kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def pair(free_port, first, second):
+    """Runs both machines; each is (arguments, variables)."""
+    port = free_port()
+    processes = [
+        start(rank, port, *arguments, **variables) for rank, (arguments, variables) in enumerate((first, second))
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs)]
+
+
+def findings(stdout, machine):
+    return [line for line in stdout.splitlines() if line.startswith((f"FAIL {machine}", f"warn {machine}"))]
+
+
+@pytest.fixture(scope="module")
+def recipe(wiki_shards):
+    return ["quickstart", f"data.shards={wiki_shards}", *SMALL]
+
+
+def test_two_sound_machines(free_port, recipe, tmp_path):
+    out = tmp_path / "runs" / "new"
+    arguments = [*recipe, f"output.folder={out}", "--hosts", "a:1,b:1"]
+    (code, stdout, stderr), (other, _, _) = pair(free_port, (arguments, {}), (arguments, {}))
+    assert (code, other) == (0, 0), stdout + stderr
+    assert "verdict: ok (0 failures" in stdout
+    assert list(tmp_path.iterdir()) == []  # the question left nothing behind
+    assert "64 MiB" in stdout
+
+
+def test_every_planted_fault_is_named(free_port, recipe, wiki_shards, tmp_path):
+    """Versions, source, clock, shards, output folder and environment of one machine are not the other's."""
+    other = tmp_path / "other"
+    other.mkdir()
+    copy = other / "copy"
+    copy.mkdir()
+    shutil.copytree(ROOT / "xdscale", copy / "xdscale", ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "xdscale" / "errors.py").open("a") as file:
+        file.write("# edited on one machine only\n")
+    fake = copy / "triton-9.9.9.dist-info"
+    fake.mkdir()
+    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 9.9.9\n")
+    (copy / "sitecustomize.py").write_text("import time\nreal = time.time\ntime.time = lambda: real() + 5\n")
+    shards = shutil.copytree(wiki_shards, other / "shards")
+    shard = next(shards.glob("train-*.tar"))
+    os.truncate(shard, shard.stat().st_size - 1)
+
+    here = [*recipe, "output.folder=runs/new", "--hosts", "a:1,b:1"]
+    there = [*recipe, f"data.shards={shards}", "output.folder=runs/new", "--hosts", "a:1,b:1"]
+    variables = {
+        "cwd": other,
+        "PYTHONPATH": copy,
+        "OMP_NUM_THREADS": 64,
+        "NCCL_SOCKET_IFNAME": "eth7",
+        "TRITON_CACHE_DIR": "/tmp/elsewhere",
+    }
+    (tmp_path / "here").mkdir()
+    (code, stdout, stderr), _ = pair(free_port, (here, {"cwd": tmp_path / "here"}), (there, variables))
+    assert code == 2, stdout + stderr
+    assert [line for line in findings(stdout, "a") if line.startswith("FAIL")] == []
+    lines = findings(stdout, "b")
+    expected = [
+        "FAIL b, versions: triton 9.9.9, the first machine has 3.8.0",
+        "FAIL b, versions: xdscale source ",
+        "FAIL b, clock: +5.0 s",
+        f"FAIL b, paths: data.shards: {shard}: ",
+        "FAIL b, paths: output.folder = runs/new: not the first machine's folder",
+        "warn b, environment: OMP_NUM_THREADS is 64, on the first machine 1",
+        "warn b, environment: OMP_NUM_THREADS=64 for 1 ranks on ",
+        "warn b, environment: NCCL_SOCKET_IFNAME is eth7, on the first machine not set",
+        f"warn b, environment: PYTHONPATH is {copy}",
+        "warn b, environment: TRITON_CACHE_DIR is /tmp/elsewhere",
+    ]
+    assert [text for text in expected if sum(line.startswith(text) for line in lines) != 1] == []
+    # How many files this machine may open is nobody's fault here; nothing else is said.
+    others = [line for line in lines if not line.startswith(tuple(expected)) and "open files" not in line]
+    assert others == []
+    assert not (tmp_path / "here" / "runs").exists()
+
+
+def test_a_machine_that_does_not_answer_is_named(free_port):
+    began = time.monotonic()
+    alone = start(0, free_port(), "--hosts", "a:1,b:1", "--timeout", 4)
+    stdout, stderr = alone.communicate(timeout=60)
+    assert alone.returncode == 2, stderr
+    assert time.monotonic() - began < 40
+    assert "FAIL b, answer: rank 1 did not answer" in stdout
+    assert "a      ok" in stdout
+
+
+def test_a_machine_that_cannot_reach_the_first_says_so(free_port):
+    lost = start(1, free_port(), "--timeout", 3)
+    _, stderr = lost.communicate(timeout=60)
+    assert lost.returncode == 2
+    assert "cannot meet at 127.0.0.1:" in stderr
+    assert "firewall" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_network_that_does_not_carry_is_named(free_port):
+    """One machine is told to talk through an interface that is not there; the other must not wait for ever."""
+    began = time.monotonic()
+    arguments = ["--hosts", "a:1,b:1", "--timeout", 8]
+    (code, stdout, _), _ = pair(free_port, (arguments, {}), (arguments, {"GLOO_SOCKET_IFNAME": "absent0"}))
+    assert code == 2
+    assert time.monotonic() - began < 60
+    assert "FAIL b, collective: rank 1: " in stdout
+    assert "FAIL a, collective: rank 0: " in stdout
+    assert "absent0" in stdout
+
+
+def test_a_taken_port_is_named(free_port):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        first = start(0, taken.getsockname()[1], "--timeout", 3)
+        _, stderr = first.communicate(timeout=60)
+    assert first.returncode == 2
+    assert "take another port with --master-port" in stderr
+
+
+def test_a_bad_recipe_is_one_message(tmp_path):
+    program = Path(sys.executable).with_name("xdscale")
+    result = subprocess.run(
+        [sys.executable, program, "doctor", "quickstrat"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: quickstrat: no such recipe")

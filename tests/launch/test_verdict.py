@@ -1,0 +1,135 @@
+"""Judgement on facts that this machine cannot have: GPUs, network file systems, small disks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from xdscale.launch.facts import HostFacts, existing_parent, file_system
+from xdscale.launch.verdict import CHECKS, Collective, Evidence, judge, table
+
+SOUND = HostFacts(
+    rank=0,
+    host="gpu-a",
+    versions={"python": "3.11.7", "torch": "2.14.1"},
+    gpus=["NVIDIA A100"] * 8,
+    driver="570.1",
+    local_ranks=8,
+    cores=64,
+    environment={"OMP_NUM_THREADS": "8"},
+    triton_cache="/tmp/triton-x",
+    triton_cache_kind="ext4",
+    open_files=65536,
+    shared_memory_gib=64.0,
+    loopback_name=False,
+    shards_fingerprint="f",
+    output_free_bytes=2**40,
+)
+
+
+def evidence(**changes):
+    """Two machines of 8 ranks; the second one differs from the first in `changes`."""
+    second = replace(SOUND, **({"rank": 8, "host": "gpu-b"} | changes))
+    return Evidence(
+        names=[""] * 16,
+        hosts=[SOUND, second],
+        clock_offsets={0: 0.0, 8: 0.2},
+        output_folder="/runs/x",
+        needed_bytes=2**34,
+        collective=Collective({}, 0.1, 10.0, 2**26),
+        collective_backend="nccl",
+    )
+
+
+def test_nothing_is_said_of_sound_machines():
+    found = evidence()
+    assert judge(found) == []
+    assert table(found, []) == [[name, *["ok"] * len(CHECKS)] for name in ("gpu-a", "gpu-b")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "level", "text"),
+    [
+        ({"gpus": ["NVIDIA A100"] * 7}, "gpus", "FAIL", "8 ranks for 7 GPUs"),
+        ({"gpus": ["NVIDIA H100"] * 8}, "gpus", "warn", "8 × NVIDIA H100, the first machine has 8 × NVIDIA A100"),
+        ({"gpus": [], "driver": ""}, "gpus", "FAIL", "no GPU, the first machine has 8 × NVIDIA A100"),
+        ({"gpus": []}, "gpus", "FAIL", "driver 570.1 is loaded but no GPU is usable"),
+        ({"driver": "560.2"}, "gpus", "warn", "driver 560.2, the first machine has 570.1"),
+        ({"versions": SOUND.versions | {"torch": "missing"}}, "versions", "FAIL", "torch is not installed"),
+        ({"shards_fingerprint": "g"}, "paths", "FAIL", "not the shards of the first machine"),
+        ({"output_free_bytes": 2**33}, "space", "FAIL", "8.0 GiB free at /runs/x, checkpoints need 16.0 GiB"),
+        ({"triton_cache_kind": "nfs4"}, "environment", "warn", "network file system (nfs4)"),
+        ({"triton_cache_kind": "fuse.sshfs"}, "environment", "warn", "set TRITON_CACHE_DIR"),
+        ({"open_files": 1024}, "environment", "warn", "1024 open files"),
+        ({"shared_memory_gib": 0.0625}, "environment", "warn", "/dev/shm has 0.06 GiB"),
+        ({"loopback_name": True}, "environment", "warn", "loopback address"),
+        ({"cores": 32}, "environment", "warn", "OMP_NUM_THREADS=8 for 8 ranks on 32 cores"),
+    ],
+)
+def test_what_is_wrong_with_the_second_machine_is_said_of_it(changes, check, level, text):
+    found = evidence(**changes)
+    findings = judge(found)
+    assert {finding.host for finding in findings} == {"gpu-b"}
+    assert any((finding.check, finding.level) == (check, level) and text in finding.text for finding in findings)
+    rows = {name: dict(zip(CHECKS, cells)) for name, *cells in table(found, findings)}
+    assert rows["gpu-b"][check] == level
+    assert set(rows["gpu-a"].values()) == {"ok"}
+
+
+def test_the_clock_may_be_almost_a_second_off():
+    found = evidence()
+    found.clock_offsets[8] = -0.99
+    assert judge(found) == []
+    found.clock_offsets[8] = -1.5
+    (finding,) = judge(found)
+    assert (finding.host, finding.check, finding.level) == ("gpu-b", "clock", "FAIL")
+    assert "-1.5 s" in finding.text
+
+
+def test_a_rank_that_fails_in_the_all_reduce_is_found_on_its_machine():
+    found = evidence()
+    found.collective = Collective({9: "no result of an all-reduce over nccl within 5 s"}, 0, 0, 2**26)
+    (finding,) = judge(found)
+    assert (finding.host, finding.check, finding.level) == ("gpu-b", "collective", "FAIL")
+    assert "rank 9: no result" in finding.text
+
+
+def test_silent_ranks_are_counted_by_machine():
+    found = Evidence(names=["n1"] * 2 + ["n2"] * 2 + ["n3"] * 2, hosts=[SOUND], silent=[2, 3, 5])
+    answers = {finding.host: finding.text.split(" did")[0] for finding in judge(found) if finding.check == "answer"}
+    assert answers == {"n2": "ranks 2 to 3", "n3": "rank 5"}
+    rows = {name: cells for name, *cells in table(found, judge(found))}
+    assert rows["n2"] == ["FAIL"] + ["-"] * (len(CHECKS) - 1)
+
+
+def test_machines_of_one_name_are_told_apart_by_rank():
+    found = evidence(host="gpu-a")
+    assert [found.label(rank) for rank in (0, 7, 8, 15)] == ["gpu-a (rank 0)"] * 2 + ["gpu-a (rank 8)"] * 2
+
+
+MOUNTS = """\
+/dev/sda1 / ext4 rw 0 0
+tmpfs /tmp tmpfs rw 0 0
+server:/home /home nfs4 rw 0 0
+/dev/sdb1 /home/local xfs rw 0 0
+server:/x /with\\040blank lustre rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/home/me/.triton", "nfs4"),
+        ("/home/local/cache", "xfs"),
+        ("/homely", "ext4"),
+        ("/tmp/x", "tmpfs"),
+        ("/with blank/x", "lustre"),
+    ],
+)
+def test_the_file_system_is_that_of_the_nearest_mount(path, kind):
+    assert file_system(Path(path), MOUNTS) == kind
+
+
+def test_the_existing_parent_of_a_new_folder(tmp_path):
+    assert existing_parent(tmp_path / "a" / "b") == tmp_path
+    assert existing_parent(tmp_path) == tmp_path

@@ -1,0 +1,102 @@
+"""Which machines, and how many ranks on each: `--hosts` and DeepSpeed's hostfile."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from xdscale.errors import XdscaleError
+
+_HOSTFILE_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+class Host(NamedTuple):
+    """A machine.
+
+    Attributes:
+        name: what ssh reaches it by.
+        slots: its ranks, one per GPU.
+    """
+
+    name: str
+    slots: int
+
+
+def parse_hosts(text: str) -> list[Host]:
+    """Reads `node-1:8,node-2:8`.
+
+    Raises:
+        XdscaleError: an item is not NAME:SLOTS, or a name stands there twice.
+    """
+    hosts = []
+    for item in text.split(","):
+        name, colon, slots = item.strip().rpartition(":")
+        if not colon or not slots.isascii() or not slots.isdigit():
+            raise XdscaleError(f"--hosts {text}: {item!r}: expected NAME:RANKS, as in node-1:8,node-2:8")
+        hosts.append(Host(name, int(slots)))
+    return _checked(hosts, f"--hosts {text}")
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """Reads DeepSpeed's hostfile: lines `NAME slots=N`, empty lines and lines that start with `#`.
+
+    Raises:
+        XdscaleError: no such file, a line of another form (it is named), or a name stands there twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise XdscaleError(f"{path}: cannot read the hostfile: {error}") from None
+    hosts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.strip().startswith("#"):
+            continue
+        match = _HOSTFILE_LINE.fullmatch(line.strip())
+        if match is None:
+            raise XdscaleError(f"{path}, line {number}: {line!r}: expected NAME slots=N, as in 'node-1 slots=8'")
+        hosts.append(Host(match[1], int(match[2])))
+    return _checked(hosts, str(path))
+
+
+def one_of(text: str | None, path: Path | None) -> list[Host]:
+    """Returns the machines of `--hosts` or `--hostfile`; none when neither is given.
+
+    Raises:
+        XdscaleError: both are given, or either is malformed.
+    """
+    if text is not None and path is not None:
+        raise XdscaleError("--hosts and --hostfile: give one of them")
+    if text is not None:
+        return parse_hosts(text)
+    return read_hostfile(path) if path is not None else []
+
+
+def hostfile_text(hosts: Iterable[Host]) -> str:
+    """Returns the hostfile of these machines, in DeepSpeed's syntax."""
+    return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
+
+
+def hosts_text(hosts: Iterable[Host]) -> str:
+    """Returns the machines in the form of `--hosts`."""
+    return ",".join(f"{host.name}:{host.slots}" for host in hosts)
+
+
+def rank_names(hosts: Iterable[Host]) -> list[str]:
+    """Returns the name of each rank's machine, in rank order."""
+    return [host.name for host in hosts for _ in range(host.slots)]
+
+
+def _checked(hosts: list[Host], source: str) -> list[Host]:
+    if not hosts:
+        raise XdscaleError(f"{source}: names no host; expected at least one")
+    for host in hosts:
+        if not _NAME.fullmatch(host.name):
+            raise XdscaleError(f"{source}: {host.name!r} is not a host name")
+        if host.slots < 1:
+            raise XdscaleError(f"{source}: {host.name} has {host.slots} slots: expected at least 1")
+    names = [host.name for host in hosts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise XdscaleError(f"{source}: {twice[0]} stands there twice; give each machine once, with all its slots")
+    return hosts
