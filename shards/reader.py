@@ -132,8 +132,11 @@ class ShardedSplit:
                 f"{self.folder}: sample {outside[0]} does not exist; {self.split} has samples 0 to {len(self) - 1}"
             )
         shard = self._shard_of(sample_ids)
-        for number in np.unique(shard[~self._known[shard]]).tolist():
-            self._learn(number)
+        unknown = np.unique(shard[~self._known[shard]])
+        for first in range(0, len(unknown), self._max_open):
+            some = unknown[first : first + self._max_open]
+            for number, descriptor in zip(some.tolist(), self._open(some).tolist()):
+                self._learn(number, descriptor)
         block, row = np.divmod(sample_ids - self._starts[shard], self._block)
         return shard, self._first_block[shard] + block, row
 
@@ -170,14 +173,16 @@ class ShardedSplit:
         """Returns a file descriptor for each element, opening what is closed and closing the longest unused."""
         self._batches += 1
         self._last_use[shard] = self._batches
-        closed = np.unique(shard[self._descriptors[shard] == CLOSED])
-        if closed.size:
-            opened = np.flatnonzero(self._descriptors != CLOSED)
-            surplus = len(opened) + len(closed) - self._max_open
-            if surplus > 0:
-                _close(self._descriptors, opened[np.argsort(self._last_use[opened], kind="stable")[:surplus]])
-            for number in closed.tolist():
-                self._descriptors[number] = self._open_file(number)
+        found = self._descriptors[shard]
+        if (found != CLOSED).all():
+            return found
+        closed = np.unique(shard[found == CLOSED])
+        opened = np.flatnonzero(self._descriptors != CLOSED)
+        surplus = len(opened) + len(closed) - self._max_open
+        if surplus > 0:
+            _close(self._descriptors, opened[np.argsort(self._last_use[opened], kind="stable")[:surplus]])
+        for number in closed.tolist():
+            self._descriptors[number] = self._open_file(number)
         return self._descriptors[shard]
 
     def _open_file(self, number: int) -> int:
@@ -194,31 +199,30 @@ class ShardedSplit:
             raise self._damaged(number, f"expected {record.bytes} bytes, found {found}")
         return descriptor
 
-    def _learn(self, number: int) -> None:
-        """Finds where a shard's arrays lie."""
-        descriptor = int(self._open(np.array([number]))[0])
+    def _learn(self, number: int, descriptor: int) -> None:
+        """Finds where a shard's arrays lie, and keeps where its texts begin and end."""
+        first_block = int(self._first_block[number])
         try:
             starts = read_layout(descriptor, self._shards[number], self.manifest.build)
+            self._layout[:, first_block : first_block + starts.shape[1]] = starts
+            self._keep_bounds(number, descriptor, first_block, starts[2])
         except OSError as error:
             raise self._unreadable(number, error) from None
         except ValueError as error:
             raise self._damaged(number, f"not a shard of this dataset ({error})") from None
-        first_block = int(self._first_block[number])
-        self._layout[:, first_block : first_block + starts.shape[1]] = starts
-        self._keep_bounds(number, first_block, starts[2])
         self._known[number] = True
 
-    def _keep_bounds(self, number: int, first_block: int, begin: np.ndarray) -> None:
-        """Keeps where a shard's texts begin and end, while there is room: one read less per sample."""
+    def _keep_bounds(self, number: int, descriptor: int, first_block: int, begins: np.ndarray) -> None:
+        """Keeps the bounds of a shard's texts while there is room: one read less per sample."""
         samples = self._shards[number].samples
-        counts = np.minimum(self._block, samples - np.arange(len(begin)) * self._block) + 1
-        if self._bounds_kept + counts.sum() > len(self._bounds):
+        if self._bounds_kept + samples + len(begins) > len(self._bounds):
             return
-        content = self._read(np.full(len(begin), number), begin, counts * OFFSETS.itemsize)
-        at = self._bounds_kept + np.concatenate([[0], np.cumsum(counts)])
-        self._bounds[at[0] : at[-1]] = np.frombuffer(content, OFFSETS)
-        self._bounds_at[first_block : first_block + len(begin)] = at[:-1]
-        self._bounds_kept = int(at[-1])
+        for block, begin in enumerate(begins.tolist()):
+            count = min(self._block, samples - block * self._block) + 1
+            place = slice(self._bounds_kept, self._bounds_kept + count)
+            self._bounds[place] = np.frombuffer(os.pread(descriptor, count * OFFSETS.itemsize, begin), OFFSETS)
+            self._bounds_at[first_block + block] = place.start
+            self._bounds_kept = place.stop
 
     def _damaged(self, number: int, problem: str) -> XdscaleError:
         path = self.folder / self._shards[number].file

@@ -18,7 +18,7 @@ from xdscale.errors import XdscaleError
 VALIDATION_EPOCH = MAX_EPOCH
 """Epoch number of every validation draw: no training epoch has it and the masks of a sample never change."""
 
-WINDOW = 16384
+WINDOW = 8192
 """Positions permuted at once: a small batch alone would spend its time in calls, not in numbers."""
 
 
