@@ -224,7 +224,7 @@ def _train(
     monitor = Monitor(run, recipe, start_step) if ranks.is_first else None
     if monitor and start_step:
         monitor.message(f"continuing after step {start_step} of {recipe.training.steps}")
-    if monitor and data.damaged:
+    if monitor and (data.damaged or start_step):
         monitor.quarantine(start_step, data.damaged)
     with Prefetcher(data.prepare, range(start_step, recipe.training.steps)) as source:
         trainer = Trainer(

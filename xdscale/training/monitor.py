@@ -92,11 +92,12 @@ class Monitor:
 
         Args:
             step: steps done.
-            problems: what is wrong with each shard, by file name.
+            problems: what is wrong with each shard, by file name; may be none, after shards were repaired.
         """
         self._write(step, "quarantine", {"data/quarantined_shards": len(problems)}, {"shards": problems})
         self._board.add_text("quarantined shards", "\n\n".join(problems.values()) or "none", step)
-        self._say("\n".join([f"{len(problems)} shards in quarantine after step {step}:", *problems.values()]))
+        if problems:
+            self._say("\n".join([f"shards in quarantine from step {step} on: {len(problems)}", *problems.values()]))
 
     def message(self, text: str) -> None:
         """Says something to the person at the terminal."""
