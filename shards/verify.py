@@ -34,17 +34,7 @@ def verify_shards(
         raise XdscaleError(f"{folder}: no split {split!r}; the dataset has: {known}")
     every = [record for item in manifest.splits.values() for record in item.shards]
     chosen = every if split is None else manifest.splits[split].shards
-    mine = chosen[part[0] :: part[1]]
-    names = {record.sha256: record.file for record in every}
-    problems = []
-    done, total = 0, sum(record.bytes for record in mine)
-    for record in mine:
-        problem = _problem(folder / record.file, record, names)
-        if problem is not None:
-            problems.append(problem)
-        done += record.bytes
-        if on_progress is not None:
-            on_progress(done, total)
+    problems = list(damaged_shards(folder, chosen[part[0] :: part[1]], every, on_progress=on_progress).values())
     if part[0] == 0:
         known = {record.file for record in every}
         extra = sorted(path for path in folder.glob("*.tar") if path.name not in known)
@@ -53,6 +43,34 @@ def verify_shards(
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         hint = "copy the named files again, or build again with 'xdscale shards build ... --overwrite'"
         raise XdscaleError("\n".join([f"{folder}: {count} found; {hint}", *problems]))
+
+
+def damaged_shards(
+    folder: Path,
+    chosen: list[ShardRecord],
+    every: list[ShardRecord],
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, str]:
+    """Reads shards whole and returns what is wrong with each that is missing, truncated or altered, by file name.
+
+    Args:
+        folder: where the shards lie.
+        chosen: the shards to read.
+        every: all shards of the dataset, so that one with the content of another can be told.
+        on_progress: called after each shard with (bytes checked, bytes of the chosen).
+    """
+    names = {record.sha256: record.file for record in every}
+    problems = {}
+    done, total = 0, sum(record.bytes for record in chosen)
+    for record in chosen:
+        problem = _problem(folder / record.file, record, names)
+        if problem is not None:
+            problems[record.file] = problem
+        done += record.bytes
+        if on_progress is not None:
+            on_progress(done, total)
+    return problems
 
 
 def _problem(path: Path, record: ShardRecord, names: dict[str, str]) -> str | None:

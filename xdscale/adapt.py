@@ -58,7 +58,9 @@ class _Data(NamedTuple):
     prepare: Any
     validation: list[Any]
     stream: Any
+    stream_hash: Any
     fingerprint: str
+    damaged: dict[str, str]
 
 
 def _adapt(options: argparse.Namespace) -> int:
@@ -111,25 +113,20 @@ def _claim(run: Any) -> str | None:
 
 
 def _open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> _Data:
-    """Checks the shards, each rank its share, and sets the streams up."""
+    """Finds the shards and sets the streams up."""
     from xdscale.data.collate import XDBERTCollator
+    from xdscale.data.draws import draws_hash
+    from xdscale.data.opening import open_shards
     from xdscale.data.stream import Stream, sample_hash, validation_slots
-    from xdscale.names import resolve_path
+    from xdscale.shards.manifest import Manifest
     from xdscale.shards.reader import ShardedSplit
-    from xdscale.shards.verify import verify_shards
     from xdscale.tasks.xdbert import check_shards
     from xdscale.training.loop import StepData
 
-    folder = resolve_path(recipe.data.shards)
-    train = ShardedSplit(folder, "train")
-    check_shards(recipe.model, train.manifest)
-    if recipe.data.verify:
-        problem = None
-        try:
-            verify_shards(folder, part=(ranks.rank, ranks.world_size))
-        except XdscaleError as error:
-            problem = str(error)
-        ranks.raise_first(problem, "data.shards")
+    folder, damaged = open_shards(
+        recipe.data, ranks, check=lambda folder: check_shards(recipe.model, Manifest.load(folder))
+    )
+    train = ShardedSplit(folder, "train", quarantined=damaged)
     training, micro_batch = recipe.training, ds_config["train_micro_batch_size_per_gpu"]
     stream = Stream(
         len(train),
@@ -144,10 +141,14 @@ def _open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> _Data:
     def prepare(step: int) -> StepData:
         return StepData([collate(slots) for slots in stream.slots(step)], sample_hash(*stream.global_batch_ids(step)))
 
-    held_out = ShardedSplit(folder, "validation")
+    def stream_hash(step: int) -> str:
+        return draws_hash(collate, *stream.global_batch_ids(step))
+
+    held_out = ShardedSplit(folder, "validation", quarantined=damaged)
     collate_held_out = XDBERTCollator(held_out, seed=training.seed, tasks=recipe.tasks)
     slots = validation_slots(len(held_out), training.eval_samples, ranks.world_size, ranks.rank, micro_batch)
-    return _Data(prepare, [collate_held_out(item) for item in slots], stream, train.manifest.fingerprint)
+    validation = [collate_held_out(item) for item in slots]
+    return _Data(prepare, validation, stream, stream_hash, train.manifest.fingerprint, damaged)
 
 
 def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: _Data, ranks: Any) -> tuple[Any, Any, int]:
@@ -168,6 +169,7 @@ def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: _Data, ran
             zero_stage=zero_stage(ds_config),
             precision=precision(ds_config),
             data_fingerprint=data.fingerprint,
+            stream_hash=data.stream_hash(position.step),
         )
     convert = position is not None and ckpt.needs_resharding(position, ranks.world_size)
     source = ckpt.reshard(found, ranks) if convert else found
@@ -214,12 +216,16 @@ def _train(
             zero_stage=zero_stage(ds_config),
             precision=precision(ds_config),
             data_fingerprint=data.fingerprint,
+            stream_hash=data.stream_hash(step),
+            quarantined=sorted(data.damaged),
         )
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(ds_config)]
     monitor = Monitor(run, recipe, start_step) if ranks.is_first else None
     if monitor and start_step:
         monitor.message(f"continuing after step {start_step} of {recipe.training.steps}")
+    if monitor and (data.damaged or start_step):
+        monitor.quarantine(start_step, data.damaged)
     with Prefetcher(data.prepare, range(start_step, recipe.training.steps)) as source:
         trainer = Trainer(
             engine=engine,

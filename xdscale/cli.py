@@ -158,6 +158,23 @@ def bench_step_command(
     bench_step(load_recipe(recipe, overrides or []), against=against, pairs=pairs, sequences=sequences)
 
 
+@bench_app.command("stream")
+def bench_stream_command(
+    shards: Annotated[
+        Path | None, typer.Option(help="Dataset; default: gensim's slice of Wikipedia, built anew.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=256, help="Samples of the comparison.")] = 20_000,
+    rounds: Annotated[int, typer.Option(min=3, help="Alternations.")] = 3,
+) -> None:
+    """Read shards in global random order against webdataset's per-sample tars; start, seek, memory."""
+    import tempfile
+
+    from xdscale.bench.stream import bench_stream, build_wikipedia_slice
+
+    with tempfile.TemporaryDirectory(prefix="xdscale-bench-") as folder:
+        bench_stream(shards or build_wikipedia_slice(Path(folder) / "shards"), samples=samples, rounds=rounds)
+
+
 def main() -> None:
     """Runs the command line; a user's mistake becomes one message and exit code 2."""
     try:

@@ -1,4 +1,4 @@
-"""Names of files: plain paths, and files inside installed packages."""
+"""Names of files: plain paths, files inside installed packages, and URLs."""
 
 import importlib.util
 from pathlib import Path
@@ -6,6 +6,11 @@ from pathlib import Path
 from xdscale.errors import XdscaleError
 
 PACKAGE_PREFIX = "package:"
+
+
+def is_url(name: str) -> bool:
+    """Returns whether a name must be fetched: `scheme://…`, or webdataset's `pipe:COMMAND`."""
+    return "://" in name or name.startswith("pipe:")
 
 
 def resolve_path(name: str, *, base: Path | None = None) -> Path:

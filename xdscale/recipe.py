@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xdscale.errors import XdscaleError
+from xdscale.names import is_url
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -85,10 +86,12 @@ class Tasks(Section):
 
 
 class Data(Section):
-    """Where the shards are."""
+    """Where the shards are, and what happens when some are damaged."""
 
-    shards: str = Field(description="folder written by 'xdscale shards build'")
+    shards: str = Field(description="folder written by 'xdscale shards build', or its URL (s3://…, https://…)")
+    cache: str | None = Field(None, description="local folder for shards from a URL; one for each node")
     verify: bool = Field(True, description="check every shard's SHA-256 before the first step")
+    max_damaged_shards: int = Field(0, ge=0, description="train without so many damaged shards; 0 stops instead")
 
 
 class Optim(Section):
@@ -132,9 +135,12 @@ class Recipe(Section):
     output: Output
 
     def identity(self) -> dict[str, Any]:
-        """Returns what must be equal for a run to be continued: all but where, how often and how far at once."""
+        """Returns what must be equal for a run to be continued: all but where, how often and how far at once.
+
+        Where the shards lie is not part of it: their fingerprint stands in every checkpoint.
+        """
         values = self.model_dump(mode="json")
-        del values["output"]
+        del values["output"], values["data"]
         for key in ("eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints", "stop_at_step"):
             del values["training"][key]
         return values
@@ -259,3 +265,12 @@ def _check_consistency(recipe: Recipe, path: Path) -> None:
     mlm = recipe.tasks.mlm
     if mlm is not None and mlm.mask + mlm.random > 1:
         raise XdscaleError(f"{path}: tasks.mlm: mask {mlm.mask} + random {mlm.random} is more than 1")
+    data = recipe.data
+    if is_url(data.shards) != (data.cache is not None):
+        what = "is a URL: data.cache must name" if data.cache is None else "is not a URL: it needs no data.cache, not"
+        raise XdscaleError(f"{path}: data.shards = {data.shards} {what} {data.cache or 'a local folder for them'}")
+    if data.max_damaged_shards and not data.verify:
+        raise XdscaleError(
+            f"{path}: data.max_damaged_shards = {data.max_damaged_shards} needs data.verify = true: all ranks must "
+            "know before the first step which shards they do without"
+        )

@@ -11,19 +11,33 @@ CLIP = SimpleNamespace(vocab_size=49408, start_id=49406, end_id=49407)
 
 class MemorySplit:
     def __init__(self, language: np.ndarray, texts: list[np.ndarray]) -> None:
+        self.damaged = np.zeros(len(texts), bool)
         self.language = language
         self.texts = texts
         self.manifest = SimpleNamespace(
-            build=SimpleNamespace(sequence_length=language.shape[1], language_tokenizer=LANGUAGE, clip_tokenizer=CLIP)
+            build=SimpleNamespace(
+                sequence_length=language.shape[1],
+                clip_blocks=max(-(-len(text) // 75) for text in texts),
+                language_tokenizer=LANGUAGE,
+                clip_tokenizer=CLIP,
+            )
         )
 
     def __len__(self) -> int:
         return len(self.language)
 
+    def usable(self, sample_ids: np.ndarray) -> np.ndarray:
+        return ~self.damaged[sample_ids]
+
+    def first_usable(self) -> int:
+        return int(np.argmin(self.damaged))
+
     def language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
+        assert not self.damaged[sample_ids].any()
         return self.language[sample_ids]
 
     def clip_ids(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert not self.damaged[sample_ids].any()
         chosen = [self.texts[sample] for sample in sample_ids]
         return np.concatenate(chosen), np.cumsum([0, *map(len, chosen)])
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.data.collate import XDBERTCollator, pack_clip_blocks
+from xdscale.data.pairing import draw_partners
 from xdscale.data.stream import Slots, Stream, validation_slots
 from xdscale.recipe import Tasks
 
@@ -173,3 +174,24 @@ def test_objectives_that_are_off_leave_the_texts_alone(split):
     np.testing.assert_array_equal(batch.arrays["language_ids"][:, 1:-1], split.language)
     for sample in range(SAMPLES):
         np.testing.assert_array_equal(clip_content(batch.arrays, sample), split.texts[sample])
+
+
+def test_pairs_that_touch_a_quarantined_shard_weigh_nothing_and_change_nothing_else(memory_split):
+    """Damaged texts are never read (the split asserts it); all other samples draw as if nothing had happened."""
+    whole, torn = memory_split(SAMPLES, LENGTH, BLOCKS), memory_split(SAMPLES, LENGTH, BLOCKS)
+    torn.damaged[5:12] = True
+    slots = everything(whole)
+    text_ids, _ = draw_partners(slots, SAMPLES, TASKS.match, seed=3)
+    lost = torn.damaged | torn.damaged[text_ids]
+    assert 7 < lost.sum() < SAMPLES / 2
+    before, after = (XDBERTCollator(split, seed=3, tasks=TASKS)(slots) for split in (whole, torn))
+    width = LENGTH + 2
+    for name in ("language_ids", "clip_ids", "clip_lengths", "match_labels"):
+        np.testing.assert_array_equal(before.arrays[name][~lost], after.arrays[name][~lost])
+    for name, size in (("masked_lm", width), ("clip", BLOCKS * 77)):
+        kept = ~lost[before.arrays[f"{name}_positions"] // size]
+        for part in ("positions", "labels"):
+            np.testing.assert_array_equal(before.arrays[f"{name}_{part}"][kept], after.arrays[f"{name}_{part}"])
+    assert (after.arrays["match_labels"][lost] == -1).all()
+    assert after.targets["match"] == (~lost).sum()
+    assert after.tokens == (~lost).sum() * width

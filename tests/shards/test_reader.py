@@ -133,7 +133,43 @@ def test_torn_and_missing_shards_are_named(small_build, tmp_path):
         reader.clip_ids(np.array([0]))
     path.unlink()
     with pytest.raises(XdscaleError, match=f"{record.file}: cannot be read: No such file"):
+        ShardedSplit(tmp_path / "out", "train").clip_ids(np.array([0]))
+
+
+def test_damage_that_appears_while_reading_is_named(small_build, tmp_path):
+    """A shard cut short, or with texts out of bounds, after it was opened."""
+    record = small_build(tmp_path / "out").splits["train"].shards[0]
+    path = tmp_path / "out" / record.file
+    whole = path.read_bytes()
+    reader = ShardedSplit(tmp_path / "out", "train")
+    reader.language_ids(np.array([0]))
+    os.truncate(path, 700)
+    with pytest.raises(XdscaleError, match=f"{record.file}: ends before byte"):
+        reader.language_ids(np.array([record.samples - 1]))
+    begin = whole.rindex(b"\x93NUMPY") + 128
+    path.write_bytes(whole[:begin] + b"\xff" * 8 + whole[begin + 8 :])
+    with pytest.raises(XdscaleError, match=rf"{record.file}: gives -?\d+ CLIP ids to sample 0, expected 1 to 75"):
+        ShardedSplit(tmp_path / "out", "train").clip_ids(np.array([0]))
+
+
+def test_nothing_is_read_from_a_quarantined_shard(small_dataset):
+    manifest = Manifest.load(small_dataset)
+    first, second = manifest.splits["train"].shards[:2]
+    reader = ShardedSplit(small_dataset, "train", quarantined=[first.file])
+    assert reader.usable(np.array([0, first.samples - 1, first.samples])).tolist() == [False, False, True]
+    assert reader.first_usable() == first.samples
+    reader.language_ids(np.array([first.samples]))
+    with pytest.raises(XdscaleError, match=f"{first.file}: is in quarantine"):
         reader.clip_ids(np.array([0]))
+    every = [shard.file for shard in manifest.splits["train"].shards]
+    with pytest.raises(XdscaleError, match="every shard of train is damaged"):
+        ShardedSplit(small_dataset, "train", quarantined=every)
+
+
+def test_texts_are_found_without_their_bounds_in_memory(many_blocks, monkeypatch):
+    folder, language, clip = many_blocks
+    monkeypatch.setattr("xdscale.shards.reader.MAX_BOUNDS", 3000)  # room for some of the shards
+    check(ShardedSplit(folder, "train"), np.array([3, 2500, 3528, 4, 3000, 900]), language, clip)
 
 
 def test_a_shard_of_other_shapes_is_refused(many_blocks, tmp_path):

@@ -12,7 +12,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED
+from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, XdscaleError
 from xdscale.training.monitor import read_log
 
 
@@ -217,3 +217,47 @@ def test_tensorboard_tells_what_design_lists_without_overlapping_curves(adapt, w
     assert {"cross_attention/layer_0", "cross_attention/layer_1"} <= set(tags["images"])
     assert {"recipe/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
     assert "final/loss/mlm" in tags["scalars"]
+
+
+def test_a_shard_damaged_between_two_starts_is_named_and_then_done_without(
+    adapt, wiki_text, cassette_model, tmp_path, ds_config
+):
+    """First the run stops with the shard's name; under a budget it goes on in the same stream, and records it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from xdscale.shards.build import build_shards
+    from xdscale.training.checkpoint import check_compatible, read_position
+
+    run, shards, config = tmp_path / "run", tmp_path / "shards", ds_config(0, micro_batch=4)
+    how = {"sequence_length": 126, "validation_fraction": 0.1, "shard_text_bytes": 200_000}
+    manifest = build_shards([wiki_text], shards, language_tokenizer=str(cassette_model), **how)
+    assert len(manifest.splits["train"].shards) > 3
+    settings = {"training__checkpoint_every": 2, "training__stop_at_step": 2}
+    train(adapt, config, *overrides(shards, run, 5, **settings), ranks=1)
+    checkpoint = run / "checkpoints" / "step-00000002"
+    position = read_position(checkpoint)
+    assert (len(position.stream_hash), position.quarantined) == (64, [])
+    with pytest.raises(XdscaleError, match="the next batch, number 2, is not the one that would have followed"):
+        check_compatible(
+            checkpoint,
+            position,
+            zero_stage=0,
+            precision="fp32",
+            data_fingerprint=position.data_fingerprint,
+            stream_hash="0" * 64,
+        )
+    damaged = shards / "train-000001.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-512])
+    launch = adapt(*overrides(shards, run, 5), "--deepspeed_config", config, ranks=1)
+    assert launch.code == EXIT_BAD_INPUT
+    assert "train-000001.tar: truncated" in launch.stderr
+    assert "data.max_damaged_shards=1 or more, now 0" in launch.stderr
+    train(adapt, config, *overrides(shards, run, 5, data__max_damaged_shards=1), ranks=2)
+    (entry,) = [entry for entry in read_log(run / "log.jsonl") if entry["kind"] == "quarantine"]
+    assert (entry["step"], entry["data/quarantined_shards"], list(entry["shards"])) == (2, 1, [damaged.name])
+    assert len(steps_of(run)) == 5
+    assert read_position(run / "checkpoints" / "step-00000005").quarantined == [damaged.name]
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("data/quarantined_shards")] == [(2, 1.0)]
+    assert "quarantined shards/text_summary" in board.Tags()["tensors"]

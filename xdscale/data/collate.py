@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xdscale.data.masking import mask_language_ids, select_clip_targets
-from xdscale.data.pairing import draw_partners
+from xdscale.data.pairing import PADDING, draw_partners
 from xdscale.data.stream import Slots
 from xdscale.recipe import Tasks
 from xdscale.shards.reader import ShardedSplit
@@ -59,6 +59,7 @@ class XDBERTCollator:
         """Reads and prepares the samples of one micro-batch."""
         arrays: dict[str, np.ndarray] = {}
         targets: dict[str, int] = {}
+        slots, text_ids, match_labels = self._pair(slots)
         language_ids = self._language_ids(slots.sample_ids)
         arrays["language_ids"] = language_ids
         if self.tasks.mlm is not None:
@@ -72,10 +73,8 @@ class XDBERTCollator:
             )
             arrays["masked_lm_positions"], arrays["masked_lm_labels"] = positions, labels
             targets["mlm"] = len(positions)
-        text_ids = slots.sample_ids
-        if self.tasks.match is not None:
-            text_ids, labels = draw_partners(slots, len(self.split), self.tasks.match, seed=self.seed)
-            arrays["match_labels"] = labels
+        if match_labels is not None:
+            arrays["match_labels"] = match_labels
             targets["match"] = int(slots.real.sum())
         flat, offsets = self.split.clip_ids(text_ids)
         clip_ids, clip_lengths = pack_clip_blocks(flat, offsets, start_id=self._clip.start_id, end_id=self._clip.end_id)
@@ -86,6 +85,23 @@ class XDBERTCollator:
             arrays["clip_positions"], arrays["clip_labels"] = positions, clip_ids.reshape(-1)[positions]
             targets["clip_tokens"] = len(positions)
         return Batch(arrays, targets, tokens=int(slots.real.sum()) * language_ids.shape[1])
+
+    def _pair(self, slots: Slots) -> tuple[Slots, np.ndarray, np.ndarray | None]:
+        """Draws whose text goes with each sample, and turns pairs that touch a quarantined shard into padding.
+
+        Such a pair keeps its place in the batch, so all other draws stay as they are, but has weight zero in every
+        objective: drawing another partner would favour some samples. What is read in its place does not matter.
+        """
+        text_ids, labels = slots.sample_ids, None
+        if self.tasks.match is not None:
+            text_ids, labels = draw_partners(slots, len(self.split), self.tasks.match, seed=self.seed)
+        usable = self.split.usable(slots.sample_ids) & self.split.usable(text_ids)
+        if usable.all():
+            return slots, text_ids, labels
+        instead = self.split.first_usable()
+        slots = Slots(slots.epochs, np.where(usable, slots.sample_ids, instead), slots.real & usable)
+        labels = None if labels is None else np.where(usable, labels, PADDING)
+        return slots, np.where(usable, text_ids, instead), labels
 
     def _language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
         sequences = self.split.language_ids(sample_ids)

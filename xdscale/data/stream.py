@@ -7,6 +7,7 @@ the step.
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from xdscale.errors import XdscaleError
 
 VALIDATION_EPOCH = MAX_EPOCH
 """Epoch number of every validation draw: no training epoch has it and the masks of a sample never change."""
+
+WINDOW = 8192
+"""Positions permuted at once: a small batch alone would spend its time in calls, not in numbers."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,17 @@ class Stream:
         sample_ids = np.empty_like(index)
         for epoch in np.unique(epochs):  # one, or two at an epoch border, unless the batch exceeds the data
             here = epochs == epoch
-            sample_ids[here] = permute(index[here], self.size, seed=self.seed, epoch=int(epoch))
+            sample_ids[here] = self._permuted(int(epoch), index[here])
         return epochs, sample_ids
+
+    def _permuted(self, epoch: int, index: np.ndarray) -> np.ndarray:
+        """Returns the sample ids at positions of an epoch."""
+        windows, within = np.divmod(index, WINDOW)
+        sample_ids = np.empty_like(index)
+        for window in np.unique(windows).tolist():
+            here = windows == window
+            sample_ids[here] = _window(self.size, self.seed, epoch, window)[within[here]]
+        return sample_ids
 
 
 def validation_slots(size: int, limit: int, world_size: int, rank: int, micro_batch: int) -> list[Slots]:
@@ -135,6 +148,13 @@ def _rank_slots(total: int, world_size: int, rank: int, micro_batch: int) -> tup
     rounds = -(-total // per_round)
     place = np.arange(rounds)[:, None] * per_round + rank * micro_batch + np.arange(micro_batch)
     return place % total, place < total
+
+
+@lru_cache(maxsize=8)
+def _window(size: int, seed: int, epoch: int, number: int) -> np.ndarray:
+    """Returns the sample ids of `WINDOW` positions of an epoch's order, fewer at its end; not to be changed."""
+    index = np.arange(number * WINDOW, min(size, (number + 1) * WINDOW))
+    return permute(index, size, seed=seed, epoch=epoch)
 
 
 def _check_size(size: int) -> None:

@@ -38,6 +38,8 @@ class CheckpointPosition:
         zero_stage: ZeRO stage that wrote it.
         precision: `fp32`, `bf16` or `fp16`.
         data_fingerprint: SHA-256 of the shards' manifest.
+        stream_hash: SHA-256 of the samples, masks and pairs of the next step, on all ranks together.
+        quarantined: shards that the run did without.
     """
 
     step: int
@@ -47,6 +49,8 @@ class CheckpointPosition:
     zero_stage: int
     precision: str
     data_fingerprint: str
+    stream_hash: str
+    quarantined: list[str]
 
 
 def checkpoint_name(step: int) -> str:
@@ -148,9 +152,15 @@ def damage(checkpoint: Path, ranks: Ranks | None = None) -> list[str]:
 
 
 def check_compatible(
-    checkpoint: Path, position: CheckpointPosition, *, zero_stage: int, precision: str, data_fingerprint: str
+    checkpoint: Path,
+    position: CheckpointPosition,
+    *,
+    zero_stage: int,
+    precision: str,
+    data_fingerprint: str,
+    stream_hash: str,
 ) -> None:
-    """Refuses to continue with other shards, another precision or another way of sharding.
+    """Refuses to continue with other shards, another stream, another precision or another way of sharding.
 
     Raises:
         XdscaleError: names what the checkpoint was written with and what to do.
@@ -159,6 +169,12 @@ def check_compatible(
         raise XdscaleError(
             f"{checkpoint}: was trained on other shards (manifest {position.data_fingerprint[:12]}…, "
             f"now {data_fingerprint[:12]}…); point data.shards at the original ones"
+        )
+    if position.stream_hash != stream_hash:
+        raise XdscaleError(
+            f"{checkpoint}: the next batch, number {position.step}, is not the one that would have followed: samples, "
+            f"masks and pairs give {stream_hash[:12]}…, the checkpoint holds {position.stream_hash[:12]}…; continue "
+            "with the version of xdscale and the recipe that wrote it"
         )
     same_layout = position.zero_stage == zero_stage or {position.zero_stage, zero_stage} == {1, 2}
     if not same_layout or position.precision != precision:

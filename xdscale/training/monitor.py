@@ -34,6 +34,7 @@ _LAYOUT = {
     "Health": {
         "memory": ["Multiline", ["memory/peak_gib"]],
         "skipped": ["Multiline", ["health/skipped_steps"]],
+        "shards in quarantine": ["Multiline", ["data/quarantined_shards"]],
     },
 }
 
@@ -85,6 +86,18 @@ class Monitor:
     def attention(self, step: int, layer: int, weights: np.ndarray) -> None:
         """Adds one cross-attention map, language positions × CLIP positions, scaled to its largest weight."""
         self._board.add_image(f"cross_attention/layer_{layer}", weights / weights.max(), step, dataformats="HW")
+
+    def quarantine(self, step: int, problems: dict[str, str]) -> None:
+        """Records the shards that the run does without from `step` on.
+
+        Args:
+            step: steps done.
+            problems: what is wrong with each shard, by file name; may be none, after shards were repaired.
+        """
+        self._write(step, "quarantine", {"data/quarantined_shards": len(problems)}, {"shards": problems})
+        self._board.add_text("quarantined shards", "\n\n".join(problems.values()) or "none", step)
+        if problems:
+            self._say("\n".join([f"shards in quarantine from step {step} on: {len(problems)}", *problems.values()]))
 
     def message(self, text: str) -> None:
         """Says something to the person at the terminal."""

@@ -1,0 +1,200 @@
+"""Shards behind a URL: fetched once into a local folder, and never used before their SHA-256 is right.
+
+Whatever fsspec opens (s3://, gs://, https://, memory://, … with the package that each needs), and what webdataset
+opens where fsspec does not (`pipe:COMMAND`, https:// through curl). A global shuffle touches all shards in the first
+minutes, so all are fetched before the first step.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from xdscale.errors import XdscaleError
+from xdscale.shards.manifest import MANIFEST_NAME, ShardRecord
+from xdscale.shards.verify import file_sha256
+
+PAUSES_SECONDS = (1.0, 4.0)
+"""Between attempts: one more attempt than pauses."""
+
+AT_ONCE = 4
+"""Shards that one process fetches at a time: what a round trip takes is then not waited for."""
+
+
+def fetch_manifest(url: str) -> str:
+    """Returns the text of `dataset.json` under a URL.
+
+    Raises:
+        XdscaleError: it cannot be fetched.
+    """
+    address = _join(url, MANIFEST_NAME)
+    last = None
+    for pause in (*PAUSES_SECONDS, None):
+        try:
+            with _opened(address) as stream:
+                return stream.read().decode("utf-8")
+        except Exception as error:  # each protocol's package raises its own kinds
+            last = error
+            time.sleep(pause or 0)
+    raise _unfetched(address, last)
+
+
+def place_manifest(text: str, cache: Path) -> Path:
+    """Writes a fetched `dataset.json` into its own folder of the cache and returns that folder.
+
+    The folder is named by the text's hash: a dataset that changes behind its URL gets another one.
+
+    Raises:
+        XdscaleError: the cache cannot be written.
+    """
+    folder = cache / hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f".{MANIFEST_NAME}.partial") as aside:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(folder / MANIFEST_NAME)
+    except OSError as error:
+        raise XdscaleError(f"data.cache = {cache}: cannot be written: {error.strerror or error}") from None
+    return folder
+
+
+def fetch_shards(
+    url: str,
+    folder: Path,
+    records: list[ShardRecord],
+    *,
+    verify: bool,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, str]:
+    """Fetches the shards that a folder lacks; several processes may do so at the same time.
+
+    A shard gets its name when its SHA-256 is right, so one that has its name and size was right when it was fetched.
+
+    Args:
+        url: of the dataset.
+        folder: returned by `place_manifest`.
+        records: the shards wanted.
+        verify: read again what the folder has, and replace what has been damaged since.
+        on_progress: called after each shard with (bytes present, bytes wanted).
+
+    Returns:
+        What is wrong with each shard that is missing or damaged at its source, by file name.
+
+    Raises:
+        XdscaleError: a shard cannot be fetched for another reason; names the URL.
+    """
+    problems: dict[str, str] = {}
+    done, total = 0, sum(record.bytes for record in records)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        fetched = pool.map(
+            lambda record: _fetch(_join(url, record.file), folder / record.file, record, verify), records
+        )
+        for record, problem in zip(records, fetched):
+            if problem is not None:
+                problems[record.file] = problem
+            done += record.bytes
+            if on_progress is not None:
+                on_progress(done, total)
+    return problems
+
+
+def _fetch(address: str, path: Path, record: ShardRecord, verify: bool) -> str | None:
+    """Returns what is wrong with the source, or None once the shard is in place."""
+    if _sound(path, record, verify):
+        return None
+    with _locked(path.with_name(f".{path.name}.partial")) as aside:
+        try:
+            if _sound(path, record, verify):  # another process was quicker
+                return None
+            for pause in (*PAUSES_SECONDS, None):
+                problem, failure = _attempt(address, aside, record)
+                if problem is None and failure is None:
+                    aside.replace(path)
+                    return None
+                time.sleep(pause or 0)
+        finally:
+            aside.unlink(missing_ok=True)
+    if failure is not None:
+        raise _unfetched(address, failure)
+    return problem
+
+
+def _attempt(address: str, aside: Path, record: ShardRecord) -> tuple[str | None, Exception | None]:
+    """Fetches once; returns what is wrong with the shard at its source, and why it could not be fetched."""
+    try:
+        with _opened(address) as source, aside.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+            target.flush()
+            os.fsync(target.fileno())
+    except FileNotFoundError:
+        return f"{address}: missing", None
+    except Exception as error:  # each protocol's package raises its own kinds
+        return None, error
+    return _difference(address, aside, record), None
+
+
+def _sound(path: Path, record: ShardRecord, verify: bool) -> bool:
+    if not path.is_file() or path.stat().st_size != record.bytes:
+        return False
+    return not verify or file_sha256(path) == record.sha256
+
+
+def _difference(address: str, aside: Path, record: ShardRecord) -> str | None:
+    found_bytes, found = aside.stat().st_size, file_sha256(aside)
+    if found == record.sha256:
+        return None
+    return (
+        f"{address}: altered: expected {record.bytes} bytes of sha256 {record.sha256}, "
+        f"found {found_bytes} bytes of {found}"
+    )
+
+
+def _unfetched(address: str, error: Exception | None) -> XdscaleError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return XdscaleError(f"{address}: cannot be fetched after {len(PAUSES_SECONDS) + 1} attempts: {reason}")
+
+
+def _join(url: str, name: str) -> str:
+    return f"{url.rstrip('/')}/{name}"
+
+
+@contextmanager
+def _opened(address: str) -> Iterator:
+    """Opens what an address names for reading."""
+    import fsspec
+
+    try:
+        if address.startswith("pipe:"):
+            raise ValueError(address)
+        filesystem, path = fsspec.url_to_fs(address)
+    except (ImportError, ValueError):  # a protocol that fsspec, as installed, does not know
+        from webdataset.gopen import gopen
+
+        with gopen(address) as stream:
+            yield stream
+        return
+    with filesystem.open(path, "rb") as stream:
+        yield stream
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[Path]:
+    """Gives a file to write that is this process's alone until the block ends, also among nodes that share a disk.
+
+    Whoever waited for it may find that the file was renamed or removed meanwhile, and takes a new one then.
+    """
+    while True:
+        with path.open("ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                current = path.stat().st_ino == os.fstat(stream.fileno()).st_ino
+            except FileNotFoundError:
+                current = False
+            if current:
+                yield path
+                return

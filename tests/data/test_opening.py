@@ -1,0 +1,121 @@
+"""Where shards lie and which are damaged: agreed by all ranks, within the budget or not at all."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Barrier
+
+import pytest
+
+from xdscale.data.opening import open_shards
+from xdscale.errors import XdscaleError
+from xdscale.recipe import Data, load_recipe
+from xdscale.shards.manifest import Manifest
+from xdscale.shards.verify import verify_shards
+
+
+@dataclass
+class ThreadRanks:
+    """Ranks as threads, with the real exchange replaced by a list and a barrier."""
+
+    rank: int
+    world_size: int
+    barrier: Barrier
+    board: list
+
+    @property
+    def local_rank(self):
+        return self.rank
+
+    @property
+    def is_first(self):
+        return self.rank == 0
+
+    def gather(self, value):
+        self.board[self.rank] = value
+        self.barrier.wait()
+        values = list(self.board)
+        self.barrier.wait()
+        return values
+
+    def raise_first(self, problem, what):
+        for rank, text in enumerate(self.gather(problem)):
+            if text is not None:
+                raise XdscaleError(f"{what}: rank {rank}: {text}")
+
+
+def open_on(world, section, check=lambda folder: None):
+    """Returns what every rank returned or raised."""
+    barrier, board = Barrier(world, timeout=30), [None] * world
+
+    def one(rank):
+        try:
+            return open_shards(section, ThreadRanks(rank, world, barrier, board), check=check)
+        except XdscaleError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, range(world)))
+
+
+@pytest.fixture
+def torn(wiki_shards, tmp_path):
+    """A copy of the dataset without its validation shard, and one byte of a training shard flipped."""
+    folder = tmp_path / "torn"
+    shutil.copytree(wiki_shards, folder)
+    (folder / "validation-000000.tar").unlink()
+    path = folder / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[-3000] ^= 1
+    path.write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_whole_dataset_has_no_damage(wiki_shards, world):
+    assert open_on(world, Data(shards=str(wiki_shards))) == [(wiki_shards, {})] * world
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_every_rank_stops_with_all_names_or_does_without_the_same_shards(torn, world):
+    for budget in (0, 1):
+        found = open_on(world, Data(shards=str(torn), max_damaged_shards=budget))
+        assert len(set(found)) == 1
+        assert "train-000000.tar: altered: expected sha256" in found[0]
+        assert "validation-000000.tar: missing" in found[0]
+        assert f"data.max_damaged_shards=2 or more, now {budget}" in found[0]
+    found = open_on(world, Data(shards=str(torn), max_damaged_shards=2))
+    assert [sorted(damaged) for _, damaged in found] == [["train-000000.tar", "validation-000000.tar"]] * world
+    assert len({str(rank) for rank in found}) == 1
+
+
+def test_ranks_of_a_node_fetch_a_remote_dataset_together(wiki_shards, torn, tmp_path, monkeypatch):
+    monkeypatch.setattr("xdscale.shards.remote.PAUSES_SECONDS", (0.0,))
+    monkeypatch.setenv("LOCAL_SIZE", "3")
+    seen = []
+    section = Data(shards=f"file://{wiki_shards}", cache=str(tmp_path / "cache"))
+    found = open_on(3, section, check=lambda folder: seen.append(Manifest.load(folder).fingerprint))
+    assert len({str(rank) for rank in found}) == 1
+    assert seen == [Manifest.load(wiki_shards).fingerprint] * 3
+    verify_shards(found[0][0])
+    section = Data(shards=f"file://{torn}", cache=str(tmp_path / "other"), max_damaged_shards=1)
+    found = open_on(3, section)
+    assert len(set(found)) == 1
+    assert f"file://{torn}/train-000000.tar: altered" in found[0]
+    assert f"file://{torn}/validation-000000.tar: missing" in found[0]
+    found = open_on(3, Data(shards=f"file://{tmp_path}/none", cache=str(tmp_path / "other")))
+    assert set(found) == {found[0]}
+    assert f"rank 0: file://{tmp_path}/none/dataset.json: cannot be fetched" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.shards=s3://bucket/wiki"], "is a URL: data.cache must name a local folder"),
+        (["data.cache=/tmp/x"], "is not a URL: it needs no data.cache"),
+        (["data.max_damaged_shards=1", "data.verify=false"], "needs data.verify = true"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(XdscaleError, match=message):
+        load_recipe("quickstart", settings)

@@ -1,0 +1,228 @@
+"""`xdscale bench stream`: the global shuffle against webdataset's per-sample tars, and what it promises of itself.
+
+Both sides give the same numpy arrays of the same samples: language ids and CLIP ids. Ours come in a global random
+order, webdataset's through its shuffle buffer. Rounds alternate in one process and CPU time is
+compared, so that other work on the machine troubles both alike.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from xdscale.data.collate import XDBERTCollator
+from xdscale.data.stream import Stream
+from xdscale.recipe import Tasks
+from xdscale.shards.manifest import MANIFEST_NAME, ShardRecord
+from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.writer import write_shard
+
+SAMPLES_PER_SHARD = 2000
+BATCH = 288
+"""Global batch of the shipped recipes."""
+
+BUFFER = 1000
+"""Samples of webdataset's own shuffle, what its documentation shows in place of a global one."""
+FIRST_BATCH = 32
+SEEKS = 200
+MANY_SHARDS, FEW_SHARDS = 10_000, 500
+
+
+@dataclass(frozen=True)
+class Row:
+    """One promise: the figure, what it must reach, and whether it does."""
+
+    name: str
+    figure: str
+    goal: str
+    reached: bool
+
+
+def bench_stream(shards: Path, *, samples: int = 20_000, rounds: int = 3) -> list[Row]:
+    """Measures and prints.
+
+    Args:
+        shards: a dataset written by `xdscale shards build`; its training split is repeated up to `samples`.
+        samples: samples of the comparison with webdataset.
+        rounds: alternations, at least 3; the table shows medians.
+
+    Returns:
+        The rows of the printed table.
+    """
+    source = ShardedSplit(shards, "train")
+    with tempfile.TemporaryDirectory(prefix="xdscale-bench-") as folder:
+        work = Path(folder)
+        rows = _against_webdataset(source, work, samples, rounds)
+        many, few = (_many_shards(source, work / str(count), count) for count in (MANY_SHARDS, FEW_SHARDS))
+        rows += [*_fresh_process(many, few), _seek(many)]
+    _print(rows, source)
+    return rows
+
+
+def build_wikipedia_slice(folder: Path) -> Path:
+    """Builds shards of 510 ids from the Wikipedia slice inside gensim, as the quickstart has it."""
+    from xdscale.names import resolve_path
+    from xdscale.shards.build import build_shards
+
+    dump = "package:gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    build_shards([resolve_path(dump)], folder, language_tokenizer="package:cognition/model", sequence_length=510)
+    return folder
+
+
+def _against_webdataset(source: ShardedSplit, work: Path, samples: int, rounds: int) -> list[Row]:
+    chosen = np.arange(samples) % len(source)
+    ours, theirs = _write_ours(source, chosen, work / "ours"), _write_theirs(source, chosen, work / "theirs")
+    rates = [(_read_ours(ours, samples), _read_theirs(theirs, samples)) for _ in range(rounds)]
+    ratio = statistics.median(mine / other for mine, other in rates)
+    mine, other = (statistics.median(side) for side in zip(*rates))
+    return [
+        Row(f"samples per CPU-second, webdataset, buffer of {BUFFER:,}", f"{other:,.0f}", "", True),
+        Row("samples per CPU-second, globally shuffled", f"{mine:,.0f}", "", True),
+        Row(f"ratio, median of {rounds} rounds", f"{ratio:.0f}×", "≥ 60×", ratio >= 60),
+    ]
+
+
+def _write_ours(source: ShardedSplit, chosen: np.ndarray, folder: Path) -> Path:
+    records = []
+    folder.mkdir()
+    for first in range(0, len(chosen), SAMPLES_PER_SHARD):
+        ids = chosen[first : first + SAMPLES_PER_SHARD]
+        path = folder / f"train-{len(records):06d}.tar"
+        records.append(write_shard(path, source.language_ids(ids), *source.clip_ids(ids)))
+    return _write_manifest(source, folder, records)
+
+
+def _write_theirs(source: ShardedSplit, chosen: np.ndarray, folder: Path) -> list[str]:
+    from webdataset import ShardWriter
+
+    folder.mkdir()
+    with ShardWriter(str(folder / "%06d.tar"), verbose=0) as writer:
+        for number, sample in enumerate(chosen):
+            one = np.array([sample])
+            arrays = {"language.npy": source.language_ids(one)[0], "clip.npy": source.clip_ids(one)[0]}
+            writer.write({"__key__": f"{number:08d}"} | arrays)
+    return sorted(str(path) for path in folder.glob("*.tar"))
+
+
+def _write_manifest(source: ShardedSplit, folder: Path, records: list[ShardRecord]) -> Path:
+    """Describes shards of this bench as a dataset; totals of tokens play no part in reading."""
+    split = source.manifest.splits["train"].model_copy(
+        update={"samples": sum(record.samples for record in records), "shards": records}
+    )
+    (folder / MANIFEST_NAME).write_text(source.manifest.model_copy(update={"splits": {"train": split}}).to_json())
+    return folder
+
+
+def _many_shards(source: ShardedSplit, folder: Path, count: int) -> Path:
+    """Makes a dataset of `count` small shards, all of them the same file under many names."""
+    folder.mkdir()
+    ids = np.arange(min(64, len(source)))
+    first = write_shard(folder / "train-000000.tar", source.language_ids(ids), *source.clip_ids(ids))
+    records = [first.model_copy(update={"file": f"train-{number:06d}.tar"}) for number in range(count)]
+    for record in records[1:]:
+        os.link(folder / first.file, folder / record.file)
+    return _write_manifest(source, folder, records)
+
+
+def _read_ours(folder: Path, samples: int) -> float:
+    """Returns samples per CPU-second over one epoch, opening and shuffling included."""
+    began = time.process_time()
+    split = ShardedSplit(folder, "train")
+    stream = _stream(split, BATCH)
+    steps = samples // BATCH
+    for step in range(steps):
+        for slots in stream.slots(step):
+            split.language_ids(slots.sample_ids)
+            split.clip_ids(slots.sample_ids)
+    return steps * BATCH / (time.process_time() - began)
+
+
+def _read_theirs(urls: list[str], samples: int) -> float:
+    from webdataset import WebDataset
+
+    began = time.process_time()
+    count = sum(
+        1 for sample in WebDataset(urls, shardshuffle=False).shuffle(BUFFER).decode() if len(sample["language.npy"])
+    )
+    assert count == samples
+    return count / (time.process_time() - began)
+
+
+def _stream(split: ShardedSplit, batch: int) -> Stream:
+    # The seed is new each time: an order that was computed before would be remembered.
+    seed = time.monotonic_ns() % 2**32
+    return Stream(len(split), seed=seed, global_batch=batch, world_size=1, rank=0, micro_batch=batch)
+
+
+def _fresh_process(many: Path, few: Path) -> list[Row]:
+    """Measures the first batch and the memory of a process that does nothing else."""
+    ready, large = _child(many)
+    _, small = _child(few)
+    growth = large - small
+    return [
+        Row(f"process start to first batch, {MANY_SHARDS:,} shards", f"{ready:.2f} s", "< 2 s", ready < 2),
+        Row(
+            f"peak memory, {FEW_SHARDS:,} and {MANY_SHARDS:,} shards",
+            f"{small:.0f} and {large:.0f} MiB",
+            "+ < 32 MiB",
+            growth < 32,
+        ),
+    ]
+
+
+def _child(folder: Path) -> tuple[float, float]:
+    """Returns seconds to the first batch and peak MiB after reading on."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "xdscale.bench.stream", str(folder)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found["ready"] - began, found["peak_mib"]
+
+
+def _in_child(folder: Path) -> None:
+    split = ShardedSplit(folder, "train")
+    stream, collate = _stream(split, FIRST_BATCH), XDBERTCollator(split, seed=0, tasks=Tasks())
+    collate(stream.slots(0)[0])
+    ready = time.monotonic()
+    for step in range(1, 400):
+        collate(stream.slots(step)[0])
+    # Not getrusage: its peak begins with that of the process which started this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(json.dumps({"ready": ready, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}))
+
+
+def _seek(folder: Path) -> Row:
+    split = ShardedSplit(folder, "train")
+    stream, collate = _stream(split, FIRST_BATCH), XDBERTCollator(split, seed=0, tasks=Tasks())
+    seconds = []
+    for step in np.random.default_rng(0).integers(0, 10**6, SEEKS):
+        began = time.process_time()
+        collate(stream.slots(int(step))[0])
+        seconds.append(time.process_time() - began)
+    worst, usual = 1000 * max(seconds), 1000 * statistics.median(seconds)
+    name = f"any of {SEEKS} positions to its batch, CPU time, worst (median)"
+    return Row(name, f"{worst:.0f} ms ({usual:.1f} ms)", "< 50 ms", worst < 50)
+
+
+def _print(rows: list[Row], source: ShardedSplit) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    clip_tokens = source.manifest.splits["train"].clip_tokens / len(source)
+    title = f"sequences of {source.manifest.build.sequence_length} language ids and {clip_tokens:.0f} CLIP ids"
+    table = Table("measured", title=title)
+    for column in ("figure", "goal", "reached"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row.name, row.figure, row.goal, ("yes" if row.reached else "NO") if row.goal else "")
+    Console(highlight=False, width=None if Console().is_terminal else 120).print(table)
+
+
+if __name__ == "__main__":
+    _in_child(Path(sys.argv[1]))
