@@ -16,6 +16,16 @@ from xdscale.errors import XdscaleError
 
 SHIPPED = Path(__file__).parent / "recipes"
 
+_HOW_OFTEN_AND_HOW_FAR = (
+    "eval_every",
+    "eval_samples",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "stop_at_step",
+    "max_skipped_in_row",
+    "hang_seconds",
+)
+
 
 class Section(BaseModel):
     """A group of recipe keys; unknown keys are refused and values are never changed after loading."""
@@ -113,6 +123,8 @@ class Training(Section):
     checkpoint_every: int = Field(100, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
     stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows steps")
+    max_skipped_in_row: int = Field(5, ge=1, description="non-finite steps in a row that stop the run")
+    hang_seconds: int = Field(45, ge=1, description="shortest time without progress after which a rank counts as hung")
 
 
 class Output(Section):
@@ -135,7 +147,7 @@ class Recipe(Section):
         """Returns what must be equal for a run to be continued: all but where, how often and how far at once."""
         values = self.model_dump(mode="json")
         del values["output"]
-        for key in ("eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints", "stop_at_step"):
+        for key in _HOW_OFTEN_AND_HOW_FAR:
             del values["training"][key]
         return values
 
