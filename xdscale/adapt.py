@@ -55,7 +55,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
     """What a rank reads, and how its place in the data is recorded."""
 
     prepare: Any
@@ -79,7 +79,7 @@ def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
     run.check(recipe)
     with Watchdog(ranks, run.folder, recipe.training.hang_seconds) as watchdog:
         try:
-            data = _open_data(recipe, ds_config, ranks)
+            data = open_data(recipe, ds_config, ranks)
             watchdog.samples = lambda step, micro_batch: _sample_ids(data.stream.slots(step), micro_batch)
             ranks.raise_first(_claim(run) if ranks.is_first else None, "cannot start")
             engine, module, start_step = _build(recipe, ds_config, run, data, ranks)
@@ -125,7 +125,7 @@ def _claim(run: Any) -> str | None:
     return None
 
 
-def _open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> _Data:
+def open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> Data:
     """Checks the shards, each rank its share, and sets the streams up."""
     from xdscale.data.collate import XDBERTCollator
     from xdscale.data.stream import Stream, sample_hash, validation_slots
@@ -162,10 +162,10 @@ def _open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> _Data:
     held_out = ShardedSplit(folder, "validation")
     collate_held_out = XDBERTCollator(held_out, seed=training.seed, tasks=recipe.tasks)
     slots = validation_slots(len(held_out), training.eval_samples, ranks.world_size, ranks.rank, micro_batch)
-    return _Data(prepare, [collate_held_out(item) for item in slots], stream, train.manifest.fingerprint)
+    return Data(prepare, [collate_held_out(item) for item in slots], stream, train.manifest.fingerprint)
 
 
-def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: _Data, ranks: Any) -> tuple[Any, Any, int]:
+def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: Data, ranks: Any) -> tuple[Any, Any, int]:
     """Builds module and engine and continues from the newest undamaged checkpoint, if there is one."""
     import torch
 
@@ -204,7 +204,7 @@ def _train(
     recipe: Recipe,
     ds_config: dict[str, Any],
     run: Any,
-    data: _Data,
+    data: Data,
     ranks: Any,
     stop: StopRequest,
     watchdog: Any,

@@ -59,6 +59,17 @@ def export(
     print(export_run(Path(run), Path(out), step=step))
 
 
+@app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="Run folder.")],
+    step: Annotated[int, typer.Argument(help="Step, counted from 1 as in log.jsonl.")],
+) -> None:
+    """Repeat a step's global batch sample by sample: losses, gradient norms, what is not finite first."""
+    from xdscale.replay import replay as replay_step
+
+    replay_step(Path(run), step)
+
+
 @kernels_app.command()
 def report(
     write: Annotated[Path | None, typer.Option(help="Markdown file whose table is replaced, docs/kernels.md.")] = None,

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from xdscale.errors import EXIT_STOPPED
 from xdscale.training.checkpoint import damage, list_checkpoints, read_position

@@ -1,12 +1,13 @@
 """SIGTERM and SIGUSR1: remember the wish to stop, so that the loop can save and end with a documented exit code."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
 
 import psutil
 
-_LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed.launcher.runner", "/deepspeed")
+_NODE_LAUNCHER_SETS = "CROSS_RANK"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -32,7 +33,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._before = [signal.signal(number, self._remember) for number in _SIGNALS]
-        self._launchers = _launchers_above()
+        self._launchers, gone = _launchers_above()
+        self._signalled |= gone
         return self
 
     def __exit__(
@@ -45,21 +47,27 @@ class StopRequest:
         self._signalled = True
 
 
-def _launchers_above() -> list[psutil.Process]:
-    """Returns the DeepSpeed launchers among this process's ancestors: the node's launcher, and the command itself.
+def _launchers_above() -> tuple[list[psutil.Process], bool]:
+    """Finds the DeepSpeed launchers among this process's ancestors: the command, and its node's launcher.
 
     Only these: the shell that a run was started from may well end before the run.
+
+    Returns:
+        The launchers, and whether one of them is gone already: a node launcher started this process and is no ancestor
+        of it any more, or that launcher itself was left to the machine's first process.
     """
-    found = []
-    for ancestor in psutil.Process().parents():
-        try:
-            words = ancestor.cmdline()[:4]
-        except psutil.Error:
-            break
-        if not any(word.endswith(_LAUNCHERS) for word in words):
-            break
-        found.append(ancestor)
-    return found
+    ancestors = psutil.Process().parents()
+    nodes = [process for process in ancestors if _runs(process, "deepspeed.launcher.launch")]
+    commands = [process for process in ancestors if _runs(process, "/deepspeed", "deepspeed.launcher.runner")]
+    gone = not nodes or (not commands and nodes[-1].ppid() == 1)
+    return nodes + commands, gone and _NODE_LAUNCHER_SETS in os.environ
+
+
+def _runs(process: psutil.Process, *programs: str) -> bool:
+    try:
+        return any(word.endswith(programs) for word in process.cmdline()[:4])
+    except psutil.Error:
+        return False
 
 
 def _alive(process: psutil.Process) -> bool:
