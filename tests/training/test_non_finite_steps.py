@@ -21,12 +21,12 @@ WORKER = Path(__file__).with_name("poison_worker.py")
 LOSS_STEP, GRADIENT_STEP, STEPS = 2, 4, 5
 LAYOUTS = {
     "fp32-0": (0, {}),
-    "fp32-1": (1, {}),
     "fp32-2": (2, {}),
     "fp32-3": (3, {}),
-    "bf16-0": (0, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
-    "bf16-2": (2, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+    "bf16-0": (0, {"bf16": {"enabled": True}}),
+    "bf16-1": (1, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
 }
+CONTINUED = "fp32-2"
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +65,19 @@ def launch(runs, port):
 
 @pytest.fixture(scope="module")
 def folder(wiki_shards, tmp_path_factory, free_port, poisoned):
-    """One launch of two ranks with two micro-batches each, for all layouts: poisoned, and without those steps."""
+    """One launch of two ranks with two micro-batches each, for all layouts: poisoned, and without those steps.
+
+    One of the poisoned runs is stopped after the first skipped step and continued.
+    """
     folder = tmp_path_factory.mktemp("poison")
     runs = []
     for name, (stage, extra) in LAYOUTS.items():
         config = ds_config(folder, name, stage, extra)
-        runs.append({"arguments": arguments(wiki_shards, folder / name, config)} | poisoned)
-        absent = {"absent": [LOSS_STEP, GRADIENT_STEP]}
-        runs.append({"arguments": arguments(wiki_shards, folder / f"{name}-absent", config)} | absent)
-    # Stopped after the first skipped step and continued.
-    for stop in (3, STEPS):
-        parts = arguments(wiki_shards, folder / "parts", folder / "fp32-2.json", training__stop_at_step=stop)
-        runs.append({"arguments": parts} | poisoned)
+        for stop in (3, STEPS) if name == CONTINUED else (STEPS,):
+            given = arguments(wiki_shards, folder / name, config, training__stop_at_step=stop)
+            runs.append({"arguments": given} | poisoned)
+        given = arguments(wiki_shards, folder / f"{name}-absent", config)
+        runs.append({"arguments": given, "absent": [LOSS_STEP, GRADIENT_STEP]})
     result = launch(runs, free_port())
     assert result.returncode == 0, result.stderr[-3000:]
     (folder / "stderr.txt").write_text(result.stderr)
@@ -118,14 +119,6 @@ def test_the_run_is_bitwise_the_one_in_which_those_batches_never_existed(folder,
         assert [entry[key] for entry in steps[0]] == [entry[key] for entry in steps[1]]
 
 
-def test_stopped_and_continued_after_a_skipped_step_is_the_same_run(folder):
-    left, right = state(folder / "parts"), state(folder / "fp32-2")
-    assert left.keys() == right.keys()
-    assert all(torch.equal(value, right[key]) for key, value in left.items())
-    counts = [entry["health/skipped_steps"] for entry in read_log(folder / "parts" / "log.jsonl") if "samples" in entry]
-    assert counts == [0, 1, 1, 2, 2]
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_log_names_the_samples_and_the_command(folder, poisoned, name):
     skips = [entry for entry in read_log(folder / name / "log.jsonl") if entry["kind"] == "skipped"]
@@ -145,10 +138,10 @@ def test_the_log_names_the_samples_and_the_command(folder, poisoned, name):
     assert f"warning: step {LOSS_STEP} skipped on all ranks" in (folder / "stderr.txt").read_text()
 
 
-def test_tensorboard_counts_them(folder):
+def test_tensorboard_counts_them_on_through_a_restart(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(folder / "fp32-2" / "tensorboard"))
+    board = EventAccumulator(str(folder / CONTINUED / "tensorboard"))
     board.Reload()
     assert [event.value for event in board.Scalars("health/skipped_steps")] == [0, 1, 1, 2, 2]
     assert [event.step for event in board.Scalars("loss/total")] == [1, 3, 5]
@@ -162,12 +155,12 @@ def test_replay_finds_the_sample_and_the_module(folder, poisoned, kind, monkeypa
     worker.poison(monkeypatch.setattr, **poisoned)
     # A step's losses, put together from its samples, are what the run itself logged: without dropout, at step 1.
     step = {"loss": LOSS_STEP, "gradient": GRADIENT_STEP}[kind]
-    samples = replay(folder / "parts", step)
+    samples = replay(folder / CONTINUED, step)
     assert samples[0].sample_id == poisoned[kind]
     assert [sample.culprit is None for sample in samples] == [False, True, True, True]
     expected = "model.layers.0" if kind == "loss" else "gradient of model."
     assert samples[0].culprit.startswith(expected)
-    entry = next(e for e in read_log(folder / "parts" / "log.jsonl") if e["kind"] == "skipped" and e["step"] == step)
+    entry = next(e for e in read_log(folder / CONTINUED / "log.jsonl") if e["kind"] == "skipped" and e["step"] == step)
     assert sorted(sample.sample_id for sample in samples) == sorted(entry["sample_ids"])
     out = capsys.readouterr().out
     assert f"1 not finite: sample {poisoned[kind]}" in out
