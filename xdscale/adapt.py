@@ -215,23 +215,10 @@ def _train(
     import torch
 
     from xdscale.data.prefetch import Prefetcher
-    from xdscale.training.checkpoint import CheckpointPosition
     from xdscale.training.loop import Trainer
     from xdscale.training.monitor import Monitor, read_log
     from xdscale.training.skipping import skipped_so_far
     from xdscale.training.throughput import matmul_flops_per_second, peak_memory_gib
-
-    def position(step: int) -> CheckpointPosition:
-        place = data.stream.position(step)
-        return CheckpointPosition(
-            step=step,
-            epoch=place.epoch,
-            index=place.index,
-            world_size=ranks.world_size,
-            zero_stage=zero_stage(ds_config),
-            precision=precision(ds_config),
-            data_fingerprint=data.fingerprint,
-        )
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(ds_config)]
     monitor = Monitor(run, recipe, start_step) if ranks.is_first else None
@@ -250,7 +237,7 @@ def _train(
             source=source,
             stream=data.stream,
             validation=data.validation,
-            position=position,
+            position=_positions(ds_config, data, ranks),
             flops=module.flops,
             matmul_flops_per_second=matmul_flops_per_second(engine.device, dtype),
             run=run.folder,
@@ -265,6 +252,25 @@ def _train(
     if monitor:
         monitor.end(step, peaks_gib, stopped)
     return EXIT_STOPPED if stopped else 0
+
+
+def _positions(ds_config: dict[str, Any], data: Data, ranks: Any) -> Any:
+    """Returns the function from steps done to the record that a checkpoint keeps of them."""
+    from xdscale.training.checkpoint import CheckpointPosition
+
+    def position(step: int) -> CheckpointPosition:
+        place = data.stream.position(step)
+        return CheckpointPosition(
+            step=step,
+            epoch=place.epoch,
+            index=place.index,
+            world_size=ranks.world_size,
+            zero_stage=zero_stage(ds_config),
+            precision=precision(ds_config),
+            data_fingerprint=data.fingerprint,
+        )
+
+    return position
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ CASES = [
     ("group, launchers ignore it", signal.SIGUSR1, EXIT_STOPPED),
     ("node launcher", signal.SIGTERM, 1),
     ("command", signal.SIGTERM, -signal.SIGTERM),
-    ("group, launchers ignore it", signal.SIGTERM, EXIT_STOPPED),
+    ("group, launchers ignore it", signal.SIGTERM, 1),
     ("group", signal.SIGUSR1, -signal.SIGUSR1),
 ]
 

@@ -108,13 +108,7 @@ class Trainer:
         counts, tokens, stopped = self._agree_on_counts(data)
         if stopped:
             return False
-        rate = learning_rate(
-            step,
-            peak=self.recipe.optim.learning_rate,
-            steps=self.recipe.training.steps,
-            warmup_ratio=self.recipe.optim.warmup_ratio,
-        )
-        set_learning_rate(self.engine, rate)
+        rate = self._set_rate(step)
         _seed_dropout(self.recipe.training.seed, step, self.ranks)
         losses = [self._forward_backward(step, number, data, counts) for number in range(len(data.batches))]
         self.watchdog.enter("optimizer", step)
@@ -148,6 +142,14 @@ class Trainer:
                 data.samples,
             )
         return True
+
+    def _set_rate(self, step: int) -> float:
+        optim = self.recipe.optim
+        rate = learning_rate(
+            step, peak=optim.learning_rate, steps=self.recipe.training.steps, warmup_ratio=optim.warmup_ratio
+        )
+        set_learning_rate(self.engine, rate)
+        return rate
 
     def _forward_backward(self, step: int, number: int, data: StepData, counts: dict[str, int]) -> torch.Tensor:
         """Adds one micro-batch's gradient; returns its loss sums and right predictions, in turn, per objective."""
