@@ -29,8 +29,8 @@ CASES = [
     ("group", signal.SIGTERM, -signal.SIGTERM),
     ("group, launchers ignore it", signal.SIGUSR1, EXIT_STOPPED),
     ("node launcher", signal.SIGTERM, 1),
-    ("command", signal.SIGTERM, -signal.SIGTERM),
     ("group, launchers ignore it", signal.SIGTERM, 1),
+    ("command", signal.SIGTERM, -signal.SIGTERM),
     ("group", signal.SIGUSR1, -signal.SIGUSR1),
 ]
 
