@@ -1,6 +1,7 @@
 """What a run tells: TensorBoard, `log.jsonl`, and one line or bar of progress; written by the first rank only."""
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -135,7 +136,8 @@ class Monitor:
             self._progress[0].stop()
 
     def _write(self, step: int, kind: str, scalars: dict[str, float], extra: dict[str, Any]) -> None:
-        self._log.write(json.dumps({"step": step, "kind": kind, **scalars, **extra}) + "\n")
+        entry = {"step": step, "kind": kind, **scalars, **extra}
+        self._log.write(json.dumps({name: _in_words(value) for name, value in entry.items()}) + "\n")
         self._log.flush()
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
@@ -162,6 +164,11 @@ class Monitor:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Returns the entries of a run's `log.jsonl`, oldest first."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _in_words(value: Any) -> Any:
+    """Returns a value, with `nan`, `inf` and `-inf` as words, which JSON has no numbers for."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _progress_bar(steps: int, done: int) -> tuple[Progress, Any] | None:

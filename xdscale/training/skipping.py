@@ -1,6 +1,5 @@
 """Steps whose loss or gradient is not finite: which samples they had, and when there are too many in a row."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def describe_skip(
         run: the run folder, for the command.
 
     Returns:
-        The entry for the log: losses and norm (words where they are not numbers), the first rank whose loss was not
+        The entry for the log: losses and norm, the first rank whose loss was not
         finite (None when only the gradient was), suspects as `{rank, micro_batch, sample_ids}`, the epochs and sample
         ids of the global batch, and the command that replays it.
     """
@@ -82,8 +81,8 @@ def describe_skip(
     suspects.sort(key=lambda suspect: (suspect["micro_batch"], suspect["rank"]))
     epochs, sample_ids = stream.global_batch_ids(step)
     return {
-        **{name: _in_words(value) for name, value in scalars.items()},
-        "optim/grad_norm": _in_words(norm),
+        **scalars,
+        "optim/grad_norm": norm,
         "first_rank": suspects[0]["rank"] if suspects else None,
         "suspects": suspects,
         "epochs": epochs.tolist(),
@@ -95,8 +94,3 @@ def describe_skip(
 def replay_command(run: Path, step: int) -> str:
     """Returns the command that repeats a step (counted from 1) sample by sample."""
     return f"xdscale replay {run} {step}"
-
-
-def _in_words(value: float) -> float | str:
-    """Returns a number, or `nan`, `inf`, `-inf` as words, which JSON has no numbers for."""
-    return value if math.isfinite(value) else str(value)
