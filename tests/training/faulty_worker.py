@@ -1,5 +1,6 @@
 """Runs `xdscale.adapt` with one rank that gets no data from some step on; run by test_watchdog."""
 
+import os
 import sys
 import time
 
@@ -7,15 +8,14 @@ from xdscale import adapt
 
 
 def main():
-    kind, rank, step = sys.argv[1].split(",")
+    local_rank, fault, *arguments = sys.argv[1:]  # the launcher puts its argument first
+    kind, rank, step = fault.split(",")
     from xdscale.data.collate import XDBERTCollator
 
     collate = XDBERTCollator.__call__
     calls = []
 
     def starve(self, slots):
-        import os
-
         calls.append(self.split.split == "train")
         if os.environ["RANK"] == rank and sum(calls) > int(step):
             if kind == "blocked":
@@ -24,12 +24,10 @@ def main():
         return collate(self, slots)
 
     XDBERTCollator.__call__ = starve
-    return adapt.main(sys.argv[2:])
+    return adapt.main([*arguments, local_rank])
 
 
 if __name__ == "__main__":
     code = main()
     sys.stderr.flush()
-    import os
-
     os._exit(code)
