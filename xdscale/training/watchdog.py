@@ -28,7 +28,7 @@ from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, XdscaleError
 from xdscale.training.distributed import Ranks
 
 _BEAT_SECONDS = 1.0
-_SILENCE_SECONDS = 20.0  # the launcher may then take 30 s more to end a frozen rank: within a minute together
+_SILENCE_SECONDS = 15.0  # the launcher may then take 30 s more to end a frozen rank: within a minute together
 _SILENCE_AFTER_FAILED_COLLECTIVE_SECONDS = 4.0
 _STORE_SECONDS = 5.0
 _STORE_FAILURES = 3
@@ -143,6 +143,7 @@ class Watchdog:
             line = f"error: rank {self._ranks.rank} on {platform.node()} failed in {_describe(self._record())}: "
             line, code = line + f"{type(error).__name__}: {what}; traceback in {trace}", EXIT_FAULT
         self._tell(line, code)
+        self._linger()
         return code
 
     def _watch(self) -> None:
@@ -246,15 +247,17 @@ class Watchdog:
             first = True
         if first:
             print(line, file=sys.stderr, flush=True)
+
+    def _linger(self) -> None:
+        """Lets the others read why: the store lives in the first rank's process."""
         if self._ranks.is_first and self._ranks.world_size > 1:
-            time.sleep(3 * _BEAT_SECONDS)  # the store lives here: let the others read
+            time.sleep(3 * _BEAT_SECONDS)
 
     def _leave(self, code: int) -> None:
         if code == EXIT_FAULT:
             with self._path("stacks").open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        if self._ranks.is_first:
-            time.sleep(3 * _BEAT_SECONDS)
+        self._linger()
         os._exit(code)
 
     def _path(self, what: str) -> Path:
