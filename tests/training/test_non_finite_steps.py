@@ -93,13 +93,17 @@ def tensors(value, prefix=""):
 
 
 def state(run):
-    """Returns every tensor of the last checkpoint: parameters, and moments of every rank."""
+    """Returns every tensor of the last checkpoint: parameters, and moments of every rank.
+
+    Without the untrained ones' fragments: that of a single number is uninitialised padding on the second rank.
+    """
     files = sorted((run / "checkpoints" / f"step-{STEPS:08d}").glob("*.pt"))
     assert files
     return {
         f"{path.name}{name}": value
         for path in files
         for name, value in tensors(torch.load(path, weights_only=False, map_location="cpu")).items()
+        if "/frozen_param_fragments/" not in name
     }
 
 
