@@ -60,6 +60,17 @@ def export(
 
 
 @app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="Run folder.")],
+    step: Annotated[int, typer.Argument(help="Step, counted from 1 as in log.jsonl.")],
+) -> None:
+    """Repeat a step's global batch sample by sample: losses, gradient norms, what is not finite first."""
+    from xdscale.replay import replay as replay_step
+
+    replay_step(Path(run), step)
+
+
+@app.command()
 def launch(
     recipe: Annotated[str, typer.Argument(help="Recipe file or name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
