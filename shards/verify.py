@@ -39,7 +39,7 @@ def verify_shards(
     problems = []
     done, total = 0, sum(record.bytes for record in mine)
     for record in mine:
-        problem = _problem(folder / record.file, record, names)
+        problem = shard_problem(folder / record.file, record, names)
         if problem is not None:
             problems.append(problem)
         done += record.bytes
@@ -55,8 +55,14 @@ def verify_shards(
         raise XdscaleError("\n".join([f"{folder}: {count} found; {hint}", *problems]))
 
 
-def _problem(path: Path, record: ShardRecord, names: dict[str, str]) -> str | None:
-    """Returns what is wrong with a shard, or None. Its size is looked at first: that costs no reading."""
+def shard_problem(path: Path, record: ShardRecord, names: dict[str, str]) -> str | None:
+    """Returns what is wrong with a shard, or None. Its size is looked at first: that costs no reading.
+
+    Args:
+        path: where it should be.
+        record: what it should be.
+        names: shards by SHA-256, to recognise one under another's name.
+    """
     try:
         size = path.stat().st_size
         if size != record.bytes:

@@ -251,10 +251,8 @@ def test_bad_inputs_are_named(cassette_model, tmp_path):
     broken.write_text('{"text": "a"}\n{')
     with pytest.raises(XdscaleError, match="no input"):
         build()
-    with pytest.raises(XdscaleError, match=r"none\.txt: cannot be read: No such file"):
+    with pytest.raises(XdscaleError, match=r"none\.txt: no such file or folder"):
         build(tmp_path / "none.txt")
-    with pytest.raises(XdscaleError, match="is a folder; name the corpus files"):
-        build(tmp_path)
     with pytest.raises(XdscaleError, match=r"empty\.txt: no documents"):
         build(empty)
     with pytest.raises(XdscaleError, match="unfinished build of another input"):

@@ -124,7 +124,7 @@ def write_and_read(tmp_path, name, content, **options):
         ("d.jsonl", b'{"text": "\\ud800"}\n', r"d\.jsonl:1: 'text' holds half of a surrogate pair"),
         ("a.xml", dump(page("A", LONG)).encode()[:-20], r"a\.xml: malformed or truncated XML"),
         ("b.xml", b"<mediawiki><page></mediawiki>", r"b\.xml: malformed or truncated XML"),
-        ("a.bz2", bz2.compress(dump(page("A", LONG)).encode())[:-8], r"a\.bz2: the bzip2 file is truncated"),
+        ("a.bz2", bz2.compress(dump(page("A", LONG)).encode())[:-8], r"a\.bz2: the compressed file is truncated"),
         ("b.bz2", b"BZh9" + b"\0" * 40, r"b\.bz2: cannot be read: Invalid data stream"),
     ],
 )
