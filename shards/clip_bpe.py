@@ -41,12 +41,15 @@ _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 
 class ClipBPE:
-    """Text to CLIP ids, without start and end."""
+    """Text to CLIP ids, without start and end.
+
+    `tokenizer` is the library's, for text that is already clean.
+    """
 
     def __init__(self) -> None:
         merges = _read_merges(resolve_path(MERGES_FILE))
-        self._tokenizer = Tokenizer(models.BPE(_vocabulary(merges), merges, end_of_word_suffix="</w>"))
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        self.tokenizer = Tokenizer(models.BPE(_vocabulary(merges), merges, end_of_word_suffix="</w>"))
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -55,7 +58,7 @@ class ClipBPE:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Returns the ids of each text, uint16 [tokens], as many as the text has."""
-        encodings = self._tokenizer.encode_batch_fast([clean(text) for text in texts])
+        encodings = self.tokenizer.encode_batch_fast([clean(text) for text in texts])
         return [np.array(encoding.ids, np.uint16) for encoding in encodings]
 
 
