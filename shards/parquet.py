@@ -36,7 +36,7 @@ def read_parquet(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
                             raise XdscaleError(f"{path}: row {row}: {text_field!r} is null, expected a string")
                         yield text, read
                         row += 1
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise XdscaleError(f"{path}: not a whole parquet file: {error}; copy or download it again") from None
 
 

@@ -28,10 +28,6 @@ from pathlib import Path
 import pytest
 
 from xdscale.errors import XdscaleError
-from xdscale.shards import build as build_module
-from xdscale.shards import unit as unit_module
-from xdscale.shards.clip_bpe import ClipBPE
-from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.merge import merge_parts
 from xdscale.shards.part import Part
 from xdscale.shards.verify import verify_shards
@@ -45,13 +41,7 @@ SEED = int(os.environ.get("XDSCALE_CHAOS_SEED", "0"))
 SCENARIOS = ("whole", "parts", "overwrite")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once():
-    """Tokenizers are loaded once for the hundreds of builds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unit_module, "ClipBPE", functools.cache(ClipBPE))
-        patch.setattr(build_module, "load_language_tokenizer", functools.cache(load_language_tokenizer))
-        yield
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 @pytest.fixture(scope="module")
