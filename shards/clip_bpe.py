@@ -32,10 +32,10 @@ WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 # Printable ASCII, "&" only before a space: ftfy and HTML unescaping leave it as it is.
 _ASCII = r"(?:[ -%'-~\n]|& )"
-# Dashes, the ellipsis, curly quotes and most accented letters. Alone among ASCII none of them is a sign of mojibake
-# (ftfy looks for telling pairs; it takes Â, Ã, Œ and œ by themselves), and of all it does to text, it only
-# straightens the quotes.
-_CALM = r"[–—…‘’“”À-ÁÄ-ÖØ-öø-ıĴ-ňŊ-őŔ-ž]"
+# Curly quotes, some signs and most accented letters, alone among ASCII, and hard spaces with dashes: none of them is
+# a sign of mojibake (ftfy looks for telling pairs; it takes Â, Ã, Œ and œ by themselves), and of all that ftfy does
+# to text, it only straightens the quotes.
+_CALM = r"(?:[…‘’“”°±·×−′″→£À-ÁÄ-ÖØ-öø-ıĴ-ňŊ-őŔ-ž]|[\xa0–—]++)"
 _KNOWN = re.compile(rf"{_ASCII}*+(?:{_CALM}{_ASCII}++)*+{_CALM}?")
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
