@@ -101,16 +101,27 @@ def build_shards(
         return found
     try:
         with workplace(out, build, part, overwrite=overwrite):
-            units, records = _run(paths, out, build, part, tokenizer, workers, report)
-            manifest = assemble(build, records)
-            if part.of == 1:
-                require_sequences(build, records)
-                publish(out, manifest)
-            else:
-                PartManifest(index=part.index, of=part.of, units=units, build=build, records=records).write(out)
+            return _build(paths, out, build, part, tokenizer, workers, report)
     except OSError as error:
-        reason = error.strerror or error
-        raise XdscaleError(f"{error.filename or out}: cannot be written: {reason}") from None
+        raise XdscaleError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from None
+
+
+def _build(
+    paths: list[Path],
+    out: Path,
+    build: Build,
+    part: Part,
+    tokenizer: Tokenizer,
+    workers: int,
+    report: Callable[[Progress], None],
+) -> Manifest:
+    units, records = _run(paths, out, build, part, tokenizer, workers, report)
+    manifest = assemble(build, records)
+    if part.of == 1:
+        require_sequences(build, records)
+        publish(out, manifest)
+    else:
+        PartManifest(index=part.index, of=part.of, units=units, build=build, records=records).write(out)
     return manifest
 
 

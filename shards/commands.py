@@ -61,6 +61,8 @@ def build(
         )
     kept = last[-1].kept_shards if last else 0
     typer.echo(_summary(out, manifest, time.monotonic() - started, kept))
+    if Part.parse(part).of > 1:
+        typer.echo(f"part {part} is finished; when all are: xdscale shards merge {out}")
 
 
 @shards_app.command()

@@ -80,7 +80,8 @@ def test_parts_and_merge(small_corpus, tmp_path):
     build(small_corpus, tmp_path / "whole")
     out = tmp_path / "out"
     for index in range(2):
-        assert build(f"{small_corpus.parent}/*.txt", out, "--part", f"{index}/2").exit_code == 0
+        result = build(f"{small_corpus.parent}/*.txt", out, "--part", f"{index}/2")
+        assert result.stdout.endswith(f"part {index}/2 is finished; when all are: xdscale shards merge {out}\n")
     assert f"{out}: one dataset of 2 shards" in run("merge", out).stdout
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert sorted(path.name for path in out.iterdir()) == names
