@@ -29,6 +29,13 @@ LARGEST_LINE_BYTES = 64 << 20
 LARGEST_DOCUMENT_BYTES = 1 << 20
 """A longer text or wikitext document is cut at the end of a line, so that memory stays constant."""
 
+_FORMAT_OF_SUFFIX = {
+    ".json": "jsonl",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".xml": "mediawiki",
+    ".parquet": "parquet",
+}
 _HEADING = re.compile(r"=.*=")
 _ARTICLE = re.compile(r"= (?!= ).* =")
 
@@ -67,7 +74,7 @@ def stream_documents(
     """
     if format == "auto":
         with open_stream(path) as (stream, _):
-            format = _detect(stream.read(1 << 16))
+            format = _detect(path, stream.read(1 << 16))
     if format == "parquet":
         for text, bytes_read in read_parquet(path, text_field):
             yield Document(text, format, bytes_read)
@@ -88,7 +95,20 @@ def paragraphs(text: str, format: str, min_words: int) -> list[str]:
     return [line for line in stripped if len(line.split()) >= max(1, min_words) and not _HEADING.fullmatch(line)]
 
 
-def _detect(head: bytes) -> str:
+def _detect(path: Path, head: bytes) -> str:
+    """Tells the format by the content; a name that says otherwise means another file than the user thinks."""
+    found = _format_of(head)
+    for suffix in path.suffixes:
+        named = _FORMAT_OF_SUFFIX.get(suffix.split("-")[0].lower(), found)
+        if head.strip() and named != found:
+            raise XdscaleError(
+                f"{path}: is named like {named}, but begins {head[:40]!r}; "
+                f"download it again (Git LFS leaves pointers), or say --format {found} if that is meant"
+            )
+    return found
+
+
+def _format_of(head: bytes) -> str:
     if head.startswith(MAGIC):
         return "parquet"
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()

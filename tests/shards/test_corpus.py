@@ -133,6 +133,21 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
         write_and_read(tmp_path, name, content)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "a JSON array"}]', r"a\.json: is named like jsonl, but begins b'\[.*--format text"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", r"a\.parquet: is named like parquet.*Git LFS"),
+        ("a.xml-p1p9.bz2", bz2.compress(b'{"text": "a"}'), r"a\.xml-p1p9\.bz2: is named like mediawiki.*format jsonl"),
+    ],
+)
+def test_content_that_its_name_denies_is_refused(tmp_path, name, content, message):
+    with pytest.raises(XdscaleError, match=message):
+        write_and_read(tmp_path, name, content)
+    assert write_and_read(tmp_path, "a.jsonl", b"\n") == []
+    assert write_and_read(tmp_path, "b.json", b"in fact text", format="text") == ["in fact text"]
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(XdscaleError, match=r"none\.txt: cannot be read: No such file"):
         documents(tmp_path / "none.txt")
