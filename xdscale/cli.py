@@ -186,6 +186,20 @@ def bench_stream_command(
         bench_stream(shards or build_wikipedia_slice(Path(folder) / "shards"), samples=samples, rounds=rounds)
 
 
+@bench_app.command("shards")
+def bench_shards_command(
+    inputs: Annotated[list[str], typer.Argument(help="Corpus files, folders or quoted patterns.")],
+    language_tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder, package:NAME/folder or hub name.")],
+    text_mb: Annotated[float, typer.Option(min=0.1, help="Millions of bytes of text; the corpus is repeated.")] = 12,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternations.")] = 3,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of the parallel build.")] = 2,
+) -> None:
+    """Time building shards against the bare tokenizers library on the same text."""
+    from xdscale.bench.shards import bench_shards
+
+    bench_shards(inputs, language_tokenizer, text_mb=text_mb, rounds=rounds, workers=workers)
+
+
 def main() -> None:
     """Runs the command line; a user's mistake becomes one message and exit code 2."""
     try:
