@@ -226,9 +226,7 @@ def _blocks(
         yield slice(first, first + count), kept
 
 
-def _check(
-    states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> None:
+def _check(states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
     """Refuses tensors that do not fit together."""
     if not states.is_floating_point():
         raise TypeError(f"states must be fp16, bf16, fp32 or fp64, not {states.dtype}")

@@ -158,7 +158,8 @@ def backward(
                 grad_states, grad_residual, partial_weight, partial_bias, tokens,
                 **constants, num_warps=WARPS[_family()], num_stages=1,
             )  # fmt: skip
-    return grad_states.to(grad.dtype), grad_residual, partial_weight.sum(0).to(weight.dtype), partial_bias.sum(0).to(bias.dtype)
+    grad_weight, grad_bias = (part.sum(0) for part in (partial_weight, partial_bias))
+    return grad_states.to(grad.dtype), grad_residual, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
 def _constants(size: int, threshold: int) -> dict[str, object]:

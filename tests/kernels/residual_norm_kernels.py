@@ -93,9 +93,7 @@ def test_mask_on_every_path_and_tile_is_the_same_bits(elements, monkeypatch):
     states, _, weight, bias, grad = draw(45, 60, torch.float32)
     threshold = drop_threshold(0.25)
     kept = operation.rows_kept(seed_tensor(), 45, 60, threshold)
-    _, total, *rows = kernels.forward(
-        states, torch.zeros_like(states), weight, bias, seed_tensor(), EPS, threshold
-    )
+    _, total, *rows = kernels.forward(states, torch.zeros_like(states), weight, bias, seed_tensor(), EPS, threshold)
     assert torch.equal(total != 0, kept)
     gradients = kernels.backward(grad, weight, bias, seed_tensor(), threshold, torch.float32, total, *rows)
     assert torch.equal(gradients[0] != 0, kept)

@@ -60,7 +60,7 @@ def use_residual_norm(encoder: PreTrainedModel, *, plain: bool) -> None:
     """Lets the sublayers of BERT or ELECTRA end in `residual_norm`; names of parameters stay as they are.
 
     Args:
-        encoder: without a pooler or with; called once in its life, before its parameters are partitioned.
+        encoder: as transformers builds it; a second call would find no dropout to take over.
         plain: by the definition instead of the kernels.
     """
     for layer in encoder.encoder.layer:
