@@ -107,6 +107,15 @@ def test_a_configuration_known_to_spill_is_named():
     assert "packed_attention forward bf16 d=64 dropout sm_80: spills" in result.stdout
 
 
+def test_launches_take_no_variant_that_the_table_does_not_show():
+    """Triton compiles anew where an argument becomes a multiple of 16, or ceases to be one, unless told not to."""
+    for case in shipped_cases():
+        for parameter in case.kernel.params:
+            fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            if case.signature[parameter.name].startswith(("*", "i")):
+                assert fixed == (parameter.name not in case.divisible_by_16), f"{case.name}: {parameter.name}"
+
+
 def test_interpreted_kernels_are_refused():
     code = "from xdscale.kernel_report import measure_all; measure_all([0])"
     result = python(code, TRITON_INTERPRET="1")
