@@ -1,0 +1,231 @@
+"""Builds the real engine for several DeepSpeed configurations and writes what each one holds and sends.
+
+Run by the tests of this folder and by scripts/electra_large.sh under the deepspeed launcher. Each case makes two
+optimiser steps of the real trainer on crafted batches. Model states are counted as the unique storages of all live
+tensors that are not part of the batch, by what they belong to; collectives as the calls that reach torch.distributed.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from xdscale.adapt import _calm_environment
+from xdscale.recipe import load_recipe
+
+COLLECTIVES = {
+    "all_reduce": lambda tensor, *_: tensor,
+    "reduce": lambda tensor, *_: tensor,
+    "broadcast": lambda tensor, *_: tensor,
+    "all_gather": lambda outputs, tensor, *_: tensor,
+    "all_gather_into_tensor": lambda output, tensor, *_: tensor,
+    "reduce_scatter": lambda output, inputs, *_: inputs[0],
+    "reduce_scatter_tensor": lambda output, tensor, *_: tensor,
+    "all_to_all_single": lambda output, tensor, *_: tensor,
+}
+
+
+class CollectiveCounter:
+    """Counts calls and payload bytes of torch.distributed's collectives, as each rank hands them over."""
+
+    def __init__(self):
+        self.calls = Counter()
+        self.bytes = Counter()
+
+    def install(self):
+        import torch.distributed as dist
+
+        for name, payload in COLLECTIVES.items():
+            setattr(dist, name, self._wrap(name, getattr(dist, name), payload))
+
+    def _wrap(self, name, function, payload):
+        def counted(*arguments, **keywords):
+            tensor = payload(*arguments, *keywords.values())
+            key = f"{name} {str(tensor.dtype).removeprefix('torch.')}"
+            self.calls[key] += 1
+            self.bytes[key] += tensor.numel() * tensor.element_size()
+            return function(*arguments, **keywords)
+
+        return counted
+
+    def take(self):
+        taken = {key: [self.calls[key], self.bytes[key]] for key in sorted(self.calls)}
+        self.calls.clear()
+        self.bytes.clear()
+        return taken
+
+
+def crafted_batches(recipe, vocabulary, length, blocks, micro_batch, count, seed):
+    """Batches with the expected number of targets, all different."""
+    from xdscale.data.collate import Batch
+
+    rng = np.random.default_rng(seed)
+    batches = []
+    for _ in range(count):
+        clip_lengths = np.full((micro_batch, blocks), 77)
+        arrays = {
+            "language_ids": rng.integers(1000, vocabulary, (micro_batch, length)),
+            "clip_ids": rng.integers(1, 49406, (micro_batch, blocks, 77)),
+            "clip_lengths": clip_lengths,
+        }
+        masked = np.sort(rng.permutation(micro_batch * length)[: micro_batch * length // 7])
+        masked = masked[masked % length > 0]
+        arrays["masked_lm_positions"] = masked
+        arrays["masked_lm_labels"] = rng.integers(1000, vocabulary, len(masked))
+        targets = np.sort(rng.permutation(micro_batch * blocks * 77)[: micro_batch * blocks * 77 // 7])
+        arrays["clip_positions"], arrays["clip_labels"] = targets, rng.integers(1, 49406, len(targets))
+        arrays["match_labels"] = rng.integers(0, 2, micro_batch)
+        targets = {"mlm": len(masked), "match": micro_batch, "clip_tokens": len(targets)}
+        batches.append(Batch(arrays, {name: targets[name] for name in recipe.tasks.weights()}, micro_batch * length))
+    return batches
+
+
+def storages(tensors):
+    """Unique storages of tensors: {address: bytes}."""
+    found = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def live_tensors():
+    """All tensors that Python knows, with their gradients."""
+    import torch
+
+    gc.collect()
+    with torch.no_grad():
+        live = [item for item in gc.get_objects() if torch.is_tensor(item) and item.device.type == "cpu"]
+        live += [tensor.grad for tensor in live if tensor.is_leaf and tensor.grad is not None]
+        return live + [tensor.grad_accum for tensor in live if getattr(tensor, "grad_accum", None) is not None]
+
+
+def census(engine, excluded):
+    """Bytes of all live tensors but the excluded storages, by owner: parameters, masters, moments, gradients, rest."""
+    import torch
+
+    with torch.no_grad():
+        parameters = list(engine.module.parameters())
+        shards = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+        base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        moments = [value for state in base.state.values() for value in state.values() if torch.is_tensor(value)]
+        masters = [p for group in base.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        live = live_tensors()
+    owners = [
+        ("parameters", storages(p.data for p in parameters) | storages(shards)),
+        ("masters", storages(masters)),
+        ("moments", storages(moments)),
+        ("gradients", storages(gradients)),
+    ]
+    result, seen = {}, set(excluded)
+    for name, found in owners:
+        result[name] = sum(size for address, size in found.items() if address not in seen)
+        seen |= found.keys()
+    rest = {address: size for address, size in storages(live).items() if address not in seen}
+    result["rest"] = sum(rest.values())
+    result["rest_sizes"] = sorted(rest.values(), reverse=True)[:12]
+    return result
+
+
+def run_case(case, ranks, counter, out):
+    import torch
+
+    from xdscale.ds_config import activation_checkpointing, resolve_ds_config
+    from xdscale.tasks.xdbert import build_adaptation
+    from xdscale.training.engine import build_engine
+    from xdscale.training.loop import StepData, Trainer
+    from xdscale.training.signals import StopRequest
+    from xdscale.training.throughput import peak_memory_gib
+
+    before = storages(live_tensors()).keys()
+    recipe = load_recipe(case["recipe"], case["overrides"])
+    config = resolve_ds_config(case["name"], case["ds_config"], recipe, ranks.world_size)
+    torch.manual_seed(0)
+    module = build_adaptation(recipe)
+    if activation_checkpointing(config):
+        module.enable_activation_checkpointing()
+    for name in case.get("frozen", ()):
+        module.get_submodule(name).requires_grad_(False)
+    began = time.perf_counter()
+    engine = build_engine(module, recipe.optim, config, load_universal=False)
+    counter.take()
+    vocabulary = module.model.language.config.vocab_size
+    shape = (vocabulary, case["length"], case["blocks"], config["train_micro_batch_size_per_gpu"])
+    batches = crafted_batches(recipe, *shape, config["gradient_accumulation_steps"], ranks.rank)
+
+    class Source:
+        wait_seconds = 0.0
+
+        def __next__(self):
+            return 0, StepData(batches, "")
+
+    result = {"name": case["name"], "boundary": None}
+    make_step = engine.step
+
+    def step():
+        if engine.is_gradient_accumulation_boundary() and result["boundary"] is None and steps_done == 1:
+            result["boundary"] = census(engine, before)
+        make_step()
+
+    engine.step = step
+    engine.train()
+    trainer = Trainer(
+        engine=engine,
+        recipe=recipe,
+        ranks=ranks,
+        weights=recipe.tasks.weights(),
+        source=Source(),
+        validation=[],
+        position=lambda step: None,
+        flops=lambda arrays: 0.0,
+        matmul_flops_per_second=1.0,
+        checkpoints=Path(out),
+        monitor=None,
+        stop=StopRequest(),
+    )
+    for steps_done in range(case.get("steps", 2)):
+        trainer._step(steps_done)
+        result["collectives"] = counter.take()
+    result["after"] = census(engine, before)
+    result["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    result["trainable"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
+    result["optimizer"] = type(engine.optimizer).__name__
+    result["seconds"] = time.perf_counter() - began
+    result["peak_gib"] = peak_memory_gib()
+    engine.destroy()
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    for name in ("--cases", "--out", "--local_rank"):
+        parser.add_argument(name)
+    options = parser.parse_args()
+    _calm_environment()
+    counter = CollectiveCounter()
+    counter.install()
+    from xdscale.training.distributed import start_distributed
+
+    from deepspeed.accelerator import get_accelerator
+
+    ranks = start_distributed()
+    # Without AVX512-FP16 oneDNN has no fp16 and DeepSpeed refuses it; PyTorch's own CPU operations still compute it.
+    get_accelerator().is_fp16_supported = lambda: True
+    results = []
+    for case in json.loads(Path(options.cases).read_text()):
+        results.append(run_case(case, ranks, counter, options.out))
+        gc.collect()
+    everything = ranks.gather(results)
+    if ranks.is_first:
+        Path(options.out).write_text(json.dumps(everything))
+    ranks.barrier()
+
+
+if __name__ == "__main__":
+    main()
