@@ -117,7 +117,11 @@ def census(engine, excluded):
         masters = [p for group in base.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         live = live_tensors()
+    buffers = [getattr(engine.optimizer, f"temp_grad_buffer_for_{kind}_offload", None) for kind in ("cpu", "gpu")]
+    for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values():
+        buffers += bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
     owners = [
+        ("buckets", storages(buffer for buffer in buffers if buffer is not None)),
         ("parameters", storages(p.data for p in parameters) | storages(shards)),
         ("masters", storages(masters)),
         ("moments", storages(moments)),
@@ -165,12 +169,13 @@ def run_case(case, ranks, counter, out):
         def __next__(self):
             return 0, StepData(batches, "")
 
-    result = {"name": case["name"], "boundary": None}
+    result = {"name": case["name"]}
     make_step = engine.step
 
     def step():
-        if engine.is_gradient_accumulation_boundary() and result["boundary"] is None and steps_done == 1:
-            result["boundary"] = census(engine, before)
+        moment = "boundary" if engine.is_gradient_accumulation_boundary() else "accumulating"
+        if steps_done == 1 and moment not in result:
+            result[moment] = census(engine, before)
         make_step()
 
     engine.step = step

@@ -1,13 +1,14 @@
 """Bytes of model states per rank: what DeepSpeed 0.19.8 really holds, by stage and precision.
 
 Read in DeepSpeed's source and checked on two CPU ranks, by the unique storages of all live tensors (tests/plan). The
-moment is the end of the last backward pass of a step, when gradients are complete and the optimizer has not run:
-nothing later in the step needs more than the activations did before it. P is the number of trained parameters, N of
+moment is the end of a backward pass, the fuller one of the first and the last of a step: nothing later in the step
+needs more than the activations did before it. P is the number of trained parameters, N of
 ranks. What one expects from the ZeRO paper holds, with these exceptions:
 
 - Stage 1 in bf16 with fp32 accumulation is another optimizer (`BF16_Optimizer`): it keeps all gradients twice, 2P bytes
   in bf16 and 4P in fp32. Stage 2 keeps 4P / N.
-- Stages 1 and 2 in fp32 keep whole gradients of the parameters that straddle two partitions, not only their share.
+- Stage 1 in fp16 or fp32 keeps all gradients in fp32 until the step's last backward pass.
+- Stage 2 in fp32 keeps whole gradients of the parameters that straddle two partitions, not only their share.
 - Stage 3 keeps parameters of few elements whole on every rank, beside their shard.
 - Offloading stage 2 leaves the fp32 gradient partition on the device.
 """
@@ -104,10 +105,12 @@ def _stages_1_and_2(found: list[Module], settings: Settings, ranks: int, rank: i
     gradients, buckets = _SUM * part, settings.reduce_bucket * width * (2 if settings.overlap else 1)
     if settings.precision == "fp32":
         gradients = _SUM * sum(_touching(trained, rank * part, (rank + 1) * part))
+        gradients = max(gradients, _SUM * sum(trained) * (settings.stage == 1))
     elif settings.stage == 1 and settings.precision == "bf16" and not settings.offload_optimizer:
         gradients = width * sum(trained) + _SUM * part * ranks
         buckets = width * part * ranks  # the sums in bf16, on their way
     elif settings.stage == 1:
+        gradients = _SUM * sum(trained)
         buckets *= _SUM // width  # fp32 sums go through it
     if not settings.offload_optimizer:
         return States(

@@ -25,12 +25,14 @@ class Collective(NamedTuple):
         dtype: torch's name of the element type.
         payload: bytes that each rank hands over.
         why: what they are for.
+        calls: about how many, for their latency.
     """
 
     operation: str
     dtype: str
     payload: int
     why: str
+    calls: int = 1
 
     def wire(self, ranks: int) -> float:
         """Returns the bytes that each rank sends when the collective runs on a ring."""
@@ -68,7 +70,8 @@ def collectives(
         bf16_stage_1 = settings.stage == 1 and settings.precision == "bf16" and not settings.offload_optimizer
         times = accumulation if settings.stage == 2 else 1
         elements = part * ranks if bf16_stage_1 else trained
-        listed.append(Collective("all_reduce", dtype, times * width * elements, "gradients"))
+        calls = times * -(-elements // settings.reduce_bucket)
+        listed.append(Collective("all_reduce", dtype, times * width * elements, "gradients", calls))
         if not unsharded:
             listed.append(Collective("all_gather", dtype, width * part, "updated parameters"))
         if settings.precision == "fp32" or not (unsharded or bf16_stage_1):
@@ -97,12 +100,19 @@ def _stage_3(found: list[Module], settings: Settings, ranks: int, accumulation: 
         # Before each forward and again before each backward; a tied weight for each of its two modules.
         uses = [size for module in found for size in (*module.own, module.tied) if size > large]
         once = 2 * sum(shard(size, ranks) for size in uses)
+    gathers = accumulation * 2 * sum(any(size > large for size in (*module.own, module.tied)) for module in found)
     persistent = sum(shard(size, ranks) for module in found for size in module.own if size <= large)
     scattered = ranks * sum(shard(size, ranks) for size in sizes(found, trained=True))
     listed = [
-        Collective("all_gather", dtype, accumulation * width * once, "parameters to compute with"),
+        Collective("all_gather", dtype, accumulation * width * once, "parameters to compute with", gathers),
         Collective("all_gather", dtype, width * persistent, "updated small parameters"),
-        Collective("reduce_scatter", dtype, accumulation * width * scattered, "gradients"),
+        Collective(
+            "reduce_scatter",
+            dtype,
+            accumulation * width * scattered,
+            "gradients",
+            accumulation * -(-scattered // settings.reduce_bucket),
+        ),
     ]
     if settings.offload_optimizer:
         listed.append(Collective("all_reduce", "float32", 4, "gradient norm"))
