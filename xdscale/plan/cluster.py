@@ -77,9 +77,7 @@ def collective_seconds(cluster: Cluster, operation: str, payload: float, calls: 
     return (inside + between) / NETWORK_EFFICIENCY + latency
 
 
-def step_time(
-    cluster: Cluster, samples: float, samples_per_second: float, listed: Iterable[Collective]
-) -> StepTime:
+def step_time(cluster: Cluster, samples: float, samples_per_second: float, listed: Iterable[Collective]) -> StepTime:
     """Returns the time of one optimiser step.
 
     Args:

@@ -10,10 +10,10 @@ from xdscale.plan.activations import Activations, activations
 from xdscale.plan.cluster import REFERENCE_MFU, Cluster, step_time
 from xdscale.plan.configs import WAYS, ds_config, file_name, model_name
 from xdscale.plan.flops import training_flops
-from xdscale.plan.hardware import Gpu, usable_gib
+from xdscale.plan.hardware import usable_gib
 from xdscale.plan.load import Load, expected_load, largest_load
 from xdscale.plan.settings import Settings, read_settings
-from xdscale.plan.shapes import Module, ModelShape, count, model_shape, modules
+from xdscale.plan.shapes import ModelShape, Module, count, model_shape, modules
 from xdscale.plan.states import States, model_states, partition
 from xdscale.plan.traffic import collectives
 from xdscale.recipe import Recipe

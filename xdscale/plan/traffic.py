@@ -4,7 +4,7 @@ Counted is the payload: the size of the tensor that each rank passes to an all-r
 reduce-scatter. Included are the loop's own exchanges of counts and losses, the gradient norm and the overflow flag;
 excluded are saving, validating and the first step, in which stage 3 also compares its trace between ranks.
 
-DeepSpeed 0.19.8 reduces the gradients of every micro-batch under stages 2 and 3, and once per step under stages 0 and 1.
+DeepSpeed 0.19.8 reduces the gradients of every micro-batch under stages 2 and 3, once per step under stages 0 and 1.
 Stage 2 all-reduces them (`use_multi_rank_bucket_allreduce`), stage 3 scatters.
 """
 
@@ -44,9 +44,7 @@ class Collective(NamedTuple):
         return self.payload * share[self.operation]
 
 
-def collectives(
-    found: list[Module], settings: Settings, ranks: int, accumulation: int, tasks: int
-) -> list[Collective]:
+def collectives(found: list[Module], settings: Settings, ranks: int, accumulation: int, tasks: int) -> list[Collective]:
     """Returns the collectives of one optimiser step.
 
     Args:
