@@ -83,11 +83,13 @@ def keeps_gathered(found: list[Module], settings: Settings) -> bool | None:
     """Returns whether stage 3 gathers each parameter once per micro-batch, or anew for each use; None if between.
 
     DeepSpeed releases a parameter after a module unless it is needed again within the reuse distance. Twice all
-    parameters is the longest distance there is; with distance 0 and no prefetching nothing is kept.
+    parameters is the longest distance there is; with distance 0 and no prefetching nothing is kept. In between, and
+    where released parameters are needed once more for recomputing layers, what is counted is an estimate.
     """
     if settings.reuse_distance >= 2 * sum(module.elements + module.tied for module in found):
         return True
-    return False if settings.reuse_distance == settings.prefetch_bucket == 0 else None
+    released = settings.reuse_distance == settings.prefetch_bucket == 0 and not settings.checkpointing
+    return False if released else None
 
 
 def _stage_3(found: list[Module], settings: Settings, ranks: int, accumulation: int) -> list[Collective]:
@@ -95,9 +97,9 @@ def _stage_3(found: list[Module], settings: Settings, ranks: int, accumulation: 
     large = settings.persistence_threshold
     once = sum(shard(size, ranks) for module in found for size in module.own if size > large)
     if keeps_gathered(found, settings) is not True:
-        # Before each forward and again before each backward; a tied weight for each of its two modules.
-        uses = [size for module in found for size in (*module.own, module.tied) if size > large]
-        once = 2 * sum(shard(size, ranks) for size in uses)
+        # Before each forward and, where something is trained, each backward; a tied weight for each of its two modules.
+        uses = [(size, 1 + module.trained) for module in found for size in (*module.own, module.tied) if size > large]
+        once = sum(times * shard(size, ranks) for size, times in uses)
     gathers = accumulation * 2 * sum(any(size > large for size in (*module.own, module.tied)) for module in found)
     persistent = sum(shard(size, ranks) for module in found for size in module.own if size <= large)
     scattered = ranks * sum(shard(size, ranks) for size in sizes(found, trained=True))
