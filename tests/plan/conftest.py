@@ -29,3 +29,17 @@ def run_engines(tmp_path_factory, free_port):
         return {case["name"]: list(each) for case, each in zip(cases, measured)}
 
     return run
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """Overrides for a small model of odd sizes, so that alignment and padding count."""
+    folder = tmp_path_factory.mktemp("small")
+    language = {"model_type": "bert", "vocab_size": 1501, "hidden_size": 60, "num_hidden_layers": 2}
+    language |= {"num_attention_heads": 3, "intermediate_size": 132, "max_position_embeddings": 65}
+    (folder / "config.json").write_text(json.dumps(language))
+    text = {"context_length": 77, "vocab_size": 907, "width": 52, "heads": 2, "layers": 2}
+    (folder / "clip.json").write_text(json.dumps({"embed_dim": 44, "quick_gelu": True, "text_cfg": text}))
+    chosen = {"language.name": folder, "language.weights": "random", "language.sha256": "null"}
+    chosen |= {"clip.name": folder / "clip.json", "clip.weights": "random"}
+    return [f"model.{key}={value}" for key, value in chosen.items()]

@@ -146,6 +146,7 @@ def run_case(case, ranks, counter, out):
     from xdscale.training.throughput import peak_memory_gib
 
     before = storages(live_tensors()).keys()
+    imports_gib = peak_memory_gib()
     recipe = load_recipe(case["recipe"], case["overrides"])
     config = resolve_ds_config(case["name"], case["ds_config"], recipe, ranks.world_size)
     torch.manual_seed(0)
@@ -194,11 +195,11 @@ def run_case(case, ranks, counter, out):
     for steps_done in range(case.get("steps", 2)):
         trainer._step(steps_done)
         result["collectives"] = counter.take()
-    result["after"] = census(engine, before)
+    result |= {"stage": engine.zero_optimization_stage(), "dtype": str(next(module.parameters()).dtype)}
     result["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
     result["trained"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
     result["seconds"] = time.perf_counter() - began
-    result["peak_gib"] = peak_memory_gib()
+    result |= {"peak_gib": peak_memory_gib(), "imports_gib": imports_gib}
     engine.destroy()
     return result
 

@@ -1,6 +1,5 @@
 """Bytes and traffic of the plan against real DeepSpeed engines on two CPU ranks, at every stage."""
 
-import json
 from collections import Counter
 
 import pytest
@@ -52,18 +51,8 @@ NAMES = [made["name"] for made in CASES]
 
 
 @pytest.fixture(scope="module")
-def overrides(tmp_path_factory):
-    """A small model of odd sizes, so that alignment and padding count."""
-    folder = tmp_path_factory.mktemp("small")
-    language = {"model_type": "bert", "vocab_size": 1501, "hidden_size": 60, "num_hidden_layers": 2}
-    language |= {"num_attention_heads": 3, "intermediate_size": 132, "max_position_embeddings": 65}
-    (folder / "config.json").write_text(json.dumps(language))
-    text = {"context_length": 77, "vocab_size": 907, "width": 52, "heads": 2, "layers": 2}
-    (folder / "clip.json").write_text(json.dumps({"embed_dim": 44, "quick_gelu": True, "text_cfg": text}))
-    chosen = {"language.name": folder, "language.weights": "random", "language.sha256": "null"}
-    chosen |= {"clip.name": folder / "clip.json", "clip.weights": "random"}
-    batch = RANKS * ACCUMULATION * MICRO_BATCH
-    return [f"model.{key}={value}" for key, value in chosen.items()] + [f"training.global_batch={batch}"]
+def overrides(small_model):
+    return [*small_model, f"training.global_batch={RANKS * ACCUMULATION * MICRO_BATCH}"]
 
 
 def with_overrides(made, overrides):

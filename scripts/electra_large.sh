@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# ELECTRA-large with CLIP-T and two cross-modal layers (445 million parameters, random weights) on two CPU ranks: two
+# steps under each ZeRO stage, and what the plan said of it. About two minutes and 8 to 16 GiB per stage.
+#   bash scripts/electra_large.sh [STAGE …]      default: 1 2 3
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+# Large tensors go back to the system when they are freed; without this, fragmentation adds about a GiB.
+export MALLOC_MMAP_THRESHOLD_=131072
+python tests/plan/electra_large.py "${@:-1 2 3}"
