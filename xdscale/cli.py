@@ -63,14 +63,20 @@ def plan(
     freeze: Annotated[list[str] | None, typer.Option(help="Part that is not trained: language or clip.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
     write_configs: Annotated[Path | None, typer.Option(help="Folder for DeepSpeed configurations that fit.")] = None,
+    scaling: Annotated[bool, typer.Option("--scaling", help="From 1 to 1,024 GPUs instead.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="With --scaling: SVG file to write.")] = None,
 ) -> None:
     """Memory, traffic, time and cost of a recipe for each ZeRO stage: without a GPU, without weights, at once."""
-    from xdscale.plan.report import machine_from, run_plan
+    from xdscale.plan.report import machine_from, run_plan, run_scaling
 
+    machine = machine_from(gpu, gpus, nodes, gpu_memory, mfu, price)
+    if scaling or chart is not None:
+        run_scaling(recipe, overrides or [], machine, as_json=as_json, chart=chart)
+        return
     run_plan(
         recipe,
         overrides or [],
-        machine_from(gpu, gpus, nodes, gpu_memory, mfu, price),
+        machine,
         sequence_length=sequence_length,
         precision=precision,
         checkpointing=checkpointing,

@@ -1,6 +1,7 @@
-"""Measures ELECTRA-large on two CPU ranks beside its plan; `scripts/electra_large.sh` runs it, the test suite does not."""
+"""Measures ELECTRA-large on two CPU ranks beside its plan; run by scripts/electra_large.sh, not by the test suite."""
 
 import json
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,22 @@ def measure(stage: str) -> list[dict]:
         cases, out = Path(folder, "cases.json"), Path(folder, "out.json")
         cases.write_text(json.dumps([case]))
         launcher = Path(sys.executable).with_name("deepspeed")
-        command = [launcher, "-q", "--num_accelerators", RANKS, WORKER, "--cases", cases, "--out", out]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [
+            launcher,
+            "-q",
+            "--num_accelerators",
+            RANKS,
+            "--master_port",
+            port,
+            WORKER,
+            "--cases",
+            cases,
+            "--out",
+            out,
+        ]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         if result.returncode:
             raise SystemExit(result.stderr[-3000:])
@@ -59,13 +75,14 @@ def report(stage: str, measured: list[dict]) -> None:
         held = max(sum(moment.values()) - moment["buckets"] for moment in moments)
         sent = sum(payload for _, payload in result["collectives"].values())
         peak = (states.device + states.host + active.total) / GIB
-        print(
-            f"ZeRO-{stage} rank {rank}: model states planned {states.resident / GIB:.3f} GiB, measured {held / GIB:.3f} "
-            f"({states.resident / held - 1:+.2%}); payload planned {planned:,} bytes, counted {sent:,}; peak planned "
-            f"{peak:.2f}, measured {result['peak_gib']:.2f} of which imports {result['imports_gib']:.2f}; "
-            f"{result['seconds']:.0f} s",
-            flush=True,
+        columns = (
+            f"ZeRO-{stage}, rank {rank}, {result['seconds']:.0f} s",
+            f"model states planned {states.resident / GIB:.3f} GiB, measured {held / GIB:.3f}",
+            f"difference {states.resident / held - 1:+.2%}",
+            f"payload planned {planned:,} bytes, counted {sent:,}",
+            f"peak planned {peak:.2f} GiB, measured {result['peak_gib'] - result['imports_gib']:.2f} above imports",
         )
+        print(*columns, sep="; ", flush=True)
 
 
 if __name__ == "__main__":

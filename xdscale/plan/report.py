@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -12,9 +13,13 @@ from xdscale.plan.cluster import NETWORK_EFFICIENCY, Cluster
 from xdscale.plan.configs import WAYS, ds_config, write_config
 from xdscale.plan.hardware import FRAGMENTED, RESERVED_GIB, find_gpu
 from xdscale.plan.planner import GIB, Machine, Plan, Row, check_machine, make_plan
+from xdscale.plan.scaling import markdown, scale, write_chart
 from xdscale.recipe import load_recipe
 
 PARTS = ("language", "clip")
+
+_FILE_WIDTH = 140
+"""Columns where there is no terminal to ask."""
 
 
 def machine_from(
@@ -83,9 +88,30 @@ def run_plan(
         _write(plan, write_configs, as_json)
 
 
+def run_scaling(recipe: str, overrides: list[str], machine: Machine, *, as_json: bool, chart: Path | None) -> None:
+    """Plans the recipe from 1 to 1,024 GPUs and prints Markdown or JSON; writes the chart if asked to.
+
+    Raises:
+        XdscaleError: as `scale`.
+    """
+    spec = load_recipe(recipe, overrides)
+    curves = {
+        "batch of the recipe": scale(recipe, spec, machine, grow=False),
+        "growing batch": scale(recipe, spec, machine, grow=True),
+    }
+    if as_json:
+        print(json.dumps({name: [asdict(point) for point in points] for name, points in curves.items()}, indent=2))
+    else:
+        print("\n\n".join(f"{name}:\n\n{markdown(points)}" for name, points in curves.items()))
+    if chart is not None:
+        write_chart(chart, curves, f"{recipe}, {machine.cluster.gpu.name}: hours over GPUs")
+
+
 def print_plan(plan: Plan) -> None:
     """Prints a plan for people."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
     cluster = plan.machine.cluster
     frozen = f", {plan.frozen:,} not trained" if plan.frozen else ""
     console.print(f"{plan.recipe}: {plan.trained:,} trained parameters{frozen}", highlight=False)
@@ -103,7 +129,7 @@ def print_plan(plan: Plan) -> None:
 def _memory_table(plan: Plan) -> Table:
     table = Table(title="GiB per rank", caption="at the suggested micro-batch; buckets with what stage 3 gathers")
     for name in ("", "parameters", "gradients", "optimizer", "activations", "logits", "buckets", "sum", "host"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for row in plan.rows:
         states, active = row.states, row.activations
         values = (
@@ -128,7 +154,7 @@ def _time_table(plan: Plan) -> Table:
     )
     names = ("", "largest micro-batch", "suggested", "steps to add up", "GB handed over", "GB sent", "s per step")
     for name in (*names, "waiting", "hours", "$"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for row in plan.rows:
         traffic = [f"{value / 1e9:.2f}" for value in (row.payload_bytes, row.wire_bytes)]
         if row.step_seconds is None:
