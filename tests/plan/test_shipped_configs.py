@@ -67,15 +67,19 @@ def test_micro_batch_fits_the_gpu_it_is_for(name):
     assert (precision(values), zero_stage(values)) == (kind, int(way[4]))
 
 
+def content(name):
+    return (FOLDER / f"{name}.json").read_text()
+
+
 @pytest.fixture(scope="module")
 def engines(run_engines, small_model):
-    """Two ranks make one step with every file; only the model is small."""
+    """Two ranks make one step with every file, those of equal content once: {content: what each rank measured}."""
     cases = []
-    for name in [*SHIPPED, "quickstart-zero2"]:
-        values = read_ds_config(str(FOLDER / f"{name}.json"))
+    for text in sorted({content(name) for name in [*SHIPPED, "quickstart-zero2"]}):
+        values = json.loads(text)
         batch = 2 * values["train_micro_batch_size_per_gpu"]
         overrides = [*small_model, f"training.global_batch={batch}"]
-        cases.append({"name": name, "recipe": "quickstart", "overrides": overrides, "ds_config": values})
+        cases.append({"name": text, "recipe": "quickstart", "overrides": overrides, "ds_config": values})
         cases[-1] |= {"length": 8, "blocks": 1, "steps": 1}
     return run_engines(cases)
 
@@ -83,7 +87,7 @@ def engines(run_engines, small_model):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_deepspeed_trains_with_every_file(engines, name):
     _, way, kind = SHIPPED[name]
-    for result in engines[name]:
+    for result in engines[content(name)]:
         assert result["stage"] == int(way[4])
         assert result["dtype"] == {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[kind]
         assert any(key.startswith("all_gather_into_tensor") for key in result["collectives"])
