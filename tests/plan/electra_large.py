@@ -68,7 +68,7 @@ def report(stage: str, measured: list[dict]) -> None:
     found = modules(shape)
     load = Load(LENGTH, BLOCKS, 77 * BLOCKS, LENGTH // 7, 1, 77 * BLOCKS // 7)
     active = activations(shape, load, settings, spec.model.dropout, mask=settings.parameter_bytes)
-    planned = sum(each.payload for each in collectives(found, settings, RANKS, ACCUMULATION, 3))
+    planned = sum(each.payload_bytes for each in collectives(found, settings, RANKS, ACCUMULATION, 3))
     for rank, result in enumerate(measured):
         states = model_states(found, settings, RANKS, rank)
         moments = [result[name] for name in ("accumulating", "boundary")]

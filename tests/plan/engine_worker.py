@@ -117,7 +117,7 @@ def census(engine, excluded):
         masters = [p for group in base.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         live = live_tensors()
-    buffers = [getattr(engine.optimizer, f"temp_grad_buffer_for_{kind}_offload", None) for kind in ("cpu", "gpu")]
+    buffers = [getattr(engine.optimizer, "temp_grad_buffer_for_gpu_offload", None)]
     for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values():
         buffers += bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
     owners = [
@@ -135,18 +135,14 @@ def census(engine, excluded):
     return result | {"rest": sum(rest.values())}
 
 
-def run_case(case, ranks, counter, out):
+def build_case(case, ranks):
+    """Returns recipe, configuration, module and engine of a case."""
     import torch
 
     from xdscale.ds_config import activation_checkpointing, resolve_ds_config
     from xdscale.tasks.xdbert import build_adaptation
     from xdscale.training.engine import build_engine
-    from xdscale.training.loop import StepData, Trainer
-    from xdscale.training.signals import StopRequest
-    from xdscale.training.throughput import peak_memory_gib
 
-    before = storages(live_tensors()).keys()
-    imports_gib = peak_memory_gib()
     recipe = load_recipe(case["recipe"], case["overrides"])
     config = resolve_ds_config(case["name"], case["ds_config"], recipe, ranks.world_size)
     torch.manual_seed(0)
@@ -155,11 +151,13 @@ def run_case(case, ranks, counter, out):
         module.enable_activation_checkpointing()
     for name in case.get("frozen", ()):
         module.get_submodule(name).requires_grad_(False)
-    began = time.perf_counter()
-    engine = build_engine(module, recipe.optim, config, load_universal=False)
-    counter.take()
-    shape = (module, case["length"], case["blocks"], config["train_micro_batch_size_per_gpu"])
-    batches = crafted_batches(recipe, *shape, config["gradient_accumulation_steps"], ranks.rank)
+    return recipe, config, module, build_engine(module, recipe.optim, config, load_universal=False)
+
+
+def build_trainer(recipe, engine, ranks, batches):
+    """Returns the real trainer on the same batches at every step."""
+    from xdscale.training.loop import StepData, Trainer
+    from xdscale.training.signals import StopRequest
 
     class Source:
         wait_seconds = 0.0
@@ -167,18 +165,8 @@ def run_case(case, ranks, counter, out):
         def __next__(self):
             return 0, StepData(batches, "")
 
-    result = {"name": case["name"]}
-    make_step = engine.step
-
-    def step():
-        moment = "boundary" if engine.is_gradient_accumulation_boundary() else "accumulating"
-        if steps_done == 1 and moment not in result:
-            result[moment] = census(engine, before)
-        make_step()
-
-    engine.step = step
     engine.train()
-    trainer = Trainer(
+    return Trainer(
         engine=engine,
         recipe=recipe,
         ranks=ranks,
@@ -188,18 +176,39 @@ def run_case(case, ranks, counter, out):
         position=lambda step: None,
         flops=lambda arrays: 0.0,
         matmul_flops_per_second=1.0,
-        checkpoints=Path(out),
+        checkpoints=Path("unused"),
         monitor=None,
         stop=StopRequest(),
     )
+
+
+def run_case(case, ranks, counter):
+    from xdscale.training.throughput import peak_memory_gib
+
+    before = storages(live_tensors()).keys()
+    result = {"name": case["name"], "imports_gib": peak_memory_gib()}
+    began = time.perf_counter()
+    recipe, config, module, engine = build_case(case, ranks)
+    counter.take()
+    shape = (module, case["length"], case["blocks"], config["train_micro_batch_size_per_gpu"])
+    batches = crafted_batches(recipe, *shape, config["gradient_accumulation_steps"], ranks.rank)
+    make_step = engine.step
+
+    def step():
+        moment = "boundary" if engine.is_gradient_accumulation_boundary() else "accumulating"
+        if steps_done == 1 and moment not in result:
+            result[moment] = census(engine, before)
+        make_step()
+
+    engine.step = step
+    trainer = build_trainer(recipe, engine, ranks, batches)
     for steps_done in range(case.get("steps", 2)):
         trainer._step(steps_done)
         result["collectives"] = counter.take()
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
+    result |= {"parameters": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}
     result |= {"stage": engine.zero_optimization_stage(), "dtype": str(next(module.parameters()).dtype)}
-    result["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-    result["trained"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
-    result["seconds"] = time.perf_counter() - began
-    result |= {"peak_gib": peak_memory_gib(), "imports_gib": imports_gib}
+    result |= {"seconds": time.perf_counter() - began, "peak_gib": peak_memory_gib()}
     engine.destroy()
     return result
 
@@ -221,7 +230,7 @@ def main():
     get_accelerator().is_fp16_supported = lambda: True
     results = []
     for case in json.loads(Path(options.cases).read_text()):
-        results.append(run_case(case, ranks, counter, options.out))
+        results.append(run_case(case, ranks, counter))
         gc.collect()
     everything = ranks.gather(results)
     if ranks.is_first:

@@ -35,7 +35,7 @@ def modelled(gpu, rows, width):
     seconds = batch / published - collective_seconds(alone, "all_reduce", width * BERT_LARGE)
     rate = batch / alone.gpus / seconds
     steps = [step_time(Cluster(kind, 8 * nodes, nodes), batch / (8 * nodes), rate, traffic) for nodes, batch, _ in rows]
-    return [batch / step.total for (_, batch, _), step in zip(rows, steps)]
+    return [batch / step.total_seconds for (_, batch, _), step in zip(rows, steps)]
 
 
 def efficiencies(gpu, rows, width):
@@ -91,4 +91,4 @@ def test_collectives_in_one_node_take_the_time_of_a_ring(operation, passes):
 
 def test_one_gpu_waits_for_nobody():
     step = step_time(Cluster(find_gpu("H100"), 1, 1), 10, 100, [Collective("all_reduce", "", 10**9, "")])
-    assert (step.computing, step.communicating) == (0.1, 0)
+    assert (step.computing_seconds, step.communicating_seconds) == (0.1, 0)

@@ -90,7 +90,7 @@ def test_collective_bytes_are_exactly_those_counted(measured, overrides, made):
     spec, found, settings = planned(made, overrides)
     expected = Counter()
     for each in collectives(found, settings, RANKS, ACCUMULATION, len(spec.tasks.weights())):
-        expected[f"{TORCH_NAMES.get(each.operation, each.operation)} {each.dtype}"] += each.payload
+        expected[f"{TORCH_NAMES.get(each.operation, each.operation)} {each.dtype}"] += each.payload_bytes
     for result in measured[made["name"]]:
         assert {key: payload for key, (_, payload) in result["collectives"].items()} == dict(expected)
 

@@ -50,13 +50,13 @@ class Cluster:
 class StepTime:
     """Seconds of one optimiser step."""
 
-    computing: float
-    communicating: float
+    computing_seconds: float
+    communicating_seconds: float
 
     @property
-    def total(self) -> float:
+    def total_seconds(self) -> float:
         """Both, one after the other."""
-        return self.computing + self.communicating
+        return self.computing_seconds + self.communicating_seconds
 
 
 def collective_seconds(cluster: Cluster, operation: str, payload: float, calls: int = 1) -> float:
@@ -86,5 +86,5 @@ def step_time(cluster: Cluster, samples: float, samples_per_second: float, liste
         samples_per_second: of one GPU alone.
         listed: collectives of the step.
     """
-    seconds = sum(collective_seconds(cluster, each.operation, each.payload, each.calls) for each in listed)
+    seconds = sum(collective_seconds(cluster, each.operation, each.payload_bytes, each.calls) for each in listed)
     return StepTime(samples / samples_per_second, seconds if cluster.gpus > 1 else 0.0)

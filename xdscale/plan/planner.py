@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from xdscale.errors import XdscaleError
 from xdscale.plan.activations import Activations, activations
 from xdscale.plan.cluster import REFERENCE_MFU, Cluster, step_time
 from xdscale.plan.configs import WAYS, ds_config, file_name, model_name
@@ -210,8 +209,8 @@ class _RowMaker:
         listed = collectives(self.found, settings, gpus, accumulation, len(self.shape.tasks))
         rate = self.machine.mfu * self.machine.cluster.gpu.peak_flops / self.flops
         step = step_time(self.machine.cluster, accumulation * settings.micro_batch, rate, listed)
-        waiting = step.communicating + self._host_seconds(settings)
-        seconds = step.computing + waiting if largest else None
+        waiting = step.communicating_seconds + self._host_seconds(settings)
+        seconds = step.computing_seconds + waiting if largest else None
         hours = seconds * self.recipe.training.steps / 3600 if seconds else None
         return Row(
             way=way,
@@ -220,8 +219,8 @@ class _RowMaker:
             largest_micro_batch=largest,
             micro_batch=micro_batch,
             accumulation=accumulation,
-            payload_bytes=sum(each.payload for each in listed),
-            wire_bytes=sum(each.wire(gpus) for each in listed),
+            payload_bytes=sum(each.payload_bytes for each in listed),
+            wire_bytes=sum(each.wire_bytes(gpus) for each in listed),
             step_seconds=seconds,
             communication_seconds=waiting,
             hours=hours,
@@ -246,13 +245,3 @@ class _RowMaker:
             return 0.0
         part = partition(count(self.found, trained=True), self.machine.cluster.gpus)
         return part * ((4 + settings.parameter_bytes) / HOST_LINK + _ADAMW_TOUCHES / HOST_MEMORY)
-
-
-def check_machine(gpus: int, nodes: int) -> None:
-    """Refuses numbers that no cluster has.
-
-    Raises:
-        XdscaleError: the GPUs do not divide over the nodes.
-    """
-    if gpus % nodes:
-        raise XdscaleError(f"--gpus {gpus} --nodes {nodes}: the GPUs do not divide evenly over the nodes")

@@ -12,7 +12,7 @@ from xdscale.errors import XdscaleError
 from xdscale.plan.cluster import NETWORK_EFFICIENCY, Cluster
 from xdscale.plan.configs import WAYS, ds_config, write_config
 from xdscale.plan.hardware import FRAGMENTED, RESERVED_GIB, find_gpu
-from xdscale.plan.planner import GIB, Machine, Plan, Row, check_machine, make_plan
+from xdscale.plan.planner import GIB, Machine, Plan, Row, make_plan
 from xdscale.plan.scaling import markdown, scale, write_chart
 from xdscale.recipe import load_recipe
 
@@ -39,8 +39,10 @@ def machine_from(
         XdscaleError: an unknown GPU, or numbers that cannot be.
     """
     found = find_gpu(gpu)
-    nodes = nodes or math.ceil(gpus / found.node_gpus)
-    check_machine(gpus, nodes)
+    if nodes is None:
+        nodes = next(count for count in range(math.ceil(gpus / found.node_gpus), gpus + 1) if gpus % count == 0)
+    elif gpus % nodes:
+        raise XdscaleError(f"--gpus {gpus} --nodes {nodes}: the GPUs do not divide evenly over the nodes")
     return Machine(
         cluster=Cluster(found, gpus, nodes),
         memory_gib=memory_gib or found.memory_gib,
@@ -180,8 +182,10 @@ def _verdict(plan: Plan) -> str:
             f"{plan.machine.usable_bytes / GIB:.1f}. Use {more}, shorter sequences or a larger GPU."
         )
     row = next(row for row in plan.rows if row.way == plan.best)
-    reserve = f"{RESERVED_GIB:g} GiB for the context and {FRAGMENTED:.0%} for fragmentation are left free"
-    return f"Use ds_configs/{row.config} with micro-batch {row.micro_batch}. {reserve}."
+    return (
+        f"Use ds_configs/{row.config} with micro-batch {row.micro_batch} (--write-configs FOLDER writes it so). "
+        f"{RESERVED_GIB:g} GiB for the context and {FRAGMENTED:.0%} for fragmentation are left free."
+    )
 
 
 def _write(plan: Plan, folder: Path, as_json: bool) -> None:

@@ -23,25 +23,25 @@ class Collective(NamedTuple):
     Attributes:
         operation: `all_reduce`, `all_gather` or `reduce_scatter`.
         dtype: torch's name of the element type.
-        payload: bytes that each rank hands over.
+        payload_bytes: what each rank hands over.
         why: what they are for.
         calls: about how many, for their latency.
     """
 
     operation: str
     dtype: str
-    payload: int
+    payload_bytes: int
     why: str
     calls: int = 1
 
-    def wire(self, ranks: int) -> float:
+    def wire_bytes(self, ranks: int) -> float:
         """Returns the bytes that each rank sends when the collective runs on a ring."""
         share = {
             "all_reduce": 2 * (ranks - 1) / ranks,
             "reduce_scatter": (ranks - 1) / ranks,
             "all_gather": ranks - 1,
         }
-        return self.payload * share[self.operation]
+        return self.payload_bytes * share[self.operation]
 
 
 def collectives(found: list[Module], settings: Settings, ranks: int, accumulation: int, tasks: int) -> list[Collective]:
