@@ -58,7 +58,7 @@ def plan(
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak rate that computing reaches.")] = 0.4,
     price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU and hour; default: assumed.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Default: the encoder's positions.")] = None,
-    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the GPU's own.")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp16; default: the GPU's own.")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers going backward.")] = False,
     freeze: Annotated[list[str] | None, typer.Option(help="Part that is not trained: language or clip.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,

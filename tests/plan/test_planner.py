@@ -158,6 +158,7 @@ def test_says_what_to_do_when_nothing_fits():
         (["xdbert-base-wikitext103", "--gpus", "9", "--nodes", "2"], "do not divide evenly"),
         (["xdbert-base-wikitext103", "--gpu", "A100-8OG"], "A100-80G"),
         (["xdbert-base-wikitext103", "--freeze", "vision"], "--freeze vision: expected one of language, clip"),
+        (["xdbert-base-wikitext103", "--gpu", "V100", "--precision", "bf16"], "V100-32G computes in fp16"),
         (["xdbert-base-wikitext103", "--sequence-length", "1024"], "sequence length 1024"),
         (["xdbert-base-wikitext103", "--gpu-memory", "2", "--write-configs", "c"], "nothing fits, nothing written"),
         (["xdbert-bse-wikitext103"], "did you mean 'xdbert-base-wikitext103'"),

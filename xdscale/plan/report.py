@@ -71,8 +71,11 @@ def run_plan(
     for part in frozen:
         if part not in PARTS:
             raise XdscaleError(f"--freeze {part}: expected one of {', '.join(PARTS)}")
-    if precision not in (None, "bf16", "fp16", "fp32"):
-        raise XdscaleError(f"--precision {precision}: expected bf16, fp16 or fp32")
+    own = machine.cluster.gpu.precision
+    if precision not in (None, "fp16", own):
+        raise XdscaleError(
+            f"--precision {precision}: {machine.cluster.gpu.name} computes in {own}{' or fp16' * (own != 'fp16')}"
+        )
     plan = make_plan(
         recipe,
         load_recipe(recipe, overrides),
