@@ -11,6 +11,8 @@ from xdscale.plan.states import model_states
 from xdscale.plan.traffic import collectives
 from xdscale.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 ACCUMULATION = 3
 MICRO_BATCH = 2
