@@ -48,6 +48,45 @@ def params(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Recipe file or name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, such as V100-32G, A100-80G, H100-80G.")] = "A100-80G",
+    gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of one GPU; default: its kind's.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; default: as few as usual.")] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak rate that computing reaches.")] = 0.4,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU and hour; default: assumed.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Default: the encoder's positions.")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp16; default: the GPU's own.")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers going backward.")] = False,
+    freeze: Annotated[list[str] | None, typer.Option(help="Part that is not trained: language or clip.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    write_configs: Annotated[Path | None, typer.Option(help="Folder for DeepSpeed configurations that fit.")] = None,
+    scaling: Annotated[bool, typer.Option("--scaling", help="From 1 to 1,024 GPUs instead.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="With --scaling: SVG file to write.")] = None,
+) -> None:
+    """Memory, traffic, time and cost of a recipe for each ZeRO stage: without a GPU, without weights, at once."""
+    from xdscale.plan.report import machine_from, run_plan, run_scaling
+
+    machine = machine_from(gpu, gpus, nodes, gpu_memory, mfu, price)
+    if scaling or chart is not None:
+        run_scaling(recipe, overrides or [], machine, as_json=as_json, chart=chart)
+        return
+    run_plan(
+        recipe,
+        overrides or [],
+        machine,
+        sequence_length=sequence_length,
+        precision=precision,
+        checkpointing=checkpointing,
+        frozen=freeze or [],
+        as_json=as_json,
+        write_configs=write_configs,
+    )
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Run folder.")],
     out: Annotated[str, typer.Argument(help="New folder for the Hugging Face export.")],
