@@ -156,8 +156,11 @@ def build_case(case, ranks):
 
 def build_trainer(recipe, engine, ranks, batches):
     """Returns the real trainer on the same batches at every step."""
-    from xdscale.training.loop import StepData, Trainer
+    from xdscale.training.loop import Trainer
+    from xdscale.training.protocols import StepData
     from xdscale.training.signals import StopRequest
+    from xdscale.training.skipping import Skipped
+    from xdscale.training.watchdog import Watchdog
 
     class Source:
         wait_seconds = 0.0
@@ -172,13 +175,17 @@ def build_trainer(recipe, engine, ranks, batches):
         ranks=ranks,
         weights=recipe.tasks.weights(),
         source=Source(),
+        stream=None,  # only asked about steps that are skipped
         validation=[],
         position=lambda step: None,
         flops=lambda arrays: 0.0,
         matmul_flops_per_second=1.0,
+        run=Path("unused"),
         checkpoints=Path("unused"),
         monitor=None,
         stop=StopRequest(),
+        skipped=Skipped(),
+        watchdog=Watchdog(ranks, Path("unused"), recipe.training.hang_seconds),
     )
 
 
