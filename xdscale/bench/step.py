@@ -328,6 +328,9 @@ class _InventedSplit:
     def __len__(self) -> int:
         return len(self._language)
 
+    def usable(self, sample_ids: np.ndarray) -> np.ndarray:
+        return np.ones(len(sample_ids), bool)
+
     def language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
         return self._language[sample_ids]
 
