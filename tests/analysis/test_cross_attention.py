@@ -33,16 +33,15 @@ LANGUAGE_TOKENS = (
     "enhanced gene would have an opposite effect . [SEP] scientists have discovered a gene that produces a hormone "
     "that raises the life expect ##ancy in mice by 30 percent . [SEP]"
 ).split()
-CLIP_TOKENS = (
-    (
-        "< scientists had observed that mice with a defe ctive klo tho gene aged pre matu rely and wondered if an enhanced "
-        "gene would have an opposite effect . > < scientists have discovered a gene that produces a hormone that raises "
-        "the life expect ancy in mice by 3 0 percent . >"
-    )
-    .replace("<", "<start_of_text>")
-    .split()
-)
-CLIP_TOKENS = [{"<": "<start_of_text>", ">": "<end_of_text>"}.get(token, token) for token in CLIP_TOKENS]
+MARKS = {"<": "<start_of_text>", ">": "<end_of_text>"}
+CLIP_TOKENS = [
+    MARKS.get(token, token)
+    for token in (
+        "< scientists had observed that mice with a defe ctive klo tho gene aged pre matu rely and wondered if an "
+        "enhanced gene would have an opposite effect . > < scientists have discovered a gene that produces a hormone "
+        "that raises the life expect ancy in mice by 3 0 percent . >"
+    ).split()
+]
 
 
 @pytest.fixture(scope="module")

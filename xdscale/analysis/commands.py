@@ -6,13 +6,18 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from xdscale.analysis import pictures
+from xdscale.analysis.comparison import CATEGORIES, ComparedExample, read_comparison
 from xdscale.errors import XdscaleError
+
+if TYPE_CHECKING:
+    from xdscale.analysis.grounded_ratio import GroundedWords
 
 
 def print_pwcca(first: str, second: str, *, seed: int, words: int | None, plot: Path | None) -> None:
@@ -58,14 +63,7 @@ def print_grounded_ratio(
     plot: Path | None,
 ) -> None:
     """Compares the visually grounded ratio of examples that improved and of those that worsened (Figure 4)."""
-    from xdscale.analysis.comparison import read_comparison
-    from xdscale.analysis.grounded_ratio import (
-        CATEGORIES,
-        GroundedWords,
-        default_stop_words,
-        read_captions,
-        read_stop_words,
-    )
+    from xdscale.analysis.grounded_ratio import GroundedWords, default_stop_words, read_captions, read_stop_words
     from xdscale.shards.language import load_language_tokenizer
 
     pictures.check_picture_path(plot)
@@ -87,25 +85,34 @@ def print_grounded_ratio(
             on_lines=lambda lines: status.update(f"counting captions: {lines:,}"),
         )
     print(f"{counts.lines:,} caption lines: {counts.grounded_pieces:,} word pieces occur more than {threshold} times")
-    groups: dict[str, dict[str, list[float]]] = {}
-    rows = []
+    groups, rows = {}, []
     for name, examples in data.items():
-        groups[name] = {category: [] for category in CATEGORIES}
-        for example in examples:
-            found = counts.of(*example.texts)
-            rows.append((name, example.id, example.category, found.grounded, found.other, found.ratio))
-            if found.ratio is not None:
-                groups[name][example.category].append(found.ratio)
-        gained = sum(example.correct_ours - example.correct_baseline for example in examples)
-        share = f", {gained / runs / len(examples):+.2%} over {runs} runs" if runs else ""
-        empty = sum(row[0] == name and row[5] is None for row in rows)
-        left = f"; {empty} of stop words and punctuation alone are left out" if empty else ""
-        _print(f"{name}: {gained:+,} correct answers{share}{left}", _ratios(groups[name]))
+        groups[name], own_rows = _split(name, examples, counts, runs)
+        rows += own_rows
     if out is not None:
         _write_csv(out, ("data", "id", "category", "grounded", "not_grounded", "ratio"), rows)
     if plot is not None:
         unequal = {name: {key: parts[key] for key in CATEGORIES[:2]} for name, parts in groups.items()}
         pictures.save_picture(pictures.ratio_boxes(unequal), plot)
+
+
+def _split(
+    name: str, examples: list[ComparedExample], counts: "GroundedWords", runs: int | None
+) -> tuple[dict[str, list[float]], list[tuple]]:
+    """Prints a data set's table; returns the ratios by category, and a line of the output for each example."""
+    groups: dict[str, list[float]] = {category: [] for category in CATEGORIES}
+    rows = []
+    for example in examples:
+        found = counts.of(*example.texts)
+        rows.append((name, example.id, example.category, found.grounded, found.other, found.ratio))
+        if found.ratio is not None:
+            groups[example.category].append(found.ratio)
+    gained = sum(example.correct_ours - example.correct_baseline for example in examples)
+    share = f", {gained / runs / len(examples):+.2%} over {runs} runs" if runs else ""
+    empty = len(examples) - sum(map(len, groups.values()))
+    left = f"; {empty} of stop words and punctuation alone are left out" if empty else ""
+    _print(f"{name}: {gained:+,} correct answers{share}{left}", _ratios(groups))
+    return groups, rows
 
 
 def print_cross_attention(folder: Path, *, sentences: list[str], against: Path | None, plot: Path | None) -> None:

@@ -13,6 +13,9 @@ from xdscale.errors import XdscaleError
 REQUIRED = ("id", "sentence1", "correct_baseline", "correct_ours")
 OPTIONAL = "sentence2"
 
+CATEGORIES = ("improved", "worsened", "equal")
+"""Of an example: our runs were correct more often, less often, as often."""
+
 
 @dataclass(frozen=True)
 class ComparedExample:
@@ -32,9 +35,9 @@ class ComparedExample:
 
     @property
     def category(self) -> str:
-        """improved, worsened or equal."""
+        """One of `CATEGORIES`."""
         difference = self.correct_ours - self.correct_baseline
-        return "equal" if difference == 0 else "improved" if difference > 0 else "worsened"
+        return CATEGORIES[0 if difference > 0 else 1 if difference < 0 else 2]
 
 
 def read_comparison(path: Path, *, runs: int | None = None) -> list[ComparedExample]:

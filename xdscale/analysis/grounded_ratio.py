@@ -17,8 +17,6 @@ from xdscale.errors import XdscaleError
 THRESHOLD = 100
 """A word piece is visually grounded if the captions hold it more often than this (paper Appendix D)."""
 
-CATEGORIES = ("improved", "worsened", "equal")
-
 _LINES_AT_ONCE = 10_000
 
 
@@ -97,7 +95,7 @@ def is_punctuation(piece: str) -> bool:
 def default_stop_words() -> frozenset[str]:
     """Returns NLTK's 179 English stop words, as bm25s carries them.
 
-    The paper names no list. This one agrees with every bracket in its Appendix D; scikit-learn's, for one, holds
+    The paper names no list. This one fits the brackets of its Appendix D; scikit-learn's, for one, holds
     "one", "two", "across" and "towards", which the paper counts.
     """
     from bm25s.stopwords import STOPWORDS_EN_PLUS
