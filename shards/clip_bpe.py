@@ -25,6 +25,8 @@ BLOCK_TOKENS = 75
 """Content tokens per CLIP block: a context of 77 less start and end (spec xdbert §4)."""
 
 START, END = "<start_of_text>", "<end_of_text>"
+WORD_END = "</w>"
+"""What an entry ends in that closes a word."""
 VOCAB_SIZE = 49_408
 # The file lists more merges than CLIP uses: those that fit beside 2 * 256 bytes and 2 markers.
 MERGES = VOCAB_SIZE - 2 * 256 - 2
@@ -48,7 +50,7 @@ class ClipBPE:
 
     def __init__(self) -> None:
         merges = _read_merges(resolve_path(MERGES_FILE))
-        self.tokenizer = Tokenizer(models.BPE(_vocabulary(merges), merges, end_of_word_suffix="</w>"))
+        self.tokenizer = Tokenizer(models.BPE(_vocabulary(merges), merges, end_of_word_suffix=WORD_END))
         self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
@@ -60,6 +62,10 @@ class ClipBPE:
         """Returns the ids of each text, uint16 [tokens], as many as the text has."""
         encodings = self.tokenizer.encode_batch_fast([clean(text) for text in texts])
         return [np.array(encoding.ids, np.uint16) for encoding in encodings]
+
+    def vocabulary(self) -> dict[str, int]:
+        """Returns every entry and its id; entries spell bytes as printable characters."""
+        return self.tokenizer.get_vocab()
 
 
 def describe_clip_tokenizer() -> ClipTokenizer:
@@ -113,5 +119,5 @@ def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     # Bytes stand as printable characters: themselves where they are printable, else from U+0100 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     symbols = [chr(byte) for byte in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
-    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), START, END]
+    tokens = [*symbols, *(symbol + WORD_END for symbol in symbols), *map("".join, merges), START, END]
     return {token: number for number, token in enumerate(tokens)}

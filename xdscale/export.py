@@ -1,18 +1,23 @@
-"""From a run to Hugging Face folders: the adapted language encoder, and the full cross-modal model."""
+"""From a run to Hugging Face folders: the adapted language encoder and the full cross-modal model; and back."""
 
 import contextlib
 import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.recipe import Language, Recipe
+from xdscale.recipe import Language, Recipe, describe_validation_error
 
-LANGUAGE_PREFIX = "model.language."
+if TYPE_CHECKING:
+    from xdscale.models.xdbert import XDBERT
+
+MODEL_PREFIX = "model."
+LANGUAGE_PREFIX = MODEL_PREFIX + "language."
 FULL_MODEL = "cross_modal"
 
 
@@ -67,6 +72,75 @@ def export_run(run: Path, out: Path, *, step: int | None = None) -> str:
     return f"{out}: language encoder of {checkpoint.name} ({parameters:,} parameters), full model in {out / FULL_MODEL}"
 
 
+def load_cross_modal(folder: Path) -> "XDBERT":
+    """Builds the adapted cross-modal model in fp32, for evaluation.
+
+    Neither the original encoders nor a network are needed: all weights come from `folder`.
+
+    Args:
+        folder: a run folder (its newest undamaged checkpoint is read, checksums verified), or an export.
+
+    Raises:
+        XdscaleError: neither of the two, no checkpoint yet, or the weights are damaged or not those of the recipe.
+    """
+    from xdscale.pretrained.clip import build_clip_text_tower
+    from xdscale.pretrained.files import some
+    from xdscale.pretrained.language import load_language_encoder
+    from xdscale.tasks.xdbert import join_encoders
+
+    spec = adapted_recipe(folder).model
+    source = Language(name=str(language_folder(folder).resolve()), weights="random")
+    language = load_language_encoder(source, dropout=spec.dropout)
+    model = join_encoders(spec, language, build_clip_text_tower(spec.clip))
+    state = _adapted_state(folder)
+    found = {name.removeprefix(MODEL_PREFIX): value for name, value in state.items() if name.startswith(MODEL_PREFIX)}
+    wanted = model.state_dict()
+    wrong = sorted(name for name, value in wanted.items() if name not in found or found[name].shape != value.shape)
+    if wrong:
+        raise XdscaleError(f"{folder}: holds no fitting weights for {some(wrong)} of the model in its recipe")
+    model.load_state_dict({name: found[name] for name in wanted})
+    return model.eval()
+
+
+def adapted_recipe(folder: Path) -> Recipe:
+    """Returns the recipe that a run or an export was made with.
+
+    Raises:
+        XdscaleError: `folder` is neither, or its recipe is damaged.
+    """
+    from xdscale.pretrained.files import read_json
+
+    exported = folder / FULL_MODEL / "config.json"
+    if (folder / "recipe.yaml").is_file():
+        return _read_recipe(folder)
+    if not exported.is_file():
+        raise XdscaleError(
+            f"{folder}: neither a run folder (no recipe.yaml) nor an export (no {FULL_MODEL}/config.json)"
+        )
+    values = read_json(exported)
+    try:
+        return Recipe.model_validate(values.get("recipe"))
+    except ValidationError as error:
+        raise XdscaleError(describe_validation_error(str(exported), error, Recipe)) from None
+
+
+def language_folder(folder: Path) -> Path:
+    """Returns where a run or an export keeps the language encoder's config.json and tokenizer.json."""
+    return folder if (folder / FULL_MODEL).is_dir() else folder / "language"
+
+
+def _adapted_state(folder: Path) -> dict[str, Any]:
+    """The fp32 weights of a run or an export, with heads, under the adaptation module's names."""
+    from xdscale.pretrained.files import read_json, read_state_dict
+
+    exported = folder / FULL_MODEL
+    if not exported.is_dir():
+        return consolidated_state(_choose_checkpoint(folder, None))
+    state = read_state_dict(exported / "model.safetensors")
+    tied = read_json(exported / "config.json").get("tied_weights", {})
+    return state | {name: state[stored] for name, stored in tied.items() if stored in state}
+
+
 def consolidated_state(checkpoint: Path) -> dict[str, Any]:
     """Returns the fp32 weights of a checkpoint, put together from all ranks' files.
 
@@ -96,7 +170,12 @@ def _read_recipe(run: Path) -> Recipe:
     path = run / "recipe.yaml"
     if not path.is_file():
         raise XdscaleError(f"{run}: not a run folder (no recipe.yaml); give the recipe's output.folder")
-    return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise XdscaleError(describe_validation_error(str(path), error, Recipe)) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise XdscaleError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _choose_checkpoint(run: Path, step: int | None) -> Path:

@@ -88,12 +88,11 @@ def _open_clip_config(spec: recipe.Clip) -> dict[str, Any]:
     return values
 
 
-def load_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
-    """Builds CLIP's text tower in fp32, without the vision tower.
+def build_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
+    """Builds CLIP's text tower in fp32 with random weights, shaped for the weights that `spec` names.
 
     Raises:
-        XdscaleError: as `clip_config`; or the weights are neither 'random', nor a file, nor a tag of
-            open_clip, cannot be fetched, or are not those of this tower.
+        XdscaleError: as `clip_config`.
     """
     config = clip_config(spec)
     tower = TextTransformer(
@@ -102,7 +101,17 @@ def load_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
         act_layer=QuickGELU if config.quick_gelu else nn.GELU,
         pool_type="none",
     )
-    encoder = CLIPTextEncoder(tower)
+    return CLIPTextEncoder(tower)
+
+
+def load_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
+    """Builds CLIP's text tower in fp32, without the vision tower, and loads its weights.
+
+    Raises:
+        XdscaleError: as `clip_config`; or the weights are neither 'random', nor a file, nor a tag of
+            open_clip, cannot be fetched, or are not those of this tower.
+    """
+    encoder = build_clip_text_tower(spec)
     if spec.weights != "random":
         path = _clip_weights_file(spec)
         _load_text_weights(encoder, read_state_dict(path), path)

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from xdscale import recipe
 from xdscale.errors import XdscaleError
 from xdscale.models.attention import use_packed_attention
+from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer
 from xdscale.models.residual_norm import use_residual_norm
 from xdscale.models.xdbert import XDBERT
@@ -142,10 +144,20 @@ def build_model(spec: recipe.Model) -> XDBERT:
         XdscaleError: an encoder cannot be built or its weights cannot be loaded (see `xdscale.pretrained`).
     """
     language = load_language_encoder(spec.language, dropout=spec.dropout)
+    return join_encoders(spec, language, load_clip_text_tower(spec.clip))
+
+
+def join_encoders(spec: recipe.Model, language: PreTrainedModel, clip: CLIPTextEncoder) -> XDBERT:
+    """Joins two encoders by fresh cross-modal layers.
+
+    Args:
+        spec: the number of layers, their dropout and kernels; its names of encoders are not read.
+        language: BERT or ELECTRA.
+        clip: CLIP-T.
+    """
     plain = spec.kernels == "plain"
     use_packed_attention(language, plain=plain)
     use_residual_norm(language, plain=plain)
-    clip = load_clip_text_tower(spec.clip)
     config = language.config
     layers = [
         CrossModalLayer(

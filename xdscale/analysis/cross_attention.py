@@ -1,0 +1,139 @@
+"""What language tokens read in CLIP's: the maps of the cross-modal layers for one example (paper §5, Table 9)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH, pack_clip_blocks
+from xdscale.errors import XdscaleError
+from xdscale.export import adapted_recipe, language_folder, load_cross_modal
+from xdscale.shards.clip_bpe import END, START, WORD_END, ClipBPE, describe_clip_tokenizer
+from xdscale.shards.language import load_language_tokenizer
+
+LANGUAGE_TOKENS = 128
+BLOCKS_PER_SENTENCE = 2
+"""Lengths of finetuning (paper Appendix B): 128 word pieces, and two CLIP blocks for each sentence, never shared."""
+
+MOST_ATTENDED = 5
+
+
+@dataclass(frozen=True)
+class AttentionFigures:
+    """How diverse one map is.
+
+    Attributes:
+        entropy: of a language token's attention in nats, mean over the tokens; at most ln(CLIP tokens).
+        top_share: of all attention, on the five CLIP tokens that get most of it.
+        distinct: CLIP tokens that are some language token's most attended one.
+    """
+
+    entropy: float
+    top_share: float
+    distinct: int
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """The maps of one model for one example.
+
+    Attributes:
+        tasks: the objectives it was adapted with.
+        language_tokens: [CLS] sentence1 [SEP], or with sentence2 [SEP] after it.
+        clip_tokens: start sentence1 end, start sentence2 end; a long sentence has two such blocks.
+        maps: for each cross-modal layer [language tokens, CLIP tokens], mean over the heads; rows of sum 1.
+    """
+
+    tasks: tuple[str, ...]
+    language_tokens: list[str]
+    clip_tokens: list[str]
+    maps: list[np.ndarray]
+
+
+def cross_attention(folder: Path, sentences: list[str]) -> CrossAttention:
+    """Runs one example through an adapted model, without dropout and unmasked.
+
+    Segment ids are 0 throughout, as in adaptation.
+
+    Args:
+        folder: a run folder or an export.
+        sentences: one, or the two of a pair.
+
+    Raises:
+        XdscaleError: as `load_cross_modal`; no tokenizer in `folder`, or a sentence that is empty or too long.
+    """
+    recipe = adapted_recipe(folder)
+    language_ids, language_tokens = _language_input(folder, sentences)
+    clip_ids, clip_lengths, clip_tokens = clip_input(sentences)
+    model = load_cross_modal(folder)
+    if clip_ids.max() >= model.clip.tower.vocab_size:
+        raise XdscaleError(f"{folder}: its CLIP text tower has not CLIP's vocabulary")
+    positions = model.language.config.max_position_embeddings
+    if len(language_ids) > positions:
+        raise XdscaleError(f"the example has {len(language_ids)} word pieces, but the encoder in {folder} {positions}")
+    with torch.no_grad():
+        *_, maps = model(
+            torch.tensor(language_ids)[None],
+            torch.from_numpy(clip_ids)[None],
+            torch.from_numpy(clip_lengths)[None],
+            return_attention=True,
+        )
+    weights = [layer.double().numpy() for layer in maps]  # each [language tokens, CLIP tokens]
+    return CrossAttention(tuple(recipe.tasks.weights()), language_tokens, clip_tokens, weights)
+
+
+def figures(weights: np.ndarray) -> AttentionFigures:
+    """Measures one map [language tokens, CLIP tokens] whose rows sum to 1."""
+    logarithms = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+    received = np.sort(weights.mean(0))
+    return AttentionFigures(
+        entropy=float(-(weights * logarithms).sum(1).mean()),
+        top_share=float(received[-MOST_ATTENDED:].sum()),
+        distinct=len(set(weights.argmax(1).tolist())),
+    )
+
+
+def clip_input(sentences: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Lays sentences out for CLIP as finetuning does: each in its own two blocks.
+
+    Returns:
+        int64 ids [2 per sentence, 77], int64 lengths [2 per sentence] (0: empty block), and the tokens in order.
+
+    Raises:
+        XdscaleError: a sentence without tokens, or with more than fit two blocks.
+    """
+    bpe, marks = ClipBPE(), describe_clip_tokenizer()
+    encoded = bpe.encode(sentences)
+    for sentence, ids in zip(sentences, encoded):
+        if not 0 < len(ids) <= BLOCKS_PER_SENTENCE * CLIP_CONTENT:
+            raise XdscaleError(
+                f"{sentence[:40]!r}: {len(ids)} CLIP tokens; a sentence has at least 1 and at most "
+                f"{BLOCKS_PER_SENTENCE * CLIP_CONTENT}"
+            )
+    offsets = np.cumsum([0, *map(len, encoded)])
+    filled, used = pack_clip_blocks(
+        np.concatenate(encoded), offsets, start_id=marks.start_id, end_id=marks.end_id
+    )  # [sentences, blocks of the longest, 77]
+    ids = np.zeros((len(sentences), BLOCKS_PER_SENTENCE, CLIP_LENGTH), np.int64)
+    lengths = np.zeros((len(sentences), BLOCKS_PER_SENTENCE), np.int64)
+    ids[:, : filled.shape[1]], lengths[:, : used.shape[1]] = filled, used
+    ids, lengths = ids.reshape(-1, CLIP_LENGTH), lengths.reshape(-1)
+    entries = {number: entry for entry, number in bpe.vocabulary().items()}
+    tokens = [entries[number] for block, length in zip(ids, lengths) for number in block[:length].tolist()]
+    return ids, lengths, [token if token in (START, END) else token.removesuffix(WORD_END) for token in tokens]
+
+
+def _language_input(folder: Path, sentences: list[str]) -> tuple[list[int], list[str]]:
+    source = language_folder(folder)
+    if not (source / "tokenizer.json").is_file():
+        raise XdscaleError(f"{source}: has no tokenizer.json, since the run began from a bare architecture")
+    tokenizer, special = load_language_tokenizer(str(source))
+    ids = [special.cls_id]
+    for sentence in sentences:
+        ids += [*tokenizer.encode(sentence, add_special_tokens=False).ids, special.sep_id]
+    if len(ids) > LANGUAGE_TOKENS:
+        raise XdscaleError(
+            f"the example has {len(ids)} word pieces with [CLS] and [SEP]; finetuning takes at most {LANGUAGE_TOKENS}"
+        )
+    return ids, [tokenizer.id_to_token(number) for number in ids]

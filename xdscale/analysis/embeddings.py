@@ -1,0 +1,151 @@
+"""Word embeddings of the systems that PWCCA compares, paired by word."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from xdscale.errors import XdscaleError
+
+RANDOM = "random"
+CLIP_PREFIX = "clip:"
+# clip:NAME or clip:NAME/WEIGHTS; a name that is a JSON file may hold slashes itself.
+_CLIP = re.compile(r"clip:(?P<name>.+\.json|[^/]+)(?:/(?P<weights>.+))?")
+_RANDOM = re.compile(r"random(?::(?P<width>[1-9]\d*))?")
+_PUBLISHED_NAMES = {"bert-base-uncased": "BERT", "electra-base-discriminator": "ELECTRA"}
+
+
+@dataclass(frozen=True)
+class System:
+    """Word embeddings under their words.
+
+    Attributes:
+        name: as the user gave it.
+        label: the system's name in Table 2, if it is one of those.
+        rows: word → row; None for a random system, which has every word.
+        table: fp32 [rows, width]; empty rows for a random system.
+        width: dimensions; 0 for a random system that takes the other's.
+    """
+
+    name: str
+    label: str | None
+    rows: dict[str, int] | None
+    table: np.ndarray
+    width: int
+
+
+def load_system(name: str) -> System:
+    """Loads the embeddings that a name stands for.
+
+    Args:
+        name: a language model (hub name, folder, exported run, `package:NAME/folder`), a run folder, a CLIP text tower
+            as `clip:NAME` or `clip:NAME/WEIGHTS` (the recipe's `model.clip`; weights default to openai), or `random`
+            or `random:WIDTH`.
+
+    Raises:
+        XdscaleError: nothing of the kind, or it has no tokenizer.
+    """
+    random = _RANDOM.fullmatch(name)
+    if random:
+        width = int(random["width"] or 0)
+        return System(name, "RANDOM", None, np.empty((0, width), np.float32), width)
+    return _clip_system(name) if name.startswith(CLIP_PREFIX) else _language_system(name)
+
+
+def paired_embeddings(
+    first: System, second: System, *, words: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Returns the two systems' embeddings of the words they share.
+
+    A word is an alphabetic lower-case entry that stands for a whole word in both vocabularies.
+
+    Args:
+        first: a system.
+        second: another one.
+        words: so many, drawn from the shared ones; None for all.
+        seed: of the draw, and of random embeddings.
+
+    Returns:
+        [N, width], [N, other width], and the N words in alphabetical order.
+
+    Raises:
+        XdscaleError: fewer shared words than asked for, or sizes that nothing decides.
+    """
+    known = [system for system in (first, second) if system.rows is not None]
+    if known:
+        shared = sorted(set.intersection(*(set(system.rows) for system in known)))
+    elif words is None:
+        raise XdscaleError("random embeddings have any number of words; say how many with --words")
+    else:
+        shared = [str(number) for number in range(words)]
+    if words is not None and words > len(shared):
+        raise XdscaleError(f"--words {words}: {first.name} and {second.name} share only {len(shared)} words")
+    generator = np.random.default_rng(seed)
+    if words is not None and words < len(shared):
+        shared = [shared[place] for place in np.sort(generator.choice(len(shared), words, replace=False))]
+    pair = []
+    for system, other in ((first, second), (second, first)):
+        pair.append(_embeddings(system, shared, system.width or other.width, generator))
+    return pair[0], pair[1], shared
+
+
+def _embeddings(system: System, words: list[str], width: int, generator: np.random.Generator) -> np.ndarray:
+    from xdscale.analysis.pwcca import random_embeddings
+
+    if system.rows is not None:
+        return system.table[[system.rows[word] for word in words]]
+    if not width:
+        raise XdscaleError("random against random: give both their widths, as random:768 random:512")
+    return random_embeddings(len(words), width, generator)
+
+
+def _clip_system(name: str) -> System:
+    from tokenizers.decoders import ByteLevel
+
+    from xdscale.pretrained.clip import load_clip_text_tower
+    from xdscale.recipe import Clip
+    from xdscale.shards.clip_bpe import WORD_END, ClipBPE
+
+    parts = _CLIP.fullmatch(name)
+    if parts is None:
+        raise XdscaleError(
+            f"{name}: a CLIP text tower is named clip:NAME or clip:NAME/WEIGHTS, as clip:ViT-B-32/openai"
+        )
+    spec = Clip(name=parts["name"], weights=parts["weights"] or "openai")
+    tower = load_clip_text_tower(spec).tower
+    letters = ByteLevel()
+    # The vocabulary spells bytes as printable characters.
+    entries = {
+        letters.decode([entry.removesuffix(WORD_END)]): number
+        for entry, number in ClipBPE().vocabulary().items()
+        if entry.endswith(WORD_END)
+    }
+    label = "CLIP" if (spec.name.replace("/", "-"), spec.weights) == ("ViT-B-32", "openai") else None
+    return _system(name, label, entries, tower.token_embedding.weight.detach().numpy())
+
+
+def _language_system(name: str) -> System:
+    from xdscale.export import language_folder
+    from xdscale.pretrained.language import load_language_encoder, tokenizer_folder
+    from xdscale.recipe import Language
+    from xdscale.shards.language import load_language_tokenizer
+
+    if (Path(name) / "recipe.yaml").is_file():
+        from xdscale.export import load_cross_modal
+
+        encoder, folder = load_cross_modal(Path(name)).language, language_folder(Path(name))
+        folder = folder if (folder / "tokenizer.json").is_file() else None
+    else:
+        spec = Language(name=name)
+        encoder, folder = load_language_encoder(spec, dropout=0.0), tokenizer_folder(spec)
+    if folder is None:
+        raise XdscaleError(f"{name}: has no tokenizer.json, without which its embeddings have no words")
+    tokenizer, _ = load_language_tokenizer(str(folder))
+    weights = encoder.get_input_embeddings().weight.detach().numpy()
+    return _system(name, _PUBLISHED_NAMES.get(Path(name).name), tokenizer.get_vocab(), weights)
+
+
+def _system(name: str, label: str | None, entries: dict[str, int], table: np.ndarray) -> System:
+    rows = {word: row for word, row in entries.items() if word.isalpha() and word == word.lower()}
+    return System(name, label, rows, table, table.shape[1])

@@ -1,0 +1,101 @@
+"""Pictures of the analyses, with matplotlib and without a display."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xdscale.errors import XdscaleError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PICTURE_TYPES = (".png", ".svg")
+
+
+def check_picture_path(path: Path | None) -> None:
+    """Refuses a picture that could not be written, before any work is done.
+
+    Raises:
+        XdscaleError: the name ends neither in .png nor in .svg, or its folder does not exist.
+    """
+    if path is None:
+        return
+    if path.suffix not in PICTURE_TYPES:
+        raise XdscaleError(f"{path}: the picture's name must end in {' or '.join(PICTURE_TYPES)}")
+    if not path.parent.is_dir():
+        raise XdscaleError(f"{path}: the folder {path.parent} does not exist")
+
+
+def correlation_curves(curves: dict[str, np.ndarray], title: str) -> "Figure":
+    """Draws canonical correlations, largest first, one curve per name."""
+    figure = _figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    for name, correlations in curves.items():
+        axes.plot(np.arange(1, len(correlations) + 1), correlations, label=name)
+    axes.set(xlabel="canonical direction", ylabel="correlation", ylim=(0, 1.02), title=title)
+    axes.legend()
+    return figure
+
+
+def ratio_boxes(groups: dict[str, dict[str, Sequence[float]]]) -> "Figure":
+    """Draws Figure 4: boxes of the visually grounded ratio per data set and category, a green plus at the mean.
+
+    Args:
+        groups: data set → category → ratios.
+    """
+    figure = _figure(1.6 + 2.2 * len(groups), 4.0)
+    axes = figure.add_subplot()
+    boxes = [(f"{data}\n{name}", values) for data, parts in groups.items() for name, values in parts.items()]
+    axes.boxplot(
+        [values for _, values in boxes],
+        tick_labels=[f"{name}\nn = {len(values)}" for name, values in boxes],
+        showmeans=True,
+        meanprops={"marker": "+", "markeredgecolor": "green", "markersize": 11, "markeredgewidth": 2},
+    )
+    axes.set(ylabel="visually grounded ratio")
+    return figure
+
+
+def attention_maps(columns: dict[str, list[np.ndarray]], rows: list[list[str]], keys: list[list[str]]) -> "Figure":
+    """Draws Table 9: one column per run, one row per cross-modal layer, language tokens over CLIP tokens.
+
+    Args:
+        columns: run → for each layer the weights [language tokens, CLIP tokens].
+        rows: each run's language tokens.
+        keys: each run's CLIP tokens.
+    """
+    layers = max(len(maps) for maps in columns.values())
+    height = 1.2 + 0.16 * max(map(len, rows))
+    figure = _figure((1.6 + 0.16 * max(map(len, keys))) * len(columns), height * layers)
+    grid = figure.subplots(layers, len(columns), squeeze=False)
+    for column, (name, maps) in enumerate(columns.items()):
+        for layer, axes in enumerate(grid[:, column]):
+            if layer >= len(maps):
+                axes.axis("off")
+                continue
+            axes.imshow(maps[layer], vmin=0, vmax=maps[layer].max(), cmap="viridis", aspect="auto")
+            axes.set_title(f"{name}, layer {layer + 1}", fontsize=8)
+            # "$" would start a formula.
+            for side, tokens in ((axes.yaxis, rows[column]), (axes.xaxis, keys[column])):
+                side.set_ticks(range(len(tokens)), [token.replace("$", r"\$") for token in tokens], fontsize=6)
+            axes.tick_params(axis="x", rotation=90)
+    return figure
+
+
+def save_picture(figure: "Figure", path: Path) -> None:
+    """Writes a picture aside and renames it; the same figure gives the same bytes."""
+    import matplotlib
+
+    aside = path.with_name(f".{path.name}.partial")
+    stamp = {"Date": None} if path.suffix == ".svg" else {}
+    with matplotlib.rc_context({"svg.hashsalt": "xdscale"}):
+        figure.savefig(aside, format=path.suffix[1:], metadata=stamp)
+    aside.rename(path)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
