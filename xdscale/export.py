@@ -51,10 +51,13 @@ def export_run(run: Path, out: Path, *, step: int | None = None) -> str:
     Raises:
         XdscaleError: no such run or checkpoint, a damaged checkpoint (the file is named), or `out` is in use.
     """
+    from xdscale.training.checkpoint import choose_checkpoint
+    from xdscale.training.distributed import Ranks
+
     recipe = _read_recipe(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise XdscaleError(f"{out}: exists and is not an empty folder; choose another one for the export")
-    checkpoint = _choose_checkpoint(run, step)
+    checkpoint = choose_checkpoint(run, step, Ranks(0, 1, 0))
     state = consolidated_state(checkpoint)
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -73,13 +76,17 @@ def consolidated_state(checkpoint: Path) -> dict[str, Any]:
     Tied weights appear under each of their names and share storage.
 
     Args:
-        checkpoint: a published checkpoint of any ZeRO stage; its checksums must have been verified, since DeepSpeed
-            reads its sharded files as pickles.
+        checkpoint: a published checkpoint of any ZeRO stage, whose checksums have been verified.
+
+    Raises:
+        XdscaleError: a file could run code when DeepSpeed reads it.
     """
     import torch
 
     from xdscale.training.checkpoint import read_position
+    from xdscale.training.integrity import check_pickles
 
+    check_pickles(checkpoint)
     if read_position(checkpoint).zero_stage == 0:
         # Nothing is sharded, and DeepSpeed's own consolidation does not know this case.
         saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
@@ -97,26 +104,6 @@ def _read_recipe(run: Path) -> Recipe:
     if not path.is_file():
         raise XdscaleError(f"{run}: not a run folder (no recipe.yaml); give the recipe's output.folder")
     return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-
-
-def _choose_checkpoint(run: Path, step: int | None) -> Path:
-    from xdscale.training.checkpoint import checkpoint_name, damage, find_checkpoint, list_checkpoints
-    from xdscale.training.distributed import Ranks
-
-    folder = run / "checkpoints"
-    if step is None:
-        found = find_checkpoint(folder, Ranks(0, 1, 0))
-        if found is None:
-            raise XdscaleError(f"{run}: has no checkpoint yet")
-        return found
-    found = folder / checkpoint_name(step)
-    if not found.is_dir():
-        steps = ", ".join(str(int(path.name[5:])) for path in list_checkpoints(folder)) or "none"
-        raise XdscaleError(f"{run}: no checkpoint of step {step}; there are: {steps}")
-    problems = damage(found)
-    if problems:
-        raise XdscaleError(f"{found}: damaged: {'; '.join(problems)}")
-    return found
 
 
 def _export_language(source: Path, state: dict[str, Any], out: Path) -> int:

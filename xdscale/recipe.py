@@ -111,7 +111,10 @@ class Training(Section):
     eval_every: int = Field(100, ge=1, description="steps between validations; one also before and after")
     eval_samples: int = Field(512, ge=1, description="held-out sequences per validation, at most")
     checkpoint_every: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(3, ge=1)
+    keep_checkpoints: int = Field(3, ge=1, description="how many of the newest checkpoints stay")
+    keep_every: int | None = Field(
+        None, ge=1, description="checkpoints of steps that are multiples of this stay for good"
+    )
     stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows steps")
 
 
@@ -135,7 +138,7 @@ class Recipe(Section):
         """Returns what must be equal for a run to be continued: all but where, how often and how far at once."""
         values = self.model_dump(mode="json")
         del values["output"]
-        for key in ("eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints", "stop_at_step"):
+        for key in ("eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints", "keep_every", "stop_at_step"):
             del values["training"][key]
         return values
 
@@ -254,6 +257,12 @@ def _model_class(annotation: Any) -> type[BaseModel]:
 
 
 def _check_consistency(recipe: Recipe, path: Path) -> None:
+    training = recipe.training
+    if training.keep_every and training.keep_every % training.checkpoint_every:
+        raise XdscaleError(
+            f"{path}: training.keep_every = {training.keep_every}: must be a multiple of training.checkpoint_every "
+            f"({training.checkpoint_every}), since only those steps have checkpoints"
+        )
     if not recipe.tasks.weights():
         raise XdscaleError(f"{path}: tasks: every objective is off; keep at least one of mlm, match, clip_tokens")
     mlm = recipe.tasks.mlm

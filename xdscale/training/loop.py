@@ -11,7 +11,7 @@ import torch
 
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe
-from xdscale.training.checkpoint import CheckpointPosition, save_checkpoint
+from xdscale.training.checkpoint import CheckpointPosition, Retention, save_checkpoint
 from xdscale.training.distributed import Ranks
 from xdscale.training.engine import plain_gradient_norm, set_learning_rate, to_device
 from xdscale.training.evaluation import evaluate
@@ -178,9 +178,9 @@ class Trainer:
                 self.monitor.attention(step, layer, weights)
 
     def _save(self, step: int) -> None:
-        save_checkpoint(
-            self.engine, self.checkpoints, self.position(step), self.recipe.training.keep_checkpoints, self.ranks
-        )
+        training = self.recipe.training
+        retention = Retention(newest=training.keep_checkpoints, every=training.keep_every)
+        save_checkpoint(self.engine, self.checkpoints, self.position(step), retention, self.ranks)
 
 
 def _detached(outputs: dict[str, tuple[torch.Tensor, torch.Tensor]], names: dict[str, float]) -> torch.Tensor:
