@@ -24,8 +24,10 @@ def list_command(run: Run) -> None:
     from xdscale.training.integrity import read_checksums
 
     table = Table(caption="'xdscale checkpoints verify' hashes the files", box=None)
-    for column in ("step", "MiB", "ranks", "ZeRO stage", "precision", "converted", "files"):
-        table.add_column(column, justify="left" if column in ("precision", "converted", "files") else "right")
+    for column in ("step", "MiB", "ranks", "stage"):
+        table.add_column(column, justify="right")
+    for column in ("precision", "converted", "files"):
+        table.add_column(column, overflow="fold")
     for path in _checkpoints(run):
         size = f"{sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 2**20:,.1f}"
         try:
@@ -61,12 +63,12 @@ def verify(run: Run) -> None:
 @checkpoints_app.command("reshard")
 def reshard_command(run: Run, step: Step = None) -> None:
     """Convert a checkpoint for any number of ranks ahead of time; without this the next start does it by itself."""
+    _checkpoints(run)
     from xdscale.training.checkpoint import choose_checkpoint, read_position
     from xdscale.training.distributed import Ranks
     from xdscale.training.resharding import reshard_ahead
     from xdscale.training.run_folder import RunFolder
 
-    _checkpoints(run)
     RunFolder(run).claim()
     checkpoint = choose_checkpoint(run, step, Ranks(0, 1, 0))
     if read_position(checkpoint).zero_stage == 0:

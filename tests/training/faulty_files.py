@@ -16,6 +16,7 @@ import random
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 _PATCHED = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
@@ -174,6 +175,9 @@ class ThreadRanks:
         self._barrier.wait()
         return values
 
+    def sum(self, values):
+        return sum(self.gather(values))
+
     def raise_first(self, problem, what):
         from xdscale.errors import XdscaleError
 
@@ -192,6 +196,7 @@ def run_ranks(action, world_size):
             action(ThreadRanks(rank, world_size, shared))
         except Exception as error:
             errors[rank] = error
+            time.sleep(0.1)  # the launcher takes a moment, and ranks that were told of the same error end by themselves
             shared[0].abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]

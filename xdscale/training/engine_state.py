@@ -133,7 +133,7 @@ def _moments(engine: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> str
                 total += unordered_sum(values.reshape(-1)[piece]).to(engine.device) * multiplier
     mine = sum(weights.numel() for weights in optimizer.state)
     whole = sum(_numel(parameter) for parameter in engine.module.parameters() if parameter.requires_grad)
-    return _hex(ranks.sum(total) if mine < whole else total)
+    return _hex(ranks.sum(total) if max(ranks.gather(mine)) < whole else total)
 
 
 def _real_elements(wrapper: Any, ranks: Ranks) -> dict[int, list[slice]]:

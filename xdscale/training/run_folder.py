@@ -93,8 +93,7 @@ class RunFolder:
         Raises:
             XdscaleError: names the rank and its machine; its part of a checkpoint would lie where nobody finds it.
         """
-        token = self.folder / f".seen-by-all-{os.urandom(8).hex()}"
-        token = ranks.gather(token)[0]
+        token = self.folder / ranks.gather(f".seen-by-all-{os.urandom(8).hex()}")[0]
         if ranks.is_first:
             token.touch()
         ranks.barrier()
