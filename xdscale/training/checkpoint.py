@@ -299,6 +299,7 @@ def _remove(path: Path) -> None:
     hidden = path.with_name(f".removed-{path.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
+    sync(path.parent)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
