@@ -18,6 +18,7 @@ import resource
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -316,3 +317,34 @@ def test_retention_keeps_the_newest_and_every_nth_and_ignores_an_abandoned_futur
     # A run that fell back to 40 and saved 50: what lies ahead of it is damaged and must not push 50 out.
     assert gone(50, newest=1) == [10, 20, 30, 40]
     assert gone(50, newest=5) == []
+
+
+@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + LAUNCHES))
+def test_deepspeed_killed_while_saving(adapt, wiki_shards, tmp_path, monkeypatch, seed):
+    """Two real ranks under ZeRO-2; the whole group is killed at a random moment of a random save, then continued."""
+    monkeypatch.undo()
+    draw = random.Random(seed)
+    config = tmp_path / "ds.json"
+    zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
+    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero}))
+    settings = {"data.shards": wiki_shards, "output.folder": tmp_path / "run", "training.steps": 6}
+    settings |= {"training.global_batch": 4, "training.eval_samples": 4, "training.checkpoint_every": 1}
+    arguments = ["quickstart", *(f"{key}={value}" for key, value in settings.items())]
+    arguments += ["training.keep_checkpoints=2", "--deepspeed_config", str(config)]
+    folder = tmp_path / "run" / "checkpoints"
+    process = adapt.start(*arguments, ranks=2)
+    wanted, delay_seconds = draw.randint(2, 4), draw.uniform(0, 0.3)
+    while not (folder / f".partial-{ckpt.checkpoint_name(wanted)}").exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.002)
+    time.sleep(delay_seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    newest = ckpt.step_of(ckpt.list_checkpoints(folder)[-1])
+    assert newest >= wanted - 1
+    launch = adapt(*arguments, ranks=2)
+    assert launch.code == 0, launch.stderr[-3000:]
+    assert f"continuing after step {newest} of 6" in launch.stderr
+    assert "damaged" not in launch.stderr
+    left = sorted(path.name for path in folder.iterdir() if path.name not in ("latest", "latest.partial"))
+    assert left == ["step-00000005", "step-00000006"]

@@ -56,7 +56,8 @@ def test_the_record_is_that_of_the_whole_parameters_under_every_stage(two_ranks,
     found = record(folder, case)
     wanted = sum(sum_in_plain_integers(name, values) for name, values in tensors[f"{case} saved"].items())
     assert found["parameters"] == f"{wanted % 2**64:016x}"
-    assert (found["optimizer_step"], found["learning_rate"]) == (3, 0.03)
+    # Without ZeRO, DeepSpeed's bf16 optimizer allocates its state by one update with gradients of zero.
+    assert (found["optimizer_step"], found["learning_rate"]) == (4 if case == "0-bf16" else 3, 0.03)
 
 
 def test_the_optimizers_checksum_does_not_depend_on_the_stage(two_ranks):
