@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xdscale.training.distributed import Ranks
 
 _SECONDS_TO_SEE_A_FILE = 10
+_TOKEN = ".seen-by-all-"
 _RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "open_clip_torch", "tokenizers", "triton", "numpy")
 
 
@@ -49,7 +50,9 @@ class RunFolder:
         stored = self.folder / "recipe.yaml"
         if not stored.exists():
             foreign = (
-                [path.name for path in self.folder.iterdir() if path.name != ".lock"] if self.folder.exists() else []
+                [path.name for path in self.folder.iterdir() if not path.name.startswith((".lock", _TOKEN))]
+                if self.folder.exists()
+                else []
             )
             if foreign:
                 raise XdscaleError(
@@ -93,8 +96,10 @@ class RunFolder:
         Raises:
             XdscaleError: names the rank and its machine; its part of a checkpoint would lie where nobody finds it.
         """
-        token = self.folder / ranks.gather(f".seen-by-all-{os.urandom(8).hex()}")[0]
+        token = self.folder / ranks.gather(_TOKEN + os.urandom(8).hex())[0]
         if ranks.is_first:
+            for left in self.folder.glob(f"{_TOKEN}*"):  # by a process killed right here
+                left.unlink()
             token.touch()
         ranks.barrier()
         deadline = time.monotonic() + _SECONDS_TO_SEE_A_FILE
