@@ -56,7 +56,10 @@ def main():
                 ckpt.save_checkpoint(engine, folder, position, ckpt.Retention(newest=1), ranks)
                 tensors[f"{stage}-{precision} saved"] = whole(engine)
         tensors[f"{stage}-{precision} after"] = whole(engine)
-        results[f"{stage}-{precision}"] = {"converted": convert, "left": sorted(p.name for p in folder.iterdir())}
+        results[f"{stage}-{precision}"] = {
+            "converted": convert,
+            "left": sorted(p.name for p in folder.iterdir() if p.suffix != ".py"),
+        }
     if ranks.is_first:
         torch.save(tensors, options.out + ".pt")
         Path(options.out).write_text(json.dumps(results))
