@@ -81,22 +81,26 @@ def consolidated_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         XdscaleError: a file could run code when DeepSpeed reads it.
     """
-    import torch
-
     from xdscale.training.checkpoint import read_position
-    from xdscale.training.integrity import check_pickles
+    from xdscale.training.integrity import check_pickles, read_pickle
 
     check_pickles(checkpoint)
-    if read_position(checkpoint).zero_stage == 0:
+    stage = read_position(checkpoint).zero_stage
+    if stage == 0:
         # Nothing is sharded, and DeepSpeed's own consolidation does not know this case.
-        saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
+        saved = read_pickle(checkpoint / "mp_rank_00_model_states.pt")["module"]
         wide = {value.data_ptr(): value.float() for value in saved.values()}  # ties keep sharing storage
         return {name: wide[value.data_ptr()] for name, value in saved.items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # It reports its progress by printing, and with a bar of its own.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if stage == 1:
+        # DeepSpeed forgets parameters that take no gradient here.
+        saved = read_pickle(checkpoint / "mp_rank_00_model_states.pt")["module"]
+        state |= {name: value.float() for name, value in saved.items() if name not in state}
+    return state
 
 
 def _read_recipe(run: Path) -> Recipe:

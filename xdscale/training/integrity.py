@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from xdscale.errors import XdscaleError
 
@@ -116,10 +117,15 @@ def check_pickles(folder: Path, names: Iterable[str] | None = None) -> None:
     """
     for name in file_names(folder) if names is None else names:
         if name.endswith(_PICKLES):
-            _check_pickle(folder / name)
+            read_pickle(folder / name)
 
 
-def _check_pickle(path: Path) -> None:
+def read_pickle(path: Path) -> Any:
+    """Returns what `torch.save` wrote to a file, without running code from it; tensors stay on the disk until used.
+
+    Raises:
+        XdscaleError: names the file and what it would call.
+    """
     import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -127,8 +133,7 @@ def _check_pickle(path: Path) -> None:
 
     with torch.serialization.safe_globals([fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]):
         try:
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            return
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:
             # The restricted unpickler fails in many ways on what it does not know; every one of them is a refusal.
             problem = " ".join(str(error).split())[:200]
