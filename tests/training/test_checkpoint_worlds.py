@@ -60,17 +60,12 @@ def test_the_record_is_that_of_the_whole_parameters_under_every_stage(two_ranks,
     assert (found["optimizer_step"], found["learning_rate"]) == (4 if case == "0-bf16" else 3, 0.03)
 
 
-def test_the_optimizers_checksum_does_not_depend_on_the_stage(two_ranks):
-    """No clipping and equal batches: all stages compute the same update, bit for bit or nearly so."""
+def test_the_optimizers_checksum_does_not_depend_on_who_holds_what(two_ranks):
+    """Stages 1 and 2 compute the same update in fp32, bit for bit, each rank holding a part of its state."""
     folder, (_, tensors) = two_ranks
-    equal = [
-        (left, right)
-        for left, right in (("1-fp32", "2-fp32"), ("1-bf16", "2-bf16"), ("2-bf16", "3-bf16"), ("2-fp32", "3-fp32"))
-        if all(torch.equal(tensors[f"{left} saved"][name], value) for name, value in tensors[f"{right} saved"].items())
-    ]
-    assert ("1-fp32", "2-fp32") in equal
-    for left, right in equal:
-        assert record(folder, left)["optimizer"] == record(folder, right)["optimizer"]
+    for name, value in tensors["1-fp32 saved"].items():
+        assert torch.equal(tensors["2-fp32 saved"][name], value)
+    assert record(folder, "1-fp32")["optimizer"] == record(folder, "2-fp32")["optimizer"]
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
