@@ -68,7 +68,7 @@ def test_the_optimizers_checksum_does_not_depend_on_who_holds_what(two_ranks):
     assert record(folder, "1-fp32")["optimizer"] == record(folder, "2-fp32")["optimizer"]
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_another_number_of_ranks_continues_as_two_would_have(two_ranks, tmp_path, free_port, ranks):
     """Loading compares parameters, Adam's state, step and learning rate; the next step shows that they are in use."""
     folder, (_, expected) = two_ranks
@@ -77,7 +77,9 @@ def test_another_number_of_ranks_continues_as_two_would_have(two_ranks, tmp_path
     for case, result in results.items():
         assert result == {"converted": True, "left": ["latest", "step-00000003"]}
         for name, value in expected[f"{case} after"].items():
-            torch.testing.assert_close(tensors[f"{case} after"][name], value, rtol=1e-5, atol=1e-7)
+            # A third of three equal gradients is rounded; bf16 has 8 bits.
+            relative = 2**-7 if "bf16" in case else 1e-5
+            torch.testing.assert_close(tensors[f"{case} after"][name], value, rtol=relative, atol=1e-7)
             assert not torch.equal(value, expected[f"{case} saved"][name])
 
 
