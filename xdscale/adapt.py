@@ -84,6 +84,7 @@ def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
             data = open_data(recipe, ds_config, ranks)
             watchdog.samples = lambda step, micro_batch: _sample_ids(data.stream.slots(step), micro_batch)
             ranks.raise_first(_claim(run) if ranks.is_first else None, "cannot start")
+            run.check_shared(ranks)
             engine, module, start_step = _build(recipe, ds_config, run, data, ranks)
             code = _train(recipe, ds_config, run, data, ranks, stop, watchdog, engine, module, start_step)
             watchdog.end()
@@ -174,6 +175,7 @@ def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: Data, rank
     from xdscale.tasks.xdbert import build_adaptation
     from xdscale.training import checkpoint as ckpt
     from xdscale.training.engine import build_engine
+    from xdscale.training.resharding import needs_resharding, reshard
 
     found = ckpt.find_checkpoint(run.checkpoints, ranks)
     position = ckpt.read_position(found) if found else None
@@ -186,16 +188,16 @@ def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: Data, rank
             data_fingerprint=data.fingerprint,
             stream_hash=data.stream_hash(position.step),
         )
-    convert = position is not None and ckpt.needs_resharding(position, ranks.world_size)
-    source = ckpt.reshard(found, ranks) if convert else found
+    convert = position is not None and needs_resharding(position, ranks.world_size)
+    source = reshard(found, ranks) if convert else found
     torch.manual_seed(recipe.training.seed)
     module = build_adaptation(recipe)
     if activation_checkpointing(ds_config):
         module.enable_activation_checkpointing()
     engine = build_engine(module, recipe.optim, ds_config, load_universal=convert)
     if source is not None:
-        engine.load_checkpoint(str(source.parent), tag=source.name)
-        ckpt.remove_resharded(run.checkpoints, ranks)
+        ckpt.load_checkpoint(engine, source, found, ranks)
+        ckpt.remove_leftovers(run.checkpoints, ranks)
     elif ranks.is_first:
         run.write_records(recipe, ds_config, ranks.world_size)
         save_language_files(recipe.model.language, run.language)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from xdscale.checkpoints import checkpoints_app
 from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
 from xdscale.shards.commands import shards_app
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(shards_app, name="shards", help="Build, verify and inspect tar shards.")
+app.add_typer(checkpoints_app, name="checkpoints", help="List, verify and convert a run's checkpoints.")
 kernels_app = typer.Typer(help="What the Triton kernels compile to.", no_args_is_help=True)
 app.add_typer(kernels_app, name="kernels")
 bench_app = typer.Typer(

@@ -56,10 +56,13 @@ def export_run(run: Path, out: Path, *, step: int | None = None) -> str:
     Raises:
         XdscaleError: no such run or checkpoint, a damaged checkpoint (the file is named), or `out` is in use.
     """
+    from xdscale.training.checkpoint import choose_checkpoint
+    from xdscale.training.distributed import Ranks
+
     recipe = _read_recipe(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise XdscaleError(f"{out}: exists and is not an empty folder; choose another one for the export")
-    checkpoint = _choose_checkpoint(run, step)
+    checkpoint = choose_checkpoint(run, step, Ranks(0, 1, 0))
     state = consolidated_state(checkpoint)
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -132,10 +135,12 @@ def language_folder(folder: Path) -> Path:
 def _adapted_state(folder: Path) -> dict[str, Any]:
     """The fp32 weights of a run or an export, with heads, under the adaptation module's names."""
     from xdscale.pretrained.files import read_json, read_state_dict
+    from xdscale.training.checkpoint import choose_checkpoint
+    from xdscale.training.distributed import Ranks
 
     exported = folder / FULL_MODEL
     if not exported.is_dir():
-        return consolidated_state(_choose_checkpoint(folder, None))
+        return consolidated_state(choose_checkpoint(folder, None, Ranks(0, 1, 0)))
     state = read_state_dict(exported / "model.safetensors")
     tied = read_json(exported / "config.json").get("tied_weights", {})
     return state | {name: state[stored] for name, stored in tied.items() if stored in state}
@@ -147,23 +152,31 @@ def consolidated_state(checkpoint: Path) -> dict[str, Any]:
     Tied weights appear under each of their names and share storage.
 
     Args:
-        checkpoint: a published checkpoint of any ZeRO stage; its checksums must have been verified, since DeepSpeed
-            reads its sharded files as pickles.
+        checkpoint: a published checkpoint of any ZeRO stage, whose checksums have been verified.
+
+    Raises:
+        XdscaleError: a file could run code when DeepSpeed reads it.
     """
-    import torch
-
     from xdscale.training.checkpoint import read_position
+    from xdscale.training.integrity import check_pickles, read_pickle
 
-    if read_position(checkpoint).zero_stage == 0:
+    check_pickles(checkpoint)
+    stage = read_position(checkpoint).zero_stage
+    if stage == 0:
         # Nothing is sharded, and DeepSpeed's own consolidation does not know this case.
-        saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
+        saved = read_pickle(checkpoint / "mp_rank_00_model_states.pt")["module"]
         wide = {value.data_ptr(): value.float() for value in saved.values()}  # ties keep sharing storage
         return {name: wide[value.data_ptr()] for name, value in saved.items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # It reports its progress by printing, and with a bar of its own.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if stage == 1:
+        # DeepSpeed forgets parameters that take no gradient here.
+        saved = read_pickle(checkpoint / "mp_rank_00_model_states.pt")["module"]
+        state |= {name: value.float() for name, value in saved.items() if name not in state}
+    return state
 
 
 def _read_recipe(run: Path) -> Recipe:
@@ -176,26 +189,6 @@ def _read_recipe(run: Path) -> Recipe:
         raise XdscaleError(describe_validation_error(str(path), error, Recipe)) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise XdscaleError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-
-
-def _choose_checkpoint(run: Path, step: int | None) -> Path:
-    from xdscale.training.checkpoint import checkpoint_name, damage, find_checkpoint, list_checkpoints
-    from xdscale.training.distributed import Ranks
-
-    folder = run / "checkpoints"
-    if step is None:
-        found = find_checkpoint(folder, Ranks(0, 1, 0))
-        if found is None:
-            raise XdscaleError(f"{run}: has no checkpoint yet")
-        return found
-    found = folder / checkpoint_name(step)
-    if not found.is_dir():
-        steps = ", ".join(str(int(path.name[5:])) for path in list_checkpoints(folder)) or "none"
-        raise XdscaleError(f"{run}: no checkpoint of step {step}; there are: {steps}")
-    problems = damage(found)
-    if problems:
-        raise XdscaleError(f"{found}: damaged: {'; '.join(problems)}")
-    return found
 
 
 def _export_language(source: Path, state: dict[str, Any], out: Path) -> int:

@@ -22,6 +22,7 @@ _HOW_OFTEN_AND_HOW_FAR = (
     "eval_samples",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
     "stop_at_step",
     "max_skipped_in_row",
     "hang_seconds",
@@ -124,7 +125,10 @@ class Training(Section):
     eval_every: int = Field(100, ge=1, description="steps between validations; one also before and after")
     eval_samples: int = Field(512, ge=1, description="held-out sequences per validation, at most")
     checkpoint_every: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(3, ge=1)
+    keep_checkpoints: int = Field(3, ge=1, description="how many of the newest checkpoints stay")
+    keep_every: int | None = Field(
+        None, ge=1, description="checkpoints of steps that are multiples of this stay for good"
+    )
     stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows steps")
     max_skipped_in_row: int = Field(5, ge=1, description="non-finite steps in a row that stop the run")
     hang_seconds: int = Field(45, ge=1, description="shortest time without progress after which a rank counts as hung")
@@ -272,6 +276,12 @@ def _model_class(annotation: Any) -> type[BaseModel]:
 
 
 def _check_consistency(recipe: Recipe, path: Path) -> None:
+    training = recipe.training
+    if training.keep_every and training.keep_every % training.checkpoint_every:
+        raise XdscaleError(
+            f"{path}: training.keep_every = {training.keep_every}: must be a multiple of training.checkpoint_every "
+            f"({training.checkpoint_every}), since only those steps have checkpoints"
+        )
     if not recipe.tasks.weights():
         raise XdscaleError(f"{path}: tasks: every objective is off; keep at least one of mlm, match, clip_tokens")
     mlm = recipe.tasks.mlm

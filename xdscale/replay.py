@@ -94,11 +94,12 @@ def _recipe(run: Path, step: int) -> Recipe:
 def _load_weights(module: nn.Module, run: Path, step: int) -> str:
     """Loads the newest undamaged checkpoint before `step`, if any, and says which."""
     from xdscale.export import consolidated_state
-    from xdscale.training.checkpoint import damage, list_checkpoints, read_position
+    from xdscale.training.checkpoint import list_checkpoints, step_of
+    from xdscale.training.integrity import damage
 
     for checkpoint in reversed(list_checkpoints(run / "checkpoints")):
-        if int(checkpoint.name.removeprefix("step-")) < step and not damage(checkpoint):
-            done = read_position(checkpoint).step
+        done = step_of(checkpoint)
+        if done < step and not damage(checkpoint):
             module.load_state_dict(consolidated_state(checkpoint))
             between = step - 1 - done
             return f"weights after step {done}" + (f", {between} steps too early" if between else "")

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 
 from xdscale.errors import EXIT_STOPPED
-from xdscale.training.checkpoint import damage, list_checkpoints, read_position
+from xdscale.training.checkpoint import list_checkpoints, read_position
+from xdscale.training.integrity import damage
 from xdscale.training.monitor import read_log
 
 LAUNCHES = int(os.environ.get("XDSCALE_CHAOS_SIGNALS", "3"))

@@ -1,29 +1,41 @@
-"""Checkpoints: written aside, checksummed, published by a rename, verified before every load.
+"""Checkpoints: written aside by all ranks, published by one rename, verified before and after every load.
 
 DeepSpeed publishes its `latest` file before all ranks have written and loads flipped bytes without a word, so the
-publishing and the checking are ours; the files inside are DeepSpeed's. They are pickles: resuming trusts the run
-folder, checksums guard against damage, not against malice.
+publishing and the checking are ours; the files inside are DeepSpeed's. `integrity` checks the files, `engine_state`
+what was loaded from them, `resharding` converts them for another number of ranks.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xdscale.errors import XdscaleError
-from xdscale.training.distributed import Ranks
+from xdscale.training.integrity import (
+    CHECKSUMS,
+    check_pickles,
+    checksum_text,
+    damage,
+    file_names,
+    sha256,
+    sync,
+    sync_tree,
+)
 from xdscale.training.run_folder import write_atomically
 
-CHECKSUMS = "checksums.json"
+if TYPE_CHECKING:  # listing and verifying need no torch
+    from xdscale.training.distributed import Ranks
+    from xdscale.training.engine_state import EngineState
+
 POSITION = "position.json"
 LATEST = "latest"
+UNIVERSAL = "universal-"
 _NAME = re.compile(r"step-(\d{8})")
+_LEFTOVERS = (".partial-*", ".removed-*", ".universal-*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +65,35 @@ class CheckpointPosition:
     quarantined: list[str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints stay.
+
+    Attributes:
+        newest: how many of the newest.
+        every: those of steps that are multiples of this stay for good; None for no others.
+    """
+
+    newest: int
+    every: int | None = None
+
+    def outdated(self, checkpoints: list[Path], step: int) -> list[Path]:
+        """Returns those of `checkpoints` (oldest first) that may go now that the one of `step` is published.
+
+        Later ones are left of a run that was continued from before them: they neither go nor count.
+        """
+        past = [path for path in checkpoints if step_of(path) <= step]
+        return [path for path in past[: -self.newest] if not self.every or step_of(path) % self.every]
+
+
 def checkpoint_name(step: int) -> str:
     """Returns the folder name of a step's checkpoint."""
     return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step that a checkpoint's folder name states."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -69,42 +107,48 @@ def read_position(checkpoint: Path) -> CheckpointPosition:
     Raises:
         XdscaleError: the record is missing or damaged.
     """
-    path = checkpoint / POSITION
-    try:
-        return CheckpointPosition(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise XdscaleError(f"{path}: not a readable checkpoint record: {error}") from None
+    return _read_record(checkpoint, lambda record: CheckpointPosition(**record["position"]))
 
 
-def save_checkpoint(engine: Any, folder: Path, position: CheckpointPosition, keep: int, ranks: Ranks) -> None:
+def save_checkpoint(
+    engine: Any, folder: Path, position: CheckpointPosition, retention: Retention, ranks: "Ranks"
+) -> None:
     """Writes, checksums and publishes a checkpoint; every rank calls it.
+
+    Nothing has a checkpoint's name before all ranks have confirmed that all files are on the disk and hashed.
 
     Args:
         engine: the DeepSpeed engine.
         folder: the run's `checkpoints` folder.
         position: where the run stands.
-        keep: how many of the newest checkpoints stay.
+        retention: which older checkpoints stay.
         ranks: this process among the others.
 
     Raises:
-        XdscaleError: the disk is full or not writable; nothing is published then and older checkpoints stay.
+        XdscaleError: the disk is full or not writable on any rank; nothing is published then, what was written is
+            deleted and older checkpoints stay.
     """
+    from xdscale.training.engine_state import engine_state
+
     final = folder / checkpoint_name(position.step)
     aside = folder / f".partial-{final.name}"
-    if ranks.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    ranks.barrier()
-    problem = _try(lambda: engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False))
-    ranks.raise_first(problem, f"cannot write checkpoint {final}")
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    mine = {str(path.relative_to(aside)): _sync_and_hash(path) for path in files[ranks.rank :: ranks.world_size]}
-    checksums = {name: digest for part in ranks.gather(mine) for name, digest in part.items()}
-    problem = _try(lambda: _publish(aside, final, position, checksums, keep)) if ranks.is_first else None
-    ranks.raise_first(problem, f"cannot publish checkpoint {final}")
+    record = {"position": asdict(position), "engine": asdict(engine_state(engine, ranks))}
+    # PyTorch's writer does not say that a disk is full.
+    free = f"{shutil.disk_usage(folder.parent).free / 2**20:,.0f} MiB were free"
+    what = f"cannot write checkpoint {final} ({free}; older checkpoints stay and the same command continues from them)"
+    try:
+        _all(ranks, what, lambda: _start_aside(aside) if ranks.is_first else None)
+        _alone(ranks, what, lambda: engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False))
+        checksums = _sync_and_hash(aside, what, ranks)
+        _all(ranks, what, lambda: _publish(aside, final, record, checksums) if ranks.is_first else None)
+    except XdscaleError:
+        if ranks.is_first:
+            shutil.rmtree(aside, ignore_errors=True)  # what fills the disk
+        raise
+    _prune(final, retention, ranks)
 
 
-def find_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
+def find_checkpoint(folder: Path, ranks: "Ranks") -> Path | None:
     """Returns the newest checkpoint that verifies, or None when the run has none.
 
     A damaged one is named in a warning and the one before is used. Ranks share the hashing.
@@ -112,9 +156,9 @@ def find_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
     Raises:
         XdscaleError: checkpoints exist but none is undamaged.
     """
-    candidates = list_checkpoints(folder)
+    candidates = ranks.gather(list_checkpoints(folder))[0]
     for checkpoint in reversed(candidates):
-        problems = [line for part in ranks.gather(damage(checkpoint, ranks)) for line in part]
+        problems = [line for part in ranks.gather(damage(checkpoint, (ranks.rank, ranks.world_size))) for line in part]
         if not problems:
             return checkpoint
         if ranks.is_first:
@@ -127,28 +171,54 @@ def find_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
     return None
 
 
-def damage(checkpoint: Path, ranks: Ranks | None = None) -> list[str]:
-    """Returns what is wrong with a checkpoint's files, one line each: missing, altered or unreadable.
+def choose_checkpoint(run: Path, step: int | None, ranks: "Ranks") -> Path:
+    """Returns the verified checkpoint of a step of a run.
 
     Args:
-        checkpoint: a published checkpoint.
-        ranks: when given, only this rank's share of the files is hashed.
+        run: the run folder.
+        step: which one; None for the newest undamaged one.
+        ranks: this process among the others.
+
+    Raises:
+        XdscaleError: there is none (those that exist are named), or it is damaged (the file is named).
     """
-    try:
-        expected = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [f"{checkpoint / CHECKSUMS}: {error}"]
-    names = sorted(expected)
-    if ranks is not None:
-        names = names[ranks.rank :: ranks.world_size]
-    problems = []
-    for name in names:
-        path = checkpoint / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif (found := _sha256(path)) != expected[name]:
-            problems.append(f"{path} is altered: expected SHA-256 {expected[name][:12]}…, found {found[:12]}…")
-    return problems
+    folder = run / "checkpoints"
+    if step is None:
+        found = find_checkpoint(folder, ranks)
+        if found is None:
+            raise XdscaleError(f"{run}: has no checkpoint yet")
+        return found
+    found = folder / checkpoint_name(step)
+    if not found.is_dir():
+        steps = ", ".join(str(step_of(path)) for path in list_checkpoints(folder)) or "none"
+        raise XdscaleError(f"{run}: no checkpoint of step {step}; there are: {steps}")
+    problems = damage(found)
+    if problems:
+        raise XdscaleError(f"{found}: damaged: {'; '.join(problems)}")
+    return found
+
+
+def load_checkpoint(engine: Any, source: Path, checkpoint: Path, ranks: "Ranks") -> None:
+    """Loads a checkpoint into a fresh engine and checks that the engine then holds what was saved.
+
+    Args:
+        engine: the DeepSpeed engine.
+        source: the folder to read: the checkpoint, or its conversion for another number of ranks.
+        checkpoint: the verified checkpoint, whose record says what must be there.
+        ranks: this process among the others.
+
+    Raises:
+        XdscaleError: a file could run code, DeepSpeed cannot load it, or parameters, optimizer, its step or the
+            learning rate are not those that were saved.
+    """
+    from xdscale.training.engine_state import engine_state
+
+    mine = file_names(source)[ranks.rank :: ranks.world_size]
+    _all(ranks, f"cannot load {checkpoint}", lambda: check_pickles(source, mine))
+    _alone(ranks, f"cannot load {checkpoint}", lambda: _load(engine, source))
+    differences = _read_engine_state(checkpoint).differences(engine_state(engine, ranks))
+    problem = "; ".join(differences) or None
+    ranks.raise_first(problem, f"{checkpoint}: DeepSpeed loaded it without an error, but not what was saved")
 
 
 def check_compatible(
@@ -184,92 +254,121 @@ def check_compatible(
         )
 
 
-def needs_resharding(position: CheckpointPosition, world_size: int) -> bool:
-    """Returns whether the sharded optimizer state must be converted for this number of ranks."""
-    return position.zero_stage > 0 and position.world_size != world_size
-
-
-def reshard(checkpoint: Path, ranks: Ranks) -> Path:
-    """Converts a checkpoint to DeepSpeed's universal format, which any number of ranks can load.
-
-    Args:
-        checkpoint: a verified checkpoint.
-        ranks: the first rank converts, the others wait.
-
-    Returns:
-        The converted folder beside the checkpoint; `remove_resharded` deletes it after loading.
-
-    Raises:
-        XdscaleError: the conversion failed; the converter's last words are in the message.
-    """
-    target = checkpoint.with_name(f".universal-{checkpoint.name}")
-    problem = None
-    if ranks.is_first:
-        shutil.rmtree(target, ignore_errors=True)
-        command = [
-            sys.executable,
-            "-m",
-            "deepspeed.checkpoint.ds_to_universal",
-            "--inject_missing_state",
-            "--input_folder",
-            str(checkpoint),
-            "--output_folder",
-            str(target),
-        ]
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if result.returncode:
-            problem = (result.stderr.strip().splitlines() or ["no message"])[-1]
-    ranks.raise_first(problem, f"cannot convert {checkpoint} for {ranks.world_size} ranks")
-    return target
-
-
-def remove_resharded(folder: Path, ranks: Ranks) -> None:
-    """Deletes converted and half-written checkpoints once every rank is past loading."""
+def remove_leftovers(folder: Path, ranks: "Ranks") -> None:
+    """Deletes conversions made for one load, and what interrupted saves left, once every rank is here."""
     ranks.barrier()
     if ranks.is_first:
-        for pattern in (".universal-*", ".partial-*"):
-            for path in folder.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+        _remove_leftovers(folder)
 
 
-def _publish(aside: Path, final: Path, position: CheckpointPosition, checksums: dict[str, str], keep: int) -> None:
-    write_atomically(aside / POSITION, json.dumps(asdict(position), indent=2) + "\n")
-    checksums[POSITION] = _sha256(aside / POSITION)
-    write_atomically(aside / CHECKSUMS, json.dumps(dict(sorted(checksums.items())), indent=2) + "\n")
-    _sync_folder(aside)
+def _start_aside(aside: Path) -> None:
+    _remove_leftovers(aside.parent)
+    aside.mkdir(parents=True)
+
+
+def _sync_and_hash(aside: Path, what: str, ranks: "Ranks") -> dict[str, str]:
+    """Forces all files to the disk and returns their SHA-256; ranks share the hashing.
+
+    Every rank syncs every file, since only the machine that wrote one can and a second sync costs nothing; and the
+    list of files is put together from all ranks, since a network file system may show a rank's file late to others.
+    """
+    _all(ranks, what, lambda: [sync(aside / name) for name in file_names(aside)])
+    names = sorted({name for part in ranks.gather(file_names(aside)) for name in part})
+    mine: dict[str, str] = {}
+    share = names[ranks.rank :: ranks.world_size]
+    _all(ranks, what, lambda: mine.update({name: sha256(aside / name) for name in share}))
+    return {name: digest for part in ranks.gather(mine) for name, digest in part.items()}
+
+
+def _publish(aside: Path, final: Path, record: dict[str, Any], checksums: dict[str, str]) -> None:
+    write_atomically(aside / POSITION, json.dumps(record, indent=2) + "\n")
+    write_atomically(aside / CHECKSUMS, checksum_text(checksums | {POSITION: sha256(aside / POSITION)}))
+    sync_tree(aside)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)  # a damaged one: had it been whole, the run would have continued from it
     aside.rename(final)
-    _sync_folder(final.parent)
+    sync(final.parent)
     write_atomically(final.parent / LATEST, final.name + "\n")
-    for old in list_checkpoints(final.parent)[:-keep]:
-        shutil.rmtree(old)
 
 
-def _try(action: Any) -> str | None:
-    """Runs an action and returns its failure as text, so that ranks can agree before any of them raises."""
+def _prune(final: Path, retention: Retention, ranks: "Ranks") -> None:
+    """Deletes outdated checkpoints, but only if the new one, read back from the disk, verifies.
+
+    Each file is read by another rank than the one that hashed it, on a cluster mostly by another machine.
+    """
+    outdated = ranks.gather(retention.outdated(list_checkpoints(final.parent), step_of(final)))[0]
+    if not outdated:
+        return
+    other = (ranks.rank + 1) % ranks.world_size
+    problems = [line for part in ranks.gather(damage(final, (other, ranks.world_size))) for line in part]
+    if problems and ranks.is_first:
+        print(f"warning: older checkpoints stay, {final.name} is damaged: {'; '.join(problems)}", file=sys.stderr)
+    elif ranks.is_first:
+        outdated += [path.with_name(UNIVERSAL + path.name) for path in outdated]
+        problem = _attempt(lambda: [_remove(path) for path in outdated if path.exists()])
+        if problem:
+            print(f"warning: cannot delete an old checkpoint: {problem}", file=sys.stderr)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a folder so that no moment shows half of it under its name."""
+    hidden = path.with_name(f".removed-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    sync(path.parent)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for pattern in _LEFTOVERS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _load(engine: Any, source: Path) -> None:
+    path, _ = engine.load_checkpoint(str(source.parent), tag=source.name)
+    if path is None:
+        raise RuntimeError("DeepSpeed found nothing to load")
+    from xdscale.training.engine_state import adam_of
+
+    for state in adam_of(engine).state.values():
+        # From a universal checkpoint, stage 3 gives all its flat partitions the same step tensor, and each update of
+        # a partition would count it up.
+        state["step"] = state["step"].clone()
+
+
+def _read_engine_state(checkpoint: Path) -> "EngineState":
+    from xdscale.training.engine_state import EngineState
+
+    return _read_record(checkpoint, lambda record: EngineState(**record["engine"]))
+
+
+def _read_record(checkpoint: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
+    path = checkpoint / POSITION
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise XdscaleError(f"{path}: not a readable checkpoint record: {error}") from None
+
+
+def _all(ranks: "Ranks", what: str, action: Callable[[], object]) -> None:
+    """Runs an action on every rank; when it fails on any, all raise the same error, so that none is left waiting."""
+    ranks.raise_first(_attempt(action), what)
+
+
+def _alone(ranks: "Ranks", what: str, action: Callable[[], object]) -> None:
+    """Runs a call of DeepSpeed's; a rank on which it fails raises alone.
+
+    The other ranks may wait in DeepSpeed's own exchanges and could not answer ours; the launcher ends them.
+    """
+    problem = _attempt(action)
+    if problem is not None:
+        raise XdscaleError(f"{what}: rank {ranks.rank}: {problem}")
+
+
+def _attempt(action: Callable[[], object]) -> str | None:
     try:
         action()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, AssertionError, XdscaleError) as error:
         return " ".join(str(error).split()) or type(error).__name__
     return None
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _sha256(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from xdscale.recipe import Recipe
-from xdscale.training.checkpoint import CheckpointPosition, save_checkpoint
+from xdscale.training.checkpoint import CheckpointPosition, Retention, save_checkpoint
 from xdscale.training.distributed import Ranks
 from xdscale.training.engine import make_step, plain_gradient_norm, set_learning_rate, to_device
 from xdscale.training.evaluation import evaluate
@@ -207,9 +207,9 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.watchdog.enter("saving", step)
-        save_checkpoint(
-            self.engine, self.checkpoints, self.position(step), self.recipe.training.keep_checkpoints, self.ranks
-        )
+        training = self.recipe.training
+        retention = Retention(newest=training.keep_checkpoints, every=training.keep_every)
+        save_checkpoint(self.engine, self.checkpoints, self.position(step), retention, self.ranks)
 
 
 def _seed_dropout(seed: int, step: int, ranks: Ranks) -> None:

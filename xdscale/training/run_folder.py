@@ -6,14 +6,21 @@ import json
 import os
 import platform
 import sys
+import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe
+from xdscale.training.integrity import sync
 
+if TYPE_CHECKING:
+    from xdscale.training.distributed import Ranks
+
+_SECONDS_TO_SEE_A_FILE = 10
+_TOKEN = ".seen-by-all-"
 _RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "open_clip_torch", "tokenizers", "triton", "numpy")
 
 
@@ -43,7 +50,9 @@ class RunFolder:
         stored = self.folder / "recipe.yaml"
         if not stored.exists():
             foreign = (
-                [path.name for path in self.folder.iterdir() if path.name != ".lock"] if self.folder.exists() else []
+                [path.name for path in self.folder.iterdir() if not path.name.startswith((".lock", _TOKEN))]
+                if self.folder.exists()
+                else []
             )
             if foreign:
                 raise XdscaleError(
@@ -81,6 +90,32 @@ class RunFolder:
         lock.flush()
         self._lock = lock
 
+    def check_shared(self, ranks: "Ranks") -> None:
+        """Refuses a folder that is not the same one for all ranks; every rank calls it, after the first has claimed.
+
+        Raises:
+            XdscaleError: names the rank and its machine; its part of a checkpoint would lie where nobody finds it.
+        """
+        token = self.folder / ranks.gather(_TOKEN + os.urandom(8).hex())[0]
+        if ranks.is_first:
+            for left in self.folder.glob(f"{_TOKEN}*"):  # by a process killed right here
+                left.unlink()
+            token.touch()
+        ranks.barrier()
+        deadline = time.monotonic() + _SECONDS_TO_SEE_A_FILE
+        while not token.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        where = f"rank {ranks.rank} on {platform.node()} does not see what rank 0 writes there"
+        problems = ranks.gather(None if token.exists() else where)
+        if ranks.is_first:
+            token.unlink()
+        for problem in problems:
+            if problem is not None:
+                raise XdscaleError(
+                    f"output.folder = {self.folder}: {problem}; all ranks write one checkpoint together, so name a "
+                    "folder on a file system that all machines share"
+                )
+
     def write_records(self, recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> None:
         """Writes the resolved recipe, the resolved DeepSpeed configuration and the environment."""
         write_atomically(self.folder / "recipe.yaml", recipe.to_yaml())
@@ -110,13 +145,14 @@ class RunFolder:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file aside, syncs it and renames it, so that no reader ever sees half of it."""
+    """Writes a file aside, syncs it, renames it and syncs the folder, so that no reader ever sees half of it."""
     aside = path.with_name(path.name + ".partial")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+    sync(path.parent)
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,0 +1,115 @@
+"""Three steps on small modules under several ZeRO stages and precisions, saved; or loaded and one step more.
+
+Run by test_checkpoint_worlds under the deepspeed launcher. All ranks see the same batch, so the result does not depend
+on how many there are. The first rank writes what each engine holds, gathered whole, to `OUT`.
+"""
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+
+from xdscale.adapt import _calm_environment
+
+CASES = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+RESHARDED = [(1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    for name in ("--folder", "--out", "--local_rank"):
+        parser.add_argument(name)
+    parser.add_argument("--load", action="store_true")
+    options = parser.parse_args()
+    _calm_environment()
+    import torch
+
+    from xdscale.training import checkpoint as ckpt
+    from xdscale.training.distributed import start_distributed
+    from xdscale.training.resharding import needs_resharding, reshard
+
+    ranks = start_distributed()
+    results, tensors = {}, {}
+    for stage, precision in RESHARDED if options.load else CASES:
+        folder = Path(options.folder) / f"{stage}-{precision}"
+        source = found = ckpt.find_checkpoint(folder, ranks)
+        convert = bool(found) and needs_resharding(ckpt.read_position(found), ranks.world_size)
+        if convert:
+            source = reshard(found, ranks)
+        engine = make_engine(stage, precision, seed=1 if options.load else 0, load_universal=convert)
+        if source is not None:
+            ckpt.load_checkpoint(engine, source, found, ranks)
+            ckpt.remove_leftovers(folder, ranks)
+        start = 3 if options.load else 0
+        for step in range(start, 4):
+            make_step(engine, step, precision)
+            if step == 2:
+                position = ckpt.CheckpointPosition(
+                    step=3,
+                    epoch=0,
+                    index=0,
+                    world_size=ranks.world_size,
+                    zero_stage=stage,
+                    precision=precision,
+                    data_fingerprint="f",
+                )
+                ckpt.save_checkpoint(engine, folder, position, ckpt.Retention(newest=1), ranks)
+                tensors[f"{stage}-{precision} saved"] = whole(engine)
+        tensors[f"{stage}-{precision} after"] = whole(engine)
+        results[f"{stage}-{precision}"] = {
+            "converted": convert,
+            "left": sorted(p.name for p in folder.iterdir() if p.suffix != ".py"),
+        }
+    if ranks.is_first:
+        torch.save(tensors, options.out + ".pt")
+        Path(options.out).write_text(json.dumps(results))
+    ranks.barrier()
+
+
+def make_engine(stage, precision, seed, load_universal):
+    import torch
+
+    from xdscale.recipe import Optim
+    from xdscale.training.engine import build_engine
+
+    torch.manual_seed(seed)
+    # Odd sizes, so that every partition is padded.
+    module = torch.nn.Sequential(torch.nn.Linear(7, 11), torch.nn.Linear(11, 13), torch.nn.Linear(13, 3))
+    zero = {"stage": stage, "reduce_bucket_size": 1000}
+    if stage == 3:
+        # Several flat partitions, and parameters that stay gathered beside those that do not.
+        zero |= {"sub_group_size": 50, "stage3_param_persistence_threshold": 12}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 2**31}
+    if precision == "bf16":
+        config |= {"bf16": {"enabled": True}}
+        config |= {"data_types": {"grad_accum_dtype": "fp32"}} if stage else {}
+    with contextlib.redirect_stdout(None):
+        return build_engine(module, Optim(), config, load_universal=load_universal)
+
+
+def make_step(engine, step, precision):
+    import torch
+
+    from xdscale.training.engine import set_learning_rate
+
+    set_learning_rate(engine, 1e-2 * (step + 1))
+    torch.manual_seed(step)
+    inputs = torch.randn(4, 7).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    engine.backward(engine(inputs).float().square().sum())
+    engine.step()
+
+
+def whole(engine):
+    """Returns all parameters, whole."""
+    import deepspeed
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        gather = deepspeed.zero.GatheredParameters if hasattr(parameter, "ds_id") else contextlib.nullcontext
+        with gather(parameter):
+            found[name] = parameter.detach().clone()
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Real DeepSpeed engines: what a checkpoint records of them, and that it comes back at another number of ranks."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xdscale.training.engine_state import unordered_sum, weighted_sum
+from xdscale.training.integrity import file_names
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+
+
+def launch(folder, out, *, ranks, port, load=False):
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher, "-q", "--num_accelerators", str(ranks), "--master_port", str(port), WORKER]
+    command += ["--folder", folder, "--out", out] + ["--load"] * load
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(out.read_text()), torch.load(f"{out}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, free_port):
+    """Eight engines trained for three steps by two ranks, saved, and trained for one more."""
+    folder = tmp_path_factory.mktemp("worlds")
+    return folder, launch(folder, folder / "two.json", ranks=2, port=free_port())
+
+
+def record(folder, case):
+    return json.loads((folder / case / "step-00000003" / "position.json").read_text())["engine"]
+
+
+def sum_in_plain_integers(name, values):
+    """The definition of `weighted_sum` for tensors below 2^20 elements, element by element in Python's integers."""
+    table = [int(raw) | 1 for raw in np.random.PCG64(0).random_raw(values.numel())]
+    odd = int.from_bytes(hashlib.sha256(f"{name}/0".encode()).digest()[:8], "big") | 1
+    signed = values.reshape(-1).view({2: torch.int16, 4: torch.int32}[values.element_size()]).tolist()
+    return sum(bits * weight for bits, weight in zip(signed, table)) * odd
+
+
+@pytest.mark.parametrize("case", ["0-fp32", "0-bf16", "1-fp32", "1-bf16", "2-fp32", "2-bf16", "3-fp32", "3-bf16"])
+def test_the_record_is_that_of_the_whole_parameters_under_every_stage(two_ranks, case):
+    folder, (_, tensors) = two_ranks
+    found = record(folder, case)
+    wanted = sum(sum_in_plain_integers(name, values) for name, values in tensors[f"{case} saved"].items())
+    assert found["parameters"] == f"{wanted % 2**64:016x}"
+    # Without ZeRO, DeepSpeed's bf16 optimizer allocates its state by one update with gradients of zero.
+    assert (found["optimizer_step"], found["learning_rate"]) == (4 if case == "0-bf16" else 3, 0.03)
+
+
+def test_the_optimizers_checksum_does_not_depend_on_who_holds_what(two_ranks):
+    """Stages 1 and 2 compute the same update in fp32, bit for bit, each rank holding a part of its state."""
+    folder, (_, tensors) = two_ranks
+    for name, value in tensors["1-fp32 saved"].items():
+        assert torch.equal(tensors["2-fp32 saved"][name], value)
+    assert record(folder, "1-fp32")["optimizer"] == record(folder, "2-fp32")["optimizer"]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_another_number_of_ranks_continues_as_two_would_have(two_ranks, tmp_path, free_port, ranks):
+    """Loading compares parameters, Adam's state, step and learning rate; the next step shows that they are in use."""
+    folder, (_, expected) = two_ranks
+    results, tensors = launch(folder, tmp_path / "out.json", ranks=ranks, port=free_port(), load=True)
+    assert set(results) == {"1-bf16", "2-fp32", "3-fp32", "3-bf16"}
+    for case, result in results.items():
+        assert result == {"converted": True, "left": ["latest", "step-00000003"]}
+        for name, value in expected[f"{case} after"].items():
+            # A third of three equal gradients is rounded; bf16 has 8 bits.
+            relative = 2**-7 if "bf16" in case else 1e-5
+            torch.testing.assert_close(tensors[f"{case} after"][name], value, rtol=relative, atol=1e-7)
+            assert not torch.equal(value, expected[f"{case} saved"][name])
+
+
+def test_nothing_but_four_classes_needs_more_than_the_restricted_unpickler(two_ranks):
+    """What a checkpoint may name beyond tensors and containers, over all stages and precisions."""
+    folder, _ = two_ranks
+    allowed = {
+        "deepspeed.utils.tensor_fragment.fragment_address",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+    }
+    files = [folder / name for name in file_names(folder) if name.endswith("_states.pt")]
+    assert len(files) > 16
+    assert {name for path in files for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)} == allowed
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    values=st.lists(st.floats(width=32), min_size=1, max_size=200),
+    cut=st.integers(0, 200),
+    dtype=st.sampled_from([0, 1]),
+)
+def test_checksums_of_parts_add_up_and_one_changed_bit_shows(values, cut, dtype):
+    whole = torch.tensor(values, dtype=[torch.float32, torch.bfloat16][dtype])
+    parts = [weighted_sum(whole[:cut], "w", 0), weighted_sum(whole[cut:], "w", min(cut, len(whole)))]
+    assert int(weighted_sum(whole, "w", 0)) == int(parts[0] + parts[1])
+    assert int(unordered_sum(whole)) == int(unordered_sum(whole[:cut]) + unordered_sum(whole[cut:]))
+    bits = whole.view([torch.int32, torch.int16][dtype]).clone()
+    bits[cut % len(bits)] ^= 1
+    assert int(weighted_sum(bits.view(whole.dtype), "w", 0)) != int(weighted_sum(whole, "w", 0))
+    assert int(unordered_sum(bits.view(whole.dtype))) != int(unordered_sum(whole))
+    padded = torch.cat([whole, torch.zeros(7, dtype=whole.dtype)])
+    assert int(weighted_sum(padded, "w", 0)) == int(weighted_sum(whole, "w", 0))
+
+
+def test_exchanged_shifted_and_long_tensors_have_other_checksums():
+    values = torch.randn(2**20 + 5)
+    true = int(weighted_sum(values, "a", 0))
+    assert int(weighted_sum(values, "b", 0)) != true
+    assert int(weighted_sum(values.roll(1), "a", 0)) != true
+    assert int(weighted_sum(values[[1, 0, *range(2, len(values))]], "a", 0)) != true
+    cut = 2**20 - 3
+    assert int(weighted_sum(values[:cut], "a", 0) + weighted_sum(values[cut:], "a", cut)) == true
+    # Position 0 and position 2^20 share an entry of the table, not a weight.
+    assert int(weighted_sum(values[[2**20, *range(1, 2**20), 0, *range(2**20 + 1, 2**20 + 5)]], "a", 0)) != true
