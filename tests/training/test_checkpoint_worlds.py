@@ -77,9 +77,10 @@ def test_another_number_of_ranks_continues_as_two_would_have(two_ranks, tmp_path
     for case, result in results.items():
         assert result == {"converted": True, "left": ["latest", "step-00000003"]}
         for name, value in expected[f"{case} after"].items():
-            # A third of three equal gradients is rounded; bf16 has 8 bits.
-            relative = 2**-7 if "bf16" in case else 1e-5
-            torch.testing.assert_close(tensors[f"{case} after"][name], value, rtol=relative, atol=1e-7)
+            # Three ranks add up bf16 gradients of 8 bits to a mean that is no longer exact; an update is at most 0.04.
+            inexact = ranks == 3 and "bf16" in case
+            relative, absolute = (2**-8, 0.04 * 2**-8) if inexact else (1e-5, 1e-7)
+            torch.testing.assert_close(tensors[f"{case} after"][name], value, rtol=relative, atol=absolute)
             assert not torch.equal(value, expected[f"{case} saved"][name])
 
 
