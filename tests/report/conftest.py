@@ -51,7 +51,12 @@ def write_run(folder, task, label, seed, labels, predictions, settings=None):
         for index, (right, found) in enumerate(zip(labels.tolist(), predictions.tolist())):
             second = f"Hypothesis, “{index}”." if task in ("rte", "mrpc", "stsb", "mnli") else None
             answer = {"squared_error": (right - found) ** 2} if regression else {"correct": right == found}
-            line = {"index": index, "id": str(1000 + index), "sentence1": f"Premise {index}, said\nA.", "sentence2": second}
+            line = {
+                "index": index,
+                "id": str(1000 + index),
+                "sentence1": f"Premise {index}, said\nA.",
+                "sentence2": second,
+            }
             file.write(json.dumps(line | {"label": right, "prediction": found, "scores": [0.0]} | answer) + "\n")
     if task == "mnli":
         metrics["accuracy_mismatched"] = 1.0

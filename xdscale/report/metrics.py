@@ -52,13 +52,27 @@ def _matthews(weights: Array, labels: Array, predictions: Array) -> Array:
 
 
 def _pearson(weights: Array, labels: Array, predictions: Array) -> Array:
-    columns = [_correlate(weights, labels[None], column[None]) for column in predictions.T]
-    return np.stack(columns, axis=1)
+    total = weights.sum(1, keepdims=True)
+    # Centred first: sums of squares of uncentred values lose half of the digits.
+    left, right = (labels - labels.mean())[:, None], predictions - predictions.mean(0)
+    left_mean, right_mean = weights @ left / total, weights @ right / total
+    products = weights @ (left * right) - total * left_mean * right_mean
+    squares = weights @ left**2 - total * left_mean**2
+    others = weights @ right**2 - total * right_mean**2
+    return _ratio(products, np.sqrt(_positive(squares) * _positive(others)))
 
 
 def _spearman(weights: Array, labels: Array, predictions: Array) -> Array:
-    ranks = _ranks(weights, labels)
-    columns = [_correlate(weights, ranks, _ranks(weights, column)) for column in predictions.T]
+    transposed = np.ascontiguousarray(weights.T)
+    ranks = _centred_ranks(transposed, labels)
+    weighted = transposed * ranks
+    squares = (weighted * ranks).sum(0)
+    columns = []
+    for column in predictions.T:
+        other = _centred_ranks(transposed, column)
+        products = (weighted * other).sum(0)
+        np.square(other, out=other)
+        columns.append(_ratio(products, np.sqrt(squares * (transposed * other).sum(0))))
     return np.stack(columns, axis=1)
 
 
@@ -82,27 +96,31 @@ METRICS: dict[str, Callable[[Array, Array, Array], Array]] = {
 """Metric by name: (weights, labels, predictions) to [resamples, systems]; see `measure`."""
 
 
-def _correlate(weights: Array, left: Array, right: Array) -> Array:
-    """Weighted Pearson correlation of [1 or resamples, examples] with the same, [resamples]."""
-    total = weights.sum(1, keepdims=True)
-    # Centred first: sums of squares of uncentred values lose half of the digits.
-    left = left - (weights * left).sum(1, keepdims=True) / total
-    right = right - (weights * right).sum(1, keepdims=True) / total
-    weighted = weights * left
-    products = np.einsum("re,re->r", weighted, np.broadcast_to(right, weights.shape))
-    squares = np.einsum("re,re->r", weighted, np.broadcast_to(left, weights.shape))
-    other = np.einsum("re,re,re->r", weights, *[np.broadcast_to(right, weights.shape)] * 2)
-    return _ratio(products, np.sqrt(squares * other))
+def _centred_ranks(weights: Array, values: Array) -> Array:
+    """Rank of each example in each resample, ties sharing their mean rank, minus the mean of all ranks.
 
+    Args:
+        weights: [examples, resamples].
+        values: [examples].
 
-def _ranks(weights: Array, values: Array) -> Array:
-    """Rank of each example in each resample, ties sharing their mean rank, [resamples, examples]."""
+    Returns:
+        [examples, resamples].
+    """
     distinct, place = np.unique(values, return_inverse=True)
     order = np.argsort(place, kind="stable")
-    starts = np.searchsorted(place[order], np.arange(len(distinct)))
-    drawn = np.add.reduceat(weights[:, order], starts, axis=1)  # [resamples, distinct values]
-    mean_ranks = np.cumsum(drawn, axis=1) - (drawn - 1) / 2
-    return mean_ranks[:, place]
+    drawn = weights[order]
+    if len(distinct) < len(values):
+        drawn = np.add.reduceat(drawn, np.searchsorted(place[order], np.arange(len(distinct))), axis=0)
+    ranks = np.cumsum(drawn, axis=0)
+    # Before: the last rank of each value. Its mean rank is half of the others' lower, (total + 1) / 2 the mean of all.
+    ranks -= drawn / 2
+    ranks -= weights.sum(0) / 2
+    return ranks[place]
+
+
+def _positive(sums: Array) -> Array:
+    """Sets to 0 what is only rounding left of a variance of 0."""
+    return np.where(sums > 1e-13 * np.abs(sums).max(initial=0), sums, 0)
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:

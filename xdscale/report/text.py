@@ -16,8 +16,7 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 DIFFERENCE_HEAD = (
-    "task", "metric", "seeds", "difference", "95 % CI, examples", "95 % CI, examples and seeds", "paper's difference",
-    "improved", "worsened", "unchanged",
+    "task", "metric", "seeds", "difference", "95 % CI", "95 % CI, seeds too", "paper", "improved", "worsened", "same",
 )  # fmt: skip
 
 
