@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from xdscale.kernels import attention_cpu
-from xdscale.kernels.dropout_mask import drop_threshold, keep_mask, keep_rate
+from xdscale.kernels.dropout_mask import check_dropout, drop_threshold, keep_mask, keep_rate
 from xdscale.kernels.packing import Packing
 
 LARGEST_TRITON_HEAD = 128
@@ -64,7 +64,7 @@ def packed_attention(
         query, key, value = (tokens.to(torch.get_autocast_dtype(device_type)) for tokens in (query, key, value))
     _check_tokens(query, key, value)
     _check_offsets(query, key, query_offsets, key_offsets, max_query, max_key)
-    _check_dropout(query, dropout, seed)
+    check_dropout(dropout, seed, query.device)
     threshold = drop_threshold(dropout)
     backend = _backend(query)
     with torch.autocast(device_type, enabled=False):
@@ -211,16 +211,3 @@ def _check_offsets(
             raise ValueError(f"{name} must rise from 0 to the {len(tokens)} tokens of {side}, not be {bounds}")
         if longest < max(lengths, default=0):
             raise ValueError(f"max_{side} must be at least the longest sequence, {max(lengths)}, not {longest}")
-
-
-def _check_dropout(query: torch.Tensor, dropout: float, seed: torch.Tensor | None) -> None:
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
-    if seed is None:
-        if dropout:
-            raise ValueError("seed must be an int64 tensor of shape [1] where dropout is not 0, not None")
-        return
-    if seed.dtype != torch.int64:
-        raise TypeError(f"seed must be int64, not {seed.dtype}")
-    if seed.shape != (1,) or seed.device != query.device:
-        raise ValueError(f"seed must have the shape [1] on {query.device}, not {list(seed.shape)} on {seed.device}")

@@ -37,7 +37,7 @@ def _store_rows(POINTER, rows, start, index, length, head, heads, D: tl.constexp
     tl.store(POINTER + offset, rows.to(POINTER.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_forward(  # noqa: ANN201
     QUERY, KEY, VALUE, OUT, LOG_SUM, QUERY_OFFSETS, KEY_OFFSETS, SEED,  # noqa: ANN001
     tokens, heads, scale,  # noqa: ANN001
@@ -81,7 +81,7 @@ def attention_forward(  # noqa: ANN201
     tl.store(LOG_SUM + head.to(tl.int64) * tokens + start + index, log_sum, mask=index < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_backward_query(  # noqa: ANN201
     QUERY, KEY, VALUE, OUT, GRAD, LOG_SUM, ROW_SUM, GRAD_QUERY, QUERY_OFFSETS, KEY_OFFSETS, SEED,  # noqa: ANN001
     tokens, heads, scale,  # noqa: ANN001
@@ -121,7 +121,7 @@ def attention_backward_query(  # noqa: ANN201
     _store_rows(GRAD_QUERY, grad_query * (scale / LOG2_E), start, index, length, head, heads, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_backward_key_value(  # noqa: ANN201
     QUERY, KEY, VALUE, GRAD, LOG_SUM, ROW_SUM, GRAD_KEY, GRAD_VALUE, QUERY_OFFSETS, KEY_OFFSETS, SEED,  # noqa: ANN001
     tokens, heads, scale,  # noqa: ANN001

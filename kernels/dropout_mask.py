@@ -40,6 +40,20 @@ def keep_rate(threshold: int) -> float:
     return 1.0 - threshold / THRESHOLDS
 
 
+def check_dropout(dropout: float, seed: torch.Tensor | None, device: torch.device) -> None:
+    """Refuses a rate outside of [0, 1), and a seed that is not int64 [1] on the device or is missing."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
+    if seed is None:
+        if dropout:
+            raise ValueError("seed must be an int64 tensor of shape [1] where dropout is not 0, not None")
+        return
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be int64, not {seed.dtype}")
+    if seed.shape != (1,) or seed.device != device:
+        raise ValueError(f"seed must have the shape [1] on {device}, not {list(seed.shape)} on {seed.device}")
+
+
 def stream_keys(seed: torch.Tensor, samples: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns both halves of the key of every stream, int32 [samples, heads] each.
 
@@ -51,13 +65,13 @@ def stream_keys(seed: torch.Tensor, samples: int, heads: int) -> tuple[torch.Ten
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)  # narrowing keeps the low 32 bits
     sample = torch.arange(samples, dtype=torch.int32, device=seed.device)[:, None]
     head = torch.arange(heads, dtype=torch.int32, device=seed.device)
-    halves = []
-    for start in (_START_0, _START_1):
-        state = torch.full((samples, heads), start, dtype=torch.int32, device=seed.device)
-        for part in (low, high, sample, head):
-            state = mix_(state ^ part, torch.zeros_like(state), torch.empty_like(state)) + start
-        halves.append(state)
-    return halves[0], halves[1]
+    shape, options = (samples, heads), {"dtype": torch.int32, "device": seed.device}
+    # Both halves in one tensor: on a CPU these few numbers cost as much as the mask of a small batch.
+    start = torch.stack([torch.full(shape, value, **options) for value in (_START_0, _START_1)])
+    zero, scratch, state = torch.zeros_like(start), torch.empty_like(start), start
+    for part in (low, high, sample, head):
+        state = mix_(state ^ part, zero, scratch).add_(start)
+    return state[0], state[1]
 
 
 def weyl(first_query: int, queries: int, groups: int, device: torch.device) -> torch.Tensor:

@@ -55,8 +55,8 @@ TILES = {
     ("cuda", 2, 2): (Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     ("cuda", 2, 4): (Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3)),
     ("cuda", 4, 4): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
-    ("blackwell", 2, 2): (Tile(64, 128, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
-    ("blackwell", 2, 4): (Tile(64, 128, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
+    ("blackwell", 2, 2): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
+    ("blackwell", 2, 4): (Tile(64, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
     ("blackwell", 4, 4): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
     ("hip", 2, 2): (Tile(64, 128, 64, 4, 2), Tile(128, 128, 64, 8, 2)),
     ("hip", 2, 4): (Tile(64, 128, 32, 4, 2), Tile(128, 128, 32, 8, 2)),
@@ -87,7 +87,7 @@ def logits_of_tile(
     return (logits + offset[None, :]) * 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns"], do_not_specialize_on_alignment=["total", "label_logit"])
 def row_statistics_kernel(
     hidden, weight, bias, labels, maximum, total, label_logit, best,
     rows, columns, size, split_columns, hidden_stride, weight_stride,
@@ -125,7 +125,10 @@ def row_statistics_kernel(
     tl.store(best + place, row_best, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "splits"],
+    do_not_specialize_on_alignment=["split_total", "split_label_logit", "total", "label_logit"],
+)
 def combine_kernel(
     split_maximum, split_total, split_label_logit, split_best, labels, maximum, total, label_logit, correct,
     rows, splits, TILE_ROWS: tl.constexpr, TILE_SPLITS: tl.constexpr,
@@ -148,7 +151,7 @@ def combine_kernel(
     tl.store(correct + row, (best == label).to(tl.int8), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "end"], do_not_specialize_on_alignment=["total"])
 def logit_gradients_kernel(
     hidden, weight, bias, labels, maximum, total, grad_loss, gradients, column_sums,
     rows, columns, size, begin, end, hidden_stride, weight_stride,
@@ -365,7 +368,7 @@ def _matrix_cases(target: str, operands: tuple[str, str], amount: str) -> list[C
         ),
         CompileCase(
             "masked_token_loss", f"logit_gradients {label}", logit_gradients_kernel, backward,
-            (*aligned, "grad_loss", "gradients", "column_sums", "begin", "end"), constexprs, **common,
+            (*aligned, "grad_loss", "gradients", "column_sums", "begin"), constexprs, **common,
             bytes_moved=chunk_bytes + blocks * chunk * 4, lower_bound_bytes=chunk_bytes + chunk * 4,
             flops=2 * n * chunk * size,
         ),

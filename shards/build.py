@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ from tokenizers import Tokenizer
 from xdscale.errors import XdscaleError
 from xdscale.shards.clip_bpe import describe_clip_tokenizer
 from xdscale.shards.corpus import FORMATS, Document, stream_documents
+from xdscale.shards.inputs import describe_inputs, find_inputs
 from xdscale.shards.language import load_language_tokenizer
-from xdscale.shards.manifest import Build, Corpus, InputFile, Manifest, Split
-from xdscale.shards.unit import SPLITS, UnitRecord, UnitSplit, group_units
-from xdscale.shards.verify import file_sha256
+from xdscale.shards.manifest import Build, Manifest
+from xdscale.shards.merge import assemble, require_sequences
+from xdscale.shards.part import WHOLE, Part, PartManifest
+from xdscale.shards.unit import Unit, UnitRecord, group_units
 from xdscale.shards.workers import run_units
 from xdscale.shards.workplace import existing_dataset, publish, workplace
 
@@ -33,7 +34,7 @@ class Progress:
 
 
 def build_shards(
-    inputs: list[Path],
+    inputs: list[Path | str],
     out: Path,
     *,
     language_tokenizer: str,
@@ -45,16 +46,17 @@ def build_shards(
     shard_text_bytes: int = 16 << 20,
     format: str = "auto",
     text_field: str = "text",
+    part: Part = WHOLE,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
-    """Builds the shards of a corpus in `out` and returns their manifest.
+    """Builds the shards of a corpus, or of one part of it, in `out` and returns their manifest.
 
     A build that was stopped at any point goes on when it is called again with the same inputs and options. If
-    `out` already holds the finished dataset, it is verified and returned.
+    `out` already holds the finished dataset, it is verified and returned. Parts become a dataset by `merge_parts`.
 
     Args:
-        inputs: corpus files, read in this order.
+        inputs: corpus files, folders and patterns (see `find_inputs`), read in this order.
         out: folder for the shards; made if it does not exist.
         language_tokenizer: `tokenizer.json`, folder, `package:NAME/folder` or hub name.
         sequence_length: language tokens per sequence, without [CLS] and [SEP].
@@ -64,18 +66,20 @@ def build_shards(
         workers: processes; a script that asks for more than 1 needs the `if __name__ == "__main__":` guard.
         shard_text_bytes: corpus text per shard, at least.
         format: one of `corpus.FORMATS`, or "auto".
-        text_field: field of the text in JSON Lines.
-        overwrite: replace what another build left in `out`.
+        text_field: field of the text in JSON Lines, column in parquet.
+        part: the part to build; all parts may build in one folder at once, on different machines too.
+        overwrite: replace what another build left in `out`; not for parts, which would remove each other's shards.
         on_progress: called after each unit.
 
     Raises:
         XdscaleError: a bad input, option or tokenizer, another dataset in `out`, nothing to build from, or the
             disk is full. Finished shards are kept.
     """
-    inputs, out = [Path(path) for path in inputs], Path(out)
+    out = Path(out)
+    paths = find_inputs(inputs)
     tokenizer, language = load_language_tokenizer(language_tokenizer)
     build = _checked(
-        inputs=_describe_inputs(inputs),
+        inputs=describe_inputs(paths),
         format=format,
         text_field=text_field,
         min_words=min_words,
@@ -88,18 +92,36 @@ def build_shards(
     )
     if workers < 1:
         raise XdscaleError(f"workers = {workers}: at least 1 process is needed")
+    if overwrite and part.of > 1:
+        raise XdscaleError(f"{out}: --overwrite with --part would remove the other parts; remove the folder first")
     report = on_progress or (lambda progress: None)
-    found = None if overwrite else existing_dataset(out, build)
+    found = None if overwrite else existing_dataset(out, build, part)
     if found is not None:
         report(_finished(found))
         return found
     try:
-        with workplace(out, build, overwrite=overwrite):
-            manifest = _run(inputs, out, build, tokenizer, workers, report)
-            publish(out, manifest)
+        with workplace(out, build, part, overwrite=overwrite):
+            return _build(paths, out, build, part, tokenizer, workers, report)
     except OSError as error:
-        reason = error.strerror or error
-        raise XdscaleError(f"{error.filename or out}: cannot be written: {reason}") from None
+        raise XdscaleError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from None
+
+
+def _build(
+    paths: list[Path],
+    out: Path,
+    build: Build,
+    part: Part,
+    tokenizer: Tokenizer,
+    workers: int,
+    report: Callable[[Progress], None],
+) -> Manifest:
+    units, records = _run(paths, out, build, part, tokenizer, workers, report)
+    manifest = assemble(build, records)
+    if part.of == 1:
+        require_sequences(build, records)
+        publish(out, manifest)
+    else:
+        PartManifest(index=part.index, of=part.of, units=units, build=build, records=records).write(out)
     return manifest
 
 
@@ -115,21 +137,6 @@ def _checked(**values: Any) -> Build:
     return build
 
 
-def _describe_inputs(inputs: list[Path]) -> list[InputFile]:
-    if not inputs:
-        raise XdscaleError("no input: name at least one corpus file")
-    described = []
-    for path in inputs:
-        if path.is_dir():
-            raise XdscaleError(f"{path}: is a folder; name the corpus files in it")
-        try:
-            size, digest = path.stat().st_size, file_sha256(path)
-        except OSError as error:
-            raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
-        described.append(InputFile(name=path.name, bytes=size, sha256=digest))
-    return described
-
-
 def _finished(manifest: Manifest) -> Progress:
     total = sum(item.bytes for item in manifest.build.inputs)
     splits = manifest.splits.values()
@@ -142,65 +149,41 @@ def _finished(manifest: Manifest) -> Progress:
     )
 
 
-def _documents(inputs: list[Path], build: Build) -> Iterator[tuple[Document, int]]:
+def _documents(paths: list[Path], build: Build, threads: int) -> Iterator[tuple[Document, int]]:
     """Yields the documents of all inputs with the bytes read so far."""
     before = 0
-    for path, described in zip(inputs, build.inputs, strict=True):
-        for document in stream_documents(path, format=build.format, text_field=build.text_field):
+    for path, described in zip(paths, build.inputs, strict=True):
+        for document in stream_documents(path, format=build.format, text_field=build.text_field, threads=threads):
             yield document, before + document.bytes_read
         before += described.bytes
 
 
 def _run(
-    inputs: list[Path],
+    paths: list[Path],
     out: Path,
     build: Build,
+    part: Part,
     tokenizer: Tokenizer,
     workers: int,
     report: Callable[[Progress], None],
-) -> Manifest:
+) -> tuple[int, list[UnitRecord]]:
+    """Builds the part's units; returns how many all parts have, and the records of this one's in order."""
     total = sum(item.bytes for item in build.inputs)
     records: list[UnitRecord] = []
-    documents, sequences, kept_shards = 0, 0, 0
-    units = group_units(_documents(inputs, build), build.shard_text_bytes)
-    with closing(run_units(units, out, build, tokenizer, workers)) as results:
+    units, documents, sequences, kept_shards = 0, 0, 0, 0
+
+    def of_this_part() -> Iterator[Unit]:
+        nonlocal units
+        for unit in group_units(_documents(paths, build, workers), build.shard_text_bytes):
+            units += 1
+            if part.has(unit.number):
+                yield unit
+
+    with closing(run_units(of_this_part(), out, build, tokenizer, workers)) as results:
         for unit, record, kept in results:
             records.append(record)
             documents += record.documents
             sequences += sum(split.shard.samples for split in record.splits.values())
             kept_shards += len(record.splits) if kept else 0
             report(Progress(documents, unit.bytes_read, total, sequences, kept_shards))
-    names = ", ".join(path.name for path in inputs)
-    if not documents:
-        raise XdscaleError(f"{names}: no documents; is the format {build.format!r} right?")
-    if not sequences:
-        tokens = sum(record.dropped_tokens for record in records)
-        raise XdscaleError(
-            f"{names}: {documents} documents give {tokens} tokens and no sequence of {build.sequence_length}; "
-            "use more text or a shorter --sequence-length"
-        )
-    return _assemble(build, records)
-
-
-def _assemble(build: Build, records: list[UnitRecord]) -> Manifest:
-    return Manifest(
-        build=build,
-        corpus=Corpus(
-            documents=sum(record.documents for record in records),
-            paragraphs=sum(record.paragraphs for record in records),
-            text_bytes=sum(record.text_bytes for record in records),
-            dropped_tokens=sum(record.dropped_tokens for record in records),
-        ),
-        splits={name: _join([record.splits[name] for record in records if name in record.splits]) for name in SPLITS},
-    )
-
-
-def _join(parts: list[UnitSplit]) -> Split:
-    histograms = [part.blocks_needed for part in parts]
-    return Split(
-        samples=sum(part.shard.samples for part in parts),
-        language_tokens=sum(part.language_tokens for part in parts),
-        clip_tokens=sum(part.clip_tokens for part in parts),
-        blocks_needed=[sum(counts) for counts in zip_longest(*histograms, fillvalue=0)],
-        shards=[part.shard for part in parts],
-    )
+    return units, records

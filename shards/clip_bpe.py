@@ -30,18 +30,26 @@ VOCAB_SIZE = 49_408
 MERGES = VOCAB_SIZE - 2 * 256 - 2
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-# Printable ASCII without "&": ftfy, HTML unescaping and Unicode case rules all leave it as it is.
-_PLAIN = re.compile(r"[ -%'-~\n]*")
+# Printable ASCII, "&" only before a space: ftfy and HTML unescaping leave it as it is.
+_ASCII = r"(?:[ -%'-~\n]|& )"
+# Curly quotes, some signs and most accented letters, alone among ASCII, and hard spaces with dashes: none of them is
+# a sign of mojibake (ftfy looks for telling pairs; it takes Â, Ã, Œ and œ by themselves), and of all that ftfy does
+# to text, it only straightens the quotes.
+_CALM = r"(?:[…‘’“”°±·×−′″→£À-ÁÄ-ÖØ-öø-ıĴ-ňŊ-őŔ-ž]|[\xa0–—]++)"
+_KNOWN = re.compile(rf"{_ASCII}*+(?:{_CALM}{_ASCII}++)*+{_CALM}?")
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 
 class ClipBPE:
-    """Text to CLIP ids, without start and end."""
+    """Text to CLIP ids, without start and end.
+
+    `tokenizer` is the library's, for text that is already clean.
+    """
 
     def __init__(self) -> None:
         merges = _read_merges(resolve_path(MERGES_FILE))
-        self._tokenizer = Tokenizer(models.BPE(_vocabulary(merges), merges, end_of_word_suffix="</w>"))
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        self.tokenizer = Tokenizer(models.BPE(_vocabulary(merges), merges, end_of_word_suffix="</w>"))
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -50,7 +58,7 @@ class ClipBPE:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Returns the ids of each text, uint16 [tokens], as many as the text has."""
-        encodings = self._tokenizer.encode_batch_fast([clean(text) for text in texts])
+        encodings = self.tokenizer.encode_batch_fast([clean(text) for text in texts])
         return [np.array(encoding.ids, np.uint16) for encoding in encodings]
 
 
@@ -69,16 +77,24 @@ def describe_clip_tokenizer() -> ClipTokenizer:
 def clean(text: str) -> str:
     """Returns the text as open_clip's BPE sees it: mended, unescaped, single spaces, lower case.
 
-    ftfy is most of the cost, and looks at one line at a time, so it is given only the lines it could change.
-    Entities are the exception (a "<" switches their unescaping off for all later lines): such a text goes
-    whole.
+    ftfy is most of the cost, and looks at one line at a time, so it is given only the lines of which it is not
+    known what it does. Entities are the exception (a "<" switches their unescaping off for all later lines):
+    such a text goes whole.
     """
-    if "&" in text:
+    if _KNOWN.fullmatch(text):
+        text = _straighten(text)
+    elif "&" in text:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    elif not _PLAIN.fullmatch(text):
+    else:
         lines = _LINE.findall(text)
-        text = "".join(line if _PLAIN.fullmatch(line) else ftfy.fix_text(line) for line in lines)
+        text = "".join(_straighten(line) if _KNOWN.fullmatch(line) else ftfy.fix_text(line) for line in lines)
     return " ".join(text.split()).lower()
+
+
+def _straighten(text: str) -> str:
+    if text.isascii():
+        return text
+    return text.replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"')
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:

@@ -1,8 +1,6 @@
-"""`xdscale shards build | verify | info`. Heavy imports stand inside the commands: `--help` must be quick."""
+"""`xdscale shards build | merge | verify | info`. Heavy imports stand inside the commands: `--help` must be quick."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +16,9 @@ Folder = Annotated[Path, typer.Argument(help="Folder written by 'xdscale shards 
 
 @shards_app.command()
 def build(
-    inputs: Annotated[list[str], typer.Argument(help="Corpus files, or package:NAME/inner/path.")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Corpus files, folders, quoted patterns, or package:NAME/inner/path.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     language_tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder, package:NAME/folder or hub name.")],
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence, less [CLS] and [SEP].")] = 510,
@@ -26,24 +26,26 @@ def build(
     validation_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of documents held out.")] = 0.01,
     min_words: Annotated[int, typer.Option(min=0, help="Leave out paragraphs with fewer words.")] = 5,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    format: Annotated[str, typer.Option(help="auto, text, wikitext, jsonl or mediawiki.")] = "auto",
-    text_field: Annotated[str, typer.Option(help="JSON Lines field that holds the text.")] = "text",
+    format: Annotated[str, typer.Option(help="auto, text, wikitext, jsonl, mediawiki or parquet.")] = "auto",
+    text_field: Annotated[str, typer.Option(help="JSON Lines field or parquet column of the text.")] = "text",
+    part: Annotated[str, typer.Option(help="i/n: build part i (from 0) of n, then 'xdscale shards merge'.")] = "0/1",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
     """Turns text into shards; a build that was stopped goes on when started again."""
-    from xdscale.names import resolve_path
     from xdscale.shards.build import Progress, build_shards
+    from xdscale.shards.part import Part
+    from xdscale.shards.progress import shown_progress
 
     started = time.monotonic()
     last: list[Progress] = []
-    with _bar("building") as advance:
+    with shown_progress("building") as advance:
 
         def on_progress(progress: Progress) -> None:
             last[:] = [progress]
-            advance(progress.bytes_read, progress.bytes_total)
+            advance(progress.bytes_read, progress.bytes_total, progress.documents)
 
         manifest = build_shards(
-            [resolve_path(name) for name in inputs],
+            inputs,
             out,
             language_tokenizer=language_tokenizer,
             sequence_length=sequence_length,
@@ -53,19 +55,36 @@ def build(
             workers=workers,
             format=format,
             text_field=text_field,
+            part=Part.parse(part),
             overwrite=overwrite,
             on_progress=on_progress,
         )
-    typer.echo(_summary(out, manifest, time.monotonic() - started, last[-1].kept_shards))
+    kept = last[-1].kept_shards if last else 0
+    typer.echo(_summary(out, manifest, time.monotonic() - started, kept))
+    if Part.parse(part).of > 1:
+        typer.echo(f"part {part} is finished; when all are: xdscale shards merge {out}")
+
+
+@shards_app.command()
+def merge(folder: Annotated[Path, typer.Argument(help="Folder that holds all parts.")]) -> None:
+    """Joins the parts that 'build --part i/n' made to one dataset, after verifying their shards."""
+    from xdscale.shards.merge import merge_parts
+    from xdscale.shards.progress import shown_progress
+
+    with shown_progress("verifying") as advance:
+        manifest = merge_parts(folder, on_progress=advance)
+    shards = sum(len(split.shards) for split in manifest.splits.values())
+    typer.echo(f"{folder}: one dataset of {shards} shards")
 
 
 @shards_app.command()
 def verify(folder: Folder) -> None:
     """Compares every shard's size and SHA-256 with the manifest."""
     from xdscale.shards.manifest import Manifest
+    from xdscale.shards.progress import shown_progress
     from xdscale.shards.verify import verify_shards
 
-    with _bar("verifying") as advance:
+    with shown_progress("verifying") as advance:
         verify_shards(folder, on_progress=advance)
     shards = [shard for split in Manifest.load(folder).splits.values() for shard in split.shards]
     typer.echo(f"{folder}: {len(shards)} shards, {sum(shard.bytes for shard in shards):,} bytes, all as built")
@@ -89,6 +108,7 @@ def info(folder: Folder) -> None:
     )
     console.print(_splits_table(manifest))
     console.print(_lengths_table(manifest))
+    console.print(_documents_table(manifest))
 
 
 def _summary(out: Path, manifest: "Manifest", seconds: float, kept: int) -> str:
@@ -102,7 +122,7 @@ def _summary(out: Path, manifest: "Manifest", seconds: float, kept: int) -> str:
         f"sequences: {counts}",
         f"tokens: language {sum(split.language_tokens for split in splits):,}, "
         f"CLIP {sum(split.clip_tokens for split in splits):,}, dropped {manifest.corpus.dropped_tokens:,}",
-        f"bytes: {stored:,}, {stored / payload:.3f} per payload byte",
+        f"bytes: {stored:,}" + (f", {stored / payload:.3f} per payload byte" if payload else ""),
         f"seconds: {seconds:.1f}",
     ]
     return "\n".join(lines)
@@ -144,18 +164,17 @@ def _lengths_table(manifest: "Manifest") -> Any:
     return table
 
 
+def _documents_table(manifest: "Manifest") -> Any:
+    """Documents by their number of language tokens, in powers of two."""
+    from rich.table import Table
+
+    table = Table("tokens per document", "documents")
+    table.columns[1].justify = "right"
+    for power, count in enumerate(manifest.corpus.document_tokens):
+        if count:
+            table.add_row(f"{1 << power - 1:,} to {(1 << power) - 1:,}" if power else "none", f"{count:,}")
+    return table
+
+
 def _share(split: "Split", counts: list[int]) -> str:
     return f"{sum(counts) / split.samples:.2%}" if split.samples else "-"
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a progress bar of bytes on stderr while it is a terminal; gives the function that moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

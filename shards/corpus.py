@@ -6,12 +6,12 @@
 | wikitext | an article: from ` = Title = ` to the next one | a line |
 | jsonl | the text field of one line | a line of the text |
 | mediawiki | a page of namespace 0 that is not a redirect | a line of its wikitext, without the markup |
+| parquet | the text column of one row | a line of the text |
 
-Any of them may be compressed with bzip2. Splitting a file into documents is cheap and done by the one process
-that reads; taking a document apart (`paragraphs`) is the costly half and runs in the workers.
+All but parquet may be compressed with gzip, bzip2 or zstandard. Splitting a file into documents is cheap and done by
+the one process that reads; taking a document apart (`paragraphs`) is the costly half and runs in the workers.
 """
 
-import bz2
 import json
 import re
 from collections.abc import Iterator
@@ -21,12 +21,21 @@ from typing import BinaryIO
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.mediawiki import page_lines, read_pages
+from xdscale.shards.parquet import MAGIC, read_parquet
+from xdscale.shards.streams import open_stream
 
-FORMATS = ("text", "wikitext", "jsonl", "mediawiki")
+FORMATS = ("text", "wikitext", "jsonl", "mediawiki", "parquet")
 LARGEST_LINE_BYTES = 64 << 20
 LARGEST_DOCUMENT_BYTES = 1 << 20
 """A longer text or wikitext document is cut at the end of a line, so that memory stays constant."""
 
+_FORMAT_OF_SUFFIX = {
+    ".json": "jsonl",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".xml": "mediawiki",
+    ".parquet": "parquet",
+}
 _HEADING = re.compile(r"=.*=")
 _ARTICLE = re.compile(r"= (?!= ).* =")
 
@@ -48,32 +57,31 @@ def read_documents(
         yield paragraphs(document.text, document.format, min_words)
 
 
-def stream_documents(path: Path, *, format: str = "auto", text_field: str = "text") -> Iterator[Document]:
+def stream_documents(
+    path: Path, *, format: str = "auto", text_field: str = "text", threads: int = 1
+) -> Iterator[Document]:
     """Yields the documents of a corpus file in order, as they stand in it.
 
     Args:
-        path: the file, plain or compressed with bzip2.
+        path: the file, plain or compressed.
         format: one of `FORMATS`, or "auto" to tell it from the first characters.
-        text_field: the JSON Lines field that holds the text.
+        text_field: the JSON Lines field or parquet column that holds the text.
+        threads: how many may decompress; the documents are the same.
 
     Raises:
         XdscaleError: missing or unreadable file, bytes that are not UTF-8 (with their offset), bad JSON or no
-            text field (with the line), malformed or truncated XML or bzip2.
+            text field (with the line), malformed or truncated XML, parquet or compressed data.
     """
-    try:
-        with path.open("rb") as raw:
-            compressed = raw.read(3) == b"BZh"
-            raw.seek(0)
-            stream = bz2.BZ2File(raw) if compressed else raw
-            if format == "auto":
-                format = _detect(stream.read(1 << 16))
-                stream.seek(0)
-            for text in _texts(path, stream, format, text_field):
-                yield Document(text, format, raw.tell())
-    except EOFError:
-        raise XdscaleError(f"{path}: the bzip2 file is truncated; copy or download it again") from None
-    except OSError as error:
-        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if format == "auto":
+        with open_stream(path) as (stream, _):
+            format = _detect(path, stream.read(1 << 16))
+    if format == "parquet":
+        for text, bytes_read in read_parquet(path, text_field):
+            yield Document(text, format, bytes_read)
+        return
+    with open_stream(path, threads) as (stream, bytes_read_of_file):
+        for text in _texts(path, stream, format, text_field):
+            yield Document(text, format, bytes_read_of_file())
 
 
 def paragraphs(text: str, format: str, min_words: int) -> list[str]:
@@ -87,7 +95,22 @@ def paragraphs(text: str, format: str, min_words: int) -> list[str]:
     return [line for line in stripped if len(line.split()) >= max(1, min_words) and not _HEADING.fullmatch(line)]
 
 
-def _detect(head: bytes) -> str:
+def _detect(path: Path, head: bytes) -> str:
+    """Tells the format by the content; a name that says otherwise means another file than the user thinks."""
+    found = _format_of(head)
+    for suffix in path.suffixes:
+        named = _FORMAT_OF_SUFFIX.get(suffix.split("-")[0].lower(), found)
+        if head.strip() and named != found:
+            raise XdscaleError(
+                f"{path}: is named like {named}, but begins {head[:40]!r}; "
+                f"download it again (Git LFS leaves pointers), or say --format {found} if that is meant"
+            )
+    return found
+
+
+def _format_of(head: bytes) -> str:
+    if head.startswith(MAGIC):
+        return "parquet"
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith((b"<mediawiki", b"<?xml")):
         return "mediawiki"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from xdscale.errors import XdscaleError
 
 MANIFEST_NAME = "dataset.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK_SEQUENCES = 1024
 """Sequences per block: large enough that tar and npy headers cost well under 1 % of 512-token sequences."""
 
@@ -106,18 +106,23 @@ class Split(_Section):
 
 
 class Corpus(_Section):
-    """What was read: documents, kept paragraphs and their UTF-8 bytes, and tokens that filled no sequence."""
+    """What was read: documents, kept paragraphs and their UTF-8 bytes, and tokens that filled no sequence.
+
+    `document_tokens[k]` is the number of documents of 2^(k-1) to 2^k - 1 language tokens; the first is of those
+    that have none.
+    """
 
     documents: Count
     paragraphs: Count
     text_bytes: Count
     dropped_tokens: Count
+    document_tokens: list[Count]
 
 
 class Manifest(_Section):
     """The whole of `dataset.json`."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     build: Build
     corpus: Corpus
     splits: dict[str, Split]

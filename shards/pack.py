@@ -19,7 +19,8 @@ class Packed:
 
     `language` is uint16 [n, sequence_length]; sequence i owns clip[clip_offsets[i]:clip_offsets[i + 1]] (uint16
     [total], int64 [n + 1]). `blocks_needed[k]` sequences fill k + 1 CLIP blocks before the cut.
-    `dropped_tokens` language tokens were left over at the end.
+    `dropped_tokens` language tokens were left over at the end. `document_tokens[k]` documents have 2^(k-1) to
+    2^k - 1 language tokens; the first count is of those that have none.
     """
 
     language: np.ndarray
@@ -27,6 +28,7 @@ class Packed:
     clip_offsets: np.ndarray
     blocks_needed: list[int]
     dropped_tokens: int
+    document_tokens: list[int]
 
 
 class Packer:
@@ -45,6 +47,8 @@ class Packer:
         self._clip_limit = clip_blocks * BLOCK_TOKENS
         self._waiting: list[str] = []  # paragraphs not yet encoded
         self._waiting_characters = 0
+        self._document_of_waiting: list[int] = []
+        self._document_lengths: list[int] = []  # in tokens
         self._ids: list[np.ndarray] = []
         self._pieces: list[str] = []  # text of the sequence being filled
         self._filled = 0  # its tokens so far
@@ -53,9 +57,11 @@ class Packer:
         self._clip_lengths: list[int] = []  # before the cut
 
     def add(self, paragraphs: list[str]) -> None:
-        """Appends paragraphs to the stream."""
+        """Appends a document's paragraphs to the stream."""
+        self._document_lengths.append(0)
         for paragraph in paragraphs:
             self._waiting.append(paragraph)
+            self._document_of_waiting.append(len(self._document_lengths) - 1)
             self._waiting_characters += len(paragraph)
             if self._waiting_characters >= ENCODE_CHARACTERS:
                 self._encode()
@@ -77,13 +83,15 @@ class Packer:
             clip_offsets=np.concatenate([[0], np.cumsum(np.minimum(lengths, self._clip_limit))]),
             blocks_needed=needed.tolist(),
             dropped_tokens=len(ids) - language.size,
+            document_tokens=np.bincount(np.array([n.bit_length() for n in self._document_lengths], np.int64)).tolist(),
         )
 
     def _encode(self) -> None:
         encodings = self._tokenizer.encode_batch(self._waiting, add_special_tokens=False)
-        for paragraph, encoding in zip(self._waiting, encodings, strict=True):
+        for paragraph, document, encoding in zip(self._waiting, self._document_of_waiting, encodings, strict=True):
+            self._document_lengths[document] += len(encoding)
             self._place(paragraph, encoding)
-        self._waiting, self._waiting_characters = [], 0
+        self._waiting, self._document_of_waiting, self._waiting_characters = [], [], 0
         for ids in self._clip.encode(self._texts):
             self._clip_lengths.append(len(ids))
             self._clip_ids.append(ids[: self._clip_limit])

@@ -7,6 +7,7 @@ a build that was killed and started again redoes only the units whose record or 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,13 @@ class UnitRecord(BaseModel):
     paragraphs: int
     text_bytes: int
     dropped_tokens: int
+    document_tokens: list[int]
     splits: dict[str, UnitSplit]
+
+
+def add_counts(histograms: Iterable[list[int]]) -> list[int]:
+    """Returns the sum of histograms, as long as the longest."""
+    return [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)]
 
 
 def group_units(documents: Iterable[tuple[Document, int]], unit_text_bytes: int) -> Iterator[Unit]:
@@ -153,6 +160,7 @@ class UnitBuilder:
             paragraphs=count,
             text_bytes=text_bytes,
             dropped_tokens=sum(item.dropped_tokens for item in packed.values()),
+            document_tokens=add_counts(item.document_tokens for item in packed.values()),
             splits={
                 split: self._write_split(split, unit.number, item)
                 for split, item in packed.items()

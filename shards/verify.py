@@ -64,7 +64,7 @@ def damaged_shards(
     problems = {}
     done, total = 0, sum(record.bytes for record in chosen)
     for record in chosen:
-        problem = _problem(folder / record.file, record, names)
+        problem = shard_problem(folder / record.file, record, names)
         if problem is not None:
             problems[record.file] = problem
         done += record.bytes
@@ -73,8 +73,14 @@ def damaged_shards(
     return problems
 
 
-def _problem(path: Path, record: ShardRecord, names: dict[str, str]) -> str | None:
-    """Returns what is wrong with a shard, or None. Its size is looked at first: that costs no reading."""
+def shard_problem(path: Path, record: ShardRecord, names: dict[str, str]) -> str | None:
+    """Returns what is wrong with a shard, or None. Its size is looked at first: that costs no reading.
+
+    Args:
+        path: where it should be.
+        record: what it should be.
+        names: shards by SHA-256, to recognise one under another's name.
+    """
     try:
         size = path.stat().st_size
         if size != record.bytes:

@@ -5,27 +5,28 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.manifest import MANIFEST_NAME, Build, Manifest
+from xdscale.shards.part import PART_FILES, Part, read_part_files
 from xdscale.shards.unit import SPLITS, WORK_FOLDER
 from xdscale.shards.verify import verify_shards
 from xdscale.shards.writer import replaced_when_complete
 
-PLAN_NAME = "plan.json"
 LOCK_NAME = "lock"
 
 _OURS = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{6,}}\.tar|\.({'|'.join(SPLITS)})-[0-9]{{6,}}\.tar\.partial")
+_PLANS = "plan*.json"
 _ELSEWHERE = "choose another folder, or replace it with --overwrite"
 
 
-def existing_dataset(out: Path, build: Build) -> Manifest | None:
+def existing_dataset(out: Path, build: Build, part: Part) -> Manifest | None:
     """Returns the finished dataset in `out` if it is the one to be built, verified.
 
-    Returns None if the folder is free, or holds an unfinished part of the same build.
+    Returns None if the folder is free, or holds unfinished work of the same build in as many parts.
 
     Raises:
         XdscaleError: the folder holds something else (named), or damaged shards (named).
@@ -36,10 +37,13 @@ def existing_dataset(out: Path, build: Build) -> Manifest | None:
         manifest = Manifest.load(out)
         _require_same(f"{out}: holds a dataset", manifest.build.identity(), build.identity())
         verify_shards(out)
+        tidy(out)
         return manifest
-    plan = out / WORK_FOLDER / PLAN_NAME
-    if plan.exists():
-        _require_same(f"{out}: holds an unfinished build", _read_plan(plan), build.identity())
+    plans = [_read_plan(path) for path in sorted((out / WORK_FOLDER).glob(_PLANS))]
+    plans += [_plan(found.build, found.part) for found in read_part_files(out)]  # copied here without their plans
+    for plan in plans:
+        _require_same(f"{out}: holds an unfinished build", plan, _plan(build, part))
+    if plans:
         return None
     others = sorted(path.name for path in out.glob("*") if path.name != WORK_FOLDER)
     if others:
@@ -48,12 +52,13 @@ def existing_dataset(out: Path, build: Build) -> Manifest | None:
 
 
 @contextmanager
-def workplace(out: Path, build: Build, *, overwrite: bool) -> Iterator[None]:
-    """Makes `out` ready and keeps other builds out of it meanwhile.
+def workplace(out: Path, build: Build, part: Part, *, overwrite: bool) -> Iterator[None]:
+    """Makes `out` ready and keeps other builds out of it meanwhile; other parts of the same build may work there.
 
     Args:
         out: the folder of the dataset.
-        build: what is being built; written down, so that a later start knows whose parts it finds.
+        build: what is being built; written down, so that a later start knows whose work it finds.
+        part: which part of it.
         overwrite: remove what an earlier build left. Files that no build writes are never touched.
 
     Raises:
@@ -62,24 +67,40 @@ def workplace(out: Path, build: Build, *, overwrite: bool) -> Iterator[None]:
     """
     work = out / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
-    with (work / LOCK_NAME).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise XdscaleError(f"{out}: another process is building here; wait for it or end it") from None
+    with ExitStack() as locks:
+        locks.enter_context(locked(work / LOCK_NAME, shared=part.of > 1))
+        if part.of > 1:
+            locks.enter_context(locked(work / f"{LOCK_NAME}-{part.name}"))
         if overwrite:
             for record in work.glob("unit-*.json"):
                 record.unlink()
-        with replaced_when_complete(work / PLAN_NAME) as stream:
-            stream.write(json.dumps(build.identity(), indent=2, sort_keys=True).encode("utf-8"))
+        plan = json.dumps(_plan(build, part), indent=2, sort_keys=True)
+        # Parts write files of their own: two processes must never write one.
+        with replaced_when_complete(work / f"plan-{part.name}.json") as stream:
+            stream.write(plan.encode("utf-8"))
         if overwrite:
             (out / MANIFEST_NAME).unlink(missing_ok=True)
             _remove_shards(out, keep=set())
         yield
 
 
+@contextmanager
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Holds a lock while the block runs; `shared` locks exclude only those that are not.
+
+    Raises:
+        XdscaleError: another process holds it.
+    """
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise XdscaleError(f"{path.parent.parent}: another process is building here; wait or end it") from None
+        yield
+
+
 def publish(out: Path, manifest: Manifest) -> None:
-    """Makes a finished build a dataset: `dataset.json` appears last, then the work folder goes.
+    """Makes a finished build a dataset: `dataset.json` appears last, then the traces of the work go.
 
     Raises:
         OSError: the folder cannot be written.
@@ -87,6 +108,21 @@ def publish(out: Path, manifest: Manifest) -> None:
     _remove_shards(out, keep={shard.file for split in manifest.splits.values() for shard in split.shards})
     with replaced_when_complete(out / MANIFEST_NAME) as stream:
         stream.write(manifest.to_json().encode("utf-8"))
+    _remove_work(out)
+
+
+def tidy(out: Path) -> None:
+    """Removes what a build that was killed after its last step left beside the dataset, unless one is at work."""
+    try:
+        with locked(out / WORK_FOLDER / LOCK_NAME):
+            _remove_work(out)
+    except (OSError, XdscaleError):
+        return  # nothing there, or a dataset that may only be read
+
+
+def _remove_work(out: Path) -> None:
+    for path in sorted(out.glob(PART_FILES)):
+        path.unlink()
     shutil.rmtree(out / WORK_FOLDER)
 
 
@@ -94,6 +130,11 @@ def _remove_shards(out: Path, keep: set[str]) -> None:
     for path in out.iterdir():
         if _OURS.fullmatch(path.name) and path.name not in keep:
             path.unlink()
+
+
+def _plan(build: Build, part: Part) -> dict[str, Any]:
+    """Returns what all parts of one dataset must have in common."""
+    return build.identity() | {"parts": part.of}
 
 
 def _read_plan(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from xdscale.ds_config import (
 )
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, XdscaleError
 from xdscale.recipe import Recipe, load_recipe
+from xdscale.training.signals import StopRequest
 
 _SECONDS_FOR_FIRST_RANK_TO_SPEAK = 5
 
@@ -29,18 +30,20 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: command line, without the program's name.
 
     Returns:
-        Exit code: 0 done, 2 bad input (one message, no traceback), 75 stopped by SIGTERM or SIGUSR1 with a checkpoint
-        saved, so that the same command continues.
+        Exit code: 0 done, 2 bad input (one message, no traceback), 70 a rank died, hung or failed (one line says
+        which), 75 stopped by SIGTERM or SIGUSR1 with a checkpoint saved, so that the same command continues.
     """
     options = _parse(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _adapt(options)
-    except XdscaleError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # The launcher ends all ranks when one ends, and what concerns all ranks only the first should say.
-            time.sleep(_SECONDS_FOR_FIRST_RANK_TO_SPEAK)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
+    # From here on a signal is remembered: it is honoured before the next step, however long building takes.
+    with StopRequest() as stop:
+        try:
+            return _adapt(options, stop)
+        except XdscaleError as error:
+            if os.environ.get("RANK", "0") != "0":
+                # The launcher ends all ranks when one ends, and what concerns all only the first should say.
+                time.sleep(_SECONDS_FOR_FIRST_RANK_TO_SPEAK)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return EXIT_BAD_INPUT
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -52,7 +55,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
     """What a rank reads, and how its place in the data is recorded."""
 
     prepare: Any
@@ -63,26 +66,38 @@ class _Data(NamedTuple):
     damaged: dict[str, str]
 
 
-def _adapt(options: argparse.Namespace) -> int:
+def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     ds_values = read_ds_config(options.deepspeed_config)
     _calm_environment()
     from xdscale.training.distributed import start_distributed
     from xdscale.training.run_folder import RunFolder
-    from xdscale.training.signals import StopRequest
+    from xdscale.training.watchdog import Watchdog
 
     ranks = start_distributed()
     check_sections(options.deepspeed_config, ds_values)
     ds_config = resolve_ds_config(options.deepspeed_config, ds_values, recipe, ranks.world_size)
-    data = _open_data(recipe, ds_config, ranks)
     run = RunFolder(Path(recipe.output.folder))
     run.check(recipe)
-    ranks.raise_first(_claim(run) if ranks.is_first else None, "cannot start")
-    # From here on a signal is remembered: it is honoured after the first step, however long building takes.
-    stop = StopRequest()
-    stop.install()
-    engine, module, start_step = _build(recipe, ds_config, run, data, ranks)
-    return _train(recipe, ds_config, run, data, ranks, stop, engine, module, start_step)
+    with Watchdog(ranks, run.folder, recipe.training.hang_seconds) as watchdog:
+        try:
+            data = open_data(recipe, ds_config, ranks)
+            watchdog.samples = lambda step, micro_batch: _sample_ids(data.stream.slots(step), micro_batch)
+            ranks.raise_first(_claim(run) if ranks.is_first else None, "cannot start")
+            engine, module, start_step = _build(recipe, ds_config, run, data, ranks)
+            code = _train(recipe, ds_config, run, data, ranks, stop, watchdog, engine, module, start_step)
+            watchdog.end()
+            return code
+        except Exception as error:
+            if stop.requested and isinstance(error, XdscaleError):
+                # The signal also ended what this rank had started, such as the conversion of a checkpoint.
+                return EXIT_STOPPED
+            return watchdog.report(error)
+
+
+def _sample_ids(slots: list[Any], micro_batch: int | None) -> list[int]:
+    chosen = slots if micro_batch is None else [slots[micro_batch]]
+    return [sample for part in chosen for sample in part.sample_ids[part.real].tolist()]
 
 
 def _calm_environment() -> None:
@@ -112,7 +127,7 @@ def _claim(run: Any) -> str | None:
     return None
 
 
-def _open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> _Data:
+def open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> Data:
     """Finds the shards and sets the streams up."""
     from xdscale.data.collate import XDBERTCollator
     from xdscale.data.draws import draws_hash
@@ -121,7 +136,7 @@ def _open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> _Data:
     from xdscale.shards.manifest import Manifest
     from xdscale.shards.reader import ShardedSplit
     from xdscale.tasks.xdbert import check_shards
-    from xdscale.training.loop import StepData
+    from xdscale.training.protocols import StepData
 
     folder, damaged = open_shards(
         recipe.data, ranks, check=lambda folder: check_shards(recipe.model, Manifest.load(folder))
@@ -148,10 +163,10 @@ def _open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> _Data:
     collate_held_out = XDBERTCollator(held_out, seed=training.seed, tasks=recipe.tasks)
     slots = validation_slots(len(held_out), training.eval_samples, ranks.world_size, ranks.rank, micro_batch)
     validation = [collate_held_out(item) for item in slots]
-    return _Data(prepare, validation, stream, stream_hash, train.manifest.fingerprint, damaged)
+    return Data(prepare, validation, stream, stream_hash, train.manifest.fingerprint, damaged)
 
 
-def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: _Data, ranks: Any) -> tuple[Any, Any, int]:
+def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: Data, ranks: Any) -> tuple[Any, Any, int]:
     """Builds module and engine and continues from the newest undamaged checkpoint, if there is one."""
     import torch
 
@@ -191,9 +206,10 @@ def _train(
     recipe: Recipe,
     ds_config: dict[str, Any],
     run: Any,
-    data: _Data,
+    data: Data,
     ranks: Any,
-    stop: Any,
+    stop: StopRequest,
+    watchdog: Any,
     engine: Any,
     module: Any,
     start_step: int,
@@ -201,10 +217,50 @@ def _train(
     import torch
 
     from xdscale.data.prefetch import Prefetcher
-    from xdscale.training.checkpoint import CheckpointPosition
     from xdscale.training.loop import Trainer
-    from xdscale.training.monitor import Monitor
+    from xdscale.training.monitor import Monitor, read_log
+    from xdscale.training.skipping import skipped_so_far
     from xdscale.training.throughput import matmul_flops_per_second, peak_memory_gib
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(ds_config)]
+    monitor = Monitor(run, recipe, start_step) if ranks.is_first else None
+    if monitor and start_step:
+        monitor.message(f"continuing after step {start_step} of {recipe.training.steps}")
+    if monitor and (data.damaged or start_step):
+        monitor.quarantine(start_step, data.damaged)
+    history = read_log(run.log) if monitor else []
+    validated = any(entry["kind"] == "validation" and entry["step"] == start_step for entry in history)
+    due = start_step % recipe.training.eval_every == 0 or start_step == recipe.training.steps
+    validate_first, skipped = ranks.gather((due and not validated, skipped_so_far(history)))[0]
+    with Prefetcher(data.prepare, range(start_step, recipe.training.steps)) as source:
+        trainer = Trainer(
+            engine=engine,
+            recipe=recipe,
+            ranks=ranks,
+            weights=recipe.tasks.weights(),
+            source=source,
+            stream=data.stream,
+            validation=data.validation,
+            position=_positions(ds_config, data, ranks),
+            flops=module.flops,
+            matmul_flops_per_second=matmul_flops_per_second(engine.device, dtype),
+            run=run.folder,
+            checkpoints=run.checkpoints,
+            monitor=monitor,
+            stop=stop,
+            skipped=skipped,
+            watchdog=watchdog,
+        )
+        stopped, step = trainer.train(start_step, validate_first=validate_first)
+    peaks_gib = ranks.gather(peak_memory_gib())
+    if monitor:
+        monitor.end(step, peaks_gib, stopped)
+    return EXIT_STOPPED if stopped else 0
+
+
+def _positions(ds_config: dict[str, Any], data: Data, ranks: Any) -> Any:
+    """Returns the function from steps done to the record that a checkpoint keeps of them."""
+    from xdscale.training.checkpoint import CheckpointPosition
 
     def position(step: int) -> CheckpointPosition:
         place = data.stream.position(step)
@@ -220,33 +276,7 @@ def _train(
             quarantined=sorted(data.damaged),
         )
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(ds_config)]
-    monitor = Monitor(run, recipe, start_step) if ranks.is_first else None
-    if monitor and start_step:
-        monitor.message(f"continuing after step {start_step} of {recipe.training.steps}")
-    if monitor and (data.damaged or start_step):
-        monitor.quarantine(start_step, data.damaged)
-    with Prefetcher(data.prepare, range(start_step, recipe.training.steps)) as source:
-        trainer = Trainer(
-            engine=engine,
-            recipe=recipe,
-            ranks=ranks,
-            weights=recipe.tasks.weights(),
-            source=source,
-            validation=data.validation,
-            position=position,
-            flops=module.flops,
-            matmul_flops_per_second=matmul_flops_per_second(engine.device, dtype),
-            checkpoints=run.checkpoints,
-            monitor=monitor,
-            stop=stop,
-        )
-        stopped, step = trainer.train(start_step)
-    peaks_gib = ranks.gather(peak_memory_gib())
-    if monitor:
-        monitor.end(step, peaks_gib, stopped)
-    ranks.barrier()
-    return EXIT_STOPPED if stopped else 0
+    return position
 
 
 if __name__ == "__main__":

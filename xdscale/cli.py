@@ -48,6 +48,45 @@ def params(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Recipe file or name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, such as V100-32G, A100-80G, H100-80G.")] = "A100-80G",
+    gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of one GPU; default: its kind's.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; default: as few as usual.")] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak rate that computing reaches.")] = 0.4,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU and hour; default: assumed.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Default: the encoder's positions.")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp16; default: the GPU's own.")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers going backward.")] = False,
+    freeze: Annotated[list[str] | None, typer.Option(help="Part that is not trained: language or clip.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    write_configs: Annotated[Path | None, typer.Option(help="Folder for DeepSpeed configurations that fit.")] = None,
+    scaling: Annotated[bool, typer.Option("--scaling", help="From 1 to 1,024 GPUs instead.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="With --scaling: SVG file to write.")] = None,
+) -> None:
+    """Memory, traffic, time and cost of a recipe for each ZeRO stage: without a GPU, without weights, at once."""
+    from xdscale.plan.report import machine_from, run_plan, run_scaling
+
+    machine = machine_from(gpu, gpus, nodes, gpu_memory, mfu, price)
+    if scaling or chart is not None:
+        run_scaling(recipe, overrides or [], machine, as_json=as_json, chart=chart)
+        return
+    run_plan(
+        recipe,
+        overrides or [],
+        machine,
+        sequence_length=sequence_length,
+        precision=precision,
+        checkpointing=checkpointing,
+        frozen=freeze or [],
+        as_json=as_json,
+        write_configs=write_configs,
+    )
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Run folder.")],
     out: Annotated[str, typer.Argument(help="New folder for the Hugging Face export.")],
@@ -82,6 +121,17 @@ def report_command(
 
     for path in make_report(runs, layout=layout, baselines=baseline or [], metrics=metric or [], out=out)[:3]:
         print(path)
+
+
+@app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="Run folder.")],
+    step: Annotated[int, typer.Argument(help="Step, counted from 1 as in log.jsonl.")],
+) -> None:
+    """Repeat a step's global batch sample by sample: losses, gradient norms, what is not finite first."""
+    from xdscale.replay import replay as replay_step
+
+    replay_step(Path(run), step)
 
 
 @app.command()
@@ -198,6 +248,20 @@ def bench_stream_command(
 
     with tempfile.TemporaryDirectory(prefix="xdscale-bench-") as folder:
         bench_stream(shards or build_wikipedia_slice(Path(folder) / "shards"), samples=samples, rounds=rounds)
+
+
+@bench_app.command("shards")
+def bench_shards_command(
+    inputs: Annotated[list[str], typer.Argument(help="Corpus files, folders or quoted patterns.")],
+    language_tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder, package:NAME/folder or hub name.")],
+    text_mb: Annotated[float, typer.Option(min=0.1, help="Millions of bytes of text; the corpus is repeated.")] = 12,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternations.")] = 3,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of the parallel build.")] = 2,
+) -> None:
+    """Time building shards against the bare tokenizers library on the same text."""
+    from xdscale.bench.shards import bench_shards
+
+    bench_shards(inputs, language_tokenizer, text_mb=text_mb, rounds=rounds, workers=workers)
 
 
 def main() -> None:

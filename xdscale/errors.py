@@ -13,3 +13,6 @@ EXIT_BAD_INPUT = 2
 
 EXIT_STOPPED = 75
 """Exit code after SIGTERM or SIGUSR1: a checkpoint was saved, the same command continues (EX_TEMPFAIL)."""
+
+EXIT_FAULT = 70
+"""Exit code of the ranks that end because one of them died, hung or failed; one line says which (EX_SOFTWARE)."""

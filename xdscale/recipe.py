@@ -17,6 +17,16 @@ from xdscale.names import is_url
 
 SHIPPED = Path(__file__).parent / "recipes"
 
+_HOW_OFTEN_AND_HOW_FAR = (
+    "eval_every",
+    "eval_samples",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "stop_at_step",
+    "max_skipped_in_row",
+    "hang_seconds",
+)
+
 
 class Section(BaseModel):
     """A group of recipe keys; unknown keys are refused and values are never changed after loading."""
@@ -116,6 +126,8 @@ class Training(Section):
     checkpoint_every: int = Field(100, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
     stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows steps")
+    max_skipped_in_row: int = Field(5, ge=1, description="non-finite steps in a row that stop the run")
+    hang_seconds: int = Field(45, ge=1, description="shortest time without progress after which a rank counts as hung")
 
 
 class Output(Section):
@@ -141,7 +153,7 @@ class Recipe(Section):
         """
         values = self.model_dump(mode="json")
         del values["output"], values["data"]
-        for key in ("eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints", "stop_at_step"):
+        for key in _HOW_OFTEN_AND_HOW_FAR:
             del values["training"][key]
         return values
 

@@ -1,6 +1,7 @@
 """DeepSpeed configurations: DeepSpeed ignores its own misspelt keys, xdscale does not."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def write(tmp_path):
 def test_every_shipped_config_is_valid_and_is_what_its_name_says(path):
     values = read_ds_config(str(path))
     check_sections(str(path), values)
-    assert zero_stage(values) == int(path.stem[-1])
+    assert zero_stage(values) == int(re.search(r"-zero(\d)", path.stem)[1])
+    offload = values["zero_optimization"].get("offload_optimizer", {"device": "none"})
+    assert (offload["device"] == "cpu") == ("-offload" in path.stem)
     recipe = load_recipe("xdbert-base-wikitext103")
     for world_size in (1, 8, 7):
         resolved = resolve_ds_config(str(path), values, recipe, world_size)
@@ -36,10 +39,11 @@ def test_every_shipped_config_is_valid_and_is_what_its_name_says(path):
 
 
 @pytest.mark.parametrize("size", ["bert-base", "bert-large", "electra-base", "electra-large"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_size_and_stage_ships_in_bf16_with_fp32_accumulation(size, stage):
-    values = read_ds_config(f"ds_configs/{size}-zero{stage}.json")
-    assert precision(values) == "bf16"
+@pytest.mark.parametrize("way", ["zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_every_size_and_way_ships_in_16_bits_with_fp32_accumulation(size, way, kind):
+    values = read_ds_config(f"ds_configs/{size}-{way}{'' if kind == 'bf16' else '-fp16'}.json")
+    assert precision(values) == kind
     assert values["data_types"] == {"grad_accum_dtype": "fp32"}
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from xdscale.models.cross_modal import CrossModalLayer, Wanted
+from xdscale.models.residual_norm import ResidualNorm
 from xdscale.models.streams import rows_of_samples, stream_of
 
 LANGUAGE_MASK = [[True] * 5, [True, True, True, False, False], [False, True, False, True, False]]
@@ -163,7 +164,7 @@ def test_attention_weights_are_dropped_and_not_only_the_output(streams, plain):
     torch.manual_seed(0)
     layer = CrossModalLayer(12, 8, 3, 2, 20, 0.5, plain=plain).double()
     for module in layer.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, ResidualNorm):
             module.eval()
     outputs = []
     for seed in (1, 1, 2):

@@ -1,11 +1,16 @@
 """A small corpus that needs no gensim, its tokenizer, and datasets built from it."""
 
+import functools
 import random
 from pathlib import Path
 
 import pytest
 
+from xdscale.shards import build as build_module
+from xdscale.shards import unit as unit_module
 from xdscale.shards.build import build_shards
+from xdscale.shards.clip_bpe import ClipBPE
+from xdscale.shards.language import load_language_tokenizer
 
 WORDS = "the river runs slowly past old café walls while seven birds sing; don't stop, it’s 1984 AT&T naïve".split()
 
@@ -54,3 +59,12 @@ def open_clip_tokenizer():
     from open_clip import SimpleTokenizer
 
     return SimpleTokenizer()
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    """Tokenizers are loaded once for all builds of a module, which are small and many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unit_module, "ClipBPE", functools.cache(ClipBPE))
+        patch.setattr(build_module, "load_language_tokenizer", functools.cache(load_language_tokenizer))
+        yield

@@ -55,6 +55,19 @@ def test_difficult_text_has_open_clips_ids(bpe, open_clip_tokenizer, text):
     assert bpe.encode([text])[0].tolist() == open_clip_tokenizer.encode(text)
 
 
+def test_every_character_between_others_has_open_clips_ids(bpe, open_clip_tokenizer):
+    """Accents, punctuation, signs, currencies and arrows between what could make them a pair that ftfy mends."""
+    characters = [chr(code) for code in (*range(0x80, 0x250), *range(0x2010, 0x2060), *range(0x2190, 0x2194), 0x2212)]
+    before, after = ("a", "Z ", "9", "", "& ", "\xa0", "– ", "é"), ("b", " c", "", "\xa0d", "’s", "–", "\n")
+    texts = [first + character + last for character in characters for first in before for last in after]
+    different = [
+        text
+        for text, ids in zip(texts, bpe.encode(texts), strict=True)
+        if ids.tolist() != open_clip_tokenizer.encode(text)
+    ]
+    assert different == []
+
+
 def test_text_cannot_forge_the_borders_of_a_block(bpe):
     ids = bpe.encode(["a <end_of_text> b <start_of_text>"])[0]
     assert len(ids) > 8

@@ -124,13 +124,28 @@ def write_and_read(tmp_path, name, content, **options):
         ("d.jsonl", b'{"text": "\\ud800"}\n', r"d\.jsonl:1: 'text' holds half of a surrogate pair"),
         ("a.xml", dump(page("A", LONG)).encode()[:-20], r"a\.xml: malformed or truncated XML"),
         ("b.xml", b"<mediawiki><page></mediawiki>", r"b\.xml: malformed or truncated XML"),
-        ("a.bz2", bz2.compress(dump(page("A", LONG)).encode())[:-8], r"a\.bz2: the bzip2 file is truncated"),
+        ("a.bz2", bz2.compress(dump(page("A", LONG)).encode())[:-8], r"a\.bz2: the compressed file is truncated"),
         ("b.bz2", b"BZh9" + b"\0" * 40, r"b\.bz2: cannot be read: Invalid data stream"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):
     with pytest.raises(XdscaleError, match=message):
         write_and_read(tmp_path, name, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "a JSON array"}]', r"a\.json: is named like jsonl, but begins b'\[.*--format text"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", r"a\.parquet: is named like parquet.*Git LFS"),
+        ("a.xml-p1p9.bz2", bz2.compress(b'{"text": "a"}'), r"a\.xml-p1p9\.bz2: is named like mediawiki.*format jsonl"),
+    ],
+)
+def test_content_that_its_name_denies_is_refused(tmp_path, name, content, message):
+    with pytest.raises(XdscaleError, match=message):
+        write_and_read(tmp_path, name, content)
+    assert write_and_read(tmp_path, "a.jsonl", b"\n") == []
+    assert write_and_read(tmp_path, "b.json", b"in fact text", format="text") == ["in fact text"]
 
 
 def test_missing_file_is_named(tmp_path):

@@ -194,13 +194,13 @@ def test_manifest_errors_say_what_to_do(small_dataset, tmp_path):
         Manifest.load(tmp_path)
     good = (small_dataset / MANIFEST_NAME).read_text()
     for old, new, message in (
-        ('"format_version": 1', '"format_version": 2', "format_version"),
+        ('"format_version": 2', '"format_version": 1', "format_version"),
         ('"file": "train-000000.tar"', '"file": "../train-000000.tar"', r"splits\.train\.shards\.0\.file"),
         ("{", "[", "Invalid JSON"),
     ):
         assert old in good
         (tmp_path / MANIFEST_NAME).write_text(good.replace(old, new, 1))
-        with pytest.raises(XdscaleError, match=rf"dataset\.json: not a dataset of format 1: .*{message}"):
+        with pytest.raises(XdscaleError, match=rf"dataset\.json: not a dataset of format 2: .*{message}"):
             Manifest.load(tmp_path)
 
 

@@ -66,6 +66,30 @@ def test_info_shows_splits_and_the_share_that_was_cut(small_dataset):
     assert f" {sum(split.blocks_needed[1:]) / split.samples:.2%} " in cut
 
 
+def test_info_shows_documents_by_their_tokens(small_dataset):
+    output = run("info", small_dataset).stdout
+    counts = Manifest.load(small_dataset).corpus.document_tokens
+    power = counts.index(max(counts))
+    assert f"│ {2 ** (power - 1)} to {2**power - 1} " in output
+    shown = [line.split("│") for line in output.splitlines() if "│" in line and " to " in line]
+    assert sum(int(cells[2]) for cells in shown) == sum(counts[1:])
+
+
+def test_parts_and_merge(small_corpus, tmp_path):
+    """As a Slurm array runs it: one folder, the index and the count in the environment of each job."""
+    build(small_corpus, tmp_path / "whole")
+    out = tmp_path / "out"
+    for index in range(2):
+        result = build(f"{small_corpus.parent}/*.txt", out, "--part", f"{index}/2")
+        assert result.stdout.endswith(f"part {index}/2 is finished; when all are: xdscale shards merge {out}\n")
+    assert f"{out}: one dataset of 2 shards" in run("merge", out).stdout
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+    with pytest.raises(XdscaleError, match="part '2/2': expected i/n with i from 0"):
+        build(small_corpus, out, "--part", "2/2")
+
+
 def test_importing_the_commands_is_light():
     """The command line lists all commands at every start: no numpy, pydantic or tokenizers for that."""
     heavy = ("numpy", "pydantic", "tokenizers", "torch", "ftfy")

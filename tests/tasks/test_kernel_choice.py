@@ -49,14 +49,15 @@ def test_each_choice_runs_its_own_code(pair, batch, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the other choice")
 
-    monkeypatch.setattr("xdscale.models.attention.packed_attention", refuse)
-    plain(batch)
-    with pytest.raises(AssertionError, match="the other choice"):
-        fused(batch)
-    monkeypatch.undo()
-    monkeypatch.setattr("xdscale.models.attention.packed_attention_plain", refuse)
-    fused(batch)
-    with pytest.raises(AssertionError, match="the other choice"):
-        plain(batch)
+    for kernel, definition in (
+        ("attention.packed_attention", "attention.packed_attention_plain"),
+        ("residual_norm.residual_norm", "residual_norm.plain_residual_norm"),
+    ):
+        for refused, other, name in ((fused, plain, kernel), (plain, fused, definition)):
+            monkeypatch.setattr(f"xdscale.models.{name}", refuse)
+            other(batch)
+            with pytest.raises(AssertionError, match="the other choice"):
+                refused(batch)
+            monkeypatch.undo()
     names = [(m.mlm.loss.__name__, m.clip_tokens.loss.__name__) for m in (fused, plain)]
     assert names == [("masked_token_loss",) * 2, ("plain_masked_token_loss",) * 2]

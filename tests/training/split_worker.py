@@ -43,8 +43,11 @@ def main():
     from xdscale.tasks.xdbert import build_adaptation
     from xdscale.training.distributed import start_distributed
     from xdscale.training.engine import build_engine
-    from xdscale.training.loop import StepData, Trainer
+    from xdscale.training.loop import Trainer
+    from xdscale.training.protocols import StepData
     from xdscale.training.signals import StopRequest
+    from xdscale.training.skipping import Skipped
+    from xdscale.training.watchdog import Watchdog
 
     ranks = start_distributed()
     recipe = load_recipe(
@@ -94,13 +97,17 @@ def main():
         ranks=ranks,
         weights=recipe.tasks.weights(),
         source=Source(),
+        stream=stream,
         validation=[],
         position=lambda step: None,
         flops=lambda arrays: 0.0,
         matmul_flops_per_second=1.0,
+        run=Path(options.out),
         checkpoints=Path(options.out),
         monitor=None,
         stop=StopRequest(),
+        skipped=Skipped(),
+        watchdog=Watchdog(ranks, Path(options.out), 45),
     )
     trainer._step(0)
     if ranks.is_first:

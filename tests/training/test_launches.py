@@ -87,6 +87,13 @@ def test_bf16_with_fp32_accumulation_follows_fp32(adapt, one_process_curve, wiki
     assert steps_of(tmp_path / "run") == pytest.approx(one_process_curve[:8], rel=0.02)
 
 
+def test_kernels_train_as_their_definitions(adapt, one_process_curve, wiki_shards, tmp_path, ds_config):
+    """20 steps in fp32 without dropout."""
+    settings = overrides(wiki_shards, tmp_path / "run", 20, model__kernels="plain")
+    train(adapt, ds_config(0, micro_batch=4), *settings, ranks=1)
+    assert steps_of(tmp_path / "run") == pytest.approx(one_process_curve, rel=1e-4)
+
+
 def test_activation_checkpointing_changes_nothing_but_memory(
     adapt, one_process_curve, wiki_shards, tmp_path, ds_config
 ):

@@ -1,8 +1,8 @@
 """`xdscale bench kernels`: forward and backward of the project's operations against what else can compute them.
 
 On a GPU the opponents are PyTorch's attention on padded keys, FlexAttention, the plain loss, and Liger and
-Cut-Cross-Entropy where they are installed; on a CPU PyTorch's attention and the plain loss. Contestants take turns,
-so that a change of the machine's load meets all of them.
+Cut-Cross-Entropy where they are installed; on a CPU PyTorch's attention and the plain loss; on both PyTorch's dropout,
+addition and LayerNorm. Contestants take turns, so that a change of the machine's load meets all of them.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from xdscale.kernels.attention import packed_attention
 from xdscale.kernels.masked_token_loss import masked_token_loss, plain_masked_token_loss
+from xdscale.kernels.residual_norm import residual_norm
 
 QUERIES, HEADS, HEAD_SIZE = 512, 12, 64
 KEY_LENGTHS = (427, 693)
@@ -27,6 +28,7 @@ HIDDEN, VOCABULARY, LABELLED = 768, 30_522, 77
 """BERT-base; labelled positions are 15 % of each sample's 512."""
 
 DROPOUT = 0.1
+NORM_EPS = 1e-12
 IGNORED = -100
 """Label of positions that the loss leaves out."""
 
@@ -95,7 +97,8 @@ def _contests(plan: Plan, dtype: torch.dtype) -> list[tuple[str, Contestants]]:
     contests = [(f"attention, dropout {DROPOUT}", attention_contestants(plan, dtype, DROPOUT))]
     if plan.device == "cuda":
         contests.append(("attention", attention_contestants(plan, dtype, 0.0)))
-    return [*contests, ("masked-token loss", loss_contestants(plan, dtype))]
+    norm = f"dropout {DROPOUT} + residual + LayerNorm", norm_contestants(plan, dtype)
+    return [*contests, ("masked-token loss", loss_contestants(plan, dtype)), norm]
 
 
 def attention_contestants(plan: Plan, dtype: torch.dtype, dropout: float) -> Contestants:
@@ -174,6 +177,25 @@ def loss_contestants(plan: Plan, dtype: torch.dtype) -> Contestants:
 
         contestants["Cut-Cross-Entropy, without bias"] = _with_backward(cut, [hidden, weight])
     return contestants
+
+
+def norm_contestants(plan: Plan, dtype: torch.dtype) -> Contestants:
+    """Returns the end of a sublayer of BERT-base, for as many samples as the attention has."""
+    shape, device = (plan.attention_samples * QUERIES, HIDDEN), plan.device
+    leaves = [_leaf(*size, dtype=dtype, device=device) for size in (shape, shape, shape[1:], shape[1:])]
+    states, residual, weight, bias = leaves
+    seed = torch.tensor([1], device=device)
+
+    def pytorch() -> torch.Tensor:
+        return F.layer_norm(residual + F.dropout(states, DROPOUT), shape[1:], weight, bias, NORM_EPS)
+
+    def ours() -> torch.Tensor:
+        return residual_norm(*leaves, eps=NORM_EPS, dropout=DROPOUT, seed=seed)
+
+    return {
+        "residual_norm": _with_backward(ours, leaves),
+        "dropout, +, layer_norm": _with_backward(pytorch, leaves),
+    }
 
 
 def _leaf(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> torch.Tensor:

@@ -81,9 +81,10 @@ def language_states(encoder: PreTrainedModel, ids: torch.Tensor, dropout: float)
         heads = encoder.config.num_attention_heads
         projected = attention.query(states), attention.key(states), attention.value(states)
         attended = F.dropout(output.dense(attend(*projected, heads, None, dropout)), dropout)
-        states = output.LayerNorm(states + attended)
+        states = _layer_norm(output.LayerNorm, states + attended)
         hidden = F.gelu(layer.intermediate.dense(states))  # [b, S, intermediate size]
-        states = layer.output.LayerNorm(states + F.dropout(layer.output.dense(hidden), dropout))
+        output = layer.output
+        states = _layer_norm(output.LayerNorm, states + F.dropout(output.dense(hidden), dropout))
     return states
 
 
@@ -179,12 +180,17 @@ def _attention_sublayer(
 ) -> torch.Tensor:
     projected = sublayer.query(states), sublayer.key(context), sublayer.value(context)
     attended = sublayer.output(attend(*projected, sublayer.heads, mask, dropout))
-    return sublayer.norm(states + F.dropout(attended, dropout))
+    return _layer_norm(sublayer.norm, states + F.dropout(attended, dropout))
 
 
 def _feed_forward(sublayer: FeedForward, states: torch.Tensor, dropout: float) -> torch.Tensor:
     hidden = F.gelu(sublayer.intermediate(states))
-    return sublayer.norm(states + F.dropout(sublayer.output(hidden), dropout))
+    return _layer_norm(sublayer.norm, states + F.dropout(sublayer.output(hidden), dropout))
+
+
+def _layer_norm(norm: nn.LayerNorm, states: torch.Tensor) -> torch.Tensor:
+    """PyTorch's LayerNorm; the model's own module would add the residual itself."""
+    return F.layer_norm(states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _filled_up(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from xdscale.kernels.attention import packed_attention_probabilities
 from xdscale.models.attention import attend
+from xdscale.models.residual_norm import ResidualNorm
 from xdscale.models.streams import Stream
 
 LAYER_NORM_EPS = 1e-12
@@ -47,7 +48,7 @@ class AttentionSublayer(nn.Module):
             context_size: of the states that answer; keys and values are projected from it to `size`.
             heads: number of heads; must divide `size`.
             dropout: rate on the attention weights and on the output.
-            plain: attention by its definition instead of the kernels.
+            plain: attention and output by their definitions instead of the kernels.
         """
         super().__init__()
         if size % heads:
@@ -58,8 +59,8 @@ class AttentionSublayer(nn.Module):
         self.key = nn.Linear(context_size, size)
         self.value = nn.Linear(context_size, size)
         self.output = nn.Linear(size, size)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
+        self.dropout = dropout
+        self.norm = ResidualNorm(size, eps=LAYER_NORM_EPS, dropout=dropout, plain=plain)
 
     def forward(self, states: torch.Tensor, context: torch.Tensor, asking: Stream, answering: Stream) -> torch.Tensor:
         """Attends from `states` to `context`, each sample to its own.
@@ -75,9 +76,9 @@ class AttentionSublayer(nn.Module):
         """
         query, key, value = self.query(states), self.key(context), self.value(context)
         query, key, value = (tokens.unflatten(-1, (self.heads, -1)) for tokens in (query, key, value))
-        rate = self.dropout.p if self.training else 0.0
+        rate = self.dropout if self.training else 0.0
         attended = attend(query, key, value, asking, answering, dropout=rate, plain=self.plain)  # [q tokens, heads, d]
-        return self.norm(states + self.dropout(self.output(attended.flatten(1))))
+        return self.norm(self.output(attended.flatten(1)), states)
 
     def attention_map(
         self, states: torch.Tensor, context: torch.Tensor, asking: Stream, answering: Stream
@@ -91,18 +92,17 @@ class AttentionSublayer(nn.Module):
 class FeedForward(nn.Module):
     """Linear, GELU (erf), Linear, dropout, LayerNorm(residual)."""
 
-    def __init__(self, size: int, intermediate_size: int, dropout: float) -> None:
+    def __init__(self, size: int, intermediate_size: int, dropout: float, *, plain: bool = False) -> None:
         super().__init__()
         self.intermediate = nn.Linear(size, intermediate_size)
         self.activation = nn.GELU()
         self.output = nn.Linear(intermediate_size, size)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
+        self.norm = ResidualNorm(size, eps=LAYER_NORM_EPS, dropout=dropout, plain=plain)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Maps [tokens, size] to the same shape."""
         hidden = self.activation(self.intermediate(states))  # [tokens, intermediate_size]
-        return self.norm(states + self.dropout(self.output(hidden)))
+        return self.norm(self.output(hidden), states)
 
 
 class CrossModalLayer(nn.Module):
@@ -129,8 +129,8 @@ class CrossModalLayer(nn.Module):
         self.clip_cross = AttentionSublayer(clip_size, language_size, clip_heads, dropout, plain=plain)
         self.language_self = AttentionSublayer(language_size, language_size, language_heads, dropout, plain=plain)
         self.clip_self = AttentionSublayer(clip_size, clip_size, clip_heads, dropout, plain=plain)
-        self.language_feed_forward = FeedForward(language_size, intermediate_size, dropout)
-        self.clip_feed_forward = FeedForward(clip_size, intermediate_size, dropout)
+        self.language_feed_forward = FeedForward(language_size, intermediate_size, dropout, plain=plain)
+        self.clip_feed_forward = FeedForward(clip_size, intermediate_size, dropout, plain=plain)
 
     def forward(
         self,

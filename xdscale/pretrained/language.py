@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -11,6 +10,7 @@ from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel, Pre
 from transformers.utils import logging as transformers_logging
 
 from xdscale import recipe
+from xdscale.architectures import KNOWN
 from xdscale.errors import XdscaleError
 from xdscale.names import PACKAGE_PREFIX, resolve_path
 from xdscale.pretrained.files import check_sha256, one_line, read_json, read_state_dict, reason, some
@@ -20,21 +20,6 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "electra": (ElectraConfig, ElectraModel),
 }
 """Language encoders that can be adapted, by the `model_type` of their config.json."""
-
-_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-
-KNOWN: dict[str, dict[str, Any]] = {
-    "bert-base-uncased": {"model_type": "bert", **_BASE},
-    "bert-large-uncased": {"model_type": "bert", **_LARGE},
-    "google/electra-base-discriminator": {"model_type": "electra", "embedding_size": 768, **_BASE},
-    "google/electra-large-discriminator": {"model_type": "electra", "embedding_size": 1024, **_LARGE},
-}
-"""Architectures known without a network (spec xdbert §2.1), under their hub names.
-
-What is not stated is equal in all four and transformers' default: 30,522 word pieces, 512 positions,
-2 segments, LayerNorm eps 1e-12, GELU.
-"""
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In order of preference."""

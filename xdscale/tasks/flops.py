@@ -3,13 +3,19 @@
 A multiply-add counts as two. Biases, norms, softmax and embedding look-ups are left out, as is usual for
 model FLOPs utilisation. All functions give the forward pass; a training step costs three times that, since
 each product has two more of its size in the backward pass. What activation checkpointing computes again does
-not count.
+not count. Imports neither torch nor transformers, so that a plan starts at once.
 """
 
-import numpy as np
-from transformers import PretrainedConfig
+from __future__ import annotations
 
-from xdscale.models.clip_text import CLIPTextEncoder
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from xdscale.models.clip_text import CLIPTextEncoder
 
 
 def language_flops(config: PretrainedConfig, batch: int, length: int) -> int:
@@ -23,11 +29,17 @@ def language_flops(config: PretrainedConfig, batch: int, length: int) -> int:
 
 def clip_flops(encoder: CLIPTextEncoder, blocks: int) -> int:
     """Returns the FLOPs of CLIP's text tower for so many blocks of 77; its causal mask saves nothing."""
-    tower, length = encoder.tower, encoder.context_length
-    tokens = blocks * length
+    tower = encoder.tower
     hidden = tower.transformer.resblocks[0].mlp.c_fc.out_features
-    layer = self_attention_flops(tower.width, blocks, length) + feed_forward_flops(tower.width, hidden, tokens)
-    return tower.transformer.layers * layer + 2 * tokens * tower.width * tower.output_dim
+    sizes = tower.width, hidden, tower.output_dim
+    return clip_tower_flops(*sizes, tower.transformer.layers, blocks, encoder.context_length)
+
+
+def clip_tower_flops(width: int, hidden: int, output_size: int, layers: int, blocks: int, length: int) -> int:
+    """Returns the FLOPs of a text tower with so many layers, for so many blocks of `length` tokens."""
+    tokens = blocks * length
+    layer = self_attention_flops(width, blocks, length) + feed_forward_flops(width, hidden, tokens)
+    return layers * layer + 2 * tokens * width * output_size
 
 
 def cross_layer_flops(

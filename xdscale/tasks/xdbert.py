@@ -10,6 +10,7 @@ from xdscale import recipe
 from xdscale.errors import XdscaleError
 from xdscale.models.attention import use_packed_attention
 from xdscale.models.cross_modal import CrossModalLayer
+from xdscale.models.residual_norm import use_residual_norm
 from xdscale.models.xdbert import XDBERT
 from xdscale.pretrained.clip import clip_config, load_clip_text_tower
 from xdscale.pretrained.language import language_config, load_language_encoder, masked_lm_head_state
@@ -143,6 +144,7 @@ def build_model(spec: recipe.Model) -> XDBERT:
     language = load_language_encoder(spec.language, dropout=spec.dropout)
     plain = spec.kernels == "plain"
     use_packed_attention(language, plain=plain)
+    use_residual_norm(language, plain=plain)
     clip = load_clip_text_tower(spec.clip)
     config = language.config
     layers = [

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from xdscale.errors import XdscaleError
 from xdscale.recipe import Optim
 
 
@@ -45,6 +46,40 @@ def set_learning_rate(engine: Any, value: float) -> None:
     """Sets the learning rate of the next optimiser step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value
+
+
+def make_step(engine: Any, *, skip: bool) -> bool:
+    """Makes the engine's step at the end of a micro-batch; at the end of a global batch this updates the parameters.
+
+    A skipped step goes the engine's usual way, so that gradients are dropped and counters advance under every ZeRO
+    stage; only AdamW's own step is left out: parameters and moments stay as they are, bit for bit. DeepSpeed leaves
+    the step out by itself when the gradient norm is not finite.
+
+    Args:
+        engine: the DeepSpeed engine.
+        skip: leave the update out.
+
+    Returns:
+        Whether parameters were updated.
+
+    Raises:
+        XdscaleError: in fp16, gradients overflow at the smallest loss scale.
+    """
+    optimizer = engine.basic_optimizer
+    if skip:
+        optimizer.step = lambda *arguments, **options: None  # shadows the method of the class
+    try:
+        engine.step()
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise XdscaleError(
+            "fp16: the gradients overflow even at the smallest loss scale; lower optim.learning_rate or use bf16"
+        ) from None
+    finally:
+        if skip:
+            del optimizer.step
+    return not skip and engine.was_step_applied()
 
 
 def plain_gradient_norm(engine: Any) -> float | None:

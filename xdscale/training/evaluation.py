@@ -1,5 +1,6 @@
 """Held-out losses and accuracies."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ from xdscale.training.engine import to_device
 
 
 def evaluate(
-    engine: Any, batches: list[Any], names: list[str], ranks: Ranks
-) -> tuple[dict[str, float], list[np.ndarray]]:
+    engine: Any, batches: list[Any], names: list[str], ranks: Ranks, go_on: Callable[[int], bool]
+) -> tuple[dict[str, float], list[np.ndarray]] | None:
     """Measures a model on the held-out batches; every rank calls it with equally many.
 
     Args:
@@ -19,8 +20,10 @@ def evaluate(
         batches: this rank's micro-batches, always the same ones with the same masks.
         names: the objectives.
         ranks: this process among the others.
+        go_on: asked before each batch, by its number; the same answer on every rank.
 
     Returns:
+        None when `go_on` said no; else
         `loss/NAME` and `accuracy/NAME` per objective, means over all targets of all ranks; and the cross-attention
         maps of the first sample, one per cross-modal layer.
     """
@@ -29,6 +32,9 @@ def evaluate(
     engine.eval()
     with torch.no_grad():
         for number, batch in enumerate(batches):
+            if not go_on(number):
+                engine.train()
+                return None
             # Every rank computes the maps: under ZeRO-3 a forward is a collective.
             outputs = engine(to_device(batch.arrays, engine.device), return_attention=number == 0)
             rows = [[*outputs[name], torch.tensor(batch.targets[name])] for name in names]

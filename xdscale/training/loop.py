@@ -4,47 +4,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe
 from xdscale.training.checkpoint import CheckpointPosition, save_checkpoint
 from xdscale.training.distributed import Ranks
-from xdscale.training.engine import plain_gradient_norm, set_learning_rate, to_device
+from xdscale.training.engine import make_step, plain_gradient_norm, set_learning_rate, to_device
 from xdscale.training.evaluation import evaluate
 from xdscale.training.monitor import Monitor
+from xdscale.training.protocols import Batch, Source, StepData, Stream
 from xdscale.training.schedule import learning_rate
 from xdscale.training.signals import StopRequest
+from xdscale.training.skipping import Skipped, describe_skip
 from xdscale.training.throughput import peak_memory_gib
-
-
-class Batch(Protocol):
-    """A micro-batch: arrays for the module, and how many targets each objective has in them."""
-
-    arrays: dict[str, np.ndarray]
-    targets: dict[str, int]
-    tokens: int
-
-
-@dataclass(frozen=True)
-class StepData:
-    """What one rank needs for one optimiser step."""
-
-    batches: list[Batch]
-    samples: str
-    """Hash of the sample ids of the global batch, the same on every rank."""
-
-
-class Source(Protocol):
-    """Prepares steps ahead of the loop."""
-
-    wait_seconds: float
-
-    def __next__(self) -> tuple[int, StepData]:
-        """Returns the next step and its data, waiting for it if need be."""
+from xdscale.training.watchdog import Watchdog
 
 
 @dataclass(kw_only=True)
@@ -55,11 +31,15 @@ class Trainer:
         engine: the DeepSpeed engine; its forward maps a batch to `{objective: (loss sum, correct)}`.
         weights: weight of each objective's mean loss in the total.
         source: training data.
+        stream: which samples a step has.
         validation: this rank's held-out batches; every rank has equally many.
         position: maps steps done to the checkpoint record.
         flops: FLOPs of forward and backward on a batch.
         matmul_flops_per_second: what this rank's device reaches on a plain matrix product, the base of MFU.
+        run: the run folder.
         monitor: on the first rank only.
+        skipped: the non-finite steps so far.
+        watchdog: hears which phase this rank is in.
     """
 
     engine: Any
@@ -67,38 +47,53 @@ class Trainer:
     ranks: Ranks
     weights: dict[str, float]
     source: Source
+    stream: Stream
     validation: list[Batch]
     position: Callable[[int], CheckpointPosition]
     flops: Callable[[dict[str, np.ndarray]], float]
     matmul_flops_per_second: float
+    run: Path
     checkpoints: Path
     monitor: Monitor | None
     stop: StopRequest
+    skipped: Skipped
+    watchdog: Watchdog
 
-    def train(self, start_step: int) -> tuple[bool, int]:
+    def train(self, start_step: int, *, validate_first: bool) -> tuple[bool, int]:
         """Trains from `start_step` to the end, or until a signal or `training.stop_at_step`.
+
+        A request to stop is honoured between steps and between held-out batches. Whatever it interrupts, there is a
+        checkpoint of the last finished step afterwards, be it step 0.
+
+        Args:
+            start_step: steps already done.
+            validate_first: whether the held-out losses after `start_step` are still to be measured.
 
         Returns:
             Whether a signal ended the run early, and the steps done; a checkpoint of that step is saved.
         """
         training = self.recipe.training
-        last_step = min(training.steps, training.stop_at_step or training.steps)
-        if start_step == 0:
-            self._validate(0)
+        last_step = max(start_step, min(training.steps, training.stop_at_step or training.steps))
+        done, saved = start_step, start_step or None
+        stopped = validate_first and not self._validate(done)
         # transformers hands pretrained encoders over in evaluation mode, without dropout.
         self.engine.train()
-        for done in range(start_step + 1, last_step + 1):
-            stopped = self._step(done - 1)
+        while done < last_step and not stopped:
+            if not self._step(done):
+                stopped = True
+                break
+            done += 1
             if done % training.eval_every == 0 or done == training.steps:
-                self._validate(done)
-            if stopped or done % training.checkpoint_every == 0 or done == last_step:
+                stopped = not self._validate(done)
+            if done % training.checkpoint_every == 0 or done == last_step:
                 self._save(done)
-            if stopped:
-                return True, done
-        return False, max(start_step, last_step)
+                saved = done
+        if stopped and saved != done:
+            self._save(done)
+        return stopped, done
 
     def _step(self, step: int) -> bool:
-        """Makes one optimiser step; returns whether any rank was asked to stop.
+        """Makes one optimiser step; returns False, with nothing done, when any rank was asked to stop.
 
         Every objective's loss is a sum divided by its number of targets in the *global* batch, so any split over
         ranks, accumulation steps and micro-batches gives the same gradient. DeepSpeed averages over both; the factor
@@ -106,47 +101,67 @@ class Trainer:
         """
         began = time.perf_counter()
         waited = self.source.wait_seconds
+        self.watchdog.enter("data", step)
         _, data = next(self.source)
         waited = self.source.wait_seconds - waited
+        self.watchdog.enter("counts", step)
         counts, tokens, stopped = self._agree_on_counts(data)
-        rate = learning_rate(
-            step,
-            peak=self.recipe.optim.learning_rate,
-            steps=self.recipe.training.steps,
-            warmup_ratio=self.recipe.optim.warmup_ratio,
-        )
-        set_learning_rate(self.engine, rate)
+        if stopped:
+            return False
+        rate = self._set_rate(step)
         _seed_dropout(self.recipe.training.seed, step, self.ranks)
-        undo_average = self.ranks.world_size * len(data.batches)
-        sums = torch.zeros(2 * len(self.weights), dtype=torch.float64, device=self.engine.device)
-        norm = None
-        for number, batch in enumerate(data.batches, 1):
-            outputs = self.engine(to_device(batch.arrays, self.engine.device))
-            terms = [weight * outputs[name][0] / max(1, counts[name]) for name, weight in self.weights.items()]
-            self.engine.backward(torch.stack(terms).sum() * undo_average)
-            sums += _detached(outputs, self.weights)
-            if number == len(data.batches):
-                norm = plain_gradient_norm(self.engine)
-            self.engine.step()
-        losses = self._report(step, sums, counts)
+        losses = [self._forward_backward(step, number, data, counts) for number in range(len(data.batches))]
+        self.watchdog.enter("optimizer", step)
+        scalars = self._means(sum(losses), counts)
+        norm = plain_gradient_norm(self.engine)
+        finite = np.isfinite(scalars["loss/total"])
+        applied = make_step(self.engine, skip=not finite or (norm is not None and not np.isfinite(norm)))
+        norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
+        overflow = not applied and finite and self.engine.fp16_enabled()
+        if not applied and not overflow:
+            self._skip(step, torch.stack(losses)[:, ::2], scalars, norm, data)
+            return True
+        self.skipped.in_row = 0
+        self.skipped.overflows += overflow
         if self.monitor:
             seconds = time.perf_counter() - began
             flops = sum(self.flops(batch.arrays) for batch in data.batches)
             self.monitor.step(
                 step + 1,
-                losses
+                scalars
                 | {
                     "optim/lr": rate,
-                    "optim/grad_norm": float(norm if norm is not None else self.engine.get_global_grad_norm()),
+                    "optim/grad_norm": norm,
                     "throughput/tokens_per_second": tokens / seconds,
                     "throughput/mfu": flops / seconds / self.matmul_flops_per_second,
                     "data/wait_fraction": waited / seconds,
                     "memory/peak_gib": peak_memory_gib(),
-                    "health/skipped_steps": self.engine.skipped_steps,
+                    "health/skipped_steps": self.skipped.steps,
+                    "health/loss_scale_overflows": self.skipped.overflows,
                 },
                 data.samples,
             )
-        return stopped
+        return True
+
+    def _set_rate(self, step: int) -> float:
+        optim = self.recipe.optim
+        rate = learning_rate(
+            step, peak=optim.learning_rate, steps=self.recipe.training.steps, warmup_ratio=optim.warmup_ratio
+        )
+        set_learning_rate(self.engine, rate)
+        return rate
+
+    def _forward_backward(self, step: int, number: int, data: StepData, counts: dict[str, int]) -> torch.Tensor:
+        """Adds one micro-batch's gradient; returns its loss sums and right predictions, in turn, per objective."""
+        self.watchdog.enter("forward", step, number)
+        outputs = self.engine(to_device(data.batches[number].arrays, self.engine.device))
+        terms = [weight * outputs[name][0] / max(1, counts[name]) for name, weight in self.weights.items()]
+        undo_average = self.ranks.world_size * len(data.batches)
+        self.watchdog.enter("backward", step, number)
+        self.engine.backward(torch.stack(terms).sum() * undo_average)
+        if number < len(data.batches) - 1:
+            self.engine.step()  # only counts: the update belongs to the last micro-batch
+        return torch.stack([value.detach().double() for name in self.weights for value in outputs[name]])
 
     def _agree_on_counts(self, data: StepData) -> tuple[dict[str, int], int, bool]:
         """Sums over ranks, in one exchange: targets per objective, tokens, requests to stop."""
@@ -155,36 +170,46 @@ class Trainer:
         *counts, tokens, stop = self.ranks.sum(torch.tensor(mine, device=self.engine.device)).tolist()
         return dict(zip(self.weights, counts)), tokens, stop > 0
 
-    def _report(self, step: int, sums: torch.Tensor, counts: dict[str, int]) -> dict[str, float]:
+    def _means(self, sums: torch.Tensor, counts: dict[str, int]) -> dict[str, float]:
+        """Returns losses and accuracies of the global batch; the total is not finite where any loss sum is not."""
         values = self.ranks.sum(sums).tolist()
         scalars = {}
         for index, name in enumerate(self.weights):
             scalars[f"loss/{name}"] = values[2 * index] / max(1, counts[name])
             scalars[f"accuracy/{name}"] = values[2 * index + 1] / max(1, counts[name])
-        total = sum(weight * scalars[f"loss/{name}"] for name, weight in self.weights.items())
-        if not np.isfinite(total):
-            parts = ", ".join(f"{name} {scalars[f'loss/{name}']}" for name in self.weights)
-            raise XdscaleError(
-                f"step {step + 1}: the loss is not finite ({parts}); lower optim.learning_rate or use "
-                "bf16 instead of fp16, and continue from the last checkpoint"
-            )
-        return {"loss/total": total} | scalars
+        return {"loss/total": sum(weight * scalars[f"loss/{name}"] for name, weight in self.weights.items())} | scalars
 
-    def _validate(self, step: int) -> None:
-        metrics, maps = evaluate(self.engine, self.validation, list(self.weights), self.ranks)
+    def _skip(self, step: int, losses: torch.Tensor, scalars: dict[str, float], norm: float, data: StepData) -> None:
+        entry = describe_skip(step, losses, scalars, norm, self.stream, self.ranks, self.run)
+        if self.monitor:
+            self.monitor.skipped(step + 1, entry, data.samples, self.skipped.steps + 1)
+        self.skipped.add(step + 1, self.recipe.training.max_skipped_in_row, entry["replay"])
+
+    def _validate(self, step: int) -> bool:
+        """Measures the held-out losses; returns False when a request to stop came in between."""
+        measured = evaluate(
+            self.engine, self.validation, list(self.weights), self.ranks, lambda number: self._go_on(step, number)
+        )
+        if measured is None:
+            return False
+        metrics, maps = measured
         if self.monitor:
             self.monitor.validation(step, metrics)
             for layer, weights in enumerate(maps):
                 self.monitor.attention(step, layer, weights)
+        return True
+
+    def _go_on(self, step: int, number: int) -> bool:
+        """Agrees before each held-out batch, so that no rank is left alone in a collective."""
+        self.watchdog.enter("evaluation", step, number)
+        stop = torch.tensor(int(self.stop.requested), device=self.engine.device)
+        return self.ranks.sum(stop).item() == 0
 
     def _save(self, step: int) -> None:
+        self.watchdog.enter("saving", step)
         save_checkpoint(
             self.engine, self.checkpoints, self.position(step), self.recipe.training.keep_checkpoints, self.ranks
         )
-
-
-def _detached(outputs: dict[str, tuple[torch.Tensor, torch.Tensor]], names: dict[str, float]) -> torch.Tensor:
-    return torch.stack([value.detach().double() for name in names for value in outputs[name]])
 
 
 def _seed_dropout(seed: int, step: int, ranks: Ranks) -> None:

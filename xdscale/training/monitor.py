@@ -1,6 +1,7 @@
 """What a run tells: TensorBoard, `log.jsonl`, and one line or bar of progress; written by the first rank only."""
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -33,7 +34,7 @@ _LAYOUT = {
     },
     "Health": {
         "memory": ["Multiline", ["memory/peak_gib"]],
-        "skipped": ["Multiline", ["health/skipped_steps"]],
+        "skipped": ["Multiline", ["health/skipped_steps", "health/loss_scale_overflows"]],
         "shards in quarantine": ["Multiline", ["data/quarantined_shards"]],
     },
 }
@@ -76,6 +77,24 @@ class Monitor:
         self._write(step, "step", scalars, {"samples": samples})
         self._show(step, scalars)
 
+    def skipped(self, step: int, entry: dict[str, Any], samples: str, total: int) -> None:
+        """Records a step that was left out because its loss or gradient was not finite, and warns.
+
+        Args:
+            step: the step, counted from 1.
+            entry: what `describe_skip` returned.
+            samples: hash of the global batch's sample ids.
+            total: skipped steps of the run, counting this one.
+        """
+        self._write(step, "skipped", {"health/skipped_steps": total}, {**entry, "samples": samples})
+        where = "; ".join(
+            f"rank {suspect['rank']}, micro-batch {suspect['micro_batch']}, samples "
+            + ", ".join(map(str, suspect["sample_ids"]))
+            for suspect in entry["suspects"][:3]
+        )
+        what = f"the loss is not finite ({where})" if where else "the gradient is not finite"
+        self._say(f"warning: step {step} skipped on all ranks: {what}; see why: {entry['replay']}")
+
     def validation(self, step: int, scalars: dict[str, float]) -> None:
         """Records the held-out losses and accuracies after `step` steps."""
         self._write(step, "validation", {f"validation/{name}": value for name, value in scalars.items()}, {})
@@ -114,7 +133,8 @@ class Monitor:
             stopped: whether a signal ended the run.
         """
         steps = self._recipe.training.steps
-        self._log.write(json.dumps({"step": step, "kind": "end", "memory/peak_gib_per_rank": peaks_gib}) + "\n")
+        entry = {"step": step, "kind": "end", "stopped": stopped, "memory/peak_gib_per_rank": peaks_gib}
+        self._log.write(json.dumps(entry) + "\n")
         if self._validated:
             values = _flatten(self._recipe.model_dump(mode="json"))
             final = {f"final/{name}": value for name, value in self._validated.items()}
@@ -122,14 +142,15 @@ class Monitor:
         self._board.close()
         self._log.close()
         how = "stopped by a signal" if stopped else "done" if step == steps else "stopped as training.stop_at_step says"
-        what_next = "" if step == steps else "; the same command continues"
+        what_next = "" if step == steps and not stopped else "; the same command continues"
         memory = f"peak memory {max(peaks_gib):.2f} GiB per rank"
         self._say(f"{how} after step {step} of {steps}{what_next}; {memory}; run folder {self._folder}")
         if self._progress:
             self._progress[0].stop()
 
     def _write(self, step: int, kind: str, scalars: dict[str, float], extra: dict[str, Any]) -> None:
-        self._log.write(json.dumps({"step": step, "kind": kind, **scalars, **extra}) + "\n")
+        entry = {"step": step, "kind": kind, **scalars, **extra}
+        self._log.write(json.dumps({name: _in_words(value) for name, value in entry.items()}) + "\n")
         self._log.flush()
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
@@ -156,6 +177,11 @@ class Monitor:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Returns the entries of a run's `log.jsonl`, oldest first."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _in_words(value: Any) -> Any:
+    """Returns a value, with `nan`, `inf` and `-inf` as words, which JSON has no numbers for."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _progress_bar(steps: int, done: int) -> tuple[Progress, Any] | None:

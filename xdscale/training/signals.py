@@ -1,23 +1,77 @@
-"""SIGTERM and SIGUSR1: finish the step, save, end with a documented exit code."""
+"""SIGTERM and SIGUSR1: remember the wish to stop, so that the loop can save and end with a documented exit code."""
 
+import os
 import signal
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any
+
+import psutil
+
+_NODE_LAUNCHER_SETS = "CROSS_RANK"
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
     """Remembers that this rank was asked to stop; the loop spreads the news to the other ranks.
 
     The DeepSpeed launcher signals ranks one after another, so a rank never acts alone: the loop adds `requested` to
-    the numbers that all ranks sum in every step.
+    the numbers that all ranks sum in every step. A launcher that is gone counts as a request: the `deepspeed` command
+    dies of SIGTERM without a word to its ranks, and its node's launcher of SIGUSR1.
+
+    As a context manager it catches both signals while it is open.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._signalled = False
+        self._launchers: list[psutil.Process] = []
+        self._before: list[Any] = []
 
-    def install(self) -> None:
-        """Catches SIGTERM and SIGUSR1 from now on."""
-        signal.signal(signal.SIGTERM, self._remember)
-        signal.signal(signal.SIGUSR1, self._remember)
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came, or the launcher is gone."""
+        return self._signalled or not all(map(_alive, self._launchers))
+
+    def __enter__(self) -> "StopRequest":
+        self._before = [signal.signal(number, self._remember) for number in _SIGNALS]
+        self._launchers, gone = _launchers_above()
+        self._signalled |= gone
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in zip(_SIGNALS, self._before):
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._signalled = True
+
+
+def _launchers_above() -> tuple[list[psutil.Process], bool]:
+    """Finds the DeepSpeed launchers among this process's ancestors: the command, and its node's launcher.
+
+    Only these: the shell that a run was started from may well end before the run.
+
+    Returns:
+        The launchers, and whether one of them is gone already: a node launcher started this process and is no ancestor
+        of it any more, or that launcher itself was left to the machine's first process.
+    """
+    ancestors = psutil.Process().parents()
+    nodes = [process for process in ancestors if _runs(process, "deepspeed.launcher.launch")]
+    commands = [process for process in ancestors if _runs(process, "/deepspeed", "deepspeed.launcher.runner")]
+    gone = not nodes or (not commands and nodes[-1].ppid() == 1)
+    return nodes + commands, gone and _NODE_LAUNCHER_SETS in os.environ
+
+
+def _runs(process: psutil.Process, *programs: str) -> bool:
+    try:
+        return any(word.endswith(programs) for word in process.cmdline()[:4])
+    except psutil.Error:
+        return False
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

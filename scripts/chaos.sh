@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The long form of what scripts/test.sh shows briefly: kills, full disks, damage and signals, many times over.
+# usage: scripts/chaos.sh [rounds (200)] [seed (1)]; about two hours on two cores. A failure prints the seed it needs.
+set -euo pipefail
+source "$(dirname "$0")/install.sh"
+export XDSCALE_CHAOS_ROUNDS=${1:-200} XDSCALE_CHAOS_SEED=${2:-1} XDSCALE_CHAOS_SIGNALS=20
+for room in shards/test_build_faults training/test_checkpoint_faults training/test_signals_under_launcher; do
+    echo "== $room, seed $XDSCALE_CHAOS_SEED" >&2
+    "$PYTHON" -m pytest -s "tests/$room.py"
+done

@@ -1,0 +1,105 @@
+"""Bytes and traffic of the plan against real DeepSpeed engines on two CPU ranks, at every stage."""
+
+from collections import Counter
+
+import pytest
+
+from xdscale.plan.configs import ds_config
+from xdscale.plan.settings import read_settings
+from xdscale.plan.shapes import model_shape, modules
+from xdscale.plan.states import model_states
+from xdscale.plan.traffic import collectives
+from xdscale.recipe import load_recipe
+
+pytestmark = pytest.mark.slow
+
+RANKS = 2
+ACCUMULATION = 3
+MICRO_BATCH = 2
+TORCH_NAMES = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
+
+KEEP = {"stage3_param_persistence_threshold": 1000, "stage3_max_reuse_distance": 10**9}
+RELEASE = {"stage3_param_persistence_threshold": 1000, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+
+
+def case(way, precision, *, match=True, frozen=(), **zero):
+    values = ds_config(way, precision, MICRO_BATCH)
+    # Oversized parameters and several buckets per pass, as with a large model.
+    values["zero_optimization"] |= {"reduce_bucket_size": 50_000, **zero}
+    values.get("fp16", {})["initial_scale_power"] = 4
+    for place in ("offload_optimizer", "offload_param"):
+        values["zero_optimization"].get(place, {})["pin_memory"] = False  # there is no GPU to pin memory for
+    words = [way, precision, "" if match else "odd", *frozen]
+    return {"name": " ".join(filter(None, words)), "ds_config": values, "frozen": frozen, "match": match}
+
+
+def named(name, made):
+    return made | {"name": f"{made['name']} {name}"}
+
+
+CASES = [
+    *(case(f"zero{stage}", "fp32", match=stage != 1) for stage in range(3)),
+    named("kept", case("zero3", "fp32", **KEEP)),
+    *(case(f"zero{stage}", "bf16", match=stage == 2) for stage in range(3)),
+    named("kept", case("zero3", "bf16", match=False, **KEEP)),
+    named("released", case("zero3", "bf16", **RELEASE)),
+    case("zero1", "fp16", match=False),
+    case("zero2", "fp16"),
+    case("zero2-offload", "bf16", match=False),
+    named("kept", case("zero3-offload", "fp16", **KEEP)),
+    case("zero2", "bf16", frozen=["clip"]),
+]
+NAMES = [made["name"] for made in CASES]
+
+
+@pytest.fixture(scope="module")
+def overrides(small_model):
+    return [*small_model, f"training.global_batch={RANKS * ACCUMULATION * MICRO_BATCH}"]
+
+
+def with_overrides(made, overrides):
+    return overrides + ([] if made["match"] else ["tasks.match=null"])
+
+
+@pytest.fixture(scope="module")
+def measured(run_engines, overrides):
+    cases = []
+    for made in CASES:
+        frozen = [f"model.{part}" for part in made["frozen"]]
+        shape = {"recipe": "quickstart", "overrides": with_overrides(made, overrides), "length": 32, "blocks": 1}
+        cases.append(made | shape | {"frozen": frozen})
+    return run_engines(cases, ranks=RANKS)
+
+
+def planned(made, overrides):
+    spec = load_recipe("quickstart", with_overrides(made, overrides))
+    found = modules(model_shape(spec), frozen=tuple(made["frozen"]))
+    return spec, found, read_settings(made["ds_config"])
+
+
+@pytest.mark.parametrize("made", CASES, ids=NAMES)
+def test_model_states_are_those_of_the_engine(measured, overrides, made):
+    """Issue: within 3 %. What remains here are buffers such as position ids, 32 KB."""
+    _, found, settings = planned(made, overrides)
+    for rank, result in enumerate(measured[made["name"]]):
+        moments = [result[moment] for moment in ("accumulating", "boundary")]
+        fullest = max(sum(moment.values()) - moment["buckets"] for moment in moments)
+        assert fullest == pytest.approx(model_states(found, settings, RANKS, rank).resident, rel=0.01)
+
+
+@pytest.mark.parametrize("made", CASES, ids=NAMES)
+def test_collective_bytes_are_exactly_those_counted(measured, overrides, made):
+    spec, found, settings = planned(made, overrides)
+    expected = Counter()
+    for each in collectives(found, settings, RANKS, ACCUMULATION, len(spec.tasks.weights())):
+        expected[f"{TORCH_NAMES.get(each.operation, each.operation)} {each.dtype}"] += each.payload_bytes
+    for result in measured[made["name"]]:
+        assert {key: payload for key, (_, payload) in result["collectives"].items()} == dict(expected)
+
+
+@pytest.mark.parametrize("made", CASES, ids=NAMES)
+def test_parameters_are_those_of_the_engine(measured, overrides, made):
+    _, found, _ = planned(made, overrides)
+    for result in measured[made["name"]]:
+        assert result["parameters"] == sum(module.elements for module in found)
+        assert result["trained"] == sum(module.elements for module in found if module.trained)

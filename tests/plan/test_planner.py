@@ -1,0 +1,172 @@
+"""The plan as a whole: what fits, what is suggested, what it costs, and how it is said."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xdscale.errors import XdscaleError
+from xdscale.plan.cluster import Cluster
+from xdscale.plan.configs import WAYS, ds_config
+from xdscale.plan.hardware import GPUS, find_gpu
+from xdscale.plan.planner import GIB, Machine, make_plan, suggest_micro_batch
+from xdscale.plan.settings import read_settings
+from xdscale.plan.shapes import model_shape, modules
+from xdscale.plan.states import model_states
+from xdscale.recipe import load_recipe
+
+PROGRAM = Path(sys.executable).with_name("xdscale")
+LARGE = load_recipe("xdelectra-large-wikipedia")
+
+
+def plan(recipe=LARGE, gpu="A100-80G", gpus=8, memory_gib=None, **keywords):
+    kind = find_gpu(gpu)
+    cluster = Cluster(kind, gpus, -(-gpus // kind.node_gpus))
+    machine = Machine(cluster=cluster, memory_gib=memory_gib or kind.memory_gib, price=2.0)
+    return make_plan("large", recipe, machine, **keywords)
+
+
+def run(*arguments):
+    return subprocess.run([PROGRAM, "plan", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("way", "precision", "per_rank"),
+    [
+        ("zero0", "fp32", lambda p, n: 16 * p),
+        ("zero2", "bf16", lambda p, n: 2 * p + 16 * p / n),
+        ("zero3", "bf16", lambda p, n: 18 * p / n),
+        ("zero1", "bf16", lambda p, n: 8 * p + 12 * p / n),
+    ],
+)
+@pytest.mark.parametrize("ranks", [8, 64])
+def test_model_states_follow_the_formulas_of_the_zero_paper(way, precision, per_rank, ranks):
+    """With gradients summed in fp32 beside bf16 parameters; DeepSpeed's estimator for stage 2 says 2P + 18P / N. Small
+    parameters stay whole under stage 3."""
+    found = modules(model_shape(LARGE))
+    settings = read_settings(ds_config(way, precision, 1))
+    parameters = 445_118_524
+    states = model_states(found, settings, ranks)
+    small = 2 * sum(size for module in found for size in module.own if size <= 100_000) * (way == "zero3")
+    assert states.resident == pytest.approx(per_rank(parameters, ranks) + small, rel=1e-3)
+
+
+def test_offloading_moves_bytes_to_the_host():
+    for row, offloaded in zip(plan().rows[2:4], plan().rows[4:]):
+        assert offloaded.states.optimizer == 0
+        assert offloaded.states.host > row.states.optimizer
+        assert offloaded.device_bytes < row.device_bytes
+        assert offloaded.step_seconds > row.step_seconds
+
+
+@given(largest=st.integers(1, 500), share=st.integers(1, 500))
+def test_suggested_micro_batch_fits_covers_and_wastes_least(largest, share):
+    micro_batch = suggest_micro_batch(largest, share)
+    passes = -(-share // micro_batch)
+    assert 1 <= micro_batch <= largest
+    assert passes == -(-share // largest)  # no micro-batch that fits needs fewer
+    assert micro_batch == 1 or passes * (micro_batch - 1) < share  # a smaller one would need more
+
+
+def test_largest_micro_batch_is_the_largest_that_fits():
+    for row in plan(gpu="L4").rows:
+        one = row.activations.total / row.micro_batch
+        room = find_gpu("L4").usable_gib * GIB - row.states.device
+        assert row.largest_micro_batch == pytest.approx(room / one, abs=1.5)
+
+
+def test_time_and_cost_add_up():
+    made = plan(load_recipe("xdelectra-large-wikipedia", ["training.steps=22000"]))
+    row = made.rows[1]
+    computing = made.flops_per_sequence * 36 / (0.4 * 312e12)
+    assert row.step_seconds == pytest.approx(computing + row.communication_seconds)
+    assert row.hours == pytest.approx(22_000 * row.step_seconds / 3600)
+    assert row.cost == pytest.approx(8 * 2.0 * row.hours)
+
+
+def test_the_simplest_of_what_is_equally_fast_is_recommended():
+    assert plan().best == "zero1"
+    # No room for two copies of all gradients, only for a share of them.
+    tight = plan(memory_gib=6.5, checkpointing=True, sequence_length=128)
+    seconds = {row.way: row.step_seconds or float("inf") for row in tight.rows if row.way in WAYS}
+    near = [way for way in WAYS if seconds[way] <= 1.05 * min(seconds.values())]
+    assert (seconds["zero1"], tight.best) == (float("inf"), near[0])
+
+
+def test_nothing_fits_and_checkpointing_helps():
+    assert plan(memory_gib=3).best is None
+    kept, recomputed = (plan(checkpointing=on).rows[2].largest_micro_batch for on in (False, True))
+    assert recomputed > 3 * kept
+
+
+def test_frozen_clip_takes_no_gradients_and_no_moments():
+    whole, frozen = (plan(frozen=parts).rows[2].states for parts in ((), ("clip",)))
+    clip = 63_165_952 + 262_144
+    assert whole.optimizer - frozen.optimizer == pytest.approx(12 * clip / 8, rel=1e-3)
+    assert whole.parameters - frozen.parameters == pytest.approx(0, abs=100)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_gpu_of_the_table_trains_every_model(gpu):
+    assert plan(gpu=gpu).best is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("A100", "did you mean A100-40G or A100-80G"), ("H10-80G", "H100-80G"), ("potato", "known: V100-32G")],
+)
+def test_unknown_gpu(name, message):
+    with pytest.raises(XdscaleError, match=message):
+        find_gpu(name)
+
+
+def test_gpu_names_are_forgiving():
+    assert find_gpu("h100").name == find_gpu("H100 80g").name == "H100-80G"
+
+
+def test_starts_within_two_seconds_and_prints_a_table():
+    assert run("xdbert-base-wikitext103", "--gpus", "8").returncode == 0  # compiles what a first run compiles
+    began = time.perf_counter()
+    result = run("xdbert-base-wikitext103", "--gpus", "8", "--gpu-memory", "40", "--nodes", "1", "--gpu", "H100-80G")
+    assert time.perf_counter() - began < 2
+    for words in ("202,996,284 trained parameters, 590,593 not trained", "zero3-offload", "bert-base-zero1.json"):
+        assert words in result.stdout
+
+
+def test_json_is_the_whole_plan():
+    result = run("xdelectra-large-wikipedia", "--gpu", "V100", "--json", "--freeze", "clip")
+    values = json.loads(result.stdout)
+    assert values["precision"] == "fp16"
+    assert [row["way"] for row in values["rows"]] == ["zero0", *WAYS]
+    assert values["frozen"] == 63_165_952 + 262_144 + 1
+
+
+def test_says_what_to_do_when_nothing_fits():
+    result = run("xdelectra-large-wikipedia", "--gpu", "L4", "--gpu-memory", "3")
+    assert "Nothing fits: even zero3-offload with a micro-batch of 1" in result.stdout
+    assert "--checkpointing" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["xdbert-base-wikitext103", "--gpus", "9", "--nodes", "2"], "do not divide evenly"),
+        (["xdbert-base-wikitext103", "--gpu", "A100-8OG"], "A100-80G"),
+        (["xdbert-base-wikitext103", "--freeze", "vision"], "--freeze vision: expected one of language, clip"),
+        (["xdbert-base-wikitext103", "--gpu", "V100", "--precision", "bf16"], "V100-32G computes in fp16"),
+        (["xdbert-base-wikitext103", "--sequence-length", "1024"], "sequence length 1024"),
+        (["xdbert-base-wikitext103", "--gpu-memory", "2", "--write-configs", "c"], "nothing fits, nothing written"),
+        (["xdbert-bse-wikitext103"], "did you mean 'xdbert-base-wikitext103'"),
+    ],
+)
+def test_a_mistake_is_one_message(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert (result.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,41 @@
+"""docs/scaling.md says what the plan says."""
+
+from pathlib import Path
+
+import pytest
+
+from xdscale.plan.report import machine_from
+from xdscale.plan.scaling import FEWEST_PER_GPU, chart, markdown, scale
+from xdscale.recipe import load_recipe
+
+DOCS = Path(__file__).parents[2] / "docs"
+NAME = "xdelectra-large-wikipedia"
+
+
+def curves(gpu):
+    spec, machine = load_recipe(NAME, ["training.steps=22000"]), machine_from(gpu, 8, None, None, 0.4, None)
+    return {
+        "batch of the recipe": scale(NAME, spec, machine, grow=False),
+        "growing batch": scale(NAME, spec, machine, grow=True),
+    }
+
+
+@pytest.mark.parametrize("gpu", ["A100-80G", "H100-80G"])
+def test_tables_in_the_documentation(gpu):
+    text = (DOCS / "scaling.md").read_text()
+    for points in curves(gpu).values():
+        assert markdown(points) in text
+
+
+def test_chart_in_the_documentation():
+    assert (DOCS / "scaling.svg").read_text() == chart(curves("A100-80G"), f"{NAME}, A100-80G: hours over GPUs")
+
+
+def test_every_point_covers_the_corpus_once():
+    for points in curves("A100-80G").values():
+        for point in points:
+            assert 0 <= point.steps * point.global_batch - 22_000 * 288 < point.global_batch
+            assert point.cost == pytest.approx(point.gpus * point.hours * 2.0)
+            assert point.efficiency <= 1.0001
+    assert [point.gpus for point in curves("A100-80G")["growing batch"]] == [2**power for power in range(11)]
+    assert all(point.global_batch >= FEWEST_PER_GPU * point.gpus for point in curves("A100-80G")["growing batch"][5:])

@@ -1,0 +1,148 @@
+"""Folders, patterns and parquet: which files are read, in which order, and what is refused."""
+
+import hashlib
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from xdscale.errors import XdscaleError
+from xdscale.shards.build import build_shards
+from xdscale.shards.corpus import read_documents, stream_documents
+from xdscale.shards.inputs import find_inputs
+from xdscale.shards.manifest import Manifest
+
+LONG = "one two three four five"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Six corpus files in two levels, a hidden file and a hidden folder."""
+    folder = tmp_path / "corpus"
+    for name in (
+        "b.txt",
+        "a.jsonl.gz",
+        "sub/c.parquet",
+        "sub/a.xml-p1p41242.bz2",
+        "sub/B.TXT.zst",
+        "sub/.hidden",
+        ".git/x",
+    ):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return folder
+
+
+def names(paths, folder):
+    return [str(path.relative_to(folder)) for path in paths]
+
+
+def test_a_folder_is_all_its_corpus_files_in_order(corpus):
+    expected = ["a.jsonl.gz", "b.txt", "sub/B.TXT.zst", "sub/a.xml-p1p41242.bz2", "sub/c.parquet"]
+    assert names(find_inputs([corpus]), corpus) == expected
+    assert names(find_inputs([f"{corpus}/**/*.*"]), corpus) == expected
+
+
+def test_patterns_and_files_keep_the_order_of_the_command_line(corpus):
+    found = find_inputs([f"{corpus}/sub/*.[px]*", str(corpus / "b.txt")])
+    assert names(found, corpus) == ["sub/a.xml-p1p41242.bz2", "sub/c.parquet", "b.txt"]
+    strange = corpus / "[1] *.txt"
+    strange.write_text("a name that is itself a pattern")
+    assert find_inputs([str(strange)]) == [strange]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("*.parquet", r"\*\.parquet: no file matches this pattern"),
+        ("empty", "empty: the folder holds no files"),
+        ("none.txt", r"none\.txt: no such file or folder"),
+        ("sub", r"notes\.pdf: unknown extension; expected \.txt .* \.parquet, or one of them with \.gz \.bz2 \.zst"),
+        ("notes*", r"notes\.pdf: unknown extension"),
+        ("index", r"multistream-index\.txt\.bz2: is the index of a dump"),
+    ],
+)
+def test_what_is_refused(corpus, name, message):
+    (corpus / "empty").mkdir()
+    for folder in (corpus, corpus / "sub"):
+        (folder / "notes.pdf").write_text("no corpus")
+    (corpus / "index").mkdir()
+    (corpus / "index" / "enwiki-pages-articles-multistream-index.txt.bz2").write_text("0:10:A")
+    with pytest.raises(XdscaleError, match=message):
+        find_inputs([f"{corpus}/{name}"])
+
+
+def test_a_file_named_twice_is_refused(corpus):
+    with pytest.raises(XdscaleError, match=r"b\.txt: named twice"):
+        find_inputs([corpus, corpus / "b.txt"])
+    with pytest.raises(XdscaleError, match="no input"):
+        find_inputs([])
+
+
+def test_the_manifest_lists_the_files_with_size_and_hash(small_corpus, cassette_model, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    documents = small_corpus.read_text().split("\n\n")
+    (folder / "2.txt").write_text("\n\n".join(documents[:30]))
+    (folder / "10.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[30:]))
+    build_shards([folder], tmp_path / "out", language_tokenizer=str(cassette_model), sequence_length=30)
+    stated = [(item.name, item.bytes, item.sha256) for item in Manifest.load(tmp_path / "out").build.inputs]
+    files = [folder / "10.jsonl", folder / "2.txt"]
+    assert stated == [(path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+
+
+def write_parquet(path, texts, **options):
+    """The layout of `wikimedia/wikipedia`, in row groups of 3."""
+    rows = [{"id": str(n), "url": f"https://x/{n}", "title": f"T{n}", "text": text} for n, text in enumerate(texts)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3, **options)
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
+def test_parquet_rows_are_documents(tmp_path, compression):
+    texts = [f"{LONG} {n}\n\nHeading\n{LONG} naïve é中" for n in range(10)]
+    path = tmp_path / "train-00000-of-00041.parquet"
+    write_parquet(path, texts, compression=compression)
+    found = list(stream_documents(path))
+    assert [document.text for document in found] == texts
+    assert found[-1].bytes_read == path.stat().st_size
+    assert list(read_documents(path))[3] == [f"{LONG} 3", f"{LONG} naïve é中"]
+
+
+def test_parquet_and_jsonl_of_the_same_text_give_the_same_shards(small_corpus, cassette_model, tmp_path):
+    texts = small_corpus.read_text().split("\n\n")
+    write_parquet(tmp_path / "a.parquet", texts)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shards = []
+    for name in ("a.parquet", "a.jsonl"):
+        out = tmp_path / f"out-{name}"
+        build_shards([tmp_path / name], out, language_tokenizer=str(cassette_model), sequence_length=30)
+        shards.append([path.read_bytes() for path in sorted(out.glob("*.tar"))])
+    assert shards[0] == shards[1] != []
+
+
+def test_bad_parquet_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [LONG] * 7)
+    with pytest.raises(
+        XdscaleError, match=r"a\.parquet: no column 'body' \(found: id, url, title, text\); .*--text-field"
+    ):
+        list(stream_documents(path, text_field="body"))
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "b.parquet")
+    with pytest.raises(XdscaleError, match=r"b\.parquet: column 'text' is int64, expected strings"):
+        list(stream_documents(tmp_path / "b.parquet"))
+    parquet.write_table(pyarrow.table({"text": [LONG, None]}), tmp_path / "c.parquet")
+    with pytest.raises(XdscaleError, match=r"c\.parquet: row 1: 'text' is null"):
+        list(stream_documents(tmp_path / "c.parquet"))
+    content = path.read_bytes()
+    page = parquet.read_metadata(path).row_group(1).column(3).data_page_offset
+    path.write_bytes(content[:-9])
+    with pytest.raises(XdscaleError, match=r"a\.parquet: not a whole parquet file"):
+        list(stream_documents(path))
+    path.write_bytes(content[:page] + bytes(30) + content[page + 30 :])
+    with pytest.raises(XdscaleError, match=r"a\.parquet: not a whole parquet file"):
+        list(stream_documents(path))
+    (tmp_path / "d.parquet").write_text("not parquet at all")
+    with pytest.raises(XdscaleError, match=r"d\.parquet: not a whole parquet file"):
+        list(stream_documents(tmp_path / "d.parquet", format="parquet"))

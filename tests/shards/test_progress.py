@@ -1,0 +1,68 @@
+"""What long work says about itself, by a clock that the test moves."""
+
+import io
+import sys
+
+from xdscale.shards import progress
+from xdscale.shards.progress import Pace, shown_progress
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_rate_and_time_left():
+    clock = Clock()
+    pace = Pace(clock)
+    clock.now += 100
+    # 250 MB in 100 s are 2.5 MB/s; the other 13,750 MB take 5,500 s.
+    assert pace.describe(250_000_000, 14_000_000_000, 1204) == (
+        "1,204 documents, 0.25 of 14.00 GB (1.8%), 2.50 MB/s, 1:31:40 left"
+    )
+
+
+def test_shards_kept_from_an_earlier_run_do_not_promise_too_much():
+    """5 GB are skipped in 10 s; then 2 MB/s. After the window the rate is that of the work alone."""
+    clock = Clock()
+    pace = Pace(clock)
+    clock.now += 10
+    pace.describe(5_000_000_000, 14_000_000_000)
+    for step in range(1, 101):
+        clock.now += 7
+        text = pace.describe(5_000_000_000 + step * 14_000_000, 14_000_000_000)
+    assert ", 2.00 MB/s, 1:03:20 left" in text  # (14,000 - 6,400) MB at 2 MB/s are 3,800 s
+
+
+def test_ends_and_beginnings():
+    assert Pace(lambda: 0.0).describe(0, 0) == "0.00 of 0.00 MB (100.0%)"
+    assert Pace(lambda: 0.0).describe(1_000_000, 4_000_000) == "1.00 of 4.00 MB (25.0%)"
+
+
+def test_plain_lines_now_and_then_where_there_is_no_terminal(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with shown_progress("building") as advance:
+        for step in range(1, 101):
+            clock.now += 1
+            advance(step * 1_000_000, 1_000_000_000, step)
+    lines = sys.stderr.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("building: 30 documents, 0.03 of 1.00 GB (3.0%)")
+
+
+def test_a_terminal_gets_a_bar_with_the_same_words(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with shown_progress("building") as advance:
+        advance(500_000, 1_000_000, 7)
+    assert "7 documents, 0.50 of 1.00 MB (50.0%)" in sys.stderr.getvalue()

@@ -1,0 +1,155 @@
+"""A rank that dies, freezes, gets no data or fails: all ranks end within a minute; one line says which and where."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from xdscale.data.stream import Stream
+from xdscale.errors import EXIT_FAULT
+from xdscale.shards.reader import ShardedSplit
+from xdscale.training.distributed import Ranks
+from xdscale.training.monitor import read_log
+from xdscale.training.watchdog import Watchdog
+
+WORKER = Path(__file__).with_name("faulty_worker.py")
+MINUTE_SECONDS = 60
+
+
+class Launched:
+    """Two ranks under the deepspeed launcher, in the background."""
+
+    def __init__(self, shards, folder, port, fault, **settings):
+        self.run, config, self.stderr = folder / "run", folder / "ds.json", folder / "stderr.txt"
+        zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
+        config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}))
+        values = {"data.shards": shards, "output.folder": self.run, "training.steps": 1000, "training.global_batch": 2}
+        values |= {"training.eval_samples": 2} | {key.replace("__", "."): value for key, value in settings.items()}
+        launcher = Path(sys.executable).with_name("deepspeed")
+        command = [launcher, "-q", "--num_accelerators", 2, "--master_port", port]
+        command += [WORKER, fault] if fault else ["--module", "xdscale.adapt"]
+        command += ["quickstart", *(f"{key}={value}" for key, value in values.items()), "--deepspeed_config", config]
+        with self.stderr.open("w") as file:
+            self.process = subprocess.Popen(
+                list(map(str, command)),
+                stderr=file,
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
+    def rank(self, number):
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if process.environ().get("RANK") == str(number):
+                return process
+        raise AssertionError(f"no rank {number}")
+
+    def wait_for_steps(self, count):
+        deadline = time.monotonic() + 120
+        log = self.run / "log.jsonl"
+        while not (log.exists() and sum(entry["kind"] == "step" for entry in read_log(log)) >= count):
+            assert self.process.poll() is None, self.stderr.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.stderr.read_text()[-3000:]
+            time.sleep(0.05)
+
+    def end(self):
+        """Waits until every rank is gone; returns the seconds, the exit code and the error lines."""
+        ranks = psutil.Process(self.process.pid).children(recursive=True)
+        began = time.monotonic()
+        _, left = psutil.wait_procs(ranks, timeout=2 * MINUTE_SECONDS)
+        seconds = time.monotonic() - began
+        assert not left, self.stderr.read_text()[-3000:]
+        text = self.stderr.read_text()
+        assert "Traceback" not in text
+        return seconds, self.process.wait(timeout=10), [x for x in text.splitlines() if x.startswith("error: ")]
+
+
+@pytest.fixture
+def launch(wiki_shards, tmp_path, free_port):
+    launched = []
+
+    def start(fault=None, **settings):
+        launched.append(Launched(wiki_shards, tmp_path, free_port(), fault, **settings))
+        return launched[0]
+
+    yield start
+    for process in launched:
+        if process.process.poll() is None:
+            os.killpg(process.process.pid, signal.SIGKILL)
+            process.process.wait()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies(launch, rank):
+    launched = launch()
+    launched.wait_for_steps(3)
+    launched.rank(rank).kill()
+    seconds, _, lines = launched.end()
+    print(f"rank {rank} killed: all ended after {seconds:.1f} s: {lines}")
+    assert seconds < MINUTE_SECONDS
+    assert len(lines) == 1
+    assert re.search(rf"rank {rank} on \S+ died or froze .* in phase '\w+' of step \d+", lines[0])
+
+
+def test_a_rank_that_freezes(launch):
+    """With the limits that everybody has."""
+    launched = launch()
+    launched.wait_for_steps(3)
+    launched.rank(1).suspend()
+    seconds, code, lines = launched.end()
+    print(f"rank 1 frozen: all ended after {seconds:.1f} s: {lines}")
+    assert seconds < MINUTE_SECONDS
+    assert code == EXIT_FAULT
+    assert len(lines) == 1
+    assert re.search(r"rank 1 on \S+ died or froze \(silent for 1\d s\) in phase '\w+' of step \d+", lines[0])
+    stacks = (launched.run / "faults" / "stacks-rank-00000.txt").read_text()
+    assert "loop.py" in stacks
+
+
+def test_a_rank_that_gets_no_data(launch, wiki_shards):
+    launched = launch("blocked,1,3", training__hang_seconds=5)
+    launched.wait_for_steps(3)
+    seconds, code, lines = launched.end()
+    print(f"rank 1 without data: all ended after {seconds:.1f} s: {lines}")
+    stream = Stream(
+        len(ShardedSplit(wiki_shards, "train")), seed=0, global_batch=2, world_size=2, rank=1, micro_batch=1
+    )
+    sample = int(stream.slots(3)[0].sample_ids[0])
+    assert code == EXIT_FAULT
+    assert len(lines) == 1
+    assert re.search(r"rank 1 on \S+ made no progress for \d+ s in phase 'data' of step 4, sample", lines[0])
+    assert f"sample {sample};" in lines[0]
+
+
+def test_a_rank_whose_data_fails(launch):
+    launched = launch("failing,1,3")
+    launched.wait_for_steps(3)
+    seconds, code, lines = launched.end()
+    assert seconds < MINUTE_SECONDS
+    assert code == EXIT_FAULT
+    assert len(lines) == 1
+    assert re.search(r"rank 1 on \S+ failed in phase 'data' of step 4, sample \d+: OSError: .*train-000000", lines[0])
+    assert "Traceback" in (launched.run / "faults" / "traceback-rank-00001.txt").read_text()
+
+
+def test_patience_follows_how_long_a_phase_takes(tmp_path, monkeypatch):
+    """45 s at least, ten times the longest of the last hundred; 900 s the first time, when compilers start."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    watchdog = Watchdog(Ranks(0, 1, 0), tmp_path, 45)
+    assert watchdog._patience("forward") == 900
+    for seconds in (60, *[2] * 100):
+        watchdog.enter("forward", 0)
+        clock[0] += seconds
+        watchdog.enter("backward", 0)
+        if seconds == 60:
+            assert watchdog._patience("forward") == 600
+    assert watchdog._patience("forward") == 45
+    assert watchdog._patience("saving") == 900

@@ -1,0 +1,1 @@
+"""What a run will take, on paper: memory, traffic, time and cost, computed without torch and without weights."""

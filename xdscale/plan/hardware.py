@@ -1,0 +1,113 @@
+"""GPUs and the machines they usually stand in.
+
+Peak rates, memory and links are the vendor's data sheets: dense fp16/bf16 tensor rates (never "with sparsity"), one
+direction of a link. Between nodes: what the vendor's own node has (DGX-2, DGX A100, DGX H100, DGX B200), or 100 Gbit/s
+for the cards that come alone. Prices are assumptions in dollars per hour, of the order of public on-demand offers in
+2025; replace them with --price.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+from xdscale.errors import XdscaleError
+
+GIGA = 1e9
+"""Vendors count in powers of ten."""
+
+RESERVED_GIB = 1.5
+"""Of a GPU's memory: the context of driver, cuBLAS and NCCL, which no allocator sees."""
+
+FRAGMENTED = 0.05
+"""Share of a GPU's memory that PyTorch's caching allocator holds without use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One kind of GPU.
+
+    Attributes:
+        name: with its memory, as on the command line.
+        memory_gib: what programs see.
+        peak_flops: dense, per second, in the 16-bit format that it has.
+        precision: that format: V100 has no bf16.
+        node_gpus: GPUs in one node.
+        node_link: bytes per second and direction from one GPU to the others of its node.
+        network: bytes per second and direction between a node and the others.
+        price: dollars per GPU and hour, an assumption.
+    """
+
+    name: str
+    memory_gib: float
+    peak_flops: float
+    precision: str = "bf16"
+    node_gpus: int = 8
+    node_link: float
+    network: float
+    price: float
+
+    @property
+    def usable_gib(self) -> float:
+        """Memory that a plan may fill."""
+        return usable_gib(self.memory_gib)
+
+
+def usable_gib(memory_gib: float) -> float:
+    """Returns what of a GPU's memory a plan may fill: without the context and what fragmentation takes."""
+    return memory_gib * (1 - FRAGMENTED) - RESERVED_GIB
+
+
+def _gpu(
+    name: str, memory_gib: float, tflops: float, link_gb: float, network_gb: float, price: float, **other: object
+) -> Gpu:
+    return Gpu(
+        name=name,
+        memory_gib=memory_gib,
+        peak_flops=tflops * 1e12,
+        node_link=link_gb * GIGA,
+        network=network_gb * GIGA,
+        price=price,
+        **other,
+    )
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # V100 data sheet: 125 TFLOPS, NVLink 300 GB/s both ways; DGX-2: 16 GPUs, 8 × 100 Gbit/s.
+        _gpu("V100-32G", 31.7, 125, 150, 100, 1.50, precision="fp16", node_gpus=16),
+        # A100 data sheet: 312 TFLOPS, NVLink 600 GB/s both ways; DGX A100: 8 × 200 Gbit/s.
+        _gpu("A100-40G", 39.4, 312, 300, 200, 1.75),
+        _gpu("A100-80G", 79.1, 312, 300, 200, 2.00),
+        # H100 SXM data sheet: 1,979 TFLOPS with sparsity, NVLink 900 GB/s both ways; DGX H100: 8 × 400 Gbit/s.
+        _gpu("H100-80G", 79.1, 989.5, 450, 400, 3.00),
+        # H200 data sheet: as H100, 141 GB.
+        _gpu("H200-141G", 139.7, 989.5, 450, 400, 3.50),
+        # DGX B200 data sheet: 72 PFLOPS FP8 with sparsity for 8, so 2.25 dense bf16 each; NVLink 1.8 TB/s both ways.
+        _gpu("B200-180G", 178.0, 2250, 900, 400, 5.00),
+        # L4 data sheet: 242 TFLOPS with sparsity, PCIe 4.0 × 16: 64 GB/s both ways.
+        _gpu("L4-24G", 22.0, 121, 32, 12.5, 0.70),
+        # L40S data sheet: 362 TFLOPS dense, PCIe 4.0 × 16.
+        _gpu("L40S-48G", 44.5, 362, 32, 12.5, 1.00),
+    )
+}
+"""By name."""
+
+
+def find_gpu(name: str) -> Gpu:
+    """Returns the GPU of that name; case and hyphens do not matter, nor does the memory where it says nothing.
+
+    Raises:
+        XdscaleError: unknown or ambiguous; the nearest names are given.
+    """
+    key = _key(name)
+    matches = [gpu for gpu in GPUS.values() if key in (_key(gpu.name), _key(gpu.name.split("-")[0]))]
+    if len(matches) == 1:
+        return matches[0]
+    keys = {_key(known): known for known in GPUS}
+    near = [gpu.name for gpu in matches] or [keys[key] for key in difflib.get_close_matches(key, keys, cutoff=0.4)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(GPUS)}"
+    raise XdscaleError(f"--gpu {name}: no such GPU in the table; {hint} (--gpu-memory replaces its memory)")
+
+
+def _key(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())

@@ -1,0 +1,247 @@
+"""Puts a plan together: for each way to share the model states its memory, micro-batch, traffic, time and cost."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from xdscale.plan.activations import Activations, activations
+from xdscale.plan.cluster import REFERENCE_MFU, Cluster, step_time
+from xdscale.plan.configs import WAYS, ds_config, file_name, model_name
+from xdscale.plan.flops import training_flops
+from xdscale.plan.hardware import usable_gib
+from xdscale.plan.load import Load, expected_load, largest_load
+from xdscale.plan.settings import Settings, read_settings
+from xdscale.plan.shapes import ModelShape, Module, count, model_shape, modules
+from xdscale.plan.states import States, model_states, partition
+from xdscale.plan.traffic import collectives
+from xdscale.recipe import Recipe
+
+GIB = 2**30
+
+HOST_LINK = 25e9
+"""Bytes per second between GPU and host: what PCIe 4.0 × 16 reaches. An assumption, for offloading only."""
+
+HOST_MEMORY = 20e9
+"""Bytes per second of the host's memory for each rank's AdamW. An assumption, for offloading only."""
+
+_ADAMW_TOUCHES = 28
+"""Bytes per parameter that AdamW reads and writes: weight, two moments, gradient."""
+
+_MOST = 4096
+
+_NO_DIFFERENCE = 1.05
+"""Step times nearer than this are the same: the model of the network is not better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a plan is made for.
+
+    Attributes:
+        cluster: the GPUs.
+        memory_gib: of one GPU, as programs see it.
+        mfu: share of the peak rate that computing reaches.
+        price: dollars per GPU and hour.
+    """
+
+    cluster: Cluster
+    memory_gib: float
+    mfu: float = REFERENCE_MFU
+    price: float
+
+    @property
+    def usable_bytes(self) -> float:
+        """What may be filled."""
+        return usable_gib(self.memory_gib) * GIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to share the model states.
+
+    Attributes:
+        way: `zero0` to `zero3`, with or without `-offload`.
+        states: model states and buffers of the first rank.
+        activations: at the micro-batch.
+        largest_micro_batch: that fits, 0 when none does.
+        micro_batch: the suggested one: as few accumulation steps, as evenly filled, as the global batch allows.
+        accumulation: micro-batches per step and rank.
+        payload_bytes: handed to collectives by each rank in one step.
+        wire_bytes: sent by each rank in one step, on rings.
+        step_seconds: of one optimiser step; None where it does not fit.
+        communication_seconds: of those, in collectives and host transfers.
+        hours: of all steps of the recipe.
+        cost: dollars.
+        config: file name of its configuration in `ds_configs/`.
+    """
+
+    way: str
+    states: States
+    activations: Activations
+    largest_micro_batch: int
+    micro_batch: int
+    accumulation: int
+    payload_bytes: float
+    wire_bytes: float
+    step_seconds: float | None
+    communication_seconds: float
+    hours: float | None
+    cost: float | None
+    config: str
+
+    @property
+    def device_bytes(self) -> float:
+        """Everything on the GPU."""
+        return self.states.device + self.activations.total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe on a machine.
+
+    Attributes:
+        recipe: its name.
+        trained: number of parameters that the optimizer updates.
+        frozen: number of those that it does not.
+        sequence_length: language tokens of a sequence.
+        flops_per_sequence: forward and backward.
+        machine: what it is made for.
+        precision: of parameters and activations.
+        checkpointing: whether layers are recomputed.
+        rows: one for each way.
+        best: the simplest of those ways in `WAYS` that are fastest within 5 %; None when nothing fits.
+    """
+
+    recipe: str
+    trained: int
+    frozen: int
+    sequence_length: int
+    flops_per_sequence: float
+    machine: Machine
+    precision: str
+    checkpointing: bool
+    rows: tuple[Row, ...]
+    best: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
+        return asdict(self)
+
+
+def make_plan(
+    name: str,
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    sequence_length: int | None = None,
+    precision: str | None = None,
+    checkpointing: bool = False,
+    frozen: tuple[str, ...] = (),
+) -> Plan:
+    """Plans a run without torch, weights or a GPU.
+
+    Args:
+        name: of the recipe.
+        recipe: to be trained.
+        machine: to train on.
+        sequence_length: language tokens with [CLS] and [SEP]; default: the encoder's positions.
+        precision: default: the GPU's own 16-bit format.
+        checkpointing: whether to recompute layers in the backward pass.
+        frozen: parts that are not trained, of "language" and "clip".
+
+    Raises:
+        XdscaleError: an architecture is not known, or the sequence does not fit it.
+    """
+    shape = model_shape(recipe)
+    length = sequence_length or shape.language.max_position_embeddings
+    found = modules(shape, frozen)
+    precision = precision or machine.cluster.gpu.precision
+    flops = training_flops(shape, expected_load(recipe, shape, length), frozen)
+    maker = _RowMaker(recipe, shape, found, machine, largest_load(recipe, shape, length), flops, frozen)
+    rows = tuple(maker.rows(precision, checkpointing))
+    fitting = [row for row in rows if row.step_seconds is not None and row.way in WAYS]
+    fastest = min((row.step_seconds for row in fitting), default=0.0)
+    best = next((row for row in fitting if row.step_seconds <= _NO_DIFFERENCE * fastest), None)
+    return Plan(
+        recipe=name,
+        trained=count(found, trained=True),
+        frozen=count(found, trained=False),
+        sequence_length=length,
+        flops_per_sequence=flops,
+        machine=machine,
+        precision=precision,
+        checkpointing=checkpointing,
+        rows=rows,
+        best=best.way if best else None,
+    )
+
+
+def suggest_micro_batch(largest: int, share: int) -> int:
+    """Returns the micro-batch that covers `share` sequences in as few equal passes as possible."""
+    if not largest:
+        return 0
+    return math.ceil(share / math.ceil(share / largest))
+
+
+@dataclass(frozen=True)
+class _RowMaker:
+    recipe: Recipe
+    shape: ModelShape
+    found: list[Module]
+    machine: Machine
+    load: Load
+    flops: float
+    frozen: tuple[str, ...]
+
+    def rows(self, precision: str, checkpointing: bool) -> Iterator[Row]:
+        for way in ("zero0", *WAYS):
+            yield self.row(way, read_settings(ds_config(way, precision, 1, checkpointing=checkpointing)))
+
+    def row(self, way: str, settings: Settings) -> Row:
+        gpus = self.machine.cluster.gpus
+        states = model_states(self.found, settings, gpus)
+        largest = self._largest(states, settings)
+        share = math.ceil(self.recipe.training.global_batch / gpus)
+        micro_batch = suggest_micro_batch(largest, share)
+        settings = replace(settings, micro_batch=max(1, micro_batch))
+        accumulation = math.ceil(share / settings.micro_batch)
+        listed = collectives(self.found, settings, gpus, accumulation, len(self.shape.tasks))
+        rate = self.machine.mfu * self.machine.cluster.gpu.peak_flops / self.flops
+        step = step_time(self.machine.cluster, accumulation * settings.micro_batch, rate, listed)
+        waiting = step.communicating_seconds + self._host_seconds(settings)
+        seconds = step.computing_seconds + waiting if largest else None
+        hours = seconds * self.recipe.training.steps / 3600 if seconds else None
+        return Row(
+            way=way,
+            states=states,
+            activations=self._activations(settings),
+            largest_micro_batch=largest,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            payload_bytes=sum(each.payload_bytes for each in listed),
+            wire_bytes=sum(each.wire_bytes(gpus) for each in listed),
+            step_seconds=seconds,
+            communication_seconds=waiting,
+            hours=hours,
+            cost=hours * gpus * self.machine.price if hours else None,
+            config=file_name(model_name(self.recipe), way, settings.precision) if way in WAYS else "",
+        )
+
+    def _activations(self, settings: Settings) -> Activations:
+        return activations(self.shape, self.load, settings, self.recipe.model.dropout, frozen=self.frozen)
+
+    def _largest(self, states: States, settings: Settings) -> int:
+        low, high = 0, _MOST  # fits, and does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            needed = states.device + self._activations(replace(settings, micro_batch=middle)).total
+            low, high = (middle, high) if needed <= self.machine.usable_bytes else (low, middle)
+        return low
+
+    def _host_seconds(self, settings: Settings) -> float:
+        """Gradients to the host, AdamW there, parameters back."""
+        if not settings.offload_optimizer:
+            return 0.0
+        part = partition(count(self.found, trained=True), self.machine.cluster.gpus)
+        return part * ((4 + settings.parameter_bytes) / HOST_LINK + _ADAMW_TOUCHES / HOST_MEMORY)

@@ -1,0 +1,202 @@
+"""Prints a plan: a table for people, JSON for machines."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from xdscale.errors import XdscaleError
+from xdscale.plan.cluster import NETWORK_EFFICIENCY, Cluster
+from xdscale.plan.configs import WAYS, ds_config, write_config
+from xdscale.plan.hardware import FRAGMENTED, RESERVED_GIB, find_gpu
+from xdscale.plan.planner import GIB, Machine, Plan, Row, make_plan
+from xdscale.plan.scaling import markdown, scale, write_chart
+from xdscale.recipe import load_recipe
+
+PARTS = ("language", "clip")
+
+_FILE_WIDTH = 140
+"""Columns where there is no terminal to ask."""
+
+
+def machine_from(
+    gpu: str, gpus: int, nodes: int | None, memory_gib: float | None, mfu: float, price: float | None
+) -> Machine:
+    """Returns the machine that the command line describes.
+
+    Args:
+        gpu: name of a GPU in the table.
+        gpus: how many.
+        nodes: in how many machines; default: as few as the GPU's usual node allows.
+        memory_gib: replaces the GPU's memory.
+        mfu: share of the peak rate that computing reaches.
+        price: dollars per GPU and hour; replaces the assumed one.
+
+    Raises:
+        XdscaleError: an unknown GPU, or numbers that cannot be.
+    """
+    found = find_gpu(gpu)
+    if nodes is None:
+        nodes = next(count for count in range(math.ceil(gpus / found.node_gpus), gpus + 1) if gpus % count == 0)
+    elif gpus % nodes:
+        raise XdscaleError(f"--gpus {gpus} --nodes {nodes}: the GPUs do not divide evenly over the nodes")
+    return Machine(
+        cluster=Cluster(found, gpus, nodes),
+        memory_gib=memory_gib or found.memory_gib,
+        mfu=mfu,
+        price=found.price if price is None else price,
+    )
+
+
+def run_plan(
+    recipe: str,
+    overrides: list[str],
+    machine: Machine,
+    *,
+    sequence_length: int | None,
+    precision: str | None,
+    checkpointing: bool,
+    frozen: list[str],
+    as_json: bool,
+    write_configs: Path | None,
+) -> None:
+    """Plans, prints and, if asked to, writes the configurations.
+
+    Raises:
+        XdscaleError: as `make_plan`; or an unknown part is to be frozen; or files are to be written and nothing fits.
+    """
+    for part in frozen:
+        if part not in PARTS:
+            raise XdscaleError(f"--freeze {part}: expected one of {', '.join(PARTS)}")
+    own = machine.cluster.gpu.precision
+    if precision not in (None, "fp16", own):
+        raise XdscaleError(
+            f"--precision {precision}: {machine.cluster.gpu.name} computes in {own}{' or fp16' * (own != 'fp16')}"
+        )
+    plan = make_plan(
+        recipe,
+        load_recipe(recipe, overrides),
+        machine,
+        sequence_length=sequence_length,
+        precision=precision,
+        checkpointing=checkpointing,
+        frozen=tuple(frozen),
+    )
+    if as_json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        print_plan(plan)
+    if write_configs is not None:
+        _write(plan, write_configs, as_json)
+
+
+def run_scaling(recipe: str, overrides: list[str], machine: Machine, *, as_json: bool, chart: Path | None) -> None:
+    """Plans the recipe from 1 to 1,024 GPUs and prints Markdown or JSON; writes the chart if asked to.
+
+    Raises:
+        XdscaleError: as `scale`.
+    """
+    spec = load_recipe(recipe, overrides)
+    curves = {
+        "batch of the recipe": scale(recipe, spec, machine, grow=False),
+        "growing batch": scale(recipe, spec, machine, grow=True),
+    }
+    if as_json:
+        print(json.dumps({name: [asdict(point) for point in points] for name, points in curves.items()}, indent=2))
+    else:
+        print("\n\n".join(f"{name}:\n\n{markdown(points)}" for name, points in curves.items()))
+    if chart is not None:
+        write_chart(chart, curves, f"{recipe}, {machine.cluster.gpu.name}: hours over GPUs")
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints a plan for people."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
+    cluster = plan.machine.cluster
+    frozen = f", {plan.frozen:,} not trained" if plan.frozen else ""
+    console.print(f"{plan.recipe}: {plan.trained:,} trained parameters{frozen}", highlight=False)
+    console.print(
+        f"{cluster.gpus} × {cluster.gpu.name} in {cluster.nodes} node{'s' if cluster.nodes > 1 else ''}, "
+        f"{plan.precision}, sequences of {plan.sequence_length}, {plan.flops_per_sequence / 1e12:.2f} TFLOP each; "
+        f"{plan.machine.usable_bytes / GIB:.1f} of {plan.machine.memory_gib:g} GiB usable",
+        highlight=False,
+    )
+    console.print(_memory_table(plan))
+    console.print(_time_table(plan))
+    console.print(_verdict(plan), highlight=False, soft_wrap=True)
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = Table(title="GiB per rank", caption="at the suggested micro-batch; buckets with what stage 3 gathers")
+    for name in ("", "parameters", "gradients", "optimizer", "activations", "logits", "buckets", "sum", "host"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
+    for row in plan.rows:
+        states, active = row.states, row.activations
+        values = (
+            states.parameters,
+            states.gradients,
+            states.optimizer,
+            active.kept + active.working,
+            active.logits,
+            states.buckets + states.gathered,
+            row.device_bytes,
+            states.host,
+        )
+        table.add_row(row.way, *(f"{value / GIB:.2f}" for value in values), style=_style(plan, row))
+    return table
+
+
+def _time_table(plan: Plan) -> Table:
+    table = Table(
+        title="micro-batch, traffic and time",
+        caption=f"MFU {plan.machine.mfu:.0%}; links at {NETWORK_EFFICIENCY:.0%}, nothing hidden behind computing; "
+        f"${plan.machine.price:g} per GPU and hour (--price)",
+    )
+    names = ("", "largest micro-batch", "suggested", "steps to add up", "GB handed over", "GB sent", "s per step")
+    for name in (*names, "waiting", "hours", "$"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
+    for row in plan.rows:
+        traffic = [f"{value / 1e9:.2f}" for value in (row.payload_bytes, row.wire_bytes)]
+        if row.step_seconds is None:
+            table.add_row(row.way, "does not fit", style="dim")
+            continue
+        time = [f"{row.step_seconds:.3f}", f"{row.communication_seconds / row.step_seconds:.0%}"]
+        money = [f"{row.hours:.2f}", f"{row.cost:,.2f}"]
+        counts = [str(value) for value in (row.largest_micro_batch, row.micro_batch, row.accumulation)]
+        table.add_row(row.way, *counts, *traffic, *time, *money, style=_style(plan, row))
+    return table
+
+
+def _style(plan: Plan, row: Row) -> str:
+    return "bold" if row.way == plan.best else "dim" if row.step_seconds is None else ""
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.best is None:
+        least = min(plan.rows, key=lambda row: row.device_bytes)
+        more = "more GPUs" if plan.checkpointing else "--checkpointing, more GPUs"
+        return (
+            f"Nothing fits: even {least.way} with a micro-batch of 1 takes {least.device_bytes / GIB:.1f} GiB of "
+            f"{plan.machine.usable_bytes / GIB:.1f}. Use {more}, shorter sequences or a larger GPU."
+        )
+    row = next(row for row in plan.rows if row.way == plan.best)
+    return (
+        f"Use ds_configs/{row.config} with micro-batch {row.micro_batch} (--write-configs FOLDER writes it so). "
+        f"{RESERVED_GIB:g} GiB for the context and {FRAGMENTED:.0%} for fragmentation are left free."
+    )
+
+
+def _write(plan: Plan, folder: Path, as_json: bool) -> None:
+    rows = [row for row in plan.rows if row.way in WAYS and row.micro_batch]
+    if not rows:
+        raise XdscaleError(f"--write-configs {folder}: nothing fits, nothing written")
+    for row in rows:
+        values = ds_config(row.way, plan.precision, row.micro_batch, checkpointing=plan.checkpointing)
+        path = write_config(folder, row.config, values)
+        if not as_json:
+            print(f"written: {path}")

@@ -1,0 +1,160 @@
+"""`xdscale replay RUN STEP`: a step's global batch again, sample by sample, to find what made it non-finite."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from xdscale.ds_config import precision
+from xdscale.errors import XdscaleError
+from xdscale.recipe import Recipe, load_recipe
+
+_ROWS = 20
+_LEAST_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class SampleReplay:
+    """What one sample of the step gives.
+
+    Attributes:
+        epoch: of the sample.
+        sample_id: in the training split.
+        losses: mean loss of each objective over the sample's targets; nan where it has none.
+        gradient_norm: of the sample's part of the step's gradient, before clipping.
+        culprit: the first module whose output is not finite, else the parameter nearest to the loss whose gradient is
+            not; None when all is finite.
+    """
+
+    epoch: int
+    sample_id: int
+    losses: dict[str, float]
+    gradient_norm: float
+    culprit: str | None
+
+
+def replay(run: Path, step: int) -> list[SampleReplay]:
+    """Repeats a step in one process and prints what each sample gives, suspects first.
+
+    Samples, masks, pairings and the share of each sample in the loss are those of the step. The weights are those of
+    the newest undamaged checkpoint at or before the step, in the run's precision. Dropout is off and samples run one
+    by one: what depends on dropout's draws does not show.
+
+    Args:
+        run: the run folder; `data.shards` of its recipe must be where it was.
+        step: counted from 1, as in `log.jsonl`.
+
+    Returns:
+        The samples, suspects first, then by gradient norm.
+
+    Raises:
+        XdscaleError: not a run folder, or no such step.
+    """
+    recipe = _recipe(run, step)
+    from xdscale.adapt import open_data
+    from xdscale.tasks.xdbert import build_adaptation
+    from xdscale.training.distributed import Ranks
+
+    data = open_data(recipe, {"train_micro_batch_size_per_gpu": 1}, Ranks(0, 1, 0))
+    torch.manual_seed(recipe.training.seed)
+    module = build_adaptation(recipe)
+    source = _load_weights(module, run, step)
+    config = json.loads((run / "ds_config.json").read_text(encoding="utf-8"))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(config)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(device, dtype).eval()
+    batches = data.prepare(step - 1).batches
+    weights = recipe.tasks.weights()
+    counts = {name: sum(batch.targets[name] for batch in batches) for name in weights}
+    found = [
+        _replay_sample(module, int(slots.epochs[0]), int(slots.sample_ids[0]), batch, weights, counts)
+        for slots, batch in zip(data.stream.slots(step - 1), batches)
+    ]
+    found.sort(key=lambda sample: (sample.culprit is None, -sample.gradient_norm))
+    _print(found, module, f"step {step} of {run}, {len(found)} samples, {source}, {precision(config)} on {device.type}")
+    return found
+
+
+def _recipe(run: Path, step: int) -> Recipe:
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise XdscaleError(f"{run}: not a run folder (no recipe.yaml); give the recipe's output.folder")
+    recipe = load_recipe(str(path), ["data.verify=false", "training.eval_samples=1"])
+    if not 1 <= step <= recipe.training.steps:
+        raise XdscaleError(f"{run}: no step {step}; the run has steps 1 to {recipe.training.steps}")
+    return recipe
+
+
+def _load_weights(module: nn.Module, run: Path, step: int) -> str:
+    """Loads the newest undamaged checkpoint before `step`, if any, and says which."""
+    from xdscale.export import consolidated_state
+    from xdscale.training.checkpoint import damage, list_checkpoints, read_position
+
+    for checkpoint in reversed(list_checkpoints(run / "checkpoints")):
+        if int(checkpoint.name.removeprefix("step-")) < step and not damage(checkpoint):
+            done = read_position(checkpoint).step
+            module.load_state_dict(consolidated_state(checkpoint))
+            between = step - 1 - done
+            return f"weights after step {done}" + (f", {between} steps too early" if between else "")
+    return "weights of the start" + (f", {step - 1} steps too early" if step > 1 else "")
+
+
+def _replay_sample(
+    module: nn.Module, epoch: int, sample_id: int, batch: Any, weights: dict[str, float], counts: dict[str, int]
+) -> SampleReplay:
+    culprits: list[str] = []
+
+    def look(name: str) -> Any:
+        return lambda part, inputs, output: None if culprits or _finite(output) else culprits.append(name)
+
+    # Inner modules end before those that contain them: the first one found is the innermost.
+    hooks = [part.register_forward_hook(look(name or "losses")) for name, part in module.named_modules()]
+    module.zero_grad(set_to_none=True)
+    device = next(module.parameters()).device
+    outputs = module({name: torch.from_numpy(array).to(device) for name, array in batch.arrays.items()})
+    for hook in hooks:
+        hook.remove()
+    sum(weight * outputs[name][0] / max(1, counts[name]) for name, weight in weights.items()).backward()
+    gradients = {name: part.grad for name, part in module.named_parameters() if part.grad is not None}
+    norm = float(torch.nn.utils.get_total_norm([gradient.float() for gradient in gradients.values()]))
+    if not culprits and not math.isfinite(norm):
+        culprits = [f"gradient of {name}" for name, part in gradients.items() if not _finite(part)][-1:]
+    losses = {
+        name: float(outputs[name][0].detach()) / batch.targets[name] if batch.targets[name] else math.nan
+        for name in weights
+    }
+    return SampleReplay(epoch, sample_id, losses, norm, culprits[0] if culprits else None)
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return all(map(_finite, parts))
+
+
+def _print(found: list[SampleReplay], module: nn.Module, title: str) -> None:
+    console = Console()
+    console = Console(width=max(console.width, _LEAST_WIDTH), highlight=False)
+    console.print(title)
+    broken = [name for name, parameter in module.named_parameters() if not _finite(parameter)]
+    if broken:
+        console.print(f"the weights themselves are not finite: {broken[0]} and {len(broken) - 1} more")
+    table = Table("sample", "epoch", *found[0].losses, "gradient norm", "first that is not finite")
+    for sample in found[:_ROWS]:
+        numbers = [f"{value:.4g}" for value in (*sample.losses.values(), sample.gradient_norm)]
+        table.add_row(str(sample.sample_id), str(sample.epoch), *numbers, sample.culprit or "")
+    console.print(table)
+    if len(found) > _ROWS:
+        console.print(f"… and {len(found) - _ROWS} more with smaller gradients")
+    suspects = [str(sample.sample_id) for sample in found if sample.culprit is not None]
+    if suspects:
+        console.print(f"{len(suspects)} not finite: sample {', '.join(suspects)}")
+    else:
+        console.print("every sample is finite here: dropout, the machine or the weights of another step made it")

@@ -1,0 +1,310 @@
+"""Ends all ranks when one of them dies, hangs, fails or gets no data, with one line that says which and where.
+
+Every rank has a thread that tells its place (step, phase, samples) once a second through the key-value store that the
+ranks met in; a connection of its own, so that a rank stuck in a collective still tells. The first rank judges all, the
+others judge the first. Places are compared by how many phases a rank has entered: all ranks enter the same ones in
+the same order, so while the others wait in a collective, the one to blame is the one that is furthest behind.
+"""
+
+import datetime
+import faulthandler
+import json
+import os
+import platform
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed
+
+from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, XdscaleError
+from xdscale.training.distributed import Ranks
+
+_BEAT_SECONDS = 1.0
+_SILENCE_SECONDS = 15.0  # the launcher may then take 30 s more to end a frozen rank: within a minute together
+_SILENCE_AFTER_FAILED_COLLECTIVE_SECONDS = 4.0
+_STORE_SECONDS = 5.0
+_STORE_FAILURES = 3
+_SLOW_PHASES = ("starting", "saving")
+_SLOW_FACTOR = 20
+"""Building, saving, and the first time through any phase (compilers start then) may take so much longer."""
+_ENDED = "ended"
+
+
+@dataclass
+class _Seen:
+    """What the judge knows of a rank, by the judge's own clock."""
+
+    record: dict[str, Any]
+    beat_at: float
+    entered_at: float
+
+
+@dataclass
+class _Place:
+    """Where a rank is."""
+
+    phase: str = "starting"
+    step: int = 0
+    micro_batch: int | None = None
+    entered: int = 0  # phases entered so far
+    since: float = field(default_factory=time.monotonic)
+
+
+class Watchdog:
+    """Watches all ranks while it is open as a context manager.
+
+    Attributes:
+        samples: set once the data is open; maps (step counted from 0, micro-batch or None for the whole step) to the
+            sample ids of this rank there.
+
+    Args:
+        ranks: this process among the others; every rank opens a watchdog.
+        folder: where stacks and tracebacks go.
+        hang_seconds: shortest time without progress that counts as hanging. Ten times the longest of the last
+            hundred times through the same phase counts, when that is more.
+    """
+
+    def __init__(self, ranks: Ranks, folder: Path, hang_seconds: float) -> None:
+        self.samples: Callable[[int, int | None], list[int]] | None = None
+        self._ranks = ranks
+        self._folder = folder
+        self._hang_seconds = hang_seconds
+        self._silence_seconds = min(_SILENCE_SECONDS, max(hang_seconds, _SILENCE_AFTER_FAILED_COLLECTIVE_SECONDS))
+        self._store = _open_store(ranks)
+        self._place = _Place()
+        self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=100))
+        self._beats = 0
+        self._seen: dict[int, _Seen] = {}
+        self._looked_at = time.monotonic()
+        self._failed_collective = False
+        self._closed = threading.Event()
+        self._main_thread = threading.get_ident()
+        self._thread = threading.Thread(target=self._watch, name="xdscale-watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._beat()
+        if self._ranks.is_first:
+            self._store.set("verdict", "")
+        self._ranks.barrier()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+
+    def enter(self, phase: str, step: int, micro_batch: int | None = None) -> None:
+        """Says what this rank does from now on; every rank calls it with the same phases in the same order.
+
+        Args:
+            phase: one word.
+            step: counted from 0.
+            micro_batch: which one of this rank in the step.
+        """
+        now = time.monotonic()
+        before = self._place
+        self._durations[before.phase].append(now - before.since)
+        self._place = _Place(phase, step, micro_batch, before.entered + 1, now)
+
+    def end(self) -> None:
+        """Says that this rank is done, and waits for the others: whoever leaves from now on is not missed."""
+        self.enter(_ENDED, self._place.step)
+        self._beat()
+        self._ranks.barrier()
+
+    def report(self, error: Exception) -> int:
+        """Tells of an error that ends this rank, unless another rank told first, and lets the others know.
+
+        When a collective failed, another rank is the cause: then the thread names it and ends this process.
+
+        Returns:
+            The exit code.
+        """
+        if isinstance(error, XdscaleError):
+            line, code = f"error: {error}", EXIT_BAD_INPUT
+            if self._place.phase == "data":
+                line += f" (rank {self._ranks.rank}, {_describe(self._record())})"
+        else:
+            if _is_collective(error):
+                self._failed_collective = True
+                time.sleep(2 * _SILENCE_SECONDS)
+            trace = self._path("traceback")
+            trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            what = " ".join(str(error).split())[:500]
+            line = f"error: rank {self._ranks.rank} on {platform.node()} failed in {_describe(self._record())}: "
+            line, code = line + f"{type(error).__name__}: {what}; traceback in {trace}", EXIT_FAULT
+        self._tell(line, code)
+        self._linger()
+        return code
+
+    def _watch(self) -> None:
+        failures = 0
+        while not self._closed.wait(_BEAT_SECONDS):
+            try:
+                self._beat()
+                verdict = self._store.get("verdict").decode()
+                if verdict:
+                    self._leave(json.loads(verdict)["code"])
+                accused = self._judge()
+                failures = 0
+            except (RuntimeError, ValueError):  # the store is gone, or answers no more
+                failures += 1
+                accused = self._lost_store() if failures >= _STORE_FAILURES else None
+            if accused and not self._closed.is_set():
+                self._tell(f"error: {accused}; all ranks end; stacks in {self._path('stacks')}", EXIT_FAULT)
+                self._leave(EXIT_FAULT)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(f"rank-{self._ranks.rank}", json.dumps(self._record()))
+
+    def _record(self) -> dict[str, Any]:
+        place = self._place
+        training = self.samples is not None and place.phase in ("data", "forward", "backward")
+        return {
+            "beat": self._beats,
+            "entered": place.entered,
+            "phase": place.phase,
+            "step": place.step,
+            "samples": self.samples(place.step, place.micro_batch) if training else [],
+            "patience": self._patience(place.phase),
+            "collective": _in_collective(self._main_thread),
+            "host": platform.node(),
+        }
+
+    def _patience(self, phase: str) -> float:
+        times = self._durations.get(phase)
+        if phase in _SLOW_PHASES or not times:
+            return max(_SLOW_FACTOR * self._hang_seconds, 10 * max(times or [0]))
+        return max(self._hang_seconds, 10 * max(times))
+
+    def _judge(self) -> str | None:
+        """Returns an accusation, if there is one."""
+        watched = range(self._ranks.world_size) if self._ranks.is_first else [0]
+        records = [json.loads(value) for value in self._store.multi_get([f"rank-{rank}" for rank in watched])]
+        now = time.monotonic()
+        if now - self._looked_at > 5 * _BEAT_SECONDS:
+            self._seen.clear()  # this process was suspended itself, and most likely all were
+        self._looked_at = now
+        for rank, record in zip(watched, records):
+            seen = self._seen.setdefault(rank, _Seen(record, now, now))
+            if record["entered"] != seen.record["entered"]:
+                seen.entered_at = now
+            if record["beat"] != seen.record["beat"]:
+                seen.beat_at = now
+            seen.record = record
+        return self._find_silent(now) or (self._find_hanging(now) if self._ranks.is_first else None)
+
+    def _find_silent(self, now: float) -> str | None:
+        for rank, seen in self._seen.items():
+            silence = now - seen.beat_at
+            patience = self._silence_seconds
+            if self._failed_collective:
+                patience = _SILENCE_AFTER_FAILED_COLLECTIVE_SECONDS
+            elif seen.record["phase"] in _SLOW_PHASES:
+                patience *= 3  # reading large files can keep the interpreter's lock for long
+            if silence > patience and seen.record["phase"] != _ENDED:
+                return _accuse(rank, seen.record, f"died or froze (silent for {silence:.0f} s)")
+        return None
+
+    def _find_hanging(self, now: float) -> str | None:
+        overdue = [seen for seen in self._seen.values() if now - seen.entered_at > seen.record["patience"]]
+        if not any(seen.record["phase"] != _ENDED for seen in overdue):
+            return None
+        places = {rank: (seen.record["entered"], seen.record["collective"]) for rank, seen in self._seen.items()}
+        last = min(places.values())
+        rank, *others = [rank for rank, place in places.items() if place == last]
+        seen = self._seen[rank]
+        line = _accuse(rank, seen.record, f"made no progress for {now - seen.entered_at:.0f} s")
+        return line + (f" (as did {len(others)} other ranks there)" if others else "")
+
+    def _lost_store(self) -> str | None:
+        """Returns an accusation of the first rank, whose process holds the store."""
+        seen = self._seen.get(0)
+        if self._place.phase == _ENDED or (seen and seen.record["phase"] == _ENDED):
+            self._closed.set()
+            return None
+        if self._ranks.rank != 1:
+            time.sleep(_STORE_SECONDS)  # the second rank speaks for all
+            self._leave(EXIT_FAULT)
+        return _accuse(0, seen.record if seen else self._record(), "died or froze (its store does not answer)")
+
+    def _tell(self, line: str, code: int) -> None:
+        """Prints a line, unless another rank told first; all ranks then leave with this code."""
+        verdict = json.dumps({"rank": self._ranks.rank, "line": line, "code": code})
+        try:
+            first = self._store.compare_set("verdict", "", verdict).decode() == verdict
+        except RuntimeError:
+            first = True
+        if first:
+            print(line, file=sys.stderr, flush=True)
+
+    def _linger(self) -> None:
+        """Lets the others read why: the store lives in the first rank's process."""
+        if self._ranks.is_first and self._ranks.world_size > 1:
+            time.sleep(3 * _BEAT_SECONDS)
+
+    def _leave(self, code: int) -> None:
+        if code == EXIT_FAULT:
+            with self._path("stacks").open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        self._linger()
+        os._exit(code)
+
+    def _path(self, what: str) -> Path:
+        folder = self._folder / "faults"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{what}-rank-{self._ranks.rank:05}.txt"
+
+
+def _open_store(ranks: Ranks) -> Any:
+    """Returns a store that all ranks share; torchrun's restarts of a run do not see each other's entries."""
+    if ranks.world_size == 1:
+        return torch.distributed.HashStore()
+    store = torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=_STORE_SECONDS),
+    )
+    return torch.distributed.PrefixStore(f"xdscale-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _describe(record: dict[str, Any]) -> str:
+    samples = record["samples"]
+    text = f"phase '{record['phase']}' of step {record['step'] + 1}"
+    if samples:
+        more = f" and {len(samples) - 1} more" if len(samples) > 1 else ""
+        text += f", sample {samples[0]}{more}"
+    return text
+
+
+def _accuse(rank: int, record: dict[str, Any], what: str) -> str:
+    return f"rank {rank} on {record['host']} {what} in {_describe(record)}"
+
+
+def _in_collective(thread: int) -> bool:
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if "torch/distributed/" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_collective(error: Exception) -> bool:
+    """Whether an error came out of an exchange between ranks, so that another rank is the likely cause."""
+    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("torch/distributed/" in frame.filename for frame in frames)
