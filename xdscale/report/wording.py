@@ -93,7 +93,7 @@ METHOD = (
     "examples. It need not be the difference of the medians.",
     "CI: paired percentile bootstrap, 10,000 resamples of the examples, the same for both models and all seeds, the "
     "metric computed anew on each; the seeds are held fixed. The second interval resamples the seeds too, pairs "
-    "together; in simulations with 5 or 9 seeds it held the truth in 91 to 99 % of the cases.",
+    "together; in simulations with 5 or 9 seeds it held the truth in 91 % of the cases or more.",
     "Intervals are per task: of twenty, one excludes zero by chance.",
     "Improved: examples that the model got right in more seeds than its baseline (in a regression: came nearer to "
     "the target); worsened: in fewer.",
