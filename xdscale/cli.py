@@ -100,6 +100,31 @@ def export(
     print(export_run(Path(run), Path(out), step=step))
 
 
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders written by 'xdscale finetune'.")],
+    layout: Annotated[str, typer.Option(help="table-1, table-3 or table-8.")] = "table-1",
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL",
+            help="What the runs after it are compared with; repeatable. Default: the first run; in table-8 none.",
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="TASK=METRIC", help="Instead of the task's own, as in mrpc=accuracy.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.md, .csv, .html and the examples one by one.")] = Path(
+        "report"
+    ),
+) -> None:
+    """Print the paper's table of finetuned models with medians, spreads and significance, published values beside."""
+    from xdscale.report.command import make_report
+
+    for path in make_report(runs, layout=layout, baselines=baseline or [], metrics=metric or [], out=out)[:3]:
+        print(path)
+
+
 @app.command()
 def replay(
     run: Annotated[str, typer.Argument(help="Run folder.")],

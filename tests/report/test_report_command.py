@@ -1,0 +1,317 @@
+"""`xdscale report` as its user meets it: tables, refusals, warnings, files."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+
+from xdscale.errors import XdscaleError
+from xdscale.report.command import make_report
+from xdscale.report.published import layouts
+
+PROGRAM = Path(sys.executable).with_name("xdscale")
+SKILLS = {"rte": 0.66, "mrpc": 0.84, "stsb": 0.78, "cola": 0.79, "read": 0.5}
+COMMON = {"epochs": 3, "batch": 32}
+BETTER = {"rte": 0.69, "mrpc": 0.84, "stsb": 0.9, "cola": 0.79, "read": 0.8}
+
+
+@pytest.fixture
+def pair(write_sweep):
+    """A baseline and a model that is much better at STS-B and READ."""
+    return [write_sweep("BERT-b", SKILLS), write_sweep("XDBERT-b", BETTER)]
+
+
+def report(runs, out, **options):
+    make_report(runs, **{"layout": "table-1", "baselines": [], "metrics": [], "out": out} | options)
+    with (out / "report.csv").open(newline="", encoding="utf-8") as file:
+        return {(line["model"], line["task"]): line for line in csv.DictReader(file)}
+
+
+def results(sweep, task):
+    return [json.loads(path.read_text()) for path in sorted((sweep / task).glob("seed-*/result.json"))]
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_medians_spreads_and_published_values(pair, tmp_path, capsys):
+    lines = report(pair, tmp_path / "out")
+    for sweep in pair:
+        for task in SKILLS:
+            scores = [result["score"]["value"] for result in results(sweep, task)]
+            line = lines[sweep.name, task]
+            found = [float(line[name]) for name in ("median", "min", "max")]
+            assert found == pytest.approx([median(scores), min(scores), max(scores)])
+    printed = {key: line["published"] for key, line in lines.items()}
+    assert (printed["BERT-b", "rte"], printed["XDBERT-b", "cola"], printed["BERT-b", "read"]) == ("66.43", "57.55", "")
+    table = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").split("\n## ")[0]
+    scores = [100 * result["score"]["value"] for result in results(pair[1], "mrpc")]
+    assert f"{median(scores):.2f} ({min(scores):.2f}–{max(scores):.2f})" in table
+    assert "| *XDBERT-b (paper)* | *69.31* | *88.02* | *89.32* | *57.55* | *92.78* |" in table
+    assert [cell.strip() for cell in table.splitlines()[4].split("|")[2:-1]] == [
+        "RTE", "MRPC", "STSB", "CoLA", "SST2", "QNLI", "QQP", "MNLI", "SWAG", "READ↓",
+    ]  # fmt: skip
+    printed = capsys.readouterr()
+    assert re.search(r"READ: −0\.\d\d RMSE \(95 % CI −0\.\d\d … −0\.\d\d\): better than BERT-b, beyond", printed.out)
+    assert re.search(r"MRPC: .* not distinguishable from BERT-b with these 408 examples\.", printed.out)
+    assert "BERT-b, RTE: 5 seeds, the paper's median is of 9" in printed.err
+
+
+def test_differences_and_examples(pair, tmp_path):
+    lines = report(pair, tmp_path / "out")
+    for task in ("rte", "cola"):
+        counts = []
+        for sweep in pair:
+            files = sorted((sweep / task).glob("seed-*/predictions-dev.jsonl"))
+            counts.append(sum(np.array([json.loads(x)["correct"] for x in f.read_text().splitlines()]) for f in files))
+        line = lines["XDBERT-b", task]
+        assert int(line["improved"]) == sum(counts[1] > counts[0])
+        assert int(line["worsened"]) == sum(counts[1] < counts[0])
+        means = [np.mean([result["score"]["value"] for result in results(sweep, task)]) for sweep in pair]
+        assert float(line["difference"]) == pytest.approx(means[1] - means[0])
+        assert float(line["ci_low"]) < float(line["difference"]) < float(line["ci_high"])
+        with (tmp_path / "out" / "comparisons" / f"{task}-XDBERT-b.csv").open(newline="", encoding="utf-8") as file:
+            examples = list(csv.DictReader(file))
+        assert list(examples[0]) == ["id", "sentence1", "sentence2", "correct_baseline", "correct_ours"]
+        assert [int(example["correct_baseline"]) for example in examples] == counts[0].tolist()
+        assert [int(example["correct_ours"]) for example in examples] == counts[1].tolist()
+        second = "Hypothesis, “1”." if task == "rte" else ""
+        assert (examples[1]["id"], examples[1]["sentence1"]) == ("1001", "Premise 1, said\nA.")
+        assert examples[1]["sentence2"] == second
+
+
+def test_regression_counts_the_nearer_answers(pair, tmp_path):
+    lines = report(pair, tmp_path / "out")
+    errors = []
+    for sweep in pair:
+        files = sorted((sweep / "read").glob("seed-*/predictions-dev.jsonl"))
+        errors.append(np.array([[json.loads(x)["squared_error"] for x in f.read_text().splitlines()] for f in files]))
+    wins = (errors[1] < errors[0]).sum(0)
+    assert int(lines["XDBERT-b", "read"]["improved"]) == sum(wins > 5 - wins)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"settings": COMMON | {"learning_rate": 2e-5, "max_length": 128}}, "learning_rate is 2e-05, there 0.0001"),
+        ({"settings": COMMON | {"learning_rate": 1e-4}}, "max_length is not set, there 128"),
+        ({"data": {"dev.tsv": {"sha256": "0" * 64, "rows": 277}}}, "train.tsv was read only there"),
+    ],
+)  # fmt: skip
+def test_refuses_other_settings_and_data(pair, tmp_path, values, message):
+    for path in (pair[1] / "rte").glob("*/result.json"):
+        change(path, **values)
+    with pytest.raises(XdscaleError, match=re.escape(message)) as caught:
+        report(pair, tmp_path / "out")
+    assert "XDBERT-b/rte/seed-0: cannot be compared with" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_rows_before_hashes_and_at_most_five_differences(pair, tmp_path):
+    other = {f"file-{number}": {"sha256": "0", "rows": number} for number in range(6)}
+    for path in (pair[1] / "rte").glob("*/result.json"):
+        change(path, data=other | {"dev.tsv": {"sha256": "1", "rows": 3}, "train.tsv": {"sha256": "1", "rows": 2490}})
+    with pytest.raises(XdscaleError) as caught:
+        report(pair, tmp_path / "out")
+    assert "dev.tsv has 3 rows, there 277" in str(caught.value)
+    assert "and 3 more" in str(caught.value)
+
+
+def test_refuses_a_sweep_whose_own_seeds_differ(write_sweep, tmp_path):
+    sweep = write_sweep("BERT-b", {"rte": 0.7})
+    path = sweep / "rte" / "seed-3" / "result.json"
+    change(path, settings=json.loads(path.read_text())["settings"] | {"epochs": 4})
+    with pytest.raises(XdscaleError, match="seed-3: cannot be compared .*\n *epochs is 4, there 3"):
+        report([sweep], tmp_path / "out")
+
+
+def test_unfinished_seeds_are_shown_and_warned_of_but_not_compared(write_sweep, tmp_path, capsys):
+    runs = [write_sweep("BERT-b", {"rte": 0.7}), write_sweep("XDBERT-b", {"rte": 0.7}, unfinished=(1, 4))]
+    lines = report(runs, tmp_path / "out")
+    assert (lines["XDBERT-b", "rte"]["seeds"], lines["XDBERT-b", "rte"]["seeds_planned"]) == ("3", "5")
+    assert lines["XDBERT-b", "rte"]["difference"] == ""
+    printed = capsys.readouterr()
+    assert "warning: XDBERT-b, RTE: 3 of 5 seeds are finished" in printed.err
+    assert "no paired statistics, because the finished seeds differ: 0, 2, 3 of XDBERT-b, 0, 1, 2, 3, 4" in printed.err
+    assert "3 of 5 seeds" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("sweep.json", None, "has no sweep.json; expected a folder written by 'xdscale finetune"),
+        ("sweep.json", "{", "sweep.json: "),
+        ("rte/seed-1/result.json", '{"format": 2}', r"result.json: format: Input should be 1"),
+        ("rte/seed-1/predictions-dev.jsonl", None, r"predictions-dev.jsonl: is missing"),
+        ("rte/seed-1/predictions-dev.jsonl", "", r"predictions-dev.jsonl: holds no examples"),
+        ("rte/seed-1/predictions-dev.jsonl", '{"index": 0}\n', r"predictions-dev.jsonl, line 1: id: Field required"),
+        ("rte/seed-1/predictions-dev.jsonl", b"\xff", r"predictions-dev.jsonl: not UTF-8"),
+    ],
+)
+def test_a_broken_file_is_named(write_sweep, tmp_path, file, content, message):
+    sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=2)
+    if content is None:
+        (sweep / file).unlink()
+    else:
+        (sweep / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(XdscaleError, match=message):
+        report([sweep], tmp_path / "out")
+
+
+def test_a_changed_prediction_a_lost_line_and_other_examples_are_found(write_sweep, tmp_path):
+    sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=2)
+    path = sweep / "rte" / "seed-1" / "predictions-dev.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    first = json.loads(lines[0])
+    path.write_text("".join([json.dumps(first | {"prediction": 1 - first["prediction"]}) + "\n", *lines[1:]]))
+    with pytest.raises(XdscaleError, match="its accuracy is .* says .*; one of them was changed"):
+        report([sweep], tmp_path / "out")
+    path.write_text("".join(lines[:5] + lines[6:]))
+    with pytest.raises(XdscaleError, match="line 6: index 6, expected 5"):
+        report([sweep], tmp_path / "out")
+    path.write_text("".join([json.dumps(first | {"id": "other"}) + "\n", *lines[1:]]))
+    with pytest.raises(XdscaleError, match="seed-1: holds other examples than .*seed-0"):
+        report([sweep], tmp_path / "out")
+
+
+def test_each_run_belongs_to_the_baseline_before_it(write_sweep, tmp_path):
+    names = ["BERT-b", "XDBERT-b", "ELECTRA-b", "XDELECTRA-b"]
+    runs = [write_sweep(n, {"rte": 0.7}, settings={"lr": 1}, seeds=2) for n in names[:2]]
+    runs += [write_sweep(name, {"rte": 0.75}, settings={"lr": 2}, seeds=2) for name in names[2:]]
+    lines = report(runs, tmp_path / "out", baselines=["BERT-b", "ELECTRA-b"])
+    assert [lines[name, "rte"]["baseline"] for name in names] == ["", "BERT-b", "", "ELECTRA-b"]
+    with pytest.raises(XdscaleError, match="lr is 2, there 1"):
+        report(runs, tmp_path / "other")
+    with pytest.raises(XdscaleError, match="--baseline BERT: no run has this label; they are BERT-b, XDBERT-b"):
+        report(runs, tmp_path / "other", baselines=["BERT"])
+
+
+def test_two_runs_of_one_label_are_refused(write_sweep, tmp_path):
+    runs = [write_sweep("BERT-b", {"rte": 0.7}, seeds=1, folder=name) for name in ("a", "b")]
+    with pytest.raises(XdscaleError, match="both labelled 'BERT-b'"):
+        report(runs, tmp_path / "out")
+
+
+def test_tables_3_and_8(write_sweep, tmp_path, capsys):
+    runs = [
+        write_sweep(name, {"rte": 0.7, "sst2": 0.9}, seeds=2) for name in ("xdbert-base-wikitext103", "xdbert-base-mlm")
+    ]
+    lines = report(runs, tmp_path / "three", layout="table-3")
+    assert {key: line["published"] for key, line in lines.items()} == {
+        ("xdbert-base-wikitext103", "rte"): "69.31",
+        ("xdbert-base-mlm", "rte"): "68.23",
+    }
+    assert "xdbert-base-mlm: sst2 left out, which Table 3 does not have" in capsys.readouterr().err
+    full = [write_sweep("XBERT-b", {"cola": 0.8}, seeds=2), write_sweep("XELECTRA-b", {"cola": 0.8}, seeds=2)]
+    lines = report(full, tmp_path / "eight", layout="table-8")
+    assert {line["published"] for line in lines.values()} == {"59.05", "66.8"}
+    assert {line["baseline"] for line in lines.values()} == {""}
+
+
+def test_another_metric(write_sweep, tmp_path):
+    sweep = write_sweep("BERT-b", {"mrpc": 0.8, "mnli": 0.8}, seeds=2)
+    chosen = ["mrpc=accuracy", "mnli=accuracy_mismatched"]
+    lines = report([sweep], tmp_path / "out", metrics=chosen)
+    expected = median(result["metrics"]["accuracy"] for result in results(sweep, "mrpc"))
+    assert float(lines["BERT-b", "mrpc"]["median"]) == pytest.approx(expected)
+    assert lines["BERT-b", "mrpc"]["published"] == ""
+    assert float(lines["BERT-b", "mnli"]["median"]) == 1
+    with pytest.raises(XdscaleError, match="--metric mrpc=f2: .* has f1, accuracy"):
+        report([sweep], tmp_path / "other", metrics=["mrpc=f2"])
+    with pytest.raises(XdscaleError, match="--metric mprc=f1: expected TASK=METRIC"):
+        report([sweep], tmp_path / "other", metrics=["mprc=f1"])
+
+
+class Page(HTMLParser):
+    """Notes tags, whatever would be fetched, ids, and that what is opened is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.fetched, self.ids, self.open = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "br"):
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else(pair, write_sweep, tmp_path):
+    sly = "<script>alert(1)</script> & $x$"
+    runs = [*pair, write_sweep(sly, {"rte": 0.7}, folder="sly")]
+    report(runs, tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert page.tags.count("svg") == 2 * len(SKILLS)
+    assert all(target.startswith("#") for target in page.fetched)
+    assert {target[1:] for target in page.fetched} <= set(page.ids)
+    assert re.findall(r"(?:url\(|@import)(?!#)", text) == []
+    assert "prefers-color-scheme: dark" in text
+    used, defined = set(re.findall(r"var\((--[\w-]+)\)", text)), re.findall(r"(--[\w-]+):", text)
+    assert {"--model-0", "--model-1", "--model-2", "--paper", "--text"} <= used
+    assert all(defined.count(name) == 2 for name in used)  # once for light, once for dark
+    assert re.findall(r"#(?:0[123]0[123]0[123]|1000\d\d)", text) == []
+
+
+def test_a_run_that_diverged_is_drawn_too(write_sweep, tmp_path):
+    sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=2)
+    change(sweep / "rte" / "seed-1" / "result.json", curve=[{"step": 10, "loss": None}, {"step": 20, "loss": 0.5}])
+    report([sweep], tmp_path / "out")
+
+
+def test_published_values_are_those_in_bold_in_the_paper():
+    """Table 1 prints each adapted model's figures bold where they beat its original: all but ELECTRA-l on QQP."""
+    rows = {row.label: row.values for row in layouts()["table-1"].rows}
+    worse = [
+        (ours, task)
+        for ours, original in (("XDBERT-b", "BERT-b"), ("XDELECTRA-b", "ELECTRA-b"), ("XDELECTRA-l", "ELECTRA-l"))
+        for task, value in rows[ours].items()
+        if (value < rows[original][task]) != (task == "read")
+    ]
+    assert worse == [("XDELECTRA-l", "qqp")]
+    assert [len(row.values) for row in layouts()["table-1"].rows] == [4, 9, 9, 9, 9, 10, 10]
+    assert [len(row.values) for row in layouts()["table-3"].rows] == [4, 4, 4, 4, 4, 2, 3]
+    assert [len(row.values) for row in layouts()["table-8"].rows] == [9, 9, 10]
+
+
+def test_the_command(pair, tmp_path):
+    done = subprocess.run(
+        [PROGRAM, "report", *pair, "--out", tmp_path / "out"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "report.html")
+    assert "XDBERT-b against BERT-b" in done.stdout
+    wrong = subprocess.run([PROGRAM, "report", "x", "--layout", "table-2"], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stderr) == (
+        2, "error: --layout table-2: expected one of table-1, table-3, table-8\n",
+    )  # fmt: skip
+
+
+def test_needs_no_torch(pair, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from xdscale.report.command import make_report;"
+        f"run, out = Path({str(pair[0])!r}), Path({str(tmp_path / 'out')!r});"
+        "make_report([run], layout='table-1', baselines=[], metrics=[], out=out);"
+        "assert not {'torch', 'deepspeed', 'transformers', 'sklearn', 'scipy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

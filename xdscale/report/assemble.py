@@ -1,0 +1,222 @@
+"""What a report says, before it is written in any form."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xdscale.errors import XdscaleError
+from xdscale.report.bootstrap import Difference, average
+from xdscale.report.comparison import Comparison, compare, require_comparable
+from xdscale.report.published import Column, Layout, PublishedRow
+from xdscale.report.sweep import Sweep
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model's result on a task.
+
+    Attributes:
+        median: over the finished seeds.
+        low: the lowest.
+        high: the highest.
+        finished: how many seeds are.
+        planned: how many will be.
+    """
+
+    median: float
+    low: float
+    high: float
+    finished: int
+    planned: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        published: the paper's line; None for a model that the paper does not have.
+        sweep: ours; None for a model that only the paper has.
+    """
+
+    published: PublishedRow | None
+    sweep: Sweep | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is shown.
+
+    Attributes:
+        layout: the paper's table.
+        sweeps: ours, in the order of the command line.
+        baselines: label of each compared model to its baseline's.
+        comparisons: by model, then by task in the table's order.
+        averages: by label, the mean difference over the tasks in `averaged`.
+        averaged: by label, which tasks: those whose metric is a fraction.
+        remarks: what a reader must know about these runs.
+    """
+
+    layout: Layout
+    sweeps: tuple[Sweep, ...]
+    baselines: dict[str, str]
+    comparisons: tuple[Comparison, ...]
+    averages: dict[str, Difference]
+    averaged: dict[str, tuple[str, ...]]
+    remarks: tuple[str, ...]
+
+    def rows(self) -> list[Row]:
+        """Returns the paper's lines in its order, each with our run of the same model, then our other runs."""
+        rows, placed = [], set()
+        for published in self.layout.rows:
+            ours = [sweep for sweep in self.sweeps if self.published_row(sweep) is published]
+            placed.update(sweep.model.label for sweep in ours)
+            rows += [Row(published, sweep) for sweep in ours] or [Row(published, None)]
+        return rows + [Row(None, sweep) for sweep in self.sweeps if sweep.model.label not in placed]
+
+    def published_row(self, sweep: Sweep) -> PublishedRow | None:
+        """Returns the paper's line of the same model."""
+        return next((row for row in self.layout.rows if row.stands_for(sweep.model.label)), None)
+
+    def published_value(self, sweep: Sweep, column: Column) -> float | None:
+        """Returns what the paper printed for a run, in its own unit, if it is of the same metric."""
+        row, runs = self.published_row(sweep), sweep.tasks.get(column.task)
+        if row is None or (runs is not None and runs.score.name != column.metric):
+            return None
+        return row.values.get(column.task)
+
+    def cell(self, sweep: Sweep, task: str) -> Cell | None:
+        """Returns a model's result on a task; None where no seed is finished."""
+        runs = sweep.tasks.get(task)
+        if runs is None:
+            return None
+        scores = runs.scores
+        return Cell(
+            float(np.median(scores)), float(scores.min()), float(scores.max()), len(runs.runs), len(runs.planned)
+        )
+
+    def comparison(self, label: str, task: str) -> Comparison | None:
+        """Returns how a model compares with its baseline on a task."""
+        return next((one for one in self.comparisons if (one.label, one.task) == (label, task)), None)
+
+    def comparisons_of(self, label: str) -> list[Comparison]:
+        """Returns a model's comparisons, in the order of the table."""
+        return [one for one in self.comparisons if one.label == label]
+
+    def sweep(self, label: str) -> Sweep:
+        """Returns the sweep of a label."""
+        return next(sweep for sweep in self.sweeps if sweep.model.label == label)
+
+    def column(self, task: str) -> Column:
+        """Returns the column of a task."""
+        return next(column for column in self.layout.columns if column.task == task)
+
+
+def assemble(sweeps: Sequence[Sweep], layout: Layout, baselines: Sequence[str]) -> Report:
+    """Compares sweeps with their baselines.
+
+    Args:
+        sweeps: in the order of the command line.
+        layout: the table to be filled.
+        baselines: labels; each is the baseline of the runs after it, up to the next one. None given: the first run's,
+            if the paper's table compares at all.
+
+    Raises:
+        XdscaleError: two runs of one label, a baseline that is none of them, no task of the table, or runs that may
+            not be compared.
+    """
+    _check_labels(sweeps, layout, baselines)
+    pairs = _pairs(sweeps, baselines or ([sweeps[0].model.label] if layout.compare else []))
+    for sweep in sweeps:
+        require_comparable(sweep, sweep)
+    for ours, baseline in pairs:
+        require_comparable(ours, baseline)
+    remarks = _remarks(sweeps, layout)
+    comparisons: list[Comparison] = []
+    averages, averaged = {}, {}
+    for ours, baseline in pairs:
+        found: list[Comparison] = []
+        refused: dict[str, list[str]] = {}
+        for column in layout.columns:
+            if column.task in ours.tasks and column.task in baseline.tasks:
+                result = compare(ours, baseline, column.task)
+                if isinstance(result, str):
+                    refused.setdefault(result, []).append(column.title)
+                else:
+                    found.append(result)
+        remarks += [f"{', '.join(titles)}: {reason}" for reason, titles in refused.items()]
+        comparisons += found
+        fractions = [one for one in found if one.metric != "rmse"]
+        if len(fractions) > 1:
+            averages[ours.model.label] = average([one.difference for one in fractions])
+            averaged[ours.model.label] = tuple(one.task for one in fractions)
+    names = {ours.model.label: baseline.model.label for ours, baseline in pairs}
+    return Report(layout, tuple(sweeps), names, tuple(comparisons), averages, averaged, tuple(remarks))
+
+
+def _check_labels(sweeps: Sequence[Sweep], layout: Layout, baselines: Sequence[str]) -> None:
+    seen: dict[str, Sweep] = {}
+    for sweep in sweeps:
+        label = sweep.model.label
+        if label in seen:
+            raise XdscaleError(
+                f"{sweep.folder} and {seen[label].folder} are both labelled {label!r}; give each its own with "
+                "'xdscale finetune --label'"
+            )
+        seen[label] = sweep
+    unknown = [label for label in baselines if label not in seen]
+    if unknown:
+        raise XdscaleError(f"--baseline {unknown[0]}: no run has this label; they are {', '.join(seen)}")
+    tasks = {column.task for column in layout.columns}
+    if not any(tasks & sweep.tasks.keys() for sweep in sweeps):
+        raise XdscaleError(
+            f"{', '.join(str(sweep.folder) for sweep in sweeps)}: no seed of a task of {layout.title} is finished"
+        )
+
+
+def _pairs(sweeps: Sequence[Sweep], baselines: Sequence[str]) -> list[tuple[Sweep, Sweep]]:
+    """Pairs each run with the nearest baseline before it; runs before the first one belong to the first."""
+    found = []
+    current = next((sweep for sweep in sweeps if sweep.model.label in baselines), None)
+    for sweep in sweeps:
+        if sweep.model.label in baselines:
+            current = sweep
+        elif current is not None:
+            found.append((sweep, current))
+    return found
+
+
+def _remarks(sweeps: Sequence[Sweep], layout: Layout) -> list[str]:
+    remarks = []
+    for sweep in sweeps:
+        label = sweep.model.label
+        if not any(row.stands_for(label) for row in layout.rows):
+            remarks.append(
+                f"{label}: no published value stands beside it, because {layout.title} has no row of this label "
+                f"({', '.join(row.label for row in layout.rows)})"
+            )
+        columns = {column.task: column for column in layout.columns}
+        left_out = [task for task in (*sweep.tasks, *sweep.unfinished) if task not in columns]
+        if left_out:
+            remarks.append(f"{label}: {', '.join(left_out)} left out, which {layout.title} does not have")
+        counts: dict[str, list[str]] = {}
+        for task, column in columns.items():
+            for count in _seed_counts(sweep, task, column.seeds):
+                counts.setdefault(count, []).append(column.title)
+        remarks += [f"{label}, {', '.join(titles)}: {count}" for count, titles in counts.items()]
+    return remarks
+
+
+def _seed_counts(sweep: Sweep, task: str, expected: int) -> list[str]:
+    if task in sweep.unfinished:
+        return ["no seed is finished yet"]
+    if task not in sweep.tasks:
+        return []
+    finished, planned = len(sweep.tasks[task].runs), len(sweep.tasks[task].planned)
+    counts = []
+    if finished < planned:
+        counts.append(f"{finished} of {planned} seeds are finished")
+    if planned < expected:
+        counts.append(f"{planned} {'seed' if planned == 1 else 'seeds'}, the paper's median is of {expected}")
+    return counts

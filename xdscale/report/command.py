@@ -1,0 +1,83 @@
+"""`xdscale report`: reads, compares, prints, writes."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from xdscale.errors import XdscaleError
+from xdscale.report.assemble import Report, assemble
+from xdscale.report.comparison import comparison_csv
+from xdscale.report.published import layouts
+from xdscale.report.sweep import read_sweep
+from xdscale.training.run_folder import write_atomically
+
+
+def make_report(
+    runs: Sequence[Path], *, layout: str, baselines: Sequence[str], metrics: Sequence[str], out: Path
+) -> list[Path]:
+    """Prints the paper's table with the significance statements, and writes all forms of the report.
+
+    Args:
+        runs: sweep folders.
+        layout: table-1, table-3 or table-8.
+        baselines: labels, see `assemble`.
+        metrics: items TASK=METRIC, each instead of a task's headline.
+        out: folder for report.md, report.csv, report.html and comparisons/TASK-LABEL.csv; older ones are replaced.
+
+    Returns:
+        The files written, report.md first.
+
+    Raises:
+        XdscaleError: bad input, or runs that may not be compared; then nothing is written.
+    """
+    if layout not in layouts():
+        raise XdscaleError(f"--layout {layout}: expected one of {', '.join(layouts())}")
+    if out.exists() and not out.is_dir():
+        raise XdscaleError(f"--out {out}: exists and is not a folder")
+    chosen = _chosen(metrics, [column.task for column in layouts()[layout].columns])
+    report = assemble([read_sweep(run, chosen) for run in runs], layouts()[layout], baselines)
+    files = _files(report)
+    (out / "comparisons").mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    _print(report)
+    return [out / name for name in files]
+
+
+def _files(report: Report) -> dict[str, str]:
+    from xdscale.report.page import page
+    from xdscale.report.text import comma_separated, markdown
+
+    files = {"report.md": markdown(report), "report.csv": comma_separated(report), "report.html": page(report)}
+    for one in report.comparisons:
+        name = "".join(letter if letter.isalnum() or letter in "-_.+" else "-" for letter in one.label)
+        files[f"comparisons/{one.task}-{name}.csv"] = comparison_csv(one, report.sweep(one.label).tasks[one.task])
+    return files
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+
+    from xdscale.report.text import sentences, terminal_table
+
+    # Where output is no terminal rich assumes 80 columns, and would cut cells.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(terminal_table(report))
+    for label, baseline in report.baselines.items():
+        lines = sentences(report, label)
+        if lines:
+            console.print(f"{label} against {baseline}", markup=False, style="bold", soft_wrap=True)
+        for line in lines:
+            console.print(f"  {line}", markup=False, soft_wrap=True)
+    for remark in report.remarks:
+        print(f"warning: {remark}", file=sys.stderr)
+
+
+def _chosen(metrics: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+    chosen = {}
+    for item in metrics:
+        task, equals, metric = item.partition("=")
+        if not equals or task not in tasks:
+            raise XdscaleError(f"--metric {item}: expected TASK=METRIC with a task of {', '.join(tasks)}")
+        chosen[task] = metric
+    return chosen

@@ -1,0 +1,82 @@
+"""What the paper printed (published.yaml)."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task as it stands in the tables.
+
+    Attributes:
+        task: its name on the command line.
+        title: its name in the paper.
+        metric: what published values are.
+        seeds: runs whose median the paper reports.
+    """
+
+    task: str
+    title: str
+    metric: str
+    seeds: int
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """One model.
+
+    Attributes:
+        label: as printed.
+        also: other labels under which our runs of it are found.
+        values: task to value; fractions times 100, RMSE as it is.
+    """
+
+    label: str
+    also: tuple[str, ...]
+    values: dict[str, float]
+
+    def stands_for(self, label: str) -> bool:
+        """Returns whether a run of this label is the same model, whatever its capitals."""
+        return label.casefold() in {name.casefold() for name in (self.label, *self.also)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table of the paper.
+
+    Attributes:
+        title: such as "Table 1".
+        caption: what it shows.
+        note: what a reader must know to compare with it.
+        compare: whether the first run is the others' baseline when none is named.
+        columns: tasks, left to right.
+        rows: models, top to bottom.
+    """
+
+    title: str
+    caption: str
+    note: str
+    compare: bool
+    columns: tuple[Column, ...]
+    rows: tuple[PublishedRow, ...]
+
+
+@cache
+def layouts() -> dict[str, Layout]:
+    """Returns all tables by their name on the command line."""
+    stored = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+    tables = {}
+    for name, table in stored["tables"].items():
+        columns = tuple(
+            Column(task, known["title"], known["metric"], table.get("seeds", known["seeds"]))
+            for task, known in ((task, stored["tasks"][task]) for task in table["tasks"])
+        )
+        rows = tuple(
+            PublishedRow(row["label"], tuple(row["also"]), dict(zip(table["tasks"], row["values"])))
+            for row in table["rows"]
+        )
+        tables[name] = Layout(table["title"], table["caption"], table["note"], table["compare"], columns, rows)
+    return tables

@@ -1,0 +1,291 @@
+"""Reads what `xdscale finetune` wrote, and believes none of it before it is checked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+
+from xdscale.errors import XdscaleError
+from xdscale.report.metrics import METRICS, measure
+
+AGREEMENT = 1e-6
+"""Largest difference between a stored score and the one of the stored predictions."""
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Model(_Stored):
+    """Which model a sweep finetuned."""
+
+    name: str
+    label: str
+    subject: str
+    weights_sha256: str | None = None
+
+
+class Seeds(_Stored):
+    """Which seeds a sweep set out to run on a task."""
+
+    seeds: list[int]
+
+
+class SweepFile(_Stored):
+    """`sweep.json`."""
+
+    format: Literal[1]
+    model: Model
+    tasks: dict[str, Seeds]
+
+
+class Score(_Stored):
+    """A run's headline figure."""
+
+    name: str
+    value: FiniteFloat
+    higher_is_better: bool
+
+
+class DataFile(_Stored):
+    """A file that a run read."""
+
+    sha256: str
+    rows: int
+
+
+class Point(_Stored):
+    """A point of a learning curve; the loss of a run that diverged may be no number."""
+
+    step: int
+    loss: float | None
+
+
+class Result(_Stored):
+    """`result.json` of one run."""
+
+    format: Literal[1]
+    task: str
+    seed: int
+    split: str
+    metrics: dict[str, FiniteFloat]
+    score: Score
+    examples: int
+    data: dict[str, DataFile]
+    settings: dict[str, Any]
+    curve: list[Point]
+
+
+class Prediction(_Stored):
+    """A line of `predictions-SPLIT.jsonl`."""
+
+    index: int
+    id: str | int
+    sentence1: str
+    sentence2: str | list[str] | None = None
+    label: FiniteFloat
+    prediction: FiniteFloat
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed.
+
+    Attributes:
+        folder: where it lies.
+        result: its `result.json`.
+        score: what is reported of it: the task's headline, or the metric that was asked for.
+        labels: float64 [examples].
+        predictions: float64 [examples].
+    """
+
+    folder: Path
+    result: Result
+    score: Score
+    labels: np.ndarray
+    predictions: np.ndarray
+
+
+@dataclass(frozen=True)
+class TaskRuns:
+    """All finished seeds of one task, in the order of their numbers.
+
+    Attributes:
+        task: name.
+        planned: seeds that the sweep set out to run.
+        runs: the finished ones; at least one.
+        ids: of the examples.
+        texts: of the examples: (sentence1, sentence2 or "").
+    """
+
+    task: str
+    planned: tuple[int, ...]
+    runs: tuple[Run, ...]
+    ids: tuple[str, ...]
+    texts: tuple[tuple[str, str], ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The finished seeds."""
+        return tuple(run.result.seed for run in self.runs)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """The score of each finished seed, float64 [seeds]."""
+        return np.array([run.score.value for run in self.runs])
+
+    @property
+    def score(self) -> Score:
+        """What is scored; the value is the first seed's."""
+        return self.runs[0].score
+
+    @property
+    def labels(self) -> np.ndarray:
+        """float64 [examples]."""
+        return self.runs[0].labels
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """float64 [examples, seeds]."""
+        return np.stack([run.predictions for run in self.runs], axis=1)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One model on several tasks.
+
+    Attributes:
+        folder: as named on the command line.
+        model: which.
+        tasks: those with a finished seed, by name.
+        unfinished: tasks without one.
+    """
+
+    folder: Path
+    model: Model
+    tasks: dict[str, TaskRuns]
+    unfinished: tuple[str, ...]
+
+
+def read_sweep(folder: Path, metrics: dict[str, str]) -> Sweep:
+    """Reads a sweep folder.
+
+    Args:
+        folder: written by `xdscale finetune`.
+        metrics: task to the metric that is reported instead of the task's headline.
+
+    Raises:
+        XdscaleError: no sweep, a file is broken or missing, or its parts contradict each other; the file is named.
+    """
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise XdscaleError(f"{folder}: has no sweep.json; expected a folder written by 'xdscale finetune --out FOLDER'")
+    stored = _parse(SweepFile, path)
+    tasks = {}
+    for task, planned in stored.tasks.items():
+        runs = _read_task(folder / task, task, planned.seeds, metrics.get(task))
+        if runs is not None:
+            tasks[task] = runs
+    return Sweep(folder, stored.model, tasks, tuple(task for task in stored.tasks if task not in tasks))
+
+
+def _read_task(folder: Path, task: str, planned: list[int], metric: str | None) -> TaskRuns | None:
+    seeds = [seed for seed in sorted(planned) if (folder / f"seed-{seed}" / "result.json").is_file()]
+    runs: list[Run] = []
+    first: list[Prediction] = []
+    for seed in seeds:
+        place = folder / f"seed-{seed}"
+        result = _parse(Result, place / "result.json")
+        if (result.task, result.seed) != (task, seed):
+            raise XdscaleError(
+                f"{place / 'result.json'}: is of task {result.task}, seed {result.seed}; was the folder renamed?"
+            )
+        run, lines = _read_run(place, result, metric)
+        first = first or lines
+        if [(line.id, line.label) for line in lines] != [(line.id, line.label) for line in first]:
+            raise XdscaleError(f"{place}: holds other examples than {runs[0].folder}; finetune this task anew")
+        runs.append(run)
+    if not runs:
+        return None
+    ids = tuple(str(line.id) for line in first)
+    return TaskRuns(task, tuple(planned), tuple(runs), ids, tuple(_texts(line) for line in first))
+
+
+def _read_run(folder: Path, result: Result, metric: str | None) -> tuple[Run, list[Prediction]]:
+    name, split, value = result.score.name, result.split, result.score.value
+    if metric is not None:
+        if metric not in result.metrics:
+            raise XdscaleError(
+                f"--metric {result.task}={metric}: {folder / 'result.json'} has {', '.join(result.metrics)}"
+            )
+        value, matched = result.metrics[metric], metric.removesuffix("_mismatched")
+        name, split = matched, split if metric == matched else "dev-mm"
+    if name not in METRICS:
+        raise XdscaleError(f"{folder / 'result.json'}: unknown metric {name!r}; known: {', '.join(METRICS)}")
+    path = folder / f"predictions-{split}.jsonl"
+    lines = _read_predictions(path)
+    if split == result.split and len(lines) != result.examples:
+        raise XdscaleError(f"{path}: has {len(lines)} lines, {folder / 'result.json'} says {result.examples} examples")
+    labels = np.array([line.label for line in lines])
+    predictions = np.array([line.prediction for line in lines])
+    found = float(measure(name, np.ones((1, len(lines))), labels, predictions[:, None])[0, 0])
+    if abs(found - value) > AGREEMENT:
+        raise XdscaleError(
+            f"{path}: its {name} is {found:.6f}, but {folder / 'result.json'} says {value:.6f}; one of them was changed"
+        )
+    score = Score(name=name, value=value, higher_is_better=name != "rmse")
+    return Run(folder, result, score, labels, predictions), lines
+
+
+def _read_predictions(path: Path) -> list[Prediction]:
+    adapter = TypeAdapter(Prediction)
+    lines = []
+    for number, text in enumerate(_text(path).split("\n"), 1):
+        if not text:
+            continue
+        try:
+            line = adapter.validate_json(text)
+        except ValidationError as error:
+            raise XdscaleError(f"{path}, line {number}: {_first_problem(error)}") from None
+        if line.index != len(lines):
+            raise XdscaleError(f"{path}, line {number}: index {line.index}, expected {len(lines)}; a line is missing")
+        lines.append(line)
+    if not lines:
+        raise XdscaleError(f"{path}: holds no examples")
+    return lines
+
+
+def _texts(line: Prediction) -> tuple[str, str]:
+    second = line.sentence2
+    return line.sentence1, " ".join(second) if isinstance(second, list) else second or ""
+
+
+_Parsed = TypeVar("_Parsed", bound=_Stored)
+
+
+def _parse(kind: type[_Parsed], path: Path) -> _Parsed:
+    try:
+        return kind.model_validate_json(_text(path))
+    except ValidationError as error:
+        raise XdscaleError(f"{path}: {_first_problem(error)}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise XdscaleError(
+            f"{path}: is missing, though the run beside it is finished; finetune this seed anew"
+        ) from None
+    except OSError as error:
+        raise XdscaleError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise XdscaleError(f"{path}: not UTF-8 text ({error.reason})") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    item = error.errors()[0]
+    place = ".".join(map(str, item["loc"]))
+    return f"{place}: {item['msg']}" if place else item["msg"]
