@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -239,7 +239,10 @@ def finetune(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     data: Annotated[str | None, typer.Option(help="Folder of RTE/dev.tsv and so on; default: fetched.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; default: as the recipe says.")] = None,
-    subject: Annotated[str, typer.Option(help="language, cross-modal (full model) or clip (CLIP-T).")] = "language",
+    subject: Annotated[
+        Literal["language", "cross-modal", "clip"],
+        typer.Option(help="language, cross-modal (full model) or clip (CLIP-T)."),
+    ] = "language",
     label: Annotated[str | None, typer.Option(help="The model's name in tables.")] = None,
     recipe: Annotated[str, typer.Option(help="Finetuning recipe, file or name.")] = "paper",
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per GPU, or one.")] = None,

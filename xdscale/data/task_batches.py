@@ -85,7 +85,9 @@ def encode_examples(
     return EncodedSplit(
         task,
         np.array(labels, np.float64),
-        Texts([encoding.ids for encoding in language.encode_batch_fast(texts)]) if language else None,
+        Texts([encoding.ids for encoding in language.encode_batch_fast(texts, add_special_tokens=False)])
+        if language
+        else None,
         Texts(clip.encode(texts)) if clip else None,
     )
 
