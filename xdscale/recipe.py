@@ -54,8 +54,8 @@ class Model(Section):
     """Spec xdbert §2: language encoder, CLIP-T and the cross-modal layers between them."""
 
     language: Language
-    clip: Clip
-    cross_layers: int = Field(2, ge=1)
+    clip: Clip | None = Field(description="null: the language encoder alone, with MLM, as the fair baseline of §3")
+    cross_layers: int = Field(2, ge=0, description="0 without CLIP")
     dropout: float = Field(0.1, ge=0, lt=1, description="language encoder and cross-modal layers; CLIP-T has none")
     kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
 
@@ -293,6 +293,13 @@ def _check_consistency(recipe: Recipe, path: Path) -> None:
         )
     if not recipe.tasks.weights():
         raise XdscaleError(f"{path}: tasks: every objective is off; keep at least one of mlm, match, clip_tokens")
+    model = recipe.model
+    if (model.clip is None) != (model.cross_layers == 0):
+        raise XdscaleError(
+            f"{path}: model.cross_layers = {model.cross_layers}: with model.clip: null it is 0, else 1 or more"
+        )
+    if model.clip is None and set(recipe.tasks.weights()) != {"mlm"}:
+        raise XdscaleError(f"{path}: tasks: without model.clip only mlm is possible; set match and clip_tokens to null")
     mlm = recipe.tasks.mlm
     if mlm is not None and mlm.mask + mlm.random > 1:
         raise XdscaleError(f"{path}: tasks.mlm: mask {mlm.mask} + random {mlm.random} is more than 1")

@@ -15,7 +15,15 @@ from xdscale.data.task_hub import fetch_task
 from xdscale.data.task_table import TASKS, find_task
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import XdscaleError
-from xdscale.finetune.recipe import FORMAT, FinetuneRecipe, FinetuneSettings, Subject, load_settings, resolve_run
+from xdscale.finetune.recipe import (
+    FORMAT,
+    RESULT,
+    FinetuneRecipe,
+    FinetuneSettings,
+    Subject,
+    load_settings,
+    resolve_run,
+)
 from xdscale.finetune.sweep import Job, Sweep
 from xdscale.names import resolve_path
 from xdscale.training.run_folder import RunFolder, write_atomically
@@ -77,7 +85,10 @@ def run_command(request: Request) -> int:
     slots = _slots(request.jobs or max(1, len(gpus)), gpus)
     sweep = Sweep(slots, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
     try:
-        sweep.start_workers(most=sum(map(len, seeds.values())))
+        todo = [
+            (name, seed) for name in names for seed in seeds[name] if not _result(request.out, name, seed).is_file()
+        ]
+        sweep.start_workers(most=len(todo))
         code = sweep.run(_plan(request, settings, data, source, seeds, gpu=bool(gpus)))
     finally:
         sweep.end_workers()
@@ -134,13 +145,14 @@ def _plan(
             folder = request.out / task / f"seed-{seed}"
             recipe = resolve_run(settings, data[task], subject=subject, source=source, seed=seed, folder=folder)
             RunFolder(folder).check(recipe)
-            if not (folder / "result.json").is_file():
-                jobs.append(_job(recipe, name, ds_config, label, request.out / "logs" / f"{task}-seed-{seed}.log"))
+            if not _result(request.out, task, seed).is_file():
+                jobs.append(make_job(recipe, name, ds_config, label, request.out / "logs" / f"{task}-seed-{seed}.log"))
     # Of every task the first seeds first, so that a sweep that is looked at early has something of everything.
     return sorted(jobs, key=lambda job: job.message["recipe"]["training"]["seed"])
 
 
-def _job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], label: str, log: Path) -> Job:
+def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], label: str, log: Path) -> Job:
+    """Returns the job of one run, as a worker takes it."""
     message = {
         "recipe": recipe.model_dump(mode="json"),
         "ds_config_name": ds_name,
@@ -149,7 +161,11 @@ def _job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], label:
         "log": str(log),
     }
     folder = Path(recipe.output.folder)
-    return Job(f"{recipe.task.name} seed {recipe.training.seed}", message, folder / "result.json", log)
+    return Job(f"{recipe.task.name} seed {recipe.training.seed}", message, folder / RESULT, log)
+
+
+def _result(out: Path, task: str, seed: int) -> Path:
+    return out / task / f"seed-{seed}" / RESULT
 
 
 def _write_summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[str, list[int]]) -> None:
@@ -195,7 +211,7 @@ def _slots(jobs: int, gpus: list[str]) -> list[dict[str, str]]:
 def _print_table(out: Path, seeds: dict[str, list[int]]) -> None:
     table = Table("task", "metric", "median", "lowest", "highest", "seeds", caption=str(out))
     for task, numbers in seeds.items():
-        paths = [out / task / f"seed-{seed}" / "result.json" for seed in numbers]
+        paths = [_result(out, task, seed) for seed in numbers]
         results = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
         values = [result["score"]["value"] for result in results]
         if values:

@@ -25,6 +25,9 @@ from xdscale.recipe import (
 FORMAT = 1
 """Of the runs: raised when the same settings come to mean another computation."""
 
+RESULT = "result.json"
+"""Written last into a run folder: where it stands, the run is finished."""
+
 LARGE_FROM = 1024
 """Hidden size from which an encoder is "large-sized" (paper Table 4)."""
 

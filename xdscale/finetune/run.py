@@ -16,7 +16,7 @@ from xdscale.data.task_table import find_task
 from xdscale.ds_config import precision
 from xdscale.errors import EXIT_STOPPED
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
-from xdscale.finetune.recipe import FORMAT, FinetuneRecipe
+from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe
 from xdscale.finetune.subject import Readers, build_subject, open_readers
 from xdscale.tasks.metrics import measure
 from xdscale.training.distributed import Ranks
@@ -25,9 +25,6 @@ from xdscale.training.protocols import StepData
 from xdscale.training.run_folder import RunFolder, write_atomically
 from xdscale.training.signals import StopRequest
 from xdscale.training.watchdog import Watchdog
-
-RESULT = "result.json"
-"""Written last: where it stands, the run is finished."""
 
 
 class Material(NamedTuple):

@@ -21,6 +21,7 @@ from xdscale.data.task_batches import NO_LABEL
 from xdscale.data.task_table import Task
 from xdscale.errors import XdscaleError
 from xdscale.models.attention import use_packed_attention
+from xdscale.models.residual_norm import use_residual_norm
 from xdscale.pretrained.clip import load_clip_text_tower
 from xdscale.pretrained.files import read_json, read_state_dict
 from xdscale.pretrained.language import load_language_encoder
@@ -111,6 +112,7 @@ def build_language_classifier(
     setattr(model, model.base_model_prefix, encoder)
     model.config = config
     use_packed_attention(model, plain=plain)
+    use_residual_norm(encoder, plain=plain)
     return LanguageClassifier(model)
 
 
