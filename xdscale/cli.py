@@ -246,7 +246,7 @@ def finetune(
     label: Annotated[str | None, typer.Option(help="The model's name in tables.")] = None,
     recipe: Annotated[str, typer.Option(help="Finetuning recipe, file or name.")] = "paper",
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per GPU, or one.")] = None,
-    deepspeed_config: Annotated[str | None, typer.Option(help="DeepSpeed JSON; default: see ds_configs.")] = None,
+    deepspeed_config: Annotated[str | None, typer.Option(help="DeepSpeed JSON; default on GPUs: finetune-zero1.")] = None,
 ) -> None:
     """Finetune an encoder on GLUE, SWAG or READ, several seeds and tasks side by side."""
     from xdscale.finetune.command import Request, run_command

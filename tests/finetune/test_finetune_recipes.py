@@ -46,4 +46,4 @@ def test_one_learning_rate_for_all_can_be_given():
 
 
 def test_the_shipped_deepspeed_config_is_the_commands_default_on_gpus():
-    assert json.loads((ROOT / "ds_configs" / "finetune.json").read_text()) == default_ds_config(gpu=True)
+    assert json.loads((ROOT / "ds_configs" / "finetune-zero1.json").read_text()) == default_ds_config(gpu=True)
