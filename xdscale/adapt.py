@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +70,9 @@ class Data(NamedTuple):
 def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     ds_values = read_ds_config(options.deepspeed_config)
-    _calm_environment()
+    calm_environment()
+    from xdscale.export import save_language_files
+    from xdscale.tasks.xdbert import build_adaptation
     from xdscale.training.distributed import start_distributed
     from xdscale.training.run_folder import RunFolder
     from xdscale.training.watchdog import Watchdog
@@ -82,11 +85,14 @@ def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
     with Watchdog(ranks, run.folder, recipe.training.hang_seconds) as watchdog:
         try:
             data = open_data(recipe, ds_config, ranks)
-            watchdog.samples = lambda step, micro_batch: _sample_ids(data.stream.slots(step), micro_batch)
-            ranks.raise_first(_claim(run) if ranks.is_first else None, "cannot start")
+            watchdog.samples = lambda step, micro_batch: sample_ids(data.stream.slots(step), micro_batch)
+            ranks.raise_first(claim(run) if ranks.is_first else None, "cannot start")
             run.check_shared(ranks)
-            engine, module, start_step = _build(recipe, ds_config, run, data, ranks)
-            code = _train(recipe, ds_config, run, data, ranks, stop, watchdog, engine, module, start_step)
+            session = open_session(recipe, ds_config, run, data, ranks, lambda: build_adaptation(recipe))
+            if session.start_step == 0 and ranks.is_first:
+                save_language_files(recipe.model.language, run.language)
+            weights = recipe.tasks.weights()
+            code = train_session(recipe, ds_config, run, data, ranks, stop, watchdog, session, weights)
             watchdog.end()
             return code
         except Exception as error:
@@ -96,12 +102,13 @@ def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
             return watchdog.report(error)
 
 
-def _sample_ids(slots: list[Any], micro_batch: int | None) -> list[int]:
+def sample_ids(slots: list[Any], micro_batch: int | None) -> list[int]:
+    """Returns the real samples of a step's slots, or of one micro-batch of them."""
     chosen = slots if micro_batch is None else [slots[micro_batch]]
     return [sample for part in chosen for sample in part.sample_ids[part.real].tolist()]
 
 
-def _calm_environment() -> None:
+def calm_environment() -> None:
     """Settings that must stand before torch's and DeepSpeed's first import."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_LOGS", "-all")
@@ -120,7 +127,8 @@ def _calm_environment() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _claim(run: Any) -> str | None:
+def claim(run: Any) -> str | None:
+    """Takes the run folder for this process; returns why that cannot be."""
     try:
         run.claim()
     except XdscaleError as error:
@@ -167,12 +175,20 @@ def open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> Data:
     return Data(prepare, validation, stream, stream_hash, train.manifest.fingerprint, damaged)
 
 
-def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: Data, ranks: Any) -> tuple[Any, Any, int]:
+class Session(NamedTuple):
+    """A module on its engine, and the steps done already."""
+
+    engine: Any
+    module: Any
+    start_step: int
+
+
+def open_session(
+    recipe: Any, ds_config: dict[str, Any], run: Any, data: Data, ranks: Any, build: Callable[[], Any]
+) -> Session:
     """Builds module and engine and continues from the newest undamaged checkpoint, if there is one."""
     import torch
 
-    from xdscale.export import save_language_files
-    from xdscale.tasks.xdbert import build_adaptation
     from xdscale.training import checkpoint as ckpt
     from xdscale.training.engine import build_engine
     from xdscale.training.resharding import needs_resharding, reshard
@@ -191,7 +207,7 @@ def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: Data, rank
     convert = position is not None and needs_resharding(position, ranks.world_size)
     source = reshard(found, ranks) if convert else found
     torch.manual_seed(recipe.training.seed)
-    module = build_adaptation(recipe)
+    module = build()
     if activation_checkpointing(ds_config):
         module.enable_activation_checkpointing()
     engine = build_engine(module, recipe.optim, ds_config, load_universal=convert)
@@ -200,22 +216,21 @@ def _build(recipe: Recipe, ds_config: dict[str, Any], run: Any, data: Data, rank
         ckpt.remove_leftovers(run.checkpoints, ranks)
     elif ranks.is_first:
         run.write_records(recipe, ds_config, ranks.world_size)
-        save_language_files(recipe.model.language, run.language)
-    return engine, module, position.step if position else 0
+    return Session(engine, module, position.step if position else 0)
 
 
-def _train(
-    recipe: Recipe,
+def train_session(
+    recipe: Any,
     ds_config: dict[str, Any],
     run: Any,
     data: Data,
     ranks: Any,
     stop: StopRequest,
     watchdog: Any,
-    engine: Any,
-    module: Any,
-    start_step: int,
+    session: Session,
+    weights: dict[str, float],
 ) -> int:
+    """Trains to the end or a signal; returns the exit code."""
     import torch
 
     from xdscale.data.prefetch import Prefetcher
@@ -224,6 +239,7 @@ def _train(
     from xdscale.training.skipping import skipped_so_far
     from xdscale.training.throughput import matmul_flops_per_second, peak_memory_gib
 
+    engine, module, start_step = session
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(ds_config)]
     monitor = Monitor(run, recipe, start_step) if ranks.is_first else None
     if monitor and start_step:
@@ -239,7 +255,7 @@ def _train(
             engine=engine,
             recipe=recipe,
             ranks=ranks,
-            weights=recipe.tasks.weights(),
+            weights=weights,
             source=source,
             stream=data.stream,
             validation=data.validation,

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -254,6 +254,44 @@ def cross_attention(
 
     sentences = [sentence1] if sentence2 is None else [sentence1, sentence2]
     print_cross_attention(folder, sentences=sentences, against=against, plot=plot)
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Option(help="Folder or name of the encoder; an exported folder has both subjects.")],
+    task: Annotated[list[str], typer.Option(help="rte, mrpc, …, or 'all'; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; one that was stopped continues.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of RTE/dev.tsv and so on; default: fetched.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many; default: as the recipe says.")] = None,
+    subject: Annotated[
+        Literal["language", "cross-modal", "clip"],
+        typer.Option(help="language, cross-modal (full model) or clip (CLIP-T)."),
+    ] = "language",
+    label: Annotated[str | None, typer.Option(help="The model's name in tables.")] = None,
+    recipe: Annotated[str, typer.Option(help="Finetuning recipe, file or name.")] = "paper",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per GPU, or one.")] = None,
+    deepspeed_config: Annotated[
+        str | None, typer.Option(help="DeepSpeed JSON; default on GPUs: finetune-zero1.")
+    ] = None,
+) -> None:
+    """Finetune an encoder on GLUE, SWAG or READ, several seeds and tasks side by side."""
+    from xdscale.finetune.command import Request, run_command
+
+    request = Request(
+        model=model,
+        subject=subject,
+        tasks=task,
+        data=data,
+        out=out,
+        seeds=seeds,
+        label=label,
+        recipe=recipe,
+        overrides=overrides or [],
+        ds_config=deepspeed_config,
+        jobs=jobs,
+    )
+    sys.exit(run_command(request))
 
 
 @kernels_app.command()

@@ -68,11 +68,13 @@ def export_run(run: Path, out: Path, *, step: int | None = None) -> str:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     parameters = _export_language(run / "language", state, aside)
-    _export_full_model(recipe, state, aside / FULL_MODEL)
+    if recipe.model.clip is not None:
+        _export_full_model(recipe, state, aside / FULL_MODEL)
     if out.exists():
         out.rmdir()
     aside.rename(out)
-    return f"{out}: language encoder of {checkpoint.name} ({parameters:,} parameters), full model in {out / FULL_MODEL}"
+    full = f", full model in {out / FULL_MODEL}" if recipe.model.clip is not None else ""
+    return f"{out}: language encoder of {checkpoint.name} ({parameters:,} parameters){full}"
 
 
 def load_cross_modal(folder: Path) -> "XDBERT":

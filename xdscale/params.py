@@ -8,6 +8,7 @@ from rich.table import Table
 from torch import nn
 
 from xdscale import recipe
+from xdscale.tasks.masked_lm import MaskedLMAdaptation
 from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation
 
 
@@ -34,6 +35,12 @@ def parameter_table(spec: recipe.Recipe) -> list[Row]:
     bare = spec.model_copy(deep=True, update={"model": _without_weights(spec.model)})
     with torch.device("meta"):
         adaptation = build_adaptation(bare)
+    if isinstance(adaptation, MaskedLMAdaptation):
+        return [
+            Row(f"language model, {spec.model.language.name}", _count(adaptation.model["language"]), total=True),
+            Row("masked-LM head", _count(adaptation.mlm, tied="decoder_weight")),
+            Row("model during adaptation", _count(adaptation), total=True),
+        ]
     model = adaptation.model
     layers = spec.model.cross_layers
     projection = _count(model.clip) - _count(model.clip.tower) + model.clip.tower.text_projection.numel()
@@ -67,7 +74,7 @@ def _without_weights(model: recipe.Model) -> recipe.Model:
     return model.model_copy(
         update={
             "language": model.language.model_copy(update={"weights": "random"}),
-            "clip": model.clip.model_copy(update={"weights": "random"}),
+            "clip": model.clip and model.clip.model_copy(update={"weights": "random"}),
         }
     )
 

@@ -54,8 +54,8 @@ class Model(Section):
     """Spec xdbert §2: language encoder, CLIP-T and the cross-modal layers between them."""
 
     language: Language
-    clip: Clip
-    cross_layers: int = Field(2, ge=1)
+    clip: Clip | None = Field(description="null: the language encoder alone, with MLM, as the fair baseline of §3")
+    cross_layers: int = Field(2, ge=0, description="0 without CLIP")
     dropout: float = Field(0.1, ge=0, lt=1, description="language encoder and cross-modal layers; CLIP-T has none")
     kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
 
@@ -155,15 +155,19 @@ class Recipe(Section):
 
         Where the shards lie is not part of it: their fingerprint stands in every checkpoint.
         """
-        values = self.model_dump(mode="json")
-        del values["output"], values["data"]
-        for key in _HOW_OFTEN_AND_HOW_FAR:
-            del values["training"][key]
+        values = run_identity(self.model_dump(mode="json"))
+        del values["data"]
         return values
 
     def to_yaml(self) -> str:
         """Returns the recipe with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def run_identity(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a run's recipe without what may change when it is continued: where, how often and how far at once."""
+    kept = {key: value for key, value in values.items() if key != "output"}
+    return kept | {"training": {k: v for k, v in kept["training"].items() if k not in _HOW_OFTEN_AND_HOW_FAR}}
 
 
 def shipped_recipes() -> list[str]:
@@ -189,7 +193,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     if not isinstance(values, dict):
         raise XdscaleError(f"{path}: expected the sections {', '.join(Recipe.model_fields)}, found {values!r}")
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -234,7 +238,12 @@ def _recipe_path(name: str) -> Path:
     raise XdscaleError(f"{name}: no such recipe file or shipped recipe; {hint}")
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets one value, given as `section.key=value` with the value in YAML.
+
+    Raises:
+        XdscaleError: the override has another form.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise XdscaleError(f"{override!r}: an override has the form section.key=value")
@@ -284,6 +293,13 @@ def _check_consistency(recipe: Recipe, path: Path) -> None:
         )
     if not recipe.tasks.weights():
         raise XdscaleError(f"{path}: tasks: every objective is off; keep at least one of mlm, match, clip_tokens")
+    model = recipe.model
+    if (model.clip is None) != (model.cross_layers == 0):
+        raise XdscaleError(
+            f"{path}: model.cross_layers = {model.cross_layers}: with model.clip: null it is 0, else 1 or more"
+        )
+    if model.clip is None and set(recipe.tasks.weights()) != {"mlm"}:
+        raise XdscaleError(f"{path}: tasks: without model.clip only mlm is possible; set match and clip_tokens to null")
     mlm = recipe.tasks.mlm
     if mlm is not None and mlm.mask + mlm.random > 1:
         raise XdscaleError(f"{path}: tasks.mlm: mask {mlm.mask} + random {mlm.random} is more than 1")

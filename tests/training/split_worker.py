@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdscale.adapt import _calm_environment
+from xdscale.adapt import calm_environment
 from xdscale.recipe import load_recipe
 
 
@@ -32,7 +32,7 @@ def main():
     for name in ("--shards", "--out", "--micro-batch", "--stage", "--local_rank"):
         parser.add_argument(name)
     options = parser.parse_args()
-    _calm_environment()
+    calm_environment()
     import torch
     from deepspeed.utils import safe_get_full_grad
 

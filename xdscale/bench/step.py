@@ -123,6 +123,8 @@ def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) ->
             raise XdscaleError(f"--{name} {value}: expected at least 1")
     if against not in AGAINST:
         raise XdscaleError(f"--against {against!r}: expected one of {', '.join(AGAINST)}")
+    if recipe.model.clip is None:
+        raise XdscaleError("model.clip = null: the released code to measure against has CLIP; choose another recipe")
     rates = {dtype: _matmul_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
     torch.manual_seed(recipe.training.seed)
     module = build_adaptation(_with_random_weights(recipe)).train()

@@ -56,6 +56,7 @@ class XDBERT(nn.Module):
         clip_ids: torch.Tensor,
         clip_lengths: torch.Tensor,
         language_mask: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
         *,
         wanted: tuple[torch.Tensor, torch.Tensor] | None = None,
         return_attention: bool = False,
@@ -70,6 +71,7 @@ class XDBERT(nn.Module):
             clip_ids: int64 [batch, blocks, 77].
             clip_lengths: int64 [batch, blocks], valid positions of each block; 0 for an empty block.
             language_mask: bool [batch, s], True for valid positions; None for all.
+            segments: int64 [batch, s], the language encoder's segment ids; None for 0, as in adaptation.
             wanted: the only positions whose states are needed, ascending and valid: int64 [n] into batch * s, and
                 int64 [m] into batch * blocks * 77. None for all.
             return_attention: also return attention maps.
@@ -80,7 +82,7 @@ class XDBERT(nn.Module):
             with, for each cross-modal layer, the first sample's weights from language to CLIP tokens, averaged
             over heads, fp32 [its language tokens, its CLIP tokens].
         """
-        encoded = self._encode(language_ids, clip_ids, clip_lengths, language_mask)
+        encoded = self._encode(language_ids, clip_ids, clip_lengths, language_mask, segments)
         language, clip = encoded.language, encoded.clip
         streams = encoded.language_stream, encoded.clip_stream
         last = None if wanted is None else _wanted_rows(encoded, wanted)
@@ -106,6 +108,7 @@ class XDBERT(nn.Module):
         clip_ids: torch.Tensor,
         clip_lengths: torch.Tensor,
         language_mask: torch.Tensor | None,
+        segments: torch.Tensor | None,
     ) -> _Encoded:
         places = torch.arange(clip_ids.shape[-1], device=clip_ids.device)
         clip_mask = places < clip_lengths.unsqueeze(-1)  # [batch, blocks, 77]
@@ -115,7 +118,7 @@ class XDBERT(nn.Module):
         clip = self.clip(clip_ids.flatten(0, 1).index_select(0, filled).unsqueeze(0)).squeeze(0)  # [filled * 77, D]
         clip = clip.index_select(0, clip_rows)  # [CLIP tokens, CLIP size]
         language = self.language(
-            input_ids=language_ids, attention_mask=language_mask, use_cache=False
+            input_ids=language_ids, attention_mask=language_mask, token_type_ids=segments, use_cache=False
         ).last_hidden_state  # [batch, s, language size]
         language_stream, language_positions = full_stream(*language_ids.shape, language_ids.device), None
         language = language.flatten(0, 1)

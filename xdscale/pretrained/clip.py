@@ -118,6 +118,15 @@ def load_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
     return encoder
 
 
+def clip_weights_path(spec: recipe.Clip) -> Path | None:
+    """Returns the file of CLIP's weights; None when they are random.
+
+    Raises:
+        XdscaleError: as `load_clip_text_tower`.
+    """
+    return None if spec.weights == "random" else _clip_weights_file(spec)
+
+
 def _clip_weights_file(spec: recipe.Clip) -> Path:
     if spec.weights.startswith(PACKAGE_PREFIX) or Path(spec.weights).suffix or Path(spec.weights).is_file():
         return resolve_path(spec.weights)

@@ -139,6 +139,15 @@ def tokenizer_folder(spec: recipe.Language) -> Path | None:
     return folder if (folder / "tokenizer.json").is_file() else None
 
 
+def language_weights_path(spec: recipe.Language) -> Path | None:
+    """Returns the file of the encoder's weights; None when they are random.
+
+    Raises:
+        XdscaleError: the folder does not exist or holds no weights, or the hub is needed and cannot be reached.
+    """
+    return None if spec.weights == "random" else _weights_file(_language_folder(spec.name))
+
+
 def _is_bare(name: str) -> bool:
     """Whether the table is to be asked: a folder of that name goes before it."""
     return name in KNOWN and not Path(name).is_dir()

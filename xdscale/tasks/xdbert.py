@@ -21,6 +21,7 @@ from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.manifest import Manifest
 from xdscale.tasks import flops
 from xdscale.tasks.heads import MaskedTokenHead, MatchHead
+from xdscale.tasks.masked_lm import MaskedLMAdaptation, build_masked_lm
 
 
 class XDBERTAdaptation(nn.Module):
@@ -174,8 +175,8 @@ def join_encoders(spec: recipe.Model, language: PreTrainedModel, clip: CLIPTextE
     return XDBERT(language, clip, layers)
 
 
-def build_adaptation(spec: recipe.Recipe) -> XDBERTAdaptation:
-    """Builds the model and the heads of a recipe.
+def build_adaptation(spec: recipe.Recipe) -> XDBERTAdaptation | MaskedLMAdaptation:
+    """Builds the model and the heads of a recipe; without CLIP, the language encoder with its masked-LM head.
 
     New parts take their values from torch's global generator: seed it before, alike on all ranks. A BERT that was
     published with its masked-LM head brings it along.
@@ -183,7 +184,10 @@ def build_adaptation(spec: recipe.Recipe) -> XDBERTAdaptation:
     Raises:
         XdscaleError: as `build_model`.
     """
-    module = XDBERTAdaptation(build_model(spec.model), spec.tasks, plain=spec.model.kernels == "plain")
+    if spec.model.clip is None:
+        module = build_masked_lm(spec.model)
+    else:
+        module = XDBERTAdaptation(build_model(spec.model), spec.tasks, plain=spec.model.kernels == "plain")
     head = masked_lm_head_state(spec.model.language) if module.mlm is not None else None
     if head is not None:
         # All but the decoder's weight, which is the encoder's embedding already.
@@ -206,6 +210,8 @@ def check_shards(spec: recipe.Model, manifest: Manifest) -> None:
             f"--sequence-length {config.max_position_embeddings - 2} or less"
         )
     _check_language_tokenizer(spec.language, manifest, config.vocab_size)
+    if spec.clip is None:
+        return
     clip_vocabulary = clip_config(spec.clip).text_cfg.vocab_size
     if build.clip_tokenizer.vocab_size != clip_vocabulary:
         raise XdscaleError(

@@ -49,18 +49,15 @@ class RunFolder:
             raise XdscaleError(f"output.folder = {self.folder}: exists and is not a folder")
         stored = self.folder / "recipe.yaml"
         if not stored.exists():
-            foreign = (
-                [path.name for path in self.folder.iterdir() if not path.name.startswith((".lock", _TOKEN))]
-                if self.folder.exists()
-                else []
-            )
+            known = (".lock", "faults", _TOKEN)  # a run that failed before its first record leaves no more
+            foreign = [path.name for path in self.folder.glob("*") if not path.name.startswith(known)]
             if foreign:
                 raise XdscaleError(
                     f"output.folder = {self.folder}: holds files but no recipe.yaml, so it is not a run "
                     f"folder ({foreign[0]} …); choose an empty or new one"
                 )
             return
-        before = Recipe.model_validate(yaml.safe_load(stored.read_text(encoding="utf-8"))).identity()
+        before = type(recipe).model_validate(yaml.safe_load(stored.read_text(encoding="utf-8"))).identity()
         differences = _differences(before, recipe.identity())
         if differences:
             raise XdscaleError(
@@ -115,6 +112,12 @@ class RunFolder:
                     f"output.folder = {self.folder}: {problem}; all ranks write one checkpoint together, so name a "
                     "folder on a file system that all machines share"
                 )
+
+    def release(self) -> None:
+        """Gives the folder back before the process ends, if it was claimed."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def write_records(self, recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> None:
         """Writes the resolved recipe, the resolved DeepSpeed configuration and the environment."""

@@ -1,0 +1,68 @@
+"""A small real task, and models to finetune on it."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def quickstart_task():
+    """The script that writes the quickstart's task, as a module."""
+    spec = importlib.util.spec_from_file_location("quickstart_task", ROOT / "scripts" / "quickstart_task.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def small_tasks(quickstart_task, wiki_dump, tmp_path_factory):
+    """CoLA: sentences of persons' articles against others. MNLI, STS-B and RTE: a few rows of the same sentences."""
+    folder = tmp_path_factory.mktemp("tasks")
+    quickstart_task.write_task(wiki_dump, folder)
+    texts = [line.split("\t")[3] for line in (folder / "CoLA" / "dev.tsv").read_text().splitlines()]
+    pairs = list(zip(texts, texts[1:]))
+
+    def write(task, name, header, rows):
+        (folder / task).mkdir(exist_ok=True)
+        lines = ["\t".join(header), *("\t".join(map(str, row)) for row in rows)]
+        (folder / task / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    words = ("entailment", "neutral", "contradiction")
+    for number, name in enumerate(("train", "dev_matched", "dev_mismatched")):
+        rows = [(n, a, b, words[(n + number) % 3]) for n, (a, b) in enumerate(pairs[:12])]
+        write("MNLI", f"{name}.tsv", ("index", "sentence1", "sentence2", "gold_label"), rows)
+    for name in ("train", "dev"):
+        rows = [(n, a, b, n % 6 * 0.9) for n, (a, b) in enumerate(pairs[:12])]
+        write("STS-B", f"{name}.tsv", ("index", "sentence1", "sentence2", "score"), rows)
+        rows = [(n, a, b, ("entailment", "not_entailment")[n % 2]) for n, (a, b) in enumerate(pairs[:12])]
+        write("RTE", f"{name}.tsv", ("index", "sentence1", "sentence2", "label"), rows)
+    for task in ("STS-B", "RTE"):
+        write(
+            task, "test.tsv", ("index", "sentence1", "sentence2"), [(n, a, b) for n, (a, b) in enumerate(pairs[20:27])]
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_model(cassette_model, tmp_path_factory):
+    """A cross-modal model, not adapted, as `xdscale export` lays it out."""
+    from xdscale import recipe
+    from xdscale.export import _export_full_model
+    from xdscale.tasks.xdbert import build_adaptation
+
+    folder = tmp_path_factory.mktemp("full")
+    spec = recipe.Recipe(
+        model={"language": {"name": str(cassette_model)}, "clip": {"name": "clip-tiny.json", "weights": "random"}},
+        data={"shards": "unused"},
+        training={"steps": 1, "global_batch": 4},
+        output={"folder": "unused"},
+    )
+    torch.manual_seed(0)
+    _export_full_model(spec, build_adaptation(spec).state_dict(), folder / "cross_modal")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes((cassette_model / name).read_bytes())
+    return folder

@@ -1,0 +1,204 @@
+"""Real runs: learning a real task, all subjects and heads, failures, and a sweep that is stopped and continued."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from xdscale.data.task_files import read_task
+from xdscale.data.task_table import TASKS
+from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
+from xdscale.finetune.command import Request, default_ds_config, make_job, run_command
+from xdscale.finetune.recipe import load_settings, resolve_run
+from xdscale.finetune.subject import describe_subject
+from xdscale.finetune.sweep import Sweep
+
+WORKER = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def swept(small_tasks, cassette_model, full_model, clip_tiny, tmp_path_factory):
+    """One worker process works through runs of several models, tasks and subjects; two of them must fail."""
+    out = tmp_path_factory.mktemp("out")
+    cases = {
+        "pretrained": (str(cassette_model), "language", "cola", ()),
+        "random": (str(cassette_model), "language", "cola", ("model.weights=random",)),
+        "full": (str(full_model), "cross-modal", "rte", ("training.epochs=1",)),
+        "clip": (str(clip_tiny), "clip", "stsb", ("training.epochs=1", "model.clip_weights=random")),
+        "mnli": (str(cassette_model), "language", "mnli", ("training.epochs=1", "model.max_length=24")),
+        "no-data": (str(cassette_model), "language", "rte", ()),
+        "no-loss": (
+            str(cassette_model),
+            "language",
+            "cola",
+            ("optim.learning_rate=1e30", "optim.gradient_clipping=1e30"),
+        ),
+    }
+    jobs = []
+    for name, (model, subject, task, overrides) in cases.items():
+        settings = load_settings("quickstart", list(overrides))
+        identity = describe_subject(model, subject, settings.model)
+        data, source = read_task(TASKS[task], small_tasks), small_tasks if name != "no-data" else out / "nowhere"
+        recipe = resolve_run(settings, data, subject=identity, source=source, seed=0, folder=out / name)
+        jobs.append(make_job(recipe, "default", default_ds_config(gpu=False), name, out / f"{name}.log"))
+    said = []
+    sweep = Sweep([WORKER], said.append)
+    sweep.start_workers(1)
+    code = sweep.run(jobs)
+    return out, code, "\n".join(said)
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def predictions(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_pretrained_encoder_learns_what_one_with_random_weights_does_not(swept):
+    """200 held-out sentences, half of each class: chance is .5 with a standard deviation of .035."""
+    out, _, said = swept
+    pretrained, random = (result(out / name)["metrics"]["accuracy"] for name in ("pretrained", "random"))
+    assert pretrained > 0.7, said
+    assert pretrained > random + 0.1
+
+
+def test_results_are_what_the_predictions_say(swept):
+    out, _, _ = swept
+    found, lines = result(out / "pretrained"), predictions(out / "pretrained" / "predictions-dev.jsonl")
+    labels, said = ([line[key] for line in lines] for key in ("label", "prediction"))
+    assert found["examples"] == len(lines) == 200
+    assert found["metrics"]["matthews"] == pytest.approx(sklearn.metrics.matthews_corrcoef(labels, said), abs=1e-12)
+    assert found["metrics"]["accuracy"] == pytest.approx(np.mean([line["correct"] for line in lines]), abs=1e-12)
+    assert all(line["prediction"] == int(np.argmax(line["scores"])) for line in lines)
+    assert found["score"] == {"name": "matthews", "value": found["metrics"]["matthews"], "higher_is_better": True}
+    assert [entry["step"] for entry in found["curve"]] == list(range(1, found["settings"]["steps"] + 1))
+    assert not (out / "pretrained" / "checkpoints").exists()
+
+
+def test_both_development_splits_of_mnli_are_measured_and_long_examples_are_named(swept):
+    out, _, said = swept
+    found = result(out / "mnli")
+    for split, key in (("dev-m", "accuracy"), ("dev-mm", "accuracy_mismatched")):
+        lines = predictions(out / "mnli" / f"predictions-{split}.jsonl")
+        assert found["metrics"][key] == pytest.approx(np.mean([line["correct"] for line in lines]))
+        assert {len(line["scores"]) for line in lines} == {3}
+    assert found["split"] == "dev-m"
+    assert "note: MNLI/train.tsv: " in said
+    assert "of 12 examples have more than 24 tokens and are cut, the first in line " in said
+
+
+def test_unlabelled_splits_become_submissions(swept):
+    """GLUE's format: index, prediction; words for classes, numbers for STS-B."""
+    out, _, _ = swept
+    rows = [line.split("\t") for line in (out / "full" / "predictions" / "RTE.tsv").read_text().splitlines()]
+    assert rows[0] == ["index", "prediction"]
+    assert [row[0] for row in rows[1:]] == [str(n) for n in range(7)]
+    assert {row[1] for row in rows[1:]} <= {"entailment", "not_entailment"}
+    rows = (out / "clip" / "predictions" / "STS-B.tsv").read_text().splitlines()
+    assert all(np.isfinite(float(row.split("\t")[1])) for row in rows[1:])
+    lines = predictions(out / "clip" / "predictions-dev.jsonl")
+    assert all(line["squared_error"] == pytest.approx((line["prediction"] - line["label"]) ** 2) for line in lines)
+    assert result(out / "clip")["subject"] == "clip"
+
+
+def test_a_failed_run_is_named_with_the_end_of_its_log_and_the_others_go_on(swept):
+    out, code, said = swept
+    assert code == EXIT_FAULT
+    assert "failed: rte seed 0\nexit code 2; last lines of" in said
+    assert "has no RTE/train.tsv" in said
+    assert "had no finite loss and gradient" in said
+    assert not (out / "no-loss" / "result.json").exists()
+
+
+def command(tasks, model, out):
+    return [
+        *(
+            sys.executable,
+            "-m",
+            "xdscale.cli",
+            "finetune",
+            "--model",
+            str(model),
+            "--task",
+            "cola",
+            "--data",
+            str(tasks),
+        ),
+        *("--out", str(out), "--seeds", "1", "--recipe", "quickstart", "training.checkpoint_every=10"),
+    ]
+
+
+def test_a_stopped_sweep_continues_where_it_was(swept, small_tasks, cassette_model, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    arguments = command(small_tasks, cassette_model, out)
+    process = subprocess.Popen(arguments, env=os.environ | WORKER, stderr=subprocess.PIPE, text=True)
+    checkpoints = out / "cola" / "seed-0" / "checkpoints"
+    deadline = time.monotonic() + 200
+    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STOPPED, stderr
+    assert "stopped by a signal, 0 of 1 runs done; the same command continues" in stderr
+    assert not (out / "cola" / "seed-0" / "result.json").exists()
+    again = subprocess.run(arguments, env=os.environ | WORKER, capture_output=True, text=True, timeout=200, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "continuing after step" in (out / "logs" / "cola-seed-0.log").read_text()
+    unbroken = predictions(swept[0] / "pretrained" / "predictions-dev.jsonl")
+    found = predictions(out / "cola" / "seed-0" / "predictions-dev.jsonl")
+    np.testing.assert_allclose([line["scores"] for line in found], [line["scores"] for line in unbroken], atol=1e-5)
+    summary = json.loads((out / "sweep.json").read_text())
+    assert summary["tasks"] == {"cola": {"seeds": [0]}}
+    assert summary["model"]["weights_sha256"] == "96e1dd8dbbc82439cf50677a15bcb9141172b289d20b41c9c28b621a0451a02a"
+    finished_at = (out / "cola" / "seed-0" / "result.json").stat().st_mtime_ns
+    assert run_command(request(cassette_model, small_tasks, out)) == 0  # nothing is left to do
+    assert (out / "cola" / "seed-0" / "result.json").stat().st_mtime_ns == finished_at
+    assert "1 of 1" in capsys.readouterr().out
+    with pytest.raises(XdscaleError, match=r"holds a run of a different recipe \(optim\.learning_rate was"):
+        run_command(request(cassette_model, small_tasks, out, overrides=["optim.learning_rate=1e-3"]))
+    with pytest.raises(XdscaleError, match=r"sweep\.json: holds the sweep of another model"):
+        run_command(request(cassette_model, small_tasks, out, label="other"))
+
+
+def request(model, data, out, **changes):
+    values = {
+        "model": str(model),
+        "subject": "language",
+        "tasks": ["cola"],
+        "data": str(data),
+        "out": out,
+        "seeds": 1,
+        "label": None,
+        "recipe": "quickstart",
+        "overrides": [],
+        "ds_config": None,
+        "jobs": None,
+    }
+    return Request(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["mrcp"]}, "no such task; did you mean 'mrpc'"),
+        ({"tasks": ["qnli"]}, "has no QNLI/train.tsv"),
+        ({"recipe": "papr"}, "no such finetuning recipe; did you mean 'paper'"),
+        ({"overrides": ["training.epoch=2"]}, "unknown key 'training.epoch'; did you mean 'epochs'"),
+        ({"overrides": ["seeds.rtee=2"]}, "seeds: unknown task 'rtee'"),
+        ({"model": "/nowhere"}, "/nowhere: no such file or folder"),
+        ({"overrides": ["model.max_length=1024"]}, r"model\.max_length = 1024: .* has 512 positions"),
+        ({"subject": "cross-modal"}, "holds no cross_modal/config.json"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(small_tasks, cassette_model, tmp_path, changes, message):
+    with pytest.raises(XdscaleError, match=message):
+        run_command(request(cassette_model, small_tasks, tmp_path / "out", **changes))
+    assert not (tmp_path / "out" / "cola").exists()

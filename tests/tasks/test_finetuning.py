@@ -1,0 +1,192 @@
+"""Subjects and heads, against transformers' own classes with the same weights."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+)
+
+from xdscale import recipe
+from xdscale.data.stream import Slots, validation_slots
+from xdscale.data.task_batches import TaskCollator, encode_examples
+from xdscale.data.task_files import Example
+from xdscale.data.task_table import TASKS
+from xdscale.errors import XdscaleError
+from xdscale.export import _export_full_model
+from xdscale.models.xdbert import XDBERT
+from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
+from xdscale.shards.language import load_language_tokenizer
+from xdscale.tasks.finetuning import (
+    Finetuning,
+    build_clip_classifier,
+    build_cross_modal_classifier,
+    build_language_classifier,
+)
+from xdscale.tasks.xdbert import build_adaptation
+
+TEXTS = ("Albedo is a measure of reflection.", "Snow is bright.", "The open ocean reflects less light than snow does.")
+
+
+@pytest.fixture(scope="module")
+def make_batch(cassette_model):
+    tokenizer, ids = load_language_tokenizer(str(cassette_model))
+    bpe, clip_ids = ClipBPE(), describe_clip_tokenizer()
+
+    def make(task, labels, order=None):
+        spec = TASKS[task]
+        rows = [
+            Example("0", TEXTS[n % 3], tuple(TEXTS[(n + k + 1) % 3] for k in range(len(spec.seconds))), label, 1)
+            for n, label in enumerate(labels)
+        ]
+        split = encode_examples(spec, rows, tokenizer, bpe)
+        (slots,) = validation_slots(len(rows), len(rows), 1, 0, len(rows))
+        if order is not None:
+            slots = Slots(slots.epochs[order], slots.sample_ids[order], slots.real[order])
+        arrays = TaskCollator(split, ids, clip_ids, max_length=64)(slots).arrays
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def electra_folder(tmp_path_factory):
+    """A small ELECTRA as a Hugging Face folder; no registry package ships a pretrained English one."""
+    folder = tmp_path_factory.mktemp("electra")
+    torch.manual_seed(0)
+    config = ElectraConfig(hidden_size=64, embedding_size=32, num_hidden_layers=2, num_attention_heads=2)
+    ElectraForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["bert", "electra"])
+@pytest.mark.parametrize(("task", "labels"), [("mnli", [2, 0, 1]), ("cola", [1, 0, 1]), ("swag", [3, 1, 0])])
+def test_logits_are_those_of_transformers_own_model(cassette_model, electra_folder, make_batch, family, task, labels):
+    folder = cassette_model if family == "bert" else electra_folder
+    torch.manual_seed(1)
+    module = Finetuning(
+        build_language_classifier(recipe.Language(name=str(folder)), TASKS[task], dropout=0.1), regression=False
+    ).eval()
+    kind = AutoModelForMultipleChoice if task == "swag" else AutoModelForSequenceClassification
+    reference = kind.from_pretrained(
+        folder, num_labels=TASKS[task].outputs, attn_implementation="eager", ignore_mismatched_sizes=True
+    ).eval()
+    heads = {k: v for k, v in module.subject.model.state_dict().items() if not k.startswith(f"{family}.")}
+    pooler = {k: v for k, v in module.subject.model.state_dict().items() if ".pooler." in k}  # the file has none
+    found = reference.load_state_dict(heads | pooler, strict=False)
+    assert heads
+    assert not found.unexpected_keys
+    batch = make_batch(task, labels)
+    wanted = reference(
+        input_ids=batch["language_ids"],
+        attention_mask=batch["language_mask"].long(),
+        token_type_ids=batch["segments"],
+        labels=batch["labels"],
+    )
+    with torch.no_grad():
+        terms = module(batch)
+    torch.testing.assert_close(terms["logits"], wanted.logits.view_as(terms["logits"]), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(terms["task"][0] / len(labels), wanted.loss, atol=1e-5, rtol=1e-5)
+
+
+def test_parameters_are_the_encoders_and_the_heads(cassette_model):
+    """Spec xdbert §10.9: exactly the encoder and its head."""
+    module = build_language_classifier(recipe.Language(name=str(cassette_model)), TASKS["mnli"], dropout=0.1)
+    config = BertConfig.from_pretrained(cassette_model, num_labels=3)
+    reference = AutoModelForSequenceClassification.from_config(config)
+    assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in reference.parameters())
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_any_split_of_a_batch_gives_the_same_gradient(cassette_model, make_batch):
+    labels = [5.0, 0.25, 3.5, 2.0]
+    torch.manual_seed(2)
+    module = Finetuning(
+        build_language_classifier(recipe.Language(name=str(cassette_model)), TASKS["stsb"], dropout=0.0),
+        regression=True,
+    )
+    weight = module.subject.model.classifier.weight
+    (loss, _) = module(make_batch("stsb", labels))["task"]
+    (whole,) = torch.autograd.grad(loss / 4, weight)
+    parts = 0
+    for order in ([0, 2], [1], [3]):
+        (loss, _) = module(make_batch("stsb", labels, order))["task"]
+        parts = parts + torch.autograd.grad(loss / 4, weight)[0]
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_padding_examples_have_no_part_in_the_loss(cassette_model, make_batch):
+    for task, labels in (("stsb", [5.0, 0.25]), ("rte", [1, 0])):
+        spec = TASKS[task]
+        torch.manual_seed(3)
+        module = Finetuning(
+            build_language_classifier(recipe.Language(name=str(cassette_model)), spec, dropout=0.0),
+            regression=spec.regression,
+        ).eval()
+        batch = make_batch(task, labels)
+        logits = module(batch)["logits"].double()
+        targets = batch["labels"]
+        both = (logits[:, 0] - targets) ** 2 if spec.regression else -logits.log_softmax(1)[range(2), targets]
+        torch.testing.assert_close(module(batch)["task"][0].double(), both.sum(), atol=1e-5, rtol=1e-5)
+        batch["real"][1] = False
+        if not spec.regression:
+            batch["labels"][1] = -1
+        torch.testing.assert_close(module(batch)["task"][0].double(), both[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def export_folder(adaptation_spec, cassette_model, tmp_path_factory):
+    """The full model of an adaptation as `xdscale export` lays it out, and the module it came from."""
+    folder = tmp_path_factory.mktemp("export")
+    spec = adaptation_spec(dropout=0.1)
+    torch.manual_seed(4)
+    adaptation = build_adaptation(spec)
+    _export_full_model(spec, adaptation.state_dict(), folder / "cross_modal")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes((cassette_model / name).read_bytes())
+    return folder, adaptation
+
+
+def test_the_full_model_is_the_adapted_one_with_a_bert_pooler_on_its_first_output(export_folder, make_batch):
+    """Table 8; appendix B: 2 blocks for one sentence, 4 for a pair."""
+    folder, adaptation = export_folder
+    encoder: XDBERT = adaptation.model.eval()
+    for task, blocks in (("cola", 2), ("rte", 4)):
+        subject = build_cross_modal_classifier(folder, TASKS[task], dropout=0.1)
+        batch = make_batch(task, [1, 0, 1])
+        assert batch["clip_ids"].shape == (3, blocks, 77)
+        with torch.no_grad():
+            logits = Finetuning(subject, regression=False).eval()(batch)["logits"]
+            language, _ = encoder(
+                batch["language_ids"],
+                batch["clip_ids"],
+                batch["clip_lengths"],
+                batch["language_mask"],
+                batch["segments"],
+            )
+            pooled = torch.tanh(adaptation.match.pooler(language[:, 0]))
+        torch.testing.assert_close(logits, subject.classifier(pooled), atol=2e-5, rtol=1e-5)
+
+
+def test_an_export_without_the_full_model_is_refused(tmp_path):
+    with pytest.raises(XdscaleError, match="holds no cross_modal/config.json"):
+        build_cross_modal_classifier(tmp_path, TASKS["cola"], dropout=0.1)
+
+
+def test_clip_alone_is_read_at_the_end_token_and_knows_no_later_padding(clip_tiny, make_batch):
+    """Paper §2.2: CLIP's own output, at EOT, projected."""
+    torch.manual_seed(5)
+    spec = recipe.Clip(name=str(clip_tiny), weights="random")
+    subject = build_clip_classifier(spec, TASKS["rte"], dropout=0.0).eval()
+    batch = make_batch("rte", [1, 0])
+    with torch.no_grad():
+        logits = subject(batch, False).logits
+        states = subject.encoder(batch["clip_ids"]).view(2, 4, 77, -1)
+        sentences = [states[:, block][range(2), batch["clip_lengths"][:, block] - 1] for block in (0, 2)]
+        batch["clip_ids"][:, 0, -1] = 7  # behind the end token
+        again = subject(batch, False).logits
+    torch.testing.assert_close(logits, subject.classifier(torch.cat(sentences, 1)), atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits, again)

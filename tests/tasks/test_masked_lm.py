@@ -1,0 +1,84 @@
+"""The fair baseline: the encoder alone with masked-LM, against transformers' own masked-LM model."""
+
+import pytest
+import torch
+from transformers import AutoModel, BertForMaskedLM
+
+from xdscale.errors import XdscaleError
+from xdscale.params import parameter_table
+from xdscale.recipe import load_recipe
+from xdscale.tasks.xdbert import build_adaptation
+
+WITHOUT_CLIP = ["model.clip=null", "model.cross_layers=0", "tasks.match=null", "tasks.clip_tokens=null"]
+
+
+@pytest.fixture(scope="module")
+def module(cassette_model):
+    return build_adaptation(load_recipe("quickstart-mlm", [f"model.language.name={cassette_model}"])).eval()
+
+
+def test_the_loss_is_transformers_own(module, cassette_model, batch):
+    reference = BertForMaskedLM.from_pretrained(cassette_model, attn_implementation="eager").eval()
+    labels = torch.full(batch["language_ids"].shape, -100)
+    labels.view(-1)[batch["masked_lm_positions"]] = batch["masked_lm_labels"]
+    with torch.no_grad():
+        loss, correct = module(batch)["mlm"]
+        wanted = reference(input_ids=batch["language_ids"], labels=labels)
+    torch.testing.assert_close(loss / len(batch["masked_lm_labels"]), wanted.loss, atol=1e-4, rtol=1e-5)
+    assert correct == (wanted.logits.argmax(-1) == labels).sum()
+
+
+def test_it_is_the_language_encoder_and_nothing_of_clip(module, cassette_model):
+    names = {name.split(".")[0] for name, _ in module.named_parameters()}
+    assert names == {"model", "mlm"}
+    encoder = AutoModel.from_pretrained(cassette_model)
+    assert {name.removeprefix("model.language.") for name in module.state_dict() if name.startswith("model.")} == set(
+        encoder.state_dict()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("bert-base-mlm-wikitext103", 109_482_240),
+        ("electra-large-mlm-wikitext103", 334_092_288),
+        ("bert-large-mlm-wikitext103", 335_141_888),
+    ],
+)
+def test_parameters_are_those_of_table_6(name, parameters):
+    assert parameter_table(load_recipe(name))[0].parameters == parameters
+
+
+@pytest.mark.parametrize("size", ["bert-base", "electra-base", "electra-large"])
+def test_the_baseline_differs_from_its_subject_by_clip_alone(size):
+    baseline = load_recipe(f"{size}-mlm-wikitext103")
+    subject = load_recipe("xd" + size + "-wikitext103", WITHOUT_CLIP)
+    assert baseline.identity() == subject.identity()
+    assert baseline.data == subject.data
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("model.cross_layers=2", "with model.clip: null it is 0"), ("tasks.match={}", "without model.clip only mlm")],
+)
+def test_what_needs_clip_is_refused_without_it(override, message):
+    with pytest.raises(XdscaleError, match=message):
+        load_recipe("quickstart-mlm", [override])
+
+
+def test_it_trains_and_exports_as_any_other(adapt, wiki_shards, cassette_model, tmp_path):
+    from xdscale.export import export_run
+
+    config = tmp_path / "ds.json"
+    config.write_text('{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}')
+    overrides = ("training.steps=2", "training.global_batch=4", "training.eval_samples=4")
+    launch = adapt(
+        *("quickstart-mlm", f"data.shards={wiki_shards}", f"output.folder={tmp_path / 'run'}", *overrides),
+        *("--deepspeed_config", str(config)),
+    )
+    assert launch.code == 0, launch.stderr[-3000:]
+    assert "full model" not in export_run(tmp_path / "run", tmp_path / "export")
+    assert not (tmp_path / "export" / "cross_modal").exists()
+    before, after = (AutoModel.from_pretrained(folder).state_dict() for folder in (cassette_model, tmp_path / "export"))
+    changed = {name for name in before if "pooler" not in name and not torch.equal(before[name], after[name])}
+    assert any("encoder.layer.1" in name for name in changed)

@@ -1,0 +1,200 @@
+"""Builds finetuning batches from a task's examples (spec xdbert §4, paper appendix B)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH, Batch
+from xdscale.data.stream import Slots
+from xdscale.data.task_files import Example
+from xdscale.data.task_table import Task
+from xdscale.shards.clip_bpe import ClipBPE
+from xdscale.shards.manifest import ClipTokenizer, LanguageTokenizer
+
+CLIP_BLOCKS = 2
+"""Blocks of 77 per sentence (appendix B: 2 for one sentence, 4 for a pair; two sentences never share a block)."""
+
+NO_LABEL = -1
+"""Stands for the label of an unlabelled or a padding example."""
+
+
+class Texts:
+    """Token ids of many texts, one after the other."""
+
+    def __init__(self, ids: list[list[int]] | list[np.ndarray]) -> None:
+        lengths = np.array([len(text) for text in ids], np.int64)
+        self._flat = np.concatenate([np.asarray(text, np.int32) for text in ids])
+        self._offsets = np.concatenate([[0], lengths.cumsum()])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._flat[self._offsets[index] : self._offsets[index + 1]]
+
+    def lengths(self) -> np.ndarray:
+        """Returns the number of ids of each text, int64 [n]."""
+        return np.diff(self._offsets)
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """A split's examples as token ids.
+
+    Attributes:
+        task: whose.
+        labels: float64 [n]; `NO_LABEL` where there is none.
+        language: the texts of all examples, `texts_per_example` each; None when no language encoder reads them.
+        clip: the same in CLIP's ids.
+    """
+
+    task: Task
+    labels: np.ndarray
+    language: Texts | None
+    clip: Texts | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def texts_per_example(self) -> int:
+        """The first sentence, and each second one."""
+        return 1 + len(self.task.seconds)
+
+    def first_cut(self, max_length: int) -> tuple[int, int]:
+        """Returns how many examples are longer than `max_length` tokens for the language encoder, and the first one."""
+        if self.language is None:
+            return 0, -1
+        lengths = self.language.lengths().reshape(len(self), -1)
+        longest = lengths[:, 0] + (lengths[:, 1:].max(1) + 3 if self.task.seconds else 2)
+        cut = np.flatnonzero(longest > max_length)
+        return len(cut), int(cut[0]) if len(cut) else -1
+
+
+def encode_examples(
+    task: Task, examples: list[Example], language: Tokenizer | None, clip: ClipBPE | None
+) -> EncodedSplit:
+    """Tokenises a split.
+
+    Args:
+        task: whose.
+        examples: in file order.
+        language: the language encoder's tokenizer, set to give plain ids; None when no language encoder reads.
+        clip: CLIP's tokenizer; None when CLIP does not read.
+    """
+    texts = [text for example in examples for text in (example.first, *example.seconds)]
+    labels = [NO_LABEL if example.label is None else example.label for example in examples]
+    return EncodedSplit(
+        task,
+        np.array(labels, np.float64),
+        Texts([encoding.ids for encoding in language.encode_batch_fast(texts, add_special_tokens=False)])
+        if language
+        else None,
+        Texts(clip.encode(texts)) if clip else None,
+    )
+
+
+class TaskCollator:
+    """Turns slots into finetuning batches.
+
+    With b examples and c choices (no such dimension unless the task has choices):
+        language_ids, segments int64 [b, c, S] and language_mask bool [b, c, S]: [CLS] first [SEP] second [SEP], S as
+            long as the longest of them needs; segments are 1 from the second sentence on.
+        clip_ids int64 [b, c, N, 77] and clip_lengths int64 [b, c, N]: 2 blocks for each sentence.
+        labels [b]: int64 classes, -1 for none; or float32 targets.
+        real bool [b]: False for padding examples and unlabelled ones.
+    The one objective is called "task".
+    """
+
+    def __init__(
+        self, split: EncodedSplit, language: LanguageTokenizer | None, clip: ClipTokenizer | None, *, max_length: int
+    ) -> None:
+        """Sets the collator up.
+
+        Args:
+            split: the examples.
+            language: ids of the language encoder's special tokens; None when it does not read.
+            clip: ids of CLIP's markers; None when CLIP does not read.
+            max_length: language tokens with [CLS] and [SEP]; the longer sentence is cut first.
+        """
+        self.split = split
+        self._language = language
+        self._clip = clip
+        self._max_length = max_length
+
+    def __call__(self, slots: Slots) -> Batch:
+        """Prepares the examples of one micro-batch."""
+        task, arrays, tokens = self.split.task, {}, 0
+        shape = (len(slots.sample_ids), *((len(task.seconds),) if task.kind == "choice" else ()))
+        pairs = [pair for sample in slots.sample_ids.tolist() for pair in self._pairs(sample)]
+        if self._language is not None:
+            language = _language_arrays(self.split.language, pairs, self._language, self._max_length)
+            tokens = int(language["language_mask"].reshape(shape[0], -1).sum(1)[slots.real].sum())
+            arrays |= language
+        if self._clip is not None:
+            clip = _clip_arrays(self.split.clip, pairs, self._clip)
+            if self._language is None:
+                tokens = int(clip["clip_lengths"].reshape(shape[0], -1).sum(1)[slots.real].sum())
+            arrays |= clip
+        arrays = {name: array.reshape(*shape, *array.shape[1:]) for name, array in arrays.items()}
+        labels = self.split.labels[slots.sample_ids]
+        if task.regression:
+            arrays["labels"] = labels.astype(np.float32)
+        else:
+            arrays["labels"] = np.where(slots.real, labels, NO_LABEL).astype(np.int64)
+        arrays["real"] = slots.real.copy()
+        return Batch(arrays, {"task": int(slots.real.sum())}, tokens)
+
+    def _pairs(self, sample: int) -> list[list[int]]:
+        """Returns what is judged together, as indices of texts: one text, two, or two for each choice."""
+        first = sample * self.split.texts_per_example
+        seconds = range(first + 1, first + self.split.texts_per_example)
+        return [[first, second] for second in seconds] if seconds else [[first]]
+
+
+def _language_arrays(
+    texts: Texts, pairs: list[list[int]], tokenizer: LanguageTokenizer, max_length: int
+) -> dict[str, np.ndarray]:
+    rows = []
+    for pair in pairs:
+        parts = cut_longest_first([texts[index] for index in pair], max_length - 1 - len(pair))
+        rows.append(np.concatenate([[tokenizer.cls_id], *([*part, tokenizer.sep_id] for part in parts)]))
+    length = max(map(len, rows))
+    language_ids = np.full((len(rows), length), tokenizer.pad_id, np.int64)
+    segments = np.zeros_like(language_ids)
+    for row, ids in enumerate(rows):
+        language_ids[row, : len(ids)] = ids
+        ends = np.flatnonzero(ids == tokenizer.sep_id)  # text that spells [SEP] is no separator
+        segments[row, ends[0] + 1 : len(ids)] = 1
+    lengths = np.array(list(map(len, rows)))
+    return {"language_ids": language_ids, "segments": segments, "language_mask": np.arange(length) < lengths[:, None]}
+
+
+def cut_longest_first(parts: list[np.ndarray], room: int) -> list[np.ndarray]:
+    """Cuts one or two texts to `room` ids together: the longer one first, until both have half.
+
+    As the tokenizers library does: where half is not a whole number, the longer text keeps one more, of equals the
+    second.
+    """
+    if sum(map(len, parts)) <= room:
+        return parts
+    if len(parts) == 1:
+        return [parts[0][:room]]
+    first, second = parts
+    kept = min(len(first), len(second), room // 2)
+    return [first[: room - kept], second[:kept]] if len(first) > len(second) else [first[:kept], second[: room - kept]]
+
+
+def _clip_arrays(texts: Texts, pairs: list[list[int]], tokenizer: ClipTokenizer) -> dict[str, np.ndarray]:
+    blocks = CLIP_BLOCKS * len(pairs[0])
+    clip_ids = np.zeros((len(pairs), blocks, CLIP_LENGTH), np.int64)
+    clip_lengths = np.zeros((len(pairs), blocks), np.int64)
+    for row, pair in enumerate(pairs):
+        for place, index in enumerate(pair):
+            ids = texts[index]
+            for number in range(CLIP_BLOCKS):
+                content = ids[number * CLIP_CONTENT : (number + 1) * CLIP_CONTENT]
+                if number and not len(content):
+                    continue  # an empty sentence still has its first block, with nothing between the markers
+                block = place * CLIP_BLOCKS + number
+                clip_ids[row, block, : len(content) + 2] = [tokenizer.start_id, *content, tokenizer.end_id]
+                clip_lengths[row, block] = len(content) + 2
+    return {"clip_ids": clip_ids, "clip_lengths": clip_lengths}

@@ -1,0 +1,76 @@
+"""Fetches tasks from the model hub and writes them down in their public formats, where a network exists."""
+
+import csv
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xdscale.data.task_table import Hub, Task
+from xdscale.errors import XdscaleError
+
+
+def fetch_task(task: Task, data: Path) -> None:
+    """Writes a task's files into `data` unless they are there, so that one reader reads everything.
+
+    Args:
+        task: which.
+        data: gets the task's folder.
+
+    Raises:
+        XdscaleError: the task is nowhere free to fetch, `datasets` is not installed, or the hub cannot be reached.
+    """
+    folder = data / task.folder
+    if (folder / task.train).is_file():
+        return
+    if task.hub is None:
+        raise XdscaleError(
+            f"--task {task.name}: the competition's data cannot be fetched; download it and name the folder that holds "
+            f"{task.folder}/{task.train} with --data"
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise XdscaleError(
+            f"--task {task.name}: no --data given, and the package 'datasets', which fetches tasks, is not installed; "
+            "give a local folder with --data, or: pip install 'xdscale[hub]'"
+        ) from None
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    datasets.disable_progress_bars()
+    for name, split in task.hub.splits.items():
+        try:
+            rows = datasets.load_dataset(task.hub.path, task.hub.config, split=split)
+        except Exception as error:  # the library raises unrelated kinds for no network, no such name, no such split
+            reason = " ".join(str(error).split())[:200]
+            raise XdscaleError(
+                f"--task {task.name}: {task.hub.path} could not be fetched ({reason}); give a local folder with --data"
+            ) from None
+        _write(task, task.hub, aside / name, rows, labelled=not name.startswith("test"))
+    aside.rename(folder)
+
+
+def _write(task: Task, hub: Hub, path: Path, rows: Any, *, labelled: bool) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            csv.writer(file, lineterminator="\n").writerows(_lines(task, hub, rows, labelled=labelled))
+        else:
+            for line in _lines(task, hub, rows, labelled=labelled):
+                file.write("\t".join(" ".join(cell.split()) for cell in line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _lines(task: Task, hub: Hub, rows: Any, *, labelled: bool) -> Iterator[list[str]]:
+    texts = [*([task.id] if task.id else []), task.first, *([task.prefix] if task.prefix else []), *task.seconds]
+    columns = list(task.headerless) if labelled and task.headerless else [*texts, *([task.label] if labelled else [])]
+    if not (labelled and task.headerless):
+        yield columns
+    for row in rows:
+        cells = {name: str(row[hub.columns.get(name, name)]) for name in texts}
+        if labelled:
+            label = row[hub.columns.get(task.label, task.label)]
+            cells[task.label] = str(label) if task.regression else task.labels[label]
+        yield [cells.get(name, "") for name in columns]

@@ -1,0 +1,221 @@
+"""The command: checks everything first, then sweeps over tasks and seeds."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from xdscale.data.task_files import TaskData, read_task
+from xdscale.data.task_hub import fetch_task
+from xdscale.data.task_table import TASKS, find_task
+from xdscale.ds_config import read_ds_config
+from xdscale.errors import XdscaleError
+from xdscale.finetune.recipe import (
+    FORMAT,
+    RESULT,
+    FinetuneRecipe,
+    FinetuneSettings,
+    Subject,
+    load_settings,
+    resolve_run,
+)
+from xdscale.finetune.sweep import Job, Sweep
+from xdscale.names import resolve_path
+from xdscale.training.run_folder import RunFolder, write_atomically
+
+HUB_DATA = Path("data/tasks")
+"""Where tasks are put that are fetched from the hub."""
+
+SUMMARY = "sweep.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command line.
+
+    Attributes:
+        model: folder or name.
+        subject: what of it is finetuned.
+        tasks: their names; "all" for every one.
+        data: folder that holds the tasks' folders; None to fetch them.
+        out: folder of the sweep.
+        seeds: how many; None as the recipe says.
+        label: the model's name in tables; None for the last part of its name.
+        recipe: finetuning recipe, file or name.
+        overrides: `section.key=value`.
+        ds_config: DeepSpeed JSON; None for the default of the device.
+        jobs: runs at a time; None for one per GPU, or one without GPUs.
+    """
+
+    model: str
+    subject: Subject
+    tasks: list[str]
+    data: str | None
+    out: Path
+    seeds: int | None
+    label: str | None
+    recipe: str
+    overrides: list[str]
+    ds_config: str | None
+    jobs: int | None
+
+
+def run_command(request: Request) -> int:
+    """Finetunes a model on all tasks and seeds asked for; what is finished already stays.
+
+    Returns:
+        Exit code: 0, 70 when runs failed, 75 when a signal stopped the sweep and the same command continues.
+
+    Raises:
+        XdscaleError: model, data, recipe or folder are not in order; nothing is trained then.
+    """
+    settings = load_settings(request.recipe, request.overrides)
+    names = list(TASKS) if "all" in request.tasks else list(dict.fromkeys(request.tasks))
+    source, data = _read_data(names, request.data)
+    if request.ds_config is not None:
+        read_ds_config(request.ds_config)
+    seeds = {name: list(range(request.seeds or settings.seeds_of(name))) for name in names}
+    gpus = _visible_gpus()
+    console = Console(stderr=True)
+    slots = _slots(request.jobs or max(1, len(gpus)), gpus)
+    sweep = Sweep(slots, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+    try:
+        todo = [
+            (name, seed) for name in names for seed in seeds[name] if not _result(request.out, name, seed).is_file()
+        ]
+        sweep.start_workers(most=len(todo))
+        code = sweep.run(_plan(request, settings, data, source, seeds, gpu=bool(gpus)))
+    finally:
+        sweep.end_workers()
+    _print_table(request.out, seeds)
+    return code
+
+
+def default_ds_config(*, gpu: bool) -> dict[str, Any]:
+    """Returns the DeepSpeed configuration used when none is given: bf16 with fp32 masters on a GPU, fp32 on CPU."""
+    common = {
+        "train_micro_batch_size_per_gpu": 32,
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    if not gpu:
+        return common | {"zero_optimization": {"stage": 0}}
+    return common | {
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 1},
+    }
+
+
+def _read_data(names: list[str], folder: str | None) -> tuple[Path, dict[str, TaskData]]:
+    tasks = [find_task(name) for name in names]
+    source = HUB_DATA if folder is None else resolve_path(folder)
+    if folder is None:
+        for task in tasks:
+            fetch_task(task, HUB_DATA)
+    return source, {task.name: read_task(task, source) for task in tasks}
+
+
+def _plan(
+    request: Request,
+    settings: FinetuneSettings,
+    data: dict[str, TaskData],
+    source: Path,
+    seeds: dict[str, list[int]],
+    *,
+    gpu: bool,
+) -> list[Job]:
+    """Checks the model and the folder, writes `sweep.json`, and returns the runs that are still to be done."""
+    from xdscale.finetune.subject import describe_subject
+
+    subject = describe_subject(request.model, request.subject, settings.model)
+    label = request.label or request.model.rstrip("/").rpartition("/")[2]
+    _write_summary(request.out, subject, label, seeds)
+    name = request.ds_config or "the default DeepSpeed configuration"
+    ds_config = read_ds_config(request.ds_config) if request.ds_config else default_ds_config(gpu=gpu)
+    (request.out / "logs").mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for task, numbers in seeds.items():
+        for seed in numbers:
+            folder = request.out / task / f"seed-{seed}"
+            recipe = resolve_run(settings, data[task], subject=subject, source=source, seed=seed, folder=folder)
+            RunFolder(folder).check(recipe)
+            if not _result(request.out, task, seed).is_file():
+                jobs.append(make_job(recipe, name, ds_config, label, request.out / "logs" / f"{task}-seed-{seed}.log"))
+    # Of every task the first seeds first, so that a sweep that is looked at early has something of everything.
+    return sorted(jobs, key=lambda job: job.message["recipe"]["training"]["seed"])
+
+
+def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], label: str, log: Path) -> Job:
+    """Returns the job of one run, as a worker takes it."""
+    message = {
+        "recipe": recipe.model_dump(mode="json"),
+        "ds_config_name": ds_name,
+        "ds_config": ds_config,
+        "label": label,
+        "log": str(log),
+    }
+    folder = Path(recipe.output.folder)
+    return Job(f"{recipe.task.name} seed {recipe.training.seed}", message, folder / RESULT, log)
+
+
+def _result(out: Path, task: str, seed: int) -> Path:
+    return out / task / f"seed-{seed}" / RESULT
+
+
+def _write_summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[str, list[int]]) -> None:
+    path = out / SUMMARY
+    model = {key: subject[key] for key in ("name", "subject", "weights_sha256")} | {"label": label}
+    tasks: dict[str, dict[str, list[int]]] = {}
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["model"] != model:
+            raise XdscaleError(
+                f"{path}: holds the sweep of another model, {before['model']['label']} ({before['model']['name']}, "
+                f"{before['model']['subject']}); choose another --out, or delete this one"
+            )
+        tasks = before["tasks"]
+    elif out.exists() and any(out.iterdir()):
+        raise XdscaleError(f"--out {out}: holds files but no {SUMMARY}; choose an empty or new folder")
+    for task, numbers in seeds.items():
+        tasks[task] = {"seeds": sorted({*tasks.get(task, {"seeds": []})["seeds"], *numbers})}
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({"format": FORMAT, "model": model, "tasks": tasks}, indent=2) + "\n")
+
+
+def _visible_gpus() -> list[str]:
+    """Returns the numbers of the GPUs as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if not Path("/dev/nvidiactl").exists():
+        return []
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _slots(jobs: int, gpus: list[str]) -> list[dict[str, str]]:
+    """Returns the environment of each worker: its GPU, or its share of the cores."""
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(jobs)]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), "DS_ACCELERATOR": "cpu"}] * jobs
+
+
+def _print_table(out: Path, seeds: dict[str, list[int]]) -> None:
+    table = Table("task", "metric", "median", "lowest", "highest", "seeds", caption=str(out))
+    for task, numbers in seeds.items():
+        paths = [_result(out, task, seed) for seed in numbers]
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+        values = [result["score"]["value"] for result in results]
+        if values:
+            digits = [f"{value:.4f}" for value in (median(values), min(values), max(values))]
+            table.add_row(TASKS[task].title, TASKS[task].score, *digits, f"{len(values)} of {len(numbers)}")
+    if table.row_count:
+        Console().print(table)

@@ -1,0 +1,104 @@
+"""Predicts whole splits, and writes predictions down: for people and reports, and as submissions."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xdscale.data.stream import Slots
+from xdscale.data.task_batches import TaskCollator
+from xdscale.data.task_files import Example
+from xdscale.data.task_table import Task
+from xdscale.training.distributed import Ranks
+from xdscale.training.engine import to_device
+from xdscale.training.run_folder import write_atomically
+from xdscale.training.signals import StopRequest
+from xdscale.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model says of a split.
+
+    Attributes:
+        values: float64 [n], class numbers or targets.
+        scores: float32 [n, classes], the logits; [n, 1] for a regression.
+    """
+
+    values: np.ndarray
+    scores: np.ndarray
+
+
+def predict(
+    task: Task,
+    engine: Any,
+    slots: list[Slots],
+    collate: TaskCollator,
+    ranks: Ranks,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    step: int,
+) -> Predicted | None:
+    """Predicts each example of a split exactly once, without dropout; every rank calls it.
+
+    Args:
+        task: decides what the logits mean.
+        engine: the DeepSpeed engine.
+        slots: this rank's share; every rank has equally many.
+        collate: makes batches of them.
+        ranks: gathers the shares.
+        stop: a request to stop ends it.
+        watchdog: hears of every batch.
+        step: steps done.
+
+    Returns:
+        The predictions in file order, on every rank; None after a request to stop.
+    """
+    mine: dict[int, np.ndarray] = {}
+    engine.eval()
+    with torch.no_grad():
+        for number, part in enumerate(slots):
+            watchdog.enter("prediction", step, number)
+            if ranks.sum(torch.tensor(int(stop.requested), device=engine.device)).item():
+                return None
+            logits = engine(to_device(collate(part).arrays, engine.device))["logits"].cpu().numpy()
+            mine |= dict(zip(part.sample_ids[part.real].tolist(), logits[part.real]))
+    everyone = {sample: row for share in ranks.gather(mine) for sample, row in share.items()}
+    scores = np.stack([everyone[sample] for sample in range(len(everyone))])
+    values = scores[:, 0] if task.regression else scores.argmax(1)
+    return Predicted(values.astype(np.float64), scores)
+
+
+def write_predictions(path: Path, task: Task, examples: list[Example], predicted: Predicted) -> None:
+    """Writes one JSON line per labelled example, in file order."""
+    lines = []
+    for index, (example, value, scores) in enumerate(zip(examples, predicted.values.tolist(), predicted.scores)):
+        entry: dict[str, Any] = {"index": index, "id": example.id, "sentence1": example.first}
+        entry["sentence2"] = {"single": None, "pair": example.seconds[0] if example.seconds else None}.get(
+            task.kind, list(example.seconds)
+        )
+        if task.regression:
+            entry |= {"label": example.label, "prediction": value, "squared_error": (value - example.label) ** 2}
+        else:
+            label, prediction = int(example.label), int(value)
+            entry |= {"label": label, "prediction": prediction, "correct": label == prediction}
+        lines.append(json.dumps(entry | {"scores": [float(score) for score in scores]}, ensure_ascii=False) + "\n")
+    write_atomically(path, "".join(lines))
+
+
+def write_submission(path: Path, task: Task, examples: list[Example], predicted: Predicted) -> None:
+    """Writes the predictions of an unlabelled split as GLUE's server takes them: index, prediction in label words.
+
+    A .csv file is Kaggle's instead: id, target.
+    """
+    path.parent.mkdir(exist_ok=True)
+    values = predicted.values.tolist()
+    words = [f"{value:.6f}" if task.regression else task.labels[int(value)] for value in values]
+    if path.suffix == ".csv":
+        rows = [f"{task.id},{task.label}", *(f"{example.id},{word}" for example, word in zip(examples, words))]
+    else:
+        rows = ["index\tprediction", *(f"{index}\t{word}" for index, word in enumerate(words))]
+    write_atomically(path, "\n".join(rows) + "\n")

@@ -1,0 +1,214 @@
+"""Finetuning recipes: one file for all tasks and sizes, resolved to one recipe per run."""
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from xdscale.data.task_files import TaskData
+from xdscale.data.task_table import TASKS
+from xdscale.errors import XdscaleError
+from xdscale.recipe import (
+    SHIPPED,
+    Optim,
+    Output,
+    Section,
+    Training,
+    apply_override,
+    describe_validation_error,
+    run_identity,
+)
+
+FORMAT = 1
+"""Of the runs: raised when the same settings come to mean another computation."""
+
+RESULT = "result.json"
+"""Written last into a run folder: where it stands, the run is finished."""
+
+LARGE_FROM = 1024
+"""Hidden size from which an encoder is "large-sized" (paper Table 4)."""
+
+OTHERS = "others"
+Size = Literal["base", "large"]
+Subject = Literal["language", "cross-modal", "clip"]
+
+
+class ModelSettings(Section):
+    """How the subject is built and what it reads."""
+
+    dropout: float = Field(0.1, ge=0, lt=1)
+    max_length: int = Field(128, ge=8, description="language tokens with [CLS] and [SEP]")
+    kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
+    weights: Literal["pretrained", "random"] = Field("pretrained", description="random: to see what they are worth")
+    clip_weights: str = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
+
+
+class OptimSettings(Section):
+    """AdamW and its schedule; the learning rate by size and task, or one for all."""
+
+    learning_rate: float | dict[Size, dict[str, float]]
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    gradient_clipping: float = Field(1.0, gt=0)
+
+
+class TrainingSettings(Section):
+    """How long, how much at once, and what happens in between."""
+
+    epochs: float = Field(3, gt=0)
+    global_batch: int = Field(32, ge=1, description="examples per optimiser step, over all ranks")
+    eval_samples: int = Field(2048, ge=1, description="development examples per validation on the way, at most")
+    checkpoint_every: int = Field(500, ge=1, description="steps")
+    keep_checkpoints: int = Field(1, ge=1, description="while the run lasts; a finished one keeps none")
+    stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows epochs")
+    max_skipped_in_row: int = Field(5, ge=1)
+    hang_seconds: int = Field(45, ge=1)
+
+
+class FinetuneSettings(Section):
+    """A finetuning recipe file."""
+
+    model: ModelSettings = ModelSettings()
+    optim: OptimSettings
+    training: TrainingSettings = TrainingSettings()
+    seeds: dict[str, int] = Field({OTHERS: 5}, description="seeds per task; the paper reports the median")
+
+    def seeds_of(self, task: str) -> int:
+        """Returns how many seeds a task has."""
+        return self.seeds.get(task, self.seeds[OTHERS])
+
+    def learning_rate(self, task: str, size: Size) -> float:
+        """Returns the learning rate of a task for an encoder's size (Table 5)."""
+        rates = self.optim.learning_rate
+        if isinstance(rates, float):
+            return rates
+        return rates[size].get(task, rates[size][OTHERS])
+
+
+class SubjectSection(ModelSettings):
+    """What is finetuned in one run."""
+
+    name: str
+    subject: Subject
+    size: Size
+    weights_sha256: str | None
+
+
+class TaskSection(Section):
+    """On what, for how long."""
+
+    name: str
+    data: str
+    epochs: float
+
+
+class FinetuneRecipe(Section):
+    """Everything that decides the result of one run: one model, one task, one seed."""
+
+    model: SubjectSection
+    task: TaskSection
+    optim: Optim
+    training: Training
+    output: Output
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what must be equal for a run to be continued: all but where, how often and how far at once."""
+        values = run_identity(self.model_dump(mode="json"))
+        del values["task"]["data"]  # the files' hashes stand in every checkpoint
+        return values
+
+    def to_yaml(self) -> str:
+        """Returns the recipe with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
+    """Reads a finetuning recipe and applies overrides.
+
+    Args:
+        name: a YAML file, or the name of a shipped one.
+        overrides: `section.key=value` items.
+
+    Raises:
+        XdscaleError: no such recipe, not YAML, an unknown key or task, or a bad value.
+    """
+    path = _path(name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise XdscaleError(f"{path}: not a YAML recipe: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise XdscaleError(f"{path}: expected the sections {', '.join(FinetuneSettings.model_fields)}")
+    for override in overrides:
+        apply_override(values, override)
+    try:
+        settings = FinetuneSettings.model_validate(values)
+    except ValidationError as error:
+        raise XdscaleError(describe_validation_error(str(path), error, FinetuneSettings)) from None
+    _check_tables(path, settings)
+    return settings
+
+
+def resolve_run(
+    settings: FinetuneSettings, data: TaskData, *, subject: dict[str, Any], source: Path, seed: int, folder: Path
+) -> FinetuneRecipe:
+    """Returns the recipe of one run.
+
+    An epoch is as many steps as its examples fill batches; the last batch of a run may reach into a next epoch.
+
+    Args:
+        settings: of the recipe file.
+        data: the task.
+        subject: name, subject, size and weights_sha256 of the model.
+        source: the data folder.
+        seed: of the new head, the shuffle and dropout.
+        folder: the run folder.
+    """
+    task, training = data.task.name, settings.training
+    per_epoch = len(data.train) / training.global_batch
+    rates = settings.optim.model_dump() | {"learning_rate": settings.learning_rate(task, subject["size"])}
+    return FinetuneRecipe(
+        model=SubjectSection(**settings.model.model_dump(), **subject),
+        task=TaskSection(name=task, data=str(source), epochs=training.epochs),
+        optim=Optim(**rates),
+        training=Training(
+            **training.model_dump(exclude={"epochs"}),
+            steps=max(1, math.ceil(training.epochs * per_epoch)),
+            eval_every=max(1, round(per_epoch)),
+            seed=seed,
+        ),
+        output=Output(folder=str(folder)),
+    )
+
+
+def _path(name: str) -> Path:
+    path, shipped = Path(name), SHIPPED / "finetune" / f"{name}.yaml"
+    if path.is_file():
+        return path
+    if shipped.is_file():
+        return shipped
+    names = sorted(entry.stem for entry in shipped.parent.glob("*.yaml"))
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped ones: {', '.join(names)}"
+    raise XdscaleError(f"--recipe {name}: no such finetuning recipe; {hint}")
+
+
+def _check_tables(path: Path, settings: FinetuneSettings) -> None:
+    tables: dict[str, dict[str, Any]] = {"seeds": settings.seeds}
+    if isinstance(settings.optim.learning_rate, dict):
+        missing = [size for size in ("base", "large") if size not in settings.optim.learning_rate]
+        if missing:
+            raise XdscaleError(f"{path}: optim.learning_rate has no {missing[0]!r}; it has base and large")
+        tables |= {f"optim.learning_rate.{size}": rates for size, rates in settings.optim.learning_rate.items()}
+    for key, table in tables.items():
+        unknown = sorted(table.keys() - TASKS.keys() - {OTHERS})
+        if unknown or OTHERS not in table:
+            what = f"unknown task {unknown[0]!r}" if unknown else f"no value for {OTHERS!r}"
+            raise XdscaleError(f"{path}: {key}: {what}; keys are {OTHERS} and {', '.join(TASKS)}")
+        if min(table.values()) <= 0:
+            raise XdscaleError(f"{path}: {key}: values must be greater than 0")

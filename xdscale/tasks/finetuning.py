@@ -1,0 +1,181 @@
+"""Finetuning: a subject with the loss of a task, and where subjects come from (paper §2.4, appendix C)."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    ElectraForMultipleChoice,
+    ElectraForSequenceClassification,
+    PreTrainedModel,
+)
+
+from xdscale import recipe
+from xdscale.data.task_batches import NO_LABEL
+from xdscale.data.task_table import Task
+from xdscale.errors import XdscaleError
+from xdscale.models.attention import use_packed_attention
+from xdscale.models.residual_norm import use_residual_norm
+from xdscale.pretrained.clip import load_clip_text_tower
+from xdscale.pretrained.files import read_json, read_state_dict
+from xdscale.pretrained.language import load_language_encoder
+from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
+from xdscale.tasks.xdbert import build_model
+
+FULL_MODEL = "cross_modal"
+"""Folder of the full model inside an export."""
+
+NEAR = 0.5
+"""A regression counts as right within this distance, for the one number that all tasks show during training."""
+
+_CLASSES: dict[tuple[str, bool], type[PreTrainedModel]] = {
+    ("bert", False): BertForSequenceClassification,
+    ("bert", True): BertForMultipleChoice,
+    ("electra", False): ElectraForSequenceClassification,
+    ("electra", True): ElectraForMultipleChoice,
+}
+
+
+class Finetuning(nn.Module):
+    """A subject with the loss of its task.
+
+    Attributes:
+        subject: one of the classifiers of `xdscale.tasks.subjects`.
+    """
+
+    def __init__(self, subject: nn.Module, *, regression: bool) -> None:
+        super().__init__()
+        self.subject = subject
+        self.regression = regression
+
+    def enable_activation_checkpointing(self) -> None:
+        """Trades a second forward pass of the encoder for its activations; the result stays the same."""
+        self.subject.enable_activation_checkpointing()
+
+    def forward(
+        self, batch: Mapping[str, torch.Tensor], return_attention: bool = False
+    ) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
+        """Computes the summed loss: cross-entropy, or squared errors.
+
+        Args:
+            batch: the arrays of `xdscale.data.task_batches.TaskCollator` as tensors.
+            return_attention: add the subject's attention maps, if it has any, as "attention_maps".
+
+        Returns:
+            "task": the loss summed over the real examples (fp32 scalar), and how many are right (int64 scalar; a
+            regression within `NEAR`). "logits": fp32 [b, outputs], without gradient; for choices [b, choices].
+        """
+        labels, real = batch["labels"], batch["real"]
+        logits, maps = self.subject(batch, return_attention)
+        logits = logits.float().view(len(labels), -1)
+        if self.regression:
+            error = (logits.squeeze(1) - labels).masked_fill(~real, 0.0)
+            loss = error.square().sum()
+            correct = (real & (error.detach().abs() <= NEAR)).sum()
+        else:
+            loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
+            correct = (logits.detach().argmax(-1) == labels).sum()
+        terms: dict[str, torch.Tensor | tuple[torch.Tensor, ...]] = {"task": (loss, correct), "logits": logits.detach()}
+        if return_attention:
+            terms["attention_maps"] = maps
+        return terms
+
+    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
+        """Returns the matrix-multiplication FLOPs of forward and backward for one micro-batch, without the head."""
+        return 3 * self.subject.flops(arrays)
+
+
+def build_language_classifier(
+    spec: recipe.Language, task: Task, *, dropout: float, plain: bool = False
+) -> LanguageClassifier:
+    """Builds the language encoder with a new head.
+
+    The head takes its values from torch's global generator: seed it before, alike on all ranks.
+
+    Raises:
+        XdscaleError: the encoder cannot be built or its weights cannot be loaded.
+    """
+    encoder = load_language_encoder(spec, dropout=dropout)
+    config = encoder.config
+    config.num_labels = task.outputs
+    if config.model_type == "electra":
+        config.summary_last_dropout = dropout
+    bare = copy.deepcopy(config)
+    bare.num_hidden_layers = 0  # only the head of this one is kept
+    model = _CLASSES[config.model_type, task.kind == "choice"](bare)
+    setattr(model, model.base_model_prefix, encoder)
+    model.config = config
+    use_packed_attention(model, plain=plain)
+    use_residual_norm(encoder, plain=plain)
+    return LanguageClassifier(model)
+
+
+def build_cross_modal_classifier(
+    folder: Path, task: Task, *, dropout: float, plain: bool = False
+) -> CrossModalClassifier:
+    """Builds the full cross-modal model of an export with a new classifier.
+
+    The pooler starts as that of MATCH, where the export has one: it is what adaptation trained on this very output,
+    as BERT's own pooler is what next-sentence prediction trained.
+
+    Args:
+        folder: written by `xdscale export`.
+        task: decides the outputs.
+        dropout: of all parts but CLIP-T, which has none.
+        plain: attention by its definition instead of the kernels.
+
+    Raises:
+        XdscaleError: the folder holds no full model.
+    """
+    spec, state = read_full_model(folder)
+    kernels = "plain" if plain else "fused"
+    bare = recipe.Model(
+        language=recipe.Language(name=str(folder), weights="random"),
+        clip=spec.clip.model_copy(update={"weights": "random"}),
+        cross_layers=spec.cross_layers,
+        dropout=dropout,
+        kernels=kernels,
+    )
+    encoder = build_model(bare)
+    encoder.load_state_dict({name[6:]: value for name, value in state.items() if name.startswith("model.")})
+    classifier = CrossModalClassifier(encoder, task.outputs, dropout=dropout)
+    pooler = {name[13:]: value for name, value in state.items() if name.startswith("match.pooler.")}
+    if pooler:
+        classifier.pooler.load_state_dict(pooler)
+    return classifier
+
+
+def build_clip_classifier(spec: recipe.Clip, task: Task, *, dropout: float) -> ClipClassifier:
+    """Builds CLIP-T with a new classifier.
+
+    Raises:
+        XdscaleError: the tower cannot be built or its weights cannot be loaded.
+    """
+    sentences = 1 if task.kind == "single" else 2
+    return ClipClassifier(load_clip_text_tower(spec), sentences, task.outputs, dropout=dropout)
+
+
+def read_full_model(folder: Path) -> tuple[recipe.Model, dict[str, torch.Tensor]]:
+    """Reads the full cross-modal model of an export: what it was built from, and its fp32 weights with the heads.
+
+    Raises:
+        XdscaleError: the folder holds no full model, or one of the language encoder alone.
+    """
+    inner = folder / FULL_MODEL
+    if not (inner / "config.json").is_file():
+        raise XdscaleError(
+            f"{folder}: holds no {FULL_MODEL}/config.json; the cross-modal subject needs a folder written by "
+            "'xdscale export'"
+        )
+    config = read_json(inner / "config.json")
+    spec = recipe.Recipe.model_validate(config["recipe"]).model
+    if spec.clip is None:
+        raise XdscaleError(f"{folder}: was adapted without CLIP, so there is no cross-modal model in it")
+    state = read_state_dict(inner / "model.safetensors")
+    return spec, state | {name: state[source] for name, source in config["tied_weights"].items()}

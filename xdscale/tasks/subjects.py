@@ -1,0 +1,159 @@
+"""The three subjects of finetuning: language encoder alone, full cross-modal model, CLIP-T alone (spec xdbert §5.2)."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from xdscale.models.clip_text import CLIPTextEncoder
+from xdscale.models.xdbert import XDBERT
+from xdscale.tasks import flops
+
+INITIAL_STD = 0.02
+"""Of new heads, as in BERT."""
+
+
+class Judgement(NamedTuple):
+    """What a subject says of a batch.
+
+    Attributes:
+        logits: [texts, outputs].
+        maps: cross-attention maps of the first text, if asked for and if the subject has any.
+    """
+
+    logits: torch.Tensor
+    maps: tuple[torch.Tensor, ...] = ()
+
+
+class LanguageClassifier(nn.Module):
+    """The language encoder alone (XDBERT), with the published head: transformers' own classes.
+
+    BERT: its pooler, dropout, Linear. ELECTRA: Linear, GELU, dropout, Linear on the first token. Multiple choice
+    scores each text by itself.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recomputes each layer in the backward pass."""
+        self.model.base_model.activation_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, batch: Mapping[str, torch.Tensor], return_attention: bool) -> Judgement:
+        """Reads language_ids, segments and language_mask; has no attention maps to give."""
+        return Judgement(
+            self.model(
+                input_ids=batch["language_ids"], attention_mask=batch["language_mask"], token_type_ids=batch["segments"]
+            ).logits
+        )
+
+    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
+        """Returns those of the forward pass."""
+        ids = _texts(arrays["language_ids"], 1)
+        return flops.language_flops(self.model.config, *ids.shape)
+
+
+class CrossModalClassifier(nn.Module):
+    """The full cross-modal model (X-BERT): BERT's pooler and a Linear on the cross-modal output at [CLS]."""
+
+    def __init__(self, encoder: XDBERT, outputs: int, *, dropout: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        size = encoder.language.config.hidden_size
+        self.pooler = _new_linear(size, size)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = _new_linear(size, outputs)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recomputes each layer in the backward pass."""
+        self.encoder.enable_activation_checkpointing()
+
+    def forward(self, batch: Mapping[str, torch.Tensor], return_attention: bool) -> Judgement:
+        """Reads everything but the segments, which were all 0 in adaptation and mark the second sentence here too."""
+        language_ids, language_mask = _texts(batch["language_ids"], 1), _texts(batch["language_mask"], 1)
+        clip_ids, clip_lengths = _texts(batch["clip_ids"], 2), _texts(batch["clip_lengths"], 1)
+        first = torch.arange(len(language_ids), device=language_ids.device) * language_ids.shape[1]
+        language, _, *maps = self.encoder(
+            language_ids,
+            clip_ids,
+            clip_lengths,
+            language_mask,
+            _texts(batch["segments"], 1),
+            wanted=(first, first[:0]),
+            return_attention=return_attention,
+        )  # [texts, size]
+        pooled = torch.tanh(self.pooler(language))
+        return Judgement(self.classifier(self.dropout(pooled)), tuple(*maps))
+
+    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
+        """Returns those of the forward pass."""
+        language_ids, clip_lengths = _texts(arrays["language_ids"], 1), _texts(arrays["clip_lengths"], 1)
+        config, clip = self.encoder.language.config, self.encoder.clip
+        total = flops.language_flops(config, *language_ids.shape)
+        total += flops.clip_flops(clip, np.count_nonzero(clip_lengths))
+        language, tokens = _texts(arrays["language_mask"], 1).sum(1), clip_lengths.sum(1)
+        for number in range(1, len(self.encoder.layers) + 1):
+            last = number == len(self.encoder.layers)
+            total += flops.cross_layer_flops(
+                config.hidden_size,
+                clip.output_size,
+                config.intermediate_size,
+                language,
+                tokens,
+                np.ones_like(language) if last else language,
+                np.zeros_like(tokens) if last else tokens,
+            )
+        return total
+
+
+class ClipClassifier(nn.Module):
+    """CLIP-T alone (Table 1, first row), read where CLIP reads it: at the end token, projected (paper §2.2).
+
+    A sentence is the mean over its blocks, a pair the two sentences side by side; the paper does not say. A Linear on
+    two vectors side by side cannot compare them, which is in keeping with its 51.62 on RTE and 22.07 on STS-B.
+    """
+
+    def __init__(self, encoder: CLIPTextEncoder, sentences: int, outputs: int, *, dropout: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.sentences = sentences
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = _new_linear(sentences * encoder.output_size, outputs)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recomputes each layer in the backward pass."""
+        self.encoder.enable_activation_checkpointing()
+
+    def forward(self, batch: Mapping[str, torch.Tensor], return_attention: bool) -> Judgement:
+        """Reads clip_ids and clip_lengths; has no attention maps to give."""
+        clip_ids, lengths = _texts(batch["clip_ids"], 2), _texts(batch["clip_lengths"], 1)
+        texts, blocks, positions = clip_ids.shape
+        filled = lengths.flatten().nonzero().squeeze(1)
+        states = self.encoder(clip_ids.flatten(0, 1).index_select(0, filled).unsqueeze(0)).squeeze(0)
+        ends = torch.arange(len(filled), device=filled.device) * positions + lengths.flatten()[filled] - 1
+        features = states.new_zeros(texts * blocks, states.shape[-1]).index_copy(
+            0, filled, states.index_select(0, ends)
+        )
+        features = features.view(texts, self.sentences, -1, states.shape[-1])  # [texts, sentences, 2, size]
+        used = (lengths > 0).view(texts, self.sentences, -1).sum(2, keepdim=True)
+        return Judgement(self.classifier(self.dropout((features.sum(2) / used).flatten(1))))
+
+    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
+        """Returns those of the forward pass."""
+        return flops.clip_flops(self.encoder, np.count_nonzero(arrays["clip_lengths"]))
+
+
+def _new_linear(size: int, outputs: int) -> nn.Linear:
+    linear = nn.Linear(size, outputs)
+    nn.init.normal_(linear.weight, std=INITIAL_STD)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _texts(array, dimensions: int):  # noqa: ANN001, ANN202 - tensors and numpy arrays alike
+    """Returns [b, c, …] or [b, …] as [texts, …], where … has so many dimensions."""
+    return array.reshape(-1, *array.shape[array.ndim - dimensions :])
