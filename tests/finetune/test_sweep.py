@@ -200,5 +200,5 @@ def request(model, data, out, **changes):
 )
 def test_mistakes_are_named_before_anything_is_trained(small_tasks, cassette_model, tmp_path, changes, message):
     with pytest.raises(XdscaleError, match=message):
-        run_command(request(cassette_model, small_tasks, tmp_path / "out", **changes))
+        run_command(request(**({"model": cassette_model, "data": small_tasks, "out": tmp_path / "out"} | changes)))
     assert not (tmp_path / "out" / "cola").exists()

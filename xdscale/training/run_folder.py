@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
+from pydantic import ValidationError
 
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe
@@ -57,7 +58,13 @@ class RunFolder:
                     f"folder ({foreign[0]} …); choose an empty or new one"
                 )
             return
-        before = type(recipe).model_validate(yaml.safe_load(stored.read_text(encoding="utf-8"))).identity()
+        try:
+            before = type(recipe).model_validate(yaml.safe_load(stored.read_text(encoding="utf-8"))).identity()
+        except ValidationError:
+            raise XdscaleError(
+                f"output.folder = {self.folder}: holds a run of another kind (adaptation or finetuning) or version; "
+                "choose another folder, or delete this one"
+            ) from None
         differences = _differences(before, recipe.identity())
         if differences:
             raise XdscaleError(

@@ -1,0 +1,34 @@
+"""The quickstart's task: real sentences in CoLA's public format, the same every time."""
+
+from xdscale.data.task_files import read_task
+from xdscale.data.task_table import TASKS
+from xdscale.shards.corpus import read_documents
+
+
+def test_sentences_are_real_balanced_disjoint_and_the_same_every_time(
+    quickstart_task, small_tasks, wiki_dump, tmp_path
+):
+    quickstart_task.write_task(wiki_dump, tmp_path)
+    for name in ("train.tsv", "dev.tsv"):
+        assert (tmp_path / "CoLA" / name).read_bytes() == (small_tasks / "CoLA" / name).read_bytes()
+    data = read_task(TASKS["cola"], tmp_path)
+    train, dev = data.train, data.dev["dev"]
+    assert (len(train), len(dev)) == (400, 200)
+    assert {example.first for example in train}.isdisjoint(example.first for example in dev)
+    text = " ".join(" ".join(" ".join(document).split()) for document in read_documents(wiki_dump))
+    assert all(example.first in text for example in train + dev)
+    assert sum(example.label for example in dev) == len(dev) / 2
+
+
+def test_persons_are_told_by_the_first_sentence_of_their_article(quickstart_task):
+    persons = (
+        "Abraham Lincoln (; February 12, 1809 – April 15, 1865) was the 16th president",
+        "Andre Agassi (born 1970) is an American",
+    )
+    others = (
+        "The ampere (SI unit symbol: A), often shortened",
+        "Alabama () is a state",
+        "Animal Farm (1945) is a novella",
+    )
+    assert all(quickstart_task._PERSON.match(text) for text in persons)
+    assert not any(quickstart_task._PERSON.match(text) for text in others)
