@@ -66,6 +66,8 @@ def _load(spec: Recipe, shape: ModelShape, length: int, ids_per_piece: float, *,
         )
     ids = min(ids_per_piece * (length - 2), _MOST_BLOCKS * _CONTENT)
     blocks = math.ceil(ids / _CONTENT) if whole_blocks else ids / _CONTENT + _PARTLY_FILLED
+    if spec.model.clip is None:
+        ids = blocks = 0.0
     tasks = spec.tasks
     return Load(
         length=length,

@@ -66,13 +66,17 @@ class ClipShape:
     output_size: int = 512
 
 
+NO_CLIP = ClipShape(width=0, heads=1, layers=0, vocab_size=0, output_size=0)
+"""In the place of a tower where a recipe has none."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A recipe's model and heads.
 
     Attributes:
         language: the language encoder.
-        clip: CLIP's text tower.
+        clip: CLIP's text tower, or `NO_CLIP`.
         cross_layers: number of cross-modal layers.
         tasks: objectives that are on.
     """
@@ -91,7 +95,7 @@ def model_shape(spec: recipe.Recipe) -> ModelShape:
     """
     return ModelShape(
         language_shape(spec.model.language.name),
-        clip_shape(spec.model.clip.name),
+        clip_shape(spec.model.clip.name) if spec.model.clip else NO_CLIP,
         spec.model.cross_layers,
         tuple(spec.tasks.weights()),
     )
@@ -151,7 +155,7 @@ def modules(shape: ModelShape, frozen: tuple[str, ...] = ()) -> list[Module]:
     """
     found = [
         *_language(shape.language, trained="language" not in frozen),
-        *_clip(shape.clip, trained="clip" not in frozen),
+        *(_clip(shape.clip, trained="clip" not in frozen) if shape.clip is not NO_CLIP else ()),
     ]
     for layer in range(shape.cross_layers):
         found += _cross_layer(f"model.layers.{layer}", shape.language, shape.clip)
