@@ -84,7 +84,7 @@ def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
     run.check(recipe)
     with Watchdog(ranks, run.folder, recipe.training.hang_seconds) as watchdog:
         try:
-            data = open_data(recipe, ds_config, ranks)
+            data = open_data(recipe, ds_config, ranks, on_shard=watchdog.tick)
             watchdog.samples = lambda step, micro_batch: sample_ids(data.stream.slots(step), micro_batch)
             ranks.raise_first(claim(run) if ranks.is_first else None, "cannot start")
             run.check_shared(ranks)
@@ -136,8 +136,10 @@ def claim(run: Any) -> str | None:
     return None
 
 
-def open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> Data:
-    """Finds the shards and sets the streams up."""
+def open_data(
+    recipe: Recipe, ds_config: dict[str, Any], ranks: Any, *, on_shard: Callable[[], None] | None = None
+) -> Data:
+    """Finds the shards and sets the streams up; `on_shard` is called as they are verified."""
     from xdscale.data.collate import XDBERTCollator
     from xdscale.data.draws import draws_hash
     from xdscale.data.opening import open_shards
@@ -148,7 +150,7 @@ def open_data(recipe: Recipe, ds_config: dict[str, Any], ranks: Any) -> Data:
     from xdscale.training.protocols import StepData
 
     folder, damaged = open_shards(
-        recipe.data, ranks, check=lambda folder: check_shards(recipe.model, Manifest.load(folder))
+        recipe.data, ranks, check=lambda folder: check_shards(recipe.model, Manifest.load(folder)), on_shard=on_shard
     )
     train = ShardedSplit(folder, "train", quarantined=damaged)
     training, micro_batch = recipe.training, ds_config["train_micro_batch_size_per_gpu"]

@@ -153,3 +153,24 @@ def test_patience_follows_how_long_a_phase_takes(tmp_path, monkeypatch):
             assert watchdog._patience("forward") == 600
     assert watchdog._patience("forward") == 45
     assert watchdog._patience("saving") == 900
+
+
+def test_a_slow_phase_that_goes_on_is_no_hang(tmp_path, monkeypatch):
+    """Fetching shards for an hour: signs of progress count, silence of 900 s does not."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    watchdog = Watchdog(Ranks(0, 1, 0), tmp_path, 45)
+
+    def judge_for(seconds, *, fetching):
+        for _ in range(seconds):
+            clock[0] += 1
+            if fetching and clock[0] % 600 == 0:
+                watchdog.tick()
+            watchdog._beat()
+            accused = watchdog._judge()
+            if accused:
+                return accused
+        return None
+
+    assert judge_for(3600, fetching=True) is None
+    assert "made no progress for 901 s in phase 'starting'" in judge_for(3600, fetching=False)

@@ -17,13 +17,16 @@ from xdscale.shards.verify import damaged_shards
 SECONDS_BETWEEN_LINES = 15.0
 
 
-def open_shards(section: recipe.Data, ranks: Any, *, check: Callable[[Path], None]) -> tuple[Path, dict[str, str]]:
+def open_shards(
+    section: recipe.Data, ranks: Any, *, check: Callable[[Path], None], on_shard: Callable[[], None] | None = None
+) -> tuple[Path, dict[str, str]]:
     """Finds, fetches and verifies the shards; every rank calls it and does a share.
 
     Args:
         section: of the recipe.
         ranks: this process among the others: `rank`, `world_size`, `local_rank`, `is_first`, `gather`, `raise_first`.
         check: called with the folder when its manifest is there, before any shard is read; may refuse it.
+        on_shard: called after each shard of this rank's share.
 
     Returns:
         The folder on this node, and what is wrong with each damaged shard, by file name: at most
@@ -37,7 +40,7 @@ def open_shards(section: recipe.Data, ranks: Any, *, check: Callable[[Path], Non
     check(folder)
     every = [record for split in Manifest.load(folder).splits.values() for record in split.shards]
     problem, mine = None, {}
-    progress = _Lines("fetching and verifying" if remote else "verifying", ranks.is_first)
+    progress = _Lines("fetching and verifying" if remote else "verifying", ranks.is_first, on_shard)
     try:
         if remote:
             # Every node has a cache of its own, so its ranks alone share the work.
@@ -89,10 +92,12 @@ def _check_budget(section: recipe.Data, damaged: dict[str, str], every: list[Sha
 class _Lines:
     """Says now and then on stderr how far a long work is; the first rank only."""
 
-    def __init__(self, what: str, speaks: bool) -> None:
-        self._what, self._speaks, self._last = what, speaks, time.monotonic()
+    def __init__(self, what: str, speaks: bool, on_shard: Callable[[], None] | None) -> None:
+        self._what, self._speaks, self._on_shard, self._last = what, speaks, on_shard, time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
+        if self._on_shard is not None:
+            self._on_shard()
         if self._speaks and time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             print(f"{self._what} shards: {done / max(1, total):.0%} of this rank's share", file=sys.stderr, flush=True)

@@ -56,6 +56,7 @@ class _Place:
     micro_batch: int | None = None
     entered: int = 0  # phases entered so far
     since: float = field(default_factory=time.monotonic)
+    ticks: int = 0  # signs of progress within the phase
 
 
 class Watchdog:
@@ -115,6 +116,10 @@ class Watchdog:
         self._durations[before.phase].append(now - before.since)
         self._place = _Place(phase, step, micro_batch, before.entered + 1, now)
 
+    def tick(self) -> None:
+        """Says that a long phase goes on: fetching or verifying shards may take hours."""
+        self._place.ticks += 1
+
     def end(self) -> None:
         """Says that this rank is done, and waits for the others: whoever leaves from now on is not missed."""
         self.enter(_ENDED, self._place.step)
@@ -173,6 +178,7 @@ class Watchdog:
         return {
             "beat": self._beats,
             "entered": place.entered,
+            "ticks": place.ticks,
             "phase": place.phase,
             "step": place.step,
             "samples": self.samples(place.step, place.micro_batch) if training else [],
@@ -197,7 +203,7 @@ class Watchdog:
         self._looked_at = now
         for rank, record in zip(watched, records):
             seen = self._seen.setdefault(rank, _Seen(record, now, now))
-            if record["entered"] != seen.record["entered"]:
+            if any(record[key] != seen.record[key] for key in ("entered", "ticks")):
                 seen.entered_at = now
             if record["beat"] != seen.record["beat"]:
                 seen.beat_at = now
@@ -224,6 +230,8 @@ class Watchdog:
         last = min(places.values())
         rank, *others = [rank for rank, place in places.items() if place == last]
         seen = self._seen[rank]
+        if seen not in overdue:
+            return None  # the others wait for one that is slow but goes on
         line = _accuse(rank, seen.record, f"made no progress for {now - seen.entered_at:.0f} s")
         return line + (f" (as did {len(others)} other ranks there)" if others else "")
 
