@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdscale.adapt import _calm_environment
+from xdscale.adapt import calm_environment
 from xdscale.recipe import load_recipe
 
 COLLECTIVES = {
@@ -225,7 +225,7 @@ def main():
     for name in ("--cases", "--out", "--local_rank"):
         parser.add_argument(name)
     options = parser.parse_args()
-    _calm_environment()
+    calm_environment()
     counter = CollectiveCounter()
     counter.install()
     from deepspeed.accelerator import get_accelerator

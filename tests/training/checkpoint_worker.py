@@ -9,7 +9,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from xdscale.adapt import _calm_environment
+from xdscale.adapt import calm_environment
 
 CASES = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 RESHARDED = [(1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")]
@@ -21,7 +21,7 @@ def main():
         parser.add_argument(name)
     parser.add_argument("--load", action="store_true")
     options = parser.parse_args()
-    _calm_environment()
+    calm_environment()
     import torch
 
     from xdscale.training import checkpoint as ckpt
@@ -52,6 +52,8 @@ def main():
                     zero_stage=stage,
                     precision=precision,
                     data_fingerprint="f",
+                    stream_hash="h",
+                    quarantined=[],
                 )
                 ckpt.save_checkpoint(engine, folder, position, ckpt.Retention(newest=1), ranks)
                 tensors[f"{stage}-{precision} saved"] = whole(engine)

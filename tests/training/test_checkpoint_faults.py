@@ -84,7 +84,15 @@ class Engine:
 
 def save(folder, step, *, world_size=1, newest=2, through_python=True):
     position = ckpt.CheckpointPosition(
-        step=step, epoch=0, index=step, world_size=world_size, zero_stage=1, precision="fp32", data_fingerprint="f"
+        step=step,
+        epoch=0,
+        index=step,
+        world_size=world_size,
+        zero_stage=1,
+        precision="fp32",
+        data_fingerprint="f",
+        stream_hash="h",
+        quarantined=[],
     )
 
     def action(ranks):
