@@ -6,8 +6,9 @@ micro-batch) stands in a DeepSpeed JSON file: see `xdscale.ds_config`.
 
 import difflib
 import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +17,8 @@ from xdscale.errors import XdscaleError
 from xdscale.names import is_url
 
 SHIPPED = Path(__file__).parent / "recipes"
+
+Values = TypeVar("Values", bound=BaseModel)
 
 _HOW_OFTEN_AND_HOW_FAR = (
     "eval_every",
@@ -186,20 +189,29 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         XdscaleError: no such recipe, not YAML, an unknown key (the nearest right one is named) or a bad value.
     """
     path = _recipe_path(name)
+    recipe = read_validated(path, overrides, Recipe)
+    _check_consistency(recipe, path)
+    return recipe
+
+
+def read_validated(path: Path, overrides: Sequence[str], model: type[Values]) -> Values:
+    """Reads a YAML file of sections, applies overrides and validates it.
+
+    Raises:
+        XdscaleError: as `load_recipe`.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise XdscaleError(f"{path}: not a YAML recipe: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise XdscaleError(f"{path}: expected the sections {', '.join(Recipe.model_fields)}, found {values!r}")
+        raise XdscaleError(f"{path}: expected the sections {', '.join(model.model_fields)}, found {values!r}")
     for override in overrides:
-        apply_override(values, override)
+        _apply_override(values, override)
     try:
-        recipe = Recipe.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise XdscaleError(describe_validation_error(str(path), error, Recipe)) from None
-    _check_consistency(recipe, path)
-    return recipe
+        raise XdscaleError(describe_validation_error(str(path), error, model)) from None
 
 
 def describe_validation_error(source: str, error: ValidationError, model: type[BaseModel]) -> str:
@@ -238,7 +250,7 @@ def _recipe_path(name: str) -> Path:
     raise XdscaleError(f"{name}: no such recipe file or shipped recipe; {hint}")
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str) -> None:
     """Sets one value, given as `section.key=value` with the value in YAML.
 
     Raises:

@@ -14,6 +14,7 @@ from xdscale.data.stream import Stream
 from xdscale.errors import EXIT_BAD_INPUT
 from xdscale.replay import replay
 from xdscale.shards.reader import ShardedSplit
+from xdscale.training.integrity import read_pickle
 from xdscale.training.monitor import read_log
 from xdscale.training.skipping import skipped_so_far
 
@@ -102,7 +103,7 @@ def state(run):
     return {
         f"{path.name}{name}": value
         for path in files
-        for name, value in tensors(torch.load(path, weights_only=False, map_location="cpu")).items()
+        for name, value in tensors(read_pickle(path)).items()
         if "/frozen_param_fragments/" not in name
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from xdscale.data.task_files import TaskData
 from xdscale.data.task_table import TASKS
@@ -17,8 +17,7 @@ from xdscale.recipe import (
     Output,
     Section,
     Training,
-    apply_override,
-    describe_validation_error,
+    read_validated,
     run_identity,
 )
 
@@ -138,18 +137,7 @@ def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
         XdscaleError: no such recipe, not YAML, an unknown key or task, or a bad value.
     """
     path = _path(name)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise XdscaleError(f"{path}: not a YAML recipe: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise XdscaleError(f"{path}: expected the sections {', '.join(FinetuneSettings.model_fields)}")
-    for override in overrides:
-        apply_override(values, override)
-    try:
-        settings = FinetuneSettings.model_validate(values)
-    except ValidationError as error:
-        raise XdscaleError(describe_validation_error(str(path), error, FinetuneSettings)) from None
+    settings = read_validated(path, overrides, FinetuneSettings)
     _check_tables(path, settings)
     return settings
 
