@@ -36,7 +36,7 @@ def run_units(
     Raises:
         XdscaleError: from a unit, or a worker process died.
     """
-    with _one_thread_per_process():
+    with one_thread_per_process():
         if workers == 1:
             builder = UnitBuilder(out, build, tokenizer)
             for unit in units:
@@ -95,7 +95,7 @@ def _build_unit(unit: Unit) -> tuple[UnitRecord, bool]:
 
 
 @contextmanager
-def _one_thread_per_process() -> Iterator[None]:
+def one_thread_per_process() -> Iterator[None]:
     """Keeps the tokenizers' own threads off, here and in child processes: `workers` says how many cores."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)

@@ -1,4 +1,4 @@
-"""Packed attention's Triton kernels against the plain definition in fp64; test_attention_triton.py runs this."""
+"""Packed attention's Triton kernels against the plain definition in fp64; test_triton_kernels.py runs this."""
 
 import math
 

@@ -1,6 +1,6 @@
 """The Triton kernels of `residual_norm` against the plain definition in fp64.
 
-Run by `test_residual_norm_triton.py` in a process of its own: on a GPU natively, elsewhere in Triton's
+Run by `test_triton_kernels.py` in a process of its own: on a GPU natively, elsewhere in Triton's
 interpreter, which must be chosen before any kernel is decorated.
 """
 

@@ -9,8 +9,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from xdscale.shards.clip_bpe import ClipBPE, clean
 from xdscale.shards.corpus import read_documents
 from xdscale.shards.inputs import find_inputs
 from xdscale.shards.language import load_language_tokenizer
+from xdscale.shards.workers import one_thread_per_process
 
 WIKIPEDIA_BYTES = 14e9
 """Text of the paper's larger corpus (spec xdbert, Table 3's last row)."""
@@ -101,7 +100,7 @@ def _measure(path: Path, paragraphs: list[str], language_tokenizer: str, rounds:
     bare: list[float] = []
     build: list[float] = []
     rates: dict[int, list[float]] = {number: [] for number in processes}
-    with _one_thread():
+    with one_thread_per_process():
         for _ in range(rounds):
             started = time.process_time()
             for first in range(0, len(paragraphs), BATCH_PARAGRAPHS):
@@ -156,15 +155,3 @@ def _table(result: Result, workers: int) -> Table:
         hours = f"{WIKIPEDIA_BYTES / rate / 3600:.1f}"
         table.add_row(f"{workers} processes : 1, by the clock", f"{result.gain(workers):.2f}", "", hours)
     return table
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keeps the opponent to one thread; a build does that itself."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})

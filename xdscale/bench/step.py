@@ -11,10 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -22,19 +20,13 @@ from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from xdscale.bench.batch import bench_batch
 from xdscale.bench.plain_model import plain_flops, plain_losses
-from xdscale.data.collate import CLIP_LENGTH, Batch, XDBERTCollator
-from xdscale.data.stream import Slots
+from xdscale.data.collate import Batch
 from xdscale.errors import XdscaleError
-from xdscale.names import resolve_path
 from xdscale.recipe import Recipe
-from xdscale.shards.reader import ShardedSplit
-from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation, check_shards
+from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation
 from xdscale.training.throughput import matmul_flops_per_second
-
-LANGUAGE_TOKENS = 512
-CLIP_TOKENS = 560
-"""Positions that the invented CLIP text fills of the 693, start and end tokens counted."""
 
 PLAIN, FAST = "plain fp32", "fast fp32"
 MASTERS, AUTOCAST = "fast bf16, fp32 masters", "fast bf16, autocast"
@@ -128,7 +120,7 @@ def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) ->
     rates = {dtype: _matmul_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
     torch.manual_seed(recipe.training.seed)
     module = build_adaptation(_with_random_weights(recipe)).train()
-    bench = _Bench(module, recipe, _batch(recipe, module, sequences))
+    bench = _Bench(module, recipe, bench_batch(recipe, module, sequences))
     names = [PLAIN, FAST] if against == "plain" else [FAST]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("memory of a step", total=len(names) * (pairs + 1) + pairs + 5)
@@ -312,46 +304,6 @@ class _Bench:
             self.optimizer.step()
             for master, parameter, _ in triples:
                 parameter.copy_(master)
-
-
-class _InventedSplit:
-    """Sequences of uniformly drawn ids, in the place of a `ShardedSplit`."""
-
-    def __init__(self, module: XDBERTAdaptation, samples: int) -> None:
-        config, tower = module.model.language.config, module.model.clip.tower
-        language = SimpleNamespace(vocab_size=config.vocab_size, cls_id=101, sep_id=102, mask_id=103)
-        clip = SimpleNamespace(start_id=tower.vocab_size - 2, end_id=tower.vocab_size - 1)
-        self.manifest = SimpleNamespace(build=SimpleNamespace(language_tokenizer=language, clip_tokenizer=clip))
-        generator = np.random.default_rng(0)
-        length = min(LANGUAGE_TOKENS, config.max_position_embeddings) - 2
-        content = CLIP_TOKENS - 2 * -(-CLIP_TOKENS // CLIP_LENGTH)
-        self._language = generator.integers(1000, config.vocab_size, (samples, length)).astype(np.uint16)
-        self._clip = generator.integers(1, tower.vocab_size - 2, (samples, content)).astype(np.uint16)
-
-    def __len__(self) -> int:
-        return len(self._language)
-
-    def usable(self, sample_ids: np.ndarray) -> np.ndarray:
-        return np.ones(len(sample_ids), bool)
-
-    def language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
-        return self._language[sample_ids]
-
-    def clip_ids(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._clip[sample_ids].ravel(), np.arange(len(sample_ids) + 1) * self._clip.shape[1]
-
-
-def _batch(recipe: Recipe, module: XDBERTAdaptation, sequences: int) -> Batch:
-    try:
-        folder = resolve_path(recipe.data.shards)
-    except XdscaleError:  # the recipe's data is not on this machine
-        split = _InventedSplit(module, sequences + 1)  # one more, so that every text has another as its partner
-    else:
-        split = ShardedSplit(folder, "train")
-        check_shards(recipe.model, split.manifest)
-    sample_ids = np.arange(sequences) % len(split)
-    slots = Slots(np.zeros_like(sample_ids), sample_ids, np.ones(sequences, bool))
-    return XDBERTCollator(split, seed=recipe.training.seed, tasks=recipe.tasks)(slots)
 
 
 def _with_random_weights(recipe: Recipe) -> Recipe:

@@ -1,0 +1,62 @@
+"""The batch that `xdscale bench step` computes on."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from xdscale.data.collate import CLIP_LENGTH, Batch, XDBERTCollator
+from xdscale.data.stream import Slots
+from xdscale.errors import XdscaleError
+from xdscale.names import resolve_path
+from xdscale.recipe import Recipe
+from xdscale.shards.reader import ShardedSplit
+from xdscale.tasks.xdbert import XDBERTAdaptation, check_shards
+
+LANGUAGE_TOKENS = 512
+CLIP_TOKENS = 560
+"""Positions that the invented CLIP text fills of the 693, start and end tokens counted."""
+
+
+class _InventedSplit:
+    """Sequences of uniformly drawn ids, in the place of a `ShardedSplit`."""
+
+    def __init__(self, module: XDBERTAdaptation, samples: int) -> None:
+        config, tower = module.model.language.config, module.model.clip.tower
+        language = SimpleNamespace(vocab_size=config.vocab_size, cls_id=101, sep_id=102, mask_id=103)
+        clip = SimpleNamespace(start_id=tower.vocab_size - 2, end_id=tower.vocab_size - 1)
+        self.manifest = SimpleNamespace(build=SimpleNamespace(language_tokenizer=language, clip_tokenizer=clip))
+        generator = np.random.default_rng(0)
+        length = min(LANGUAGE_TOKENS, config.max_position_embeddings) - 2
+        content = CLIP_TOKENS - 2 * -(-CLIP_TOKENS // CLIP_LENGTH)
+        self._language = generator.integers(1000, config.vocab_size, (samples, length)).astype(np.uint16)
+        self._clip = generator.integers(1, tower.vocab_size - 2, (samples, content)).astype(np.uint16)
+
+    def __len__(self) -> int:
+        return len(self._language)
+
+    def usable(self, sample_ids: np.ndarray) -> np.ndarray:
+        return np.ones(len(sample_ids), bool)
+
+    def language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
+        return self._language[sample_ids]
+
+    def clip_ids(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._clip[sample_ids].ravel(), np.arange(len(sample_ids) + 1) * self._clip.shape[1]
+
+
+def bench_batch(recipe: Recipe, module: XDBERTAdaptation, sequences: int) -> Batch:
+    """Returns a batch of the recipe's shards, or of invented sequences at the true shape where there are none.
+
+    Raises:
+        XdscaleError: the shards were not made for the recipe's model.
+    """
+    try:
+        folder = resolve_path(recipe.data.shards)
+    except XdscaleError:  # the recipe's data is not on this machine
+        split = _InventedSplit(module, sequences + 1)  # one more, so that every text has another as its partner
+    else:
+        split = ShardedSplit(folder, "train")
+        check_shards(recipe.model, split.manifest)
+    sample_ids = np.arange(sequences) % len(split)
+    slots = Slots(np.zeros_like(sample_ids), sample_ids, np.ones(sequences, bool))
+    return XDBERTCollator(split, seed=recipe.training.seed, tasks=recipe.tasks)(slots)
