@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -16,9 +17,10 @@ class StopRequest:
 
     The DeepSpeed launcher signals ranks one after another, so a rank never acts alone: the loop adds `requested` to
     the numbers that all ranks sum in every step. A launcher that is gone counts as a request: the `deepspeed` command
-    dies of SIGTERM without a word to its ranks, and its node's launcher of SIGUSR1.
+    dies of SIGTERM without a word to its ranks, and its node's launcher of SIGUSR1. So does a signal that a launcher
+    was started to block (`env --block-signal=TERM,USR1 deepspeed …`) and holds: no moment of a start is then too early.
 
-    As a context manager it catches both signals while it is open.
+    As a context manager it catches both signals while it is open; one that came while they were blocked arrives now.
     """
 
     def __init__(self) -> None:
@@ -28,11 +30,12 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came, or the launcher is gone."""
-        return self._signalled or not all(map(_alive, self._launchers))
+        """Whether a signal came, or a launcher is gone or holds one."""
+        return self._signalled or any(not _alive(process) or _holds_signal(process) for process in self._launchers)
 
     def __enter__(self) -> "StopRequest":
         self._before = [signal.signal(number, self._remember) for number in _SIGNALS]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         self._launchers, gone = _launchers_above()
         self._signalled |= gone
         return self
@@ -75,3 +78,13 @@ def _alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def _holds_signal(process: psutil.Process) -> bool:
+    """Whether one of the signals was sent to a process that blocks it; what blocks nothing holds nothing."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    (held,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("ShdPnd:"))
+    return any(held >> (number - 1) & 1 for number in _SIGNALS)

@@ -1,0 +1,38 @@
+"""Signals that were blocked: held by a launcher, or waiting for a rank's handlers."""
+
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from xdscale.training.signals import StopRequest, _holds_signal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_launcher_that_blocks_a_signal_lives_on_and_holds_it(number):
+    process = subprocess.Popen(["env", "--block-signal=TERM,USR1", "sleep", "60"])
+    try:
+        launcher = psutil.Process(process.pid)
+        while launcher.name() != "sleep":  # env has replaced itself
+            time.sleep(0.01)
+        assert not _holds_signal(launcher)
+        process.send_signal(number)
+        assert _holds_signal(launcher)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    assert not _holds_signal(launcher)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_came_before_the_handlers_is_a_request(number):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    os.kill(os.getpid(), number)
+    with StopRequest() as stop:
+        assert stop.requested
+    with StopRequest() as stop:
+        assert not stop.requested
