@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from xdscale.data.stream import Stream
 from xdscale.errors import EXIT_FAULT
 from xdscale.shards.reader import ShardedSplit
+from xdscale.training.activity import Activity
 from xdscale.training.distributed import Ranks
 from xdscale.training.monitor import read_log
 from xdscale.training.watchdog import Watchdog
@@ -46,15 +48,16 @@ class Launched:
             )
 
     def rank(self, number):
+        # By what the launcher gave it alone: the launcher itself may have inherited a RANK.
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if process.environ().get("RANK") == str(number):
+            if f"--local_rank={number}" in process.cmdline():
                 return process
         raise AssertionError(f"no rank {number}")
 
-    def wait_for_steps(self, count):
+    def wait_for(self, kind, count=1):
         deadline = time.monotonic() + 120
         log = self.run / "log.jsonl"
-        while not (log.exists() and sum(entry["kind"] == "step" for entry in read_log(log)) >= count):
+        while not (log.exists() and sum(entry["kind"] == kind for entry in read_log(log)) >= count):
             assert self.process.poll() is None, self.stderr.read_text()[-3000:]
             assert time.monotonic() < deadline, self.stderr.read_text()[-3000:]
             time.sleep(0.05)
@@ -89,7 +92,7 @@ def launch(wiki_shards, tmp_path, free_port):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies(launch, rank):
     launched = launch()
-    launched.wait_for_steps(3)
+    launched.wait_for("step", 3)
     launched.rank(rank).kill()
     seconds, _, lines = launched.end()
     print(f"rank {rank} killed: all ended after {seconds:.1f} s: {lines}")
@@ -101,7 +104,7 @@ def test_a_rank_that_dies(launch, rank):
 def test_a_rank_that_freezes(launch):
     """With the limits that everybody has."""
     launched = launch()
-    launched.wait_for_steps(3)
+    launched.wait_for("step", 3)
     launched.rank(1).suspend()
     seconds, code, lines = launched.end()
     print(f"rank 1 frozen: all ended after {seconds:.1f} s: {lines}")
@@ -115,7 +118,7 @@ def test_a_rank_that_freezes(launch):
 
 def test_a_rank_that_gets_no_data(launch, wiki_shards):
     launched = launch("blocked,1,3", training__hang_seconds=5)
-    launched.wait_for_steps(3)
+    launched.wait_for("step", 3)
     seconds, code, lines = launched.end()
     print(f"rank 1 without data: all ended after {seconds:.1f} s: {lines}")
     stream = Stream(
@@ -130,7 +133,7 @@ def test_a_rank_that_gets_no_data(launch, wiki_shards):
 
 def test_a_rank_whose_data_fails(launch):
     launched = launch("failing,1,3")
-    launched.wait_for_steps(3)
+    launched.wait_for("step", 3)
     seconds, code, lines = launched.end()
     assert seconds < MINUTE_SECONDS
     assert code == EXIT_FAULT
@@ -139,12 +142,24 @@ def test_a_rank_whose_data_fails(launch):
     assert "Traceback" in (launched.run / "faults" / "traceback-rank-00001.txt").read_text()
 
 
+def test_a_rank_that_hangs_in_the_first_step_is_not_taken_for_a_compiler(launch):
+    launched = launch("blocked,1,0", training__hang_seconds=8)
+    launched.wait_for("validation")
+    seconds, code, lines = launched.end()
+    print(f"rank 1 without data in the first step: all ended after {seconds:.1f} s: {lines}")
+    assert seconds < MINUTE_SECONDS
+    assert code == EXIT_FAULT
+    assert len(lines) == 1
+    assert re.search(r"rank 1 on \S+ made no progress for \d+ s in phase 'data' of step 1, sample", lines[0])
+
+
 def test_patience_follows_how_long_a_phase_takes(tmp_path, monkeypatch):
-    """45 s at least, ten times the longest of the last hundred; 900 s the first time, when compilers start."""
+    """45 s at least, ten times the longest of the last hundred; 900 s the first time for a rank that does something."""
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     watchdog = Watchdog(Ranks(0, 1, 0), tmp_path, 45)
     assert watchdog._patience("forward") == 900
+    assert watchdog._patience("forward", idle=True) == 45
     for seconds in (60, *[2] * 100):
         watchdog.enter("forward", 0)
         clock[0] += seconds
@@ -153,19 +168,21 @@ def test_patience_follows_how_long_a_phase_takes(tmp_path, monkeypatch):
             assert watchdog._patience("forward") == 600
     assert watchdog._patience("forward") == 45
     assert watchdog._patience("saving") == 900
+    assert watchdog._patience("saving", idle=True) == 45
 
 
 def test_a_slow_phase_that_goes_on_is_no_hang(tmp_path, monkeypatch):
-    """Fetching shards for an hour: signs of progress count, silence of 900 s does not."""
+    """Fetching shards for an hour: signs of progress count; being busy does for 900 s, and doing nothing for 45."""
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     watchdog = Watchdog(Ranks(0, 1, 0), tmp_path, 45)
 
-    def judge_for(seconds, *, fetching):
+    def judge_for(seconds, *, fetching=False, busy=False):
         for _ in range(seconds):
             clock[0] += 1
-            if fetching and clock[0] % 600 == 0:
+            if fetching and clock[0] % 40 == 0:
                 watchdog.tick()
+            watchdog._active_beats += busy
             watchdog._beat()
             accused = watchdog._judge()
             if accused:
@@ -173,4 +190,45 @@ def test_a_slow_phase_that_goes_on_is_no_hang(tmp_path, monkeypatch):
         return None
 
     assert judge_for(3600, fetching=True) is None
-    assert "made no progress for 901 s in phase 'starting'" in judge_for(3600, fetching=False)
+    assert "made no progress for 901 s in phase 'starting'" in judge_for(3600, busy=True)
+    watchdog.tick()
+    assert "made no progress for 46 s in phase 'starting'" in judge_for(3600)
+
+
+def seconds_busy(work):
+    """In how many of some beats a process that does this counts as active, and in how many it does not."""
+    activity = Activity(threading.main_thread().native_id)
+    found, done = [], threading.Event()
+
+    def watch():
+        activity.busy()
+        while not done.wait(0.25):
+            found.append(activity.busy())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    work()
+    done.set()
+    thread.join()
+    return found
+
+
+def test_activity_is_computing_here_or_in_a_child_or_moving_bytes_and_not_sleeping(tmp_path):
+    def compute(seconds=1.2):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            sum(range(1000))
+
+    def compile_elsewhere():
+        program = "import time\nend = time.time() + 1.2\nwhile time.time() < end: pass"
+        subprocess.run([sys.executable, "-c", program], check=True)
+
+    def write():
+        for _ in range(12):
+            (tmp_path / "file").write_bytes(bytes(200_000))
+            time.sleep(0.1)
+
+    assert not any(seconds_busy(lambda: time.sleep(1.2)))
+    for work in (compute, compile_elsewhere, write):
+        found = seconds_busy(work)
+        assert sum(found) >= len(found) - 1 > 1

@@ -25,6 +25,7 @@ from typing import Any
 import torch.distributed
 
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, XdscaleError
+from xdscale.training.activity import Activity
 from xdscale.training.distributed import Ranks
 
 _BEAT_SECONDS = 1.0
@@ -34,7 +35,8 @@ _STORE_SECONDS = 5.0
 _STORE_FAILURES = 3
 _SLOW_PHASES = ("starting", "saving")
 _SLOW_FACTOR = 20
-"""Building, saving, and the first time through any phase (compilers start then) may take so much longer."""
+"""Building, saving, and the first time through any phase (compilers start then) may take so much longer, by a rank that
+does something."""
 _ENDED = "ended"
 
 
@@ -45,6 +47,12 @@ class _Seen:
     record: dict[str, Any]
     beat_at: float
     entered_at: float
+    active_at: float
+
+    def overdue(self, now: float) -> bool:
+        """Whether it made no progress for too long, or did nothing at all for a time in which others would."""
+        patience, idle_patience = self.record["patience"], self.record["idle_patience"]
+        return now - self.entered_at > patience or now - self.active_at > idle_patience
 
 
 @dataclass
@@ -82,12 +90,12 @@ class Watchdog:
         self._store = _open_store(ranks)
         self._place = _Place()
         self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=100))
-        self._beats = 0
+        self._beats = self._active_beats = 0
         self._seen: dict[int, _Seen] = {}
         self._looked_at = time.monotonic()
         self._failed_collective = False
         self._closed = threading.Event()
-        self._main_thread = threading.get_ident()
+        self._main_thread = threading.main_thread()
         self._thread = threading.Thread(target=self._watch, name="xdscale-watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -153,8 +161,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         failures = 0
+        activity = Activity(self._main_thread.native_id)
         while not self._closed.wait(_BEAT_SECONDS):
             try:
+                if self._is_slow(self._place.phase) and activity.busy():
+                    self._active_beats += 1
                 self._beat()
                 verdict = self._store.get("verdict").decode()
                 if verdict:
@@ -182,16 +193,19 @@ class Watchdog:
             "phase": place.phase,
             "step": place.step,
             "samples": self.samples(place.step, place.micro_batch) if training else [],
+            "active": self._active_beats,
             "patience": self._patience(place.phase),
-            "collective": _in_collective(self._main_thread),
+            "idle_patience": self._patience(place.phase, idle=True),
+            "collective": _in_collective(self._main_thread.ident),
             "host": platform.node(),
         }
 
-    def _patience(self, phase: str) -> float:
-        times = self._durations.get(phase)
-        if phase in _SLOW_PHASES or not times:
-            return max(_SLOW_FACTOR * self._hang_seconds, 10 * max(times or [0]))
-        return max(self._hang_seconds, 10 * max(times))
+    def _is_slow(self, phase: str) -> bool:
+        return phase in _SLOW_PHASES or not self._durations.get(phase)
+
+    def _patience(self, phase: str, *, idle: bool = False) -> float:
+        factor = _SLOW_FACTOR if self._is_slow(phase) and not idle else 1
+        return max(factor * self._hang_seconds, 10 * max(self._durations.get(phase) or [0]))
 
     def _judge(self) -> str | None:
         """Returns an accusation, if there is one."""
@@ -202,9 +216,11 @@ class Watchdog:
             self._seen.clear()  # this process was suspended itself, and most likely all were
         self._looked_at = now
         for rank, record in zip(watched, records):
-            seen = self._seen.setdefault(rank, _Seen(record, now, now))
+            seen = self._seen.setdefault(rank, _Seen(record, now, now, now))
             if any(record[key] != seen.record[key] for key in ("entered", "ticks")):
-                seen.entered_at = now
+                seen.entered_at = seen.active_at = now
+            if record["active"] != seen.record["active"]:
+                seen.active_at = now
             if record["beat"] != seen.record["beat"]:
                 seen.beat_at = now
             seen.record = record
@@ -223,15 +239,15 @@ class Watchdog:
         return None
 
     def _find_hanging(self, now: float) -> str | None:
-        overdue = [seen for seen in self._seen.values() if now - seen.entered_at > seen.record["patience"]]
+        overdue = [seen for seen in self._seen.values() if seen.overdue(now)]
         if not any(seen.record["phase"] != _ENDED for seen in overdue):
             return None
         places = {rank: (seen.record["entered"], seen.record["collective"]) for rank, seen in self._seen.items()}
         last = min(places.values())
         rank, *others = [rank for rank, place in places.items() if place == last]
-        seen = self._seen[rank]
-        if seen not in overdue:
+        if any(self._seen[slow] not in overdue for slow in (rank, *others)):
             return None  # the others wait for one that is slow but goes on
+        seen = self._seen[rank]
         line = _accuse(rank, seen.record, f"made no progress for {now - seen.entered_at:.0f} s")
         return line + (f" (as did {len(others)} other ranks there)" if others else "")
 
