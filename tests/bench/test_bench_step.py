@@ -174,6 +174,15 @@ def test_invented_batch_has_the_true_shape(tiny_recipe, known_rate, capsys):
     assert PLAIN not in out
 
 
+def test_bf16_is_left_out_where_the_machine_is_slower_in_it(tiny_recipe, monkeypatch, capsys):
+    rates = {torch.float32: 1e12, torch.bfloat16: 1e11}
+    monkeypatch.setattr("xdscale.bench.step.matmul_flops_per_second", lambda device, dtype: rates[dtype])
+    bench_step(tiny_recipe, against="fp32", pairs=1, sequences=1)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "one step in bf16: left out, this machine computes faster in fp32" in out
+    assert "fast bf16" not in out
+
+
 def test_shards_are_used_where_they_exist(real_recipe, known_rate, capsys):
     bench_step(real_recipe, against="fp32", pairs=1, sequences=1)
     assert "1 sequences of 128 tokens" in " ".join(capsys.readouterr().out.split())

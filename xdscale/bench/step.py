@@ -63,7 +63,8 @@ class StepReport:
     Attributes:
         paths: by name, the one that is measured against first.
         rates: measured FLOPs per second of matrix products, by dtype.
-        bf16_seconds: one step of each way to use bf16; the faster one is among the paths.
+        bf16_seconds: one step of each way to use bf16; the faster one is among the paths. Empty where the machine's
+            products are slower in bf16 than in fp32: a step would take minutes and show nothing.
         disagreement: largest relative difference of a loss between plain and fast fp32, without dropout.
         shape: the batch in words.
     """
@@ -100,8 +101,11 @@ def bench_step(recipe: Recipe, against: str = "plain", pairs: int = 5, sequences
         f"load {os.getloadavg()[0]:.1f}; matrix products reach "
         + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {_short(dtype)}" for dtype, rate in report.rates.items())
         + "; one step in bf16: "
-        + ", ".join(
-            f"{name.removeprefix('fast bf16, ')} {seconds:.2f} s" for name, seconds in report.bf16_seconds.items()
+        + (
+            ", ".join(
+                f"{name.removeprefix('fast bf16, ')} {seconds:.2f} s" for name, seconds in report.bf16_seconds.items()
+            )
+            or "left out, this machine computes faster in fp32"
         )
         + f"; losses of plain and fast fp32 differ by {report.disagreement:.0e} at most"
     )
@@ -122,8 +126,10 @@ def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) ->
     module = build_adaptation(_with_random_weights(recipe)).train()
     bench = _Bench(module, recipe, bench_batch(recipe, module, sequences))
     names = [PLAIN, FAST] if against == "plain" else [FAST]
+    ways = [MASTERS, AUTOCAST] if rates[torch.bfloat16] >= rates[torch.float32] else []
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("memory of a step", total=len(names) * (pairs + 1) + pairs + 5)
+        steps = len(names) * (pairs + 1) + (pairs + 4 if ways else 0)
+        task = progress.add_task("memory of a step", total=steps + 1)
 
         def advance(what: str) -> None:
             progress.update(task, advance=1, description=what)
@@ -131,17 +137,17 @@ def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) ->
         disagreement = bench.disagreement()
         advance("memory of a step")
         bf16_seconds, measured = {}, {}
-        for name in [*names, MASTERS, AUTOCAST]:
+        for name in [*names, *ways]:
             flops = plain_flops(module, bench.arrays) if name == PLAIN else module.flops(bench.arrays)
             measured[name] = Measured(flops, bench.activation_bytes(name))
             advance(f"memory: {name}")
-        for name in (MASTERS, AUTOCAST):
+        for name in ways:
             trial = replace(measured[name], seconds=[], cpu_seconds=[], parts=[])
             for _ in range(2):  # the first touches fresh memory
                 bench.step(name, trial)
             bf16_seconds[name] = min(trial.seconds)
             advance(f"trial: {name}")
-        names.append(min(bf16_seconds, key=bf16_seconds.get))
+        names += sorted(ways, key=bf16_seconds.get)[:1]
         for pair in range(1, pairs + 1):
             for name in names:
                 bench.step(name, measured[name])
