@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs what is missing, then lint and all tests: two at a time, but one by one where tests start ranks or measure.
+# Installs what is missing, then lint and all tests: two files at a time, and alone what judges seconds of the clock.
 set -euo pipefail
 source "$(dirname "$0")/install.sh"
 ruff check .
 ruff format --check .
-alone=(tests/analysis tests/bench tests/docs tests/finetune tests/launch tests/plan tests/training)
-"$PYTHON" -m pytest -n 2 "${alone[@]/#/--ignore=}"
+alone=(tests/bench tests/training/test_signals_under_launcher.py tests/training/test_watchdog.py)
+"$PYTHON" -m pytest -n 2 --dist loadfile "${alone[@]/#/--ignore=}"
 "$PYTHON" -m pytest "${alone[@]}"

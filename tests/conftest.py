@@ -14,6 +14,7 @@ from xdscale.names import resolve_path
 
 ROOT = Path(__file__).parent.parent
 WIKI_DUMP = "package:gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+ADAPT = ("--module", "xdscale.adapt")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -60,6 +61,16 @@ def wiki_shards(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.
     return out
 
 
+@pytest.fixture(scope="session")
+def short_shards(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of those articles in sequences of 30 ids, for runs whose subject is not the text."""
+    from xdscale.shards.build import build_shards
+
+    out = tmp_path_factory.mktemp("short") / "wiki"
+    build_shards([wiki_text], out, language_tokenizer=str(cassette_model), sequence_length=30, validation_fraction=0.1)
+    return out
+
+
 @dataclass
 class Launch:
     """What a finished launch left."""
@@ -84,10 +95,10 @@ def adapt_in_module():
 def _launcher():
     started: list[subprocess.Popen] = []
 
-    def start(*arguments: str, ranks: int = 1) -> subprocess.Popen:
+    def start(*arguments: str, ranks: int = 1, program: tuple[str, ...] = ADAPT) -> subprocess.Popen:
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         if ranks == 1:
-            command = [sys.executable, "-m", "xdscale.adapt"]
+            command = [sys.executable, *("-m" if word == "--module" else word for word in program)]
         else:
             launcher = Path(sys.executable).with_name("deepspeed")
             command = [
@@ -97,8 +108,7 @@ def _launcher():
                 str(ranks),
                 "--master_port",
                 str(_free_port()),
-                "--module",
-                "xdscale.adapt",
+                *program,
             ]
         # A session of its own, so that the whole group can be ended: the launcher orphans its ranks on SIGTERM.
         process = subprocess.Popen(
@@ -113,8 +123,8 @@ def _launcher():
         started.append(process)
         return process
 
-    def run(*arguments: str, ranks: int = 1, timeout_seconds: float = 300) -> Launch:
-        process = start(*arguments, ranks=ranks)
+    def run(*arguments: str, ranks: int = 1, timeout_seconds: float = 300, program: tuple[str, ...] = ADAPT) -> Launch:
+        process = start(*arguments, ranks=ranks, program=program)
         stdout, stderr = process.communicate(timeout=timeout_seconds)
         return Launch(process.returncode, stdout, stderr)
 

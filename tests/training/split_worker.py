@@ -1,6 +1,6 @@
-"""One optimiser step of the real trainer on a crafted global batch; rank 0 saves the full gradient.
+"""One optimiser step of the real trainer on a crafted global batch, split in several ways; rank 0 saves the gradients.
 
-Run by test_gradient_of_a_global_batch under the deepspeed launcher, with different numbers of ranks and micro-batches.
+Run by test_gradient_of_a_global_batch under the deepspeed launcher, with different numbers of ranks.
 """
 
 import argparse
@@ -29,10 +29,18 @@ def keep_few_targets(batch, slots):
 
 def main():
     parser = argparse.ArgumentParser()
-    for name in ("--shards", "--out", "--micro-batch", "--stage", "--local_rank"):
+    for name in ("--shards", "--out", "--splits", "--local_rank"):
         parser.add_argument(name)
     options = parser.parse_args()
     calm_environment()
+    from xdscale.training.distributed import start_distributed
+
+    ranks = start_distributed()
+    for micro_batch, stage in json.loads(options.splits):
+        measure(Path(options.shards), Path(f"{options.out}-{micro_batch}-{stage}"), micro_batch, stage, ranks)
+
+
+def measure(shards, out, micro_batch, stage, ranks):
     import torch
     from deepspeed.utils import safe_get_full_grad
 
@@ -41,7 +49,6 @@ def main():
     from xdscale.ds_config import resolve_ds_config
     from xdscale.shards.reader import ShardedSplit
     from xdscale.tasks.xdbert import build_adaptation
-    from xdscale.training.distributed import start_distributed
     from xdscale.training.engine import build_engine
     from xdscale.training.loop import Trainer
     from xdscale.training.protocols import StepData
@@ -49,26 +56,25 @@ def main():
     from xdscale.training.skipping import Skipped
     from xdscale.training.watchdog import Watchdog
 
-    ranks = start_distributed()
     recipe = load_recipe(
         "quickstart", ["training.global_batch=12", "model.dropout=0", "optim.gradient_clipping=1e9", "training.steps=9"]
     )
     values = {
-        "train_micro_batch_size_per_gpu": int(options.micro_batch),
-        "zero_optimization": {"stage": int(options.stage), "reduce_bucket_size": 1_000_000},
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1_000_000},
     }
     config = resolve_ds_config("test", values, recipe, ranks.world_size)
     torch.manual_seed(0)
     module = build_adaptation(recipe)
     engine = build_engine(module, recipe.optim, config, load_universal=False)
-    split = ShardedSplit(Path(options.shards), "train")
+    split = ShardedSplit(shards, "train")
     stream = Stream(
         len(split),
         seed=0,
         global_batch=12,
         world_size=ranks.world_size,
         rank=ranks.rank,
-        micro_batch=int(options.micro_batch),
+        micro_batch=micro_batch,
     )
     collate = XDBERTCollator(split, seed=0, tasks=recipe.tasks)
     batches = [keep_few_targets(collate(slots), slots) for slots in stream.slots(0)]
@@ -102,18 +108,18 @@ def main():
         position=lambda step: None,
         flops=lambda arrays: 0.0,
         matmul_flops_per_second=1.0,
-        run=Path(options.out),
-        checkpoints=Path(options.out),
+        run=out,
+        checkpoints=out,
         monitor=None,
         stop=StopRequest(),
         skipped=Skipped(),
-        watchdog=Watchdog(ranks, Path(options.out), 45),
+        watchdog=Watchdog(ranks, out, 45),
     )
     trainer._step(0)
     if ranks.is_first:
-        np.savez(options.out, **{name: value for name, value in saved.items() if value is not None})
+        np.savez(f"{out}.npz", **{name: value for name, value in saved.items() if value is not None})
         counts = [batch.targets for batch in batches]
-        Path(options.out + ".json").write_text(json.dumps(counts))
+        Path(f"{out}.json").write_text(json.dumps(counts))
     ranks.barrier()
 
 

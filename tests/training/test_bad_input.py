@@ -17,8 +17,11 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def refuse(capsys, tmp_path, wiki_shards, config):
+def refuse(capsys, tmp_path, wiki_shards, config, monkeypatch):
     """Runs the entry point in this process and returns its message."""
+    # What a start without a launcher sets must not reach the launches of other tests.
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
 
     def run(*overrides, recipe="quickstart", ds_config=config, shards=wiki_shards):
         folder = tmp_path / "run"

@@ -328,14 +328,14 @@ def test_retention_keeps_the_newest_and_every_nth_and_ignores_an_abandoned_futur
 
 
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + LAUNCHES))
-def test_deepspeed_killed_while_saving(adapt, wiki_shards, tmp_path, monkeypatch, seed):
+def test_deepspeed_killed_while_saving(adapt, short_shards, tmp_path, monkeypatch, seed):
     """Two real ranks under ZeRO-2; the whole group is killed at a random moment of a random save, then continued."""
     monkeypatch.undo()
     draw = random.Random(seed)
     config = tmp_path / "ds.json"
     zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
     config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero}))
-    settings = {"data.shards": wiki_shards, "output.folder": tmp_path / "run", "training.steps": 6}
+    settings = {"data.shards": short_shards, "output.folder": tmp_path / "run", "training.steps": 6}
     settings |= {"training.global_batch": 4, "training.eval_samples": 4, "training.checkpoint_every": 1}
     arguments = ["quickstart", *(f"{key}={value}" for key, value in settings.items())]
     arguments += ["training.keep_checkpoints=2", "--deepspeed_config", str(config)]

@@ -12,13 +12,13 @@ from xdscale.export import export_run
 
 
 @pytest.fixture(scope="module")
-def run(adapt_in_module, wiki_shards, tmp_path_factory):
+def run(adapt_in_module, short_shards, tmp_path_factory):
     """Two ranks, two steps under ZeRO-2 in fp32."""
     folder = tmp_path_factory.mktemp("export")
     config = folder / "ds.json"
     zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
     config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero}))
-    settings = ["training.steps=2", "training.global_batch=4", "training.eval_samples=4", f"data.shards={wiki_shards}"]
+    settings = ["training.steps=2", "training.global_batch=4", "training.eval_samples=4", f"data.shards={short_shards}"]
     launch = adapt_in_module(
         "quickstart", *settings, f"output.folder={folder / 'run'}", "--deepspeed_config", str(config), ranks=2
     )
@@ -91,12 +91,12 @@ def test_a_missing_step_names_those_that_exist(run, tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32")])
-def test_stages_that_deepspeed_cannot_put_together_export_too(adapt, wiki_shards, tmp_path, stage, precision):
+def test_stages_that_deepspeed_cannot_put_together_export_too(adapt, short_shards, tmp_path, stage, precision):
     """Its own consolidation fails under ZeRO stage 0, and forgets parameters without gradient under stage 1."""
     config = tmp_path / "ds.json"
     values = {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": precision == "bf16"}}
     config.write_text(json.dumps(values | {"zero_optimization": {"stage": stage}}))
-    settings = ["training.steps=1", "training.global_batch=4", "training.eval_samples=4", f"data.shards={wiki_shards}"]
+    settings = ["training.steps=1", "training.global_batch=4", "training.eval_samples=4", f"data.shards={short_shards}"]
     launch = adapt("quickstart", *settings, f"output.folder={tmp_path / 'run'}", "--deepspeed_config", str(config))
     assert launch.code == 0, launch.stderr
     export_run(tmp_path / "run", tmp_path / "out")

@@ -31,9 +31,9 @@ CONTINUED = "fp32-2"
 
 
 @pytest.fixture(scope="module")
-def poisoned(wiki_shards):
+def poisoned(short_shards):
     """The samples that break step 2's loss (on rank 1, in its second micro-batch) and step 4's gradient."""
-    size = len(ShardedSplit(wiki_shards, "train"))
+    size = len(ShardedSplit(short_shards, "train"))
     stream = Stream(size, seed=0, global_batch=4, world_size=1, rank=0, micro_batch=4)
     _, losses = stream.global_batch_ids(LOSS_STEP - 1)
     _, gradients = stream.global_batch_ids(GRADIENT_STEP - 1)
@@ -65,7 +65,7 @@ def launch(runs, port):
 
 
 @pytest.fixture(scope="module")
-def folder(wiki_shards, tmp_path_factory, free_port, poisoned):
+def folder(short_shards, tmp_path_factory, free_port, poisoned):
     """One launch of two ranks with two micro-batches each, for all layouts: poisoned, and without those steps.
 
     One of the poisoned runs is stopped after the first skipped step and continued.
@@ -75,9 +75,9 @@ def folder(wiki_shards, tmp_path_factory, free_port, poisoned):
     for name, (stage, extra) in LAYOUTS.items():
         config = ds_config(folder, name, stage, extra)
         for stop in (3, STEPS) if name == CONTINUED else (STEPS,):
-            given = arguments(wiki_shards, folder / name, config, training__stop_at_step=stop)
+            given = arguments(short_shards, folder / name, config, training__stop_at_step=stop)
             runs.append({"arguments": given} | poisoned)
-        given = arguments(wiki_shards, folder / f"{name}-absent", config)
+        given = arguments(short_shards, folder / f"{name}-absent", config)
         runs.append({"arguments": given, "absent": [LOSS_STEP, GRADIENT_STEP]})
     result = launch(runs, free_port())
     assert result.returncode == 0, result.stderr[-3000:]
@@ -172,12 +172,12 @@ def test_replay_finds_the_sample_and_the_module(folder, poisoned, kind, monkeypa
     assert "weights of the start, 1 steps too early" in out if kind == "loss" else "weights after step 3," in out
 
 
-def test_too_many_in_a_row_stop_the_run_and_fp16_overflows_do_not_count(wiki_shards, tmp_path, free_port):
+def test_too_many_in_a_row_stop_the_run_and_fp16_overflows_do_not_count(short_shards, tmp_path, free_port):
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}}
     config = ds_config(tmp_path, "fp16", 1, fp16)
-    scaled = arguments(wiki_shards, tmp_path / "scaled", config, training__steps=3, training__max_skipped_in_row=2)
+    scaled = arguments(short_shards, tmp_path / "scaled", config, training__steps=3, training__max_skipped_in_row=2)
     plain = ds_config(tmp_path, "fp32", 1, {})
-    broken = arguments(wiki_shards, tmp_path / "broken", plain, training__max_skipped_in_row=3)
+    broken = arguments(short_shards, tmp_path / "broken", plain, training__max_skipped_in_row=3)
     result = launch([{"arguments": scaled}, {"arguments": broken, "loss": -1}], free_port())
     entries = read_log(tmp_path / "scaled" / "log.jsonl")
     overflows = [entry["health/loss_scale_overflows"] for entry in entries if entry["kind"] == "step"]

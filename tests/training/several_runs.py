@@ -1,0 +1,26 @@
+"""Runs `xdscale.adapt` several times in one launch: importing torch and DeepSpeed takes longer than a short run.
+
+Run by test_launches, plainly or under the deepspeed launcher. The argument is JSON: {name of run: its arguments}.
+"""
+
+import json
+import os
+import sys
+
+from xdscale import adapt
+
+
+def main():
+    for name, arguments in json.loads(sys.argv[-1]).items():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"== {name}", file=sys.stderr, flush=True)
+        code = adapt.main(arguments)
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)
