@@ -96,7 +96,7 @@ def load_cross_modal(folder: Path) -> "XDBERT":
     spec = adapted_recipe(folder).model
     source = Language(name=str(language_folder(folder).resolve()), weights="random")
     language = load_language_encoder(source, dropout=spec.dropout)
-    model = join_encoders(spec, language, build_clip_text_tower(spec.clip))
+    model = join_encoders(spec, language, build_clip_text_tower(spec.clip, plain=spec.kernels == "plain"))
     state = _adapted_state(folder)
     found = {name.removeprefix(MODEL_PREFIX): value for name, value in state.items() if name.startswith(MODEL_PREFIX)}
     wanted = model.state_dict()

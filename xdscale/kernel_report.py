@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from xdscale.errors import XdscaleError
-from xdscale.kernels import attention_launch, masked_token_loss_triton, residual_norm_triton
+from xdscale.kernels import attention_launch, masked_token_loss_triton, quick_gelu_triton, residual_norm_triton
 from xdscale.kernels.compile_case import CompileCase
 
 BEGIN = "<!-- kernels report: begin -->"
@@ -130,7 +130,7 @@ def print_report(write: Path | None = None, check: Path | None = None) -> None:
 
 def shipped_cases() -> list[CompileCase]:
     """Returns every configuration that the launchers can choose, for every target."""
-    modules = attention_launch, masked_token_loss_triton, residual_norm_triton
+    modules = attention_launch, masked_token_loss_triton, residual_norm_triton, quick_gelu_triton
     return [case for module in modules for case in module.compile_cases()]
 
 

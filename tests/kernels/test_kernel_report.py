@@ -45,6 +45,8 @@ COMPILED_HERE = [
     ("forward fp32 x fp32 size=1024 dropout", "gfx942"),
     ("backward bf16 x bf16 size=768 dropout", "sm_80"),
     ("backward bf16 x bf16 size=512 no dropout", "sm_100"),
+    ("forward bf16", "sm_90"),
+    ("backward fp32", "gfx942"),
 ]
 """Every kernel and every target, in configurations that compile within seconds."""
 
@@ -77,7 +79,9 @@ def test_no_configuration_spills(documented):
 
 def test_shared_memory_is_within_the_published_limits(documented):
     for row in documented:
-        assert 0 < integer(row["shared bytes"]) <= SHARED_LIMITS[row["target"]] == integer(row["shared limit"])
+        assert integer(row["shared bytes"]) <= SHARED_LIMITS[row["target"]] == integer(row["shared limit"])
+        # What needs none is the one operation whose threads do not exchange anything.
+        assert (integer(row["shared bytes"]) == 0) == (row["operation"] == "quick_gelu")
 
 
 def test_bytes_are_at_most_a_tenth_above_the_least(documented):

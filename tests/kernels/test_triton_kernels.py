@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("attention_triton_cases.py", "masked_token_loss_kernels.py", "residual_norm_kernels.py")
+FILES = (
+    "attention_triton_cases.py",
+    "masked_token_loss_kernels.py",
+    "residual_norm_kernels.py",
+    "quick_gelu_kernels.py",
+)
 
 
 def run_tests(file: str, marker: str) -> None:

@@ -117,7 +117,8 @@ def test_no_token_reads_a_later_one(dtype):
     assert torch.equal(causal_attention(*[states] * 3)[:, :, :5], causal_attention(*[later] * 3)[:, :, :5])
 
 
-def test_clip_block_computes_what_open_clip_computes():
+@pytest.mark.parametrize("plain", [False, True])
+def test_clip_block_computes_what_open_clip_computes(plain):
     """One of open_clip's blocks with its own attention and with ours; names of parameters stay."""
     torch.manual_seed(7)
     block = ResidualAttentionBlock(32, 4).double()
@@ -126,6 +127,6 @@ def test_clip_block_computes_what_open_clip_computes():
     states = torch.randn(3, 77, 32, dtype=torch.float64)
     causal = torch.full((77, 77), -torch.inf, dtype=torch.float64).triu(1)
     expected = block(states, attn_mask=causal)
-    block.attn = CausalBlockAttention(block.attn)
+    block.attn = CausalBlockAttention(block.attn, plain=plain)
     torch.testing.assert_close(block(states, attn_mask=causal), expected, rtol=1e-12, atol=1e-12)
     assert sorted(block.state_dict()) == names

@@ -1,3 +1,5 @@
+import copy
+
 import open_clip
 import pytest
 import torch
@@ -83,3 +85,67 @@ def test_a_tower_that_pools_is_refused():
     tower = open_clip.transformer.TextTransformer(width=8, heads=2, layers=1, output_dim=8)
     with pytest.raises(ValueError, match="pool_type 'none', found 'argmax'"):
         CLIPTextEncoder(tower)
+
+
+def features_and_gradients(run, tower, ids, dtype=None):
+    tower.zero_grad()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        features = run(ids).view(3, 77, 24)
+    weights = torch.linspace(-1, 1, features.numel(), dtype=features.dtype).view_as(features)
+    (features * weights).sum().backward()
+    return features.detach(), {name: p.grad.clone() for name, p in tower.named_parameters()}
+
+
+@pytest.fixture(params=[open_clip.transformer.QuickGELU, torch.nn.GELU], ids=["quick", "gelu"])
+def tower(request):
+    """open_clip's own, with activations on either side of 0."""
+    torch.manual_seed(0)
+    sizes = {"width": 32, "heads": 4, "layers": 2, "output_dim": 24, "vocab_size": 99}
+    tower = open_clip.transformer.TextTransformer(**sizes, act_layer=request.param, pool_type="none")
+    for block in tower.transformer.resblocks:
+        torch.nn.init.normal_(block.mlp.c_fc.weight, std=0.5)
+        torch.nn.init.normal_(block.mlp.c_proj.weight, std=0.5)
+    return tower
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_and_gradients_are_open_clips(tower, plain, checkpointing):
+    ids = torch.randint(99, (3, 77), generator=torch.Generator().manual_seed(2))
+    encoder = CLIPTextEncoder(copy.deepcopy(tower), plain=plain)
+    if checkpointing:
+        encoder.enable_activation_checkpointing()
+    expected, expected_gradients = features_and_gradients(tower, tower, ids)
+    found, gradients = features_and_gradients(encoder, encoder.tower, ids.view(1, 3, 77))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert list(gradients) == list(expected_gradients)
+    for name, gradient in gradients.items():
+        reference = expected_gradients[name]
+        # A key's bias has the gradient 0 up to rounding, beside those of queries and values.
+        assert (gradient - reference).norm() <= 1e-5 * reference.norm(), name
+
+
+def test_feed_forwards_keep_one_wide_tensor(tower):
+    """The states before the activation; open_clip keeps those after it too, and for QuickGELU the sigmoid."""
+    encoder = CLIPTextEncoder(tower)
+    wide = []
+
+    def pack(tensor):
+        if tensor.shape[-1] == 4 * 32 and tensor.numel() == 3 * 77 * 4 * 32:
+            wide.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = encoder(torch.ones(1, 3, 77, dtype=torch.int64))  # alive, so that no address is used twice
+    assert kept.requires_grad
+    assert len(set(wide)) == 2  # one for each block
+
+
+def test_under_autocast_gradients_stay_near(tower):
+    ids = torch.randint(99, (1, 3, 77), generator=torch.Generator().manual_seed(2))
+    encoder = CLIPTextEncoder(tower)
+    _, expected = features_and_gradients(encoder, encoder.tower, ids)
+    _, gradients = features_and_gradients(encoder, encoder.tower, ids, torch.bfloat16)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected[name]).norm() <= 0.1 * expected[name].norm(), name

@@ -52,6 +52,8 @@ def test_each_choice_runs_its_own_code(pair, batch, monkeypatch):
     for kernel, definition in (
         ("attention.packed_attention", "attention.packed_attention_plain"),
         ("residual_norm.residual_norm", "residual_norm.plain_residual_norm"),
+        ("activated_linear.activated_linear", "activated_linear.plain_activated_linear"),
+        ("clip_text.causal_attention", "clip_text.causal_attention_plain"),
     ):
         for refused, other, name in ((fused, plain, kernel), (plain, fused, definition)):
             monkeypatch.setattr(f"xdscale.models.{name}", refuse)
@@ -61,3 +63,6 @@ def test_each_choice_runs_its_own_code(pair, batch, monkeypatch):
             monkeypatch.undo()
     names = [(m.mlm.loss.__name__, m.clip_tokens.loss.__name__) for m in (fused, plain)]
     assert names == [("masked_token_loss",) * 2, ("plain_masked_token_loss",) * 2]
+    blocks = [module.model.clip.tower.transformer.resblocks for module in (fused, plain)]
+    names = [{block.mlp.c_proj.activation.__name__ for block in each} for each in blocks]
+    assert names == [{"quick_gelu"}, {"plain_quick_gelu"}]

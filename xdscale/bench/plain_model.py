@@ -84,7 +84,7 @@ def language_states(encoder: PreTrainedModel, ids: torch.Tensor, dropout: float)
         states = _layer_norm(output.LayerNorm, states + attended)
         hidden = F.gelu(layer.intermediate.dense(states))  # [b, S, intermediate size]
         output = layer.output
-        states = _layer_norm(output.LayerNorm, states + F.dropout(output.dense(hidden), dropout))
+        states = _layer_norm(output.LayerNorm, states + F.dropout(_linear(output.dense, hidden), dropout))
     return states
 
 
@@ -98,9 +98,9 @@ def clip_states(encoder: CLIPTextEncoder, ids: torch.Tensor) -> torch.Tensor:
         projected = F.linear(block.ln_1(states), attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
         states = states + attention.out_proj(attend(*projected, tower.heads, causal, 0.0))
         hidden = block.mlp.c_fc(block.ln_2(states))  # [b * N, 77, 4 * width]
-        quick = not isinstance(block.mlp.gelu, nn.GELU)
+        quick = block.mlp.c_proj.activation is not F.gelu
         hidden = hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden)
-        states = states + block.mlp.c_proj(hidden)
+        states = states + _linear(block.mlp.c_proj, hidden)
     return (tower.ln_final(states) @ tower.text_projection).reshape(len(ids), -1, encoder.output_size)
 
 
@@ -185,12 +185,17 @@ def _attention_sublayer(
 
 def _feed_forward(sublayer: FeedForward, states: torch.Tensor, dropout: float) -> torch.Tensor:
     hidden = F.gelu(sublayer.intermediate(states))
-    return _layer_norm(sublayer.norm, states + F.dropout(sublayer.output(hidden), dropout))
+    return _layer_norm(sublayer.norm, states + F.dropout(_linear(sublayer.output, hidden), dropout))
 
 
 def _layer_norm(norm: nn.LayerNorm, states: torch.Tensor) -> torch.Tensor:
     """PyTorch's LayerNorm; the model's own module would add the residual itself."""
     return F.layer_norm(states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _linear(linear: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    """PyTorch's Linear; the model's own module would activate the states itself."""
+    return F.linear(states, linear.weight, linear.bias)
 
 
 def _filled_up(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

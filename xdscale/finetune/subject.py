@@ -95,7 +95,9 @@ def _classifier(recipe: FinetuneRecipe, task: Task) -> nn.Module:
     plain = model.kernels == "plain"
     if model.subject == "clip":
         weights = "random" if model.weights == "random" else model.clip_weights
-        return build_clip_classifier(recipes.Clip(name=model.name, weights=weights), task, dropout=model.dropout)
+        return build_clip_classifier(
+            recipes.Clip(name=model.name, weights=weights), task, dropout=model.dropout, plain=plain
+        )
     if model.subject == "cross-modal":
         return build_cross_modal_classifier(resolve_path(model.name), task, dropout=model.dropout, plain=plain)
     spec = recipes.Language(

@@ -6,9 +6,11 @@ Everything here works on token streams without padding: [tokens, size], with off
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from xdscale.kernels.attention import packed_attention_probabilities
+from xdscale.models.activated_linear import ActivatedLinear
 from xdscale.models.attention import attend
 from xdscale.models.residual_norm import ResidualNorm
 from xdscale.models.streams import Stream
@@ -95,14 +97,12 @@ class FeedForward(nn.Module):
     def __init__(self, size: int, intermediate_size: int, dropout: float, *, plain: bool = False) -> None:
         super().__init__()
         self.intermediate = nn.Linear(size, intermediate_size)
-        self.activation = nn.GELU()
-        self.output = nn.Linear(intermediate_size, size)
+        self.output = ActivatedLinear(nn.Linear(intermediate_size, size), F.gelu, plain=plain)
         self.norm = ResidualNorm(size, eps=LAYER_NORM_EPS, dropout=dropout, plain=plain)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Maps [tokens, size] to the same shape."""
-        hidden = self.activation(self.intermediate(states))  # [tokens, intermediate_size]
-        return self.norm(self.output(hidden), states)
+        return self.norm(self.output(self.intermediate(states)), states)
 
 
 class CrossModalLayer(nn.Module):

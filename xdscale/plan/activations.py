@@ -1,7 +1,8 @@
 """Bytes of activations per sequence: what autograd keeps for the backward pass, by the structure of the modules.
 
 Assumed is what runs on a GPU: packed attention (queries, keys, values, output and one fp32 number per row and head are
-kept, never a matrix of scores), fused dropout (a mask of one byte per element), and logits that never exist as a whole.
+kept, never a matrix of scores), fused dropout (a mask of one byte per element), feed-forwards that keep what they
+activate and not the result, and logits that never exist as a whole.
 A tensor that several operations keep is counted once. A test compares with the bytes that autograd really keeps.
 """
 
@@ -85,16 +86,16 @@ def activations(
 
 
 def _language_layer(shape: ModelShape, load: Load, units: _Units) -> float:
-    """Input, queries, keys, values, attended, sum, norm, sum; wide before and after GELU."""
+    """Input, queries, keys, values, attended, sum, norm, sum; wide before GELU."""
     size, wide = shape.language.hidden_size, shape.language.intermediate_size
     heads = shape.language.num_attention_heads
-    return load.length * units.rows(8 * size + 2 * wide, masked=2 * size, norms=2, heads=heads)
+    return load.length * units.rows(8 * size + wide, masked=2 * size, norms=2, heads=heads)
 
 
 def _clip_layer(shape: ModelShape, load: Load, units: _Units) -> float:
-    """Input, norm, queries, keys, values, attended twice (heads first and last), sum, norm; QuickGELU keeps three."""
+    """Input, norm, queries, keys, values, attended twice (heads first and last), sum, norm; wide before GELU."""
     width, heads = shape.clip.width, shape.clip.heads
-    return load.blocks * CLIP_CONTEXT * units.rows(9 * width + 3 * 4 * width, norms=2, heads=heads)
+    return load.blocks * CLIP_CONTEXT * units.rows(9 * width + 4 * width, norms=2, heads=heads)
 
 
 def _cross_layer(shape: ModelShape, load: Load, units: _Units, *, last: bool) -> float:
@@ -111,8 +112,8 @@ def _cross_layer(shape: ModelShape, load: Load, units: _Units, *, last: bool) ->
         # Self-attention: keys and values of all tokens; queries, attended, sum, norm of the wanted ones.
         total += tokens * units.rows(2 * size)
         total += wanted * units.rows((5 if last else 4) * size, masked=size, norms=1, heads=heads)
-        # Feed-forward: wide before and after GELU, sum.
-        total += wanted * units.rows(2 * wide + size, masked=size, norms=1)
+        # Feed-forward: wide before GELU, sum.
+        total += wanted * units.rows(wide + size, masked=size, norms=1)
     return total
 
 

@@ -88,8 +88,12 @@ def _open_clip_config(spec: recipe.Clip) -> dict[str, Any]:
     return values
 
 
-def build_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
+def build_clip_text_tower(spec: recipe.Clip, *, plain: bool = False) -> CLIPTextEncoder:
     """Builds CLIP's text tower in fp32 with random weights, shaped for the weights that `spec` names.
+
+    Args:
+        spec: names the architecture.
+        plain: attention and feed-forwards by their definitions instead of the kernels.
 
     Raises:
         XdscaleError: as `clip_config`.
@@ -101,17 +105,21 @@ def build_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
         act_layer=QuickGELU if config.quick_gelu else nn.GELU,
         pool_type="none",
     )
-    return CLIPTextEncoder(tower)
+    return CLIPTextEncoder(tower, plain=plain)
 
 
-def load_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
+def load_clip_text_tower(spec: recipe.Clip, *, plain: bool = False) -> CLIPTextEncoder:
     """Builds CLIP's text tower in fp32, without the vision tower, and loads its weights.
+
+    Args:
+        spec: names architecture and weights.
+        plain: as in `build_clip_text_tower`.
 
     Raises:
         XdscaleError: as `clip_config`; or the weights are neither 'random', nor a file, nor a tag of
             open_clip, cannot be fetched, or are not those of this tower.
     """
-    encoder = build_clip_text_tower(spec)
+    encoder = build_clip_text_tower(spec, plain=plain)
     if spec.weights != "random":
         path = _clip_weights_file(spec)
         _load_text_weights(encoder, read_state_dict(path), path)

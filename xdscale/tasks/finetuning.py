@@ -20,6 +20,7 @@ from xdscale import recipe
 from xdscale.data.task_batches import NO_LABEL
 from xdscale.data.task_table import Task
 from xdscale.errors import XdscaleError
+from xdscale.models.activated_linear import use_activated_linear
 from xdscale.models.attention import use_packed_attention
 from xdscale.models.residual_norm import use_residual_norm
 from xdscale.pretrained.clip import load_clip_text_tower
@@ -113,6 +114,7 @@ def build_language_classifier(
     model.config = config
     use_packed_attention(model, plain=plain)
     use_residual_norm(encoder, plain=plain)
+    use_activated_linear(encoder, plain=plain)
     return LanguageClassifier(model)
 
 
@@ -128,7 +130,7 @@ def build_cross_modal_classifier(
         folder: written by `xdscale export`.
         task: decides the outputs.
         dropout: of all parts but CLIP-T, which has none.
-        plain: attention by its definition instead of the kernels.
+        plain: by the definitions instead of the kernels.
 
     Raises:
         XdscaleError: the folder holds no full model.
@@ -151,14 +153,14 @@ def build_cross_modal_classifier(
     return classifier
 
 
-def build_clip_classifier(spec: recipe.Clip, task: Task, *, dropout: float) -> ClipClassifier:
+def build_clip_classifier(spec: recipe.Clip, task: Task, *, dropout: float, plain: bool = False) -> ClipClassifier:
     """Builds CLIP-T with a new classifier.
 
     Raises:
         XdscaleError: the tower cannot be built or its weights cannot be loaded.
     """
     sentences = 1 if task.kind == "single" else 2
-    return ClipClassifier(load_clip_text_tower(spec), sentences, task.outputs, dropout=dropout)
+    return ClipClassifier(load_clip_text_tower(spec, plain=plain), sentences, task.outputs, dropout=dropout)
 
 
 def read_full_model(folder: Path) -> tuple[recipe.Model, dict[str, torch.Tensor]]:

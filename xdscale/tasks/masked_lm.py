@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from xdscale import recipe
+from xdscale.models.activated_linear import use_activated_linear
 from xdscale.models.attention import use_packed_attention
 from xdscale.models.residual_norm import use_residual_norm
 from xdscale.pretrained.language import load_language_encoder
@@ -72,4 +73,5 @@ def build_masked_lm(spec: recipe.Model) -> MaskedLMAdaptation:
     language = load_language_encoder(spec.language, dropout=spec.dropout)
     use_packed_attention(language, plain=plain)
     use_residual_norm(language, plain=plain)
+    use_activated_linear(language, plain=plain)
     return MaskedLMAdaptation(language, plain=plain)

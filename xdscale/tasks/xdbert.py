@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from xdscale import recipe
 from xdscale.errors import XdscaleError
+from xdscale.models.activated_linear import use_activated_linear
 from xdscale.models.attention import use_packed_attention
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer
@@ -145,7 +146,7 @@ def build_model(spec: recipe.Model) -> XDBERT:
         XdscaleError: an encoder cannot be built or its weights cannot be loaded (see `xdscale.pretrained`).
     """
     language = load_language_encoder(spec.language, dropout=spec.dropout)
-    return join_encoders(spec, language, load_clip_text_tower(spec.clip))
+    return join_encoders(spec, language, load_clip_text_tower(spec.clip, plain=spec.kernels == "plain"))
 
 
 def join_encoders(spec: recipe.Model, language: PreTrainedModel, clip: CLIPTextEncoder) -> XDBERT:
@@ -159,6 +160,7 @@ def join_encoders(spec: recipe.Model, language: PreTrainedModel, clip: CLIPTextE
     plain = spec.kernels == "plain"
     use_packed_attention(language, plain=plain)
     use_residual_norm(language, plain=plain)
+    use_activated_linear(language, plain=plain)
     config = language.config
     layers = [
         CrossModalLayer(

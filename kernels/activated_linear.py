@@ -1,0 +1,84 @@
+"""Linear(activation(states)), the second half of a feed-forward, keeping its input alone.
+
+PyTorch keeps the states for the activation's gradient and the activated states for the weight's gradient. Both are four
+times as wide as the model, and the second follows from the first; here the backward pass computes it again, which costs
+two passes over memory beside three products. The matrix products stay the library's.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+"""A function of each element, without parameters and without randomness."""
+
+
+def plain_activated_linear(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: Activation
+) -> torch.Tensor:
+    """The definition of `activated_linear`, differentiable by PyTorch itself."""
+    return F.linear(activation(states), weight, bias)
+
+
+@torch.compiler.disable(reason="activated_linear runs as it is, between compiled graphs")
+def activated_linear(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: Activation
+) -> torch.Tensor:
+    """Returns activation(states) weightᵀ + bias.
+
+    Under `torch.autocast` the products run in autocast's dtype while gradients keep their tensor's own dtype. With
+    `torch.compile` the call is a graph break.
+
+    Args:
+        states: [..., width].
+        weight: [size, width].
+        bias: [size].
+        activation: see `Activation`; it is called again in the backward pass.
+
+    Returns:
+        [..., size] in the dtype of the products.
+
+    Raises:
+        ValueError: a shape does not fit; the message names the argument.
+    """
+    if weight.ndim != 2 or states.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"states must have the shape [..., width] of weight [size, width], not {list(states.shape)}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have the shape {list(weight.shape[:1])}, not {list(bias.shape)}")
+    return _ActivatedLinear.apply(states, weight, bias, activation)
+
+
+class _ActivatedLinear(torch.autograd.Function):
+    """Keeps states and weight."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: Activation
+    ) -> torch.Tensor:
+        # The parameter itself is saved, never a view or a cast: ZeRO-3 empties it after this forward and fills the
+        # same parameter again before the backward.
+        ctx.save_for_backward(states, weight)
+        ctx.activation, ctx.bias_dtype = activation, bias.dtype
+        return F.linear(activation(states), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        states, weight = ctx.saved_tensors
+        grad_states = grad_weight = grad_bias = None
+        rows = grad.reshape(-1, grad.shape[-1])  # [n, size]
+        with torch.autocast(grad.device.type, enabled=False):
+            with torch.enable_grad():
+                leaf = states.detach().requires_grad_(ctx.needs_input_grad[0])
+                hidden = ctx.activation(leaf)
+            if ctx.needs_input_grad[0]:
+                grad_hidden = (grad @ weight.to(grad.dtype)).to(hidden.dtype)
+                (grad_states,) = torch.autograd.grad(hidden, leaf, grad_hidden)
+            if ctx.needs_input_grad[1]:
+                features = hidden.detach().reshape(-1, weight.shape[1]).to(grad.dtype)  # [n, width]
+                grad_weight = (rows.t() @ features).to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = rows.sum(0).to(ctx.bias_dtype)
+        return grad_states, grad_weight, grad_bias, None

@@ -1,0 +1,129 @@
+"""Triton kernels of `quick_gelu`, their launches, and the configurations that are shipped.
+
+One program takes one tile of the elements, in whatever shape they are. All arithmetic is fp32: operands are widened as
+they are loaded (Triton's interpreter computes wrongly in bf16). Every value has one writer.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202 -- the arguments of kernels are pointers and integers, typed by each launch
+
+import contextlib
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+from xdscale.kernels.compile_case import CompileCase
+from xdscale.kernels.quick_gelu import SCALE
+
+TILE = 2048
+"""Elements of a program."""
+
+WARPS = {"cuda": 8, "hip": 4}
+"""Warps per program: 256 threads either way, which hold 8 elements of each tensor: 16 bytes in bf16."""
+
+_SCALE = tl.constexpr(SCALE)
+
+
+@triton.jit
+def _activated(states):
+    return states * tl.sigmoid(states * _SCALE)
+
+
+@triton.jit
+def _gradient(grad, states):
+    """The derivative is σ + u σ (1 - σ), where u = 1.702 x and σ = σ(u)."""
+    scaled = states * _SCALE
+    share = tl.sigmoid(scaled)
+    return grad * share * (1.0 + scaled * (1.0 - share))
+
+
+@triton.jit(do_not_specialize=["elements"])
+def forward_kernel(STATES, OUT, elements, TILE: tl.constexpr):
+    """Output of one tile."""
+    first = tl.program_id(0).to(tl.int64) * TILE
+    place = first + tl.arange(0, TILE)
+    # Only the last tile has a mask: it would cut the loads and stores of 16 bytes into single elements.
+    if first + TILE <= elements:
+        states = tl.load(STATES + place).to(tl.float32)
+        tl.store(OUT + place, _activated(states).to(OUT.dtype.element_ty))
+    else:
+        mask = place < elements
+        states = tl.load(STATES + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(OUT + place, _activated(states).to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["elements"])
+def backward_kernel(GRAD, STATES, GRAD_STATES, elements, TILE: tl.constexpr):
+    """Gradient of one tile."""
+    first = tl.program_id(0).to(tl.int64) * TILE
+    place = first + tl.arange(0, TILE)
+    if first + TILE <= elements:
+        grad = tl.load(GRAD + place).to(tl.float32)
+        states = tl.load(STATES + place).to(tl.float32)
+        tl.store(GRAD_STATES + place, _gradient(grad, states).to(GRAD_STATES.dtype.element_ty))
+    else:
+        mask = place < elements
+        grad = tl.load(GRAD + place, mask=mask, other=0.0).to(tl.float32)
+        states = tl.load(STATES + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(GRAD_STATES + place, _gradient(grad, states).to(GRAD_STATES.dtype.element_ty), mask=mask)
+
+
+def forward(states: torch.Tensor) -> torch.Tensor:
+    """Returns the output, contiguous; argument as in `quick_gelu`."""
+    states = states.contiguous()
+    out = torch.empty_like(states)
+    _launch(forward_kernel, states, out)
+    return out
+
+
+def backward(grad: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient of the states, contiguous."""
+    grad, states = grad.contiguous(), states.contiguous()
+    grad_states = torch.empty_like(states)
+    _launch(backward_kernel, grad, states, grad_states)
+    return grad_states
+
+
+def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:
+    elements, device = tensors[0].numel(), tensors[0].device
+    if not elements:
+        return
+    # Kernels start on the current stream of the tensors' own GPU, whichever GPU is the current one.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        warps = WARPS["hip" if torch.version.hip else "cuda"]  # the interpreter takes "cuda"
+        kernel[(triton.cdiv(elements, TILE),)](*tensors, elements, TILE=TILE, num_warps=warps, num_stages=1)
+
+
+TRUE_ELEMENTS = 32 * 8 * 77 * 2048
+"""Elements of `compile_cases`: 32 texts of 8 blocks of 77 tokens, inside the feed-forwards of ViT-B-32's text tower."""
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def compile_cases() -> list[CompileCase]:
+    """Returns every configuration that ships: both kernels in bf16 and fp32."""
+    kernels = ("forward", forward_kernel), ("backward", backward_kernel)
+    choices = itertools.product(kernels, ("bf16", "fp32"), TARGETS)
+    return [_compile_case(name, kernel, dtype, target) for (name, kernel), dtype, target in choices]
+
+
+def _compile_case(name: str, kernel: triton.JITFunction, dtype: str, target: str) -> CompileCase:
+    types = {"elements": "i32", "TILE": "constexpr"}
+    signature = {argument: types.get(argument, f"*{dtype}") for argument in kernel.arg_names}
+    pointers = tuple(argument for argument in signature if argument not in types)
+    moved = len(pointers) * TRUE_ELEMENTS * (4 if dtype == "fp32" else 2)
+    return CompileCase(
+        operation="quick_gelu",
+        name=f"{name} {dtype}",
+        kernel=kernel,
+        signature=signature,
+        divisible_by_16=pointers,
+        constexprs={"TILE": TILE},
+        num_warps=WARPS["hip" if target == "gfx942" else "cuda"],
+        num_stages=1,
+        target=target,
+        bytes_moved=moved,
+        lower_bound_bytes=moved,
+        flops=0,
+    )
