@@ -14,6 +14,7 @@ from torch import nn
 from xdscale.ds_config import precision
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe, load_recipe
+from xdscale.training.engine import to_device
 
 _ROWS = 20
 _LEAST_WIDTH = 120
@@ -118,7 +119,7 @@ def _replay_sample(
     hooks = [part.register_forward_hook(look(name or "losses")) for name, part in module.named_modules()]
     module.zero_grad(set_to_none=True)
     device = next(module.parameters()).device
-    outputs = module({name: torch.from_numpy(array).to(device) for name, array in batch.arrays.items()})
+    outputs = module(to_device(batch.arrays, device))
     for hook in hooks:
         hook.remove()
     sum(weight * outputs[name][0] / max(1, counts[name]) for name, weight in weights.items()).backward()

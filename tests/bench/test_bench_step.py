@@ -12,6 +12,7 @@ from xdscale.data.stream import Stream
 from xdscale.errors import XdscaleError
 from xdscale.shards.reader import ShardedSplit
 from xdscale.tasks.xdbert import build_adaptation
+from xdscale.training.engine import to_device
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def arrays(real_recipe, wiki_shards):
 
 @pytest.fixture
 def batch(arrays):
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return to_device(arrays, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def padded():
 def streams(padded):
     """What the layer takes: both states without padding, and their streams; samples of 5/4, 3/6 and 2/1 tokens."""
     masks = torch.tensor(LANGUAGE_MASK), torch.tensor(CLIP_MASK)
-    (language, _), (clip, _) = map(stream_of, masks)
+    language, clip = (stream_of(mask.sum(1), mask.shape[1]) for mask in masks)
     states = (x[mask].requires_grad_() for x, mask in zip(padded, masks, strict=True))
     return *states, language, clip
 

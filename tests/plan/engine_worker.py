@@ -62,6 +62,7 @@ class CollectiveCounter:
 def crafted_batches(recipe, module, length, blocks, micro_batch, count, seed):
     """Batches of random tokens; every seventh position, about, is a target."""
     from xdscale.data.collate import Batch
+    from xdscale.padding import clip_layout
 
     rng = np.random.default_rng(seed)
     vocabulary, clip_vocabulary = module.model.language.config.vocab_size, module.model.clip.tower.vocab_size
@@ -71,6 +72,7 @@ def crafted_batches(recipe, module, length, blocks, micro_batch, count, seed):
             "language_ids": rng.integers(1, vocabulary, (micro_batch, length)),
             "clip_ids": rng.integers(1, clip_vocabulary, (micro_batch, blocks, 77)),
             "clip_lengths": np.full((micro_batch, blocks), 77),
+            **clip_layout(np.full((micro_batch, blocks), 77), 77),
         }
         masked = np.sort(rng.permutation(micro_batch * length)[: micro_batch * length // 7])
         masked = masked[masked % length > 0]

@@ -4,19 +4,21 @@ import numpy as np
 import pytest
 import torch
 
+from xdscale.padding import clip_layout
 from xdscale.plan.activations import LOGIT_SCRATCH_BYTES, activations
 from xdscale.plan.load import Load
 from xdscale.plan.settings import Settings
 from xdscale.plan.shapes import model_shape
 from xdscale.recipe import load_recipe
 from xdscale.tasks.xdbert import build_adaptation
+from xdscale.training.engine import to_device
 
 BATCH, LENGTH, BLOCKS = 3, 128, 2
 
 
 def kept_bytes(module, batch):
     """Unique storages that autograd keeps in one forward pass, parameters and batch left out."""
-    own = [*module.parameters(), *module.buffers(), *batch.values()]
+    own = [*module.parameters(), *module.buffers(), *filter(torch.is_tensor, batch.values())]
     excluded = {tensor.untyped_storage().data_ptr() for tensor in own}
     kept, alive = {}, []
 
@@ -39,14 +41,15 @@ def crafted(blocks):
         "language_ids": np.full((BATCH, LENGTH), 2000),
         "clip_ids": np.full((BATCH, blocks, 77), 300),
         "clip_lengths": np.full((BATCH, blocks), 77),
+        **clip_layout(np.full((BATCH, blocks), 77), 77),
         "masked_lm_positions": masked,
         "masked_lm_labels": np.full_like(masked, 2000),
         "clip_positions": targets,
         "clip_labels": np.full_like(targets, 300),
-        "match_labels": np.ones(BATCH),
+        "match_labels": np.ones(BATCH, np.int64),
     }
     load = Load(LENGTH, blocks, 77 * blocks, len(masked) / BATCH, 1, len(targets) / BATCH)
-    return {name: torch.from_numpy(np.asarray(array, np.int64)) for name, array in arrays.items()}, load
+    return to_device(arrays, torch.device("cpu")), load
 
 
 @pytest.mark.parametrize(

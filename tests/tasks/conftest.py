@@ -1,12 +1,20 @@
-"""The small model as a recipe, and a real micro-batch."""
+"""The small model as a recipe, and micro-batches: real ones of adaptation, small ones of finetuning."""
 
 import pytest
 import torch
 
 from xdscale import recipe
 from xdscale.data.collate import XDBERTCollator
-from xdscale.data.stream import Stream
+from xdscale.data.stream import Slots, Stream, validation_slots
+from xdscale.data.task_batches import TaskCollator, encode_examples
+from xdscale.data.task_files import Example
+from xdscale.data.task_table import TASKS
+from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
+from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.reader import ShardedSplit
+from xdscale.training.engine import to_device
+
+TEXTS = ("Albedo is a measure of reflection.", "Snow is bright.", "The open ocean reflects less light than snow does.")
 
 
 @pytest.fixture(scope="session")
@@ -51,4 +59,25 @@ def arrays(wiki_shards):
 @pytest.fixture(scope="session")
 def batch(arrays):
     """The same as tensors."""
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return to_device(arrays, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def task_arrays(cassette_model):
+    """Returns a function that makes the arrays of a task's examples, some or all of them."""
+    tokenizer, ids = load_language_tokenizer(str(cassette_model))
+    bpe, clip_ids = ClipBPE(), describe_clip_tokenizer()
+
+    def make(task, labels, order=None):
+        spec = TASKS[task]
+        rows = [
+            Example("0", TEXTS[n % 3], tuple(TEXTS[(n + k + 1) % 3] for k in range(len(spec.seconds))), label, 1)
+            for n, label in enumerate(labels)
+        ]
+        split = encode_examples(spec, rows, tokenizer, bpe)
+        (slots,) = validation_slots(len(rows), len(rows), 1, 0, len(rows))
+        if order is not None:
+            slots = Slots(slots.epochs[order], slots.sample_ids[order], slots.real[order])
+        return TaskCollator(split, ids, clip_ids, max_length=64)(slots).arrays
+
+    return make

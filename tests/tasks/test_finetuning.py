@@ -11,15 +11,10 @@ from transformers import (
 )
 
 from xdscale import recipe
-from xdscale.data.stream import Slots, validation_slots
-from xdscale.data.task_batches import TaskCollator, encode_examples
-from xdscale.data.task_files import Example
 from xdscale.data.task_table import TASKS
 from xdscale.errors import XdscaleError
 from xdscale.export import _export_full_model
 from xdscale.models.xdbert import XDBERT
-from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
-from xdscale.shards.language import load_language_tokenizer
 from xdscale.tasks.finetuning import (
     Finetuning,
     build_clip_classifier,
@@ -27,29 +22,12 @@ from xdscale.tasks.finetuning import (
     build_language_classifier,
 )
 from xdscale.tasks.xdbert import build_adaptation
-
-TEXTS = ("Albedo is a measure of reflection.", "Snow is bright.", "The open ocean reflects less light than snow does.")
+from xdscale.training.engine import to_device
 
 
 @pytest.fixture(scope="module")
-def make_batch(cassette_model):
-    tokenizer, ids = load_language_tokenizer(str(cassette_model))
-    bpe, clip_ids = ClipBPE(), describe_clip_tokenizer()
-
-    def make(task, labels, order=None):
-        spec = TASKS[task]
-        rows = [
-            Example("0", TEXTS[n % 3], tuple(TEXTS[(n + k + 1) % 3] for k in range(len(spec.seconds))), label, 1)
-            for n, label in enumerate(labels)
-        ]
-        split = encode_examples(spec, rows, tokenizer, bpe)
-        (slots,) = validation_slots(len(rows), len(rows), 1, 0, len(rows))
-        if order is not None:
-            slots = Slots(slots.epochs[order], slots.sample_ids[order], slots.real[order])
-        arrays = TaskCollator(split, ids, clip_ids, max_length=64)(slots).arrays
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-    return make
+def make_batch(task_arrays):
+    return lambda *of: to_device(task_arrays(*of), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

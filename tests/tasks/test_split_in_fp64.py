@@ -7,6 +7,7 @@ from xdscale.data.stream import Stream
 from xdscale.recipe import load_recipe
 from xdscale.shards.reader import ShardedSplit
 from xdscale.tasks.xdbert import build_adaptation
+from xdscale.training.engine import to_device
 
 
 def test_split_in_fp64(wiki_shards):
@@ -22,7 +23,7 @@ def test_split_in_fp64(wiki_shards):
         batches = [collate(slots) for slots in stream.slots(0)]
         counts = {name: sum(batch.targets[name] for batch in batches) for name in batches[0].targets}
         for batch in batches:
-            terms = module({name: torch.from_numpy(array) for name, array in batch.arrays.items()})
+            terms = module(to_device(batch.arrays, torch.device("cpu")))
             sum(terms[name][0] / counts[name] for name in counts).backward()
         return {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
 

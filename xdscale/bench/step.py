@@ -26,6 +26,7 @@ from xdscale.data.collate import Batch
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe
 from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation
+from xdscale.training.engine import to_device
 from xdscale.training.throughput import matmul_flops_per_second
 
 PLAIN, FAST = "plain fp32", "fast fp32"
@@ -233,7 +234,7 @@ class _Bench:
     def __init__(self, module: XDBERTAdaptation, recipe: Recipe, batch: Batch) -> None:
         self.module, self.narrow = module, copy.deepcopy(module).to(torch.bfloat16)
         self.dropout, self.arrays = recipe.model.dropout, batch.arrays
-        self.batch = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+        self.batch = to_device(batch.arrays, torch.device("cpu"))
         self.scales = {name: w / max(1, batch.targets[name]) for name, w in recipe.tasks.weights().items()}
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optim = recipe.optim

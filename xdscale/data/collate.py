@@ -7,6 +7,7 @@ import numpy as np
 from xdscale.data.masking import mask_language_ids, select_clip_targets
 from xdscale.data.pairing import PADDING, draw_partners
 from xdscale.data.stream import Slots
+from xdscale.padding import clip_layout
 from xdscale.recipe import Tasks
 from xdscale.shards.reader import ShardedSplit
 
@@ -35,6 +36,7 @@ class XDBERTCollator:
     Arrays, with b samples, S = sequence length + 2, and N blocks, as many as the longest text needs:
         language_ids [b, S]: [CLS] ids [SEP], masked.
         clip_ids [b, N, 77], clip_lengths [b, N]: see `pack_clip_blocks`.
+        clip_blocks, clip_valid, clip_longest: see `clip_layout`.
         masked_lm_positions [m]: flat index into b * S; masked_lm_labels [m]: the original ids.
         clip_positions [c]: flat index into b * N * 77, content tokens only; clip_labels [c]: the ids there.
         match_labels [b]: 1 same text, 0 other text, -1 padding sample.
@@ -79,6 +81,7 @@ class XDBERTCollator:
         flat, offsets = self.split.clip_ids(text_ids)
         clip_ids, clip_lengths = pack_clip_blocks(flat, offsets, start_id=self._clip.start_id, end_id=self._clip.end_id)
         arrays["clip_ids"], arrays["clip_lengths"] = clip_ids, clip_lengths
+        arrays |= clip_layout(clip_lengths, CLIP_LENGTH)
         if self.tasks.clip_tokens is not None:
             row, token = select_clip_targets(np.diff(offsets), slots, self.tasks.clip_tokens, seed=self.seed)
             positions = row * clip_ids[0].size + token + 2 * (token // CLIP_CONTENT) + 1

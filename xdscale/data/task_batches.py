@@ -9,6 +9,7 @@ from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH, Batch
 from xdscale.data.stream import Slots
 from xdscale.data.task_files import Example
 from xdscale.data.task_table import Task
+from xdscale.padding import clip_layout, language_layout
 from xdscale.shards.clip_bpe import ClipBPE
 from xdscale.shards.manifest import ClipTokenizer, LanguageTokenizer
 
@@ -97,8 +98,10 @@ class TaskCollator:
 
     With b examples and c choices (no such dimension unless the task has choices):
         language_ids, segments int64 [b, c, S] and language_mask bool [b, c, S]: [CLS] first [SEP] second [SEP], S as
-            long as the longest of them needs; segments are 1 from the second sentence on.
-        clip_ids int64 [b, c, N, 77] and clip_lengths int64 [b, c, N]: 2 blocks for each sentence.
+            long as the longest of them needs; segments are 1 from the second sentence on. language_valid: see
+            `language_layout`.
+        clip_ids int64 [b, c, N, 77] and clip_lengths int64 [b, c, N]: 2 blocks for each sentence. clip_blocks,
+            clip_valid, clip_longest: see `clip_layout`.
         labels [b]: int64 classes, -1 for none; or float32 targets.
         real bool [b]: False for padding examples and unlabelled ones.
     The one objective is called "task".
@@ -135,6 +138,10 @@ class TaskCollator:
                 tokens = int(clip["clip_lengths"].reshape(shape[0], -1).sum(1)[slots.real].sum())
             arrays |= clip
         arrays = {name: array.reshape(*shape, *array.shape[1:]) for name, array in arrays.items()}
+        if self._language is not None:
+            arrays |= language_layout(arrays["language_mask"])
+        if self._clip is not None:
+            arrays |= clip_layout(arrays["clip_lengths"], CLIP_LENGTH)
         labels = self.split.labels[slots.sample_ids]
         if task.regression:
             arrays["labels"] = labels.astype(np.float32)

@@ -61,34 +61,52 @@ def use_packed_attention(encoder: PreTrainedModel, *, plain: bool) -> None:
     encoder.set_attn_implementation(PLAIN if plain else FUSED)
 
 
+def valid_tokens(mask: torch.Tensor, positions: torch.Tensor) -> tuple[Stream, torch.Tensor]:
+    """Returns what an encoder after `use_packed_attention` takes as `valid`, beside the mask itself.
+
+    Args:
+        mask: bool [batch, length].
+        positions: int64 [tokens], where it is True: flat index into batch * length, ascending.
+
+    Returns:
+        The stream of the valid tokens, and `positions`.
+    """
+    return stream_of(mask.sum(1), mask.shape[1]), positions
+
+
 def _self_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: tuple[Stream, torch.Tensor] | None,
+    attention_mask: torch.Tensor | None,
     *,
     plain: bool,
     dropout: float = 0.0,
+    valid: tuple[Stream, torch.Tensor] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in each layer: [batch, heads, length, d] three times to [batch, length, heads, d]."""
+    """What transformers calls in each layer: [batch, heads, length, d] three times to [batch, length, heads, d].
+
+    `valid` is what the caller of the encoder knows of `attention_mask` (see `valid_tokens`), handed on by transformers
+    as any keyword that it does not know. Without it every layer waits for a GPU to look at the mask.
+    """
     batch, _heads, length, _size = query.shape
     rows = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]  # [batch * length, heads, d]
     if attention_mask is None:
         stream = full_stream(batch, length, query.device)
         return attend(*rows, stream, stream, dropout=dropout, plain=plain).unflatten(0, (batch, length)), None
-    stream, positions = attention_mask
-    valid = (states.index_select(0, positions) for states in rows)
-    attended = attend(*valid, stream, stream, dropout=dropout, plain=plain).flatten(1)  # [tokens, heads * d]
+    stream, positions = valid or valid_tokens(attention_mask, attention_mask.flatten().nonzero().squeeze(1))
+    tokens = (states.index_select(0, positions) for states in rows)
+    attended = attend(*tokens, stream, stream, dropout=dropout, plain=plain).flatten(1)  # [tokens, heads * d]
     return unpack(attended, positions, (batch, length)).unflatten(-1, rows[0].shape[1:]), None
 
 
-def _stream_of_mask(*, attention_mask: torch.Tensor | None, **_: Any) -> tuple[Stream, torch.Tensor] | None:
-    """What transformers calls once per forward pass, for all layers: a padding mask becomes a stream."""
-    return None if attention_mask is None else stream_of(attention_mask)
+def _unchanged(*, attention_mask: torch.Tensor | None, **_: Any) -> torch.Tensor | None:
+    """What transformers calls once per forward pass, to prepare the mask for all layers."""
+    return attention_mask
 
 
 for _name, _plain in ((FUSED, False), (PLAIN, True)):
     AttentionInterface.register(_name, partial(_self_attention, plain=_plain))
-    AttentionMaskInterface.register(_name, _stream_of_mask)
+    AttentionMaskInterface.register(_name, _unchanged)

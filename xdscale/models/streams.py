@@ -11,7 +11,7 @@ class Stream:
 
     Attributes:
         offsets: int32 [samples + 1], sample b owns rows `offsets[b]` to `offsets[b + 1] - 1`.
-        longest: at least the largest number of tokens of a sample.
+        longest: at least the largest number of tokens of a sample; kernels launch programs for so many.
     """
 
     offsets: torch.Tensor
@@ -23,17 +23,14 @@ class Stream:
         return len(self.offsets) - 1
 
 
-def stream_of(mask: torch.Tensor) -> tuple[Stream, torch.Tensor]:
-    """Returns the stream of the valid positions, and where they stand.
+def stream_of(lengths: torch.Tensor, longest: int) -> Stream:
+    """Returns the stream of samples of some lengths.
 
     Args:
-        mask: bool [batch, positions].
-
-    Returns:
-        The stream, and int64 [tokens], indices into batch * positions in order.
+        lengths: int64 [samples].
+        longest: at least the largest of them. It is asked for because a GPU's lengths are not to be read.
     """
-    offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return Stream(offsets, mask.shape[1]), mask.flatten().nonzero().squeeze(1)
+    return Stream(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
 
 
 def full_stream(batch: int, length: int, device: torch.device) -> Stream:
@@ -49,7 +46,7 @@ def rows_of_samples(rows: torch.Tensor, stream: Stream) -> Stream:
         stream: whose rows they are.
     """
     bounds = stream.offsets.to(torch.int64)
-    return Stream(torch.searchsorted(rows, bounds).to(torch.int32), stream.longest)
+    return Stream(torch.searchsorted(rows, bounds).to(torch.int32), min(stream.longest, len(rows)))
 
 
 def unpack(tokens: torch.Tensor, positions: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

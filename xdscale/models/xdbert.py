@@ -1,6 +1,6 @@
 """XDBERT: a language encoder and CLIP's text tower joined by cross-modal layers (spec xdbert §2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,9 +8,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from xdscale.models.attention import valid_tokens
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer, Wanted
 from xdscale.models.streams import Stream, full_stream, rows_of_samples, stream_of, unpack
+from xdscale.padding import clip_layout, language_layout
 
 
 class _Encoded(NamedTuple):
@@ -58,6 +60,7 @@ class XDBERT(nn.Module):
         language_mask: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
         *,
+        layout: Mapping[str, torch.Tensor | int] | None = None,
         wanted: tuple[torch.Tensor, torch.Tensor] | None = None,
         return_attention: bool = False,
     ) -> tuple:
@@ -72,6 +75,8 @@ class XDBERT(nn.Module):
             clip_lengths: int64 [batch, blocks], valid positions of each block; 0 for an empty block.
             language_mask: bool [batch, s], True for valid positions; None for all.
             segments: int64 [batch, s], the language encoder's segment ids; None for 0, as in adaptation.
+            layout: what `xdscale.padding` says of `clip_lengths`, and of `language_mask` if there is one, by name;
+                whatever else is in it, as in a batch, is left aside. None: made here, for which a GPU is waited for.
             wanted: the only positions whose states are needed, ascending and valid: int64 [n] into batch * s, and
                 int64 [m] into batch * blocks * 77. None for all.
             return_attention: also return attention maps.
@@ -82,7 +87,9 @@ class XDBERT(nn.Module):
             with, for each cross-modal layer, the first sample's weights from language to CLIP tokens, averaged
             over heads, fp32 [its language tokens, its CLIP tokens].
         """
-        encoded = self._encode(language_ids, clip_ids, clip_lengths, language_mask, segments)
+        if layout is None:
+            layout = _layout_of(clip_lengths, language_mask, clip_ids.shape[-1])
+        encoded = self._encode(language_ids, clip_ids, clip_lengths, language_mask, segments, layout)
         language, clip = encoded.language, encoded.clip
         streams = encoded.language_stream, encoded.clip_stream
         last = None if wanted is None else _wanted_rows(encoded, wanted)
@@ -109,23 +116,34 @@ class XDBERT(nn.Module):
         clip_lengths: torch.Tensor,
         language_mask: torch.Tensor | None,
         segments: torch.Tensor | None,
+        layout: Mapping[str, torch.Tensor | int],
     ) -> _Encoded:
-        places = torch.arange(clip_ids.shape[-1], device=clip_ids.device)
-        clip_mask = places < clip_lengths.unsqueeze(-1)  # [batch, blocks, 77]
-        clip_stream, clip_positions = stream_of(clip_mask.flatten(1))
-        filled = clip_lengths.flatten().nonzero().squeeze(1)  # CLIP never sees the empty blocks of shorter texts
-        clip_rows = clip_mask.flatten(0, 1).index_select(0, filled).flatten().nonzero().squeeze(1)
+        filled, clip_positions, length = layout["clip_blocks"], layout["clip_valid"], clip_ids.shape[-1]
+        clip_stream = stream_of(clip_lengths.sum(1), layout["clip_longest"])
+        # CLIP never sees the empty blocks of shorter texts.
         clip = self.clip(clip_ids.flatten(0, 1).index_select(0, filled).unsqueeze(0)).squeeze(0)  # [filled * 77, D]
-        clip = clip.index_select(0, clip_rows)  # [CLIP tokens, CLIP size]
+        block = torch.searchsorted(filled, clip_positions // length)  # of each token, among the filled ones
+        clip = clip.index_select(0, block * length + clip_positions % length)  # [CLIP tokens, CLIP size]
+        valid = None if language_mask is None else valid_tokens(language_mask, layout["language_valid"])
         language = self.language(
-            input_ids=language_ids, attention_mask=language_mask, token_type_ids=segments, use_cache=False
-        ).last_hidden_state  # [batch, s, language size]
-        language_stream, language_positions = full_stream(*language_ids.shape, language_ids.device), None
-        language = language.flatten(0, 1)
-        if language_mask is not None:
-            language_stream, language_positions = stream_of(language_mask)
+            input_ids=language_ids, attention_mask=language_mask, token_type_ids=segments, use_cache=False, valid=valid
+        ).last_hidden_state.flatten(0, 1)  # [batch * s, language size]
+        if valid is None:
+            language_stream, language_positions = full_stream(*language_ids.shape, language_ids.device), None
+        else:
+            language_stream, language_positions = valid
             language = language.index_select(0, language_positions)
         return _Encoded(language, clip, language_stream, clip_stream, language_positions, clip_positions)
+
+
+def _layout_of(
+    clip_lengths: torch.Tensor, language_mask: torch.Tensor | None, block_length: int
+) -> dict[str, torch.Tensor | int]:
+    """Looks at lengths and mask on the host, and brings what it finds back to their device."""
+    arrays, device = clip_layout(clip_lengths.cpu().numpy(), block_length), clip_lengths.device
+    if language_mask is not None:
+        arrays |= language_layout(language_mask.cpu().numpy())
+    return {name: torch.from_numpy(array).to(device) if array.ndim else array.item() for name, array in arrays.items()}
 
 
 def _wanted_rows(encoded: _Encoded, wanted: tuple[torch.Tensor, torch.Tensor]) -> Wanted:

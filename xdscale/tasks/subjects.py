@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from xdscale.models.attention import valid_tokens
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.xdbert import XDBERT
 from xdscale.tasks import flops
@@ -44,12 +45,15 @@ class LanguageClassifier(nn.Module):
         self.model.base_model.activation_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: Mapping[str, torch.Tensor], return_attention: bool) -> Judgement:
-        """Reads language_ids, segments and language_mask; has no attention maps to give."""
-        return Judgement(
-            self.model(
-                input_ids=batch["language_ids"], attention_mask=batch["language_mask"], token_type_ids=batch["segments"]
-            ).logits
+        """Reads language_ids, segments, language_mask and language_valid; has no attention maps to give."""
+        mask = batch["language_mask"]
+        outputs = self.model(
+            input_ids=batch["language_ids"],
+            attention_mask=mask,
+            token_type_ids=batch["segments"],
+            valid=valid_tokens(_texts(mask, 1), batch["language_valid"]),
         )
+        return Judgement(outputs.logits)
 
     def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
         """Returns those of the forward pass."""
@@ -83,6 +87,7 @@ class CrossModalClassifier(nn.Module):
             clip_lengths,
             language_mask,
             _texts(batch["segments"], 1),
+            layout=batch,
             wanted=(first, first[:0]),
             return_attention=return_attention,
         )  # [texts, size]
@@ -129,12 +134,13 @@ class ClipClassifier(nn.Module):
         self.encoder.enable_activation_checkpointing()
 
     def forward(self, batch: Mapping[str, torch.Tensor], return_attention: bool) -> Judgement:
-        """Reads clip_ids and clip_lengths; has no attention maps to give."""
+        """Reads clip_ids, clip_lengths and clip_blocks; has no attention maps to give."""
         clip_ids, lengths = _texts(batch["clip_ids"], 2), _texts(batch["clip_lengths"], 1)
         texts, blocks, positions = clip_ids.shape
-        filled = lengths.flatten().nonzero().squeeze(1)
+        filled = batch["clip_blocks"]
         states = self.encoder(clip_ids.flatten(0, 1).index_select(0, filled).unsqueeze(0)).squeeze(0)
-        ends = torch.arange(len(filled), device=filled.device) * positions + lengths.flatten()[filled] - 1
+        first = torch.arange(len(filled), device=filled.device) * positions
+        ends = first + lengths.flatten().index_select(0, filled) - 1
         features = states.new_zeros(texts * blocks, states.shape[-1]).index_copy(
             0, filled, states.index_select(0, ends)
         )

@@ -61,9 +61,9 @@ class XDBERTAdaptation(nn.Module):
 
         Args:
             batch: the arrays of `xdscale.data.collate.Batch` as int64 tensors: language_ids [b, S],
-                clip_ids [b, N, 77], clip_lengths [b, N], and for the objectives that are on
-                masked_lm_positions and masked_lm_labels [m], match_labels [b] (-1: no target),
-                clip_positions and clip_labels [c].
+                clip_ids [b, N, 77], clip_lengths [b, N] with its `xdscale.padding.clip_layout` (clip_longest as a
+                plain int), and for the objectives that are on masked_lm_positions and masked_lm_labels [m],
+                match_labels [b] (-1: no target), clip_positions and clip_labels [c].
             return_attention: add an entry "attention_maps": for each cross-modal layer the first sample's
                 weights from language to CLIP tokens, averaged over heads, fp32 [S, its CLIP tokens]. For evaluation.
 
@@ -83,6 +83,7 @@ class XDBERTAdaptation(nn.Module):
             batch["language_ids"],
             batch["clip_ids"],
             batch["clip_lengths"],
+            layout=batch,
             wanted=(positions, targets),
             return_attention=return_attention,
         )  # [m + b, H], [c, D]

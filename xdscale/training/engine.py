@@ -90,6 +90,17 @@ def plain_gradient_norm(engine: Any) -> float | None:
     return float(torch.nn.utils.get_total_norm(gradients))
 
 
-def to_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Returns the arrays of a batch as tensors on the training device."""
-    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+def to_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor | int | float]:
+    """Returns the arrays of a batch as tensors on the training device; the host waits for nothing.
+
+    An array without dimensions becomes a plain number: shapes and launches are made of it, which happens on the host.
+    """
+    return {name: _to_device(array, device) if array.ndim else array.item() for name, array in arrays.items()}
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        # Pageable memory would be copied piece by piece, each waiting for the device to reach the copy.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
