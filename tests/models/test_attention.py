@@ -105,7 +105,9 @@ def test_causal_attention(function, dtype, error, shape):
     gradients = torch.autograd.grad(found, narrow, weighting.to(dtype))
     for ours, theirs in zip((found, *gradients), (expected, *wanted)):
         assert ours.dtype == dtype
-        assert (ours.double() - theirs).norm() <= error * theirs.norm() + 1e-15
+        # One token reads itself alone, whatever its query and key: where zero is true, terms as large as this cancel.
+        scale = theirs.norm() if theirs.norm() > 1e-12 else weighting.norm()
+        assert (ours.double() - theirs).norm() <= error * scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
