@@ -1,8 +1,8 @@
 """Bytes of activations per sequence: what autograd keeps for the backward pass, by the structure of the modules.
 
 Assumed is what runs on a GPU: packed attention (queries, keys, values, output and one fp32 number per row and head are
-kept, never a matrix of scores), fused dropout (a mask of one byte per element), feed-forwards that keep what they
-activate and not the result, and logits that never exist as a whole.
+kept, never a matrix of scores), sublayers that draw the mask of their dropout again, feed-forwards that keep what they
+activate and not the result, and logits that never exist as a whole. One mask is kept, that of the embeddings.
 A tensor that several operations keep is counted once. A test compares with the bytes that autograd really keeps.
 """
 
@@ -46,9 +46,9 @@ class _Units:
     width: int
     mask: int
 
-    def rows(self, elements: float, *, masked: float = 0.0, norms: int = 0, heads: int = 0) -> float:
-        """Returns the bytes of one token that keeps `elements`, and masks for `masked` of them."""
-        return self.width * elements + self.mask * masked + _NORM_STATISTICS * norms + 4 * heads
+    def rows(self, elements: float, *, norms: int = 0, heads: int = 0) -> float:
+        """Returns the bytes of one token that keeps `elements`."""
+        return self.width * elements + _NORM_STATISTICS * norms + 4 * heads
 
 
 def activations(
@@ -60,9 +60,9 @@ def activations(
         shape: of the model.
         load: tokens and targets of each of its sequences.
         settings: of DeepSpeed.
-        dropout: rate; with 0 no masks are kept.
+        dropout: rate; with 0 no mask is kept.
         frozen: parts that are not trained, of "language" and "clip": they keep nothing.
-        mask: bytes of an element of a dropout mask: 1 on a GPU, those of the element itself on a CPU.
+        mask: bytes of an element of PyTorch's dropout mask: 1 on a GPU, those of the element itself on a CPU.
     """
     units = _Units(settings.parameter_bytes, mask if dropout else 0)
     language, clip = _language_layer(shape, load, units), _clip_layer(shape, load, units)
@@ -89,7 +89,7 @@ def _language_layer(shape: ModelShape, load: Load, units: _Units) -> float:
     """Input, queries, keys, values, attended, sum, norm, sum; wide before GELU."""
     size, wide = shape.language.hidden_size, shape.language.intermediate_size
     heads = shape.language.num_attention_heads
-    return load.length * units.rows(8 * size + wide, masked=2 * size, norms=2, heads=heads)
+    return load.length * units.rows(8 * size + wide, norms=2, heads=heads)
 
 
 def _clip_layer(shape: ModelShape, load: Load, units: _Units) -> float:
@@ -108,12 +108,12 @@ def _cross_layer(shape: ModelShape, load: Load, units: _Units, *, last: bool) ->
     for (size, tokens, targets, heads), (_, others, _, _) in (sides, sides[::-1]):
         wanted = targets if last else tokens
         # Cross-attention: input, queries, attended, sum, norm; keys and values of the other side's tokens.
-        total += tokens * units.rows(5 * size, masked=size, norms=1, heads=heads) + others * units.rows(2 * size)
+        total += tokens * units.rows(5 * size, norms=1, heads=heads) + others * units.rows(2 * size)
         # Self-attention: keys and values of all tokens; queries, attended, sum, norm of the wanted ones.
         total += tokens * units.rows(2 * size)
-        total += wanted * units.rows((5 if last else 4) * size, masked=size, norms=1, heads=heads)
+        total += wanted * units.rows((5 if last else 4) * size, norms=1, heads=heads)
         # Feed-forward: wide before GELU, sum.
-        total += wanted * units.rows(wide + size, masked=size, norms=1)
+        total += wanted * units.rows(wide + size, norms=1)
     return total
 
 
@@ -123,9 +123,8 @@ def _ends(shape: ModelShape, load: Load, units: _Units, frozen: tuple[str, ...])
     total = 0.0
     if "language" not in frozen:
         project = language.embedding_size if language.embedding_size != language.hidden_size else 0
-        total += load.length * (
-            units.rows(language.embedding_size + project, masked=language.embedding_size, norms=1) + 3 * 8
-        )
+        embedded = units.rows(language.embedding_size + project, norms=1) + units.mask * language.embedding_size
+        total += load.length * (embedded + 3 * 8)
     if "clip" not in frozen:
         total += load.blocks * CLIP_CONTEXT * (units.rows(2 * clip.width, norms=1) + 8)
     heads = (
