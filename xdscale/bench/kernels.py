@@ -2,7 +2,8 @@
 
 On a GPU the opponents are PyTorch's attention on padded keys, FlexAttention, the plain loss, and Liger and
 Cut-Cross-Entropy where they are installed; on a CPU PyTorch's attention and the plain loss; on both PyTorch's dropout,
-addition and LayerNorm. Contestants take turns, so that a change of the machine's load meets all of them.
+addition and LayerNorm, and its activations. Contestants take turns, so that a change of the machine's load meets all
+of them.
 """
 
 import importlib.util
@@ -16,16 +17,21 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from xdscale.kernels.activated_linear import activated_linear
 from xdscale.kernels.attention import packed_attention
 from xdscale.kernels.masked_token_loss import masked_token_loss, plain_masked_token_loss
+from xdscale.kernels.quick_gelu import SCALE, quick_gelu
 from xdscale.kernels.residual_norm import residual_norm
 
 QUERIES, HEADS, HEAD_SIZE = 512, 12, 64
 KEY_LENGTHS = (427, 693)
 """Keys of the samples in turn: 560 on average of 9 CLIP blocks' 693, to which the others pad."""
 
-HIDDEN, VOCABULARY, LABELLED = 768, 30_522, 77
+HIDDEN, INTERMEDIATE, VOCABULARY, LABELLED = 768, 3072, 30_522, 77
 """BERT-base; labelled positions are 15 % of each sample's 512."""
+
+CLIP_INTERMEDIATE = 2048
+"""ViT-B-32's text tower."""
 
 DROPOUT = 0.1
 NORM_EPS = 1e-12
@@ -97,8 +103,13 @@ def _contests(plan: Plan, dtype: torch.dtype) -> list[tuple[str, Contestants]]:
     contests = [(f"attention, dropout {DROPOUT}", attention_contestants(plan, dtype, DROPOUT))]
     if plan.device == "cuda":
         contests.append(("attention", attention_contestants(plan, dtype, 0.0)))
-    norm = f"dropout {DROPOUT} + residual + LayerNorm", norm_contestants(plan, dtype)
-    return [*contests, ("masked-token loss", loss_contestants(plan, dtype)), norm]
+    return [
+        *contests,
+        ("masked-token loss", loss_contestants(plan, dtype)),
+        (f"dropout {DROPOUT} + residual + LayerNorm", norm_contestants(plan, dtype)),
+        ("CLIP's activation", quick_gelu_contestants(plan, dtype)),
+        ("GELU + Linear", activated_linear_contestants(plan, dtype)),
+    ]
 
 
 def attention_contestants(plan: Plan, dtype: torch.dtype, dropout: float) -> Contestants:
@@ -195,6 +206,26 @@ def norm_contestants(plan: Plan, dtype: torch.dtype) -> Contestants:
     return {
         "residual_norm": _with_backward(ours, leaves),
         "dropout, +, layer_norm": _with_backward(pytorch, leaves),
+    }
+
+
+def quick_gelu_contestants(plan: Plan, dtype: torch.dtype) -> Contestants:
+    """Returns the activation of one layer of CLIP's text tower, in the longest texts' blocks."""
+    states = _leaf(plan.attention_samples * max(KEY_LENGTHS), CLIP_INTERMEDIATE, dtype=dtype, device=plan.device)
+    return {
+        "quick_gelu": _with_backward(lambda: quick_gelu(states), [states]),
+        "x * sigmoid(1.702 x)": _with_backward(lambda: states * torch.sigmoid(SCALE * states), [states]),
+    }
+
+
+def activated_linear_contestants(plan: Plan, dtype: torch.dtype) -> Contestants:
+    """Returns the second half of BERT-base's feed-forward, for as many samples as the attention has."""
+    sizes = (plan.attention_samples * QUERIES, INTERMEDIATE), (HIDDEN, INTERMEDIATE), (HIDDEN,)
+    leaves = [_leaf(*size, dtype=dtype, device=plan.device, scale=INTERMEDIATE**-0.5) for size in sizes]
+    states, weight, bias = leaves
+    return {
+        "activated_linear": _with_backward(lambda: activated_linear(*leaves, F.gelu), leaves),
+        "gelu, linear": _with_backward(lambda: F.linear(F.gelu(states), weight, bias), leaves),
     }
 
 
