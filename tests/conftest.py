@@ -1,5 +1,6 @@
 """Small real data that ships in registry packages, and real launches."""
 
+import json
 import os
 import signal
 import socket
@@ -69,6 +70,21 @@ def short_shards(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest
     out = tmp_path_factory.mktemp("short") / "wiki"
     build_shards([wiki_text], out, language_tokenizer=str(cassette_model), sequence_length=30, validation_fraction=0.1)
     return out
+
+
+@pytest.fixture(scope="session")
+def fp32_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped DeepSpeed configurations in fp32: a CPU without bf16 instructions is a hundred times slower in bf16.
+
+    tests/plan trains with each of the files as it is.
+    """
+    folder = tmp_path_factory.mktemp("fp32") / "ds_configs"
+    folder.mkdir()
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        values = json.loads(path.read_text())
+        values = {key: value for key, value in values.items() if key not in ("bf16", "fp16", "data_types")}
+        (folder / path.name).write_text(json.dumps(values))
+    return folder
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 The README's commands run unchanged except for the substitutions below, which only make them smaller and keep them off
 the network: the real WikiText file becomes a small one of the same format, hub names become local folders or random
-weights, a run becomes two steps.
+weights, bf16 becomes fp32, a run becomes two steps.
 """
 
 import os
@@ -35,10 +35,10 @@ SMALLER = [
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, cassette_model, wiki_text):
+def workplace(tmp_path_factory, cassette_model, wiki_text, fp32_configs):
     """A folder like the repository's root, with a small WikiText file and a small BERT."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "ds_configs").symlink_to(ROOT / "ds_configs")
+    (folder / "ds_configs").symlink_to(fp32_configs)
     shutil.copytree(cassette_model, folder / "small-bert")
     articles = wiki_text.read_text(encoding="utf-8").split("\n\n")
     with (folder / "wiki.train.raw").open("w", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
 """Every command of docs/from-text-to-table-1.md is executed, in its order, at small scale.
 
-They run unchanged except for the substitutions of `smaller`: a small text, encoder and task, two CPU ranks, two steps,
-two seeds.
+They run unchanged except for the substitutions of `smaller` and of the workplace: a small text, encoder and task, fp32,
+two CPU ranks, two steps, two seeds.
 """
 
 import csv
@@ -24,10 +24,10 @@ CLIP = "model.clip.name=clip-tiny.json model.clip.weights=random"
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, cassette_model, wiki_text):
+def workplace(tmp_path_factory, cassette_model, wiki_text, fp32_configs):
     """A folder like the repository's root, with a small WikiText file, a small BERT and a small task."""
     folder = tmp_path_factory.mktemp("table-1")
-    (folder / "ds_configs").symlink_to(ROOT / "ds_configs")
+    (folder / "ds_configs").symlink_to(fp32_configs)
     shutil.copytree(cassette_model, folder / "small-bert")
     articles = [article.splitlines() for article in wiki_text.read_text(encoding="utf-8").split("\n\n") if article]
     with (folder / "wiki.train.raw").open("w", encoding="utf-8") as file:
