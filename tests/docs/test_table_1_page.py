@@ -85,7 +85,7 @@ def printed(workplace, free_port):
     return outputs
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_the_pages_commands_end_in_table_1(printed, workplace):
     assert [command.split()[0] for command in printed].count("xdscale") >= 10

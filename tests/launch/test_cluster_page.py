@@ -115,7 +115,7 @@ def one(executed, *words):
     return found[0]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_the_pages_commands(executed, workplace, cluster):
     assert len(COMMANDS) == 7
@@ -140,7 +140,7 @@ def test_the_pages_commands(executed, workplace, cluster):
     assert {"node-1", "node-2"} <= set((Path(cluster["FAKE_LOG"]) / "ssh").read_text().split())
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_slurms_signal_saves_and_requeues(executed, workplace, cluster, monkeypatch):
     code, _, stderr, noted = one(executed, "sbatch")

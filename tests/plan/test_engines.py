@@ -11,7 +11,7 @@ from xdscale.plan.states import model_states
 from xdscale.plan.traffic import collectives
 from xdscale.recipe import load_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 RANKS = 2
 ACCUMULATION = 3

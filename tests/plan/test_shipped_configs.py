@@ -84,7 +84,7 @@ def engines(run_engines, small_model):
     return run_engines(cases)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("name", SHIPPED)
 def test_deepspeed_trains_with_every_file(engines, name):
     _, way, kind = SHIPPED[name]

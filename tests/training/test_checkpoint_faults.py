@@ -327,6 +327,7 @@ def test_retention_keeps_the_newest_and_every_nth_and_ignores_an_abandoned_futur
     assert gone(50, newest=5) == []
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + LAUNCHES))
 def test_deepspeed_killed_while_saving(adapt, short_shards, tmp_path, monkeypatch, seed):
     """Two real ranks under ZeRO-2; the whole group is killed at a random moment of a random save, then continued."""

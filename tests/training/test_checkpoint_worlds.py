@@ -68,6 +68,7 @@ def test_the_optimizers_checksum_does_not_depend_on_who_holds_what(two_ranks):
     assert record(folder, "1-fp32")["optimizer"] == record(folder, "2-fp32")["optimizer"]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_another_number_of_ranks_continues_as_two_would_have(two_ranks, tmp_path, free_port, ranks):
     """Loading compares parameters, Adam's state, step and learning rate; the next step shows that they are in use."""

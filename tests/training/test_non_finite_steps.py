@@ -28,6 +28,8 @@ LAYOUTS = {
     "bf16-1": (1, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
 }
 CONTINUED = "fp32-2"
+# A CPU without instructions for them is a hundred times slower in bf16 and fp16.
+LIGHT = {"model__cross_layers": 1, "tasks__clip_tokens": "null"}
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +75,11 @@ def folder(short_shards, tmp_path_factory, free_port, poisoned):
     folder = tmp_path_factory.mktemp("poison")
     runs = []
     for name, (stage, extra) in LAYOUTS.items():
-        config = ds_config(folder, name, stage, extra)
+        config, less = ds_config(folder, name, stage, extra), LIGHT if extra else {}
         for stop in (3, STEPS) if name == CONTINUED else (STEPS,):
-            given = arguments(short_shards, folder / name, config, training__stop_at_step=stop)
+            given = arguments(short_shards, folder / name, config, training__stop_at_step=stop, **less)
             runs.append({"arguments": given} | poisoned)
-        given = arguments(short_shards, folder / f"{name}-absent", config)
+        given = arguments(short_shards, folder / f"{name}-absent", config, **less)
         runs.append({"arguments": given, "absent": [LOSS_STEP, GRADIENT_STEP]})
     result = launch(runs, free_port())
     assert result.returncode == 0, result.stderr[-3000:]
@@ -175,7 +177,8 @@ def test_replay_finds_the_sample_and_the_module(folder, poisoned, kind, monkeypa
 def test_too_many_in_a_row_stop_the_run_and_fp16_overflows_do_not_count(short_shards, tmp_path, free_port):
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}}
     config = ds_config(tmp_path, "fp16", 1, fp16)
-    scaled = arguments(short_shards, tmp_path / "scaled", config, training__steps=3, training__max_skipped_in_row=2)
+    limits = {"training__steps": 3, "training__max_skipped_in_row": 2}
+    scaled = arguments(short_shards, tmp_path / "scaled", config, **limits, **LIGHT)
     plain = ds_config(tmp_path, "fp32", 1, {})
     broken = arguments(short_shards, tmp_path / "broken", plain, training__max_skipped_in_row=3)
     result = launch([{"arguments": scaled}, {"arguments": broken, "loss": -1}], free_port())
