@@ -234,6 +234,7 @@ def documented(run, exported, cassette_model, tmp_path):
     return [[smaller.get(word, word) for word in command] for command in commands]
 
 
+@pytest.mark.proof
 def test_every_command_of_the_documentation_runs(run, exported, cassette_model, tmp_path, monkeypatch):
     commands = documented(run, exported, cassette_model, tmp_path)
     monkeypatch.chdir(tmp_path)
