@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from xdscale.errors import XdscaleError
 from xdscale.export import consolidated_state
 from xdscale.training import checkpoint as ckpt
-from xdscale.training.integrity import CHECKSUMS, check_pickles, checksum_text, file_names, sha256
+from xdscale.training.integrity import CHECKSUMS, check_pickles, checksum_text, file_names, read_pickle, sha256
 from xdscale.training.resharding import reshard_ahead
 from xdscale.training.run_folder import RunFolder
 
@@ -134,6 +135,26 @@ def test_what_fp16_writes_is_allowed(tmp_path):
     torch.save({"loss_scaler": DynamicLossScaler(65536, 2.0, 1000, 1, 1, False, torch.float16)}, tmp_path / "a.pt")
     assert torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "a.pt") != []
     check_pickles(tmp_path)
+
+
+class Attribute:
+    """Pickled as a call of getattr, as Python 3.11.0 to 3.11.3 pickle the members of an enumeration."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_members_of_deepspeeds_enumeration_are_all_that_getattr_may_name(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"zero_stage": Attribute(ZeroStageEnum, "gradients")}, path)
+    assert read_pickle(path) == {"zero_stage": ZeroStageEnum.gradients}
+    for owner, name in ((ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro"), (LossScaler, "__init__")):
+        torch.save({"zero_stage": Attribute(owner, name)}, path)
+        with pytest.raises(XdscaleError, match="without running code"):
+            read_pickle(path)
 
 
 def test_a_folder_that_not_all_ranks_see_is_refused(tmp_path, monkeypatch):

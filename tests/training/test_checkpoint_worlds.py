@@ -94,7 +94,8 @@ def test_nothing_but_four_classes_needs_more_than_the_restricted_unpickler(two_r
     }
     files = [folder / name for name in file_names(folder) if name.endswith("_states.pt")]
     assert len(files) > 16
-    assert {name for path in files for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)} == allowed
+    found = {name for path in files for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)}
+    assert found - {"builtins.getattr"} == allowed  # it stands in what Python 3.11.0 to 3.11.3 write of enumerations
 
 
 @settings(max_examples=50, deadline=None)
