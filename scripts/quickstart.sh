@@ -41,8 +41,10 @@ adapt quickstart-mlm
 
 say "5/7  export as Hugging Face folders"
 rm -rf "$run/export" "$baseline/export"
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # Ctrl-C does not reach what runs in the background
+xdscale export "$baseline" "$baseline/export" &
 xdscale export "$run" "$run/export"
-xdscale export "$baseline" "$baseline/export"
+wait "$!"
 
 say "6/7  finetuning of both on a small task made of the dump: is a sentence from an article about a person?"
 echo "     in CoLA's file format, so it stands in CoLA's column; it is not CoLA, and the paper's rows are no comparison" >&2
@@ -50,10 +52,11 @@ rm -rf "$finetuned"
 "$PYTHON" scripts/quickstart_task.py "$dump" data/quickstart-task
 finetune() {
     xdscale finetune --model "$1/export" --label "$2" --task cola --data data/quickstart-task --recipe quickstart \
-        --seeds 3 --jobs 2 --out "$finetuned/$2"
+        --seeds 3 --jobs 1 --out "$finetuned/$2" 2>&1 | sed -u "s/^/$2: /"
 }
-finetune "$baseline" baseline
+finetune "$baseline" baseline &
 finetune "$run" adapted
+wait "$!"
 
 say "7/7  report"
 xdscale report "$finetuned/baseline" "$finetuned/adapted" --out "$run/report"
