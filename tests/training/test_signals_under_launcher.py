@@ -146,7 +146,8 @@ def test_every_signal_leaves_a_verified_checkpoint_of_the_last_step(wiki_shards,
         print(f"{number}: {name} to the {target} at {moment}: exit {found}, {seconds:.1f} s, checkpoint {step}")
         text = launched.stderr.read_text()
         blocked = "block" in target
-        assert seconds < (60 if blocked else LAUNCHER_SECONDS), text[-3000:]  # who blocks it kills nobody for it
+        # Who blocks it kills nobody for it, and neither does a node launcher that the command's end does not reach.
+        assert seconds < (60 if blocked or target == "command" else LAUNCHER_SECONDS), text[-3000:]
         assert damage(checkpoint) == []
         assert step == max([entry["step"] for entry in after if entry["kind"] == "step"], default=0)
         assert [entry["step"] for entry in after if entry["kind"] == "step"] == list(range(1, step + 1))
