@@ -7,7 +7,7 @@ source "$(dirname "$0")/install.sh"
 export XDSCALE_CHAOS_ROUNDS=${1:-200} XDSCALE_CHAOS_SEED=${2:-1} XDSCALE_CHAOS_SIGNALS=20
 for room in shards/test_build_faults training/test_checkpoint_faults training/test_signals_under_launcher; do
     echo "== $room, seed $XDSCALE_CHAOS_SEED" >&2
-    "$PYTHON" -m pytest -s "tests/$room.py"
+    "$PYTHON" -m pytest -s -o timeout=7200 "tests/$room.py"
 done
 echo "== memory of shard building" >&2
 XDSCALE_MEMORY_MB=50,1000 "$PYTHON" -m pytest -s tests/shards/test_build_memory.py

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from xdscale.errors import EXIT_STOPPED
 from xdscale.training.checkpoint import list_checkpoints, read_position
@@ -119,6 +120,7 @@ def wait_for_moment(launched, moment, before, rng):
     time.sleep(rng.uniform(0, 0.6))
 
 
+@pytest.mark.timeout(max(600, 120 * LAUNCHES))
 def test_every_signal_leaves_a_verified_checkpoint_of_the_last_step(wiki_shards, tmp_path, free_port):
     run, config = tmp_path / "run", tmp_path / "ds.json"
     config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}))
