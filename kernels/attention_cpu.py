@@ -5,6 +5,7 @@ more product but saves writing and reading them through main memory. Dropout is 
 own representation with 0 or -1, the cheapest way PyTorch has to zero selected elements.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,20 +54,28 @@ class _Buffer:
 
     def __call__(self, *shape: int) -> torch.Tensor:
         """Returns an uninitialised contiguous tensor that is valid until the next call."""
-        size = shape[0] * shape[1] * shape[2]
+        size = math.prod(shape)
         if size > len(self.memory):
             self.memory = self.memory.new_empty(size)
         return self.memory[:size].view(shape)
 
 
 class _Dropout:
-    """Applies the masks of one call, block by block."""
+    """Applies the masks of one call, block by block.
+
+    The masks of short samples are drawn together, as many as make a block: one by one each of the dozen operations
+    would take longer to call than to do.
+    """
 
     def __init__(self, packing: Packing, heads: int, dtype: torch.dtype) -> None:
         self.threshold = packing.threshold
         self.rescale = 1.0 / keep_rate(packing.threshold)
         if packing.threshold:
             self.keys = stream_keys(packing.seed, packing.samples, heads)
+            lengths = packing.query_offsets.diff(), packing.key_offsets.diff()
+            self.longest = tuple(int(side.max()) if len(side) else 0 for side in lengths)
+            self.together = BLOCK_SCORES // max(1, heads * math.prod(self.longest))  # samples
+            self.drawn = range(0)
             self.weyl_shape = ()
             self.words, self.scratch = _Buffer(torch.int32), _Buffer(torch.int32)
             self.wide = _Buffer(torch.int32 if dtype.itemsize == 4 else torch.int16)
@@ -76,12 +85,24 @@ class _Dropout:
         if not self.threshold:
             return
         heads, queries, keys = block.shape
-        base = self._weyl(block.first_query, queries, -(-keys // KEYS_PER_WORD))
-        words, scratch = self.words(heads, *base.shape), self.scratch(heads, *base.shape)
-        key_0, key_1 = (key[block.sample, block.heads, None, None] for key in self.keys)
-        mix_(torch.add(base, key_0, out=words), key_1, scratch)
-        keep = words.view(torch.uint8).ge_(self.threshold).view(torch.int8).neg_()
+        if self.together < 2:
+            keep = self._keep(slice(block.sample, block.sample + 1), block.heads, block.first_query, queries, keys)[0]
+        else:  # then a block is a whole sample
+            if block.sample not in self.drawn:
+                self.drawn = range(block.sample, min(block.sample + self.together, len(self.keys[0])))
+                samples = slice(self.drawn.start, self.drawn.stop)
+                self.kept = self._keep(samples, slice(None), 0, *self.longest)
+            keep = self.kept[block.sample - self.drawn.start, :, :queries]
         self.bits = self.wide(heads, queries, keys).copy_(keep[:, :, :keys])
+
+    def _keep(self, samples: slice, heads: slice, first_query: int, queries: int, keys: int) -> torch.Tensor:
+        """Returns -1 and 0 of some streams, int8 [samples, heads, queries, keys or more], valid until the next call."""
+        base = self._weyl(first_query, queries, -(-keys // KEYS_PER_WORD))
+        key_0, key_1 = (key[samples, heads, None, None] for key in self.keys)
+        shape = (*key_0.shape[:2], *base.shape)
+        words, scratch = self.words(*shape), self.scratch(*shape)
+        mix_(torch.add(base, key_0, out=words), key_1, scratch)
+        return words.view(torch.uint8).ge_(self.threshold).view(torch.int8).neg_()
 
     def _weyl(self, *shape: int) -> torch.Tensor:
         if shape != self.weyl_shape:  # the heads of a sample share it

@@ -30,8 +30,8 @@ FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_TRITON_SIZE = 4096
 """A row stays in the registers of one program."""
 
-BLOCK_ROWS = 128
-"""Rows at a time on a CPU, which stay in a core's cache; it divides `STREAM_ROWS`."""
+BLOCK_STATES = 1 << 17
+"""Most states at a time on a CPU, unless a row has more: they stay in a core's cache. A block is 128 rows of 768."""
 
 STREAM_ROWS = 1 << 16
 """Rows of one random stream: its counters have 16 bits for them. Row r is row r % 65,536 of the stream of the "sample"
@@ -215,8 +215,10 @@ def _blocks(
     """Yields blocks of rows and which of their elements stay, as 0 and 1; None where all do."""
     tokens, size = shape
     keys = stream_keys(seed, -(-tokens // STREAM_ROWS), 1) if threshold else ()
-    for first in range(0, tokens, BLOCK_ROWS):
-        count = min(BLOCK_ROWS, tokens - first)
+    # A power of two, which divides the rows of a stream.
+    block_rows = min(STREAM_ROWS, 1 << max(0, (BLOCK_STATES // size).bit_length() - 1))
+    for first in range(0, tokens, block_rows):
+        count = min(block_rows, tokens - first)
         kept = None
         if threshold:
             key_0, key_1 = (half[first // STREAM_ROWS] for half in keys)

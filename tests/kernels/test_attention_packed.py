@@ -106,7 +106,7 @@ def test_gradients_of_the_plain_definition_by_finite_differences(dropout: float)
     assert torch.autograd.gradcheck(call, leaves)
 
 
-@pytest.mark.parametrize("block_scores", [attention_cpu.BLOCK_SCORES, 700, 30])
+@pytest.mark.parametrize("block_scores", [attention_cpu.BLOCK_SCORES, 20_000, 700, 30])
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cpu_path_against_fp64(
