@@ -1,11 +1,16 @@
 """Small real data that ships in registry packages, and real launches."""
 
+import contextlib
+import functools
+import itertools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +21,7 @@ from xdscale.names import resolve_path
 ROOT = Path(__file__).parent.parent
 WIKI_DUMP = "package:gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 ADAPT = ("--module", "xdscale.adapt")
+CPU_RANK = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -87,6 +93,23 @@ def fp32_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def narrow_model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that make the quickstart's model a quarter as wide, with random weights, which do learn at this rate.
+
+    For runs whose subject is not what they learn: the vocabularies of BERT and CLIP take nearly all of their time.
+    """
+    folder = tmp_path_factory.mktemp("narrow")
+    language = {"model_type": "bert", "vocab_size": 30_522, "hidden_size": 32, "num_hidden_layers": 2}
+    language |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
+    (folder / "config.json").write_text(json.dumps(language))
+    text = {"context_length": 77, "vocab_size": 49_408, "width": 32, "heads": 2, "layers": 2}
+    (folder / "clip.json").write_text(json.dumps({"embed_dim": 32, "quick_gelu": True, "text_cfg": text}))
+    model = {"language.name": folder, "language.weights": "random", "language.sha256": "null"}
+    model |= {"clip.name": folder / "clip.json"}
+    return [*(f"model.{key}={value}" for key, value in model.items()), "optim.learning_rate=1e-2"]
+
+
 @dataclass
 class Launch:
     """What a finished launch left."""
@@ -96,36 +119,59 @@ class Launch:
     stderr: str
 
 
-@pytest.fixture
-def adapt():
-    """Runs `xdscale.adapt`, under the real deepspeed launcher when there is more than one rank."""
-    yield from _launcher()
+@pytest.fixture(scope="session")
+def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Launch]]:
+    """Runs a script, or `xdscale.adapt`, on some ranks that are forked ready-made: see fork_server.py."""
+    folder = tmp_path_factory.mktemp("fork_server")
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("fork_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,  # what select waits for must not have been read yet
+        cwd=ROOT,
+        env=os.environ | CPU_RANK | {"OPENBLAS_NUM_THREADS": "1"},
+    )
+    numbers = itertools.count()
+
+    def launch(program: str | Path, *arguments: str | Path, ranks: int = 1, timeout_seconds: float = 300) -> Launch:
+        outputs = [folder / f"{next(numbers)}.{name}" for name in ("stdout", "stderr")]
+        request = {"program": str(program), "arguments": list(map(str, arguments)), "ranks": ranks}
+        request |= {"port": _free_port(), "outputs": list(map(str, outputs))}
+        server.stdin.write(json.dumps(request).encode() + b"\n")
+        leader = int(server.stdout.readline())
+        in_time = []
+        try:
+            in_time = select.select([server.stdout], [], [], timeout_seconds)[0]
+        finally:  # also when the test's own time is up
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
+            code = int(server.stdout.readline())
+        done = Launch(code, *(path.read_text() for path in outputs))
+        assert in_time, f"not done in {timeout_seconds} seconds:\n{done.stderr[-3000:]}"
+        return done
+
+    yield launch
+    server.stdin.close()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def adapt(launch_ranks: Callable[..., Launch]) -> Callable[..., Launch]:
+    """Runs `xdscale.adapt` on some ranks."""
+    return functools.partial(launch_ranks, "xdscale.adapt")
 
 
 @pytest.fixture(scope="module")
-def adapt_in_module():
-    """As `adapt`, for fixtures that tests of a module share."""
-    yield from _launcher()
-
-
-def _launcher():
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts a program as a user does: in processes of its own, under deepspeed's launcher when of several ranks."""
     started: list[subprocess.Popen] = []
 
     def start(*arguments: str, ranks: int = 1, program: tuple[str, ...] = ADAPT) -> subprocess.Popen:
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         if ranks == 1:
             command = [sys.executable, *("-m" if word == "--module" else word for word in program)]
         else:
-            launcher = Path(sys.executable).with_name("deepspeed")
-            command = [
-                str(launcher),
-                "-q",
-                "--num_accelerators",
-                str(ranks),
-                "--master_port",
-                str(_free_port()),
-                *program,
-            ]
+            launcher = str(Path(sys.executable).with_name("deepspeed"))
+            command = [launcher, "-q", "--num_accelerators", str(ranks), "--master_port", str(_free_port()), *program]
         # A session of its own, so that the whole group can be ended: the launcher orphans its ranks on SIGTERM.
         process = subprocess.Popen(
             [*command, *arguments],
@@ -133,19 +179,13 @@ def _launcher():
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=environment,
+            env=os.environ | CPU_RANK,
             start_new_session=True,
         )
         started.append(process)
         return process
 
-    def run(*arguments: str, ranks: int = 1, timeout_seconds: float = 300, program: tuple[str, ...] = ADAPT) -> Launch:
-        process = start(*arguments, ranks=ranks, program=program)
-        stdout, stderr = process.communicate(timeout=timeout_seconds)
-        return Launch(process.returncode, stdout, stderr)
-
-    run.start = start
-    yield run
+    yield start
     for process in started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

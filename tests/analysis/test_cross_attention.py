@@ -47,12 +47,12 @@ CLIP_TOKENS = [
 
 
 @pytest.fixture(scope="module")
-def run(adapt_in_module, wiki_shards, tmp_path_factory):
+def run(adapt, wiki_shards, tmp_path_factory):
     """One process, two steps, unsharded."""
     folder = tmp_path_factory.mktemp("attention")
     (folder / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 4}))
     settings = ["training.steps=2", "training.global_batch=4", "training.eval_samples=4", f"data.shards={wiki_shards}"]
-    launch = adapt_in_module(
+    launch = adapt(
         "quickstart", *settings, f"output.folder={folder / 'run'}", "--deepspeed_config", str(folder / "ds.json")
     )
     assert launch.code == 0, launch.stderr

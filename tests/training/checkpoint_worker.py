@@ -1,6 +1,6 @@
 """Three steps on small modules under several ZeRO stages and precisions, saved; or loaded and one step more.
 
-Run by test_checkpoint_worlds under the deepspeed launcher. All ranks see the same batch, so the result does not depend
+Run by test_checkpoint_worlds. All ranks see the same batch, so the result does not depend
 on how many there are. The first rank writes what each engine holds, gathered whole, to `OUT`.
 """
 

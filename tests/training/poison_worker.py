@@ -1,6 +1,6 @@
 """Runs `xdscale.adapt` several times in one launch, with samples that break the loss or the gradient.
 
-Run by test_non_finite_steps under the deepspeed launcher. A poisoned sample is one whose batch makes the first
+Run by test_non_finite_steps on two ranks. A poisoned sample is one whose batch makes the first
 cross-modal layer's output, or the gradient that reaches it, NaN.
 """
 

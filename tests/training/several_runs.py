@@ -1,6 +1,6 @@
 """Runs `xdscale.adapt` several times in one launch: importing torch and DeepSpeed takes longer than a short run.
 
-Run by test_launches, plainly or under the deepspeed launcher. The argument is JSON: {name of run: its arguments}.
+Run by test_launches on one rank or several. The argument is JSON: {name of run: its arguments}.
 """
 
 import json

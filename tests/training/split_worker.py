@@ -1,6 +1,6 @@
 """One optimiser step of the real trainer on a crafted global batch, split in several ways; rank 0 saves the gradients.
 
-Run by test_gradient_of_a_global_batch under the deepspeed launcher, with different numbers of ranks.
+Run by test_gradient_split with different numbers of ranks.
 """
 
 import argparse

@@ -329,7 +329,7 @@ def test_retention_keeps_the_newest_and_every_nth_and_ignores_an_abandoned_futur
 
 @pytest.mark.proof
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + LAUNCHES))
-def test_deepspeed_killed_while_saving(adapt, short_shards, tmp_path, monkeypatch, seed):
+def test_deepspeed_killed_while_saving(adapt, start, short_shards, tmp_path, monkeypatch, seed):
     """Two real ranks under ZeRO-2; the whole group is killed at a random moment of a random save, then continued."""
     monkeypatch.undo()
     draw = random.Random(seed)
@@ -341,7 +341,7 @@ def test_deepspeed_killed_while_saving(adapt, short_shards, tmp_path, monkeypatc
     arguments = ["quickstart", *(f"{key}={value}" for key, value in settings.items())]
     arguments += ["training.keep_checkpoints=2", "--deepspeed_config", str(config)]
     folder = tmp_path / "run" / "checkpoints"
-    process = adapt.start(*arguments, ranks=2)
+    process = start(*arguments, ranks=2)
     wanted, delay_seconds = draw.randint(2, 4), draw.uniform(0, 0.3)
     while not (folder / f".partial-{ckpt.checkpoint_name(wanted)}").exists():
         assert process.poll() is None, process.communicate()[1][-3000:]

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +16,23 @@ from xdscale.training.integrity import file_names
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
-def launch(folder, out, *, ranks, port, load=False):
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "-q", "--num_accelerators", str(ranks), "--master_port", str(port), WORKER]
-    command += ["--folder", folder, "--out", out] + ["--load"] * load
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(out.read_text()), torch.load(f"{out}.pt", weights_only=True)
+@pytest.fixture(scope="module")
+def train(launch_ranks):
+    """Runs the worker, and returns what it says of each engine and the tensors it held."""
+
+    def train(folder, out, *options, ranks):
+        done = launch_ranks(WORKER, "--folder", folder, "--out", out, *options, ranks=ranks)
+        assert done.code == 0, done.stderr[-3000:]
+        return json.loads(out.read_text()), torch.load(f"{out}.pt", weights_only=True)
+
+    return train
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, free_port):
+def two_ranks(tmp_path_factory, train):
     """Eight engines trained for three steps by two ranks, saved, and trained for one more."""
     folder = tmp_path_factory.mktemp("worlds")
-    return folder, launch(folder, folder / "two.json", ranks=2, port=free_port())
+    return folder, train(folder, folder / "two.json", ranks=2)
 
 
 def record(folder, case):
@@ -70,10 +67,10 @@ def test_the_optimizers_checksum_does_not_depend_on_who_holds_what(two_ranks):
 
 @pytest.mark.proof
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_another_number_of_ranks_continues_as_two_would_have(two_ranks, tmp_path, free_port, ranks):
+def test_another_number_of_ranks_continues_as_two_would_have(two_ranks, train, tmp_path, ranks):
     """Loading compares parameters, Adam's state, step and learning rate; the next step shows that they are in use."""
     folder, (_, expected) = two_ranks
-    results, tensors = launch(folder, tmp_path / "out.json", ranks=ranks, port=free_port(), load=True)
+    results, tensors = train(folder, tmp_path / "out.json", "--load", ranks=ranks)
     assert set(results) == {"1-bf16", "2-fp32", "3-fp32", "3-bf16"}
     for case, result in results.items():
         assert result == {"converted": True, "left": ["latest", "step-00000003"]}

@@ -12,14 +12,14 @@ from xdscale.export import export_run
 
 
 @pytest.fixture(scope="module")
-def run(adapt_in_module, short_shards, tmp_path_factory):
+def run(adapt, short_shards, tmp_path_factory):
     """Two ranks, two steps under ZeRO-2 in fp32."""
     folder = tmp_path_factory.mktemp("export")
     config = folder / "ds.json"
     zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
     config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero}))
     settings = ["training.steps=2", "training.global_batch=4", "training.eval_samples=4", f"data.shards={short_shards}"]
-    launch = adapt_in_module(
+    launch = adapt(
         "quickstart", *settings, f"output.folder={folder / 'run'}", "--deepspeed_config", str(config), ranks=2
     )
     assert launch.code == 0, launch.stderr

@@ -1,9 +1,6 @@
 """Any split of a global batch over ranks × accumulation × micro-batch gives the same gradient."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +14,13 @@ SPLITS = {1: [(12, 0), (1, 1)], 2: [(3, 1), (5, 2), (6, 3)], 3: [(2, 2)]}
 
 
 @pytest.fixture(scope="module")
-def folder(wiki_shards, tmp_path_factory, free_port):
+def folder(wiki_shards, tmp_path_factory, launch_ranks):
     """The gradient of the same global batch, however it is split; one launch for each number of ranks."""
     folder = tmp_path_factory.mktemp("gradients")
     for ranks, splits in SPLITS.items():
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [launcher, "-q", "--num_accelerators", ranks, "--master_port", free_port(), WORKER]
-        command += ["--shards", wiki_shards, "--out", folder / f"{ranks}", "--splits", json.dumps(splits)]
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+        arguments = "--shards", wiki_shards, "--out", folder / f"{ranks}", "--splits", json.dumps(splits)
+        done = launch_ranks(WORKER, *arguments, ranks=ranks)
+        assert done.code == 0, done.stderr[-3000:]
     return folder
 
 

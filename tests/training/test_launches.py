@@ -1,4 +1,4 @@
-"""Real launches: ZeRO stages, precision, resuming, resharding, signals, damage."""
+"""Real runs: ZeRO stages, precision, resuming, resharding, signals, damage."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from xdscale.training.integrity import read_pickle
 from xdscale.training.monitor import read_log
 
 pytestmark = pytest.mark.timeout(1200)  # fixtures launch many runs
-SEVERAL = (str(Path(__file__).with_name("several_runs.py")),)
+SEVERAL = Path(__file__).with_name("several_runs.py")
 
 
 class Runs:
-    """Small runs of the quickstart recipe, several to a launch; dropout off unless asked for."""
+    """Small runs of the quickstart recipe, several in a row; dropout off unless asked for."""
 
-    def __init__(self, shards, folder, adapt):
-        self.shards, self.folder, self.adapt = shards, folder, adapt
+    def __init__(self, shards, folder, model, launch_ranks):
+        self.shards, self.folder, self.model, self.launch_ranks = shards, folder, model, launch_ranks
         self.said = {}  # what each run wrote to stderr, all its launches together
 
     def arguments(self, name, stage, steps, *, micro_batch=2, shards=None, ds=(), **values):
@@ -45,13 +45,13 @@ class Runs:
             "model.dropout": 0,
         } | {key.replace("__", "."): value for key, value in values.items()}
         chosen = [f"{key}={value}" for key, value in settings.items()]
-        return ["quickstart", *chosen, "--deepspeed_config", str(config)]
+        return ["quickstart", *self.model, *chosen, "--deepspeed_config", str(config)]
 
     def launch(self, ranks, **runs):
-        """Runs `{name: (stage, steps, values)}` in turn, in one launch."""
+        """Runs `{name: (stage, steps, values)}` in turn, on the same ranks."""
         named = {name.replace("_", "-"): given for name, given in runs.items()}
         given = {name: self.arguments(name, stage, steps, **values) for name, (stage, steps, values) in named.items()}
-        done = self.adapt(json.dumps(given), ranks=ranks, program=SEVERAL, timeout_seconds=500)
+        done = self.launch_ranks(SEVERAL, json.dumps(given), ranks=ranks, timeout_seconds=500)
         assert done.code == 0, done.stderr[-3000:]
         for part in done.stderr.split("== ")[1:]:
             name, text = part.split("\n", 1)
@@ -90,9 +90,9 @@ def damageable_shards(wiki_text, cassette_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def first(short_shards, wiki_shards, damageable_shards, tmp_path_factory, adapt_in_module):
+def first(short_shards, wiki_shards, damageable_shards, narrow_model, tmp_path_factory, launch_ranks):
     """Fresh runs, by one process and by two ranks; some of them are stopped on the way."""
-    runs = Runs(short_shards, tmp_path_factory.mktemp("launches"), adapt_in_module)
+    runs = Runs(short_shards, tmp_path_factory.mktemp("launches"), narrow_model, launch_ranks)
     runs.launch(
         1,
         one=(0, 20, {"micro_batch": 4}),
@@ -117,7 +117,7 @@ def first(short_shards, wiki_shards, damageable_shards, tmp_path_factory, adapt_
 
 
 @pytest.fixture(scope="module")
-def second(first, damageable_shards):
+def second(first, damageable_shards, adapt):
     """The same runs continued in new processes, after what may happen in between."""
     for stage in (2, 3):
         # As if the run had been killed during step 4: the newest checkpoint is that of step 2, the log is ahead of it.
@@ -132,7 +132,7 @@ def second(first, damageable_shards):
         1, world_0=(0, 20, AFTER), world_1=(1, 20, AFTER), damaged=(1, 5, {"micro_batch": 4}), board=(1, 6, BOARD)
     )
     refused = first.arguments("quarantine", 0, 5, micro_batch=4, shards=damageable_shards)
-    first.refused = first.adapt(*refused)
+    first.refused = adapt(*refused)
     budget = {"micro_batch": 4, "shards": damageable_shards, "data__max_damaged_shards": 1}
     first.launch(2, **{f"parts_{stage}": (stage, 6, first.dropping) for stage in (2, 3)})
     first.launch(
@@ -223,10 +223,12 @@ def test_keeps_the_newest_checkpoints_and_points_at_the_last(first):
     assert (checkpoints / "latest").read_text().strip() == "step-00000004"
 
 
-def test_a_run_folder_in_use_is_refused_and_sigterm_saves_with_the_documented_code(adapt, short_shards, tmp_path):
-    runs = Runs(short_shards, tmp_path, adapt)
+def test_a_run_folder_in_use_is_refused_and_sigterm_saves_with_the_documented_code(
+    adapt, start, short_shards, narrow_model, tmp_path
+):
+    runs = Runs(short_shards, tmp_path, narrow_model, launch_ranks=None)
     arguments = runs.arguments("long", 0, 500, micro_batch=4)
-    process = adapt.start(*arguments)
+    process = start(*arguments)
     deadline = time.monotonic() + 180
     while not (tmp_path / "long" / "log.jsonl").exists() or len(runs.steps("long")) < 2:
         assert process.poll() is None, process.communicate()[1][-3000:]

@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,11 +40,17 @@ def poisoned(short_shards):
     return {"loss": int(losses[3]), "gradient": int(gradients[0])}
 
 
-def arguments(shards, run, config, **settings):
+def arguments(shards, model, run, config, **settings):
     values = {"data.shards": shards, "output.folder": run, "training.steps": STEPS, "training.global_batch": 4}
     values |= {"training.eval_samples": 2, "training.eval_every": 1000, "training.checkpoint_every": 1000}
     values |= {key.replace("__", "."): value for key, value in settings.items()}
-    return ["quickstart", *(f"{key}={value}" for key, value in values.items()), "--deepspeed_config", str(config)]
+    return [
+        "quickstart",
+        *model,
+        *(f"{key}={value}" for key, value in values.items()),
+        "--deepspeed_config",
+        str(config),
+    ]
 
 
 def ds_config(folder, name, stage, extra):
@@ -57,17 +60,8 @@ def ds_config(folder, name, stage, extra):
     return path
 
 
-def launch(runs, port):
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "-q", "--num_accelerators", 2, "--master_port", port, WORKER, json.dumps(runs)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
-
-
 @pytest.fixture(scope="module")
-def folder(short_shards, tmp_path_factory, free_port, poisoned):
+def folder(short_shards, narrow_model, tmp_path_factory, launch_ranks, poisoned):
     """One launch of two ranks with two micro-batches each, for all layouts: poisoned, and without those steps.
 
     One of the poisoned runs is stopped after the first skipped step and continued.
@@ -77,13 +71,13 @@ def folder(short_shards, tmp_path_factory, free_port, poisoned):
     for name, (stage, extra) in LAYOUTS.items():
         config, less = ds_config(folder, name, stage, extra), LIGHT if extra else {}
         for stop in (3, STEPS) if name == CONTINUED else (STEPS,):
-            given = arguments(short_shards, folder / name, config, training__stop_at_step=stop, **less)
+            given = arguments(short_shards, narrow_model, folder / name, config, training__stop_at_step=stop, **less)
             runs.append({"arguments": given} | poisoned)
-        given = arguments(short_shards, folder / f"{name}-absent", config, **less)
+        given = arguments(short_shards, narrow_model, folder / f"{name}-absent", config, **less)
         runs.append({"arguments": given, "absent": [LOSS_STEP, GRADIENT_STEP]})
-    result = launch(runs, free_port())
-    assert result.returncode == 0, result.stderr[-3000:]
-    (folder / "stderr.txt").write_text(result.stderr)
+    done = launch_ranks(WORKER, json.dumps(runs), ranks=2, timeout_seconds=400)
+    assert done.code == 0, done.stderr[-3000:]
+    (folder / "stderr.txt").write_text(done.stderr)
     return folder
 
 
@@ -136,7 +130,7 @@ def test_the_log_names_the_samples_and_the_command(folder, poisoned, name):
     assert first["loss/total"] == "nan"
     # A gradient is known as a sum over all samples only: no suspects, but all of the batch's ids.
     assert second["suspects"] == []
-    assert second["loss/total"] < 20
+    assert second["loss/total"] < 23  # of random weights: ln 30,522 + ln 2 + ln 49,408 is 21.8
     assert second["optim/grad_norm"] in ("nan", "inf", "-1.0")
     for entry, kind in zip(skips, ("loss", "gradient")):
         assert poisoned[kind] in entry["sample_ids"]
@@ -174,22 +168,25 @@ def test_replay_finds_the_sample_and_the_module(folder, poisoned, kind, monkeypa
     assert "weights of the start, 1 steps too early" in out if kind == "loss" else "weights after step 3," in out
 
 
-def test_too_many_in_a_row_stop_the_run_and_fp16_overflows_do_not_count(short_shards, tmp_path, free_port):
+def test_too_many_in_a_row_stop_the_run_and_fp16_overflows_do_not_count(
+    short_shards, narrow_model, tmp_path, launch_ranks
+):
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}}
     config = ds_config(tmp_path, "fp16", 1, fp16)
     limits = {"training__steps": 3, "training__max_skipped_in_row": 2}
-    scaled = arguments(short_shards, tmp_path / "scaled", config, **limits, **LIGHT)
+    scaled = arguments(short_shards, narrow_model, tmp_path / "scaled", config, **limits, **LIGHT)
     plain = ds_config(tmp_path, "fp32", 1, {})
-    broken = arguments(short_shards, tmp_path / "broken", plain, training__max_skipped_in_row=3)
-    result = launch([{"arguments": scaled}, {"arguments": broken, "loss": -1}], free_port())
+    broken = arguments(short_shards, narrow_model, tmp_path / "broken", plain, training__max_skipped_in_row=3)
+    runs = [{"arguments": scaled}, {"arguments": broken, "loss": -1}]
+    done = launch_ranks(WORKER, json.dumps(runs), ranks=2)
     entries = read_log(tmp_path / "scaled" / "log.jsonl")
     overflows = [entry["health/loss_scale_overflows"] for entry in entries if entry["kind"] == "step"]
     assert overflows == [1, 2, 3]
     assert not [entry for entry in entries if entry["kind"] == "skipped"]
-    assert result.returncode == EXIT_BAD_INPUT
-    assert result.stderr.count("3 steps in a row up to step 3 had no finite loss and gradient") == 1
-    assert f"xdscale replay {tmp_path / 'broken'} 3" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert done.code == EXIT_BAD_INPUT
+    assert done.stderr.count("3 steps in a row up to step 3 had no finite loss and gradient") == 1
+    assert f"xdscale replay {tmp_path / 'broken'} 3" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_counts_continue_from_the_log():

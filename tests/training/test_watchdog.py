@@ -198,7 +198,7 @@ def test_a_slow_phase_that_goes_on_is_no_hang(tmp_path, monkeypatch):
 
 def seconds_busy(work):
     """In how many of some beats a process that does this counts as active, and in how many it does not."""
-    activity = Activity(threading.main_thread().native_id)
+    activity = Activity()
     found, done = [], threading.Event()
 
     def watch():

@@ -1,5 +1,6 @@
 """Whether a process does anything: what tells a compiler or a slow disk from a hang while both make no progress."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -11,14 +12,11 @@ _BUSY_BYTES = 1 << 16
 
 
 class Activity:
-    """Looks at this process from a thread that is not counted itself.
+    """Looks at this process from a thread that is not counted itself."""
 
-    Args:
-        main_thread: its number in the kernel, `threading.main_thread().native_id`.
-    """
-
-    def __init__(self, main_thread: int) -> None:
-        self._main_stat = Path(f"/proc/self/task/{main_thread}/stat")
+    def __init__(self) -> None:
+        # The kernel numbers a main thread as its process. Python's own number for it is the parent's after a fork.
+        self._main_stat = Path(f"/proc/self/task/{os.getpid()}/stat")
         self._process = psutil.Process()
         self._at = time.monotonic()
         self._seconds = self._cpu_seconds()

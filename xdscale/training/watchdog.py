@@ -161,7 +161,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         failures = 0
-        activity = Activity(self._main_thread.native_id)
+        activity = Activity()
         while not self._closed.wait(_BEAT_SECONDS):
             try:
                 if self._is_slow(self._place.phase) and activity.busy():
