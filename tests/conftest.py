@@ -26,6 +26,12 @@ CPU_RANK = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts files with slow tests first: begun last, they would keep one of two workers long after the other is done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def wiki_dump() -> Path:
     """106 articles of the English Wikipedia, a genuine pages-articles dump."""

@@ -43,10 +43,12 @@ def params(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
 ) -> None:
     """Count a recipe's parameters, part by part (the paper's Table 6)."""
-    from xdscale.params import print_parameters
     from xdscale.recipe import load_recipe
 
-    print_parameters(load_recipe(recipe, overrides or []))
+    loaded = load_recipe(recipe, overrides or [])
+    from xdscale.params import print_parameters  # torch, which a mistyped name need not wait for
+
+    print_parameters(loaded)
 
 
 @app.command()

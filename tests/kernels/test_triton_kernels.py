@@ -27,12 +27,13 @@ def run_tests(file: str, marker: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_kernels(file: str) -> None:
     run_tests(file, "not slow")
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_at_a_true_shape(file: str) -> None:
     run_tests(file, "slow")

@@ -52,6 +52,7 @@ def peaks_kib(path, out):
 
 
 @pytest.mark.timeout(7200 if "XDSCALE_MEMORY_MB" in os.environ else 600)
+@pytest.mark.slow
 def test_peak_memory_of_more_text(articles, tmp_path):
     """1.4 and 14 MB, in shards of a tenth of the smaller: the larger build's peaks are at most a tenth higher."""
     peaks = []

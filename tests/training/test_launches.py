@@ -15,7 +15,7 @@ from xdscale.training.checkpoint import check_compatible, read_position
 from xdscale.training.integrity import read_pickle
 from xdscale.training.monitor import read_log
 
-pytestmark = pytest.mark.timeout(1200)  # fixtures launch many runs
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # fixtures make many runs
 SEVERAL = Path(__file__).with_name("several_runs.py")
 
 

@@ -90,7 +90,7 @@ def launch(wiki_shards, tmp_path, free_port):
             process.process.wait()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.proof)])
 def test_a_rank_that_dies(launch, rank):
     launched = launch()
     launched.wait_for("step", 3)
@@ -143,6 +143,7 @@ def test_a_rank_whose_data_fails(launch):
     assert "Traceback" in (launched.run / "faults" / "traceback-rank-00001.txt").read_text()
 
 
+@pytest.mark.proof
 def test_a_rank_that_hangs_in_the_first_step_is_not_taken_for_a_compiler(launch):
     launched = launch("blocked,1,0", training__hang_seconds=8)
     launched.wait_for("validation")
