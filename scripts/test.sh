@@ -8,13 +8,8 @@ ruff format --check .
 clocks=(tests/training/test_signals_under_launcher.py tests/training/test_watchdog.py)
 speeds=(tests/bench)
 apart=("${clocks[@]}" "${speeds[@]}")
-test() {
-    "$PYTHON" -m pytest -m "not proof" "$@"
-}
-two_files_at_a_time() {
-    # One thread each: threads that wait for each other on a busy core would take most of the time.
-    OMP_NUM_THREADS=1 test -n 2 --dist loadfile --no-loadscope-reorder "$@"
-}
-two_files_at_a_time "${apart[@]/#/--ignore=}"
-two_files_at_a_time "${clocks[@]}"
-test "${speeds[@]}"
+# One thread each: threads that wait for each other on a busy core would take most of the time.
+two_files_at_a_time=(env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder)
+"${two_files_at_a_time[@]}" -m "not proof" "${apart[@]/#/--ignore=}"
+"${two_files_at_a_time[@]}" -m "not proof" "${clocks[@]}"
+"$PYTHON" -m pytest -m "not proof" "${speeds[@]}"
