@@ -20,7 +20,6 @@ from xdscale.names import resolve_path
 
 ROOT = Path(__file__).parent.parent
 WIKI_DUMP = "package:gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-ADAPT = ("--module", "xdscale.adapt")
 CPU_RANK = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -140,7 +139,8 @@ def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     numbers = itertools.count()
 
     def launch(program: str | Path, *arguments: str | Path, ranks: int = 1, timeout_seconds: float = 300) -> Launch:
-        outputs = [folder / f"{next(numbers)}.{name}" for name in ("stdout", "stderr")]
+        number = next(numbers)
+        outputs = [folder / f"{number}.{name}" for name in ("stdout", "stderr")]
         request = {"program": str(program), "arguments": list(map(str, arguments)), "ranks": ranks}
         request |= {"port": _free_port(), "outputs": list(map(str, outputs))}
         server.stdin.write(json.dumps(request).encode() + b"\n")
@@ -169,15 +169,16 @@ def adapt(launch_ranks: Callable[..., Launch]) -> Callable[..., Launch]:
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts a program as a user does: in processes of its own, under deepspeed's launcher when of several ranks."""
+    """Starts `xdscale.adapt` as a user does: in processes of its own, several ranks by the deepspeed launcher."""
     started: list[subprocess.Popen] = []
 
-    def start(*arguments: str, ranks: int = 1, program: tuple[str, ...] = ADAPT) -> subprocess.Popen:
+    def start(*arguments: str, ranks: int = 1) -> subprocess.Popen:
         if ranks == 1:
-            command = [sys.executable, *("-m" if word == "--module" else word for word in program)]
+            command = [sys.executable, "-m", "xdscale.adapt"]
         else:
             launcher = str(Path(sys.executable).with_name("deepspeed"))
-            command = [launcher, "-q", "--num_accelerators", str(ranks), "--master_port", str(_free_port()), *program]
+            command = [launcher, "-q", "--num_accelerators", str(ranks), "--master_port", str(_free_port())]
+            command += ["--module", "xdscale.adapt"]
         # A session of its own, so that the whole group can be ended: the launcher orphans its ranks on SIGTERM.
         process = subprocess.Popen(
             [*command, *arguments],
