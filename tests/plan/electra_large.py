@@ -1,5 +1,6 @@
 """Measures ELECTRA-large on two CPU ranks beside its plan; run by scripts/electra_large.sh, not by the test suite."""
 
+import argparse
 import json
 import socket
 import subprocess
@@ -26,10 +27,10 @@ OVERRIDES = [
 ]
 
 
-def measure(stage: str) -> list[dict]:
+def measure(stage: int, ds_config: dict) -> list[dict]:
     """Makes two steps under one stage; returns what each rank measured."""
     case = {"name": f"zero{stage}", "recipe": "xdelectra-large-wikitext103", "overrides": OVERRIDES}
-    case |= {"length": LENGTH, "blocks": BLOCKS, "ds_config": config(stage)}
+    case |= {"length": LENGTH, "blocks": BLOCKS, "ds_config": ds_config}
     with tempfile.TemporaryDirectory() as folder:
         cases, out = Path(folder, "cases.json"), Path(folder, "out.json")
         cases.write_text(json.dumps([case]))
@@ -56,15 +57,16 @@ def measure(stage: str) -> list[dict]:
         return [rank[0] for rank in json.loads(out.read_text())]
 
 
-def config(stage: str) -> dict:
+def config(stage: int, fp32: bool) -> dict:
     """The shipped configuration, one sequence at a time."""
-    return read_ds_config(f"ds_configs/electra-large-zero{stage}.json") | {"train_micro_batch_size_per_gpu": 1}
+    values = read_ds_config(f"ds_configs/electra-large-zero{stage}.json") | {"train_micro_batch_size_per_gpu": 1}
+    return {key: value for key, value in values.items() if not fp32 or key not in ("bf16", "data_types")}
 
 
-def report(stage: str, measured: list[dict]) -> None:
+def report(stage: int, ds_config: dict, measured: list[dict]) -> None:
     """Prints one row per rank."""
     spec = load_recipe("xdelectra-large-wikitext103", OVERRIDES)
-    shape, settings = model_shape(spec), read_settings(config(stage))
+    shape, settings = model_shape(spec), read_settings(ds_config)
     found = modules(shape)
     load = Load(LENGTH, BLOCKS, 77 * BLOCKS, LENGTH // 7, 1, 77 * BLOCKS // 7)
     active = activations(shape, load, settings, spec.model.dropout, mask=settings.parameter_bytes)
@@ -86,5 +88,10 @@ def report(stage: str, measured: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    for stage in " ".join(sys.argv[1:]).split():
-        report(stage, measure(stage))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stages", nargs="*", type=int, default=[1, 2, 3])
+    parser.add_argument("--fp32", action="store_true")
+    options = parser.parse_args()
+    for stage in options.stages:
+        values = config(stage, options.fp32)
+        report(stage, values, measure(stage, values))
