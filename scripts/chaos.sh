@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The long form of what scripts/test.sh shows briefly: kills, full disks, damage and signals, many times over, and the
 # memory of a build of 1 GB.
-# usage: scripts/chaos.sh [rounds (200)] [seed (1)]; about an hour on two cores. A failure prints the seed it needs.
+# usage: scripts/chaos.sh [rounds (200)] [seed (1)]; an hour or more on two cores. A failure prints the seed it needs.
 set -euo pipefail
 source "$(dirname "$0")/install.sh"
 export XDSCALE_CHAOS_ROUNDS=${1:-200} XDSCALE_CHAOS_SEED=${2:-1} XDSCALE_CHAOS_SIGNALS=20

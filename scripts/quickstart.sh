@@ -56,8 +56,8 @@ rm -rf "$finetuned"
 wait "$task"
 finetune() {
     # Two at a time and a tiny model: one thread each.
-    OMP_NUM_THREADS=1 xdscale finetune --model "$1/export" --label "$2" --task cola --data data/quickstart-task --recipe quickstart \
-        --seeds 3 --jobs 1 --out "$finetuned/$2" 2>&1 | sed -u "s/^/$2: /"
+    OMP_NUM_THREADS=1 xdscale finetune --model "$1/export" --label "$2" --task cola --data data/quickstart-task \
+        --recipe quickstart --seeds 3 --jobs 1 --out "$finetuned/$2" 2>&1 | sed -u "s/^/$2: /"
 }
 finetune "$baseline" baseline &
 finetune "$run" adapted

@@ -103,6 +103,7 @@ def step(module, arrays):
     ],
 )
 def test_the_device_notices_what_would_wait(wait):
+    # PyTorch's words for "this tensor has no values" are the first two, by operation; the third is the guards' own.
     with pytest.raises((NotImplementedError, RuntimeError, AssertionError)), NoCopies(), NoNumbers():
         wait(torch.ones(3, device=META))
 
