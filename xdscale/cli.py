@@ -1,33 +1,75 @@
 """The `xdscale` command. Thin: every subcommand imports what it needs when it runs, so that help is instant."""
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer.core import TyperGroup
 
+from xdscale import __version__
+from xdscale.bench.commands import bench_app
 from xdscale.checkpoints import checkpoints_app
 from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
 from xdscale.shards.commands import shards_app
 
+
+def _print_version(asked: bool) -> None:
+    """Prints the version, in a checkout with the commit and whether files differ from it, and ends the program."""
+    if not asked:
+        return
+    checkout = Path(__file__).parents[1]
+    commit = ""
+    if (checkout / ".git").exists() and (git := shutil.which("git")):
+        command = [git, "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    print(f"xdscale {__version__}" + (f" ({commit})" if commit else ""))
+    raise typer.Exit
+
+
+# The panels of the help, in the order in which a person works.
+_PANELS = ("Get data", "Train", "Finetune and report", "Look inside", "Clusters", "Measure")
+_DATA, _TRAIN, _FINETUNE, _INSIDE, _CLUSTERS, _MEASURE = _PANELS
+
+
+class _ByPanel(TyperGroup):
+    """Lists commands panel by panel; Typer lists the panels as their first commands happen to be defined."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        places = {panel: place for place, panel in enumerate(_PANELS)}
+        return sorted(self.commands, key=lambda name: places.get(self.commands[name].rich_help_panel, -1))
+
+
 app = typer.Typer(
-    help="Adapt language encoders with CLIP's visual knowledge, at scale. "
-    "Training starts with: deepspeed --module xdscale.adapt RECIPE --deepspeed_config ds_configs/FILE.json",
+    help="Adapt language encoders with CLIP's visual knowledge, at scale.",
+    cls=_ByPanel,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(shards_app, name="shards", help="Build, verify and inspect tar shards.")
-app.add_typer(checkpoints_app, name="checkpoints", help="List, verify and convert a run's checkpoints.")
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 kernels_app = typer.Typer(help="What the Triton kernels compile to.", no_args_is_help=True)
-app.add_typer(kernels_app, name="kernels")
-bench_app = typer.Typer(
-    help="Measurements, each against what it replaces, alternately in one run.", no_args_is_help=True
+app.add_typer(shards_app, name="shards", help="Build, verify and inspect tar shards.", rich_help_panel=_DATA)
+app.add_typer(
+    checkpoints_app, name="checkpoints", help="List, verify and convert a run's checkpoints.", rich_help_panel=_TRAIN
 )
-app.add_typer(bench_app, name="bench")
+app.add_typer(bench_app, name="bench", rich_help_panel=_MEASURE)
+app.add_typer(kernels_app, name="kernels", rich_help_panel=_MEASURE)
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAIN)
 def recipes() -> None:
     """List the recipes that ship with xdscale."""
     from xdscale.recipe import SHIPPED, shipped_recipes
@@ -37,7 +79,7 @@ def recipes() -> None:
             print(f"{name:32} {file.readline().lstrip('# ').rstrip()}")
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAIN)
 def params(
     recipe: Annotated[str, typer.Argument(help="Recipe file or name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
@@ -51,7 +93,7 @@ def params(
     print_parameters(loaded)
 
 
-@app.command()
+@app.command(rich_help_panel=_CLUSTERS)
 def plan(
     recipe: Annotated[str, typer.Argument(help="Recipe file or name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
@@ -90,7 +132,7 @@ def plan(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=_FINETUNE)
 def export(
     run: Annotated[str, typer.Argument(help="Run folder.")],
     out: Annotated[str, typer.Argument(help="New folder for the Hugging Face export.")],
@@ -102,7 +144,45 @@ def export(
     print(export_run(Path(run), Path(out), step=step))
 
 
-@app.command("report")
+@app.command(rich_help_panel=_FINETUNE)
+def finetune(
+    model: Annotated[str, typer.Option(help="Folder or name of the encoder; an exported folder has both subjects.")],
+    task: Annotated[list[str], typer.Option(help="rte, mrpc, …, or 'all'; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; one that was stopped continues.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of RTE/dev.tsv and so on; default: fetched.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many; default: as the recipe says.")] = None,
+    subject: Annotated[
+        Literal["language", "cross-modal", "clip"],
+        typer.Option(help="language, cross-modal (full model) or clip (CLIP-T)."),
+    ] = "language",
+    label: Annotated[str | None, typer.Option(help="The model's name in tables.")] = None,
+    recipe: Annotated[str, typer.Option(help="Finetuning recipe, file or name.")] = "paper",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per GPU, or one.")] = None,
+    deepspeed_config: Annotated[
+        str | None, typer.Option(help="DeepSpeed JSON; default on GPUs: finetune-zero1.")
+    ] = None,
+) -> None:
+    """Finetune an encoder on GLUE, SWAG or READ, several seeds and tasks side by side."""
+    from xdscale.finetune.command import Request, run_command
+
+    request = Request(
+        model=model,
+        subject=subject,
+        tasks=task,
+        data=data,
+        out=out,
+        seeds=seeds,
+        label=label,
+        recipe=recipe,
+        overrides=overrides or [],
+        ds_config=deepspeed_config,
+        jobs=jobs,
+    )
+    sys.exit(run_command(request))
+
+
+@app.command("report", rich_help_panel=_FINETUNE)
 def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders written by 'xdscale finetune'.")],
     layout: Annotated[str, typer.Option(help="table-1, table-3 or table-8.")] = "table-1",
@@ -127,7 +207,7 @@ def report_command(
         print(path)
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAIN)
 def replay(
     run: Annotated[str, typer.Argument(help="Run folder.")],
     step: Annotated[int, typer.Argument(help="Step, counted from 1 as in log.jsonl.")],
@@ -138,7 +218,7 @@ def replay(
     replay_step(Path(run), step)
 
 
-@app.command()
+@app.command(rich_help_panel=_CLUSTERS)
 def launch(
     recipe: Annotated[str, typer.Argument(help="Recipe file or name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
@@ -182,7 +262,7 @@ def launch(
         launch_on_hosts(job, machines, meet, folder, env=env or [], run=run, force=force)
 
 
-@app.command()
+@app.command(rich_help_panel=_CLUSTERS)
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="Recipe file or name: its paths and space are checked.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
@@ -203,7 +283,7 @@ def doctor(
     raise typer.Exit(examine(machines, meet, recipe, overrides or [], timeout_seconds=timeout))
 
 
-@app.command()
+@app.command(rich_help_panel=_INSIDE)
 def pwcca(
     first: Annotated[str, typer.Argument(help="Language model, exported run, clip:NAME/WEIGHTS or random[:WIDTH].")],
     second: Annotated[str, typer.Argument(help="Another one.")],
@@ -217,7 +297,7 @@ def pwcca(
     print_pwcca(first, second, seed=seed, words=words, plot=plot)
 
 
-@app.command("grounded-ratio")
+@app.command("grounded-ratio", rich_help_panel=_INSIDE)
 def grounded_ratio(
     comparisons: Annotated[list[Path], typer.Argument(help=".csv or .jsonl of per-example answers, one per data set.")],
     captions: Annotated[list[str], typer.Option(help="COCO captions JSON, text file or pattern; may be repeated.")],
@@ -243,7 +323,7 @@ def grounded_ratio(
     )
 
 
-@app.command("cross-attention")
+@app.command("cross-attention", rich_help_panel=_INSIDE)
 def cross_attention(
     folder: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="Run folder or export.")],
     sentence1: Annotated[str, typer.Option(help="The example.")],
@@ -258,44 +338,6 @@ def cross_attention(
     print_cross_attention(folder, sentences=sentences, against=against, plot=plot)
 
 
-@app.command()
-def finetune(
-    model: Annotated[str, typer.Option(help="Folder or name of the encoder; an exported folder has both subjects.")],
-    task: Annotated[list[str], typer.Option(help="rte, mrpc, …, or 'all'; may be given several times.")],
-    out: Annotated[Path, typer.Option(help="Folder of the sweep; one that was stopped continues.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder of RTE/dev.tsv and so on; default: fetched.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many; default: as the recipe says.")] = None,
-    subject: Annotated[
-        Literal["language", "cross-modal", "clip"],
-        typer.Option(help="language, cross-modal (full model) or clip (CLIP-T)."),
-    ] = "language",
-    label: Annotated[str | None, typer.Option(help="The model's name in tables.")] = None,
-    recipe: Annotated[str, typer.Option(help="Finetuning recipe, file or name.")] = "paper",
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per GPU, or one.")] = None,
-    deepspeed_config: Annotated[
-        str | None, typer.Option(help="DeepSpeed JSON; default on GPUs: finetune-zero1.")
-    ] = None,
-) -> None:
-    """Finetune an encoder on GLUE, SWAG or READ, several seeds and tasks side by side."""
-    from xdscale.finetune.command import Request, run_command
-
-    request = Request(
-        model=model,
-        subject=subject,
-        tasks=task,
-        data=data,
-        out=out,
-        seeds=seeds,
-        label=label,
-        recipe=recipe,
-        overrides=overrides or [],
-        ds_config=deepspeed_config,
-        jobs=jobs,
-    )
-    sys.exit(run_command(request))
-
-
 @kernels_app.command()
 def report(
     write: Annotated[Path | None, typer.Option(help="Markdown file whose table is replaced, docs/kernels.md.")] = None,
@@ -305,60 +347,6 @@ def report(
     from xdscale.kernel_report import print_report
 
     print_report(write=write, check=check)
-
-
-@bench_app.command("kernels")
-def bench_kernels_command() -> None:
-    """Time the kernels against PyTorch's own (and Liger and Cut-Cross-Entropy on a GPU, when installed)."""
-    from xdscale.bench.kernels import bench_kernels
-
-    bench_kernels()
-
-
-@bench_app.command("step")
-def bench_step_command(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe file or name.")] = "xdbert-base-wikitext103",
-    against: Annotated[str, typer.Option(help="plain: what the released code computes.")] = "plain",
-    pairs: Annotated[int, typer.Option(min=1, help="Alternations.")] = 5,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 2,
-) -> None:
-    """Time one training step: forward, backward and optimizer, on identical weights, tokens and targets."""
-    from xdscale.bench.step import bench_step
-    from xdscale.recipe import load_recipe
-
-    bench_step(load_recipe(recipe, overrides or []), against=against, pairs=pairs, sequences=sequences)
-
-
-@bench_app.command("stream")
-def bench_stream_command(
-    shards: Annotated[
-        Path | None, typer.Option(help="Dataset; default: gensim's slice of Wikipedia, built anew.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=256, help="Samples of the comparison.")] = 20_000,
-    rounds: Annotated[int, typer.Option(min=3, help="Alternations.")] = 3,
-) -> None:
-    """Read shards in global random order against webdataset's per-sample tars; start, seek, memory."""
-    import tempfile
-
-    from xdscale.bench.stream import bench_stream, build_wikipedia_slice
-
-    with tempfile.TemporaryDirectory(prefix="xdscale-bench-") as folder:
-        bench_stream(shards or build_wikipedia_slice(Path(folder) / "shards"), samples=samples, rounds=rounds)
-
-
-@bench_app.command("shards")
-def bench_shards_command(
-    inputs: Annotated[list[str], typer.Argument(help="Corpus files, folders or quoted patterns.")],
-    language_tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder, package:NAME/folder or hub name.")],
-    text_mb: Annotated[float, typer.Option(min=0.1, help="Millions of bytes of text; the corpus is repeated.")] = 12,
-    rounds: Annotated[int, typer.Option(min=1, help="Alternations.")] = 3,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of the parallel build.")] = 2,
-) -> None:
-    """Time building shards against the bare tokenizers library on the same text."""
-    from xdscale.bench.shards import bench_shards
-
-    bench_shards(inputs, language_tokenizer, text_mb=text_mb, rounds=rounds, workers=workers)
 
 
 def main() -> None:

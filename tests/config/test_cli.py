@@ -4,15 +4,42 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).with_name("xdscale")
 
 
 def run(*arguments):
     return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_help_is_grouped_as_a_person_works_and_leaves_no_command_out():
+    text = run("--help").stdout
+    panels = re.findall(r"^╭─ (.*?) ─+╮$", text, re.MULTILINE)
+    wanted = ["Get data", "Train", "Finetune and report", "Look inside", "Clusters", "Measure"]
+    assert panels == ["Options", *wanted]
+    # Typer puts a command that names no panel into one called "Commands".
+    place = {name: text.index(f"│ {name} ") for name in ("shards", "recipes", "finetune", "pwcca", "plan", "bench")}
+    assert sorted(place, key=place.get) == list(place)
+
+
+def test_version_names_the_commit_of_a_checkout():
+    found = re.fullmatch(r"xdscale (\S+)(?: \((\w+)(-dirty)?\))?\n", run("--version").stdout)
+    assert found[1] == version("xdscale")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert head.stdout.startswith(found[2] or "")
+    assert (found[2] is None) == (head.returncode != 0)
+
+
+def test_the_module_is_the_command(tmp_path):
+    module = subprocess.run(
+        [sys.executable, "-m", "xdscale", "recipes"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (module.returncode, module.stdout) == (0, run("recipes").stdout)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["shards", "--help"], ["shards", "build", "--help"]])

@@ -1,0 +1,5 @@
+"""`python -m xdscale`: the `xdscale` command."""
+
+from xdscale.cli import main
+
+main()
