@@ -51,7 +51,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="xdscale.adapt", description=__doc__)
     parser.add_argument("recipe", help="YAML file or name of a shipped recipe ('xdscale recipes' lists them)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe values to replace")
-    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed JSON, see ds_configs/")
+    parser.add_argument(
+        "--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed JSON, or a name from ds_configs/"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher
     return parser.parse_intermixed_args(arguments)
 

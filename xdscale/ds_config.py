@@ -15,6 +15,10 @@ from pydantic import BaseModel, ValidationError
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe, describe_validation_error
 
+_PACKAGED = Path(__file__).with_name("ds_configs")
+SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "ds_configs"
+"""Folder of the files that ship: a package of an installed xdscale, in a checkout at its root."""
+
 AUTO = "auto"
 
 KNOWN_KEYS = (
@@ -59,20 +63,17 @@ def read_ds_config(name: str) -> dict[str, Any]:
     """Reads a DeepSpeed JSON file and checks the names of its keys.
 
     Args:
-        name: path of the file.
+        name: path of the file, or the name of one that ships, with or without `.json`.
 
     Returns:
         The values as they stand in the file.
 
     Raises:
-        XdscaleError: no such file, not JSON, a key given twice, an unknown key (the nearest right one is named) or
-            a key whose job the recipe has.
+        XdscaleError: no such file (the nearest one that ships is named), not JSON, a key given twice, an unknown key
+            (the nearest right one is named) or a key whose job the recipe has.
     """
-    path = Path(name)
-    if not path.is_file():
-        raise XdscaleError(f"{name}: no such DeepSpeed config; those that ship are in ds_configs/")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(name))
+        values = json.loads(_path(name).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(name))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise XdscaleError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -166,6 +167,20 @@ def precision(values: dict[str, Any]) -> str:
 def activation_checkpointing(values: dict[str, Any]) -> bool:
     """Returns whether layers are recomputed in the backward pass instead of keeping their activations."""
     return bool(values.get("activation_checkpointing", {}).get("enabled", False))
+
+
+def _path(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    wanted = path.name.removesuffix(".json")
+    shipped = SHIPPED / f"{wanted}.json"
+    if path.parent == Path() and shipped.is_file():
+        return shipped
+    names = sorted(entry.stem for entry in SHIPPED.glob("*.json"))
+    near = difflib.get_close_matches(wanted, names, n=1)
+    hint = f"did you mean {near[0]}, which ships?" if near else f"names of those that ship: {', '.join(names)}"
+    raise XdscaleError(f"{name}: no such DeepSpeed config, neither a file nor a name of one that ships; {hint}")
 
 
 def _refuse_duplicates(name: str) -> Any:

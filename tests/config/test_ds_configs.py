@@ -82,8 +82,24 @@ def test_duplicate_key_and_bad_json(write):
         read_ds_config(write('{"bf16": {}, "bf16": {}}'))
     with pytest.raises(XdscaleError, match="not valid JSON"):
         read_ds_config(write("{"))
-    with pytest.raises(XdscaleError, match="no such DeepSpeed config"):
-        read_ds_config("ds_configs/none.json")
+
+
+def test_a_shipped_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (path,) = (path for path in SHIPPED if path.name == "electra-large-zero2.json")
+    by_path = read_ds_config(str(path))
+    assert read_ds_config("electra-large-zero2") == read_ds_config("electra-large-zero2.json") == by_path
+    (tmp_path / "electra-large-zero2.json").write_text('{"train_micro_batch_size_per_gpu": 1}')
+    # The user's own file, where the user says so.
+    assert read_ds_config("electra-large-zero2.json") == {"train_micro_batch_size_per_gpu": 1}
+    assert read_ds_config("electra-large-zero2") == by_path
+
+
+@pytest.mark.parametrize("name", ["electra-large-zero-2", "electra-large-zero2.jsn", "cfg/electra-large-zero2.json"])
+def test_a_config_that_does_not_exist_is_answered_with_the_nearest_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(XdscaleError, match="no such DeepSpeed config.* did you mean electra-large-zero2"):
+        read_ds_config(name)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from xdscale.ds_config import read_ds_config, resolve_ds_config
 from xdscale.errors import XdscaleError
+from xdscale.plan.shapes import LanguageShape, language_shape
 from xdscale.recipe import Recipe, load_recipe
 
-_SHIPPED_FOLDERS = (Path("ds_configs"), Path(__file__).parents[2] / "ds_configs")
+_SIZES = ("bert-base", "bert-large", "electra-base", "electra-large")
+_LARGE_FROM, _SMALL_TO = 1024, 512
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str 
     Args:
         name: recipe file or name of a shipped recipe.
         overrides: `section.key=value` items.
-        ds_config: DeepSpeed JSON file; None takes the shipped ZeRO-2 file for the recipe's language model.
+        ds_config: DeepSpeed JSON file or the name of a shipped one; None takes the ZeRO-2 one for the recipe's
+            language model.
         world_size: number of ranks.
 
     Raises:
@@ -52,23 +55,29 @@ def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str 
 
 
 def shipped_ds_config(recipe: Recipe) -> str:
-    """Returns the shipped ZeRO-2 configuration for a recipe's language model.
+    """Returns the name of the shipped ZeRO-2 configuration for a recipe's language model.
+
+    The size stands in the model's name, or is that of the config.json in its folder.
 
     Raises:
-        XdscaleError: none is for such a model.
+        XdscaleError: neither says it.
     """
     language = recipe.model.language.name
-    folder = next((folder for folder in _SHIPPED_FOLDERS if folder.is_dir()), None)
-    shipped = sorted(folder.glob("*-zero2.json")) if folder else []
-    for path in shipped:
-        size = path.stem.removesuffix("-zero2")
-        if size in language or (size == "quickstart" and language.startswith("package:")):
-            return str(path)
-    known = ", ".join(path.name for path in shipped) or "none found beside the package"
-    raise XdscaleError(
-        f"model.language.name = {language}: no shipped DeepSpeed config is for such a model ({known}); "
-        "name one with --deepspeed-config"
-    )
+    size = next((size for size in _SIZES if size in language), None)
+    try:
+        return f"{size or _size(language_shape(language))}-zero2"
+    except XdscaleError as error:
+        raise XdscaleError(
+            f"no shipped DeepSpeed config is known to fit: {error}; name one with --deepspeed-config, such as "
+            f"{_SIZES[0]}-zero2"
+        ) from None
+
+
+def _size(shape: LanguageShape) -> str:
+    if shape.hidden_size < _SMALL_TO:
+        return "quickstart"
+    family = "bert" if shape.pooler else "electra"
+    return f"{family}-{'large' if shape.hidden_size >= _LARGE_FROM else 'base'}"
 
 
 def path_warnings(recipe: Recipe) -> list[str]:
