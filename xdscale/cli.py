@@ -70,12 +70,23 @@ app.add_typer(kernels_app, name="kernels", rich_help_panel=_MEASURE)
 
 
 @app.command(rich_help_panel=_TRAIN)
-def recipes() -> None:
-    """List the recipes that ship with xdscale."""
-    from xdscale.recipe import SHIPPED, shipped_recipes
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Recipe file or name: show every key.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    finetuning: Annotated[bool, typer.Option("--finetuning", help="Those of 'xdscale finetune'.")] = False,
+) -> None:
+    """List the recipes that ship, or every key of one: its value, meaning and default."""
+    from xdscale.finetune.recipe import load_settings
+    from xdscale.recipe import SHIPPED, load_recipe, shipped_recipes
+    from xdscale.recipe_keys import key_lines
 
-    for name in shipped_recipes():
-        with (SHIPPED / f"{name}.yaml").open(encoding="utf-8") as file:
+    if name is not None:
+        load = load_settings if finetuning else load_recipe
+        print("\n".join(key_lines(load(name, overrides or []))).lstrip())
+        return
+    folder = SHIPPED / "finetune" if finetuning else SHIPPED
+    for name in shipped_recipes(folder):
+        with (folder / f"{name}.yaml").open(encoding="utf-8") as file:
             print(f"{name:32} {file.readline().lstrip('# ').rstrip()}")
 
 

@@ -42,7 +42,7 @@ class Language(Section):
     """The language encoder: BERT or ELECTRA, through transformers."""
 
     name: str = Field(description="known architecture, hub name, local folder or package:NAME/folder")
-    weights: Literal["pretrained", "random"] = "pretrained"
+    weights: Literal["pretrained", "random"] = Field("pretrained", description="random: the architecture alone")
     sha256: str | None = Field(None, description="expected SHA-256 of the weights file, checked before loading")
 
 
@@ -54,36 +54,39 @@ class Clip(Section):
 
 
 class Model(Section):
-    """Spec xdbert §2: language encoder, CLIP-T and the cross-modal layers between them."""
+    """Language encoder, CLIP's text tower and the cross-modal layers between them (paper §2.2)."""
 
     language: Language
     clip: Clip | None = Field(description="null: the language encoder alone, with MLM, as the fair baseline of §3")
-    cross_layers: int = Field(2, ge=0, description="0 without CLIP")
+    cross_layers: int = Field(2, ge=0, description="cross-modal layers; 0 without CLIP")
     dropout: float = Field(0.1, ge=0, lt=1, description="language encoder and cross-modal layers; CLIP-T has none")
     kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
+
+
+_WEIGHT = "factor of this objective's mean loss"
 
 
 class MaskedLM(Section):
     """Paper §2.3.1; rates of Devlin et al.: 15 % selected, of which 80 % [MASK], 10 % random, 10 % kept."""
 
-    weight: float = Field(1.0, gt=0)
-    select: float = Field(0.15, gt=0, lt=1)
-    mask: float = Field(0.8, ge=0, le=1)
-    random: float = Field(0.1, ge=0, le=1)
+    weight: float = Field(1.0, gt=0, description=_WEIGHT)
+    select: float = Field(0.15, gt=0, lt=1, description="share of the tokens to be predicted")
+    mask: float = Field(0.8, ge=0, le=1, description="share of those that the encoder sees as [MASK]")
+    random: float = Field(0.1, ge=0, le=1, description="share of those that it sees as another token; the rest is kept")
 
 
 class Match(Section):
-    """Paper §2.3.2: are the two texts the same? `mismatch` is the share of pairs that are not."""
+    """Paper §2.3.2: are the texts of the language encoder and of CLIP the same?"""
 
-    weight: float = Field(1.0, gt=0)
-    mismatch: float = Field(0.5, gt=0, lt=1)
+    weight: float = Field(1.0, gt=0, description=_WEIGHT)
+    mismatch: float = Field(0.5, gt=0, lt=1, description="share of the pairs whose texts differ")
 
 
 class ClipTokens(Section):
     """Paper §2.3.3: name the CLIP token at 15 % of the CLIP positions, input unchanged."""
 
-    weight: float = Field(1.0, gt=0)
-    select: float = Field(0.15, gt=0, lt=1)
+    weight: float = Field(1.0, gt=0, description=_WEIGHT)
+    select: float = Field(0.15, gt=0, lt=1, description="share of the CLIP tokens to be predicted")
 
 
 class Tasks(Section):
@@ -109,25 +112,25 @@ class Data(Section):
 
 
 class Optim(Section):
-    """AdamW, linear warm-up, linear decay to 0 (spec xdbert §5.1)."""
+    """AdamW, linear warm-up, linear decay to 0 (paper, appendix C.1)."""
 
-    learning_rate: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="the largest, at the end of the warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    eps: float = Field(1e-6, gt=0, description="AdamW's ε, added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="on all parameters, as the released code does")
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
+    warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rate rises from 0")
     gradient_clipping: float = Field(1.0, gt=0, description="largest global gradient norm")
 
 
 class Training(Section):
     """How long, how much at once, and what happens in between."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="optimiser steps in all")
     global_batch: int = Field(ge=1, description="sequences per optimiser step, over all ranks")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of new weights, order, masks, pairs and dropout")
     eval_every: int = Field(100, ge=1, description="steps between validations; one also before and after")
     eval_samples: int = Field(512, ge=1, description="held-out sequences per validation, at most")
-    checkpoint_every: int = Field(100, ge=1)
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; one also at the end")
     keep_checkpoints: int = Field(3, ge=1, description="how many of the newest checkpoints stay")
     keep_every: int | None = Field(
         None, ge=1, description="checkpoints of steps that are multiples of this stay for good"
@@ -140,7 +143,7 @@ class Training(Section):
 class Output(Section):
     """Where the run is written."""
 
-    folder: str
+    folder: str = Field(description="run folder: checkpoints, log.jsonl, TensorBoard; a run in it is continued")
 
 
 class Recipe(Section):
@@ -173,9 +176,9 @@ def run_identity(values: dict[str, Any]) -> dict[str, Any]:
     return kept | {"training": {k: v for k, v in kept["training"].items() if k not in _HOW_OFTEN_AND_HOW_FAR}}
 
 
-def shipped_recipes() -> list[str]:
-    """Returns the names of the recipes that come with xdscale."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+def shipped_recipes(folder: Path = SHIPPED) -> list[str]:
+    """Returns the names of the recipes that come with xdscale; those of finetuning lie in a folder of their own."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

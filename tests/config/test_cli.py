@@ -42,7 +42,10 @@ def test_the_module_is_the_command(tmp_path):
     assert (module.returncode, module.stdout) == (0, run("recipes").stdout)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["shards", "--help"], ["shards", "build", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["recipes"], ["recipes", "quickstart"], ["shards", "--help"], ["shards", "build", "--help"]],
+)
 def test_starts_within_two_seconds_where_it_needs_no_torch(arguments):
     assert run(*arguments).returncode == 0  # compiles what a first run compiles
     began = time.perf_counter()

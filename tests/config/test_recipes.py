@@ -1,10 +1,14 @@
 """Recipes: what ships, what is refused, what an override does."""
 
+import re
+
 import pytest
 import yaml
 
 from xdscale.errors import XdscaleError
-from xdscale.recipe import SHIPPED, Recipe, load_recipe, shipped_recipes
+from xdscale.finetune.recipe import FinetuneSettings, load_settings
+from xdscale.recipe import SHIPPED, Recipe, Section, load_recipe, shipped_recipes
+from xdscale.recipe_keys import key_lines
 
 MINIMAL = {
     "model": {"language": {"name": "bert-base-uncased"}, "clip": {"name": "ViT-B-32"}},
@@ -145,3 +149,50 @@ def test_quickstart_recipes_build_on_real_pretrained_encoders(name, size, layers
     assert (encoder.config.hidden_size, encoder.config.num_hidden_layers) == (size, layers)
     # Pretrained, not random: BERT's initialiser gives every matrix the standard deviation 0.02.
     assert abs(encoder.get_input_embeddings().weight.std().item() - 0.02) > 0.005
+
+
+def leaves(values, prefix=""):
+    """Names every key of nested dictionaries; a table of a recipe without classes is one key."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+@pytest.mark.parametrize("name", ["xdbert-base-wikitext103", "bert-base-mlm-wikitext103", "quickstart"])
+def test_the_lines_of_a_recipe_name_every_key_and_are_overrides_that_give_the_same_recipe(name, write):
+    recipe = load_recipe(name, ["data.max_damaged_shards=2"])
+    lines = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in key_lines(recipe) if line}
+    overrides = [shown for shown in lines if "=" in shown]
+    assert load_recipe(write({section: {} for section in Recipe.model_fields}), overrides) == recipe
+    everything = set(leaves(load_recipe("xdbert-base-wikitext103").model_dump()))
+    assert everything <= {re.split("=| ", shown)[0] for shown in lines}
+    assert lines["data.max_damaged_shards=2"].endswith("0 stops instead (default 0)")
+    assert lines["optim.gradient_clipping=1.0"] == "largest global gradient norm (the default)"
+
+
+def test_the_keys_of_an_objective_that_is_off_are_shown():
+    lines = list(key_lines(load_recipe("xdbert-base-mlm")))
+    assert any(line.startswith("tasks.match=null ") for line in lines)
+    (line,) = (line for line in lines if line.startswith("tasks.match.mismatch"))
+    assert re.fullmatch(r"tasks\.match\.mismatch \(off\) +share of the pairs whose texts differ \(default 0\.5\)", line)
+
+
+def test_the_lines_of_a_finetuning_recipe_are_overrides_too():
+    settings = load_settings("paper", [])
+    overrides = [line.split("  ")[0] for line in key_lines(settings) if "=" in line.split("  ")[0]]
+    assert load_settings("quickstart", overrides) == settings
+
+
+@pytest.mark.parametrize("section", [Recipe, FinetuneSettings])
+def test_every_key_has_a_meaning(section):
+    def without(section):
+        for name, field in section.model_fields.items():
+            classes = [kind for kind in Section.__subclasses__() if kind.__name__ in str(field.annotation)]
+            if not classes and not field.description:
+                yield f"{section.__name__}.{name}"
+            for kind in classes:
+                yield from without(kind)
+
+    assert list(without(section)) == []

@@ -19,6 +19,7 @@ from xdscale.recipe import (
     Training,
     read_validated,
     run_identity,
+    shipped_recipes,
 )
 
 FORMAT = 1
@@ -38,7 +39,7 @@ Subject = Literal["language", "cross-modal", "clip"]
 class ModelSettings(Section):
     """How the subject is built and what it reads."""
 
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(0.1, ge=0, lt=1, description="encoder and head")
     max_length: int = Field(128, ge=8, description="language tokens with [CLS] and [SEP]")
     kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: to see what they are worth")
@@ -48,25 +49,25 @@ class ModelSettings(Section):
 class OptimSettings(Section):
     """AdamW and its schedule; the learning rate by size and task, or one for all."""
 
-    learning_rate: float | dict[Size, dict[str, float]]
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-6, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_ratio: float = Field(0.1, ge=0, le=1)
-    gradient_clipping: float = Field(1.0, gt=0)
+    learning_rate: float | dict[Size, dict[str, float]] = Field(description="one for all, or by size and task")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    eps: float = Field(1e-6, gt=0, description="AdamW's ε, added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="on all parameters")
+    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises from 0")
+    gradient_clipping: float = Field(1.0, gt=0, description="largest global gradient norm")
 
 
 class TrainingSettings(Section):
     """How long, how much at once, and what happens in between."""
 
-    epochs: float = Field(3, gt=0)
+    epochs: float = Field(3, gt=0, description="passes over the training examples; may be a fraction")
     global_batch: int = Field(32, ge=1, description="examples per optimiser step, over all ranks")
     eval_samples: int = Field(2048, ge=1, description="development examples per validation on the way, at most")
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(1, ge=1, description="while the run lasts; a finished one keeps none")
     stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows epochs")
-    max_skipped_in_row: int = Field(5, ge=1)
-    hang_seconds: int = Field(45, ge=1)
+    max_skipped_in_row: int = Field(5, ge=1, description="non-finite steps in a row that stop the run")
+    hang_seconds: int = Field(45, ge=1, description="shortest time without progress after which a rank counts as hung")
 
 
 class FinetuneSettings(Section):
@@ -180,7 +181,7 @@ def _path(name: str) -> Path:
         return path
     if shipped.is_file():
         return shipped
-    names = sorted(entry.stem for entry in shipped.parent.glob("*.yaml"))
+    names = shipped_recipes(shipped.parent)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped ones: {', '.join(names)}"
     raise XdscaleError(f"--recipe {name}: no such finetuning recipe; {hint}")
