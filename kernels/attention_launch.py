@@ -15,6 +15,7 @@ from xdscale.kernels.attention_triton import (
 )
 from xdscale.kernels.compile_case import CompileCase
 from xdscale.kernels.dropout_mask import drop_threshold, keep_rate
+from xdscale.kernels.gpu import launch_on
 from xdscale.kernels.packing import Packing
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -138,9 +139,10 @@ def _launch(name: str, parts: int, tile: Tile, packing: Packing, pointers: tuple
     widen = INTERPRETED and query.dtype == torch.bfloat16
     constants = _constants(tile, size, packing.threshold, widen, _precision(_architecture(query.device)))
     scale = size**-0.5 * LOG2_E.value
-    KERNELS[name][parts, heads, packing.samples](
-        *arguments, scale, **constants, num_warps=tile.warps, num_stages=tile.stages
-    )
+    with launch_on(query.device):
+        KERNELS[name][parts, heads, packing.samples](
+            *arguments, scale, **constants, num_warps=tile.warps, num_stages=tile.stages
+        )
 
 
 def _constants(tile: Tile, head_size: int, threshold: int, widen: bool, precision: str) -> dict[str, object]:

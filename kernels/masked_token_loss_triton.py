@@ -12,7 +12,6 @@ operands in bf16 become fp32 on loading (INTERPRETED).
 
 # ruff: noqa: ANN001, ANN201 -- the arguments of kernels are pointers and integers, typed by each launch
 
-import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import triton
 import triton.language as tl
 
 from xdscale.kernels.compile_case import CompileCase
+from xdscale.kernels.gpu import PROCESSORS, launch_on
 from xdscale.kernels.masked_token_loss import ChunkGradients, RowStatistics
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -197,8 +197,6 @@ class _Launch:
             "num_warps": self.tile.num_warps,
             "num_stages": self.tile.num_stages,
         }
-        # Kernels start on the current stream of the tensors' own GPU, whichever GPU is the current one.
-        self.device = torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext()
 
 
 def _rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
@@ -266,7 +264,7 @@ def row_statistics(
     best = labels.new_empty((splits, n), dtype=torch.int32)
     joined = hidden.new_empty((3, n), dtype=torch.float32)
     correct = labels.new_empty(n, dtype=torch.int8)
-    with launch.device:
+    with launch_on(hidden.device):
         row_statistics_kernel[(launch.row_blocks, splits)](
             launch.hidden, launch.weight, launch.bias, labels, parts[0], parts[1], parts[2], best,
             n, columns, launch.size, per_split, launch.hidden.stride(0), launch.weight.stride(0), **launch.options,
@@ -298,7 +296,7 @@ def logit_gradients(
     for begin in range(0, launch.columns, width):
         end = min(begin + width, launch.columns)
         gradients = scratch[: n * (end - begin)].view(n, end - begin)
-        with launch.device:
+        with launch_on(hidden.device):
             logit_gradients_kernel[(launch.row_blocks, triton.cdiv(end - begin, launch.tile.columns))](
                 launch.hidden, launch.weight, launch.bias, labels, maximum, total, grad_loss, gradients, sums,
                 n, launch.columns, launch.size, begin, end,
@@ -307,9 +305,6 @@ def logit_gradients(
         yield ChunkGradients(slice(begin, end), weight[begin:end].to(launch.product_dtype), gradients)
     grad_bias.copy_(sums.sum(0))
 
-
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-"""Multiprocessors of an A100, H100, B200 and MI300X."""
 
 FAMILIES = {"sm_80": "cuda", "sm_90": "cuda", "sm_100": "blackwell", "gfx942": "hip"}
 """Which tiles a target takes."""

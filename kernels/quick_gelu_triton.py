@@ -6,7 +6,6 @@ they are loaded (Triton's interpreter computes wrongly in bf16). Every value has
 
 # ruff: noqa: ANN001, ANN201, ANN202 -- the arguments of kernels are pointers and integers, typed by each launch
 
-import contextlib
 import itertools
 
 import torch
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 
 from xdscale.kernels.compile_case import CompileCase
+from xdscale.kernels.gpu import launch_on
 from xdscale.kernels.quick_gelu import SCALE
 
 TILE = 2048
@@ -89,8 +89,7 @@ def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:
     elements, device = tensors[0].numel(), tensors[0].device
     if not elements:
         return
-    # Kernels start on the current stream of the tensors' own GPU, whichever GPU is the current one.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with launch_on(device):
         warps = WARPS["hip" if torch.version.hip else "cuda"]  # the interpreter takes "cuda"
         kernel[(triton.cdiv(elements, TILE),)](*tensors, elements, TILE=TILE, num_warps=warps, num_stages=1)
 

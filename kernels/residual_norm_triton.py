@@ -10,7 +10,6 @@ All arithmetic is fp32: operands are widened as they are loaded (Triton's interp
 
 # ruff: noqa: ANN001, ANN201, ANN202 -- the arguments of kernels are pointers and integers, typed by each launch
 
-import contextlib
 import functools
 import itertools
 
@@ -20,6 +19,7 @@ import triton.language as tl
 
 from xdscale.kernels.compile_case import CompileCase
 from xdscale.kernels.dropout_mask import START_0, START_1, drop_threshold, keep_rate, keep_tile, stream_key_tile
+from xdscale.kernels.gpu import PROCESSORS, launch_on
 
 TILE_ELEMENTS = 4096
 """Elements of a program's tile of whole rows."""
@@ -124,7 +124,7 @@ def forward(
     constants = _constants(size, threshold)
     programs = triton.cdiv(tokens, constants["TILE_ROWS"])
     if programs:
-        with _on(states.device):
+        with launch_on(states.device):
             forward_kernel[(programs,)](
                 states, residual, weight, bias, mean if seed is None else seed, out, total, mean, scale, tokens, eps,
                 **constants, num_warps=WARPS[_family()], num_stages=1,
@@ -152,7 +152,7 @@ def backward(
     programs = min(triton.cdiv(tokens, constants["TILE_ROWS"]), _most_programs(grad.device))
     partial_weight, partial_bias = (grad.new_empty((programs, size), dtype=torch.float32) for _ in range(2))
     if programs:
-        with _on(grad.device):
+        with launch_on(grad.device):
             backward_kernel[(programs,)](
                 grad, total, mean, scale, weight, mean if seed is None else seed,
                 grad_states, grad_residual, partial_weight, partial_bias, tokens,
@@ -179,11 +179,6 @@ def _family() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Kernels start on the current stream of the tensors' own GPU, whichever GPU is the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 @functools.cache
 def _most_programs(device: torch.device) -> int:
     """Returns how many programs of the backward kernel a device gets; the interpreter two."""
@@ -191,9 +186,6 @@ def _most_programs(device: torch.device) -> int:
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_PROCESSOR
 
-
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-"""Multiprocessors of an A100, H100, B200 and MI300X."""
 
 TRUE_TOKENS = 32 * 512
 """Rows of `compile_cases`: 32 texts of 512 tokens."""

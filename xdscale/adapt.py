@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from xdscale.devices import uses_gpus
 from xdscale.ds_config import (
     activation_checkpointing,
     check_sections,
@@ -118,7 +119,7 @@ def calm_environment() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import torch
 
-    if not torch.cuda.is_available():
+    if not uses_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -274,7 +275,7 @@ def train_session(
             watchdog=watchdog,
         )
         stopped, step = trainer.train(start_step, validate_first=validate_first)
-    peaks_gib = ranks.gather(peak_memory_gib())
+    peaks_gib = ranks.gather(peak_memory_gib(engine.device))
     if monitor:
         monitor.end(step, peaks_gib, stopped)
     return EXIT_STOPPED if stopped else 0

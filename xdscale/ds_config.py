@@ -46,6 +46,7 @@ KNOWN_KEYS = (
 
 REFUSED_KEYS = {
     "scheduler": "the learning rate follows the recipe (optim.learning_rate, optim.warmup_ratio)",
+    "timers": "xdscale measures every step itself (log.jsonl, TensorBoard); DeepSpeed's timer waits for the GPU",
     "tensorboard": "xdscale writes TensorBoard files to the run folder itself",
     "wandb": "xdscale writes TensorBoard files to the run folder itself",
     "csv_monitor": "xdscale writes log.jsonl to the run folder itself",
@@ -149,6 +150,8 @@ def resolve_ds_config(name: str, values: dict[str, Any], recipe: Recipe, world_s
         "gradient_clipping": recipe.optim.gradient_clipping,
         # DeepSpeed's own console line says less than our progress line.
         "steps_per_print": values.get("steps_per_print", 2**31),
+        # It waits for the GPU twice per micro-batch, to say what our progress line says.
+        "timers": {"throughput": {"enabled": False}},
     }
     return resolved
 

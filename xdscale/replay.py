@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from xdscale.devices import rank_device
 from xdscale.ds_config import precision
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe, load_recipe
@@ -68,7 +69,7 @@ def replay(run: Path, step: int) -> list[SampleReplay]:
     source = _load_weights(module, run, step)
     config = json.loads((run / "ds_config.json").read_text(encoding="utf-8"))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(config)]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = rank_device(0)
     module.to(device, dtype).eval()
     batches = data.prepare(step - 1).batches
     weights = recipe.tasks.weights()

@@ -126,3 +126,26 @@ def test_auto_is_filled_from_the_recipe(write):
     assert resolved["gradient_accumulation_steps"] == 288 / 8 / 4
     assert resolved["gradient_clipping"] == 1.0
     assert "optimizer" not in resolved
+
+
+def test_deepspeeds_own_timer_never_waits_for_the_gpu(monkeypatch):
+    """It is on by default, and from the second step on synchronises twice per micro-batch."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils.config import get_timers_config
+    from deepspeed.utils.timer import ThroughputTimer
+
+    path = str(SHIPPED[0])
+    waits = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda: waits.append(1))
+    for values in ({}, resolve_ds_config(path, read_ds_config(path), load_recipe("xdbert-base-wikitext103"), 1)):
+        waits.clear()
+        timer = ThroughputTimer(get_timers_config(values), batch_size=1)
+        for _ in range(4):
+            timer.start()
+            timer.stop(global_step=True)
+        assert bool(waits) == (values == {})
+
+
+def test_the_timer_cannot_be_switched_on(write):
+    with pytest.raises(XdscaleError, match="'timers' does not belong here: .*waits for the GPU"):
+        read_ds_config(write({"timers": {"throughput": {"enabled": True}}}))

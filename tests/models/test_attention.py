@@ -1,5 +1,7 @@
 """Encoders of transformers on the packed kernels, and CLIP's blocks, against the authors' own attention."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from open_clip.transformer import ResidualAttentionBlock
@@ -8,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel
 
 from xdscale.kernels.causal_attention import causal_attention, causal_attention_plain
-from xdscale.models.attention import use_packed_attention
+from xdscale.models.attention import recompute_layers, use_packed_attention
 from xdscale.models.clip_text import CausalBlockAttention
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
@@ -69,7 +71,7 @@ def test_recomputed_layers_draw_the_same_mask(encoder, padded):
     encoder.float().train()
     use_packed_attention(encoder, plain=False)
     _, expected = states_and_gradients(encoder, *padded)
-    encoder.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_layers(encoder)
     _, found = states_and_gradients(encoder, *padded)
     for gradient, wanted in zip(found, expected):
         torch.testing.assert_close(gradient, wanted)
@@ -132,3 +134,13 @@ def test_clip_block_computes_what_open_clip_computes(plain):
     block.attn = CausalBlockAttention(block.attn, plain=plain)
     torch.testing.assert_close(block(states, attn_mask=causal), expected, rtol=1e-12, atol=1e-12)
     assert sorted(block.state_dict()) == names
+
+
+def test_recomputing_goes_by_either_name_of_transformers():
+    """5.23 warns of the older name, 5.17 has no other."""
+    enabled = []
+    recompute_layers(SimpleNamespace(gradient_checkpointing_enable=lambda options: enabled.append(("older", options))))
+    both = {"gradient_checkpointing_enable": pytest.fail}
+    both["activation_checkpointing_enable"] = lambda options: enabled.append(("newer", options))
+    recompute_layers(SimpleNamespace(**both))
+    assert enabled == [("older", {"use_reentrant": False}), ("newer", {"use_reentrant": False})]

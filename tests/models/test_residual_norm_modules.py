@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel
 
+from xdscale.models.attention import recompute_layers
 from xdscale.models.residual_norm import ResidualNorm, use_residual_norm
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
@@ -77,7 +78,7 @@ def test_kernels_and_definition_drop_the_same_states(encoder):
 def test_recomputed_layers_draw_the_same_mask(encoder):
     use_residual_norm(encoder.train(), plain=False)
     _, expected = states_and_gradients(encoder)
-    encoder.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_layers(encoder)
     _, found = states_and_gradients(encoder)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name])

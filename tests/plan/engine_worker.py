@@ -192,10 +192,12 @@ def build_trainer(recipe, engine, ranks, batches):
 
 
 def run_case(case, ranks, counter):
+    import torch
+
     from xdscale.training.throughput import peak_memory_gib
 
     before = storages(live_tensors()).keys()
-    result = {"name": case["name"], "imports_gib": peak_memory_gib()}
+    result = {"name": case["name"], "imports_gib": peak_memory_gib(torch.device("cpu"))}
     began = time.perf_counter()
     recipe, config, module, engine = build_case(case, ranks)
     counter.take()
@@ -217,7 +219,7 @@ def run_case(case, ranks, counter):
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
     result |= {"parameters": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}
     result |= {"stage": engine.zero_optimization_stage(), "dtype": str(next(module.parameters()).dtype)}
-    result |= {"seconds": time.perf_counter() - began, "peak_gib": peak_memory_gib()}
+    result |= {"seconds": time.perf_counter() - began, "peak_gib": peak_memory_gib(engine.device)}
     engine.destroy()
     return result
 

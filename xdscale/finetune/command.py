@@ -13,6 +13,7 @@ from rich.table import Table
 from xdscale.data.task_files import TaskData, read_task
 from xdscale.data.task_hub import fetch_task
 from xdscale.data.task_table import TASKS, find_task
+from xdscale.devices import visible_gpus
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import XdscaleError
 from xdscale.finetune.recipe import (
@@ -80,7 +81,7 @@ def run_command(request: Request) -> int:
     if request.ds_config is not None:
         read_ds_config(request.ds_config)
     seeds = {name: list(range(request.seeds or settings.seeds_of(name))) for name in names}
-    gpus = _visible_gpus()
+    gpus = visible_gpus()
     console = Console(stderr=True)
     slots = _slots(request.jobs or max(1, len(gpus)), gpus)
     sweep = Sweep(slots, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
@@ -186,18 +187,6 @@ def _write_summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[s
         tasks[task] = {"seeds": sorted({*tasks.get(task, {"seeds": []})["seeds"], *numbers})}
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({"format": FORMAT, "model": model, "tasks": tasks}, indent=2) + "\n")
-
-
-def _visible_gpus() -> list[str]:
-    """Returns the numbers of the GPUs as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
-    if not Path("/dev/nvidiactl").exists():
-        return []
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _slots(jobs: int, gpus: list[str]) -> list[dict[str, str]]:

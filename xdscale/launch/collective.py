@@ -1,11 +1,12 @@
 """All-reduces between all ranks, with a limit on how long they may take."""
 
-import os
 import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+
+from xdscale.devices import uses_gpus
 
 LARGE_BYTES = 64 * 2**20
 
@@ -39,10 +40,7 @@ def all_reduce_twice(store: Any, rank: int, world_size: int, local_rank: int, ti
         local_rank: number of this rank on its machine, and of its GPU.
         timeout_seconds: after which a rank stops waiting; the thread that waits is left behind.
     """
-    import torch
-
-    uses_gpus = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    outcome = Outcome("nccl" if uses_gpus else "gloo")
+    outcome = Outcome("nccl" if uses_gpus() else "gloo")
     limit = timedelta(seconds=timeout_seconds)
 
     def work() -> None:

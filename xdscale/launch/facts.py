@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 import xdscale
+from xdscale.devices import asked_for_cpu
 from xdscale.errors import XdscaleError
 from xdscale.launch.environment import is_carried
 from xdscale.names import resolve_path
@@ -73,15 +74,13 @@ class HostFacts:
         import torch
 
         cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-        # Where DeepSpeed is told to compute on CPU ranks, GPUs are somebody else's.
-        uses_gpus = os.environ.get("DS_ACCELERATOR") != "cpu"
-        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if uses_gpus else []
+        visible = range(0 if asked_for_cpu() else torch.cuda.device_count())
         return cls(
             rank=rank,
             host=platform.node(),
             versions=_versions(),
-            gpus=gpus,
-            driver=_driver() if uses_gpus else "",
+            gpus=[torch.cuda.get_device_name(index) for index in visible],
+            driver="" if asked_for_cpu() else _driver(),
             local_ranks=local_ranks,
             cores=len(os.sched_getaffinity(0)),
             environment={name: value for name, value in sorted(os.environ.items()) if is_carried(name)},

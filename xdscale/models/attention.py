@@ -61,6 +61,12 @@ def use_packed_attention(encoder: PreTrainedModel, *, plain: bool) -> None:
     encoder.set_attn_implementation(PLAIN if plain else FUSED)
 
 
+def recompute_layers(encoder: PreTrainedModel) -> None:
+    """Makes an encoder of transformers recompute each layer in the backward pass; 5.17 has the older name alone."""
+    enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def valid_tokens(mask: torch.Tensor, positions: torch.Tensor) -> tuple[Stream, torch.Tensor]:
     """Returns what an encoder after `use_packed_attention` takes as `valid`, beside the mask itself.
 

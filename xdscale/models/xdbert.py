@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from xdscale.models.attention import valid_tokens
+from xdscale.models.attention import recompute_layers, valid_tokens
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer, Wanted
 from xdscale.models.streams import Stream, full_stream, rows_of_samples, stream_of, unpack
@@ -48,7 +48,7 @@ class XDBERT(nn.Module):
 
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each layer of both encoders and of the cross-modal part in the backward pass."""
-        self.language.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(self.language)
         self.clip.enable_activation_checkpointing()
         self._checkpoint_layers = True
 

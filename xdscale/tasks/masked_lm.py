@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from xdscale import recipe
 from xdscale.models.activated_linear import use_activated_linear
-from xdscale.models.attention import use_packed_attention
+from xdscale.models.attention import recompute_layers, use_packed_attention
 from xdscale.models.residual_norm import use_residual_norm
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.tasks import flops
@@ -33,7 +33,7 @@ class MaskedLMAdaptation(nn.Module):
 
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each layer in the backward pass; the result stays the same."""
-        self.model["language"].activation_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(self.model["language"])
 
     def forward(
         self, batch: Mapping[str, torch.Tensor], return_attention: bool = False

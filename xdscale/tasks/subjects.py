@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from xdscale.models.attention import valid_tokens
+from xdscale.models.attention import recompute_layers, valid_tokens
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.xdbert import XDBERT
 from xdscale.tasks import flops
@@ -42,7 +42,7 @@ class LanguageClassifier(nn.Module):
 
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each layer in the backward pass."""
-        self.model.base_model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(self.model.base_model)
 
     def forward(self, batch: Mapping[str, torch.Tensor], return_attention: bool) -> Judgement:
         """Reads language_ids, segments, language_mask and language_valid; has no attention maps to give."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
 
 
@@ -61,17 +62,21 @@ def start_distributed() -> Ranks:
 
     Returns:
         This process among the others.
+
+    Raises:
+        XdscaleError: the machine has GPUs, but fewer than ranks.
     """
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
+    device = rank_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank)
     return ranks

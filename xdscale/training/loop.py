@@ -135,7 +135,7 @@ class Trainer:
                     "throughput/tokens_per_second": tokens / seconds,
                     "throughput/mfu": flops / seconds / self.matmul_flops_per_second,
                     "data/wait_fraction": waited / seconds,
-                    "memory/peak_gib": peak_memory_gib(),
+                    "memory/peak_gib": peak_memory_gib(self.engine.device),
                     "health/skipped_steps": self.skipped.steps,
                     "health/loss_scale_overflows": self.skipped.overflows,
                 },

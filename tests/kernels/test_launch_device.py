@@ -1,0 +1,84 @@
+"""Every launcher makes its tensors' GPU the current one: Triton would launch on another one's stream."""
+
+import contextlib
+
+import pytest
+import torch
+
+from xdscale.kernels import attention_launch, gpu, masked_token_loss_triton, quick_gelu_triton, residual_norm_triton
+from xdscale.kernels.packing import Packing
+
+KERNELS = {
+    attention_launch: [],
+    masked_token_loss_triton: ["row_statistics_kernel", "combine_kernel", "logit_gradients_kernel"],
+    quick_gelu_triton: ["forward_kernel", "backward_kernel"],
+    residual_norm_triton: ["forward_kernel", "backward_kernel"],
+}
+
+
+class _Kernel:
+    """Stands for a kernel; notes whether it was launched on its tensors' device."""
+
+    def __init__(self, launches, current):
+        self.launches, self.current = launches, current
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append(list(self.current))
+
+
+def attention_both_ways():
+    tokens = torch.zeros(3, 1, 16)
+    offsets = torch.tensor([0, 3], dtype=torch.int32)
+    packing = Packing(offsets, offsets, 3, 3, 0, None)
+    out, *saved = attention_launch.forward(tokens, tokens, tokens, packing)
+    attention_launch.backward(out, tokens, tokens, tokens, packing, *saved)
+    return 3
+
+
+def loss_both_ways():
+    arguments = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(5), torch.zeros(2, dtype=torch.int64)
+    found = masked_token_loss_triton.row_statistics(*arguments, torch.float32)
+    rest = found.maximum, found.total, torch.ones(()), torch.zeros(5), torch.float32
+    list(masked_token_loss_triton.logit_gradients(*arguments, *rest))
+    return 3
+
+
+def gelu_both_ways():
+    states = torch.zeros(4)
+    quick_gelu_triton.backward(quick_gelu_triton.forward(states), states)
+    return 2
+
+
+def norm_both_ways():
+    states, weight = torch.zeros(2, 16), torch.ones(16)
+    out, total, mean, scale = residual_norm_triton.forward(states, states, weight, weight, None, 1e-5, 0)
+    residual_norm_triton.backward(out, weight, weight, None, 0, torch.float32, total, mean, scale)
+    return 2
+
+
+@pytest.mark.parametrize("both_ways", [attention_both_ways, loss_both_ways, gelu_both_ways, norm_both_ways])
+def test_kernels_start_on_their_tensors_gpu(both_ways, monkeypatch):
+    current, launches = [], []
+
+    @contextlib.contextmanager
+    def launch_on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    kernel = _Kernel(launches, current)
+    monkeypatch.setattr(attention_launch, "KERNELS", dict.fromkeys(attention_launch.KERNELS, kernel))
+    monkeypatch.setattr(attention_launch, "_architecture", lambda device: "sm_90")
+    for module, names in KERNELS.items():
+        monkeypatch.setattr(module, "launch_on", launch_on)
+        for name in names:
+            monkeypatch.setattr(module, name, kernel)
+    assert both_ways() == len(launches)
+    assert launches == [[torch.device("cpu")]] * len(launches)
+
+
+def test_a_gpu_becomes_the_current_one_and_the_cpu_does_not():
+    guard = gpu.launch_on(torch.device("cuda", 1))
+    assert isinstance(guard, torch.cuda.device)
+    assert guard.idx == 1
+    assert isinstance(gpu.launch_on(torch.device("cpu")), contextlib.nullcontext)
