@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from xdscale.ds_config import check_sections, precision, read_ds_config, resolve_ds_config, zero_stage
+from xdscale.ds_config import (
+    activation_checkpointing,
+    check_sections,
+    precision,
+    read_ds_config,
+    resolve_ds_config,
+    zero_stage,
+)
 from xdscale.errors import XdscaleError
 from xdscale.recipe import load_recipe
 
@@ -149,3 +156,10 @@ def test_deepspeeds_own_timer_never_waits_for_the_gpu(monkeypatch):
 def test_the_timer_cannot_be_switched_on(write):
     with pytest.raises(XdscaleError, match="'timers' does not belong here: .*waits for the GPU"):
         read_ds_config(write({"timers": {"throughput": {"enabled": True}}}))
+
+
+def test_a_config_without_sections_is_unsharded_fp32_that_keeps_activations():
+    """As DeepSpeed takes it."""
+    assert (zero_stage({}), precision({}), activation_checkpointing({})) == (0, "fp32", False)
+    assert zero_stage({"zero_optimization": {}}) == 0
+    assert precision({"bf16": {"enabled": False}, "fp16": {"enabled": True}}) == "fp16"

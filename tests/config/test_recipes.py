@@ -196,3 +196,48 @@ def test_every_key_has_a_meaning(section):
                 yield from without(kind)
 
     assert list(without(section)) == []
+
+
+def test_what_a_recipe_leaves_out():
+    """Published results hang on these values."""
+    left_out = Recipe.model_validate(MINIMAL)
+    assert left_out.training.model_dump() == {
+        "steps": 10,
+        "global_batch": 4,
+        "seed": 0,
+        "eval_every": 100,
+        "eval_samples": 512,
+        "checkpoint_every": 100,
+        "keep_checkpoints": 3,
+        "keep_every": None,
+        "stop_at_step": None,
+        "max_skipped_in_row": 5,
+        "hang_seconds": 45,
+    }
+    assert left_out.optim.model_dump() == {
+        "learning_rate": 1e-4,
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "weight_decay": 0.01,
+        "warmup_ratio": 0.05,
+        "gradient_clipping": 1.0,
+    }
+
+
+COUNTS = ["steps", "global_batch", "eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints", "keep_every"]
+
+
+@pytest.mark.parametrize("key", [*COUNTS, "stop_at_step", "max_skipped_in_row", "hang_seconds"])
+def test_a_count_is_1_or_more(write, key):
+    few = ["training.checkpoint_every=1"] if key == "keep_every" else []
+    assert getattr(load_recipe(write(MINIMAL), [*few, f"training.{key}=1"]).training, key) == 1
+    with pytest.raises(XdscaleError, match=f"training.{key} = 0"):
+        load_recipe(write(MINIMAL), [f"training.{key}=0"])
+
+
+def test_steps_that_are_kept_for_good_must_be_steps_that_are_saved(write):
+    how = ["training.checkpoint_every=20"]
+    assert load_recipe(write(MINIMAL), [*how, "training.keep_every=40"]).training.keep_every == 40
+    for every in (10, 30):
+        with pytest.raises(XdscaleError, match="must be a multiple of training.checkpoint_every"):
+            load_recipe(write(MINIMAL), [*how, f"training.keep_every={every}"])

@@ -108,6 +108,27 @@ def test_ranks_of_a_node_fetch_a_remote_dataset_together(wiki_shards, torn, tmp_
     assert f"rank 0: file://{tmp_path}/none/dataset.json: cannot be fetched" in found[0]
 
 
+def test_a_cache_that_one_node_cannot_write_stops_every_rank_with_the_reason(wiki_shards, tmp_path, monkeypatch):
+    def read_only(text, folder):
+        raise XdscaleError(f"{folder}: cannot be written: Read-only file system")
+
+    monkeypatch.setattr("xdscale.data.opening.place_manifest", read_only)
+    found = open_on(2, Data(shards=f"file://{wiki_shards}", cache=str(tmp_path / "cache")))
+    assert found == [f"data.cache: rank 0: {tmp_path}/cache: cannot be written: Read-only file system"] * 2
+
+
+def test_progress_is_told_shard_by_shard_and_said_only_by_the_first_rank(wiki_shards, monkeypatch, capsys):
+    monkeypatch.setattr("xdscale.data.opening.SECONDS_BETWEEN_LINES", -1.0)
+    ticks = []
+    for rank in (0, 1):
+        ranks = ThreadRanks(rank, 2, Barrier(1), [None])
+        ranks.gather = lambda value: [value]
+        open_shards(Data(shards=str(wiki_shards)), ranks, check=lambda folder: None, on_shard=lambda: ticks.append(1))
+        said = capsys.readouterr().err
+        assert ("verifying shards: 100% of this rank's share" in said) == (rank == 0)
+    assert len(ticks) == sum(len(split.shards) for split in Manifest.load(wiki_shards).splits.values())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

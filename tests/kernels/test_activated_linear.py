@@ -160,3 +160,15 @@ def test_compiled_models_break_the_graph_here():
     explained = torch._dynamo.explain(lambda x: activated_linear(x * 2, weight, bias, F.gelu) + 1)(states)
     assert explained.graph_break_count == 1
     assert explained.graph_count == 2
+
+
+def test_a_backward_pass_under_autocast_computes_in_the_types_of_the_forward_pass():
+    """DeepSpeed may call backward inside of autocast, which would round fp32 products to bf16."""
+    inputs = draw((5, 16), 8, torch.float32)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
+    expected = torch.autograd.grad(activated_linear(*leaves, F.gelu), leaves, inputs[3])
+    out = activated_linear(*leaves, F.gelu)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(out, leaves, inputs[3])
+    for value, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=0, atol=0)

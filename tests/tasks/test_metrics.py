@@ -51,3 +51,14 @@ def test_every_tasks_headline_is_measured(task):
     found = measure(task.metrics, PREDICTIONS, LABELS)
     assert task.score in found
     assert task.higher_is_better == (task.name != "read")
+
+
+@pytest.mark.parametrize("metric", ["pearson", "spearman", "pearson_spearman"])
+def test_a_correlation_needs_two_values_that_differ_on_either_side(metric):
+    def value(predictions, labels):
+        return measure((metric,), np.array(predictions, float), np.array(labels, float))[metric]
+
+    assert value([1.5], [2.0]) == 0.0
+    assert value([1.0, 2.0], [3.0, 3.0]) == value([3.0, 3.0], [1.0, 2.0]) == 0.0
+    assert value([1.0, 2.0], [3.0, 5.0]) == pytest.approx(1.0)
+    assert value([1.0, 2.0], [5.0, 3.0]) == pytest.approx(-1.0)

@@ -1,0 +1,242 @@
+"""The loop and the evaluation against plain sums, on an engine that remembers how it was called."""
+
+import itertools
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from xdscale.recipe import Optim, Training
+from xdscale.training import loop
+from xdscale.training.evaluation import evaluate
+from xdscale.training.protocols import StepData
+from xdscale.training.skipping import Skipped, describe_skip
+
+
+@dataclass
+class Micro:
+    """A micro-batch of single numbers; `weight` makes the second objective's values."""
+
+    values: list[float]
+    weight: float = 2.0
+
+    @property
+    def arrays(self):
+        return {"values": np.array(self.values, np.float32), "weight": np.array(self.weight)}
+
+    @property
+    def targets(self):
+        return {"first": len(self.values), "second": 2 * len(self.values)}
+
+    @property
+    def tokens(self):
+        return 10 * len(self.values)
+
+
+class FakeEngine(nn.Module):
+    """Losses are sums of the batch's numbers; it remembers in which mode each forward and each step was made."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.optimizer = self.basic_optimizer = torch.optim.SGD([self.scale], lr=0.0)
+        self.modes, self.seeds, self.updates = [], [], 0
+
+    @property
+    def module(self):
+        return self
+
+    def forward(self, batch, return_attention=False):
+        self.modes.append(self.training)
+        self.seeds.append(torch.initial_seed())
+        total = (batch["values"] * self.scale).sum()
+        outputs = {"first": (total, batch["values"].gt(0).sum()), "second": (total * batch["weight"], torch.tensor(1))}
+        return outputs | ({"attention_maps": [torch.eye(2)]} if return_attention else {})
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        self.updates += 1
+
+    def was_step_applied(self):
+        return True
+
+    def zero_optimization_stage(self):
+        return 0
+
+    def bfloat16_enabled(self):
+        return False
+
+    fp16_enabled = bfloat16_enabled
+
+
+@dataclass
+class FakeRanks:
+    """One rank of several; what the others add to each sum is given."""
+
+    rank: int = 0
+    world_size: int = 1
+    others: list = field(default_factory=list)
+
+    @property
+    def is_first(self):
+        return self.rank == 0
+
+    def sum(self, values):
+        return values + self.others.pop(0).to(values) if self.others else values
+
+    def gather(self, value):
+        return [value] * self.world_size
+
+
+HELD_OUT = [Micro([1.0, -2.0]), Micro([3.0])]
+
+
+class Log:
+    """Keeps what the loop hands to the monitor."""
+
+    def __init__(self):
+        self.steps, self.validations = [], []
+
+    def step(self, step, scalars, samples):
+        self.steps.append(scalars)
+
+    def validation(self, step, scalars):
+        self.validations.append((step, scalars))
+
+    def attention(self, step, layer, weights):
+        pass
+
+
+class Steps:
+    """The same two micro-batches at every step."""
+
+    wait_seconds = 0.0
+
+    def __next__(self):
+        return 0, StepData([Micro([1.0, -2.0]), Micro([4.0])], "samples")
+
+
+def trainer(engine, ranks=None, start_step=0, **training):
+    values = {"steps": 3, "global_batch": 3, "eval_every": 100, "checkpoint_every": 100} | training
+    quiet = SimpleNamespace(enter=lambda *_: None)
+    return loop.Trainer(
+        engine=engine,
+        recipe=SimpleNamespace(training=Training(**values), optim=Optim()),
+        ranks=ranks or FakeRanks(),
+        weights={"first": 1.0, "second": 0.5},
+        source=Steps(),
+        stream=None,
+        validation=HELD_OUT,
+        position=lambda step: step,
+        flops=lambda arrays: 60.0,
+        matmul_flops_per_second=100.0,
+        run=None,
+        checkpoints="checkpoints",
+        monitor=Log(),
+        stop=SimpleNamespace(requested=False),
+        skipped=Skipped(),
+        watchdog=quiet,
+    )
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The steps that were saved, with how they are kept, instead of files."""
+    calls = []
+    monkeypatch.setattr(loop, "save_checkpoint", lambda engine, folder, step, kept, ranks: calls.append((step, kept)))
+    return calls
+
+
+@pytest.mark.parametrize("start_step", [0, 1])
+def test_every_forward_of_training_has_dropout_and_none_of_an_evaluation(saved, start_step):
+    """Also in a run that continues: encoders come from transformers in evaluation mode."""
+    engine = FakeEngine().eval()
+    trainer(engine, eval_every=1).train(start_step, validate_first=False)
+    assert engine.modes == [True, True, False, False] * (3 - start_step)
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank(saved):
+    seeds = {}
+    for seed, rank in itertools.product((0, 1), (0, 1)):
+        engine = FakeEngine()
+        trainer(engine, FakeRanks(rank, 1), seed=seed).train(0, validate_first=False)
+        seeds[seed, rank] = engine.seeds[:6:2]  # two micro-batches in each of three steps, which share a seed
+        engine = FakeEngine()
+        trainer(engine, FakeRanks(rank, 1), seed=seed).train(2, validate_first=False)
+        assert engine.seeds[0] == seeds[seed, rank][2]
+    assert len({value for part in seeds.values() for value in part}) == 12
+
+
+def test_what_is_saved_is_kept_as_the_recipe_says(saved):
+    trainer(FakeEngine(), checkpoint_every=2, keep_checkpoints=5, keep_every=4).train(0, validate_first=False)
+    assert [step for step, _ in saved] == [2, 3]
+    assert {(kept.newest, kept.every) for _, kept in saved} == {(5, 4)}
+
+
+def test_the_log_holds_means_over_the_targets_of_all_ranks_and_the_speed(saved, monkeypatch):
+    """On two ranks; the other one has losses 7 and 8, 2 and 3 right ones, 5 and 10 targets, 70 tokens."""
+    others = [torch.tensor([5, 10, 70, 0]), torch.tensor([7.0, 2.0, 8.0, 3.0])]
+    ticks = itertools.count(step=4.0)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(ticks))
+    run = trainer(FakeEngine(), FakeRanks(0, 2, others), steps=1)
+    run._step(0)
+    (entry,) = run.monitor.steps
+    assert entry["loss/first"] == pytest.approx((3.0 + 7.0) / (3 + 5))
+    assert entry["loss/second"] == pytest.approx((6.0 + 8.0) / (6 + 10))
+    assert entry["loss/total"] == pytest.approx(entry["loss/first"] + 0.5 * entry["loss/second"])
+    assert entry["accuracy/first"] == pytest.approx((2 + 2) / (3 + 5))
+    assert entry["accuracy/second"] == pytest.approx((2 + 3) / (6 + 10))
+    assert entry["throughput/tokens_per_second"] == pytest.approx((30 + 70) / 4.0)
+    assert entry["throughput/mfu"] == pytest.approx(2 * 60.0 / 4.0 / 100.0)
+    assert entry["optim/lr"] == pytest.approx(1e-4)
+
+
+def test_an_objective_without_targets_in_a_step_is_zero_and_not_a_division_by_zero(saved):
+    others = [torch.tensor([-3, -6, 0, 0])]
+    run = trainer(FakeEngine(), FakeRanks(0, 2, others), steps=1)
+    run._step(0)
+    assert run.monitor.steps[0]["loss/first"] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluation_is_the_mean_over_all_targets_of_all_ranks(ranks):
+    others = [torch.tensor([[7.0, 2.0, 5.0], [8.0, 3.0, 10.0]]).flatten()] if ranks == 2 else []
+    engine = FakeEngine()
+    engine.train()
+    metrics, maps = evaluate(engine, HELD_OUT, ["first", "second"], FakeRanks(0, ranks, others), lambda number: True)
+    more = ranks == 2
+    assert metrics["loss/first"] == pytest.approx((2.0 + 7.0 * more) / (3 + 5 * more))
+    assert metrics["accuracy/first"] == pytest.approx((2 + 2 * more) / (3 + 5 * more))
+    assert metrics["loss/second"] == pytest.approx((4.0 + 8.0 * more) / (6 + 10 * more))
+    assert metrics["accuracy/second"] == pytest.approx((2 + 3 * more) / (6 + 10 * more))
+    assert engine.modes == [False, False]
+    assert engine.training
+    np.testing.assert_array_equal(maps, [np.eye(2)])
+
+
+def test_an_evaluation_that_is_broken_off_leaves_the_engine_in_training_mode():
+    engine = FakeEngine()
+    asked = []
+
+    def go_on(number):
+        asked.append(number)
+        return number < 1
+
+    assert evaluate(engine, HELD_OUT, ["first"], FakeRanks(), go_on) is None
+    assert asked == [0, 1]
+    assert engine.training
+
+
+def test_one_objective_that_is_not_finite_makes_its_micro_batch_a_suspect():
+    slots = [SimpleNamespace(sample_ids=np.array([n, 9]), real=np.array([True, False])) for n in (4, 5, 6)]
+    stream = SimpleNamespace(slots=lambda step: slots, global_batch_ids=lambda step: (np.zeros(3), np.arange(3)))
+    losses = torch.tensor([[1.0, 2.0], [float("nan"), 2.0], [1.0, float("inf")]])
+    entry = describe_skip(0, losses, {}, 1.0, stream, FakeRanks(), "run")
+    assert [(suspect["micro_batch"], suspect["sample_ids"]) for suspect in entry["suspects"]] == [(1, [5]), (2, [6])]
