@@ -104,6 +104,28 @@ def params(
     print_parameters(loaded)
 
 
+@app.command(rich_help_panel=_TRAIN)
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe file or name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    deepspeed_config: Annotated[
+        str | None,
+        typer.Option(
+            "--deepspeed-config",
+            "--deepspeed_config",
+            help="DeepSpeed JSON, or a name from ds_configs/; default: the ZeRO-2 one for the recipe's size.",
+        ),
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Default: one per GPU; without a GPU one, on the CPU.")
+    ] = None,
+) -> None:
+    """Train a recipe on this machine; Ctrl-C saves first, and the same command continues."""
+    from xdscale.launch.train import train_here
+
+    sys.exit(train_here(recipe, overrides or [], deepspeed_config, ranks))
+
+
 @app.command(rich_help_panel=_CLUSTERS)
 def plan(
     recipe: Annotated[str, typer.Argument(help="Recipe file or name.")],

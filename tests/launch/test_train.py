@@ -1,0 +1,151 @@
+"""`xdscale train`: the launcher's options, signals and exit codes on one machine."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
+from xdscale.launch import train
+from xdscale.training.checkpoint import list_checkpoints
+from xdscale.training.integrity import damage
+
+PROGRAM = Path(sys.executable).with_name("xdscale")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What would be started: the launcher's command line and environment."""
+    calls = []
+
+    def record(command, settings):
+        calls.append((command, settings))
+        return 2
+
+    monkeypatch.setattr(train, "run_launcher", record)
+    return calls
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Sets the GPUs of this machine, and their compute capability."""
+
+    def gpus(names, capability="9.0"):
+        monkeypatch.setattr(train, "visible_gpus", lambda: names)
+        monkeypatch.setattr(train, "_lacks_bf16", lambda: float(capability) < 8)
+
+    return gpus
+
+
+@pytest.mark.parametrize(
+    ("names", "ranks", "options", "config"),
+    [
+        ([], None, ["--num_accelerators", "1"], "quickstart-zero2"),
+        ([], 3, ["--num_accelerators", "3"], "quickstart-zero2"),
+        (["0"], None, ["--include", "localhost:0"], "electra-large-zero2"),
+        (["2", "5", "7"], None, ["--include", "localhost:2,5,7"], "electra-large-zero2"),
+        (["2", "5", "7"], 2, ["--include", "localhost:2,5"], "electra-large-zero2"),
+    ],
+)
+def test_the_launcher_gets_the_devices_there_are(started, gpus, capfd, names, ranks, options, config):
+    gpus(names)
+    assert train.train_here("xdelectra-large-wikitext103", ["training.steps=3"], None, ranks) == 2
+    ((command, settings),) = started
+    assert command[2:4] == options
+    assert re.fullmatch(r"--master_port \d+", " ".join(command[4:6]))
+    arguments = ["xdelectra-large-wikitext103", "training.steps=3", "--deepspeed_config", config]
+    assert command[6:] == ["--module", "xdscale.adapt", *arguments]
+    assert settings == ({} if names else {"DS_ACCELERATOR": "cpu"})
+    printed = capfd.readouterr().err
+    assert " ".join(command) in printed
+    assert ("DS_ACCELERATOR=cpu" in printed) == (not names)
+
+
+def test_gpus_without_bf16_train_in_fp16(started, gpus):
+    gpus(["0"], "7.0")
+    train.train_here("xdbert-base-wikitext103", [], None, None)
+    train.train_here("quickstart", [], None, None)
+    assert [command[-1] for command, _ in started] == ["bert-base-zero2-fp16", "quickstart-zero2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "ranks", "message"),
+    [
+        (["0", "1"], 3, "--ranks 3: 2 GPUs visible"),
+        (["0"], 2, "--ranks 2: 1 GPU visible"),
+        (["GPU-8f2c"], None, "CUDA_VISIBLE_DEVICES=GPU-8f2c: the deepspeed launcher takes GPUs by number only"),
+    ],
+)
+def test_what_the_launcher_cannot_do_is_said_before_it_starts(started, gpus, names, ranks, message):
+    gpus(names)
+    with pytest.raises(XdscaleError, match=message):
+        train.train_here("quickstart", [], None, ranks)
+    assert started == []
+
+
+@pytest.mark.parametrize("end", [0, 1, 2, 70, 75])
+def test_exit_codes_of_ranks_are_passed_on(end):
+    code = train.run_launcher([sys.executable, "-c", f"raise SystemExit({end})"], {})
+    assert train.truthful(code, ended=True) == end
+
+
+@pytest.mark.parametrize("end", ["sys.exit(-9)", "os.kill(os.getpid(), 9)", "sys.exit(0)"])
+def test_a_killed_rank_or_launcher_is_a_fault(end, capfd):
+    """The launcher says 247 for a rank that was killed, and 0 when its part on the node was."""
+    code = train.run_launcher([sys.executable, "-c", f"import os, sys; {end}"], {})
+    assert train.truthful(code, ended=False) == EXIT_FAULT
+    assert capfd.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ctrl_c_and_sigterm_save_and_the_same_command_ends_the_run(short_shards, narrow_model, tmp_path):
+    run = tmp_path / "run"
+    command = [PROGRAM, "train", "quickstart", *narrow_model, f"data.shards={short_shards}", f"output.folder={run}"]
+    command += ["training.eval_samples=4", "training.global_batch=4", "training.checkpoint_every=1000", "--ranks", "2"]
+
+    def start(steps):
+        return subprocess.Popen(
+            [*command, f"training.stop_at_step={steps}", "training.steps=5000"],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def steps():
+        lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
+        return [entry["step"] for entry in map(json.loads, lines) if entry["kind"] == "step"]
+
+    process = start(5000)
+    while not steps():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == EXIT_STOPPED, stderr
+    assert "Traceback" not in stderr
+    done = steps()[-1]
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    assert checkpoint.name == f"step-{done:08}"
+    assert damage(checkpoint) == []
+
+    process = start(5000)
+    time.sleep(2)  # the launcher starts, no rank is there yet
+    process.send_signal(signal.SIGTERM)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == EXIT_STOPPED, stderr
+    assert steps()[-1] == done
+
+    process = start(done + 1)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, stderr
+    assert f"continuing after step {done} " in stderr
+    assert steps()[-1] == done + 1

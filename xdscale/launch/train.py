@@ -1,0 +1,150 @@
+"""`xdscale train`: a recipe on this machine's devices, through the `deepspeed` launcher.
+
+The launcher loses signals and exit codes (docs/design.md, "Stopping"). So it is started with those signals blocked;
+this process takes them and passes them on, and tells from the run's log whether the launcher's exit code is the truth.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+from xdscale.devices import visible_gpus
+from xdscale.errors import EXIT_FAULT, XdscaleError
+from xdscale.launch.job import check_job, shipped_ds_config
+from xdscale.launch.start import program
+from xdscale.recipe import Recipe, load_recipe
+
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_STOPPING = b"stopping: this step is finished and a checkpoint saved; Ctrl-\\ ends at once, without one\n"
+_FP32_FOR_CPU = "quickstart-zero2"
+_BF16_FROM = 8.0  # compute capability of the A100
+
+
+def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: int | None) -> int:
+    """Trains a recipe on this machine's GPUs, or on CPU ranks where there is none.
+
+    Args:
+        name: recipe file or name of a shipped recipe.
+        overrides: `section.key=value` items.
+        ds_config: DeepSpeed JSON file or the name of a shipped one; None takes one for the recipe's size.
+        ranks: number of ranks; None for one on each GPU, or one on the CPU.
+
+    Returns:
+        Exit code of the ranks: 0 done, 2 bad input, 70 a rank died, hung or failed, 75 stopped with a checkpoint saved.
+
+    Raises:
+        XdscaleError: as `check_job`; or there are fewer GPUs than ranks.
+    """
+    gpus = visible_gpus()
+    if ranks and gpus and ranks > len(gpus):
+        raise XdscaleError(
+            f"--ranks {ranks}: {len(gpus)} GPU{'s'[: len(gpus) > 1]} visible, and every rank needs one of its own; "
+            f"give --ranks {len(gpus)} or less, or compute on the CPU with DS_ACCELERATOR=cpu"
+        )
+    chosen = gpus[:ranks]
+    world_size = len(chosen) or ranks or 1
+    job = check_job(name, overrides, ds_config or _default(load_recipe(name, overrides), gpus), world_size)
+    command = [program("deepspeed"), "-q", *_devices(chosen, world_size), "--master_port", str(_free_port())]
+    command += ["--module", "xdscale.adapt", *job.arguments]
+    settings = {} if gpus else {"DS_ACCELERATOR": "cpu"}
+    print(shlex.join([*(f"{key}={value}" for key, value in settings.items()), *command]), file=sys.stderr, flush=True)
+    log = Path(job.recipe.output.folder, "log.jsonl")
+    written = _written(log)
+    code = run_launcher(command, settings)
+    return truthful(code, ended=_written(log) != written and _last_kind(log) == "end")
+
+
+def run_launcher(command: list[str], settings: dict[str, str]) -> int:
+    """Runs the launcher to its end; what asks this process to stop asks the ranks to save and end.
+
+    Launcher and ranks inherit that the signals are blocked. Ranks unblock them once they can save, and take one that
+    their launcher holds as their own (`xdscale.training.signals`): none is lost, also before there is a rank.
+
+    Returns:
+        Its exit code, or minus the number of the signal that killed it.
+    """
+    inherited = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    launcher = subprocess.Popen(command, env=os.environ | settings)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        os.write(sys.stderr.fileno(), _STOPPING)  # print() must not be entered twice, as by a signal while it prints
+        launcher.send_signal(signal.SIGTERM)
+
+    # What is ignored, as SIGHUP under nohup, stays so.
+    kept = {number: signal.getsignal(number) for number in _STOP if signal.getsignal(number) != signal.SIG_IGN}
+    for number in kept:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_SETMASK, inherited)
+    try:
+        return launcher.wait()
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def truthful(code: int, *, ended: bool) -> int:
+    """Returns what ranks ended with, from what the launcher did.
+
+    The launcher hands a killed rank on as 256 less the signal's number, and ends with 0 when what it started on this
+    machine was itself killed.
+
+    Args:
+        code: of the launcher, negative for the signal that killed it.
+        ended: whether the run's log says that the ranks came to their end.
+    """
+    if 0 < code < 128 or (code == 0 and ended):
+        return code
+    what = "the launcher ended before its ranks" if code == 0 else f"a rank or its launcher was killed ({code})"
+    print(f"error: {what}; the same command continues from the newest checkpoint", file=sys.stderr)
+    return EXIT_FAULT
+
+
+def _default(recipe: Recipe, gpus: list[str]) -> str:
+    """Returns the shipped DeepSpeed configuration for a recipe on these GPUs, or on the CPU."""
+    if not gpus:
+        return _FP32_FOR_CPU
+    fitting = shipped_ds_config(recipe)
+    return f"{fitting}-fp16" if fitting != _FP32_FOR_CPU and _lacks_bf16() else fitting
+
+
+def _lacks_bf16() -> bool:
+    """Asks the driver, since torch would make a context on the first GPU for as long as this process lives."""
+    if not (asked := shutil.which("nvidia-smi")):
+        return False
+    query = [asked, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return any(float(line) < _BF16_FROM for line in lines if line.replace(".", "").isdigit())
+
+
+def _devices(gpus: list[str], world_size: int) -> list[str]:
+    """Returns the launcher's options; a mere number of GPUs would make it forget CUDA_VISIBLE_DEVICES."""
+    if not gpus:
+        return ["--num_accelerators", str(world_size)]
+    if not all(gpu.isdigit() for gpu in gpus):
+        raise XdscaleError(
+            f"CUDA_VISIBLE_DEVICES={','.join(gpus)}: the deepspeed launcher takes GPUs by number only; name them so "
+            "('nvidia-smi -L' lists both), or start one rank with 'python -m xdscale.adapt'"
+        )
+    return ["--include", f"localhost:{','.join(gpus)}"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _written(log: Path) -> int:
+    return log.stat().st_mtime_ns if log.exists() else 0
+
+
+def _last_kind(log: Path) -> str:
+    *_, last = log.read_text(encoding="utf-8").splitlines()
+    return json.loads(last)["kind"]
