@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xdscale.names import UserPath
+
 if TYPE_CHECKING:
     from xdscale.shards.manifest import Manifest, Split
 
 shards_app = typer.Typer(help="Build, check and describe tar shards of packed text.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Argument(help="Folder written by 'xdscale shards build'.")]
+Folder = Annotated[UserPath, typer.Argument(help="Folder written by 'xdscale shards build'.")]
 
 
 @shards_app.command()
@@ -19,7 +21,7 @@ def build(
     inputs: Annotated[
         list[str], typer.Argument(help="Corpus files, folders, quoted patterns, or package:NAME/inner/path.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    out: Annotated[UserPath, typer.Option(help="Folder for the shards.")],
     language_tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder, package:NAME/folder or hub name.")],
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence, less [CLS] and [SEP].")] = 510,
     clip_blocks: Annotated[int, typer.Option(min=1, help="CLIP blocks of 75 tokens per sequence, at most.")] = 9,
@@ -66,7 +68,7 @@ def build(
 
 
 @shards_app.command()
-def merge(folder: Annotated[Path, typer.Argument(help="Folder that holds all parts.")]) -> None:
+def merge(folder: Annotated[UserPath, typer.Argument(help="Folder that holds all parts.")]) -> None:
     """Joins the parts that 'build --part i/n' made to one dataset, after verifying their shards."""
     from xdscale.shards.merge import merge_parts
     from xdscale.shards.progress import shown_progress

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from xdscale.errors import XdscaleError
-from xdscale.names import PACKAGE_PREFIX, resolve_path
+from xdscale.names import PACKAGE_PREFIX, expand_home, resolve_path
 from xdscale.shards.manifest import LanguageTokenizer, canonical_json
 
 SPECIAL_TOKENS = {"cls_id": "[CLS]", "sep_id": "[SEP]", "mask_id": "[MASK]", "pad_id": "[PAD]"}
@@ -61,7 +61,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def _load(name: str) -> Tokenizer:
-    if not name.startswith(PACKAGE_PREFIX) and not Path(name).expanduser().exists():
+    if not name.startswith(PACKAGE_PREFIX) and not Path(expand_home(name)).exists():
         return _from_hub(name)
     path = resolve_path(name)
     if path.is_dir():

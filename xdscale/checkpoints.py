@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from xdscale.errors import XdscaleError
+from xdscale.names import UserPath
 
 checkpoints_app = typer.Typer(help="List, verify and convert a run's checkpoints.", no_args_is_help=True)
 
-Run = Annotated[Path, typer.Argument(help="Run folder.")]
+Run = Annotated[UserPath, typer.Argument(help="Run folder.")]
 Step = Annotated[int | None, typer.Option(help="Whose checkpoint; default: the newest undamaged one.")]
 
 

@@ -13,6 +13,7 @@ from xdscale import __version__
 from xdscale.bench.commands import bench_app
 from xdscale.checkpoints import checkpoints_app
 from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
+from xdscale.names import UserPath
 from xdscale.shards.commands import shards_app
 
 
@@ -141,9 +142,11 @@ def plan(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers going backward.")] = False,
     freeze: Annotated[list[str] | None, typer.Option(help="Part that is not trained: language or clip.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-    write_configs: Annotated[Path | None, typer.Option(help="Folder for DeepSpeed configurations that fit.")] = None,
+    write_configs: Annotated[
+        UserPath | None, typer.Option(help="Folder for DeepSpeed configurations that fit.")
+    ] = None,
     scaling: Annotated[bool, typer.Option("--scaling", help="From 1 to 1,024 GPUs instead.")] = False,
-    chart: Annotated[Path | None, typer.Option(help="With --scaling: SVG file to write.")] = None,
+    chart: Annotated[UserPath | None, typer.Option(help="With --scaling: SVG file to write.")] = None,
 ) -> None:
     """Memory, traffic, time and cost of a recipe for each ZeRO stage: without a GPU, without weights, at once."""
     from xdscale.plan.report import machine_from, run_plan, run_scaling
@@ -167,21 +170,21 @@ def plan(
 
 @app.command(rich_help_panel=_FINETUNE)
 def export(
-    run: Annotated[str, typer.Argument(help="Run folder.")],
-    out: Annotated[str, typer.Argument(help="New folder for the Hugging Face export.")],
+    run: Annotated[UserPath, typer.Argument(help="Run folder.")],
+    out: Annotated[UserPath, typer.Argument(help="New folder for the Hugging Face export.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint to export; default: the newest undamaged one.")] = None,
 ) -> None:
     """Write the adapted language encoder as a Hugging Face folder, with the full cross-modal model inside it."""
     from xdscale.export import export_run
 
-    print(export_run(Path(run), Path(out), step=step))
+    print(export_run(run, out, step=step))
 
 
 @app.command(rich_help_panel=_FINETUNE)
 def finetune(
     model: Annotated[str, typer.Option(help="Folder or name of the encoder; an exported folder has both subjects.")],
     task: Annotated[list[str], typer.Option(help="rte, mrpc, …, or 'all'; may be given several times.")],
-    out: Annotated[Path, typer.Option(help="Folder of the sweep; one that was stopped continues.")],
+    out: Annotated[UserPath, typer.Option(help="Folder of the sweep; one that was stopped continues.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     data: Annotated[str | None, typer.Option(help="Folder of RTE/dev.tsv and so on; default: fetched.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; default: as the recipe says.")] = None,
@@ -217,8 +220,8 @@ def finetune(
 
 @app.command("report", rich_help_panel=_FINETUNE)
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders written by 'xdscale finetune'.")],
-    layout: Annotated[str, typer.Option(help="table-1, table-3 or table-8.")] = "table-1",
+    runs: Annotated[list[UserPath], typer.Argument(metavar="RUN...", help="Folders written by 'xdscale finetune'.")],
+    layout: Annotated[UserPath, typer.Option(help="table-1, table-3 or table-8.")] = "table-1",
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -229,9 +232,9 @@ def report_command(
     metric: Annotated[
         list[str] | None, typer.Option(metavar="TASK=METRIC", help="Instead of the task's own, as in mrpc=accuracy.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for report.md, .csv, .html and the examples one by one.")] = Path(
-        "report"
-    ),
+    out: Annotated[
+        UserPath, typer.Option(help="Folder for report.md, .csv, .html and the examples one by one.")
+    ] = Path("report"),
 ) -> None:
     """Print the paper's table of finetuned models with medians, spreads and significance, published values beside."""
     from xdscale.report.command import make_report
@@ -242,13 +245,13 @@ def report_command(
 
 @app.command(rich_help_panel=_TRAIN)
 def replay(
-    run: Annotated[str, typer.Argument(help="Run folder.")],
+    run: Annotated[UserPath, typer.Argument(help="Run folder.")],
     step: Annotated[int, typer.Argument(help="Step, counted from 1 as in log.jsonl.")],
 ) -> None:
     """Repeat a step's global batch sample by sample: losses, gradient norms, what is not finite first."""
     from xdscale.replay import replay as replay_step
 
-    replay_step(Path(run), step)
+    replay_step(run, step)
 
 
 @app.command(rich_help_panel=_CLUSTERS)
@@ -257,7 +260,7 @@ def launch(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     deepspeed_config: Annotated[str | None, typer.Option(help="Default: the shipped ZeRO-2 file that fits.")] = None,
     hosts: Annotated[str | None, typer.Option(help="Machines and ranks: node-1:8,node-2:8")] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="The same from a file: lines 'node-1 slots=8'.")] = None,
+    hostfile: Annotated[UserPath | None, typer.Option(help="The same from a file: lines 'node-1 slots=8'.")] = None,
     master_addr: Annotated[str | None, typer.Option(help="First machine, as the others reach it.")] = None,
     master_port: Annotated[int, typer.Option(min=1, max=65535, help="Free port there.")] = 29500,
     ssh_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where sshd listens.")] = None,
@@ -268,7 +271,7 @@ def launch(
     partition: Annotated[str | None, typer.Option(help="Slurm: queue.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm: who pays.")] = None,
     env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For every rank; repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the files; default launch/RECIPE.")] = None,
+    out: Annotated[UserPath | None, typer.Option(help="Folder for the files; default launch/RECIPE.")] = None,
     run: Annotated[bool, typer.Option("--run", help="Start it, instead of printing the command.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that differ.")] = False,
 ) -> None:
@@ -300,7 +303,7 @@ def doctor(
     recipe: Annotated[str | None, typer.Argument(help="Recipe file or name: its paths and space are checked.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     hosts: Annotated[str | None, typer.Option(help="Machines and ranks: node-1:8,node-2:8")] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="The same from a file: lines 'node-1 slots=8'.")] = None,
+    hostfile: Annotated[UserPath | None, typer.Option(help="The same from a file: lines 'node-1 slots=8'.")] = None,
     master_addr: Annotated[str | None, typer.Option(help="First machine, as the others reach it.")] = None,
     master_port: Annotated[int, typer.Option(min=1, max=65535, help="Port to be tried there.")] = 29500,
     ssh_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where sshd listens.")] = None,
@@ -322,7 +325,7 @@ def pwcca(
     second: Annotated[str, typer.Argument(help="Another one.")],
     seed: Annotated[int, typer.Option(min=0, help="Of random embeddings and of the words drawn.")] = 0,
     words: Annotated[int | None, typer.Option(min=1, help="Draw so many of the shared words; default: all.")] = None,
-    plot: Annotated[Path | None, typer.Option(help=".png or .svg: the correlations beside random ones.")] = None,
+    plot: Annotated[UserPath | None, typer.Option(help=".png or .svg: the correlations beside random ones.")] = None,
 ) -> None:
     """Compare the word embeddings of two systems (the paper's Table 2)."""
     from xdscale.analysis.commands import print_pwcca
@@ -332,14 +335,18 @@ def pwcca(
 
 @app.command("grounded-ratio", rich_help_panel=_INSIDE)
 def grounded_ratio(
-    comparisons: Annotated[list[Path], typer.Argument(help=".csv or .jsonl of per-example answers, one per data set.")],
+    comparisons: Annotated[
+        list[UserPath], typer.Argument(help=".csv or .jsonl of per-example answers, one per data set.")
+    ],
     captions: Annotated[list[str], typer.Option(help="COCO captions JSON, text file or pattern; may be repeated.")],
     tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder or hub name.")] = "bert-base-uncased",
     threshold: Annotated[int, typer.Option(min=0, help="Grounded is what the captions hold more often.")] = 100,
-    stop_words: Annotated[Path | None, typer.Option(help="One word per line; default: NLTK's English list.")] = None,
+    stop_words: Annotated[
+        UserPath | None, typer.Option(help="One word per line; default: NLTK's English list.")
+    ] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Runs that were counted, to state the gain in %.")] = None,
-    out: Annotated[Path | None, typer.Option(help="CSV with each example's ratio.")] = None,
-    plot: Annotated[Path | None, typer.Option(help=".png or .svg: the box plot.")] = None,
+    out: Annotated[UserPath | None, typer.Option(help="CSV with each example's ratio.")] = None,
+    plot: Annotated[UserPath | None, typer.Option(help=".png or .svg: the box plot.")] = None,
 ) -> None:
     """Are the examples that improve more visually grounded? (the paper's Figure 4)."""
     from xdscale.analysis.commands import print_grounded_ratio
@@ -358,11 +365,11 @@ def grounded_ratio(
 
 @app.command("cross-attention", rich_help_panel=_INSIDE)
 def cross_attention(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="Run folder or export.")],
+    folder: Annotated[UserPath, typer.Argument(metavar="RUN_OR_EXPORT", help="Run folder or export.")],
     sentence1: Annotated[str, typer.Option(help="The example.")],
     sentence2: Annotated[str | None, typer.Option(help="Its second sentence, in CLIP blocks of its own.")] = None,
-    against: Annotated[Path | None, typer.Option(help="Another run or export, shown beside it.")] = None,
-    plot: Annotated[Path | None, typer.Option(help=".png or .svg: the maps.")] = None,
+    against: Annotated[UserPath | None, typer.Option(help="Another run or export, shown beside it.")] = None,
+    plot: Annotated[UserPath | None, typer.Option(help=".png or .svg: the maps.")] = None,
 ) -> None:
     """Show what language tokens read in CLIP's, layer by layer (the paper's Table 9)."""
     from xdscale.analysis.commands import print_cross_attention
@@ -373,8 +380,10 @@ def cross_attention(
 
 @kernels_app.command()
 def report(
-    write: Annotated[Path | None, typer.Option(help="Markdown file whose table is replaced, docs/kernels.md.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Markdown file whose table must be what is measured.")] = None,
+    write: Annotated[
+        UserPath | None, typer.Option(help="Markdown file whose table is replaced, docs/kernels.md.")
+    ] = None,
+    check: Annotated[UserPath | None, typer.Option(help="Markdown file whose table must be what is measured.")] = None,
 ) -> None:
     """Compile every shipped kernel for every target, without a GPU: registers, spills, shared memory, bytes."""
     from xdscale.kernel_report import print_report

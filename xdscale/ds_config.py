@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from xdscale.errors import XdscaleError
+from xdscale.names import expand_home
 from xdscale.recipe import Recipe, describe_validation_error
 
 _PACKAGED = Path(__file__).with_name("ds_configs")
@@ -173,7 +174,7 @@ def activation_checkpointing(values: dict[str, Any]) -> bool:
 
 
 def _path(name: str) -> Path:
-    path = Path(name)
+    path = Path(expand_home(name))
     if path.is_file():
         return path
     wanted = path.name.removesuffix(".json")

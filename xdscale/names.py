@@ -2,10 +2,42 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from xdscale.errors import XdscaleError
 
 PACKAGE_PREFIX = "package:"
+
+
+def expand_home(name: str) -> str:
+    """Returns a name that a user gave with `~` or `~user` at its start replaced by the home folder.
+
+    The shell does so only at the start of a word, not in `--out=~/x` or `data.shards=~/x`, and never in a file.
+
+    Raises:
+        XdscaleError: there is no such user, nor a file of that name.
+    """
+    if not name.startswith("~") or Path(name).exists():
+        return name
+    try:
+        return str(Path(name).expanduser())
+    except RuntimeError:
+        raise XdscaleError(
+            f"{name}: there is no user {name[1:].split('/')[0]!r}; write ./{name} for a file of that name"
+        ) from None
+
+
+class UserPath(Path):
+    """The type of paths on the command line: gives a plain `Path`, with `~` expanded."""
+
+    def __new__(cls, name: Any) -> Path:  # noqa: D102
+        return Path(expand_home(str(name)))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema  # typer asks through pydantic, which names of files do not need
+
+        return core_schema.no_info_plain_validator_function(cls)
 
 
 def is_url(name: str) -> bool:
@@ -26,7 +58,7 @@ def resolve_path(name: str, *, base: Path | None = None) -> Path:
     """
     if name.startswith(PACKAGE_PREFIX):
         return _inside_package(name)
-    path = Path(name).expanduser()
+    path = Path(expand_home(name))
     if not path.exists() and base is not None and not path.is_absolute():
         path = base / path
     if not path.exists():

@@ -8,17 +8,20 @@ import difflib
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.names import is_url
+from xdscale.names import expand_home, is_url
 
 SHIPPED = Path(__file__).parent / "recipes"
 
 Values = TypeVar("Values", bound=BaseModel)
+
+NameOrPath = Annotated[str, AfterValidator(expand_home)]
+"""A path, or a name that may be one."""
 
 _HOW_OFTEN_AND_HOW_FAR = (
     "eval_every",
@@ -41,7 +44,7 @@ class Section(BaseModel):
 class Language(Section):
     """The language encoder: BERT or ELECTRA, through transformers."""
 
-    name: str = Field(description="known architecture, hub name, local folder or package:NAME/folder")
+    name: NameOrPath = Field(description="known architecture, hub name, local folder or package:NAME/folder")
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: the architecture alone")
     sha256: str | None = Field(None, description="expected SHA-256 of the weights file, checked before loading")
 
@@ -49,8 +52,8 @@ class Language(Section):
 class Clip(Section):
     """The CLIP text tower, through open_clip."""
 
-    name: str = Field(description="open_clip architecture, or a JSON file in open_clip's model-config format")
-    weights: str = Field("openai", description="open_clip pretrained tag, a weights file, or 'random'")
+    name: NameOrPath = Field(description="open_clip architecture, or a JSON file in open_clip's model-config format")
+    weights: NameOrPath = Field("openai", description="open_clip pretrained tag, a weights file, or 'random'")
 
 
 class Model(Section):
@@ -105,8 +108,8 @@ class Tasks(Section):
 class Data(Section):
     """Where the shards are, and what happens when some are damaged."""
 
-    shards: str = Field(description="folder written by 'xdscale shards build', or its URL (s3://…, https://…)")
-    cache: str | None = Field(None, description="local folder for shards from a URL; one for each node")
+    shards: NameOrPath = Field(description="folder written by 'xdscale shards build', or its URL (s3://…, https://…)")
+    cache: NameOrPath | None = Field(None, description="local folder for shards from a URL; one for each node")
     verify: bool = Field(True, description="check every shard's SHA-256 before the first step")
     max_damaged_shards: int = Field(0, ge=0, description="train without so many damaged shards; 0 stops instead")
 
@@ -143,7 +146,7 @@ class Training(Section):
 class Output(Section):
     """Where the run is written."""
 
-    folder: str = Field(description="run folder: checkpoints, log.jsonl, TensorBoard; a run in it is continued")
+    folder: NameOrPath = Field(description="run folder: checkpoints, log.jsonl, TensorBoard; a run in it is continued")
 
 
 class Recipe(Section):
@@ -242,7 +245,7 @@ def describe_validation_error(source: str, error: ValidationError, model: type[B
 
 
 def _recipe_path(name: str) -> Path:
-    path = Path(name)
+    path = Path(expand_home(name))
     if path.is_file():
         return path
     shipped = SHIPPED / f"{name}.yaml"

@@ -134,9 +134,9 @@ def read_captions(names: list[str]) -> Iterator[str]:
 
 
 def _caption_files(name: str) -> list[Path]:
-    from xdscale.names import resolve_path
+    from xdscale.names import expand_home, resolve_path
 
-    pattern = Path(name).expanduser()
+    pattern = Path(expand_home(name))
     if any(sign in pattern.name for sign in "*?[") and not pattern.exists():
         found = sorted(pattern.parent.glob(pattern.name))
         if not found:

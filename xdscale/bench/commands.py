@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from xdscale.names import UserPath
+
 bench_app = typer.Typer(
     help="Measurements, each against what it replaces, alternately in one run.", no_args_is_help=True
 )
@@ -36,7 +38,7 @@ def bench_step_command(
 @bench_app.command("stream")
 def bench_stream_command(
     shards: Annotated[
-        Path | None, typer.Option(help="Dataset; default: gensim's slice of Wikipedia, built anew.")
+        UserPath | None, typer.Option(help="Dataset; default: gensim's slice of Wikipedia, built anew.")
     ] = None,
     samples: Annotated[int, typer.Option(min=256, help="Samples of the comparison.")] = 20_000,
     rounds: Annotated[int, typer.Option(min=3, help="Alternations.")] = 3,

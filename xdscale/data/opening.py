@@ -68,7 +68,7 @@ def _fetch_manifest(section: recipe.Data, ranks: Any) -> Path:
     ranks.raise_first(problem, "data.shards")
     text = ranks.gather(text)[0]
     try:
-        folder = place_manifest(text, Path(section.cache).expanduser())
+        folder = place_manifest(text, Path(section.cache))
     except XdscaleError as error:
         problem = str(error)
     ranks.raise_first(problem, "data.cache")

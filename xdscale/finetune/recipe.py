@@ -11,8 +11,10 @@ from pydantic import Field
 from xdscale.data.task_files import TaskData
 from xdscale.data.task_table import TASKS
 from xdscale.errors import XdscaleError
+from xdscale.names import expand_home
 from xdscale.recipe import (
     SHIPPED,
+    NameOrPath,
     Optim,
     Output,
     Section,
@@ -43,7 +45,7 @@ class ModelSettings(Section):
     max_length: int = Field(128, ge=8, description="language tokens with [CLS] and [SEP]")
     kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: to see what they are worth")
-    clip_weights: str = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
+    clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
 
 
 class OptimSettings(Section):
@@ -176,7 +178,7 @@ def resolve_run(
 
 
 def _path(name: str) -> Path:
-    path, shipped = Path(name), SHIPPED / "finetune" / f"{name}.yaml"
+    path, shipped = Path(expand_home(name)), SHIPPED / "finetune" / f"{name}.yaml"
     if path.is_file():
         return path
     if shipped.is_file():
