@@ -4,21 +4,27 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 environment=${VIRTUAL_ENV:-$root/.venv}
-if [ ! -x "$environment/bin/python" ]; then
-    for candidate in python3.11 python3; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+PYTHON=$environment/bin/python
+fits='import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' # Debian ships ensurepip apart
+if [ ! -x "$PYTHON" ]; then
+    for candidate in python3.13 python3.12 python3.11 python3; do
+        if "$candidate" -c "$fits" 2>/dev/null; then
             base=$candidate
             break
         fi
     done
     if [ -z "${base:-}" ]; then
-        echo "error: Python 3.11 was not found (tried python3.11 and python3); install it and run this again" >&2
+        echo "error: no Python 3.11, 3.12 or 3.13 with its venv module was found on PATH (tried python3.13, python3.12," \
+            "python3.11 and python3); install one, on Debian and Ubuntu with its package python3-venv, and run this again" >&2
         exit 2
     fi
-    echo "creating $environment" >&2
+    echo "creating $environment with $base" >&2
     "$base" -m venv "$environment"
+elif ! "$PYTHON" -c "$fits"; then
+    echo "error: $environment holds $("$PYTHON" --version), and xdscale needs Python 3.11, 3.12 or 3.13:" \
+        "'deactivate' or delete that environment and run this again" >&2
+    exit 2
 fi
-PYTHON=$environment/bin/python
 PATH=$environment/bin:$PATH
 export PATH
 

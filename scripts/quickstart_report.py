@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -116,15 +117,20 @@ def _print(summary: dict, step: int, parameters: int) -> None:
     )
     console.print(
         "\nnext:\n"
-        f"  tensorboard --logdir {paths['tensorboard']}\n"
+        f"  source {shlex.quote(str(_shown(Path(sys.prefix)) / 'bin' / 'activate'))}\n"
         "  xdscale recipes\n"
-        "  xdscale params xdbert-base-wikitext103\n"
-        "  xdscale shards build wiki.train.raw --out data/wikitext103 --language-tokenizer bert-base-uncased\n"
-        "  deepspeed --module xdscale.adapt xdbert-base-wikitext103 "
-        "--deepspeed_config ds_configs/bert-base-zero2.json",
+        "  xdscale recipes quickstart\n"
+        "  xdscale train quickstart training.seed=1 output.folder=runs/quickstart-seed-1\n"
+        "  xdscale plan xdbert-base-wikitext103 --gpus 8 --gpu A100-40G\n"
+        f"  tensorboard --logdir {paths['tensorboard']}\n"
+        "and with your own text or WikiText-103: README.md, 'XDBERT on WikiText-103'",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,4 +40,17 @@ def test_quickstart_learns_and_reports():
     assert "adapted" in result.stdout
     # The report says what the figures are worth, and what to type next.
     assert "random weights" in result.stdout
-    assert "deepspeed --module xdscale.adapt" in result.stdout
+    commands = re.search(r"\nnext:\n((?:  .+\n)+)", result.stdout)[1].splitlines()
+    assert [command.split()[0] for command in commands] == ["source", *["xdscale"] * 4, "tensorboard"]
+    execute_in_a_clean_shell(commands)
+
+
+def execute_in_a_clean_shell(commands):
+    """As printed, line by line, in a shell that knows nothing of the environment that quickstart.sh made."""
+    script = "\n".join(["set -e", *commands]).replace("  tensorboard", "timeout 30 tensorboard")
+    clean = {"HOME": os.environ["HOME"], "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 124, done.stderr[-3000:]  # TensorBoard was still serving, so all before it went well
+    assert "TensorBoard" in done.stderr
+    assert "training.global_batch=16" in done.stdout
+    assert (ROOT / "runs/quickstart-seed-1/checkpoints/step-00000050").is_dir()

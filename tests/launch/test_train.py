@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
+from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, XdscaleError
 from xdscale.launch import train
 from xdscale.training.checkpoint import list_checkpoints
 from xdscale.training.integrity import damage
@@ -57,10 +57,10 @@ def test_the_launcher_gets_the_devices_there_are(started, gpus, capfd, names, ra
     gpus(names)
     assert train.train_here("xdelectra-large-wikitext103", ["training.steps=3"], None, ranks) == 2
     ((command, settings),) = started
-    assert command[2:4] == options
-    assert re.fullmatch(r"--master_port \d+", " ".join(command[4:6]))
+    assert command[3:5] == options
+    assert re.fullmatch(r"--master_port \d+", " ".join(command[5:7]))
     arguments = ["xdelectra-large-wikitext103", "training.steps=3", "--deepspeed_config", config]
-    assert command[6:] == ["--module", "xdscale.adapt", *arguments]
+    assert command[7:] == ["--module", "xdscale.adapt", *arguments]
     assert settings == ({} if names else {"DS_ACCELERATOR": "cpu"})
     printed = capfd.readouterr().err
     assert " ".join(command) in printed
@@ -101,6 +101,17 @@ def test_a_killed_rank_or_launcher_is_a_fault(end, capfd):
     code = train.run_launcher([sys.executable, "-c", f"import os, sys; {end}"], {})
     assert train.truthful(code, ended=False) == EXIT_FAULT
     assert capfd.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_bad_input_that_only_ranks_see_is_one_message_and_exit_code_2(tmp_path):
+    command = [PROGRAM, "train", "quickstart", "data.shards=nowhere", "--ranks", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_BAD_INPUT
+    started, *messages = done.stderr.splitlines()
+    assert "--module xdscale.adapt quickstart data.shards=nowhere" in started
+    assert len(messages) == 1
+    assert messages[0].startswith("error: nowhere: ")
 
 
 @pytest.mark.slow

@@ -51,8 +51,9 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
     chosen = gpus[:ranks]
     world_size = len(chosen) or ranks or 1
     job = check_job(name, overrides, ds_config or _default(load_recipe(name, overrides), gpus), world_size)
-    command = [program("deepspeed"), "-q", *_devices(chosen, world_size), "--master_port", str(_free_port())]
-    command += ["--module", "xdscale.adapt", *job.arguments]
+    # Less than -q: after bad input the launcher's own word would stand beside the one message that names it.
+    command = [program("deepspeed"), "--log_level", "critical", *_devices(chosen, world_size)]
+    command += ["--master_port", str(_free_port()), "--module", "xdscale.adapt", *job.arguments]
     settings = {} if gpus else {"DS_ACCELERATOR": "cpu"}
     print(shlex.join([*(f"{key}={value}" for key, value in settings.items()), *command]), file=sys.stderr, flush=True)
     log = Path(job.recipe.output.folder, "log.jsonl")
