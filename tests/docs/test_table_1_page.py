@@ -45,14 +45,13 @@ def workplace(tmp_path_factory, cassette_model, wiki_text, fp32_configs):
     return folder
 
 
-def smaller(command, free_port):
+def smaller(command):
     if "shards build" in command:
         command = command.replace("bert-base-uncased", "./small-bert").replace("--workers 8", "--workers 2")
         return f"{command} --validation-fraction 0.1"
-    if "xdscale.adapt" in command or "xdscale launch" in command:
+    if "xdscale train" in command or "xdscale launch" in command:
         values = f"{TRAINING} {CLIP}" if "xdbert" in command else TRAINING
-        command = command.replace("deepspeed ", f"deepspeed --num_accelerators 2 --master_port {free_port()} ")
-        command = command.replace(":8", ":1")
+        command = command.replace("xdscale train", "xdscale train --ranks 2").replace(":8", ":1")
         if "launch" in command:
             command += " --deepspeed-config ds_configs/bert-base-zero2.json"
         return f"{command} {values}"
@@ -62,7 +61,7 @@ def smaller(command, free_port):
 
 
 @pytest.fixture(scope="module")
-def printed(workplace, free_port):
+def printed(workplace):
     """What each command of the page printed."""
     settings = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -72,7 +71,7 @@ def printed(workplace, free_port):
     outputs = {}
     for command in COMMANDS:
         done = subprocess.run(
-            ["bash", "-c", smaller(command, free_port)],
+            ["bash", "-c", smaller(command)],
             cwd=workplace,
             env=settings,
             capture_output=True,
