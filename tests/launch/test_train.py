@@ -33,12 +33,15 @@ def started(monkeypatch):
 
 
 @pytest.fixture
-def gpus(monkeypatch):
-    """Sets the GPUs of this machine, and their compute capability."""
+def gpus(monkeypatch, tmp_path):
+    """Sets the GPUs that ranks may use; a driver's program lists eight of one compute capability."""
 
     def gpus(names, capability="9.0"):
         monkeypatch.setattr(train, "visible_gpus", lambda: names)
-        monkeypatch.setattr(train, "_lacks_bf16", lambda: float(capability) < 8)
+        lines = "".join(f"{number}, GPU-{number}f2c-77, {capability}\\n" for number in range(8))
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
     return gpus
 
@@ -46,6 +49,7 @@ def gpus(monkeypatch):
 @pytest.mark.parametrize(
     ("names", "ranks", "options", "config"),
     [
+        (["GPU-5f2c-77", "GPU-0f2c"], None, ["--include", "localhost:5,0"], "electra-large-zero2"),
         ([], None, ["--num_accelerators", "1"], "quickstart-zero2"),
         ([], 3, ["--num_accelerators", "3"], "quickstart-zero2"),
         (["0"], None, ["--include", "localhost:0"], "electra-large-zero2"),
@@ -61,7 +65,10 @@ def test_the_launcher_gets_the_devices_there_are(started, gpus, capfd, names, ra
     assert re.fullmatch(r"--master_port \d+", " ".join(command[5:7]))
     arguments = ["xdelectra-large-wikitext103", "training.steps=3", "--deepspeed_config", config]
     assert command[7:] == ["--module", "xdscale.adapt", *arguments]
-    assert settings == ({} if names else {"DS_ACCELERATOR": "cpu"})
+    if not names:
+        assert settings == {"DS_ACCELERATOR": "cpu"}
+    else:  # the driver's numbers are CUDA's only in this order
+        assert settings == ({} if names[0].isdigit() else {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
     printed = capfd.readouterr().err
     assert " ".join(command) in printed
     assert ("DS_ACCELERATOR=cpu" in printed) == (not names)
@@ -79,7 +86,11 @@ def test_gpus_without_bf16_train_in_fp16(started, gpus):
     [
         (["0", "1"], 3, "--ranks 3: 2 GPUs visible"),
         (["0"], 2, "--ranks 2: 1 GPU visible"),
-        (["GPU-8f2c"], None, "CUDA_VISIBLE_DEVICES=GPU-8f2c: the deepspeed launcher takes GPUs by number only"),
+        (
+            ["MIG-8f2c"],
+            None,
+            "CUDA_VISIBLE_DEVICES=MIG-8f2c: .* takes whole GPUs only, and nvidia-smi lists no MIG-8f2c",
+        ),
     ],
 )
 def test_what_the_launcher_cannot_do_is_said_before_it_starts(started, gpus, names, ranks, message):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from xdscale.devices import visible_gpus
 from xdscale.errors import EXIT_FAULT, XdscaleError
@@ -25,6 +26,14 @@ _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _STOPPING = b"stopping: this step is finished and a checkpoint saved; Ctrl-\\ ends at once, without one\n"
 _FP32_FOR_CPU = "quickstart-zero2"
 _BF16_FROM = 8.0  # compute capability of the A100
+
+
+class _Gpu(NamedTuple):
+    """As nvidia-smi lists it."""
+
+    number: str
+    uuid: str
+    capability: float
 
 
 def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: int | None) -> int:
@@ -40,7 +49,7 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
         Exit code of the ranks: 0 done, 2 bad input, 70 a rank died, hung or failed, 75 stopped with a checkpoint saved.
 
     Raises:
-        XdscaleError: as `check_job`; or there are fewer GPUs than ranks.
+        XdscaleError: as `check_job`; there are fewer GPUs than ranks, or the launcher cannot address one.
     """
     gpus = visible_gpus()
     if ranks and gpus and ranks > len(gpus):
@@ -50,11 +59,12 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
         )
     chosen = gpus[:ranks]
     world_size = len(chosen) or ranks or 1
-    job = check_job(name, overrides, ds_config or _default(load_recipe(name, overrides), gpus), world_size)
+    known = _known_to_the_driver() if gpus else []
+    job = check_job(name, overrides, ds_config or _default(load_recipe(name, overrides), gpus, known), world_size)
+    options, settings = _devices(chosen, world_size, known)
     # Less than -q: after bad input the launcher's own word would stand beside the one message that names it.
-    command = [program("deepspeed"), "--log_level", "critical", *_devices(chosen, world_size)]
+    command = [program("deepspeed"), "--log_level", "critical", *options]
     command += ["--master_port", str(_free_port()), "--module", "xdscale.adapt", *job.arguments]
-    settings = {} if gpus else {"DS_ACCELERATOR": "cpu"}
     print(shlex.join([*(f"{key}={value}" for key, value in settings.items()), *command]), file=sys.stderr, flush=True)
     log = Path(job.recipe.output.folder, "log.jsonl")
     written = _written(log)
@@ -107,33 +117,44 @@ def truthful(code: int, *, ended: bool) -> int:
     return EXIT_FAULT
 
 
-def _default(recipe: Recipe, gpus: list[str]) -> str:
+def _default(recipe: Recipe, gpus: list[str], known: list[_Gpu]) -> str:
     """Returns the shipped DeepSpeed configuration for a recipe on these GPUs, or on the CPU."""
     if not gpus:
         return _FP32_FOR_CPU
     fitting = shipped_ds_config(recipe)
-    return f"{fitting}-fp16" if fitting != _FP32_FOR_CPU and _lacks_bf16() else fitting
+    without_bf16 = any(gpu.capability < _BF16_FROM for gpu in known)
+    return f"{fitting}-fp16" if without_bf16 and fitting != _FP32_FOR_CPU else fitting
 
 
-def _lacks_bf16() -> bool:
-    """Asks the driver, since torch would make a context on the first GPU for as long as this process lives."""
-    if not (asked := shutil.which("nvidia-smi")):
-        return False
-    query = [asked, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    return any(float(line) < _BF16_FROM for line in lines if line.replace(".", "").isdigit())
+def _known_to_the_driver() -> list[_Gpu]:
+    """Asks NVIDIA's driver; torch would make a context on the first GPU for as long as this process lives."""
+    if not (program := shutil.which("nvidia-smi")):
+        return []
+    query = [program, "--query-gpu=index,uuid,compute_cap", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    rows = [line.split(", ") for line in lines if line.count(", ") == 2]
+    return [_Gpu(index, uuid, float(capability)) for index, uuid, capability in rows]
 
 
-def _devices(gpus: list[str], world_size: int) -> list[str]:
-    """Returns the launcher's options; a mere number of GPUs would make it forget CUDA_VISIBLE_DEVICES."""
+def _devices(gpus: list[str], world_size: int, known: list[_Gpu]) -> tuple[list[str], dict[str, str]]:
+    """Returns the launcher's options and environment; a mere number of GPUs would make it forget CUDA_VISIBLE_DEVICES.
+
+    Raises:
+        XdscaleError: a GPU is named by an identifier that the driver does not list, such as a part of one (MIG).
+    """
     if not gpus:
-        return ["--num_accelerators", str(world_size)]
-    if not all(gpu.isdigit() for gpu in gpus):
+        return ["--num_accelerators", str(world_size)], {"DS_ACCELERATOR": "cpu"}
+    if all(gpu.isdigit() for gpu in gpus):
+        return ["--include", f"localhost:{','.join(gpus)}"], {}
+    # The launcher takes numbers only.
+    numbers = [next((entry.number for entry in known if entry.uuid.startswith(gpu)), None) for gpu in gpus]
+    if None in numbers:
         raise XdscaleError(
-            f"CUDA_VISIBLE_DEVICES={','.join(gpus)}: the deepspeed launcher takes GPUs by number only; name them so "
-            "('nvidia-smi -L' lists both), or start one rank with 'python -m xdscale.adapt'"
+            f"CUDA_VISIBLE_DEVICES={','.join(gpus)}: the deepspeed launcher takes whole GPUs only, and nvidia-smi "
+            f"lists no {gpus[numbers.index(None)]}; name GPUs as 'nvidia-smi -L' does, or start one rank without the "
+            "launcher: python -m xdscale.adapt RECIPE --deepspeed_config NAME"
         )
-    return ["--include", f"localhost:{','.join(gpus)}"]
+    return ["--include", f"localhost:{','.join(numbers)}"], {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def _free_port() -> int:
