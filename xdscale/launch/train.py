@@ -4,6 +4,7 @@ The launcher loses signals and exit codes (docs/design.md, "Stopping"). So it is
 this process takes them and passes them on, and tells from the run's log whether the launcher's exit code is the truth.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -81,18 +82,21 @@ def run_launcher(command: list[str], settings: dict[str, str]) -> int:
     Returns:
         Its exit code, or minus the number of the signal that killed it.
     """
-    inherited = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
     launcher = subprocess.Popen(command, env=os.environ | settings)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        os.write(sys.stderr.fileno(), _STOPPING)  # print() must not be entered twice, as by a signal while it prints
         launcher.send_signal(signal.SIGTERM)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(
+                sys.stderr.fileno(), _STOPPING
+            )  # print() must not be entered twice, as by a signal while it prints
 
     # What is ignored, as SIGHUP under nohup, stays so.
     kept = {number: signal.getsignal(number) for number in _STOP if signal.getsignal(number) != signal.SIG_IGN}
     for number in kept:
         signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_SETMASK, inherited)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)  # also where this process was itself started with them blocked
     try:
         return launcher.wait()
     finally:
