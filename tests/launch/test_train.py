@@ -140,6 +140,8 @@ def test_ctrl_c_and_sigterm_save_and_the_same_command_ends_the_run(short_shards,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell that runs the tests in the background has them ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def steps():
