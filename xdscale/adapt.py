@@ -16,6 +16,7 @@ from xdscale.ds_config import (
     precision,
     read_ds_config,
     resolve_ds_config,
+    split_batch,
     zero_stage,
 )
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, XdscaleError
@@ -247,6 +248,11 @@ def train_session(
     engine, module, start_step = session
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(ds_config)]
     monitor = Monitor(run, recipe, start_step) if ranks.is_first else None
+    if monitor:
+        monitor.split(
+            start_step,
+            split_batch(recipe.training.global_batch, ranks.world_size, ds_config["train_micro_batch_size_per_gpu"]),
+        )
     if monitor and start_step:
         monitor.message(f"continuing after step {start_step} of {recipe.training.steps}")
     if monitor and (data.damaged or start_step):

@@ -134,8 +134,19 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="Recipe file or name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
-    gpu: Annotated[str, typer.Option(help="Kind of GPU, such as V100-32G, A100-80G, H100-80G.")] = "A100-80G",
+    gpu: Annotated[
+        str, typer.Option(help="Kind of GPU, such as A100-80G, RTX-4090, MI300X; another one is described by the next.")
+    ] = "A100-80G",
     gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of one GPU; default: its kind's.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.1, help="Dense bf16 (or fp16) peak of one GPU; default: its kind's.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=0.1, help="GB/s from a GPU to others of its node; default: its kind's.")
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(min=0.1, help="GB/s from a node to others; default: its kind's, else 12.5.")
+    ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Machines; default: as few as usual.")] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak rate that computing reaches.")] = 0.4,
     price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU and hour; default: assumed.")] = None,
@@ -153,7 +164,9 @@ def plan(
     """Memory, traffic, time and cost of a recipe for each ZeRO stage: without a GPU, without weights, at once."""
     from xdscale.plan.report import machine_from, run_plan, run_scaling
 
-    machine = machine_from(gpu, gpus, nodes, gpu_memory, mfu, price)
+    machine = machine_from(
+        gpu, gpus, nodes, gpu_memory, mfu, price, tflops=tflops, bandwidth=bandwidth, network=network
+    )
     if scaling or chart is not None:
         run_scaling(recipe, overrides or [], machine, as_json=as_json, chart=chart)
         return

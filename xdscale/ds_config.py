@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -130,24 +130,26 @@ def resolve_ds_config(name: str, values: dict[str, Any], recipe: Recipe, world_s
         world_size: number of ranks.
 
     Returns:
-        The complete DeepSpeed configuration. The accumulation steps cover the recipe's global batch; when it does
-        not divide by ranks × micro-batch, the stream pads with zero-weight samples.
+        The complete DeepSpeed configuration. Its micro-batch is the one that all ranks compute with, at most the
+        file's: see `split_batch`.
 
     Raises:
-        XdscaleError: the micro-batch is missing, or the same quantity has different values in both files.
+        XdscaleError: the micro-batch is missing, the same quantity has different values in both files, or there are
+            more ranks than samples in a step.
     """
-    micro_batch = values.get("train_micro_batch_size_per_gpu")
-    if not isinstance(micro_batch, int) or micro_batch < 1:
-        raise XdscaleError(f"{name}: train_micro_batch_size_per_gpu = {micro_batch!r}: expected a whole number >= 1")
-    accumulation = math.ceil(recipe.training.global_batch / (world_size * micro_batch))
-    needed = f"training.global_batch {recipe.training.global_batch} / ({world_size} ranks × micro-batch {micro_batch})"
-    _agree(name, values, "train_batch_size", recipe.training.global_batch, "training.global_batch")
-    _agree(name, values, "gradient_accumulation_steps", accumulation, needed)
+    largest, global_batch = values.get("train_micro_batch_size_per_gpu"), recipe.training.global_batch
+    if not isinstance(largest, int) or isinstance(largest, bool) or largest < 1:
+        raise XdscaleError(f"{name}: train_micro_batch_size_per_gpu = {largest!r}: expected a whole number >= 1")
+    split = split_batch(global_batch, world_size, largest)
+    needed = f"training.global_batch {global_batch} / ({world_size} ranks × micro-batch {largest})"
+    _agree(name, values, "train_batch_size", global_batch, "training.global_batch")
+    _agree(name, values, "gradient_accumulation_steps", split.accumulation, needed)
     _agree(name, values, "gradient_clipping", recipe.optim.gradient_clipping, "optim.gradient_clipping")
     _check_optimizer(name, values, recipe)
     resolved = {key: value for key, value in values.items() if key not in ("optimizer", "train_batch_size")}
     resolved |= {
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": split.micro_batch,
+        "gradient_accumulation_steps": split.accumulation,
         "gradient_clipping": recipe.optim.gradient_clipping,
         # DeepSpeed's own console line says less than our progress line.
         "steps_per_print": values.get("steps_per_print", 2**31),
@@ -155,6 +157,53 @@ def resolve_ds_config(name: str, values: dict[str, Any], recipe: Recipe, world_s
         "timers": {"throughput": {"enabled": False}},
     }
     return resolved
+
+
+class BatchSplit(NamedTuple):
+    """How the samples of one optimizer step are split.
+
+    Attributes:
+        global_batch: samples over all ranks.
+        ranks: their number.
+        micro_batch: places for samples in one pass of a rank, the same for all ranks and passes.
+        accumulation: passes of each rank (gradient accumulation steps).
+    """
+
+    global_batch: int
+    ranks: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def padding(self) -> float:
+        """Share of what ranks compute that is padding: places that no sample is left for."""
+        return 1 - self.global_batch / (self.ranks * self.micro_batch * self.accumulation)
+
+    def __str__(self) -> str:
+        ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
+        passes = f"{self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of {self.micro_batch}"
+        padding = f"{self.padding:.1%} of it padding" if self.padding else "no padding"
+        return f"a step of {self.global_batch} samples: {ranks} × {passes}, {padding}"
+
+
+def split_batch(global_batch: int, ranks: int, largest: int) -> BatchSplit:
+    """Splits a global batch in as few passes as the largest micro-batch allows, and those as even as can be.
+
+    Args:
+        global_batch: samples of one optimizer step, over all ranks.
+        ranks: their number.
+        largest: most samples of one pass of a rank.
+
+    Raises:
+        XdscaleError: some ranks would have no sample in any step.
+    """
+    if ranks > global_batch:
+        raise XdscaleError(
+            f"training.global_batch = {global_batch} feeds at most {global_batch} ranks, not {ranks}: the others would "
+            f"have no sample; use at most {global_batch}, or raise training.global_batch, which changes the result"
+        )
+    accumulation = math.ceil(global_batch / (ranks * largest))
+    return BatchSplit(global_batch, ranks, math.ceil(global_batch / (ranks * accumulation)), accumulation)
 
 
 def zero_stage(values: dict[str, Any]) -> int:

@@ -12,6 +12,7 @@ from xdscale.ds_config import (
     precision,
     read_ds_config,
     resolve_ds_config,
+    split_batch,
     zero_stage,
 )
 from xdscale.errors import XdscaleError
@@ -38,11 +39,17 @@ def test_every_shipped_config_is_valid_and_is_what_its_name_says(path):
     offload = values["zero_optimization"].get("offload_optimizer", {"device": "none"})
     assert (offload["device"] == "cpu") == ("-offload" in path.stem)
     recipe = load_recipe("xdbert-base-wikitext103")
-    for world_size in (1, 8, 7):
+    for world_size in (1, 8, 7, 16, 64, 288):
         resolved = resolve_ds_config(str(path), values, recipe, world_size)
-        slots = resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * world_size
-        assert 0 <= slots - recipe.training.global_batch < world_size * values["train_micro_batch_size_per_gpu"]
+        micro_batch, accumulation = (
+            resolved[key] for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        )
+        assert micro_batch <= values["train_micro_batch_size_per_gpu"]
+        slots = micro_batch * accumulation * world_size
+        assert 0 <= slots - recipe.training.global_batch < world_size * accumulation  # one more per pass at most
         assert "auto" not in json.dumps(resolved)
+    with pytest.raises(XdscaleError, match=r"training\.global_batch = 288 feeds at most 288 ranks, not 289"):
+        resolve_ds_config(str(path), values, recipe, 289)
 
 
 @pytest.mark.parametrize("size", ["bert-base", "bert-large", "electra-base", "electra-large"])
@@ -118,12 +125,22 @@ def test_a_config_that_does_not_exist_is_answered_with_the_nearest_name(name, tm
         ({"optimizer": {"params": {"lr": 1e-3}}}, r"optimizer\.params\.lr = 0\.001 contradicts.*optim\.learning_rate"),
         ({"optimizer": {"type": "Lamb"}}, r"optimizer\.type = 'Lamb' contradicts"),
         ({"train_micro_batch_size_per_gpu": "auto"}, "expected a whole number"),
+        ({"train_micro_batch_size_per_gpu": True}, "expected a whole number"),
     ],
 )
 def test_contradictions_name_both_places(write, values, message):
     name = write({"train_micro_batch_size_per_gpu": 4} | values)
     with pytest.raises(XdscaleError, match=message):
         resolve_ds_config(name, read_ds_config(name), load_recipe("xdbert-base-wikitext103"), 8)
+
+
+def test_the_micro_batch_is_resolved_to_the_width_that_all_ranks_need(write):
+    """For the engine, the order and the evaluation alike."""
+    name = write({"train_micro_batch_size_per_gpu": 36, "gradient_accumulation_steps": 1})
+    resolved = resolve_ds_config(name, read_ds_config(name), load_recipe("xdbert-base-wikitext103"), 64)
+    assert resolved["train_micro_batch_size_per_gpu"] == 5
+    assert str(split_batch(288, 64, 5)) == "a step of 288 samples: 64 ranks × 1 micro-batch of 5, 10.0% of it padding"
+    assert str(split_batch(288, 1, 36)) == "a step of 288 samples: 1 rank × 8 micro-batches of 36, no padding"
 
 
 def test_auto_is_filled_from_the_recipe(write):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.data.stream import Position, Stream, sample_hash, validation_slots
+from xdscale.ds_config import split_batch
 from xdscale.errors import XdscaleError
 
 sizes, batches, worlds, micros = st.integers(1, 60), st.integers(1, 50), st.integers(1, 8), st.integers(1, 7)
@@ -16,26 +17,69 @@ def stream(size, batch, world=1, rank=0, micro=1, seed=0):
     return Stream(size, seed=seed, global_batch=batch, world_size=world, rank=rank, micro_batch=micro)
 
 
+def real_pairs(slots):
+    return list(zip(slots.epochs[slots.real].tolist(), slots.sample_ids[slots.real].tolist()))
+
+
 @quick
 @given(sizes, batches, worlds, micros, st.integers(0, 10**6), st.integers(0, 2**32 - 1))
 def test_ranks_together_hold_exactly_the_global_batch(size, batch, world, micro, step, seed):
     epochs, ids = stream(size, batch, seed=seed).global_batch_ids(step)
     assert len(epochs) == len(ids) == batch
+    whole = list(zip(epochs.tolist(), ids.tolist()))
     ranks = [stream(size, batch, world, rank, micro, seed) for rank in range(world)]
     parts = [rank.slots(step) for rank in ranks]
     rounds = -(-batch // (world * micro))
     assert [rank.micro_batches_per_step for rank in ranks] == [rounds] * world
     assert [len(part) for part in parts] == [rounds] * world
-    seen = {}
-    for rank, part in enumerate(parts):
-        for m, slots in enumerate(part):
-            for j in range(micro):
-                pair = (int(slots.epochs[j]), int(slots.sample_ids[j]))
-                if slots.real[j]:
-                    seen[m * world * micro + rank * micro + j] = pair
-                else:
-                    assert pair in set(zip(epochs.tolist(), ids.tolist()))
-    assert seen == dict(enumerate(zip(epochs.tolist(), ids.tolist())))
+    # Round after round, rank after rank: the order of the global batch.
+    assert [pair for m in range(rounds) for part in parts for pair in real_pairs(part[m])] == whole
+    for slots in (slots for part in parts for slots in part):
+        assert len(slots.real) == micro
+        assert set(zip(slots.epochs.tolist(), slots.sample_ids.tolist())) <= set(whole)
+
+
+@quick
+@given(st.integers(1, 2000), st.integers(1, 300), st.integers(1, 64))
+def test_every_rank_has_its_share_at_the_balanced_width(batch, world, largest):
+    """As training splits it: no rank without a sample, ranks differ by one sample, the fewest passes, least padding."""
+    if world > batch:
+        with pytest.raises(XdscaleError, match=f"feeds at most {batch} ranks, not {world}"):
+            split_batch(batch, world, largest)
+        return
+    split = split_batch(batch, world, largest)
+    assert split_batch(batch, world, split.micro_batch) == split  # so it may be applied to what it gave
+    assert 1 <= split.micro_batch <= largest
+    assert split.accumulation == -(-batch // (world * largest))
+    assert (
+        world * split.accumulation * (split.micro_batch - 1) < batch <= world * split.accumulation * split.micro_batch
+    )
+    parts = [stream(batch, batch, world, rank, split.micro_batch).slots(0) for rank in range(world)]
+    assert {len(part) for part in parts} == {split.accumulation}
+    shares = [sum(int(slots.real.sum()) for slots in part) for part in parts]
+    assert min(shares) >= 1
+    assert max(shares) - min(shares) <= 1
+    places = sum(len(slots.real) for part in parts for slots in part)
+    assert split.padding == pytest.approx(1 - batch / places)
+
+
+@pytest.mark.parametrize(("world", "micro", "padding"), [(8, 36, 0), (16, 18, 0), (64, 5, 0.1), (200, 2, 0.28)])
+def test_shipped_micro_batch_and_batch_beyond_eight_ranks(world, micro, padding):
+    """288 samples, at most 36 in one pass: half of 16 ranks and 7 of 8 of 64 once had padding alone."""
+    split = split_batch(288, world, 36)
+    assert (split.micro_batch, split.accumulation) == (micro, 1)
+    assert split.padding == pytest.approx(padding)
+    shares = [int(stream(1000, 288, world, rank, micro).slots(7)[0].real.sum()) for rank in range(world)]
+    assert sum(shares) == 288
+    assert set(shares) == {288 // world, -(-288 // world)}
+
+
+def test_a_batch_that_divides_is_split_as_ever():
+    """Sample m * world * micro + rank * micro + j of the global batch is slot j of rank's micro-batch m."""
+    _, ids = stream(100, 24).global_batch_ids(5)
+    for rank in range(3):
+        found = [slots.sample_ids for slots in stream(100, 24, 3, rank, 4).slots(5)]
+        np.testing.assert_array_equal(found, ids.reshape(2, 3, 4)[:, rank])
 
 
 @quick

@@ -4,17 +4,18 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from xdscale.ds_config import resolve_ds_config
 from xdscale.errors import XdscaleError
 from xdscale.plan.cluster import Cluster
 from xdscale.plan.configs import WAYS, ds_config
 from xdscale.plan.hardware import GPUS, find_gpu
-from xdscale.plan.planner import GIB, Machine, make_plan, suggest_micro_batch
+from xdscale.plan.planner import GIB, Machine, make_plan
+from xdscale.plan.report import machine_from
 from xdscale.plan.settings import read_settings
 from xdscale.plan.shapes import model_shape, modules
 from xdscale.plan.states import model_states
@@ -64,13 +65,14 @@ def test_offloading_moves_bytes_to_the_host():
         assert offloaded.step_seconds > row.step_seconds
 
 
-@given(largest=st.integers(1, 500), share=st.integers(1, 500))
-def test_suggested_micro_batch_fits_covers_and_wastes_least(largest, share):
-    micro_batch = suggest_micro_batch(largest, share)
-    passes = -(-share // micro_batch)
-    assert 1 <= micro_batch <= largest
-    assert passes == -(-share // largest)  # no micro-batch that fits needs fewer
-    assert micro_batch == 1 or passes * (micro_batch - 1) < share  # a smaller one would need more
+def test_what_is_suggested_is_what_training_resolves():
+    for gpus in (8, 16, 64, 200):
+        for row in plan(gpus=gpus).rows:
+            values = {"train_micro_batch_size_per_gpu": row.largest_micro_batch}
+            resolved = resolve_ds_config("x", values, LARGE, gpus)
+            assert row.micro_batch == resolved["train_micro_batch_size_per_gpu"]
+            assert row.accumulation == resolved["gradient_accumulation_steps"]
+            assert row.padding == pytest.approx(1 - 288 / (gpus * row.micro_batch * row.accumulation))
 
 
 def test_largest_micro_batch_is_the_largest_that_fits():
@@ -118,15 +120,67 @@ def test_every_gpu_of_the_table_trains_every_model(gpu):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("A100", "did you mean A100-40G or A100-80G"), ("H10-80G", "H100-80G"), ("potato", "known: V100-32G")],
+    [
+        ("A100", "did you mean A100-40G or A100-80G"),
+        ("V100", "did you mean V100-32G or V100-16G"),
+        ("H10-80G", "H100-80G"),
+        ("potato", "known: V100-32G"),
+    ],
 )
 def test_unknown_gpu(name, message):
     with pytest.raises(XdscaleError, match=message):
         find_gpu(name)
 
 
-def test_gpu_names_are_forgiving():
-    assert find_gpu("h100").name == find_gpu("H100 80g").name == "H100-80G"
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("h100", "H100-80G"),
+        ("H100 80g", "H100-80G"),
+        ("NVIDIA H100 80GB HBM3", "H100-80G"),  # as nvidia-smi names it, and so on
+        ("NVIDIA A100-SXM4-40GB", "A100-40G"),
+        ("Tesla V100-SXM2-16GB", "V100-16G"),
+        ("Tesla T4", "T4-16G"),
+        ("NVIDIA A10", "A10-24G"),
+        ("NVIDIA RTX A6000", "A6000-48G"),
+        ("NVIDIA GeForce RTX 3090", "RTX-3090-24G"),
+        ("rtx4090", "RTX-4090-24G"),
+        ("RTX 5090", "RTX-5090-32G"),
+        ("AMD Instinct MI250X", "MI250X-64G"),
+        ("mi300x", "MI300X-192G"),
+    ],
+)
+def test_gpu_names_are_forgiving(name, known):
+    assert find_gpu(name).name == known
+
+
+def test_a_gpu_of_ones_own_is_planned_for_as_the_table_would():
+    """Described by the numbers of a card in the table it gives that card's plan, but for what nothing is known of."""
+    known = find_gpu("L40S")
+    own = machine_from("Mine", 16, 2, 44.5, 0.4, None, tflops=362, bandwidth=32)
+    assert own.cluster.gpu == replace(known, name="Mine", price=None)
+    made, expected = (make_plan("x", LARGE, machine) for machine in (own, machine_from("L40S", 16, 2, None, 0.4, 1)))
+    assert [row.step_seconds for row in made.rows] == [row.step_seconds for row in expected.rows]
+    assert {row.cost for row in made.rows} == {None}
+    network = machine_from("Mine", 16, 2, 44.5, 0.4, 2, tflops=362, bandwidth=32, network=50)
+    faster = make_plan("x", LARGE, network)
+    assert all(row.step_seconds < before.step_seconds for row, before in zip(faster.rows, made.rows))
+    assert faster.rows[1].cost == pytest.approx(16 * 2 * faster.rows[1].hours)
+
+
+def test_single_values_replace_those_of_the_table():
+    gpu = machine_from("H100", 8, None, 60, 0.4, None, tflops=756, bandwidth=64).cluster.gpu
+    assert (gpu.name, gpu.memory_gib, gpu.peak_flops, gpu.node_link) == ("H100-80G", 60, 756e12, 64e9)
+
+
+def test_padding_and_idle_gpus_are_told():
+    told = run("xdbert-base-wikitext103", "--gpus", "64").stdout
+    assert "10.0% of what the 64 GPUs compute is padding" in told
+    assert "padding:" not in run("xdbert-base-wikitext103", "--gpus", "16").stdout
+    scaled = run("xdbert-base-wikitext103", "--scaling", "--gpu", "Mine", "--gpu-memory", "80", "--tflops", "90")
+    assert scaled.returncode == 2
+    scaled = run("xdbert-base-wikitext103", "--scaling")
+    assert "288 sequences feed at most 288 GPUs, no row for 512, 1,024" in scaled.stderr
 
 
 def test_starts_within_two_seconds_and_prints_a_table():
@@ -139,7 +193,7 @@ def test_starts_within_two_seconds_and_prints_a_table():
 
 
 def test_json_is_the_whole_plan():
-    result = run("xdelectra-large-wikipedia", "--gpu", "V100", "--json", "--freeze", "clip")
+    result = run("xdelectra-large-wikipedia", "--gpu", "V100-32G", "--json", "--freeze", "clip")
     values = json.loads(result.stdout)
     assert values["precision"] == "fp16"
     assert [row["way"] for row in values["rows"]] == ["zero0", *WAYS]
@@ -157,8 +211,11 @@ def test_says_what_to_do_when_nothing_fits():
     [
         (["xdbert-base-wikitext103", "--gpus", "9", "--nodes", "2"], "do not divide evenly"),
         (["xdbert-base-wikitext103", "--gpu", "A100-8OG"], "A100-80G"),
+        (["xdbert-base-wikitext103", "--gpus", "512"], "feeds at most 288 ranks, not 512"),
+        (["xdbert-base-wikitext103", "--gpu", "Mine", "--gpu-memory", "20"], "needs --gpu-memory, --tflops and"),
+        (["xdbert-base-wikitext103", "--tflops", "inf"], "--tflops inf"),
         (["xdbert-base-wikitext103", "--freeze", "vision"], "--freeze vision: expected one of language, clip"),
-        (["xdbert-base-wikitext103", "--gpu", "V100", "--precision", "bf16"], "V100-32G computes in fp16"),
+        (["xdbert-base-wikitext103", "--gpu", "V100-32G", "--precision", "bf16"], "V100-32G computes in fp16"),
         (["xdbert-base-wikitext103", "--sequence-length", "1024"], "sequence length 1024"),
         (["xdbert-base-wikitext103", "--gpu-memory", "2", "--write-configs", "c"], "nothing fits, nothing written"),
         (["xdbert-bse-wikitext103"], "did you mean 'xdbert-base-wikitext103'"),

@@ -72,7 +72,8 @@ FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32
 BF16 = {"micro_batch": 1, "ds": FP32_SUMS, "training__stop_at_step": 4, "training__eval_samples": 2}
 DROPPING = {"micro_batch": 1, "model__dropout": 0.1, "training__checkpoint_every": 2, "training__keep_checkpoints": 9}
 WORLDS = {"world-0": (2, 1), "world-1": (2, 1), "world-2": (1, 2), "world-3": (2, 3)}  # ZeRO stage: ranks before, after
-BEFORE, AFTER = ({"micro_batch": 1, "training__stop_at_step": step} for step in (3, 6))
+# Another width too: after it each pass has two samples, and on three ranks two of six places are padding.
+BEFORE, AFTER = ({"micro_batch": width, "training__stop_at_step": step} for width, step in ((1, 3), (3, 6)))
 OFTEN = {"micro_batch": 4, "training__checkpoint_every": 2}
 BOARD = OFTEN | {"training__eval_every": 2}
 
@@ -207,6 +208,19 @@ def test_resuming_at_another_world_size(second, run):
     assert tuple(ranks) == WORLDS[run]
     assert second.steps(run) == pytest.approx(second.steps("one")[:6], rel=1e-5)
     assert not list((second.folder / run / "checkpoints").glob(".*"))
+
+
+def test_each_start_says_how_a_step_is_split(second):
+    before, after = second.entries("world-3", "start")
+    assert before == {
+        "step": 0, "kind": "start", "global_batch": 4, "ranks": 2, "micro_batch": 1, "accumulation": 2, "padding": 0.0
+    }  # fmt: skip
+    assert [after[key] for key in ("step", "ranks", "micro_batch", "accumulation")] == [3, 3, 2, 1]
+    assert after["padding"] == pytest.approx(1 / 3)
+    first_line = "a step of 4 samples: 3 ranks × 1 micro-batch of 2, 33.3% of it padding"
+    assert first_line in second.said["world-3"].splitlines()
+    resolved = json.loads((second.folder / "world-3" / "ds_config.json").read_text())
+    assert resolved["train_micro_batch_size_per_gpu"] == 1
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(second):

@@ -87,8 +87,9 @@ class Stream:
     def slots(self, step: int) -> list[Slots]:
         """Returns this rank's micro-batches of `step`.
 
-        Slot (m, rank, j) of the step holds sample m * world_size * micro_batch + rank * micro_batch + j of
-        the global batch. Slots beyond its end are padding.
+        Round m takes the next world_size * micro_batch samples of the global batch, rank after rank. Those that are
+        left for the last round are spread evenly, so that ranks differ by one sample at most; its other slots are
+        padding.
         """
         epochs, sample_ids = self._locate(step, self._slot_index.reshape(-1))
         shape = self._slot_index.shape
@@ -145,9 +146,11 @@ def sample_hash(epochs: np.ndarray, sample_ids: np.ndarray) -> str:
 def _rank_slots(total: int, world_size: int, rank: int, micro_batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (place in the batch int64, real bool), each [micro-batches, micro_batch]."""
     per_round = world_size * micro_batch
-    rounds = -(-total // per_round)
-    place = np.arange(rounds)[:, None] * per_round + rank * micro_batch + np.arange(micro_batch)
-    return place % total, place < total
+    begins = np.arange(0, total, per_round)[:, None]
+    each, more = np.divmod(np.minimum(per_round, total - begins), world_size)  # the first `more` ranks have one more
+    slot = np.arange(micro_batch)
+    place = begins + rank * each + np.minimum(rank, more) + slot
+    return place % total, slot < each + (rank < more)
 
 
 @lru_cache(maxsize=8)

@@ -1,18 +1,22 @@
 """GPUs and the machines they usually stand in.
 
-Peak rates, memory and links are the vendor's data sheets: dense fp16/bf16 tensor rates (never "with sparsity"), one
-direction of a link. Between nodes: what the vendor's own node has (DGX-2, DGX A100, DGX H100, DGX B200), or 100 Gbit/s
-for the cards that come alone. Prices are assumptions in dollars per hour, of the order of public on-demand offers in
-2025; replace them with --price.
+Peak rates, memory and links are the vendor's data sheets and white papers: dense fp16/bf16 tensor rates that sum in
+fp32 (never "with sparsity"), one direction of a link. Between nodes: what the vendor's own node has, or 100 Gbit/s for
+the cards that come alone. Memory is what PyTorch reports, which is less than what the card is sold with. Prices are
+assumptions in dollars per hour, of the order of public on-demand offers in 2025; replace them with --price.
 """
 
 import difflib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from xdscale.errors import XdscaleError
 
 GIGA = 1e9
 """Vendors count in powers of ten."""
+
+_GIGABIT_100 = 12.5
+"""GB per second of a 100 Gbit/s card."""
 
 RESERVED_GIB = 1.5
 """Of a GPU's memory: the context of driver, cuBLAS and NCCL, which no allocator sees."""
@@ -33,7 +37,7 @@ class Gpu:
         node_gpus: GPUs in one node.
         node_link: bytes per second and direction from one GPU to the others of its node.
         network: bytes per second and direction between a node and the others.
-        price: dollars per GPU and hour, an assumption.
+        price: dollars per GPU and hour, an assumption; None where nothing is known.
     """
 
     name: str
@@ -43,7 +47,7 @@ class Gpu:
     node_gpus: int = 8
     node_link: float
     network: float
-    price: float
+    price: float | None
 
     @property
     def usable_gib(self) -> float:
@@ -57,7 +61,7 @@ def usable_gib(memory_gib: float) -> float:
 
 
 def _gpu(
-    name: str, memory_gib: float, tflops: float, link_gb: float, network_gb: float, price: float, **other: object
+    name: str, memory_gib: float, tflops: float, link_gb: float, network_gb: float, price: float | None, **other: object
 ) -> Gpu:
     return Gpu(
         name=name,
@@ -73,8 +77,9 @@ def _gpu(
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # V100 data sheet: 125 TFLOPS, NVLink 300 GB/s both ways; DGX-2: 16 GPUs, 8 × 100 Gbit/s.
+        # V100 data sheet: 125 TFLOPS, NVLink 300 GB/s both ways; DGX-2: 16 GPUs, 8 × 100 Gbit/s; DGX-1: 8, 4 × 100.
         _gpu("V100-32G", 31.7, 125, 150, 100, 1.50, precision="fp16", node_gpus=16),
+        _gpu("V100-16G", 15.8, 125, 150, 50, 1.20, precision="fp16"),
         # A100 data sheet: 312 TFLOPS, NVLink 600 GB/s both ways; DGX A100: 8 × 200 Gbit/s.
         _gpu("A100-40G", 39.4, 312, 300, 200, 1.75),
         _gpu("A100-80G", 79.1, 312, 300, 200, 2.00),
@@ -88,26 +93,76 @@ GPUS = {
         _gpu("L4-24G", 22.0, 121, 32, 12.5, 0.70),
         # L40S data sheet: 362 TFLOPS dense, PCIe 4.0 × 16.
         _gpu("L40S-48G", 44.5, 362, 32, 12.5, 1.00),
+        # T4 data sheet: 65 TFLOPS, PCIe 3.0 × 16: 32 GB/s both ways. Turing has no bf16.
+        _gpu("T4-16G", 14.6, 65, 16, 12.5, 0.35, precision="fp16"),
+        # A10 data sheet: 250 TFLOPS with sparsity, PCIe 4.0 × 16.
+        _gpu("A10-24G", 22.0, 125, 32, 12.5, 0.75),
+        # RTX A6000 data sheet: 309.7 TFLOPS with sparsity, PCIe 4.0 × 16 (a pair may have an NVLink bridge).
+        _gpu("A6000-48G", 47.4, 154.8, 32, 12.5, 0.60),
+        # White papers of GA102, Ada and RTX Blackwell: fp16 and bf16 with fp32 sums; PCIe 4.0 × 16, 5.0 × 16 for 5090.
+        _gpu("RTX-3090-24G", 23.6, 71, 32, 12.5, 0.30),
+        _gpu("RTX-4090-24G", 23.5, 165.2, 32, 12.5, 0.50),
+        _gpu("RTX-5090-32G", 31.3, 209.5, 64, 12.5, 0.75),
+        # MI250X data sheet: 383 TFLOPS and 128 GB for the two dies of a card; each die is a GPU to programs. Frontier's
+        # node: 8 dies, 50 GB/s a link between cards, the slowest of a ring (OLCF user guide), 4 × 200 Gbit/s.
+        _gpu("MI250X-64G", 64.0, 191.5, 50, 100, 1.00),
+        # MI300X data sheet: 1,307.4 TFLOPS; platform of 8: 7 links of 64 GB/s each; 8 × 400 Gbit/s.
+        _gpu("MI300X-192G", 192.0, 1307.4, 448, 400, 2.50),
     )
 }
 """By name."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """Returns the GPU of that name; case and hyphens do not matter, nor does the memory where it says nothing.
+    """Returns the GPU of that name.
+
+    Case, hyphens and the words that vendors put around a name do not matter, nor does the memory where that leaves one.
 
     Raises:
         XdscaleError: unknown or ambiguous; the nearest names are given.
     """
     key = _key(name)
-    matches = [gpu for gpu in GPUS.values() if key in (_key(gpu.name), _key(gpu.name.split("-")[0]))]
+    matches = [gpu for gpu in GPUS.values() if key in (_key(gpu.name), _key(gpu.name.rpartition("-")[0]))]
     if len(matches) == 1:
         return matches[0]
     keys = {_key(known): known for known in GPUS}
     near = [gpu.name for gpu in matches] or [keys[key] for key in difflib.get_close_matches(key, keys, cutoff=0.4)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(GPUS)}"
-    raise XdscaleError(f"--gpu {name}: no such GPU in the table; {hint} (--gpu-memory replaces its memory)")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(GPUS)};"
+    raise XdscaleError(
+        f"--gpu {name}: no such GPU in the table; {hint} any other needs --gpu-memory, --tflops and --bandwidth"
+    )
+
+
+def describe_gpu(
+    name: str, *, memory_gib: float | None, tflops: float | None, bandwidth: float | None, network: float | None
+) -> Gpu:
+    """Returns a GPU of the table with what is given in the place of its own values, or one that is wholly given.
+
+    Args:
+        name: of a GPU in the table, or any other with memory, TFLOPS and bandwidth.
+        memory_gib: what programs see.
+        tflops: dense peak in bf16 or fp16.
+        bandwidth: GB per second and direction from one GPU to the others of its node.
+        network: GB per second and direction between a node and the others; 100 Gbit/s where nothing is known.
+
+    Raises:
+        XdscaleError: as `find_gpu`, when too little is given.
+    """
+    try:
+        known = find_gpu(name)
+    except XdscaleError:
+        if not (memory_gib and tflops and bandwidth):
+            raise
+        known = _gpu(name, memory_gib, tflops, bandwidth, _GIGABIT_100, None)
+    given = {
+        "memory_gib": memory_gib,
+        "peak_flops": tflops and tflops * 1e12,
+        "node_link": bandwidth and bandwidth * GIGA,
+        "network": network and network * GIGA,
+    }
+    return replace(known, **{key: value for key, value in given.items() if value})
 
 
 def _key(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())
+    plain = "".join(character for character in name.lower() if character.isalnum())
+    return re.sub(r"nvidia|geforce|tesla|rtx|sxm\d?|hbm\w*|amd|instinct|(?<=\dg)b(?=$|hbm)", "", plain)

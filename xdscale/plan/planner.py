@@ -1,10 +1,10 @@
 """Puts a plan together: for each way to share the model states its memory, micro-batch, traffic, time and cost."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from xdscale.ds_config import split_batch
 from xdscale.plan.activations import Activations, activations
 from xdscale.plan.cluster import REFERENCE_MFU, Cluster, step_time
 from xdscale.plan.configs import WAYS, ds_config, file_name, model_name
@@ -42,13 +42,13 @@ class Machine:
         cluster: the GPUs.
         memory_gib: of one GPU, as programs see it.
         mfu: share of the peak rate that computing reaches.
-        price: dollars per GPU and hour.
+        price: dollars per GPU and hour; None where nothing is known.
     """
 
     cluster: Cluster
     memory_gib: float
     mfu: float = REFERENCE_MFU
-    price: float
+    price: float | None
 
     @property
     def usable_bytes(self) -> float:
@@ -65,14 +65,15 @@ class Row:
         states: model states and buffers of the first rank.
         activations: at the micro-batch.
         largest_micro_batch: that fits, 0 when none does.
-        micro_batch: the suggested one: as few accumulation steps, as evenly filled, as the global batch allows.
+        micro_batch: what training computes with where the largest is allowed (`xdscale.ds_config.split_batch`), or 0.
         accumulation: micro-batches per step and rank.
+        padding: share of what ranks compute that no sequence of the global batch is left for.
         payload_bytes: handed to collectives by each rank in one step.
         wire_bytes: sent by each rank in one step, on rings.
         step_seconds: of one optimiser step; None where it does not fit.
         communication_seconds: of those, in collectives and host transfers.
         hours: of all steps of the recipe.
-        cost: dollars.
+        cost: dollars, where a price is known.
         config: file name of its configuration in `ds_configs/`.
     """
 
@@ -82,6 +83,7 @@ class Row:
     largest_micro_batch: int
     micro_batch: int
     accumulation: int
+    padding: float
     payload_bytes: float
     wire_bytes: float
     step_seconds: float | None
@@ -151,7 +153,8 @@ def make_plan(
         frozen: parts that are not trained, of "language" and "clip".
 
     Raises:
-        XdscaleError: an architecture is not known, or the sequence does not fit it.
+        XdscaleError: an architecture is not known, the sequence does not fit it, or there are more GPUs than sequences
+            in a step.
     """
     shape = model_shape(recipe)
     length = sequence_length or shape.language.max_position_embeddings
@@ -177,13 +180,6 @@ def make_plan(
     )
 
 
-def suggest_micro_batch(largest: int, share: int) -> int:
-    """Returns the micro-batch that covers `share` sequences in as few equal passes as possible."""
-    if not largest:
-        return 0
-    return math.ceil(share / math.ceil(share / largest))
-
-
 @dataclass(frozen=True)
 class _RowMaker:
     recipe: Recipe
@@ -202,13 +198,11 @@ class _RowMaker:
         gpus = self.machine.cluster.gpus
         states = model_states(self.found, settings, gpus)
         largest = self._largest(states, settings)
-        share = math.ceil(self.recipe.training.global_batch / gpus)
-        micro_batch = suggest_micro_batch(largest, share)
-        settings = replace(settings, micro_batch=max(1, micro_batch))
-        accumulation = math.ceil(share / settings.micro_batch)
-        listed = collectives(self.found, settings, gpus, accumulation, len(self.shape.tasks))
+        split = split_batch(self.recipe.training.global_batch, gpus, max(1, largest))
+        settings = replace(settings, micro_batch=split.micro_batch)
+        listed = collectives(self.found, settings, gpus, split.accumulation, len(self.shape.tasks))
         rate = self.machine.mfu * self.machine.cluster.gpu.peak_flops / self.flops
-        step = step_time(self.machine.cluster, accumulation * settings.micro_batch, rate, listed)
+        step = step_time(self.machine.cluster, split.accumulation * split.micro_batch, rate, listed)
         waiting = step.communicating_seconds + self._host_seconds(settings)
         seconds = step.computing_seconds + waiting if largest else None
         hours = seconds * self.recipe.training.steps / 3600 if seconds else None
@@ -217,14 +211,15 @@ class _RowMaker:
             states=states,
             activations=self._activations(settings),
             largest_micro_batch=largest,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
+            micro_batch=split.micro_batch if largest else 0,
+            accumulation=split.accumulation,
+            padding=split.padding,
             payload_bytes=sum(each.payload_bytes for each in listed),
             wire_bytes=sum(each.wire_bytes(gpus) for each in listed),
             step_seconds=seconds,
             communication_seconds=waiting,
             hours=hours,
-            cost=hours * gpus * self.machine.price if hours else None,
+            cost=hours * gpus * self.machine.price if hours and self.machine.price is not None else None,
             config=file_name(model_name(self.recipe), way, settings.precision) if way in WAYS else "",
         )
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from rich.table import Table
 from xdscale.errors import XdscaleError
 from xdscale.plan.cluster import NETWORK_EFFICIENCY, Cluster
 from xdscale.plan.configs import WAYS, ds_config, write_config
-from xdscale.plan.hardware import FRAGMENTED, RESERVED_GIB, find_gpu
+from xdscale.plan.hardware import FRAGMENTED, RESERVED_GIB, describe_gpu
 from xdscale.plan.planner import GIB, Machine, Plan, Row, make_plan
-from xdscale.plan.scaling import markdown, scale, write_chart
+from xdscale.plan.scaling import COUNTS, markdown, scale, write_chart
 from xdscale.recipe import load_recipe
 
 PARTS = ("language", "clip")
@@ -23,29 +24,45 @@ _FILE_WIDTH = 140
 
 
 def machine_from(
-    gpu: str, gpus: int, nodes: int | None, memory_gib: float | None, mfu: float, price: float | None
+    gpu: str,
+    gpus: int,
+    nodes: int | None,
+    memory_gib: float | None,
+    mfu: float,
+    price: float | None,
+    *,
+    tflops: float | None = None,
+    bandwidth: float | None = None,
+    network: float | None = None,
 ) -> Machine:
     """Returns the machine that the command line describes.
 
     Args:
-        gpu: name of a GPU in the table.
+        gpu: name of a GPU in the table, or of one that the next values describe.
         gpus: how many.
         nodes: in how many machines; default: as few as the GPU's usual node allows.
-        memory_gib: replaces the GPU's memory.
+        memory_gib: of one GPU; replaces the table's.
         mfu: share of the peak rate that computing reaches.
         price: dollars per GPU and hour; replaces the assumed one.
+        tflops: dense 16-bit peak; replaces the table's.
+        bandwidth: GB per second and direction between GPUs of a node; replaces the table's.
+        network: GB per second and direction between nodes; replaces the table's.
 
     Raises:
-        XdscaleError: an unknown GPU, or numbers that cannot be.
+        XdscaleError: an unknown GPU that is not described, or numbers that cannot be.
     """
-    found = find_gpu(gpu)
+    numbers = {"--gpu-memory": memory_gib, "--tflops": tflops, "--bandwidth": bandwidth, "--network": network}
+    for option, value in (numbers | {"--mfu": mfu, "--price": price}).items():
+        if value is not None and not math.isfinite(value):
+            raise XdscaleError(f"{option} {value}: expected a number")
+    found = describe_gpu(gpu, memory_gib=memory_gib, tflops=tflops, bandwidth=bandwidth, network=network)
     if nodes is None:
         nodes = next(count for count in range(math.ceil(gpus / found.node_gpus), gpus + 1) if gpus % count == 0)
     elif gpus % nodes:
         raise XdscaleError(f"--gpus {gpus} --nodes {nodes}: the GPUs do not divide evenly over the nodes")
     return Machine(
         cluster=Cluster(found, gpus, nodes),
-        memory_gib=memory_gib or found.memory_gib,
+        memory_gib=found.memory_gib,
         mfu=mfu,
         price=found.price if price is None else price,
     )
@@ -100,6 +117,13 @@ def run_scaling(recipe: str, overrides: list[str], machine: Machine, *, as_json:
         XdscaleError: as `scale`.
     """
     spec = load_recipe(recipe, overrides)
+    batch = spec.training.global_batch
+    beyond = [f"{gpus:,}" for gpus in COUNTS if gpus > batch]
+    if beyond:
+        print(
+            f"batch of the recipe: {batch} sequences feed at most {batch} GPUs, no row for {', '.join(beyond)}",
+            file=sys.stderr,
+        )
     curves = {
         "batch of the recipe": scale(recipe, spec, machine, grow=False),
         "growing batch": scale(recipe, spec, machine, grow=True),
@@ -155,10 +179,10 @@ def _time_table(plan: Plan) -> Table:
     table = Table(
         title="micro-batch, traffic and time",
         caption=f"MFU {plan.machine.mfu:.0%}; links at {NETWORK_EFFICIENCY:.0%}, nothing hidden behind computing; "
-        f"${plan.machine.price:g} per GPU and hour (--price)",
+        f"{'no price known' if plan.machine.price is None else f'${plan.machine.price:g} per GPU and hour'} (--price)",
     )
-    names = ("", "largest micro-batch", "suggested", "steps to add up", "GB handed over", "GB sent", "s per step")
-    for name in (*names, "waiting", "hours", "$"):
+    names = ("", "largest micro-batch", "suggested", "steps to add up", "padding", "GB handed over", "GB sent")
+    for name in (*names, "s per step", "waiting", "hours", "$"):
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for row in plan.rows:
         traffic = [f"{value / 1e9:.2f}" for value in (row.payload_bytes, row.wire_bytes)]
@@ -166,8 +190,9 @@ def _time_table(plan: Plan) -> Table:
             table.add_row(row.way, "does not fit", style="dim")
             continue
         time = [f"{row.step_seconds:.3f}", f"{row.communication_seconds / row.step_seconds:.0%}"]
-        money = [f"{row.hours:.2f}", f"{row.cost:,.2f}"]
+        money = [f"{row.hours:.2f}", "-" if row.cost is None else f"{row.cost:,.2f}"]
         counts = [str(value) for value in (row.largest_micro_batch, row.micro_batch, row.accumulation)]
+        counts.append(f"{row.padding:.1%}")
         table.add_row(row.way, *counts, *traffic, *time, *money, style=_style(plan, row))
     return table
 
@@ -188,6 +213,16 @@ def _verdict(plan: Plan) -> str:
     return (
         f"Use ds_configs/{row.config} with micro-batch {row.micro_batch} (--write-configs FOLDER writes it so). "
         f"{RESERVED_GIB:g} GiB for the context and {FRAGMENTED:.0%} for fragmentation are left free."
+        f"{_padding(row, plan.machine.cluster.gpus)}"
+    )
+
+
+def _padding(row: Row, gpus: int) -> str:
+    if not row.padding:
+        return ""
+    return (
+        f" {row.padding:.1%} of what the {gpus} GPUs compute is padding: training.global_batch does not divide into "
+        f"{gpus} × {row.accumulation} micro-batches."
     )
 
 

@@ -29,7 +29,7 @@ class Point:
         steps: that cover as many sequences as the recipe does.
         step_seconds: of one step.
         hours: of all steps.
-        cost: dollars.
+        cost: dollars, where a price is known.
         efficiency: sequences per second and GPU, relative to one GPU.
     """
 
@@ -40,7 +40,7 @@ class Point:
     steps: int
     step_seconds: float
     hours: float
-    cost: float
+    cost: float | None
     efficiency: float
 
 
@@ -99,9 +99,10 @@ def markdown(points: list[Point]) -> str:
         "|---" * 9 + "|",
     ]
     for point in points:
+        cost = "-" if point.cost is None else f"{point.cost:,.0f}"
         lines.append(
             f"| {point.gpus:,} | {point.nodes} | {point.way} | {point.global_batch:,} | {point.steps:,} "
-            f"| {point.step_seconds:.3f} | {point.efficiency:.0%} | {point.hours:.3g} | {point.cost:,.0f} |"
+            f"| {point.step_seconds:.3f} | {point.efficiency:.0%} | {point.hours:.3g} | {cost} |"
         )
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from xdscale.ds_config import BatchSplit
 from xdscale.recipe import Recipe
 from xdscale.training.run_folder import RunFolder
 
@@ -117,6 +118,11 @@ class Monitor:
         self._board.add_text("quarantined shards", "\n\n".join(problems.values()) or "none", step)
         if problems:
             self._say("\n".join([f"shards in quarantine from step {step} on: {len(problems)}", *problems.values()]))
+
+    def split(self, step: int, split: BatchSplit) -> None:
+        """Records how each step is split over ranks from `step` on."""
+        self._write(step, "start", {}, split._asdict() | {"padding": split.padding})
+        self._say(str(split))
 
     def message(self, text: str) -> None:
         """Says something to the person at the terminal."""
