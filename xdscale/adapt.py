@@ -118,17 +118,29 @@ def calm_environment() -> None:
     os.environ.setdefault("TORCH_LOGS", "-all")
     # DeepSpeed calls names that torch is about to rename; nothing a user could do about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import torch
+    # Torch would give each rank all cores, torchrun gives one; AdamW on the host, for offloading, needs its share.
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if by_torchrun or "OMP_NUM_THREADS" not in os.environ:
+        threads = threads_per_rank()
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        import torch
 
+        torch.set_num_threads(threads)
     if not uses_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def threads_per_rank() -> int:
+    """Returns this rank's share of its machine's cores."""
+    bound = len(os.sched_getaffinity(0))
+    # Slurm may bind each rank to cores of its own, which are then not shared once more.
+    cores = int(os.environ.get("SLURM_CPUS_ON_NODE", bound))
+    ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(bound, cores // ranks))
 
 
 def claim(run: Any) -> str | None:

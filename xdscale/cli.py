@@ -1,5 +1,7 @@
 """The `xdscale` command. Thin: every subcommand imports what it needs when it runs, so that help is instant."""
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -283,8 +285,13 @@ def launch(
     nodes: Annotated[int, typer.Option(min=1, help="Slurm: machines.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="Slurm: GPUs, and ranks, of each.")] = 8,
     time: Annotated[str, typer.Option(help="Slurm: as in 24:00:00.")] = "24:00:00",
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Slurm: cores of each rank.")] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm: queue.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm: who pays.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm: quality of service.")] = None,
+    constraint: Annotated[
+        str | None, typer.Option(help="Slurm: features of the machines, as in 'a100&nvlink'.")
+    ] = None,
     env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For every rank; repeatable.")] = None,
     out: Annotated[UserPath | None, typer.Option(help="Folder for the files; default launch/RECIPE.")] = None,
     run: Annotated[bool, typer.Option("--run", help="Start it, instead of printing the command.")] = False,
@@ -292,7 +299,7 @@ def launch(
 ) -> None:
     """Start a recipe on several machines: write hostfile and environment, or a Slurm script, and print the command."""
     from xdscale.launch.command import launch_on_hosts, launch_on_slurm
-    from xdscale.launch.hosts import one_of
+    from xdscale.launch.hosts import first_address, one_of
     from xdscale.launch.job import check_job, path_warnings
     from xdscale.launch.slurm import SlurmRequest
     from xdscale.launch.start import Rendezvous
@@ -300,16 +307,17 @@ def launch(
     machines = one_of(hosts, hostfile)
     if slurm == bool(machines):
         raise XdscaleError("say where to run: one of --hosts node-1:8,node-2:8, --hostfile FILE or --slurm --nodes N")
-    request = SlurmRequest(nodes, gpus_per_node, time, partition, account)
+    request = SlurmRequest(nodes, gpus_per_node, time, partition, account, qos, constraint, cpus_per_task)
     world_size = request.world_size if slurm else sum(host.slots for host in machines)
     job = check_job(recipe, overrides or [], deepspeed_config, world_size)
+    print(job.split, file=sys.stderr)
     for warning in path_warnings(job.recipe):
         print(f"warning: {warning}", file=sys.stderr)
     folder = out or Path("launch", job.name)
     if slurm:
         launch_on_slurm(job, request, folder, env=env or [], run=run, force=force)
     else:
-        meet = Rendezvous(master_addr or machines[0].name, master_port, ssh_port)
+        meet = Rendezvous(first_address(machines, master_addr), master_port, ssh_port)
         launch_on_hosts(job, machines, meet, folder, env=env or [], run=run, force=force)
 
 
@@ -326,11 +334,11 @@ def doctor(
 ) -> None:
     """Check this machine, these machines or this Slurm allocation: versions, clocks, paths, space, network."""
     from xdscale.launch.doctor import examine
-    from xdscale.launch.hosts import one_of
+    from xdscale.launch.hosts import first_address, one_of
     from xdscale.launch.start import Rendezvous
 
     machines = one_of(hosts, hostfile)
-    meet = Rendezvous(master_addr or (machines[0].name if machines else "127.0.0.1"), master_port, ssh_port)
+    meet = Rendezvous(first_address(machines, master_addr), master_port, ssh_port)
     raise typer.Exit(examine(machines, meet, recipe, overrides or [], timeout_seconds=timeout))
 
 
@@ -348,11 +356,21 @@ def report(
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake becomes one message and exit code 2."""
+    """Runs the command line; a user's mistake or a full disk becomes one message and exit code 2."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except XdscaleError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}; make room", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what could not be written would fail once more at the end
         sys.exit(EXIT_BAD_INPUT)
 
 

@@ -31,9 +31,7 @@ def launch(*arguments, cwd, path=None, **variables):
 
 def test_the_shipped_script_is_what_the_command_writes(tmp_path):
     """docs/cluster.md shows this command beside scripts/slurm.sbatch."""
-    command = (
-        "xdbert-base-wikitext103 --slurm --nodes 4 --gpus-per-node 8 --time 24:00:00 --env TRITON_CACHE_DIR=/tmp/triton"
-    )
+    command = "xdbert-base-wikitext103 --slurm --nodes 4 --gpus-per-node 8 --cpus-per-task 12 --time 24:00:00"
     assert f"xdscale launch {command}" in (ROOT / "docs" / "cluster.md").read_text()
     environment = {"PYTHONPATH": ""} if "PYTHONPATH" not in os.environ else {}
     result = launch(*command.split(), "--out", tmp_path, cwd=ROOT, **environment)
@@ -44,18 +42,93 @@ def test_the_shipped_script_is_what_the_command_writes(tmp_path):
     assert result.stdout == f"sbatch {tmp_path}/job.sbatch\n"
 
 
-def test_a_script_of_awkward_values_is_one_a_shell_reads(tmp_path):
-    values = ["data.shards=/d/it's", "model.dropout=0.2"]
-    options = ["--slurm", "--nodes", "2", "--partition", "gpu", "--account", "lab-1", "--out", tmp_path]
-    result = launch("quickstart", *values, *options, cwd=ROOT, NCCL_SOCKET_IFNAME="^lo,docker0")
+def write_script(folder, *arguments, recipe="quickstart", **variables):
+    options = ["--slurm", "--nodes", "2", "--gpus-per-node", "1", "--out", folder]
+    result = launch(recipe, f"output.folder={folder}/a run", *options, *arguments, cwd=ROOT, **variables)
     assert result.returncode == 0, result.stderr
-    script = tmp_path / "job.sbatch"
-    subprocess.run(["bash", "-n", script], check=True)
+    return folder / "job.sbatch"
+
+
+def run_script(script, code=0, checkpoint="", **variables):
+    """Runs a batch script with stand-ins for Slurm's programs.
+
+    srun leaves what it was called with, its environment and the checkpoint that ranks would, and ends with the code.
+    """
+    folder = script.parent
+    programs = {
+        "srun": f"""printf '%s\\0' "$@" > {folder}/words; env -0 > {folder}/environment
+mkdir -p "{folder}/a run/checkpoints/"{checkpoint}; exit {code}""",
+        "scontrol": f"""if [ $1 = requeue ]; then echo $2 >> {folder}/requeued; else echo node-1; fi""",
+    }
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, body in programs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+    settings = {"PATH": f"{folder}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[1-2]"}
+    done = subprocess.run(
+        ["bash", script], env=settings | variables, cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    environment = dict(item.split("=", 1) for item in (folder / "environment").read_text().split("\0")[:-1])
+    requeued = (folder / "requeued").read_text().splitlines() if (folder / "requeued").exists() else []
+    return (folder / "words").read_text().split("\0")[:-1], environment, requeued
+
+
+def test_a_script_of_awkward_values_hands_them_on_unchanged(tmp_path):
+    overrides = ["data.shards=/d/it's $HOME", "model.dropout=0.2"]
+    values = {"A": 'it\'s "b" $HOME `id` $(id)', "B": "x=1,y=2; #no", "C": " two\nlines ", "NCCL_SOCKET_IFNAME": "^lo"}
+    values |= {"TRITON_CACHE_DIR": "/tmp/$SLURM_JOB_ID"}
+    given = [word for item in values.items() for word in ("--env", "=".join(item))]
+    script = write_script(tmp_path, *overrides, *given, NCCL_SOCKET_IFNAME="eth0", NCCL_DEBUG="a b")
+    words, environment, _ = run_script(script)
+    expected = values | {"NCCL_DEBUG": "a b", "MASTER_ADDR": "node-1", "TOKENIZERS_PARALLELISM": "false"}
+    assert {name: environment.get(name) for name in expected} == expected
+    start = words.index("xdscale.adapt")
+    assert words[start + 1 : start + 5] == ["quickstart", f"output.folder={tmp_path}/a run", *overrides]
+
+
+def test_what_is_asked_of_slurm_stands_in_the_script(tmp_path):
+    asked = {"partition": "gpu,gpu2", "account": "abc@v100", "qos": "qos_gpu-t3", "cpus-per-task": "12"}
+    asked |= {"constraint": "[rack1|rack2]&a100*2&(x,y)"}
+    options = [word for name, value in asked.items() for word in (f"--{name}", value)]
+    script = write_script(tmp_path, *options)
     lines = script.read_text().splitlines()
-    assert {"#SBATCH --partition=gpu", "#SBATCH --account=lab-1", "#SBATCH --nodes=2"} <= set(lines)
-    assert "export NCCL_SOCKET_IFNAME='^lo,docker0'" in lines
-    command = shlex.split(next(line for line in lines if "xdscale.adapt" in line))
-    assert command[4:7] == ["quickstart", *values]
+    assert {f"#SBATCH --{name}={value}" for name, value in asked.items()} <= set(lines)
+    words, environment, _ = run_script(script, SLURM_CPUS_PER_TASK="12")
+    assert environment["SRUN_CPUS_PER_TASK"] == "12"  # srun takes it from there since Slurm 22.05
+    assert environment["TRITON_CACHE_DIR"] == "/tmp/triton-7"
+    assert "SRUN_CPUS_PER_TASK" not in run_script(script)[1]
+
+
+@pytest.mark.parametrize(
+    ("code", "before", "after", "queued"),
+    [
+        (75, "step-00000100", "step-00000100", True),  # stopped with a checkpoint, whatever there was
+        (70, "step-00000100", "step-00000200", True),  # a rank died or hung, and the run got on
+        (70, "", "step-00000100", True),
+        (137, "step-00000100", "step-00000200", True),  # a rank was killed before others could say so
+        (70, "step-00000100", "step-00000100", False),  # it would only fail again
+        (70, "step-00000100", ".step-00000200", False),  # a checkpoint that is not whole has another name
+        (2, "step-00000100", "step-00000200", False),
+        (1, "step-00000100", "step-00000200", False),
+        (0, "step-00000100", "step-00000200", False),
+    ],
+)
+def test_a_job_is_queued_again_when_that_can_help(tmp_path, code, before, after, queued):
+    script = write_script(tmp_path)
+    (tmp_path / "a run" / "checkpoints" / before).mkdir(parents=True)
+    _, _, requeued = run_script(script, code, after)
+    assert requeued == ["7"] * queued
+
+
+def test_faults_queue_a_job_again_a_bounded_number_of_times(tmp_path):
+    script = write_script(tmp_path)
+    for number in range(1, 9):
+        _, _, requeued = run_script(script, 70, f"step-{number:08d}")
+        assert len(requeued) == min(number, 5)
+    # Signals do so for ever, and another job counts its own faults.
+    assert len(run_script(script, 75, "step-00000009")[2]) == 6
+    assert run_script(script, 70, "step-00000010", SLURM_JOB_ID="8")[2][-1] == "8"
 
 
 def test_a_contradiction_shows_before_anything_is_written(tmp_path):
@@ -94,6 +167,15 @@ def test_files_that_differ_are_replaced_only_when_told(tmp_path):
         (["--hosts", "a:1", "--hostfile", "x"], "give one of them"),
         (["--slurm", "--time", "tomorrow"], "--time tomorrow"),
         (["--slurm", "--partition", "a b"], "--partition 'a b'"),
+        (["--slurm", "--account", "a#b"], "--account 'a#b'"),
+        (["--slurm", "--qos", 'a"b'], "--qos 'a\"b'"),
+        (["--slurm", "--constraint", "a\nb"], "--constraint 'a\\nb'"),
+        (["--slurm", "--nodes", "4"], "training.global_batch = 16 feeds at most 16 ranks, not 32"),
+        (["--hosts", "a:16,b:1"], "use at most 16"),
+        (["--hosts", "a:1,b:1", "--env", "A=x\ny"], "one line only"),
+        (["--hosts", "a:1,b:1", "--master-addr", "a;id"], "--master-addr 'a;id'"),
+        (["--hosts", "a:1,b:1", "--out", "/dev/null"], "/dev/null/hostfile: cannot be written"),
+        (["--slurm", "--out", "/proc/none"], "/proc/none/job.sbatch: cannot be written"),
         (["--hosts", "a:1,b:1", "--run"], "pdsh"),
         (["--slurm", "--run"], "sbatch not found"),
         (["model.language.name=./mine", "--hosts", "a:1"], "name one with --deepspeed-config"),
@@ -105,6 +187,34 @@ def test_mistakes_are_named_and_write_nothing(tmp_path, arguments, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_this_machine_alone_needs_no_pdsh(tmp_path):
+    result = launch("quickstart", "--hosts", "localhost:2", "--env", "X=a b", "--out", tmp_path / "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    comment, command = result.stdout.splitlines()
+    assert comment == "# all ranks on this machine:"
+    words = shlex.split(command)
+    assert "X=a b" in words
+    assert "--force_multi" not in words
+
+
+def test_the_share_of_padding_is_told(tmp_path):
+    result = launch("quickstart", "--hosts", "a:8,b:3", "--out", tmp_path, cwd=tmp_path)
+    assert "a step of 16 samples: 11 ranks × 1 micro-batch of 2, 27.3% of it padding" in result.stderr
+    even = launch("quickstart", "--hosts", "a:8,b:8", "--out", tmp_path, "--force", cwd=tmp_path)
+    assert "a step of 16 samples: 16 ranks × 1 micro-batch of 1, no padding" in even.stderr
+
+
+def test_a_full_standard_output_is_one_message(tmp_path):
+    with open("/dev/full", "w") as full:
+        for command in (["plan", "quickstart"], ["launch", "quickstart", "--hosts", "a:1,b:1"]):
+            done = subprocess.run(
+                [sys.executable, PROGRAM, *command], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
+            )
+            assert done.returncode == 2
+            assert "error: cannot write the output: No space left on device" in done.stderr
+            assert "Traceback" not in done.stderr
 
 
 def test_relative_paths_are_warned_about(tmp_path):

@@ -190,10 +190,10 @@ def _write_summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[s
 
 
 def _slots(jobs: int, gpus: list[str]) -> list[dict[str, str]]:
-    """Returns the environment of each worker: its GPU, or its share of the cores."""
-    if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(jobs)]
+    """Returns the environment of each worker: its GPU, if there are any, and its share of the cores."""
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)], "OMP_NUM_THREADS": threads} for slot in range(jobs)]
     # Threads that spin while they wait slow a busy machine down by an order of magnitude.
     return [{"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}] * jobs
 

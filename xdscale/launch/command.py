@@ -8,12 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.launch.environment import carried_environment, deepspeed_env_text
+from xdscale.files import write_outputs
+from xdscale.launch.environment import carried_environment, deepspeed_env_text, local_cache
 from xdscale.launch.hosts import Host, hostfile_text
 from xdscale.launch.job import Job
 from xdscale.launch.slurm import SlurmRequest, sbatch_text
-from xdscale.launch.start import Rendezvous, on_one_node, over_ssh, program, require_ssh
-from xdscale.training.run_folder import write_atomically
+from xdscale.launch.start import (
+    Rendezvous,
+    launcher_command,
+    on_one_node,
+    only_here,
+    program,
+    require_ssh,
+    with_environment,
+)
 
 _MODULE = "xdscale.adapt"
 
@@ -33,26 +41,31 @@ def launch_on_hosts(
         force: replace files that differ.
 
     Raises:
-        XdscaleError: as `carried_environment`, `over_ssh`, `write_files`; with `run`, pdsh or ssh is missing.
+        XdscaleError: as `carried_environment`, `launcher_command`, `write_files`; with `run`, pdsh or ssh is missing.
     """
     out = out.absolute()
     hostfile, environment_file = out / "hostfile", out / ".deepspeed_env"
-    command = over_ssh(hostfile, meet, _MODULE, job.arguments)
-    if run:
+    command = launcher_command(hosts, hostfile, meet, _MODULE, job.arguments)
+    here = only_here(hosts)
+    if run and not here:
         require_ssh()
-    environment = carried_environment(os.environ, env)
+    environment = local_cache() | carried_environment(os.environ, env)
     write_files(
         {hostfile: hostfile_text(hosts), environment_file: deepspeed_env_text(environment)},
         force=force,
     )
     # The launcher looks for a file of this name in the home and the working folder; an absolute one is found as such.
-    settings = {"DS_ENV_FILE": str(environment_file)}
+    settings = environment if here else {"DS_ENV_FILE": str(environment_file)}
     if run:
         _become(command, settings)
+    if here:
+        print("# all ranks on this machine:")
+        print(with_environment(command, settings))
+        return
     print("# all machines from here, through pdsh and ssh:")
-    print(shlex.join(["env", *(f"{name}={value}" for name, value in settings.items()), *command]))
+    print(with_environment(command, settings))
     print(f"# or without ssh, on each machine, with its number 0 to {len(hosts) - 1} for NODE:")
-    print(on_one_node(hostfile, environment_file, meet, _MODULE, job.arguments))
+    print(on_one_node(hostfile, environment, meet, _MODULE, job.arguments))
 
 
 def launch_on_slurm(job: Job, request: SlurmRequest, out: Path, *, env: list[str], run: bool, force: bool) -> None:
@@ -81,21 +94,21 @@ def launch_on_slurm(job: Job, request: SlurmRequest, out: Path, *, env: list[str
 
 def slurm_script(job: Job, request: SlurmRequest, environment: Mapping[str, str], env: list[str]) -> str:
     """Returns the batch script of a job as started from an environment."""
-    return sbatch_text(job.name, request, program("python"), job.arguments, carried_environment(environment, env))
+    carried = carried_environment(environment, env)
+    return sbatch_text(job.name, request, program("python"), job.arguments, carried, job.recipe.output.folder)
 
 
 def write_files(files: Mapping[Path, str], *, force: bool) -> None:
-    """Writes text files, each whole or not at all.
+    """Writes text files, all of them or none.
 
     Raises:
-        XdscaleError: a file exists with another content and `force` is not given; nothing is written then.
+        XdscaleError: a file exists with another content and `force` is not given, or one cannot be written.
     """
     for path, text in files.items():
-        if path.exists() and not force and path.read_text(encoding="utf-8") != text:
+        if not force and path.is_file() and path.read_bytes() != text.encode():
             raise XdscaleError(f"{path}: exists and differs; --force replaces it, --out writes to another folder")
-    for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+    write_outputs(files)
+    for path in files:
         print(f"wrote {path}", file=sys.stderr)
 
 

@@ -1,5 +1,7 @@
 """Which machines, and how many ranks on each: `--hosts` and DeepSpeed's hostfile."""
 
+import ipaddress
+import platform
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,20 +9,31 @@ from typing import NamedTuple
 
 from xdscale.errors import XdscaleError
 
-_HOSTFILE_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+# DeepSpeed, too, looks at nothing behind the slots, such as OpenMPI's max_slots.
+_HOSTFILE_LINE = re.compile(r"(\S+)\s+slots=(\d+)(?:[\s#].*)?")
+_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
 
 class Host(NamedTuple):
     """A machine.
 
     Attributes:
-        name: what ssh reaches it by.
+        name: what ssh reaches it by, as in node-1 or user@node-1.
         slots: its ranks, one per GPU.
     """
 
     name: str
     slots: int
+
+    @property
+    def address(self) -> str:
+        """The name without a user."""
+        return self.name.rpartition("@")[2]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is this machine, as this user, so that nothing is needed to reach it."""
+        return self.name in ("localhost", "127.0.0.1", "::1", platform.node())
 
 
 def parse_hosts(text: str) -> list[Host]:
@@ -39,13 +52,15 @@ def parse_hosts(text: str) -> list[Host]:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Reads DeepSpeed's hostfile: lines `NAME slots=N`, empty lines and lines that start with `#`.
+    """Reads a hostfile as DeepSpeed does: lines `[USER@]NAME slots=N …`, empty lines and lines that start with `#`.
+
+    A byte order mark, which DeepSpeed takes for a part of the first name, is left out.
 
     Raises:
         XdscaleError: no such file, a line of another form (it is named), or a name stands there twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise XdscaleError(f"{path}: cannot read the hostfile: {error}") from None
     hosts = []
@@ -72,6 +87,17 @@ def one_of(text: str | None, path: Path | None) -> list[Host]:
     return read_hostfile(path) if path is not None else []
 
 
+def first_address(hosts: list[Host], given: str | None) -> str:
+    """Returns where ranks meet: the address that is given, or that of the first machine, or of this one.
+
+    Raises:
+        XdscaleError: what is given is no address; it would reach a shell.
+    """
+    if given is not None and not _is_address(given):
+        raise XdscaleError(f"--master-addr {given!r}: expected a host name or an address")
+    return given or (hosts[0].address if hosts else "127.0.0.1")
+
+
 def hostfile_text(hosts: Iterable[Host]) -> str:
     """Returns the hostfile of these machines, in DeepSpeed's syntax."""
     return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
@@ -83,20 +109,29 @@ def hosts_text(hosts: Iterable[Host]) -> str:
 
 
 def rank_names(hosts: Iterable[Host]) -> list[str]:
-    """Returns the name of each rank's machine, in rank order."""
-    return [host.name for host in hosts for _ in range(host.slots)]
+    """Returns the address of each rank's machine, in rank order."""
+    return [host.address for host in hosts for _ in range(host.slots)]
 
 
 def _checked(hosts: list[Host], source: str) -> list[Host]:
     if not hosts:
         raise XdscaleError(f"{source}: names no host; expected at least one")
     for host in hosts:
-        if not _NAME.fullmatch(host.name):
-            raise XdscaleError(f"{source}: {host.name!r} is not a host name")
+        user, at, _ = host.name.rpartition("@")
+        if (at and not _NAME.fullmatch(user)) or not _is_address(host.address):
+            raise XdscaleError(f"{source}: {host.name!r} is not a host name or user@host; name each machine by itself")
         if host.slots < 1:
             raise XdscaleError(f"{source}: {host.name} has {host.slots} slots: expected at least 1")
-    names = [host.name for host in hosts]
+    names = [host.address for host in hosts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise XdscaleError(f"{source}: {twice[0]} stands there twice; give each machine once, with all its slots")
     return hosts
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return _NAME.fullmatch(name) is not None
+    return True

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from xdscale.ds_config import read_ds_config, resolve_ds_config
+from xdscale.ds_config import BatchSplit, read_ds_config, resolve_ds_config, split_batch
 from xdscale.errors import XdscaleError
 from xdscale.plan.shapes import LanguageShape, language_shape
 from xdscale.recipe import Recipe, load_recipe
@@ -21,13 +21,13 @@ class Job:
         name: the recipe's file name without its suffix, fit for a folder and a queue.
         recipe: the recipe with its overrides applied.
         arguments: what `xdscale.adapt` is given.
-        world_size: number of ranks.
+        split: of each step over the ranks.
     """
 
     name: str
     recipe: Recipe
     arguments: tuple[str, ...]
-    world_size: int
+    split: BatchSplit
 
 
 def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str | None, world_size: int) -> Job:
@@ -45,12 +45,13 @@ def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str 
     """
     recipe = load_recipe(name, overrides)
     ds_file = ds_config or shipped_ds_config(recipe)
-    resolve_ds_config(ds_file, read_ds_config(ds_file), recipe, world_size)
+    resolved = resolve_ds_config(ds_file, read_ds_config(ds_file), recipe, world_size)
+    split = split_batch(recipe.training.global_batch, world_size, resolved["train_micro_batch_size_per_gpu"])
     return Job(
         name=re.sub(r"[^\w.-]+", "-", Path(name).stem),
         recipe=recipe,
         arguments=(name, *overrides, "--deepspeed_config", ds_file),
-        world_size=world_size,
+        split=split,
     )
 
 

@@ -34,9 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
         store = _meet(rank, world_size, options.timeout)
         if rank == 0:
-            return _lead(store, world_size, recipe, options)
+            code = _lead(store, world_size, recipe, options)
+            sys.stdout.flush()
+            return code
         return _follow(store, rank, world_size, recipe, options.timeout)
     except XdscaleError as error:
+        problem = str(error)
+    except OSError as error:  # standard output is full, say
         problem = str(error)
     except RuntimeError as error:  # the store's: another rank died, or a connection did
         problem = f"lost the connection to the other ranks: {str(error).splitlines()[0]}"
@@ -159,6 +163,5 @@ def _checkpoint_bytes(recipe: Recipe) -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
     # Without the interpreter's orderly shutdown: a thread may still wait in a collective that never comes.
     os._exit(code)

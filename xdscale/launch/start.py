@@ -1,12 +1,18 @@
 """Commands that start ranks on several machines through the `deepspeed` launcher."""
 
+import re
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from xdscale.errors import XdscaleError
+from xdscale.launch.environment import in_double_quotes
+from xdscale.launch.hosts import Host
+
+_PLAIN_PATH = re.compile(r"[\w@+=:,./-]+")
 
 
 class Rendezvous(NamedTuple):
@@ -31,33 +37,45 @@ def program(name: str) -> str:
     return name if found and (Path(found) == beside or not beside.exists()) else str(beside)
 
 
-def over_ssh(hostfile: Path, meet: Rendezvous, module: str, arguments: tuple[str, ...]) -> list[str]:
-    """Returns the command that starts every rank from one machine, through pdsh and ssh.
+def launcher_command(
+    hosts: list[Host], hostfile: Path, meet: Rendezvous, module: str, arguments: tuple[str, ...]
+) -> list[str]:
+    """Returns the command that starts every rank from this machine: through pdsh and ssh, unless it is the only one.
 
     Raises:
-        XdscaleError: an argument that pdsh's second shell would change and the launcher cannot quote.
+        XdscaleError: the launcher would hand this folder's name to other machines' shells, which would not take it.
     """
+    module_words = ("--module", module)
+    if only_here(hosts):
+        return [*_launcher(hostfile, meet), *module_words, *arguments]
+    here = str(Path.cwd())
+    if not _PLAIN_PATH.fullmatch(here):
+        raise XdscaleError(f"{here}: the deepspeed launcher cannot pass this folder's name on; start from a plain one")
     ssh_port = ["--ssh_port", str(meet.ssh_port)] if meet.ssh_port else []
     # Without --force_multi a hostfile of one machine would start on this one, whichever it names.
-    return [
-        *_launcher(hostfile, meet),
-        "--force_multi",
-        *ssh_port,
-        "--module",
-        module,
-        *(_through_remote_shell(item) for item in arguments),
-    ]
+    command = [*_launcher(hostfile, meet), "--force_multi", *ssh_port, *module_words]
+    return command + [_through_remote_shell(item) for item in arguments]
+
+
+def only_here(hosts: list[Host]) -> bool:
+    """Returns whether all ranks run on this machine, so that neither pdsh nor ssh is needed."""
+    return len(hosts) == 1 and hosts[0].is_here
 
 
 def on_one_node(
-    hostfile: Path, environment_file: Path, meet: Rendezvous, module: str, arguments: tuple[str, ...]
+    hostfile: Path, environment: Mapping[str, str], meet: Rendezvous, module: str, arguments: tuple[str, ...]
 ) -> str:
     """Returns the shell line that starts one machine's ranks there, without ssh; `NODE` is its place in the hostfile.
 
-    The launcher reads `.deepspeed_env` only when it uses ssh, so the line sources it.
+    The launcher reads `.deepspeed_env` only when it uses ssh, so the line has the variables itself.
     """
     command = [*_launcher(hostfile, meet), "--no_ssh", "--node_rank", "NODE", "--module", module, *arguments]
-    return f"(set -a; . {shlex.quote(str(environment_file))}; {shlex.join(command)})"
+    return with_environment(command, environment)
+
+
+def with_environment(command: list[str], environment: Mapping[str, str]) -> str:
+    """Returns a command with variables set for it, as a line for a shell."""
+    return shlex.join(["env", *(f"{name}={value}" for name, value in environment.items()), *command])
 
 
 def require_ssh() -> None:
@@ -88,9 +106,10 @@ def _launcher(hostfile: Path, meet: Rendezvous) -> list[str]:
 
 
 def _through_remote_shell(argument: str) -> str:
-    """Quotes for the shell on the other machine; the launcher itself only quotes what holds a blank."""
-    if " " not in argument:
-        return shlex.quote(argument)
-    if any(character in argument for character in '$`\\"!'):
-        raise XdscaleError(f"argument {argument!r}: cannot pass through pdsh; write this value into a recipe file")
-    return argument
+    """Quotes for pdsh and the shell on the other machine.
+
+    The launcher itself puts what holds a blank between double quotes, in which it escapes nothing but them.
+    """
+    if " " in argument:
+        return in_double_quotes(argument).replace('\\"', '"')
+    return shlex.quote(argument).replace("%", "%%")

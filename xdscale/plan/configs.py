@@ -5,7 +5,6 @@ written so, for A100-40G (bf16) and V100-32G (fp16), and a test writes them agai
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from xdscale.recipe import Recipe
@@ -60,12 +59,9 @@ def file_name(model: str, way: str, precision: str) -> str:
     return f"{model}-{way}{'' if precision == 'bf16' else f'-{precision}'}.json"
 
 
-def write_config(folder: Path, name: str, values: dict[str, Any]) -> Path:
-    """Writes a configuration as people read it; an existing file is replaced at once or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{name}.aside"
-    aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return aside.replace(folder / name)
+def config_text(values: dict[str, Any]) -> str:
+    """Returns a configuration as people read it."""
+    return json.dumps(values, indent=2) + "\n"
 
 
 def _zero(stage: int, offload: bool) -> dict[str, Any]:

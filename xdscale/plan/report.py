@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from xdscale.errors import XdscaleError
+from xdscale.files import write_outputs
 from xdscale.plan.cluster import NETWORK_EFFICIENCY, Cluster
-from xdscale.plan.configs import WAYS, ds_config, write_config
+from xdscale.plan.configs import WAYS, config_text, ds_config
 from xdscale.plan.hardware import FRAGMENTED, RESERVED_GIB, describe_gpu
 from xdscale.plan.planner import GIB, Machine, Plan, Row, make_plan
-from xdscale.plan.scaling import COUNTS, markdown, scale, write_chart
+from xdscale.plan.scaling import COUNTS, markdown, scale
+from xdscale.plan.scaling import chart as chart_text
 from xdscale.recipe import load_recipe
 
 PARTS = ("language", "clip")
@@ -133,7 +135,7 @@ def run_scaling(recipe: str, overrides: list[str], machine: Machine, *, as_json:
     else:
         print("\n\n".join(f"{name}:\n\n{markdown(points)}" for name, points in curves.items()))
     if chart is not None:
-        write_chart(chart, curves, f"{recipe}, {machine.cluster.gpu.name}: hours over GPUs")
+        write_outputs({chart: chart_text(curves, f"{recipe}, {machine.cluster.gpu.name}: hours over GPUs")})
 
 
 def print_plan(plan: Plan) -> None:
@@ -230,8 +232,12 @@ def _write(plan: Plan, folder: Path, as_json: bool) -> None:
     rows = [row for row in plan.rows if row.way in WAYS and row.micro_batch]
     if not rows:
         raise XdscaleError(f"--write-configs {folder}: nothing fits, nothing written")
-    for row in rows:
-        values = ds_config(row.way, plan.precision, row.micro_batch, checkpointing=plan.checkpointing)
-        path = write_config(folder, row.config, values)
-        if not as_json:
-            print(f"written: {path}")
+    texts = {
+        folder / row.config: config_text(
+            ds_config(row.way, plan.precision, row.micro_batch, checkpointing=plan.checkpointing)
+        )
+        for row in rows
+    }
+    write_outputs(texts)
+    if not as_json:
+        print("\n".join(f"written: {path}" for path in texts))

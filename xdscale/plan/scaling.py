@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from xdscale.errors import XdscaleError
 from xdscale.plan.cluster import Cluster
@@ -149,10 +148,3 @@ def chart(curves: dict[str, list[Point]], title: str) -> str:
     style = 'font-family="sans-serif" font-size="12"'
     body = "\n".join(parts)
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n<rect {size} fill="white"/>\n{body}\n</svg>\n'
-
-
-def write_chart(path: Path, curves: dict[str, list[Point]], title: str) -> None:
-    """Writes the chart; an existing file is replaced at once or not at all."""
-    aside = path.with_name(f".{path.name}.aside")
-    aside.write_text(chart(curves, title), encoding="utf-8")
-    aside.replace(path)

@@ -1,0 +1,99 @@
+"""What a command was asked to write is written whole, or nothing is and one message says why."""
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from xdscale.errors import XdscaleError
+from xdscale.files import write_outputs
+
+
+def listing(folder):
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+@contextlib.contextmanager
+def without_rights(folder):
+    """As a user who may not write there: to root everything is writable."""
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_files_and_their_folders_are_written(tmp_path):
+    write_outputs({tmp_path / "a" / "b" / "one": "1\n", tmp_path / "two": "é\n"})
+    assert (tmp_path / "a" / "b" / "one").read_text() == "1\n"
+    assert (tmp_path / "two").read_bytes() == "é\n".encode()
+    assert listing(tmp_path) == ["a", "b", "one", "two"]
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, fails):
+    (tmp_path / "one").write_text("before")
+    calls = iter(range(2))
+
+    def full(descriptor):
+        if next(calls) == fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    failing = [tmp_path / "one", tmp_path / "new" / "deep" / "two"]
+    with pytest.raises(XdscaleError, match=f"{failing[fails]}: cannot be written: No space left on device"):
+        write_outputs(dict.fromkeys(failing, "after"))
+    assert (tmp_path / "one").read_text() == "before"
+    assert listing(tmp_path) == ["one"]
+
+
+def test_an_interruption_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_outputs({tmp_path / "new" / "one": "1"})
+    assert listing(tmp_path) == []
+
+
+def test_a_link_is_followed_and_stays(tmp_path):
+    (tmp_path / "real").write_text("before")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("elsewhere/file")
+    write_outputs({tmp_path / "link": "after", tmp_path / "dangling": "new"})
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "after"
+    assert (tmp_path / "elsewhere" / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("device", ["/dev/null", "/dev/full"])
+def test_a_device_is_written_to_and_not_replaced(device):
+    before = os.stat(device)
+    with contextlib.nullcontext() if device == "/dev/null" else pytest.raises(XdscaleError, match="/dev/full: cannot"):
+        write_outputs({Path(device): "text"})
+    assert os.stat(device).st_rdev == before.st_rdev
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "closed").mkdir()
+    before = listing(tmp_path)
+    for name in ("file/inside", "circle", "closed", "circle/inside", "n" * 300):
+        with pytest.raises(XdscaleError, match="cannot be written"):
+            write_outputs({tmp_path / "first": "1", tmp_path / name: "2"})
+        assert listing(tmp_path) == before
+    with without_rights(tmp_path / "closed"), pytest.raises(XdscaleError, match="cannot be written: Permission denied"):
+        write_outputs({tmp_path / "closed" / "one": "1"})
+    assert listing(tmp_path) == before
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(XdscaleError, match=r"\.: cannot be written: it is a folder"):
+        write_outputs({Path("."): "1"})
