@@ -28,7 +28,9 @@ def build(
     validation_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of documents held out.")] = 0.01,
     min_words: Annotated[int, typer.Option(min=0, help="Leave out paragraphs with fewer words.")] = 5,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    format: Annotated[str, typer.Option(help="auto, text, wikitext, jsonl, mediawiki or parquet.")] = "auto",
+    format: Annotated[
+        str, typer.Option(help="auto, text, wikitext, jsonl, mediawiki, mediawiki-prefix or parquet.")
+    ] = "auto",
     text_field: Annotated[str, typer.Option(help="JSON Lines field or parquet column of the text.")] = "text",
     part: Annotated[str, typer.Option(help="i/n: build part i (from 0) of n, then 'xdscale shards merge'.")] = "0/1",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,

@@ -6,6 +6,7 @@
 | wikitext | an article: from ` = Title = ` to the next one | a line |
 | jsonl | the text field of one line | a line of the text |
 | mediawiki | a page of namespace 0 that is not a redirect | a line of its wikitext, without the markup |
+| mediawiki-prefix | the same, of a dump that may end anywhere | the same |
 | parquet | the text column of one row | a line of the text |
 
 All but parquet may be compressed with gzip, bzip2 or zstandard. Splitting a file into documents is cheap and done by
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.mediawiki import page_lines, read_pages
+from xdscale.shards.mediawiki import PREFIX_FORMAT, read_pages
 from xdscale.shards.parquet import MAGIC, read_parquet
 from xdscale.shards.streams import open_stream
+from xdscale.shards.wiki_markup import prose_lines
 
-FORMATS = ("text", "wikitext", "jsonl", "mediawiki", "parquet")
+FORMATS = ("text", "wikitext", "jsonl", "mediawiki", PREFIX_FORMAT, "parquet")
 LARGEST_LINE_BYTES = 64 << 20
 LARGEST_DOCUMENT_BYTES = 1 << 20
 """A longer text or wikitext document is cut at the end of a line, so that memory stays constant."""
@@ -81,16 +83,12 @@ def stream_documents(
         return
     with open_stream(path, threads) as (stream, bytes_read_of_file):
         for text in _texts(path, stream, format, text_field):
-            yield Document(text, format, bytes_read_of_file())
+            yield Document(text, format.removesuffix("-prefix"), bytes_read_of_file())
 
 
 def paragraphs(text: str, format: str, min_words: int) -> list[str]:
-    """Returns a document's paragraphs: no empty lines, headings, or lines of fewer words (spec xdbert §4).
-
-    Raises:
-        XdscaleError: a MediaWiki page, and gensim is not installed.
-    """
-    lines = page_lines(text) if format == "mediawiki" else text.split("\n")
+    """Returns a document's paragraphs: no empty lines, headings, or lines of fewer words (spec xdbert §4)."""
+    lines = prose_lines(text) if format == "mediawiki" else text.split("\n")
     stripped = (line.strip() for line in lines)
     return [line for line in stripped if len(line.split()) >= max(1, min_words) and not _HEADING.fullmatch(line)]
 
@@ -121,8 +119,8 @@ def _format_of(head: bytes) -> str:
 
 
 def _texts(path: Path, stream: BinaryIO, format: str, text_field: str) -> Iterator[str]:
-    if format == "mediawiki":
-        return read_pages(path, stream)
+    if format in ("mediawiki", PREFIX_FORMAT):
+        return read_pages(path, stream, prefix=format == PREFIX_FORMAT)
     lines = _lines(path, stream)
     if format == "jsonl":
         return _json_texts(path, lines, text_field)

@@ -1,4 +1,4 @@
-"""A small corpus that needs no gensim, its tokenizer, and datasets built from it."""
+"""A small corpus, its tokenizer, and datasets built from it."""
 
 import functools
 import random

@@ -33,9 +33,9 @@ def test_vocabulary(open_clip_tokenizer):
 
 
 def test_every_real_paragraph_has_open_clips_ids(bpe, wiki_dump, open_clip_tokenizer):
-    """The whole slice: 8,567 paragraphs of the English Wikipedia."""
+    """The whole slice: 7,401 paragraphs of the English Wikipedia."""
     texts = [paragraph for document in read_documents(wiki_dump) for paragraph in document]
-    assert len(texts) > 8000
+    assert len(texts) > 7000
     assert sum(not text.isascii() for text in texts) > 1000
     different = [
         text
