@@ -47,7 +47,7 @@ _TAGS = (_HIDING_TAGS | _BLOCK_TAGS).union(
     "templatestyles time translate tt tvar u var wbr".split()
 )
 _MEDIA = (
-    r"[^:|\n]{1,40}:[^|\n]{1,255}"
+    r"(?!\s*media:)[^:|\n]{1,40}:[^|\n]{1,255}"  # [[Media:A.ogg|listen]] is a link that shows its text
     r"\.(?:jpe?g|png|gif|svg|tiff?|webp|xcf|pdf|djvu|og[agv]|opus|webm|mp[34]|midi?|wav|flac)"
 )
 _MEDIA_TARGET = re.compile(rf"{_MEDIA}\s*", re.IGNORECASE)

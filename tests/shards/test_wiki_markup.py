@@ -78,6 +78,7 @@ def test_what_is_no_prose_goes_and_the_text_around_it_stays(note):
         ("L'auteur de l'''Iliade'' et l{{'}}''Odyssée'', '''Homère'''", "L'auteur de l'Iliade et lOdyssée, Homère"),
         ("<nowiki>''[[a]]'' {{b}} <i>&amp;</i> '''</nowiki> c", "''[[a]]'' {{b}} <i>&</i> ''' c"),
         ("<nowiki>* no list</nowiki>", "* no list"),
+        ("said [[Media:A.ogg|so]], [[:File:A.jpg|this picture]]", "said so, this picture"),
         ("a < b, c > d, x<y>z, <stdio.h>, 1 <2", "a < b, c > d, x<y>z, <stdio.h>, 1 <2"),
         ("&lt;br&gt; &amp;nbsp; &mdash; a&nbsp;b &#233; &copy=1 AT&T", "<br> &nbsp; — a\xa0b é &copy=1 AT&T"),
         ("a<br>b <small>c</small><sup id=x>2</sup> <font color='red'>d</font>", "a b c2 d"),
