@@ -1,7 +1,9 @@
 """Shards behind a URL: fetched once into a local folder, and never used before their SHA-256 is right.
 
 Whatever fsspec opens (s3://, gs://, https://, memory://, … with the package that each needs), and what webdataset
-opens where fsspec does not (`pipe:COMMAND`, https:// through curl). A global shuffle touches all shards in the first
+opens where fsspec does not (`pipe:COMMAND`, https:// through curl). Which of these a file may name is decided where
+files are read: `xdscale.names.check_stated_url`. Here a URL is only ever one argument of a program, except in what a
+person typed after `pipe:`, to which a checked file name is appended. A global shuffle touches all shards in the first
 minutes, so all are fetched before the first step.
 """
 
@@ -47,12 +49,10 @@ def fetch_manifest(url: str) -> str:
 def place_manifest(text: str, cache: Path) -> Path:
     """Writes a fetched `dataset.json` into its own folder of the cache and returns that folder.
 
-    The folder is named by the text's hash: a dataset that changes behind its URL gets another one.
-
     Raises:
         XdscaleError: the cache cannot be written.
     """
-    folder = cache / hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+    folder = cache_folder(text, cache)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f".{MANIFEST_NAME}.partial") as aside:
@@ -61,6 +61,14 @@ def place_manifest(text: str, cache: Path) -> Path:
     except OSError as error:
         raise XdscaleError(f"data.cache = {cache}: cannot be written: {error.strerror or error}") from None
     return folder
+
+
+def cache_folder(text: str, cache: Path) -> Path:
+    """Returns the folder of a cache that is the dataset's whose `dataset.json` has this text.
+
+    It is named by the text's hash: a dataset that changes behind its URL gets another one.
+    """
+    return cache / hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
 def fetch_shards(

@@ -264,11 +264,14 @@ def report_command(
 def replay(
     run: Annotated[UserPath, typer.Argument(help="Run folder.")],
     step: Annotated[int, typer.Argument(help="Step, counted from 1 as in log.jsonl.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="data.shards=...", help="Where the shards are now, or data.cache=...")
+    ] = None,
 ) -> None:
     """Repeat a step's global batch sample by sample: losses, gradient norms, what is not finite first."""
     from xdscale.replay import replay as replay_step
 
-    replay_step(run, step)
+    replay_step(run, step, overrides or [])
 
 
 @app.command(rich_help_panel=_CLUSTERS)

@@ -1,12 +1,17 @@
 """Names of files: plain paths, files inside installed packages, and URLs."""
 
 import importlib.util
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
 
 PACKAGE_PREFIX = "package:"
+
+SCHEMES_IN_FILES = ("https", "http", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "file", "memory")
+"""What a URL in a file may begin with: these read what they name, run no command and open no session elsewhere."""
 
 
 def expand_home(name: str) -> str:
@@ -45,12 +50,36 @@ def is_url(name: str) -> bool:
     return "://" in name or name.startswith("pipe:")
 
 
+def check_stated_url(name: str, where: str, key: str) -> None:
+    """Refuses a URL that a file states and that would do more than read: files come from anywhere.
+
+    `pipe:COMMAND` runs a shell, other schemes log in elsewhere (`ssh://`), and chains (`a::b`) wrap one in another. A
+    person may name them all on the command line.
+
+    Args:
+        name: what the file states; a path passes.
+        where: the file, for the message.
+        key: where it stands in the file.
+
+    Raises:
+        XdscaleError: the URL does not begin with one of `SCHEMES_IN_FILES`, or is a chain.
+    """
+    if not is_url(name) or (re.match(rf"(?:{'|'.join(SCHEMES_IN_FILES)})://", name) and "::" not in name):
+        return
+    what = "is a command" if name.startswith("pipe:") else "is a kind of URL"
+    raise XdscaleError(
+        f"{where}: {key} = {name!r} {what} that is followed only when typed, since a file may come from anywhere; a "
+        f"file names a folder, or a URL that begins with one of {', '.join(SCHEMES_IN_FILES)}. If you trust it, add it "
+        f"to the command line: {shlex.quote(f'{key}={name}')}"
+    )
+
+
 def resolve_path(name: str, *, base: Path | None = None) -> Path:
     """Returns the existing file or folder that `name` stands for.
 
     Args:
         name: a path (`~` is expanded), or `package:NAME/inner/path` for a file shipped in an installed
-            package. The package is located, never imported, so none of its code runs.
+            package, not in one that it holds. The package is located, never imported, so none of its code runs.
         base: folder against which a relative path is tried when it does not exist in the working folder.
 
     Raises:
@@ -68,6 +97,8 @@ def resolve_path(name: str, *, base: Path | None = None) -> Path:
 
 def _inside_package(name: str) -> Path:
     package, _, inner = name.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not package.isidentifier():  # finding `a.b` would import `a`
+        raise XdscaleError(f"{name}: {package!r} is not the name of a package; expected package:NAME/inner/path")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise XdscaleError(

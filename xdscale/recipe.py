@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.names import expand_home, is_url
+from xdscale.names import check_stated_url, expand_home, is_url
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -192,12 +192,23 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         overrides: `section.key=value` items; the value is read as YAML.
 
     Raises:
-        XdscaleError: no such recipe, not YAML, an unknown key (the nearest right one is named) or a bad value.
+        XdscaleError: no such recipe, not YAML, an unknown key (the nearest right one is named) or a bad value; or the
+            file, and no override, names shards behind a URL that only a person may name (see `check_stated_url`).
     """
     path = _recipe_path(name)
     recipe = read_validated(path, overrides, Recipe)
+    if not is_overridden(overrides, "data", "shards"):
+        check_stated_url(recipe.data.shards, str(path), "data.shards")
     _check_consistency(recipe, path)
     return recipe
+
+
+def is_overridden(overrides: Sequence[str], section: str, key: str) -> bool:
+    """Returns whether a value comes from the command line, not from the recipe's file."""
+    typed: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(typed, override)
+    return isinstance(typed.get(section), dict) and key in typed[section]
 
 
 def read_validated(path: Path, overrides: Sequence[str], model: type[Values]) -> Values:

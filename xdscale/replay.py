@@ -1,7 +1,7 @@
 """`xdscale replay RUN STEP`: a step's global batch again, sample by sample, to find what made it non-finite."""
 
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from torch import nn
 from xdscale.devices import rank_device
 from xdscale.ds_config import precision
 from xdscale.errors import XdscaleError
-from xdscale.recipe import Recipe, load_recipe
+from xdscale.names import is_url
+from xdscale.recipe import Recipe, is_overridden, load_recipe
+from xdscale.shards.manifest import MANIFEST_NAME
+from xdscale.shards.remote import cache_folder, fetch_manifest
 from xdscale.training.engine import to_device
 
 _ROWS = 20
@@ -41,25 +44,28 @@ class SampleReplay:
     culprit: str | None
 
 
-def replay(run: Path, step: int) -> list[SampleReplay]:
+def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleReplay]:
     """Repeats a step in one process and prints what each sample gives, suspects first.
 
     Samples, masks, pairings and the share of each sample in the loss are those of the step. The weights are those of
     the newest undamaged checkpoint at or before the step, in the run's precision. Dropout is off and samples run one
-    by one: what depends on dropout's draws does not show.
+    by one: what depends on dropout's draws does not show. A run folder may come from elsewhere: nothing that its
+    recipe names is executed or written.
 
     Args:
-        run: the run folder; `data.shards` of its recipe must be where it was.
+        run: the run folder.
         step: counted from 1, as in `log.jsonl`.
+        overrides: `data.shards=…` and `data.cache=…`, where the shards are not where the recipe says.
 
     Returns:
         The samples, suspects first, then by gradient norm.
 
     Raises:
-        XdscaleError: not a run folder, or no such step.
+        XdscaleError: not a run folder, no such step, or no shards there.
     """
-    recipe = _recipe(run, step)
+    recipe = _recipe(run, step, overrides)
     from xdscale.adapt import open_data
+    from xdscale.pretrained.files import read_json
     from xdscale.tasks.xdbert import build_adaptation
     from xdscale.training.distributed import Ranks
 
@@ -67,7 +73,7 @@ def replay(run: Path, step: int) -> list[SampleReplay]:
     torch.manual_seed(recipe.training.seed)
     module = build_adaptation(recipe)
     source = _load_weights(module, run, step)
-    config = json.loads((run / "ds_config.json").read_text(encoding="utf-8"))
+    config = read_json(run / "ds_config.json")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(config)]
     device = rank_device(0)
     module.to(device, dtype).eval()
@@ -83,14 +89,37 @@ def replay(run: Path, step: int) -> list[SampleReplay]:
     return found
 
 
-def _recipe(run: Path, step: int) -> Recipe:
+def _recipe(run: Path, step: int, overrides: Sequence[str]) -> Recipe:
     path = run / "recipe.yaml"
     if not path.is_file():
         raise XdscaleError(f"{run}: not a run folder (no recipe.yaml); give the recipe's output.folder")
-    recipe = load_recipe(str(path), ["data.verify=false", "training.eval_samples=1"])
+    for override in overrides:
+        if override.partition("=")[0] not in ("data.shards", "data.cache"):
+            raise XdscaleError(f"{override!r}: the step stays as it was; only data.shards and data.cache may differ")
+    shards = [value for key, _, value in (override.partition("=") for override in overrides) if key == "data.shards"]
+    if shards and not is_url(shards[-1]):
+        overrides = ["data.cache=null", *overrides]  # the run's own, which a local folder has no use for
+    recipe = load_recipe(str(path), overrides)
     if not 1 <= step <= recipe.training.steps:
         raise XdscaleError(f"{run}: no step {step}; the run has steps 1 to {recipe.training.steps}")
-    return recipe
+    data = recipe.data
+    # Which shards a run did without is found out by verifying; without such a budget it only takes time.
+    changes: dict[str, Any] = {"verify": data.max_damaged_shards > 0}
+    if is_url(data.shards) and not is_overridden(overrides, "data", "cache"):
+        changes |= {"shards": str(_fetched(run, data.shards, data.cache)), "cache": None}
+    training = recipe.training.model_copy(update={"eval_samples": 1})
+    return recipe.model_copy(update={"data": data.model_copy(update=changes), "training": training})
+
+
+def _fetched(run: Path, url: str, cache: str) -> Path:
+    """Returns where the run fetched its shards to; what a recipe names is only read here."""
+    folder = cache_folder(fetch_manifest(url), Path(cache).expanduser())
+    if not (folder / MANIFEST_NAME).is_file():
+        raise XdscaleError(
+            f"{run}: the shards of {url} that it fetched into data.cache = {cache} are not on this machine; to fetch "
+            "them, name a folder for them: data.cache=FOLDER on the command line"
+        )
+    return folder
 
 
 def _load_weights(module: nn.Module, run: Path, step: int) -> str:

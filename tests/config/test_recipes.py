@@ -7,6 +7,7 @@ import yaml
 
 from xdscale.errors import XdscaleError
 from xdscale.finetune.recipe import FinetuneSettings, load_settings
+from xdscale.names import resolve_path
 from xdscale.recipe import SHIPPED, Recipe, Section, load_recipe, shipped_recipes
 from xdscale.recipe_keys import key_lines
 
@@ -241,3 +242,39 @@ def test_steps_that_are_kept_for_good_must_be_steps_that_are_saved(write):
     for every in (10, 30):
         with pytest.raises(XdscaleError, match="must be a multiple of training.checkpoint_every"):
             load_recipe(write(MINIMAL), [*how, f"training.keep_every={every}"])
+
+
+COMMANDS = ["pipe:cat /wiki", "pipe:touch x; cat s3://bucket/wiki"]
+ELSEWHERE = [
+    *("ssh://host/wiki", "sftp://host/wiki", "github://o:r@main/wiki", "ais://b/wiki", "local:///wiki", "S3://b/wiki"),
+    *("simplecache::https://host/wiki", "filecache::file:///wiki", "zip://wiki::s3://b/x.zip", "reference://::x"),
+    *("s3://b/wiki::pipe:cat", "PIPE:cat x://y", " pipe:cat x://y", "https+pipe://x"),
+]
+READ = ["s3://bucket/wiki", "https://host/wiki", "gs://b/wiki", "hf://datasets/o/r", "file:///wiki", "memory://wiki"]
+
+
+@pytest.mark.parametrize("url", COMMANDS + ELSEWHERE)
+def test_a_file_may_not_name_a_url_that_does_more_than_read(write, url):
+    path = write(MINIMAL | {"data": {"shards": url, "cache": "/cache"}})
+    with pytest.raises(XdscaleError, match=r"recipe\.yaml: data\.shards = .* followed only when typed"):
+        load_recipe(path, ["training.seed=1"])
+    # A person may, on the command line, whatever the file says.
+    for typed in ([f"data.shards={url}"], [f"data={{shards: '{url}', cache: /cache}}"]):
+        assert load_recipe(path, typed).data.shards == url.strip() or url.startswith(" ")
+    assert load_recipe(path, ["data.shards=/wiki", "data.cache=null"]).data.shards == "/wiki"
+
+
+@pytest.mark.parametrize("url", READ)
+def test_a_file_may_name_a_url_that_is_read(write, url):
+    assert load_recipe(write(MINIMAL | {"data": {"shards": url, "cache": "/cache"}})).data.shards == url
+
+
+def test_a_package_in_a_recipe_is_never_imported(tmp_path, monkeypatch):
+    """Finding `a.b` imports `a`, which may lie in the working folder."""
+    (tmp_path / "received" / "inner").mkdir(parents=True)
+    for folder in ("received", "received/inner"):
+        (tmp_path / folder / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(XdscaleError, match=r"'received\.inner' is not the name of a package"):
+        resolve_path("package:received.inner/shards")
+    assert resolve_path("package:received/inner").name == "inner"

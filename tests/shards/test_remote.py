@@ -140,6 +140,21 @@ def test_memory_file_and_pipe_urls(small_dataset, records, tmp_path, monkeypatch
     assert problems == {records[0].file: f"memory://wiki/{records[0].file}: missing"}
 
 
+def test_no_name_reaches_a_shell(server, small_dataset, tmp_path, monkeypatch):
+    """An https URL may come from a file, a shard's name from whoever made the dataset."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("/$(touch a)", "/;touch b;", "/`touch c`", "/'|touch d|'", '/"&touch e&"', "/\n touch f\n"):
+        with pytest.raises(XdscaleError, match="cannot be fetched"):
+            fetch_manifest(server.url + path)
+    manifest = json.loads((small_dataset / MANIFEST_NAME).read_text())
+    for name in ("train-000000.tar;touch g", "train-000000.tar\n", "../train-000000.tar", "$(touch h)-000000.tar"):
+        manifest["splits"]["train"]["shards"][0]["file"] = name
+        folder = place_manifest(json.dumps(manifest), tmp_path / "cache")
+        with pytest.raises(XdscaleError, match=r"splits\.train\.shards\.0\.file: String should match pattern"):
+            Manifest.load(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
 def test_another_dataset_behind_the_same_url_gets_another_folder(small_dataset, records, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(small_dataset, source)
