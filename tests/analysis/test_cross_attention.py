@@ -197,6 +197,12 @@ def test_sentences_that_do_not_fit_are_named(run, sentences, message):
         cross_attention(run, sentences)
 
 
+def test_a_picture_that_could_not_be_written_is_refused_before_the_model_is_read(tmp_path):
+    (tmp_path / "maps.svg").mkdir()
+    with pytest.raises(XdscaleError, match=r"maps\.svg: is a folder; expected the name of a file"):
+        command(tmp_path, "--sentence1", "A red apple.", "--plot", tmp_path / "maps.svg")
+
+
 def test_damage_is_named(run, exported, tmp_path):
     with pytest.raises(XdscaleError, match="neither a run folder .* nor an export"):
         cross_attention(tmp_path, PAIR)

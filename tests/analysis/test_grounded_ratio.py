@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -215,6 +216,28 @@ def test_the_command_states_the_split_and_writes_every_example(tmp_path, cassett
     assert (tmp_path / "box.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
     assert result.stderr.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (".", r"\.: is a folder; expected the name of a file"),
+        ("nowhere/r.csv", "the folder .*nowhere does not exist"),
+        ("rte.csv", "--out .*: is one of the comparisons, which would be lost"),
+        ("link.csv", "--out .*: is one of the comparisons, which would be lost"),
+        ("/dev/full", "/dev/full: cannot be written: No space left on device"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_named(tmp_path, cassette_model, monkeypatch, out, message):
+    monkeypatch.chdir(tmp_path)
+    Path("captions.txt").write_text("it\n")
+    comparison = write_comparison(tmp_path / "rte.csv")
+    Path("link.csv").symlink_to("rte.csv")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(XdscaleError, match=message):
+        run(comparison, "--captions", "captions.txt", "--tokenizer", cassette_model, "--out", out)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert Path("/dev/full").is_char_device()
 
 
 def test_own_stop_words_replace_the_list(tmp_path, cassette_model):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +157,31 @@ def test_the_picture_is_written_whole_and_alike(tmp_path):
     assert pictures[0].startswith(b"<?xml")
     assert pictures[0] == pictures[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.svg", "b.svg"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda plot: plot.mkdir(), "is a folder; expected the name of a file"),
+        (lambda plot: plot.symlink_to("nowhere/x.png"), "the folder .*nowhere does not exist"),
+        (lambda plot: plot.symlink_to("/proc/x.png"), "cannot be written: "),
+        (lambda plot: plot.symlink_to(plot), "cannot be written: Too many levels of symbolic links"),
+    ],
+)
+def test_a_picture_that_could_not_be_written_is_refused_before_the_work(tmp_path, prepare, message, monkeypatch):
+    monkeypatch.setattr("xdscale.analysis.embeddings.load_system", None)
+    prepare(tmp_path / "x.png")
+    with pytest.raises(XdscaleError, match=rf"x\.png: {message}"):
+        pwcca_command("random:9", "random:9", "--words", "100", "--plot", str(tmp_path / "x.png"))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_disk_that_is_full_when_the_picture_comes_is_named(tmp_path):
+    (tmp_path / "x.png").symlink_to("/dev/full")
+    with pytest.raises(XdscaleError, match=r"x\.png: cannot be written: No space left on device"):
+        pwcca_command("random:9", "random:9", "--words", "100", "--plot", str(tmp_path / "x.png"))
+    assert Path("/dev/full").is_char_device()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 
 @pytest.mark.parametrize(

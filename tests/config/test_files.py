@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xdscale.errors import XdscaleError
-from xdscale.files import write_outputs
+from xdscale.files import check_output_file, check_output_folder, write_outputs
 
 
 def listing(folder):
@@ -97,3 +97,59 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(XdscaleError, match=r"\.: cannot be written: it is a folder"):
         write_outputs({Path("."): "1"})
+
+
+@pytest.mark.parametrize("name", ["full", "folder", "loop", "full/x", "x" * 250])
+def test_when_one_cannot_be_written_none_is(tmp_path, name):
+    (tmp_path / "old.txt").write_text("old")
+    (tmp_path / "full").symlink_to("/dev/full")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    before = listing(tmp_path)
+    with pytest.raises(XdscaleError, match=rf"{name}: cannot be written: "):
+        write_outputs({tmp_path / "old.txt": b"new", tmp_path / "made" / "new.txt": b"new", tmp_path / name: b"new"})
+    assert listing(tmp_path) == before
+    assert (tmp_path / "old.txt").read_text() == "old"
+
+
+def test_a_device_is_written_to_and_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    check_output_file(tmp_path / "pipe")
+    write_outputs({tmp_path / "pipe": b"through"})
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert listing(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("path", ["new", "new/deep", ".", "there", "link"])
+def test_a_folder_that_can_be_written_passes_and_nothing_is_left(tmp_path, path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    before = listing(tmp_path)
+    check_output_folder(tmp_path / path, "--out")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("file", "--out .*file: exists and is not a folder"),
+        ("file/inner/deep", "--out .*: .*/file is not a folder"),
+        ("dangling", "--out .*: exists and is not a folder"),
+        ("dangling/inner", "--out .*: .*/dangling is not a folder"),
+        ("/proc/new", "/proc/new: cannot be written: "),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, path, message):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(XdscaleError, match=message):
+        check_output_folder(tmp_path / path, "--out")
+
+
+def test_a_read_only_file_is_refused_where_its_mode_counts(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the superuser may write everything
+    with pytest.raises(XdscaleError, match="file: is read-only; choose another name"):
+        check_output_file(tmp_path / "file")

@@ -123,12 +123,36 @@ def test_read_holds_out_a_tenth_by_the_hash_of_the_id_whatever_the_order(tmp_pat
             lambda text: text.replace("Magnarelli", "a" * 100_001),
             r"line 3: column '#1 String' has 100,0\d\d characters",
         ),
+        (lambda text: text.replace("\n", "\r") * 99, r"line 1: no column .* found .{,300} …$"),  # one line for all
+        (
+            lambda text: "sentence1\tsentence2\tlabel\nA.\tB.\t1\n",
+            r"no column .*'Quality'; .* found sentence1, sentence2",
+        ),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path, change, message):
     write(tmp_path / "MRPC", train__tsv=change(MRPC), dev__tsv=MRPC)
     with pytest.raises(XdscaleError, match=rf"train\.tsv.*{message}|{message}"):
         read_task(TASKS["mrpc"], tmp_path)
+
+
+def test_line_ends_of_windows_and_a_byte_order_mark_change_nothing(tmp_path):
+    examples = []
+    for name, text in (("plain", MRPC), ("windows", MRPC.replace("\n", "\r\n")), ("bare", MRPC.lstrip("\ufeff"))):
+        write(tmp_path / name)
+        (tmp_path / name / "dev.tsv").write_bytes(text.encode())
+        examples.append(read_examples(TASKS["mrpc"], tmp_path / name / "dev.tsv", labelled=True))
+    assert examples[0] == examples[1] == examples[2]
+
+
+def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path, monkeypatch):
+    for name in ("train.tsv", "val.csv"):
+        (tmp_path / name).symlink_to("/proc/self/mem")  # opens, and fails at the first byte
+        with pytest.raises(XdscaleError, match=rf"{name}: cannot be read: Input/output error"):
+            read_examples(TASKS["mrpc"], tmp_path / name, labelled=True)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [])
+    with pytest.raises(XdscaleError, match=r"/RTE: cannot be written: Not a directory; give a local folder"):
+        fetch_task(TASKS["rte"], tmp_path / "train.tsv")
 
 
 def test_missing_split_missing_folder_and_unknown_task(tmp_path):

@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from rich.table import Table
 from xdscale.analysis import pictures
 from xdscale.analysis.comparison import CATEGORIES, ComparedExample, read_comparison
 from xdscale.errors import XdscaleError
+from xdscale.files import check_output_file, write_outputs
 
 if TYPE_CHECKING:
     from xdscale.analysis.grounded_ratio import GroundedWords
@@ -67,8 +67,10 @@ def print_grounded_ratio(
     from xdscale.shards.language import load_language_tokenizer
 
     pictures.check_picture_path(plot)
-    if out is not None and not out.parent.is_dir():
-        raise XdscaleError(f"{out}: the folder {out.parent} does not exist")
+    if out is not None:
+        check_output_file(out)
+        if out.exists() and any(path.exists() and out.samefile(path) for path in comparisons):
+            raise XdscaleError(f"--out {out}: is one of the comparisons, which would be lost; choose another name")
     names = Counter(path.stem for path in comparisons)
     if names.most_common(1)[0][1] > 1:
         raise XdscaleError(
@@ -160,12 +162,7 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8", newline="") as file:
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    write_outputs({path: text.getvalue()})
 
 
 def _table(*columns: str) -> Table:

@@ -1,5 +1,6 @@
 """Pictures of the analyses, with matplotlib and without a display."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xdscale.errors import XdscaleError
+from xdscale.files import check_output_file, write_outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,14 +20,13 @@ def check_picture_path(path: Path | None) -> None:
     """Refuses a picture that could not be written, before any work is done.
 
     Raises:
-        XdscaleError: the name ends neither in .png nor in .svg, or its folder does not exist.
+        XdscaleError: the name ends neither in .png nor in .svg, or such a file cannot be written there.
     """
     if path is None:
         return
     if path.suffix not in PICTURE_TYPES:
         raise XdscaleError(f"{path}: the picture's name must end in {' or '.join(PICTURE_TYPES)}")
-    if not path.parent.is_dir():
-        raise XdscaleError(f"{path}: the folder {path.parent} does not exist")
+    check_output_file(path)
 
 
 def correlation_curves(curves: dict[str, np.ndarray], title: str) -> "Figure":
@@ -85,14 +86,18 @@ def attention_maps(columns: dict[str, list[np.ndarray]], rows: list[list[str]], 
 
 
 def save_picture(figure: "Figure", path: Path) -> None:
-    """Writes a picture aside and renames it; the same figure gives the same bytes."""
+    """Writes a picture, whole or not at all; the same figure gives the same bytes.
+
+    Raises:
+        XdscaleError: it cannot be written.
+    """
     import matplotlib
 
-    aside = path.with_name(f".{path.name}.partial")
+    file = io.BytesIO()
     stamp = {"Date": None} if path.suffix == ".svg" else {}
     with matplotlib.rc_context({"svg.hashsalt": "xdscale"}):
-        figure.savefig(aside, format=path.suffix[1:], metadata=stamp)
-    aside.rename(path)
+        figure.savefig(file, format=path.suffix[1:], metadata=stamp)
+    write_outputs({path: file.getvalue()})
 
 
 def _figure(width: float, height: float) -> "Figure":

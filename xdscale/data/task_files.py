@@ -4,9 +4,12 @@ import csv
 import hashlib
 import math
 import sys
+import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from xdscale.data.task_table import Task
 from xdscale.errors import XdscaleError
@@ -138,7 +141,7 @@ def read_examples(task: Task, path: Path, *, labelled: bool) -> list[Example]:
     if missing:
         raise XdscaleError(
             f"{path}, line 1: no column {', '.join(map(repr, missing))}; {task.title} has {', '.join(wanted)}, "
-            f"found {', '.join(columns)}"
+            f"found {textwrap.shorten(', '.join(columns), 300, placeholder=' …')}"
         )
     place = {name: index for index, name in enumerate(columns)}
     examples: list[Example] = []
@@ -191,27 +194,33 @@ def _label(task: Task, path: Path, line: int, text: str) -> float:
 
 def _read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Splits lines at tabs; quotes are text. Only line feeds end a line: sentences may hold other separators."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.rstrip("\r\n").split("\t")
-    except UnicodeDecodeError as error:
-        raise XdscaleError(f"{path}: not UTF-8 text: {error}") from None
+    with _text(path, newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            yield number, line.rstrip("\r\n").split("\t")
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     reader = None
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with _text(path, newline="") as file:
             reader = csv.reader(file, strict=True)
             line = 1
             for row in reader:
                 yield line, row
                 line = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        raise XdscaleError(f"{path}: not UTF-8 text: {error}") from None
     except csv.Error as error:
         raise XdscaleError(f"{path}, line {reader.line_num if reader else 1}: not CSV: {error}") from None
+
+
+@contextmanager
+def _text(path: Path, *, newline: str) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise XdscaleError(f"{path}: not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _report_torn(path: Path, torn: list[int], rows: int) -> None:

@@ -19,7 +19,8 @@ def fetch_task(task: Task, data: Path) -> None:
         data: gets the task's folder.
 
     Raises:
-        XdscaleError: the task is nowhere free to fetch, `datasets` is not installed, or the hub cannot be reached.
+        XdscaleError: the task is nowhere free to fetch, `datasets` is not installed, the hub cannot be reached, or
+            `data` cannot be written.
     """
     folder = data / task.folder
     if (folder / task.train).is_file():
@@ -37,19 +38,29 @@ def fetch_task(task: Task, data: Path) -> None:
             "give a local folder with --data, or: pip install 'xdscale[hub]'"
         ) from None
     aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     datasets.disable_progress_bars()
-    for name, split in task.hub.splits.items():
-        try:
-            rows = datasets.load_dataset(task.hub.path, task.hub.config, split=split)
-        except Exception as error:  # the library raises unrelated kinds for no network, no such name, no such split
-            reason = " ".join(str(error).split())[:200]
-            raise XdscaleError(
-                f"--task {task.name}: {task.hub.path} could not be fetched ({reason}); give a local folder with --data"
-            ) from None
-        _write(task, task.hub, aside / name, rows, labelled=not name.startswith("test"))
-    aside.rename(folder)
+    splits = {name: _load(datasets, task, task.hub, split) for name, split in task.hub.splits.items()}
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, rows in splits.items():
+            _write(task, task.hub, aside / name, rows, labelled=not name.startswith("test"))
+        aside.rename(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise XdscaleError(
+            f"{folder}: cannot be written: {error.strerror or error}; give a local folder with --data"
+        ) from None
+
+
+def _load(datasets: Any, task: Task, hub: Hub, split: str) -> Any:
+    try:
+        return datasets.load_dataset(hub.path, hub.config, split=split)
+    except Exception as error:  # the library raises unrelated kinds for no network, no such name, no such split
+        reason = " ".join(str(error).split())[:200]
+        raise XdscaleError(
+            f"--task {task.name}: {hub.path} could not be fetched ({reason}); give a local folder with --data"
+        ) from None
 
 
 def _write(task: Task, hub: Hub, path: Path, rows: Any, *, labelled: bool) -> None:
