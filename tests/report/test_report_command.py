@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -315,3 +316,145 @@ def test_needs_no_torch(pair, tmp_path):
         "assert not {'torch', 'deepspeed', 'transformers', 'sklearn', 'scipy'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def forms(folder):
+    """What each written form says, as text."""
+    return {suffix: (folder / f"report.{suffix}").read_text(encoding="utf-8") for suffix in ("md", "csv", "html")}
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_a_single_seed_gets_no_mark_in_any_form(write_sweep, tmp_path, seeds, capsys):
+    """READ differs by far more than examples could: marked with five seeds, never with one."""
+    runs = [write_sweep("BERT-b", {"read": 0.3}, seeds=seeds), write_sweep("XDBERT-b", {"read": 0.9}, seeds=seeds)]
+    line = report(runs, tmp_path / "out")["XDBERT-b", "read"]
+    said, table = forms(tmp_path / "out"), forms(tmp_path / "out")["html"].split("</table>")[0]
+    reserve = "better than BERT-b with this one seed, which says nothing about others"
+    assert (line["verdict"], "▲" in table) == (("better", True) if seeds > 1 else ("", False))
+    assert (line["ci_seeds_low"] == "") == (line["ci_seeds_high"] == "") == (seeds == 1)
+    assert line["ci_low"] != ""
+    for text in (said["md"], said["html"], capsys.readouterr().out):
+        assert (reserve in text) == (seeds == 1)
+        assert ("1 seed" in text) == (seeds == 1)
+
+
+def test_one_seed_is_not_compared_with_three(write_sweep, tmp_path, capsys):
+    runs = [write_sweep("BERT-b", {"rte": 0.6}, seeds=3), write_sweep("XDBERT-b", {"rte": 0.9}, seeds=1)]
+    line = report(runs, tmp_path / "out")["XDBERT-b", "rte"]
+    assert (line["difference"], line["verdict"]) == ("", "")
+    assert "the finished seeds differ: 0 of XDBERT-b, 0, 1, 2 of BERT-b" in capsys.readouterr().err
+    assert "▲" not in forms(tmp_path / "out")["html"]
+
+
+def model(sweep, **values):
+    stored = json.loads((sweep / "sweep.json").read_text())
+    change(sweep / "sweep.json", model=stored["model"] | values)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "warning"),
+    [
+        ({"subject": "cross-modal"}, {}, "unlike subjects, cross-modal and language: they differ in parameters"),
+        ({"subject": "clip"}, {}, "unlike subjects, clip and language"),
+        (
+            {"encoder": "electra, 12 layers of 768"},
+            {"encoder": "bert, 12 layers of 768"},
+            "unlike encoders, electra, 12 layers of 768 and bert, 12 layers of 768",
+        ),
+        ({}, {}, "the same weights (SHA-256 abababababab…), a model against itself"),
+        ({"weights_sha256": "cd" * 32}, {"encoder": "bert"}, None),
+    ],
+)
+def test_unlike_models_are_compared_with_a_warning_in_every_form(write_sweep, tmp_path, capsys, ours, theirs, warning):
+    runs = [write_sweep("BERT-b", {"rte": 0.6}), write_sweep("XDBERT-b", {"rte": 0.9})]
+    model(runs[0], **theirs)
+    model(runs[1], **ours)
+    assert report(runs, tmp_path / "out")["XDBERT-b", "rte"]["verdict"] == "better"
+    said = forms(tmp_path / "out")
+    texts = [capsys.readouterr().err, said["md"], said["html"]]
+    if warning is None:
+        assert not any("XDBERT-b against BERT-b: " in text for text in texts)
+    else:
+        assert all(f"XDBERT-b against BERT-b: {warning}" in text for text in texts)
+
+
+def test_a_copy_is_named_and_a_folder_counts_once(write_sweep, tmp_path, capsys):
+    first = write_sweep("BERT-b", {"rte": 0.7, "cola": 0.8}, seeds=2)
+    shutil.copytree(first, tmp_path / "copy")
+    model(tmp_path / "copy", label="XDBERT-b", weights_sha256="cd" * 32)
+    report([first, tmp_path / "copy"], tmp_path / "out")
+    assert "all answers are the same in every seed; is one a copy of the other?" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(first)
+    for again in (first, tmp_path / "link"):
+        with pytest.raises(XdscaleError, match="are one folder; name each run once"):
+            report([first, again], tmp_path / "other")
+
+
+def test_labels_that_would_share_a_file_are_refused(write_sweep, tmp_path):
+    runs = [write_sweep(label, {"rte": 0.7}, seeds=1) for label in ("X 1", "X-1")]
+    with pytest.raises(XdscaleError, match="labelled 'X 1' and 'X-1', alike; change model.label"):
+        report(runs, tmp_path / "out")
+
+
+def test_a_task_that_one_of_two_lacks_is_said(write_sweep, tmp_path, capsys):
+    runs = [write_sweep("BERT-b", {"rte": 0.7, "cola": 0.8}), write_sweep("XDBERT-b", {"rte": 0.7, "read": 0.8})]
+    report(runs, tmp_path / "out")
+    printed = capsys.readouterr().err
+    assert "CoLA: XDBERT-b is not compared: XDBERT-b has no finished seed" in printed
+    assert "READ: XDBERT-b is not compared: BERT-b has no finished seed" in printed
+
+
+def test_a_seed_that_is_named_twice_counts_once(write_sweep, tmp_path):
+    sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=1)
+    change(sweep / "sweep.json", tasks={"rte": {"seeds": [0, 0, 0]}})
+    line = report([sweep], tmp_path / "out")["BERT-b", "rte"]
+    assert (line["seeds"], line["seeds_planned"]) == ("1", "1")
+
+
+def test_every_figure_says_in_words_what_it_shows(pair, tmp_path):
+    report(pair, tmp_path / "out")
+    text = forms(tmp_path / "out")["html"]
+    figures = re.findall(r'<svg role="img" aria-label="([^"]*)"', text)
+    assert len(figures) == text.count("<svg") == 2 * len(SKILLS)
+    boxes, curves = figures[::2], figures[1::2]
+    scores = [100 * result["score"]["value"] for result in results(pair[0], "rte")]
+    assert f"BERT-b {median(scores):.2f} ({min(scores):.2f}–{max(scores):.2f}, 5 seeds), paper 66.43" in boxes[0]
+    losses = [[point["loss"] for point in result["curve"]] for result in results(pair[0], "rte")]
+    ends = median(loss[0] for loss in losses), median(loss[-1] for loss in losses)
+    expected = f"RTE: training loss, BERT-b from {ends[0]:.3f} at step 10 to {ends[1]:.3f} at step 240 (5 seeds)"
+    assert curves[0].startswith(expected)
+
+
+def full(path):
+    """Makes a file's name stand for a disk without space."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda out: out.write_text("thesis"), "--out .*: exists and is not a folder"),
+        (lambda out: out.symlink_to("nowhere"), "--out .*: exists and is not a folder"),
+        (lambda out: out.parent.joinpath("file").write_text("x") and out.symlink_to("file"), "is not a folder"),
+        (lambda out: full(out / "report.md"), r"report\.md: cannot be written: No space left on device"),
+        (lambda out: full(out / "report.html"), r"report\.html: cannot be written: No space left on device"),
+        (lambda out: (out / "report.csv").mkdir(parents=True), r"report\.csv: cannot be written: it is a folder"),
+    ],
+)
+def test_outputs_that_cannot_be_written_leave_everything_as_it_was(write_sweep, tmp_path, prepare, message):
+    sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=1)
+    prepare(tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(XdscaleError, match=message):
+        report([sweep], tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert Path("/dev/full").is_char_device()
+
+
+def test_a_report_may_be_written_where_one_stands(write_sweep, tmp_path, monkeypatch):
+    sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=1)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        report([sweep], Path("."))
+    assert (tmp_path / "report.html").is_file()

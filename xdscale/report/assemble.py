@@ -7,7 +7,7 @@ import numpy as np
 
 from xdscale.errors import XdscaleError
 from xdscale.report.bootstrap import Difference, average
-from xdscale.report.comparison import Comparison, compare, require_comparable
+from xdscale.report.comparison import Comparison, compare, require_comparable, unlike
 from xdscale.report.published import Column, Layout, PublishedRow
 from xdscale.report.sweep import Sweep
 
@@ -138,8 +138,14 @@ def assemble(sweeps: Sequence[Sweep], layout: Layout, baselines: Sequence[str]) 
     for ours, baseline in pairs:
         found: list[Comparison] = []
         refused: dict[str, list[str]] = {}
+        remarks += unlike(ours, baseline)
         for column in layout.columns:
-            if column.task in ours.tasks and column.task in baseline.tasks:
+            there = [sweep for sweep in (ours, baseline) if column.task in sweep.tasks]
+            if len(there) == 1:
+                missing = baseline if there == [ours] else ours
+                reason = f"{ours.model.label} is not compared: {missing.model.label} has no finished seed"
+                refused.setdefault(reason, []).append(column.title)
+            elif there:
                 result = compare(ours, baseline, column.task)
                 if isinstance(result, str):
                     refused.setdefault(result, []).append(column.title)
@@ -159,11 +165,15 @@ def _check_labels(sweeps: Sequence[Sweep], layout: Layout, baselines: Sequence[s
     seen: dict[str, Sweep] = {}
     for sweep in sweeps:
         label = sweep.model.label
-        if label in seen:
-            raise XdscaleError(
-                f"{sweep.folder} and {seen[label].folder} are both labelled {label!r}; give each its own with "
-                "'xdscale finetune --label'"
-            )
+        for other in seen.values():
+            if sweep.folder.resolve() == other.folder.resolve():
+                raise XdscaleError(f"{sweep.folder} and {other.folder} are one folder; name each run once")
+            if file_name(label) == file_name(other.model.label):
+                same = label == other.model.label
+                both = f"both labelled {label!r}" if same else f"labelled {other.model.label!r} and {label!r}, alike"
+                raise XdscaleError(
+                    f"{sweep.folder} and {other.folder} are {both}; change model.label in one's sweep.json"
+                )
         seen[label] = sweep
     unknown = [label for label in baselines if label not in seen]
     if unknown:
@@ -173,6 +183,11 @@ def _check_labels(sweeps: Sequence[Sweep], layout: Layout, baselines: Sequence[s
         raise XdscaleError(
             f"{', '.join(str(sweep.folder) for sweep in sweeps)}: no seed of a task of {layout.title} is finished"
         )
+
+
+def file_name(label: str) -> str:
+    """Returns a label as it stands in the names of files."""
+    return "".join(letter if letter.isalnum() or letter in "-_.+" else "-" for letter in label)
 
 
 def _pairs(sweeps: Sequence[Sweep], baselines: Sequence[str]) -> list[tuple[Sweep, Sweep]]:

@@ -58,9 +58,15 @@ class Difference:
         return _interval(self.over_examples)
 
     @property
-    def wide_interval(self) -> Interval:
-        """For other examples and other seeds."""
-        return _interval(self.over_both)
+    def wide_interval(self) -> Interval | None:
+        """For other examples and other seeds; None with one seed, which says nothing about others."""
+        return _interval(self.over_both) if self.seeds > 1 else None
+
+    @property
+    def stands(self) -> bool:
+        """Whether it is beyond what other examples or other seeds would change."""
+        wide = self.wide_interval
+        return wide is not None and not wide.holds_zero() and not self.interval.holds_zero()
 
 
 def paired_bootstrap(

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.report.assemble import Report, assemble
+from xdscale.files import check_output_folder, write_outputs
+from xdscale.report.assemble import Report, assemble, file_name
 from xdscale.report.comparison import comparison_csv
 from xdscale.report.published import layouts
 from xdscale.report.sweep import read_sweep
-from xdscale.training.run_folder import write_atomically
 
 
 def make_report(
@@ -28,18 +28,15 @@ def make_report(
         The files written, report.md first.
 
     Raises:
-        XdscaleError: bad input, or runs that may not be compared; then nothing is written.
+        XdscaleError: bad input, runs that may not be compared, or `out` cannot be written; then nothing is written.
     """
     if layout not in layouts():
         raise XdscaleError(f"--layout {layout}: expected one of {', '.join(layouts())}")
-    if out.exists() and not out.is_dir():
-        raise XdscaleError(f"--out {out}: exists and is not a folder")
+    check_output_folder(out, "--out")
     chosen = _chosen(metrics, [column.task for column in layouts()[layout].columns])
     report = assemble([read_sweep(run, chosen) for run in runs], layouts()[layout], baselines)
     files = _files(report)
-    (out / "comparisons").mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomically(out / name, content)
+    write_outputs({out / name: content for name, content in files.items()})
     _print(report)
     return [out / name for name in files]
 
@@ -50,8 +47,8 @@ def _files(report: Report) -> dict[str, str]:
 
     files = {"report.md": markdown(report), "report.csv": comma_separated(report), "report.html": page(report)}
     for one in report.comparisons:
-        name = "".join(letter if letter.isalnum() or letter in "-_.+" else "-" for letter in one.label)
-        files[f"comparisons/{one.task}-{name}.csv"] = comparison_csv(one, report.sweep(one.label).tasks[one.task])
+        runs = report.sweep(one.label).tasks[one.task]
+        files[f"comparisons/{one.task}-{file_name(one.label)}.csv"] = comparison_csv(one, runs)
     return files
 
 

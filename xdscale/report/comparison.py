@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,6 +39,13 @@ class Comparison:
     difference: Difference
     correct_ours: np.ndarray
     correct_baseline: np.ndarray
+
+    @property
+    def verdict(self) -> Literal["better", "worse", ""]:
+        """What is said without reserve: nothing where other examples or seeds could undo it, or with a single seed."""
+        if not self.difference.stands:
+            return ""
+        return "better" if (self.difference.observed > 0) == self.higher_is_better else "worse"
 
     @property
     def improved(self) -> int:
@@ -103,6 +110,30 @@ def compare(ours: Sweep, baseline: Sweep, task: str) -> Comparison | str:
         correct_ours=right.sum(1),
         correct_baseline=right_there.sum(1),
     )
+
+
+def unlike(ours: Sweep, baseline: Sweep) -> list[str]:
+    """Returns what a reader must know of two models that are not an encoder before and after adaptation."""
+    mine, theirs = ours.model, baseline.model
+    names = f"{mine.label} against {theirs.label}"
+    found = []
+    if mine.subject != theirs.subject:
+        found.append(
+            f"{names}: unlike subjects, {mine.subject} and {theirs.subject}: they differ in parameters and in what "
+            "they read, so the difference is not that of adaptation"
+        )
+    if mine.encoder is not None and theirs.encoder is not None and mine.encoder != theirs.encoder:
+        found.append(
+            f"{names}: unlike encoders, {mine.encoder} and {theirs.encoder}: the difference is not that of adaptation"
+        )
+    common = [(ours.tasks[task], runs) for task, runs in baseline.tasks.items() if task in ours.tasks]
+    if common and all(
+        one.seeds == other.seeds and np.array_equal(one.predictions, other.predictions) for one, other in common
+    ):
+        found.append(f"{names}: all answers are the same in every seed; is one a copy of the other?")
+    elif mine.weights_sha256 and (mine.weights_sha256, mine.subject) == (theirs.weights_sha256, theirs.subject):
+        found.append(f"{names}: the same weights (SHA-256 {mine.weights_sha256[:12]}…), a model against itself")
+    return found
 
 
 def comparison_csv(comparison: Comparison, runs: TaskRuns) -> str:

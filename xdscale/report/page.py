@@ -48,9 +48,9 @@ def _row(report: Report, row: text.Row) -> dict[str, object]:
                 ours.append(None)
                 continue
             metric = row.sweep.tasks[column.task].score.name
-            missing = wording.seeds(cell) if cell.finished < cell.planned else ""
-            spread = wording.spread(metric, cell)
-            ours.append((wording.value(metric, cell.median), spread, missing, _word(report, row, column.task)))
+            one = report.comparison(row.sweep.model.label, column.task)
+            parts = wording.value(metric, cell.median), wording.spread(metric, cell), wording.shortfall(cell)
+            ours.append((*parts, one.verdict if one else ""))
     return {
         "paper": row.published.label if row.published else None,
         "published": text.published_cells(report, row),
@@ -58,10 +58,3 @@ def _row(report: Report, row: text.Row) -> dict[str, object]:
         "number": report.sweeps.index(row.sweep) % SERIES if row.sweep else None,
         "ours": ours,
     }
-
-
-def _word(report: Report, row: text.Row, task: str) -> str:
-    one = report.comparison(row.sweep.model.label, task)
-    if one is None or one.difference.wide_interval.holds_zero() or one.difference.interval.holds_zero():
-        return ""
-    return "better" if (one.difference.observed > 0) == one.higher_is_better else "worse"

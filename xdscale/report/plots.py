@@ -62,8 +62,8 @@ def learning_curves(report: Report, column: Column) -> str:
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
     axes.grid(color=_GRID, linewidth=0.6)
-    models = ", ".join(sweep.model.label for sweep in sweeps)
-    return _svg(figure, f"{column.title}: training loss over steps of {models}")
+    described = "; ".join(f"{sweep.model.label} {_fall(sweep.tasks[column.task])}" for sweep in sweeps)
+    return _svg(figure, f"{column.title}: training loss, {described}")
 
 
 def _box(axes: "Axes", report: Report, column: Column, sweep: Sweep, place: int) -> None:
@@ -99,6 +99,15 @@ def _curves(runs: TaskRuns) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array([[curve[step] for step in steps] for curve in curves])
 
 
+def _fall(runs: TaskRuns) -> str:
+    """Returns the first and the last median loss in words."""
+    steps, losses = _curves(runs)
+    if not len(steps):
+        return "has no step that all seeds logged"
+    first, last = np.median(losses[:, [0, -1]], axis=0)
+    return f"from {first:.3f} at step {steps[0]} to {last:.3f} at step {steps[-1]} ({len(losses)} seeds)"
+
+
 def _colour(report: Report, sweep: Sweep) -> str:
     return _MODELS[report.sweeps.index(sweep) % SERIES]
 
@@ -108,7 +117,8 @@ def _described(report: Report, column: Column, sweep: Sweep) -> str:
     printed = report.published_value(sweep, column)
     paper = f", paper {wording.published(column.metric, printed)}" if printed is not None else ""
     spread = wording.spread(metric, cell)
-    return f"{sweep.model.label} {wording.value(metric, cell.median)}{f' ({spread})' if spread else ''}{paper}"
+    of = f"({spread}, {wording.seeds(cell)})" if spread else f"({wording.seeds(cell)})"
+    return f"{sweep.model.label} {wording.value(metric, cell.median)} {of}{paper}"
 
 
 def _axes(width_inches: float, height_inches: float) -> tuple[object, "Axes"]:

@@ -19,11 +19,12 @@ class _Stored(BaseModel):
 
 
 class Model(_Stored):
-    """Which model a sweep finetuned."""
+    """Which model a sweep finetuned; `encoder` says in words what its language encoder is."""
 
     name: str
     label: str
     subject: str
+    encoder: str | None = None
     weights_sha256: str | None = None
 
 
@@ -76,6 +77,7 @@ class Result(_Stored):
     data: dict[str, DataFile]
     settings: dict[str, Any]
     curve: list[Point]
+    seconds: float = 0.0
 
 
 class Prediction(_Stored):
@@ -182,7 +184,7 @@ def read_sweep(folder: Path, metrics: dict[str, str]) -> Sweep:
     path = folder / "sweep.json"
     if not path.is_file():
         raise XdscaleError(f"{folder}: has no sweep.json; expected a folder written by 'xdscale finetune --out FOLDER'")
-    stored = _parse(SweepFile, path)
+    stored = read_sweep_file(path)
     tasks = {}
     for task, planned in stored.tasks.items():
         runs = _read_task(folder / task, task, planned.seeds, metrics.get(task))
@@ -191,13 +193,31 @@ def read_sweep(folder: Path, metrics: dict[str, str]) -> Sweep:
     return Sweep(folder, stored.model, tasks, tuple(task for task in stored.tasks if task not in tasks))
 
 
+def read_sweep_file(path: Path) -> SweepFile:
+    """Reads the `sweep.json` of a sweep.
+
+    Raises:
+        XdscaleError: missing, unreadable or not one.
+    """
+    return _parse(SweepFile, path)
+
+
+def read_result(path: Path) -> Result:
+    """Reads the `result.json` of a run.
+
+    Raises:
+        XdscaleError: missing, unreadable or not one.
+    """
+    return _parse(Result, path)
+
+
 def _read_task(folder: Path, task: str, planned: list[int], metric: str | None) -> TaskRuns | None:
-    seeds = [seed for seed in sorted(planned) if (folder / f"seed-{seed}" / "result.json").is_file()]
+    seeds = [seed for seed in sorted(set(planned)) if (folder / f"seed-{seed}" / "result.json").is_file()]
     runs: list[Run] = []
     first: list[Prediction] = []
     for seed in seeds:
         place = folder / f"seed-{seed}"
-        result = _parse(Result, place / "result.json")
+        result = read_result(place / "result.json")
         if (result.task, result.seed) != (task, seed):
             raise XdscaleError(
                 f"{place / 'result.json'}: is of task {result.task}, seed {result.seed}; was the folder renamed?"
@@ -210,7 +230,7 @@ def _read_task(folder: Path, task: str, planned: list[int], metric: str | None) 
     if not runs:
         return None
     ids = tuple(str(line.id) for line in first)
-    return TaskRuns(task, tuple(planned), tuple(runs), ids, tuple(_texts(line) for line in first))
+    return TaskRuns(task, tuple(sorted(set(planned))), tuple(runs), ids, tuple(_texts(line) for line in first))
 
 
 def _read_run(folder: Path, result: Result, metric: str | None) -> tuple[Run, list[Prediction]]:

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 CSV_COLUMNS = (
-    "table", "model", "task", "metric", "seeds", "seeds_planned", "median", "min", "max", "published", "baseline",
-    "difference", "ci_low", "ci_high", "ci_seeds_low", "ci_seeds_high", "examples", "improved", "worsened",
+    "table", "model", "subject", "task", "metric", "seeds", "seeds_planned", "median", "min", "max", "published",
+    "baseline", "difference", "ci_low", "ci_high", "ci_seeds_low", "ci_seeds_high", "verdict", "examples", "improved",
+    "worsened",
 )  # fmt: skip
 
 DIFFERENCE_HEAD = (
@@ -46,7 +47,7 @@ def difference_rows(report: Report, label: str) -> list[list[str]]:
             [
                 column.title, wording.METRIC_NAMES[metric], str(difference.seeds),
                 wording.change(metric, difference.observed), wording.interval(metric, difference.interval),
-                wording.interval(metric, difference.wide_interval) if difference.seeds > 1 else "–", paper,
+                wording.interval(metric, difference.wide_interval) if difference.wide_interval else "–", paper,
                 str(one.improved), str(one.worsened), str(difference.examples - one.improved - one.worsened),
             ]
         )  # fmt: skip
@@ -108,8 +109,9 @@ def comma_separated(report: Report) -> str:
             if cell is None:
                 continue
             line = {
-                "table": report.layout.title, "model": sweep.model.label, "task": column.task,
-                "metric": sweep.tasks[column.task].score.name, "seeds": cell.finished, "seeds_planned": cell.planned,
+                "table": report.layout.title, "model": sweep.model.label, "subject": sweep.model.subject,
+                "task": column.task, "metric": sweep.tasks[column.task].score.name,
+                "seeds": cell.finished, "seeds_planned": cell.planned,
                 "median": cell.median, "min": cell.low, "max": cell.high,
                 "published": report.published_value(sweep, column),
             }  # fmt: skip
@@ -148,8 +150,8 @@ def _own_cells(report: Report, row: Row, separator: str) -> list[str]:
         parts = [wording.value(metric, cell.median)]
         if cell.finished > 1:
             parts.append(f"({wording.spread(metric, cell)})")
-        if cell.finished < cell.planned:
-            parts.append(wording.seeds(cell))
+        if wording.shortfall(cell):
+            parts.append(wording.shortfall(cell))
         cells.append(separator.join(parts))
     return cells
 
@@ -158,11 +160,11 @@ def _difference_fields(report: Report, label: str, task: str) -> dict[str, objec
     one = report.comparison(label, task)
     if one is None:
         return {}
-    difference = one.difference
+    difference, wide = one.difference, one.difference.wide_interval
     return {
         "baseline": one.baseline, "difference": difference.observed, "examples": difference.examples,
         "ci_low": difference.interval.low, "ci_high": difference.interval.high,
-        "ci_seeds_low": difference.wide_interval.low, "ci_seeds_high": difference.wide_interval.high,
+        "ci_seeds_low": wide and wide.low, "ci_seeds_high": wide and wide.high, "verdict": one.verdict,
         "improved": one.improved, "worsened": one.worsened,
     }  # fmt: skip
 

@@ -50,17 +50,23 @@ def seeds(cell: Cell) -> str:
     return f"{cell.finished} of {cell.planned} seeds" if missing else _counted(cell.finished, "seed")
 
 
+def shortfall(cell: Cell) -> str:
+    """Returns the number of seeds where it is one, or smaller than planned; else nothing."""
+    return seeds(cell) if cell.finished == 1 or cell.finished < cell.planned else ""
+
+
 def verdict(difference: Difference, *, higher_is_better: bool, baseline: str) -> str:
     """Returns what a difference means, in words.
 
-    Three cases: the interval over examples holds zero; it does not, but the one over examples and seeds does; neither.
+    Four cases: the interval over examples holds zero; it does not, but there is one seed; the interval over examples
+    and seeds holds zero; neither does.
     """
     if difference.interval.holds_zero():
         return f"not distinguishable from {baseline} with these {difference.examples:,} examples"
     word = "better" if (difference.observed > 0) == higher_is_better else "worse"
     if difference.seeds == 1:
         return f"{word} than {baseline} with this one seed, which says nothing about others"
-    if difference.wide_interval.holds_zero():
+    if not difference.stands:
         return f"{word} than {baseline} with these {difference.seeds} seeds, but others could undo it"
     return f"{word} than {baseline}, beyond what other examples or seeds would change"
 
@@ -93,7 +99,8 @@ METHOD = (
     "examples. It need not be the difference of the medians.",
     "CI: paired percentile bootstrap, 10,000 resamples of the examples, the same for both models and all seeds, the "
     "metric computed anew on each; the seeds are held fixed. The second interval resamples the seeds too, pairs "
-    "together; in simulations with 5 or 9 seeds it held the truth in 91 % of the cases or more.",
+    "together; in simulations with 5 or 9 seeds it held the truth in 91 % of the cases or more, with fewer it is too "
+    "narrow. One seed has no such interval, and no mark in the table.",
     "Intervals are per task: of twenty, one excludes zero by chance.",
     "Improved: examples that the model got right in more seeds than its baseline (in a regression: came nearer to "
     "the target); worsened: in fewer.",
