@@ -4,7 +4,6 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +49,8 @@ def small_tasks(quickstart_task, wiki_dump, tmp_path_factory):
 @pytest.fixture(scope="session")
 def full_model(cassette_model, tmp_path_factory):
     """A cross-modal model, not adapted, as `xdscale export` lays it out."""
+    import torch
+
     from xdscale import recipe
     from xdscale.export import _export_full_model
     from xdscale.tasks.xdbert import build_adaptation

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,20 @@ from xdscale.finetune.subject import describe_subject
 from xdscale.finetune.sweep import Sweep
 
 WORKER = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+NOISE = """
+import os, threading, time
+
+def shout():
+    while True:
+        print('{"code": 1}', flush=True)
+        os.write(1, b"stray line from C\\n")
+        time.sleep(0.02)
+
+threading.Thread(target=shout, daemon=True).start()
+"""
+"""A sitecustomize.py: whatever a worker runs, its stdout is full of lines that nobody asked for."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +63,9 @@ def swept(small_tasks, cassette_model, full_model, clip_tiny, tmp_path_factory):
         recipe = resolve_run(settings, data, subject=identity, source=source, seed=0, folder=out / name)
         jobs.append(make_job(recipe, "default", default_ds_config(gpu=False), name, out / f"{name}.log"))
     said = []
-    sweep = Sweep([WORKER], said.append)
+    noise = tmp_path_factory.mktemp("noise")
+    (noise / "sitecustomize.py").write_text(NOISE)
+    sweep = Sweep([WORKER | {"PYTHONPATH": str(noise)}], said.append)
     sweep.start_workers(1)
     code = sweep.run(jobs)
     return out, code, "\n".join(said)
@@ -81,6 +98,13 @@ def test_results_are_what_the_predictions_say(swept):
     assert found["score"] == {"name": "matthews", "value": found["metrics"]["matthews"], "higher_is_better": True}
     assert [entry["step"] for entry in found["curve"]] == list(range(1, found["settings"]["steps"] + 1))
     assert not (out / "pretrained" / "checkpoints").exists()
+
+
+def test_stray_lines_of_a_worker_go_to_the_logs_alone(swept):
+    out, _, said = swept
+    assert "stray line from C" in (out / "pretrained.log").read_text()
+    lines = said.partition("failed: ")[0].splitlines()  # of a run that failed the end of the log is shown
+    assert not any("stray line" in line for line in lines if not line.startswith("running "))
 
 
 def test_both_development_splits_of_mnli_are_measured_and_long_examples_are_named(swept):
@@ -196,9 +220,29 @@ def request(model, data, out, **changes):
         ({"model": "/nowhere"}, "/nowhere: no such file or folder"),
         ({"overrides": ["model.max_length=1024"]}, r"model\.max_length = 1024: .* has 512 positions"),
         ({"subject": "cross-modal"}, "holds no cross_modal/config.json"),
+        ({"out": Path("/dev/null")}, "--out /dev/null: exists and is not a folder"),
+        ({"out": Path("/dev/null/out")}, "--out /dev/null/out: /dev/null is not a folder"),
+        ({"out": Path("/proc/out")}, "/proc/out: cannot be written: "),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(small_tasks, cassette_model, tmp_path, changes, message):
     with pytest.raises(XdscaleError, match=message):
         run_command(request(**({"model": cassette_model, "data": small_tasks, "out": tmp_path / "out"} | changes)))
     assert not (tmp_path / "out" / "cola").exists()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda out: out.symlink_to("nowhere"), "--out .*: exists and is not a folder"),
+        (lambda out: out.mkdir() or (out / "sweep.json").symlink_to("/dev/full"), "holds files but no sweep.json"),
+        (lambda out: out.mkdir() or (out / "sweep.json").write_text("{"), r"sweep\.json: Invalid JSON"),
+        (lambda out: out.mkdir() or (out / "sweep.json").write_text("{}"), r"sweep\.json: format: Field required"),
+    ],
+)
+def test_a_folder_that_is_no_sweep_is_named_and_stays(small_tasks, cassette_model, tmp_path, prepare, message):
+    prepare(tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(XdscaleError, match=message):
+        run_command(request(cassette_model, small_tasks, tmp_path / "out"))
+    assert sorted(tmp_path.rglob("*")) == before

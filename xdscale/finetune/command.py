@@ -1,7 +1,10 @@
 """The command: checks everything first, then sweeps over tasks and seeds."""
 
-import json
 import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,7 +18,8 @@ from xdscale.data.task_hub import fetch_task
 from xdscale.data.task_table import TASKS, find_task
 from xdscale.devices import visible_gpus
 from xdscale.ds_config import read_ds_config
-from xdscale.errors import XdscaleError
+from xdscale.errors import EXIT_STOPPED, XdscaleError
+from xdscale.files import check_output_folder, write_outputs
 from xdscale.finetune.recipe import (
     FORMAT,
     RESULT,
@@ -25,9 +29,10 @@ from xdscale.finetune.recipe import (
     load_settings,
     resolve_run,
 )
-from xdscale.finetune.sweep import Job, Sweep
+from xdscale.finetune.sweep import SIGNALS, Job, Sweep
 from xdscale.names import resolve_path
-from xdscale.training.run_folder import RunFolder, write_atomically
+from xdscale.report.sweep import Model, SweepFile, read_result, read_sweep_file
+from xdscale.training.run_folder import RunFolder
 
 HUB_DATA = Path("data/tasks")
 """Where tasks are put that are fetched from the hub."""
@@ -70,31 +75,52 @@ def run_command(request: Request) -> int:
     """Finetunes a model on all tasks and seeds asked for; what is finished already stays.
 
     Returns:
-        Exit code: 0, 70 when runs failed, 75 when a signal stopped the sweep and the same command continues.
+        Exit code: 0; 70 when runs failed or could not be saved; 75 when a signal stopped the sweep, all is saved and
+        the same command continues.
 
     Raises:
         XdscaleError: model, data, recipe or folder are not in order; nothing is trained then.
     """
-    settings = load_settings(request.recipe, request.overrides)
-    names = list(TASKS) if "all" in request.tasks else list(dict.fromkeys(request.tasks))
-    source, data = _read_data(names, request.data)
-    if request.ds_config is not None:
-        read_ds_config(request.ds_config)
-    seeds = {name: list(range(request.seeds or settings.seeds_of(name))) for name in names}
-    gpus = visible_gpus()
-    console = Console(stderr=True)
-    slots = _slots(request.jobs or max(1, len(gpus)), gpus)
-    sweep = Sweep(slots, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
-    try:
-        todo = [
-            (name, seed) for name in names for seed in seeds[name] if not _result(request.out, name, seed).is_file()
-        ]
-        sweep.start_workers(most=len(todo))
-        code = sweep.run(_plan(request, settings, data, source, seeds, gpu=bool(gpus)))
-    finally:
-        sweep.end_workers()
+    with _stopped_at_once():
+        check_output_folder(request.out, "--out")
+        settings = load_settings(request.recipe, request.overrides)
+        names = list(TASKS) if "all" in request.tasks else list(dict.fromkeys(request.tasks))
+        source, data = _read_data(names, request.data)
+        if request.ds_config is not None:
+            read_ds_config(request.ds_config)
+        seeds = {name: list(range(request.seeds or settings.seeds_of(name))) for name in names}
+        gpus = visible_gpus()
+        console = Console(stderr=True)
+        slots = _slots(request.jobs or max(1, len(gpus)), gpus)
+        sweep = Sweep(slots, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+        try:
+            todo = [
+                (name, seed) for name in names for seed in seeds[name] if not _result(request.out, name, seed).is_file()
+            ]
+            sweep.start_workers(most=len(todo))
+            code = sweep.run(_plan(request, settings, data, source, seeds, gpu=bool(gpus)))
+        finally:
+            sweep.end_workers()
     _print_table(request.out, seeds)
     return code
+
+
+@contextmanager
+def _stopped_at_once() -> Iterator[None]:
+    """Ends the command at a signal while there is nothing to save; `Sweep.run` handles them itself."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(EXIT_STOPPED)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    except SystemExit:
+        print("stopped by a signal, no run is under way; the same command continues", file=sys.stderr)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def default_ds_config(*, gpu: bool) -> dict[str, Any]:
@@ -136,10 +162,9 @@ def _plan(
 
     subject = describe_subject(request.model, request.subject, settings.model)
     label = request.label or request.model.rstrip("/").rpartition("/")[2]
-    _write_summary(request.out, subject, label, seeds)
+    summary = _summary(request.out, subject, label, seeds)
     name = request.ds_config or "the default DeepSpeed configuration"
     ds_config = read_ds_config(request.ds_config) if request.ds_config else default_ds_config(gpu=gpu)
-    (request.out / "logs").mkdir(parents=True, exist_ok=True)
     jobs = []
     for task, numbers in seeds.items():
         for seed in numbers:
@@ -148,6 +173,11 @@ def _plan(
             RunFolder(folder).check(recipe)
             if not _result(request.out, task, seed).is_file():
                 jobs.append(make_job(recipe, name, ds_config, label, request.out / "logs" / f"{task}-seed-{seed}.log"))
+    logs = request.out / "logs"
+    for folder in (logs, *(request.out / task for task in seeds)):
+        check_output_folder(folder, "--out")
+    write_outputs({request.out / SUMMARY: summary.model_dump_json(indent=2) + "\n"})
+    logs.mkdir(exist_ok=True)
     # Of every task the first seeds first, so that a sweep that is looked at early has something of everything.
     return sorted(jobs, key=lambda job: job.message["recipe"]["training"]["seed"])
 
@@ -169,24 +199,25 @@ def _result(out: Path, task: str, seed: int) -> Path:
     return out / task / f"seed-{seed}" / RESULT
 
 
-def _write_summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[str, list[int]]) -> None:
+def _summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[str, list[int]]) -> SweepFile:
+    """Returns what `sweep.json` is to say; refuses a folder that holds something else."""
     path = out / SUMMARY
-    model = {key: subject[key] for key in ("name", "subject", "weights_sha256")} | {"label": label}
-    tasks: dict[str, dict[str, list[int]]] = {}
+    model = Model(label=label, **{key: subject[key] for key in ("name", "subject", "encoder", "weights_sha256")})
+    planned: dict[str, list[int]] = {}
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before["model"] != model:
+        before = read_sweep_file(path)
+        if before.model != model:
             raise XdscaleError(
-                f"{path}: holds the sweep of another model, {before['model']['label']} ({before['model']['name']}, "
-                f"{before['model']['subject']}); choose another --out, or delete this one"
+                f"{path}: holds the sweep of another model, {before.model.label} ({before.model.name}, "
+                f"{before.model.subject}); choose another --out, or delete this one"
             )
-        tasks = before["tasks"]
+        planned = {task: entry.seeds for task, entry in before.tasks.items()}
     elif out.exists() and any(out.iterdir()):
         raise XdscaleError(f"--out {out}: holds files but no {SUMMARY}; choose an empty or new folder")
     for task, numbers in seeds.items():
-        tasks[task] = {"seeds": sorted({*tasks.get(task, {"seeds": []})["seeds"], *numbers})}
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"format": FORMAT, "model": model, "tasks": tasks}, indent=2) + "\n")
+        planned[task] = sorted({*planned.get(task, []), *numbers})
+    tasks = {task: {"seeds": numbers} for task, numbers in planned.items()}
+    return SweepFile(format=FORMAT, model=model, tasks=tasks)
 
 
 def _slots(jobs: int, gpus: list[str]) -> list[dict[str, str]]:
@@ -202,8 +233,7 @@ def _print_table(out: Path, seeds: dict[str, list[int]]) -> None:
     table = Table("task", "metric", "median", "lowest", "highest", "seeds", caption=str(out))
     for task, numbers in seeds.items():
         paths = [_result(out, task, seed) for seed in numbers]
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-        values = [result["score"]["value"] for result in results]
+        values = [read_result(path).score.value for path in paths if path.is_file()]
         if values:
             digits = [f"{value:.4f}" for value in (median(values), min(values), max(values))]
             table.add_row(TASKS[task].title, TASKS[task].score, *digits, f"{len(values)} of {len(numbers)}")

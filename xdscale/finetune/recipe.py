@@ -155,7 +155,7 @@ def resolve_run(
     Args:
         settings: of the recipe file.
         data: the task.
-        subject: name, subject, size and weights_sha256 of the model.
+        subject: name, subject, size and weights_sha256 of the model, and more.
         source: the data folder.
         seed: of the new head, the shuffle and dropout.
         folder: the run folder.
@@ -163,8 +163,9 @@ def resolve_run(
     task, training = data.task.name, settings.training
     per_epoch = len(data.train) / training.global_batch
     rates = settings.optim.model_dump() | {"learning_rate": settings.learning_rate(task, subject["size"])}
+    known = {key: subject[key] for key in ("name", "subject", "size", "weights_sha256")}
     return FinetuneRecipe(
-        model=SubjectSection(**settings.model.model_dump(), **subject),
+        model=SubjectSection(**settings.model.model_dump(), **known),
         task=TaskSection(name=task, data=str(source), epochs=training.epochs),
         optim=Optim(**rates),
         training=Training(

@@ -35,7 +35,7 @@ class Readers(NamedTuple):
 
 
 def describe_subject(name: str, subject: Subject, settings: ModelSettings) -> dict[str, Any]:
-    """Checks a model and returns what identifies it: name, subject, size and weights_sha256.
+    """Checks a model and returns what identifies it: name, subject, size, encoder (in words), weights_sha256.
 
     Args:
         name: folder, hub name or `package:NAME/folder`; for CLIP-T alone an open_clip architecture or its JSON file.
@@ -47,12 +47,14 @@ def describe_subject(name: str, subject: Subject, settings: ModelSettings) -> di
     """
     if subject == "clip":
         spec = recipes.Clip(name=name, weights=settings.clip_weights)
-        size = clip_config(spec).text_cfg.width
+        text = clip_config(spec).text_cfg
+        size, encoder = text.width, f"CLIP text, {text.layers} layers of {text.width}"
         weights = clip_weights_path(spec)
     else:
         language = recipes.Language(name=name, weights="pretrained" if subject == "language" else "random")
         config = language_config(language)
         size = config.hidden_size
+        encoder = f"{config.model_type}, {config.num_hidden_layers} layers of {size}"
         if settings.max_length > config.max_position_embeddings:
             raise XdscaleError(
                 f"model.max_length = {settings.max_length}: {name} has {config.max_position_embeddings} positions"
@@ -67,6 +69,7 @@ def describe_subject(name: str, subject: Subject, settings: ModelSettings) -> di
         "name": name,
         "subject": subject,
         "size": "large" if size >= LARGE_FROM else "base",
+        "encoder": encoder,
         "weights_sha256": _sha256(weights) if known else None,
     }
 

@@ -1,11 +1,6 @@
 """Several tasks and seeds side by side over the devices: one worker process per slot, one queue for all."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -15,9 +10,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from xdscale.errors import EXIT_FAULT, EXIT_STOPPED
+from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
+from xdscale.finetune.worker_process import LostWorkerError, WorkerProcess
+from xdscale.report.sweep import read_result
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What stops a sweep."""
 
 _SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_TO_SAVE = 900.0
+"""After a signal: as long as the watchdog gives a run that builds or saves."""
+
+_SECONDS_TO_HEAR = 1.0
 _LOG_LINES = 15
 
 
@@ -44,18 +48,18 @@ class Sweep:
         self._say = say
         self._queue: deque[Job] = deque()
         self._running: dict[int, Job] = {}
-        self._workers: dict[int, subprocess.Popen] = {}
-        self._last_words = [tempfile.TemporaryFile("w+") for _ in slots]
+        self._workers: dict[int, WorkerProcess] = {}
         self._failed: dict[str, str] = {}
         self._notes: set[str] = set()
         self._total = self._done = 0
+        self._unsaved = False
         self._lock = threading.Lock()
         self._stopping = threading.Event()
 
     def start_workers(self, most: int) -> None:
         """Starts the processes, at most so many: they import while the caller still checks the model."""
         for slot in range(min(len(self._slots), most)):
-            self._start(slot)
+            self._workers[slot] = WorkerProcess(self._slots[slot])
 
     def run(self, jobs: list[Job]) -> int:
         """Works until every job is done, failed, or a signal stops all.
@@ -63,11 +67,12 @@ class Sweep:
         SIGINT, SIGTERM and SIGUSR1 stop every worker: each saves a checkpoint of its run, and the same sweep continues.
 
         Returns:
-            0; 70 when a run failed, each then named with the end of its log; 75 after a signal.
+            0; 70 when a run failed, each then named with the end of its log; 75 after a signal, when every run that was
+            under way is saved.
         """
         self._queue.extend(jobs)
         self._total = len(jobs)
-        before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._stop) for number in SIGNALS}
         threads = [threading.Thread(target=self._serve, args=(slot,), daemon=True) for slot in self._workers]
         try:
             for thread in threads:
@@ -79,33 +84,16 @@ class Sweep:
                 signal.signal(number, handler)
         for name, text in self._failed.items():
             self._say(f"failed: {name}\n{text}")
-        if self._stopping.is_set():
-            self._say(f"stopped by a signal, {self._done} of {self._total} runs done; the same command continues")
-            return EXIT_STOPPED
+        if self._stopping.is_set() and self._done < self._total:
+            how = "not every run could be saved" if self._unsaved else "the same command continues"
+            self._say(f"stopped by a signal, {self._done} of {self._total} runs done; {how}")
+            return EXIT_FAULT if self._unsaved else EXIT_STOPPED
         return EXIT_FAULT if self._failed else 0
 
     def end_workers(self) -> None:
-        """Ends all workers that are left and waits for them."""
+        """Ends all workers that are left."""
         for worker in self._workers.values():
-            worker.stdin.close()
-            if worker.poll() is None and worker.returncode is None:
-                worker.terminate()
-        for worker in self._workers.values():
-            worker.wait()
-
-    def _start(self, slot: int) -> subprocess.Popen:
-        # A session of its own: Ctrl-C reaches only this process, which then tells the workers.
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "xdscale.finetune.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._last_words[slot],
-            text=True,
-            env=os.environ | self._slots[slot],
-            start_new_session=True,
-        )
-        self._workers[slot] = worker
-        return worker
+            worker.end()
 
     def _serve(self, slot: int) -> None:
         """Feeds one worker; a worker that dies costs only its run."""
@@ -114,53 +102,57 @@ class Sweep:
                 if not self._queue:
                     return
                 job = self._running[slot] = self._queue.popleft()
-            if self._workers[slot].poll() is not None:
-                self._start(slot)
-            code = self._work(self._workers[slot], job)
+            problem, saved = self._work(slot, job)
             with self._lock:
                 del self._running[slot]
-                if code == EXIT_STOPPED:
+                if saved:
                     continue
                 self._done += 1
-                if code == 0 and job.result.is_file():
+                if problem is None:
                     self._say(f"[{self._done}/{self._total}] {job.name}: {_describe_result(job.result)}")
                 else:
-                    self._failed[job.name] = self._tail(job, slot, code)
+                    self._unsaved |= self._stopping.is_set()
+                    self._failed[job.name] = self._tail(job, slot, problem)
                     self._say(f"[{self._done}/{self._total}] {job.name}: failed, see {job.log}")
 
-    def _work(self, worker: subprocess.Popen, job: Job) -> int | None:
-        """Lets a worker do a job; returns the run's exit code, or None when the worker died."""
+    def _work(self, slot: int, job: Job) -> tuple[str | None, bool]:
+        """Lets a worker do a job; returns why it failed, if it did, and whether it was stopped without a loss."""
         try:
-            print(json.dumps(job.message), file=worker.stdin, flush=True)
-            for line in worker.stdout:
-                answer = json.loads(line)
-                if "note" in answer and answer["note"] not in self._notes:
-                    self._notes.add(answer["note"])
-                    self._say(f"note: {answer['note']}")
-                if "code" in answer:
-                    return answer["code"]
-        except (OSError, ValueError):
-            pass
-        worker.wait()
-        return EXIT_STOPPED if self._stopping.is_set() else None
+            if not self._workers[slot].alive:
+                self._workers[slot].end()
+                self._workers[slot] = WorkerProcess(self._slots[slot])
+            code = self._workers[slot].work(job.message, self._note)
+            if code == 0:
+                read_result(job.result)
+        except LostWorkerError as lost:
+            return str(lost), not lost.begun and self._is_stopping()
+        except (OSError, XdscaleError) as error:
+            return str(error), False
+        return (f"exit code {code}" if code else None), code == EXIT_STOPPED and self._is_stopping()
 
-    def _tail(self, job: Job, slot: int, code: int | None) -> str:
-        lines = _lines(job.log)
-        if not lines:
-            self._last_words[slot].seek(0)
-            lines = self._last_words[slot].read().splitlines()
-        how = "the worker process died" if code is None else f"exit code {code}"
-        return "\n".join([f"{how}; last lines of {job.log}:", *lines[-_LOG_LINES:]])
+    def _is_stopping(self) -> bool:
+        """Whether the sweep was stopped; of a signal that all processes get, a worker may be the first to tell."""
+        return self._stopping.wait(_SECONDS_TO_HEAR)
+
+    def _note(self, note: str) -> None:
+        if note not in self._notes:
+            self._notes.add(note)
+            self._say(f"note: {note}")
+
+    def _tail(self, job: Job, slot: int, problem: str) -> str:
+        lines = _lines(job.log) or self._workers[slot].output()
+        return "\n".join([f"{problem}; last lines of {job.log}:", *lines[-_LOG_LINES:]])
 
     def _watch(self, threads: list[threading.Thread]) -> None:
-        said = time.monotonic()
+        said, stopped_at = time.monotonic(), None
         while any(thread.is_alive() for thread in threads):
+            now = time.monotonic()
             if self._stopping.is_set():
+                stopped_at = now if stopped_at is None else stopped_at
                 for worker in list(self._workers.values()):
-                    if worker.poll() is None:
-                        worker.terminate()
-            if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
+                    worker.kill() if now - stopped_at > _SECONDS_TO_SAVE else worker.stop()
+            if now - said > _SECONDS_BETWEEN_LINES:
+                said = now
                 for job in list(self._running.values()):
                     self._say(f"running {job.name}: {_last_line(job.log)}")
             threads[0].join(0.5) if threads[0].is_alive() else time.sleep(0.5)
@@ -169,13 +161,9 @@ class Sweep:
         self._stopping.set()
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
 def _describe_result(path: Path) -> str:
-    result = json.loads(path.read_text(encoding="utf-8"))
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-    return f"{metrics} ({result['seconds']:.0f} s)"
+    result = read_result(path)
+    return ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()) + f" ({result.seconds:.0f} s)"
 
 
 def _last_line(log: Path) -> str:

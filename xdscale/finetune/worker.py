@@ -1,12 +1,14 @@
 """A process of a sweep: works through finetuning runs on its device, one after the other.
 
-It reads one JSON object per line from stdin and answers each with one on stdout; importing torch and DeepSpeed takes
-longer than finetuning a small encoder, so it is done once. What a run says goes to the log file that its job names.
+It gets one JSON object per line on the channel that its argument numbers, and answers there with `begun`, any number of
+`note`s and the run's `code`; importing torch and DeepSpeed takes longer than finetuning a small encoder, so it is done
+once. What a run prints, on whatever way, goes to the log file that its job names.
 """
 
 import gc
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +21,14 @@ from xdscale.training.signals import StopRequest
 
 
 def main() -> None:
-    """Answers until stdin ends or a signal comes."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    """Answers until the channel ends or a signal comes."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel.set_inheritable(False)  # what a run starts is not to talk here, or to keep it open
+    jobs, answers = channel.makefile("r", encoding="utf-8"), channel.makefile("w", encoding="utf-8")
+
+    def answer(**values: Any) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
     with StopRequest() as stop:
         adapt.calm_environment()
         from xdscale.training.distributed import start_distributed
@@ -28,17 +36,15 @@ def main() -> None:
         ranks = start_distributed()
         from xdscale.finetune import run  # noqa: F401 - imported while the sweep still checks the model
 
-        print("{}", file=answers, flush=True)
-        for line in iter(sys.stdin.readline, ""):
-
-            def say(note: str) -> None:
-                print(json.dumps({"note": note}), file=answers, flush=True)
-
-            code = EXIT_STOPPED if stop.requested else _work(json.loads(line), ranks, stop, say)
-            print(json.dumps({"code": code}), file=answers, flush=True)
+        for line in iter(jobs.readline, ""):
+            if stop.requested:
+                answer(code=EXIT_STOPPED)
+                break
+            answer(begun=True)
+            code = _work(json.loads(line), ranks, stop, lambda note: answer(note=note))
+            answer(code=code)
             if code == EXIT_STOPPED:
                 break
-        answers.flush()
     # DeepSpeed's and gloo's threads have nothing left to say.
     os._exit(0)
 
@@ -48,14 +54,14 @@ def _work(job: dict[str, Any], ranks: Any, stop: StopRequest, say: Callable[[str
     from xdscale.finetune.run import finetune
 
     recipe = FinetuneRecipe.model_validate(job["recipe"])
-    with Path(job["log"]).open("ab", buffering=0) as log:
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
     try:
+        with Path(job["log"]).open("ab", buffering=0) as log:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
         check_sections(job["ds_config_name"], job["ds_config"])
         ds_config = resolve_ds_config(job["ds_config_name"], job["ds_config"], recipe, ranks.world_size)
         return finetune(recipe, ds_config, job["label"], ranks, stop, say)
-    except XdscaleError as error:
+    except (XdscaleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAULT
     finally:

@@ -1,0 +1,204 @@
+"""What a sweep does with workers that print, close their channel, send garbage, hold it open, hang or die."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from xdscale.errors import EXIT_FAULT, EXIT_STOPPED
+from xdscale.finetune import command, worker_process
+from xdscale.finetune import sweep as sweeps
+from xdscale.finetune.sweep import Job, Sweep
+
+# Each is a worker whose task misbehaves in one way; `do` gets the job and returns its exit code.
+FRAME = """
+import json, os, pathlib, signal, socket, subprocess, sys, time
+channel = socket.socket(fileno=int(sys.argv[1]))
+lines = channel.makefile("r")
+def answer(**values):
+    channel.sendall(json.dumps(values).encode() + b"\\n")
+def finish(job):
+    pathlib.Path(job["result"]).write_text(json.dumps(RESULT))
+    answer(code=0)
+RESULT = {"format": 1, "task": "rte", "seed": 0, "split": "dev", "metrics": {"accuracy": 0.5}, "examples": 1,
+    "score": {"name": "accuracy", "value": 0.5, "higher_is_better": True}, "data": {}, "settings": {}, "curve": []}
+%s
+for line in iter(lines.readline, ""):
+    answer(begun=True)
+    do(json.loads(line))
+"""
+PRINTS = """
+def do(job):
+    print("a stray line")
+    print(json.dumps({"code": 7}), flush=True)
+    os.write(1, b'{"code": 8}\\nfrom C\\n')
+    finish(job)
+"""
+EATS = """
+def do(job):
+    subprocess.run(["cat"])  # would eat the next job, were it on stdin
+    finish(job)
+"""
+HOLDS = """
+def do(job):
+    if os.fork() == 0:
+        time.sleep(60)
+    os._exit(3)
+"""
+CLOSES = """
+def do(job):
+    channel.shutdown(socket.SHUT_RDWR)
+    time.sleep(600)
+"""
+GARBAGE = """
+def do(job):
+    channel.sendall(b"\\x80\\x04garbage\\n")
+    time.sleep(600)
+"""
+FLOOD = """
+def do(job):
+    channel.sendall(b"[" * (4 << 20))
+    time.sleep(600)
+"""
+SLEEPS = """
+time.sleep(600)
+"""
+DIES = """
+def do(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+HANGS = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def do(job):
+    pathlib.Path(job["began"]).touch()
+    time.sleep(600)
+"""
+SAVES = """
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+def do(job):
+    pathlib.Path(job["began"]).touch()
+    while not stopped:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    answer(code=CODE)
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Runs jobs in workers that behave as told; returns the exit code and what was said, or fails if that hangs."""
+
+    def run(behaviour, jobs=1, stop=None):
+        script = tmp_path / "worker.py"
+        script.write_text(FRAME % behaviour)
+        monkeypatch.setattr(worker_process, "PROGRAM", (str(script),))
+        monkeypatch.setattr(worker_process, "_SECONDS_TO_LEAVE", 1.0)
+        said, began = [], tmp_path / "began"
+        todo = []
+        for number in range(jobs):
+            result = tmp_path / f"result-{number}.json"
+            todo.append(
+                Job(f"rte seed {number}", {"result": str(result), "began": str(began)}, result, tmp_path / "none.log")
+            )
+        made = Sweep([{}], said.append)
+        made.start_workers(1)
+        if stop is not None:
+            threading.Thread(target=stop_when, args=(began, stop), daemon=True).start()
+        return made.run(todo), "\n".join(said), made
+
+    return run
+
+
+def stop_when(began, number):
+    while not began.exists():
+        time.sleep(0.02)
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("behaviour", [PRINTS, EATS], ids=["prints", "eats"])
+def test_what_a_task_prints_or_reads_is_no_part_of_the_channel(sweep, behaviour):
+    code, said, made = sweep(behaviour, jobs=2)
+    assert code == 0, said
+    assert "[2/2] rte seed 1: accuracy 0.5000" in said
+    if behaviour is PRINTS:
+        assert made._workers[0].output().count("a stray line") == 2
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("behaviour", "why"),
+    [
+        (HOLDS, "the worker process died (exit code 3)"),
+        (CLOSES, "the worker closed its channel to the sweep (signal SIGKILL)"),
+        (GARBAGE, "the worker sent what is no answer: b'\\x80\\x04garbage' (signal SIGKILL)"),
+        (FLOOD, "the worker sent what is no answer: b'[[["),
+        (DIES, "the worker process died (signal SIGKILL)"),
+        (SLEEPS, "the worker did not begin within 2 s (signal SIGKILL)"),
+    ],
+    ids=["holds", "closes", "garbage", "flood", "dies", "sleeps"],
+)
+def test_a_worker_that_breaks_the_channel_costs_its_run_which_is_named(sweep, behaviour, why, monkeypatch):
+    monkeypatch.setattr(worker_process, "_SECONDS_TO_BEGIN", 2.0)
+    code, said, made = sweep(behaviour, jobs=2)
+    assert code == EXIT_FAULT
+    for seed in (0, 1):  # the second in a new process
+        assert f"failed: rte seed {seed}\n{why}" in said
+    assert not made._workers[0].alive
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_waits_for_what_is_under_way(sweep, number):
+    code, said, _ = sweep(SAVES.replace("CODE", "75"), jobs=2, stop=number)
+    assert code == EXIT_STOPPED
+    assert said.splitlines()[-1] == "stopped by a signal, 0 of 2 runs done; the same command continues"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("behaviour", [HANGS, SAVES.replace("CODE", "70")], ids=["hangs", "fails"])
+def test_what_could_not_be_saved_after_a_signal_is_no_success(sweep, behaviour, monkeypatch):
+    monkeypatch.setattr(sweeps, "_SECONDS_TO_SAVE", 1.0)
+    code, said, made = sweep(behaviour, jobs=2, stop=signal.SIGTERM)
+    assert code == EXIT_FAULT
+    assert "failed: rte seed 0" in said
+    assert said.splitlines()[-1] == "stopped by a signal, 1 of 2 runs done; not every run could be saved"
+    assert not made._workers[0].alive
+
+
+def test_a_worker_that_was_stopped_alone_is_a_failed_run(sweep, monkeypatch):
+    monkeypatch.setattr(sweeps, "_SECONDS_TO_HEAR", 0.1)
+    code, said, _ = sweep("def do(job):\n    answer(code=75)")
+    assert code == EXIT_FAULT
+    assert "failed: rte seed 0\nexit code 75" in said
+
+
+def test_a_result_that_cannot_be_read_is_a_failed_run(sweep):
+    code, said, _ = sweep("def do(job):\n    pathlib.Path(job['result']).write_text('{')\n    answer(code=0)", jobs=2)
+    assert code == EXIT_FAULT
+    assert "failed: rte seed 1\n" in said
+    assert "result-1.json" in said
+
+
+def test_a_signal_before_any_run_ends_the_command_at_once(tmp_path, monkeypatch, capsys):
+    """While the data are read there is nothing to save: 75, no traceback, nothing written."""
+
+    def read(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(command, "_read_data", read)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        command.run_command(
+            command.Request(
+                model="x", subject="language", tasks=["rte"], data=None, out=tmp_path / "out", seeds=1, label=None,
+                recipe="quickstart", overrides=[], ds_config=None, jobs=None,
+            )
+        )  # fmt: skip
+    assert ended.value.code == EXIT_STOPPED
+    assert capsys.readouterr().err == "stopped by a signal, no run is under way; the same command continues\n"
+    assert not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
