@@ -64,11 +64,11 @@ def _commonest_clip_token_share(run: Path) -> float:
     import numpy as np
     import yaml
 
-    from xdscale.shards.reader import ShardedSplit
+    from xdscale.shards.table import Table
 
     shards = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["data"]["shards"]
-    split = ShardedSplit(Path(shards), "validation")
-    tokens, _ = split.clip_ids(np.arange(len(split)))
+    split = Table(Path(shards), "validation")
+    tokens, _ = split.read_ragged("clip", np.arange(len(split)))
     return float(np.bincount(tokens).max() / len(tokens))
 
 

@@ -2,63 +2,75 @@
 
 import io
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
-from xdscale.shards.manifest import Build, ShardRecord
-from xdscale.shards.writer import CLIP, CLIP_OFFSETS, LANGUAGE
+from xdscale.shards.manifest import Column, ShardRecord, members
 
-IDS, OFFSETS = np.dtype("<u2"), np.dtype("<u4")
+OFFSETS = np.dtype("<u4")
 TAR_HEADER_BYTES = 512
 NPY_HEADER_BYTES = 128
-"""What numpy writes before arrays of one or two dimensions."""
+"""What numpy writes before arrays of one to four dimensions."""
 
 
-def read_layout(descriptor: int, record: ShardRecord, build: Build) -> np.ndarray:
+def read_layout(descriptor: int, record: ShardRecord, columns: Sequence[Column], block_rows: int) -> np.ndarray:
     """Finds the arrays of every block.
 
     Args:
         descriptor: of the open shard.
         record: what the manifest says of it.
-        build: how it was built.
+        columns: of the table.
+        block_rows: rows per block; the last block of a shard may have fewer.
 
     Returns:
-        int64 [3, blocks]: byte at which the language ids, CLIP ids and CLIP offsets of each block begin.
+        int64 [members, blocks]: byte at which each array of `members(columns)` begins in each block.
 
     Raises:
-        ValueError: a header is not what this dataset's writer writes; names the member, expected and found.
+        ValueError: a header is not what this table's writer writes; names the member, expected and found.
         OSError: the file cannot be read.
     """
-    block, length = build.block_sequences, build.sequence_length
-    blocks = -(-record.samples // block)
-    starts = np.empty((3, blocks), np.int64)
+    names = members(columns)
+    blocks = -(-record.samples // block_rows)
+    starts = np.empty((len(names), blocks), np.int64)
     at = 0
     for number in range(blocks):
-        sequences = min(block, record.samples - number * block)
-        members = ((LANGUAGE, IDS, (sequences, length)), (CLIP, IDS, None), (CLIP_OFFSETS, OFFSETS, (sequences + 1,)))
-        for row, (kind, dtype, shape) in enumerate(members):
-            starts[row, number], end = _array(descriptor, at, f"{number:06d}.{kind}", dtype, shape)
+        rows = min(block_rows, record.samples - number * block_rows)
+        elements: dict[str, int] = {}  # of ragged columns, by the member that tells their rows apart
+        for place, name in enumerate(names):
+            member, dtype, shape, length = f"{number:06d}.{name}.npy", OFFSETS, (), rows + 1
+            column = columns[place] if place < len(columns) else None
+            if column is not None:
+                dtype, shape = np.dtype(column.dtype), column.shape
+                length = elements.get(column.offsets) if column.offsets else rows
+            starts[place, number], end, found = _array(descriptor, at, member, dtype, length, shape)
+            if column is not None and column.offsets:
+                elements[column.offsets] = found
             if end > record.bytes:
-                raise ValueError(f"{number:06d}.{kind} ends at byte {end} of {record.bytes}")
+                raise ValueError(f"{member} ends at byte {end} of {record.bytes}")
             at = -(-end // TAR_HEADER_BYTES) * TAR_HEADER_BYTES
     return starts
 
 
-def _array(descriptor: int, at: int, name: str, dtype: np.dtype, shape: tuple[int, ...] | None) -> tuple[int, int]:
-    """Returns the bytes where an array's values begin and end; without a shape it may have any length."""
+def _array(
+    descriptor: int, at: int, name: str, dtype: np.dtype, length: int | None, shape: tuple[int, ...]
+) -> tuple[int, int, int]:
+    """Returns the bytes where an array's values begin and end, and its length, which without `length` may be any."""
     headers = os.pread(descriptor, TAR_HEADER_BYTES + NPY_HEADER_BYTES, at)
     found = headers[:100].rstrip(b"\0")
     if found != name.encode():
         raise ValueError(f"byte {at}: expected the member {name}, found {found.decode(errors='replace')!r}")
     size = int(headers[124:135], 8)
-    if shape is None:
-        shape = ((size - NPY_HEADER_BYTES) // dtype.itemsize,)
+    element_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    if length is None:
+        length = (size - NPY_HEADER_BYTES) // element_bytes
     begin = at + TAR_HEADER_BYTES + NPY_HEADER_BYTES
-    end = begin + int(np.prod(shape)) * dtype.itemsize
-    if headers[TAR_HEADER_BYTES:] != _npy_header(dtype.str, shape) or end != at + TAR_HEADER_BYTES + size:
-        raise ValueError(f"{name} holds {_description(headers[TAR_HEADER_BYTES:])}, expected {dtype} {list(shape)}")
-    return begin, end
+    end = begin + length * element_bytes
+    whole = (length, *shape)
+    if headers[TAR_HEADER_BYTES:] != _npy_header(dtype.str, whole) or end != at + TAR_HEADER_BYTES + size:
+        raise ValueError(f"{name} holds {_description(headers[TAR_HEADER_BYTES:])}, expected {dtype} {list(whole)}")
+    return begin, end, length
 
 
 @lru_cache(maxsize=64)

@@ -2,24 +2,56 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from xdscale.errors import XdscaleError
 
 MANIFEST_NAME = "dataset.json"
-FORMAT_VERSION = 2
-BLOCK_SEQUENCES = 1024
-"""Sequences per block: large enough that tar and npy headers cost well under 1 % of 512-token sequences."""
+FORMAT_VERSION = 3
+BLOCK_ROWS = 1024
+"""Most rows per block: large enough that tar and npy headers cost well under 1 % of 512-token sequences."""
+BLOCK_BYTES = 16 << 20
+"""About how much one block holds of a column at most."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
+NAME = "^[a-z][a-z0-9_]*$"
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Column(_Section):
+    """What a table holds for each row: an array of one shape, or any number of elements of one shape.
+
+    Attributes:
+        name: also of its members in a shard.
+        dtype: of an element, in numpy's notation with byte order.
+        shape: of a row; in a ragged column of each of a row's elements. May be empty.
+        offsets: None for rows of one shape. For a ragged column the member that says where each row's elements begin
+            and end; columns that have equally many elements in every row share it.
+        fewest: elements of a row, at least.
+        most: elements of a row, at most.
+    """
+
+    name: Annotated[str, Field(pattern=NAME)]
+    dtype: Annotated[str, Field(pattern=r"^(\|[iu]1|<[iuf][248])$")]
+    shape: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(max_length=3)] = ()
+    offsets: Annotated[str, Field(pattern=NAME)] | None = None
+    fewest: Count = 0
+    most: Annotated[int, Field(gt=0)] | None = None
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a row, or in a ragged column of one element."""
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 class LanguageTokenizer(_Section):
@@ -63,7 +95,7 @@ class Build(_Section):
     clip_blocks: Annotated[int, Field(gt=0)]
     validation_fraction: Annotated[float, Field(ge=0, le=1)]
     shard_text_bytes: Annotated[int, Field(gt=0)]
-    block_sequences: Annotated[int, Field(gt=0)] = BLOCK_SEQUENCES
+    block_rows: Annotated[int, Field(gt=0)] = BLOCK_ROWS
     language_tokenizer: LanguageTokenizer
     clip_tokenizer: ClipTokenizer
 
@@ -122,7 +154,8 @@ class Corpus(_Section):
 class Manifest(_Section):
     """The whole of `dataset.json`."""
 
-    format_version: Literal[2] = FORMAT_VERSION
+    format_version: Literal[3] = FORMAT_VERSION
+    columns: Annotated[list[Column], Field(min_length=1)]
     build: Build
     corpus: Corpus
     splits: dict[str, Split]
@@ -159,6 +192,12 @@ class Manifest(_Section):
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the canonical JSON: the identity of the data a run was trained on."""
         return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+
+def members(columns: Sequence[Column]) -> list[str]:
+    """Returns the names of the arrays that a block holds, in their order: the columns, then what tells rows apart."""
+    offsets = dict.fromkeys(column.offsets for column in columns if column.offsets)
+    return [*(column.name for column in columns), *offsets]
 
 
 def canonical_json(value: object) -> bytes:

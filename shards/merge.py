@@ -5,6 +5,7 @@ from pathlib import Path
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.manifest import MANIFEST_NAME, Build, Corpus, Manifest, Split
+from xdscale.shards.pack import text_columns
 from xdscale.shards.part import PartManifest, read_part_files, require_all_parts
 from xdscale.shards.unit import SPLITS, WORK_FOLDER, UnitRecord, UnitSplit, add_counts
 from xdscale.shards.verify import shard_problem, verify_shards
@@ -84,6 +85,7 @@ def require_sequences(build: Build, records: list[UnitRecord]) -> None:
 def assemble(build: Build, records: list[UnitRecord]) -> Manifest:
     """Returns the manifest of a dataset made of these units, in their order."""
     return Manifest(
+        columns=text_columns(build.sequence_length, build.clip_blocks),
         build=build,
         corpus=Corpus(
             documents=sum(record.documents for record in records),

@@ -18,7 +18,7 @@ from xdscale.errors import XdscaleError
 from xdscale.shards.clip_bpe import ClipBPE
 from xdscale.shards.corpus import Document, paragraphs
 from xdscale.shards.manifest import Build, ShardRecord, canonical_json
-from xdscale.shards.pack import Packed, Packer, is_validation
+from xdscale.shards.pack import Packed, Packer, is_validation, text_columns
 from xdscale.shards.verify import file_sha256
 from xdscale.shards.writer import replaced_when_complete, write_shard
 
@@ -171,10 +171,9 @@ class UnitBuilder:
     def _write_split(self, split: str, number: int, packed: Packed) -> UnitSplit:
         shard = write_shard(
             self._out / f"{split}-{number:06d}.tar",
-            packed.language,
-            packed.clip,
-            packed.clip_offsets,
-            self._build.block_sequences,
+            text_columns(self._build.sequence_length, self._build.clip_blocks),
+            {"language": packed.language, "clip": packed.clip, "clip_offsets": packed.clip_offsets},
+            self._build.block_rows,
         )
         return UnitSplit(
             language_tokens=packed.language.size,

@@ -4,16 +4,14 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from xdscale.shards.manifest import BLOCK_SEQUENCES, ShardRecord
-
-LANGUAGE, CLIP, CLIP_OFFSETS = "language.npy", "clip.npy", "clip_offsets.npy"
+from xdscale.shards.manifest import BLOCK_ROWS, Column, ShardRecord, members
 
 
 @contextmanager
@@ -41,7 +39,7 @@ def replaced_when_complete(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_shard(
-    path: Path, language: np.ndarray, clip: np.ndarray, clip_offsets: np.ndarray, block: int = BLOCK_SEQUENCES
+    path: Path, columns: Sequence[Column], arrays: Mapping[str, np.ndarray], block_rows: int = BLOCK_ROWS
 ) -> ShardRecord:
     """Writes one tar shard and returns its record.
 
@@ -49,24 +47,43 @@ def write_shard(
 
     Args:
         path: `SPLIT-NNNNNN.tar`; its folder exists.
-        language: uint16 [n, sequence_length].
-        clip: uint16 [total], the sequences' CLIP ids one after another.
-        clip_offsets: int64 [n + 1]; sequence i owns clip[clip_offsets[i]:clip_offsets[i + 1]].
-        block: sequences per block.
+        columns: of the table.
+        arrays: for each column its rows [n, *shape], or for a ragged one the elements of all rows one after another
+            [total, *shape]. For each name of offsets int64 [n + 1]; row i owns elements `offsets[i]` to
+            `offsets[i + 1] - 1`.
+        block_rows: rows per block.
     """
+    rows = _rows(columns, arrays)
     with replaced_when_complete(path) as stream:
         hashing = _HashingStream(stream)
         # "w|" only ever appends, so what was hashed is what stands in the file.
         with tarfile.open(fileobj=hashing, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
-            for number, first in enumerate(range(0, len(language), block)):
-                offsets = clip_offsets[first : first + block + 1]
-                key = f"{number:06d}"
-                _add(tar, f"{key}.{LANGUAGE}", language[first : first + block].astype("<u2", copy=False))
-                _add(tar, f"{key}.{CLIP}", clip[offsets[0] : offsets[-1]].astype("<u2", copy=False))
-                _add(tar, f"{key}.{CLIP_OFFSETS}", (offsets - offsets[0]).astype("<u4"))
-    return ShardRecord(
-        file=path.name, samples=len(language), bytes=hashing.bytes_written, sha256=hashing.digest.hexdigest()
-    )
+            for number, first in enumerate(range(0, rows, block_rows)):
+                for name, array in _block(columns, arrays, first, block_rows).items():
+                    _add(tar, f"{number:06d}.{name}.npy", array)
+    return ShardRecord(file=path.name, samples=rows, bytes=hashing.bytes_written, sha256=hashing.digest.hexdigest())
+
+
+def _rows(columns: Sequence[Column], arrays: Mapping[str, np.ndarray]) -> int:
+    first = columns[0]
+    return len(arrays[first.name]) if first.offsets is None else len(arrays[first.offsets]) - 1
+
+
+def _block(
+    columns: Sequence[Column], arrays: Mapping[str, np.ndarray], first: int, block_rows: int
+) -> dict[str, np.ndarray]:
+    """Returns the members of the block that begins with row `first`; offsets count from the block's first element."""
+    block = {}
+    for column in columns:
+        part = slice(first, first + block_rows)
+        if column.offsets is not None:
+            bounds = arrays[column.offsets][first : first + block_rows + 1]
+            part = slice(bounds[0], bounds[-1])
+        block[column.name] = arrays[column.name][part].astype(column.dtype, copy=False)
+    for name in members(columns)[len(columns) :]:
+        bounds = arrays[name][first : first + block_rows + 1]
+        block[name] = (bounds - bounds[0]).astype("<u4")
+    return block
 
 
 class _HashingStream:

@@ -161,14 +161,14 @@ def open_data(
     from xdscale.data.opening import open_shards
     from xdscale.data.stream import Stream, sample_hash, validation_slots
     from xdscale.shards.manifest import Manifest
-    from xdscale.shards.reader import ShardedSplit
+    from xdscale.shards.table import Table
     from xdscale.tasks.xdbert import check_shards
     from xdscale.training.protocols import StepData
 
     folder, damaged = open_shards(
         recipe.data, ranks, check=lambda folder: check_shards(recipe.model, Manifest.load(folder)), on_shard=on_shard
     )
-    train = ShardedSplit(folder, "train", quarantined=damaged)
+    train = Table(folder, "train", quarantined=damaged)
     training, micro_batch = recipe.training, ds_config["train_micro_batch_size_per_gpu"]
     stream = Stream(
         len(train),
@@ -186,7 +186,7 @@ def open_data(
     def stream_hash(step: int) -> str:
         return draws_hash(collate, *stream.global_batch_ids(step))
 
-    held_out = ShardedSplit(folder, "validation", quarantined=damaged)
+    held_out = Table(folder, "validation", quarantined=damaged)
     collate_held_out = XDBERTCollator(held_out, seed=training.seed, tasks=recipe.tasks)
     slots = validation_slots(len(held_out), training.eval_samples, ranks.world_size, ranks.rank, micro_batch)
     validation = [collate_held_out(item) for item in slots]

@@ -10,7 +10,7 @@ from xdscale.bench.step import FAST, PARTS, PLAIN, StepReport, activation_bytes,
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.stream import Stream
 from xdscale.errors import XdscaleError
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 from xdscale.tasks.xdbert import build_adaptation
 from xdscale.training.engine import to_device
 
@@ -64,7 +64,7 @@ def real(real_recipe):
 @pytest.fixture(scope="module")
 def arrays(real_recipe, wiki_shards):
     """Two real sequences and a third that only pads the micro-batch."""
-    split = ShardedSplit(wiki_shards, "train")
+    split = Table(wiki_shards, "train")
     stream = Stream(len(split), seed=3, global_batch=2, world_size=1, rank=0, micro_batch=3)
     return XDBERTCollator(split, seed=3, tasks=real_recipe.tasks)(stream.slots(0)[0]).arrays
 

@@ -1,9 +1,11 @@
-"""A split held in memory, with the two methods and the manifest that the collator uses."""
+"""A split held in memory, with the methods and the manifest that the collator uses."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from xdscale.shards.table import Ragged
 
 LANGUAGE = SimpleNamespace(vocab_size=30522, cls_id=101, sep_id=102, mask_id=103, pad_id=0)
 CLIP = SimpleNamespace(vocab_size=49408, start_id=49406, end_id=49407)
@@ -32,14 +34,16 @@ class MemorySplit:
     def first_usable(self) -> int:
         return int(np.argmin(self.damaged))
 
-    def language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
-        assert not self.damaged[sample_ids].any()
-        return self.language[sample_ids]
+    def read(self, column: str, rows: np.ndarray) -> np.ndarray:
+        assert column == "language"
+        assert not self.damaged[rows].any()
+        return self.language[rows]
 
-    def clip_ids(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        assert not self.damaged[sample_ids].any()
-        chosen = [self.texts[sample] for sample in sample_ids]
-        return np.concatenate(chosen), np.cumsum([0, *map(len, chosen)])
+    def read_ragged(self, column: str, rows: np.ndarray) -> Ragged:
+        assert column == "clip"
+        assert not self.damaged[rows].any()
+        chosen = [self.texts[row] for row in rows]
+        return Ragged(np.concatenate(chosen), np.cumsum([0, *map(len, chosen)]))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from xdscale.data.collate import XDBERTCollator
 from xdscale.data.stream import Stream
 from xdscale.recipe import Tasks
 from xdscale.shards.build import build_shards
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def cut_shards(wiki_text, cassette_model, tmp_path_factory):
 
 def decoded_pairs(shards, model):
     """Yields (match label, language side, CLIP side, whether it fills all its blocks) for 400 samples."""
-    split = ShardedSplit(shards, "train")
+    split = Table(shards, "train")
     language = Tokenizer.from_file(str(model / "tokenizer.json"))
     clip = SimpleTokenizer()
     collate = XDBERTCollator(split, seed=0, tasks=Tasks())

@@ -15,7 +15,7 @@ from xdscale.data.draws import draws_hash
 from xdscale.data.prefetch import Prefetcher
 from xdscale.data.stream import Stream
 from xdscale.recipe import Tasks
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 
 SCHEDULES, STEPS, SEED = 200, 8, 20261122
 
@@ -68,7 +68,7 @@ def stored_hash(split, step, seed, batch, world, micro):
 
 @pytest.fixture(scope="module")
 def split(wiki_shards):
-    return ShardedSplit(wiki_shards, "train")
+    return Table(wiki_shards, "train")
 
 
 def test_any_schedule_of_kills_and_ranks_gives_the_uninterrupted_stream(split):

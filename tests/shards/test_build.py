@@ -17,7 +17,7 @@ from xdscale.errors import XdscaleError
 from xdscale.shards.build import build_shards
 from xdscale.shards.corpus import read_documents
 from xdscale.shards.manifest import Manifest
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 from xdscale.shards.verify import verify_shards
 
 
@@ -46,11 +46,11 @@ def test_documents_and_splits_are_those_of_the_corpus(small_dataset, small_corpu
     kept = [paragraph for document in read_documents(small_corpus) for paragraph in document]
     assert manifest.corpus.paragraphs == len(kept)
     assert manifest.corpus.text_bytes == sum(len(paragraph.encode()) for paragraph in kept)
-    assert manifest.splits["validation"].samples == len(ShardedSplit(tmp_path / "all", "validation")) == 0
+    assert manifest.splits["validation"].samples == len(Table(tmp_path / "all", "validation")) == 0
     # The same tokens, whatever is held out: sequences plus what was left over.
     totals = []
     for folder in (tmp_path / "all", small_dataset):
-        built = ShardedSplit(folder, "train").manifest
+        built = Table(folder, "train").manifest
         tokens = sum(split.language_tokens for split in built.splits.values())
         totals.append(tokens + built.corpus.dropped_tokens)
     assert totals[0] == totals[1]
@@ -80,10 +80,10 @@ def test_several_inputs_are_read_in_order(small_corpus, small_build, cassette_mo
     assert [item.name for item in manifest.build.inputs] == ["a.txt", "b.txt"]
     build_shards([small_corpus], tmp_path / "one", **options)
     for split in ("train", "validation"):
-        one, two = (ShardedSplit(tmp_path / name, split) for name in ("one", "two"))
+        one, two = (Table(tmp_path / name, split) for name in ("one", "two"))
         every = np.arange(len(one))
-        assert np.array_equal(one.language_ids(every), two.language_ids(every))
-        assert np.array_equal(one.clip_ids(every)[0], two.clip_ids(every)[0])
+        assert np.array_equal(one.read("language", every), two.read("language", every))
+        assert np.array_equal(one.read_ragged("clip", every)[0], two.read_ragged("clip", every)[0])
 
 
 def test_size_of_the_real_slice(wiki_dump, cassette_model, tmp_path):

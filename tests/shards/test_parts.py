@@ -10,7 +10,7 @@ from xdscale.errors import XdscaleError
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.merge import merge_parts
 from xdscale.shards.part import Part
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 from xdscale.shards.verify import verify_shards
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -43,7 +43,7 @@ def test_merged_parts_are_the_bytes_of_one_build(small_build, expected, tmp_path
         assert not (out / "dataset.json").exists()
         merge_parts(out)
     assert digests(out) == expected
-    assert len(ShardedSplit(out, "train")) == Manifest.load(out).splits["train"].samples
+    assert len(Table(out, "train")) == Manifest.load(out).splits["train"].samples
 
 
 def test_a_part_reports_its_own_share(small_build, small_dataset, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from xdscale.errors import XdscaleError
 from xdscale.shards.build import build_shards
 from xdscale.shards.manifest import Manifest
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 from xdscale.shards.verify import verify_shards
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -44,7 +44,7 @@ def test_the_last_unit_may_be_too_short_for_a_sequence(cassette_model, tmp_path)
     manifest = build_shards([corpus], tmp_path / "out", shard_text_bytes=500, **how)
     assert manifest.corpus.documents == 2
     assert len(manifest.splits["train"].shards) == 1
-    assert len(ShardedSplit(tmp_path / "out", "train")) == manifest.splits["train"].samples == 8
+    assert len(Table(tmp_path / "out", "train")) == manifest.splits["train"].samples == 8
 
 
 def test_all_that_is_wrong_with_a_dataset_is_counted(small_build, tmp_path):

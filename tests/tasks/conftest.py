@@ -11,7 +11,7 @@ from xdscale.data.task_files import Example
 from xdscale.data.task_table import TASKS
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.language import load_language_tokenizer
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 from xdscale.training.engine import to_device
 
 TEXTS = ("Albedo is a measure of reflection.", "Snow is bright.", "The open ocean reflects less light than snow does.")
@@ -51,7 +51,7 @@ def adaptation_spec(cassette_model):
 @pytest.fixture(scope="session")
 def arrays(wiki_shards):
     """Four real sequences, as the training loop gets them; the last is padding of the micro-batch."""
-    split = ShardedSplit(wiki_shards, "train")
+    split = Table(wiki_shards, "train")
     stream = Stream(len(split), seed=1, global_batch=3, world_size=1, rank=0, micro_batch=4)
     return XDBERTCollator(split, seed=1, tasks=recipe.Tasks())(stream.slots(0)[0]).arrays
 

@@ -5,14 +5,14 @@ import torch
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.stream import Stream
 from xdscale.recipe import load_recipe
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 from xdscale.tasks.xdbert import build_adaptation
 from xdscale.training.engine import to_device
 
 
 def test_split_in_fp64(wiki_shards):
     recipe = load_recipe("quickstart", ["model.dropout=0"])
-    split = ShardedSplit(wiki_shards, "train")
+    split = Table(wiki_shards, "train")
     collate = XDBERTCollator(split, seed=0, tasks=recipe.tasks)
     torch.set_num_threads(1)
 

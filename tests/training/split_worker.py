@@ -47,7 +47,7 @@ def measure(shards, out, micro_batch, stage, ranks):
     from xdscale.data.collate import XDBERTCollator
     from xdscale.data.stream import Stream
     from xdscale.ds_config import resolve_ds_config
-    from xdscale.shards.reader import ShardedSplit
+    from xdscale.shards.table import Table
     from xdscale.tasks.xdbert import build_adaptation
     from xdscale.training.engine import build_engine
     from xdscale.training.loop import Trainer
@@ -67,7 +67,7 @@ def measure(shards, out, micro_batch, stage, ranks):
     torch.manual_seed(0)
     module = build_adaptation(recipe)
     engine = build_engine(module, recipe.optim, config, load_universal=False)
-    split = ShardedSplit(shards, "train")
+    split = Table(shards, "train")
     stream = Stream(
         len(split),
         seed=0,

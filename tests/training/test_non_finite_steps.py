@@ -10,7 +10,7 @@ import torch
 from xdscale.data.stream import Stream
 from xdscale.errors import EXIT_BAD_INPUT
 from xdscale.replay import replay
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 from xdscale.training.integrity import read_pickle
 from xdscale.training.monitor import read_log
 from xdscale.training.skipping import skipped_so_far
@@ -32,7 +32,7 @@ LIGHT = {"model__cross_layers": 1, "tasks__clip_tokens": "null"}
 @pytest.fixture(scope="module")
 def poisoned(short_shards):
     """The samples that break step 2's loss (on rank 1, in its second micro-batch) and step 4's gradient."""
-    size = len(ShardedSplit(short_shards, "train"))
+    size = len(Table(short_shards, "train"))
     stream = Stream(size, seed=0, global_batch=4, world_size=1, rank=0, micro_batch=4)
     _, losses = stream.global_batch_ids(LOSS_STEP - 1)
     _, gradients = stream.global_batch_ids(GRADIENT_STEP - 1)

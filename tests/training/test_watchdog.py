@@ -16,7 +16,7 @@ import pytest
 
 from xdscale.data.stream import Stream
 from xdscale.errors import EXIT_FAULT
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 from xdscale.training.activity import Activity
 from xdscale.training.distributed import Ranks
 from xdscale.training.monitor import read_log
@@ -122,9 +122,7 @@ def test_a_rank_that_gets_no_data(launch, wiki_shards):
     launched.wait_for("step", 3)
     seconds, code, lines = launched.end()
     print(f"rank 1 without data: all ended after {seconds:.1f} s: {lines}")
-    stream = Stream(
-        len(ShardedSplit(wiki_shards, "train")), seed=0, global_batch=2, world_size=2, rank=1, micro_batch=1
-    )
+    stream = Stream(len(Table(wiki_shards, "train")), seed=0, global_batch=2, world_size=2, rank=1, micro_batch=1)
     sample = int(stream.slots(3)[0].sample_ids[0])
     assert code == EXIT_FAULT
     assert len(lines) == 1

@@ -9,7 +9,7 @@ from xdscale.data.stream import Slots
 from xdscale.errors import XdscaleError
 from xdscale.names import resolve_path
 from xdscale.recipe import Recipe
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Ragged, Table
 from xdscale.tasks.xdbert import XDBERTAdaptation, check_shards
 
 LANGUAGE_TOKENS = 512
@@ -17,8 +17,8 @@ CLIP_TOKENS = 560
 """Positions that the invented CLIP text fills of the 693, start and end tokens counted."""
 
 
-class _InventedSplit:
-    """Sequences of uniformly drawn ids, in the place of a `ShardedSplit`."""
+class _InventedTable:
+    """Sequences of uniformly drawn ids, in the place of a `Table`."""
 
     def __init__(self, module: XDBERTAdaptation, samples: int) -> None:
         config, tower = module.model.language.config, module.model.clip.tower
@@ -34,14 +34,14 @@ class _InventedSplit:
     def __len__(self) -> int:
         return len(self._language)
 
-    def usable(self, sample_ids: np.ndarray) -> np.ndarray:
-        return np.ones(len(sample_ids), bool)
+    def usable(self, rows: np.ndarray) -> np.ndarray:
+        return np.ones(len(rows), bool)
 
-    def language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
-        return self._language[sample_ids]
+    def read(self, column: str, rows: np.ndarray) -> np.ndarray:
+        return self._language[rows]
 
-    def clip_ids(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._clip[sample_ids].ravel(), np.arange(len(sample_ids) + 1) * self._clip.shape[1]
+    def read_ragged(self, column: str, rows: np.ndarray) -> Ragged:
+        return Ragged(self._clip[rows].ravel(), np.arange(len(rows) + 1) * self._clip.shape[1])
 
 
 def bench_batch(recipe: Recipe, module: XDBERTAdaptation, sequences: int) -> Batch:
@@ -53,9 +53,9 @@ def bench_batch(recipe: Recipe, module: XDBERTAdaptation, sequences: int) -> Bat
     try:
         folder = resolve_path(recipe.data.shards)
     except XdscaleError:  # the recipe's data is not on this machine
-        split = _InventedSplit(module, sequences + 1)  # one more, so that every text has another as its partner
+        split = _InventedTable(module, sequences + 1)  # one more, so that every text has another as its partner
     else:
-        split = ShardedSplit(folder, "train")
+        split = Table(folder, "train")
         check_shards(recipe.model, split.manifest)
     sample_ids = np.arange(sequences) % len(split)
     slots = Slots(np.zeros_like(sample_ids), sample_ids, np.ones(sequences, bool))

@@ -21,7 +21,7 @@ from xdscale.data.collate import XDBERTCollator
 from xdscale.data.stream import Stream
 from xdscale.recipe import Tasks
 from xdscale.shards.manifest import MANIFEST_NAME, ShardRecord
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 from xdscale.shards.writer import write_shard
 
 SAMPLES_PER_SHARD = 2000
@@ -56,7 +56,7 @@ def bench_stream(shards: Path, *, samples: int = 20_000, rounds: int = 3) -> lis
     Returns:
         The rows of the printed table.
     """
-    source = ShardedSplit(shards, "train")
+    source = Table(shards, "train")
     with tempfile.TemporaryDirectory(prefix="xdscale-bench-") as folder:
         work = Path(folder)
         rows = _against_webdataset(source, work, samples, rounds)
@@ -76,7 +76,7 @@ def build_wikipedia_slice(folder: Path) -> Path:
     return folder
 
 
-def _against_webdataset(source: ShardedSplit, work: Path, samples: int, rounds: int) -> list[Row]:
+def _against_webdataset(source: Table, work: Path, samples: int, rounds: int) -> list[Row]:
     chosen = np.arange(samples) % len(source)
     ours, theirs = _write_ours(source, chosen, work / "ours"), _write_theirs(source, chosen, work / "theirs")
     rates = [(_read_ours(ours, samples), _read_theirs(theirs, samples)) for _ in range(rounds)]
@@ -89,29 +89,34 @@ def _against_webdataset(source: ShardedSplit, work: Path, samples: int, rounds: 
     ]
 
 
-def _write_ours(source: ShardedSplit, chosen: np.ndarray, folder: Path) -> Path:
+def _write_ours(source: Table, chosen: np.ndarray, folder: Path) -> Path:
     records = []
     folder.mkdir()
     for first in range(0, len(chosen), SAMPLES_PER_SHARD):
         ids = chosen[first : first + SAMPLES_PER_SHARD]
         path = folder / f"train-{len(records):06d}.tar"
-        records.append(write_shard(path, source.language_ids(ids), *source.clip_ids(ids)))
+        records.append(write_shard(path, source.manifest.columns, _arrays(source, ids)))
     return _write_manifest(source, folder, records)
 
 
-def _write_theirs(source: ShardedSplit, chosen: np.ndarray, folder: Path) -> list[str]:
+def _arrays(source: Table, ids: np.ndarray) -> dict[str, np.ndarray]:
+    clip = source.read_ragged("clip", ids)
+    return {"language": source.read("language", ids), "clip": clip.values, "clip_offsets": clip.offsets}
+
+
+def _write_theirs(source: Table, chosen: np.ndarray, folder: Path) -> list[str]:
     from webdataset import ShardWriter
 
     folder.mkdir()
     with ShardWriter(str(folder / "%06d.tar"), verbose=0) as writer:
         for number, sample in enumerate(chosen):
             one = np.array([sample])
-            arrays = {"language.npy": source.language_ids(one)[0], "clip.npy": source.clip_ids(one)[0]}
+            arrays = {"language.npy": source.read("language", one)[0], "clip.npy": source.read_ragged("clip", one)[0]}
             writer.write({"__key__": f"{number:08d}"} | arrays)
     return sorted(str(path) for path in folder.glob("*.tar"))
 
 
-def _write_manifest(source: ShardedSplit, folder: Path, records: list[ShardRecord]) -> Path:
+def _write_manifest(source: Table, folder: Path, records: list[ShardRecord]) -> Path:
     """Describes shards of this bench as a dataset; totals of tokens play no part in reading."""
     split = source.manifest.splits["train"].model_copy(
         update={"samples": sum(record.samples for record in records), "shards": records}
@@ -120,11 +125,11 @@ def _write_manifest(source: ShardedSplit, folder: Path, records: list[ShardRecor
     return folder
 
 
-def _many_shards(source: ShardedSplit, folder: Path, count: int) -> Path:
+def _many_shards(source: Table, folder: Path, count: int) -> Path:
     """Makes a dataset of `count` small shards, all of them the same file under many names."""
     folder.mkdir()
     ids = np.arange(min(64, len(source)))
-    first = write_shard(folder / "train-000000.tar", source.language_ids(ids), *source.clip_ids(ids))
+    first = write_shard(folder / "train-000000.tar", source.manifest.columns, _arrays(source, ids))
     records = [first.model_copy(update={"file": f"train-{number:06d}.tar"}) for number in range(count)]
     for record in records[1:]:
         os.link(folder / first.file, folder / record.file)
@@ -134,13 +139,13 @@ def _many_shards(source: ShardedSplit, folder: Path, count: int) -> Path:
 def _read_ours(folder: Path, samples: int) -> float:
     """Returns samples per CPU-second over one epoch, opening and shuffling included."""
     began = time.process_time()
-    split = ShardedSplit(folder, "train")
+    split = Table(folder, "train")
     stream = _stream(split, BATCH)
     steps = samples // BATCH
     for step in range(steps):
         for slots in stream.slots(step):
-            split.language_ids(slots.sample_ids)
-            split.clip_ids(slots.sample_ids)
+            split.read("language", slots.sample_ids)
+            split.read_ragged("clip", slots.sample_ids)
     return steps * BATCH / (time.process_time() - began)
 
 
@@ -155,7 +160,7 @@ def _read_theirs(urls: list[str], samples: int) -> float:
     return count / (time.process_time() - began)
 
 
-def _stream(split: ShardedSplit, batch: int) -> Stream:
+def _stream(split: Table, batch: int) -> Stream:
     # The seed is new each time: an order that was computed before would be remembered.
     seed = time.monotonic_ns() % 2**32
     return Stream(len(split), seed=seed, global_batch=batch, world_size=1, rank=0, micro_batch=batch)
@@ -186,7 +191,7 @@ def _child(folder: Path) -> tuple[float, float]:
 
 
 def _in_child(folder: Path) -> None:
-    split = ShardedSplit(folder, "train")
+    split = Table(folder, "train")
     stream, collate = _stream(split, FIRST_BATCH), XDBERTCollator(split, seed=0, tasks=Tasks())
     collate(stream.slots(0)[0])
     ready = time.monotonic()
@@ -198,7 +203,7 @@ def _in_child(folder: Path) -> None:
 
 
 def _seek(folder: Path) -> Row:
-    split = ShardedSplit(folder, "train")
+    split = Table(folder, "train")
     stream, collate = _stream(split, FIRST_BATCH), XDBERTCollator(split, seed=0, tasks=Tasks())
     seconds = []
     for step in np.random.default_rng(0).integers(0, 10**6, SEEKS):
@@ -210,7 +215,7 @@ def _seek(folder: Path) -> Row:
     return Row(name, f"{worst:.0f} ms ({usual:.1f} ms)", "< 50 ms", worst < 50)
 
 
-def _print(rows: list[Row], source: ShardedSplit) -> None:
+def _print(rows: list[Row], source: Table) -> None:
     from rich.console import Console
     from rich.table import Table
 

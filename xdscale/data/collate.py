@@ -9,7 +9,7 @@ from xdscale.data.pairing import PADDING, draw_partners
 from xdscale.data.stream import Slots
 from xdscale.padding import clip_layout
 from xdscale.recipe import Tasks
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.table import Table
 
 CLIP_LENGTH = 77
 CLIP_CONTENT = CLIP_LENGTH - 2
@@ -43,7 +43,7 @@ class XDBERTCollator:
     An objective that is off has no arrays and no entry in `targets`; without MATCH both texts are the same.
     """
 
-    def __init__(self, split: ShardedSplit, *, seed: int, tasks: Tasks) -> None:
+    def __init__(self, split: Table, *, seed: int, tasks: Tasks) -> None:
         """Sets the collator up.
 
         Args:
@@ -78,7 +78,7 @@ class XDBERTCollator:
         if match_labels is not None:
             arrays["match_labels"] = match_labels
             targets["match"] = int(slots.real.sum())
-        flat, offsets = self.split.clip_ids(text_ids)
+        flat, offsets = self.split.read_ragged("clip", text_ids)
         clip_ids, clip_lengths = pack_clip_blocks(flat, offsets, start_id=self._clip.start_id, end_id=self._clip.end_id)
         arrays["clip_ids"], arrays["clip_lengths"] = clip_ids, clip_lengths
         arrays |= clip_layout(clip_lengths, CLIP_LENGTH)
@@ -107,7 +107,7 @@ class XDBERTCollator:
         return slots, np.where(usable, text_ids, instead), labels
 
     def _language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
-        sequences = self.split.language_ids(sample_ids)
+        sequences = self.split.read("language", sample_ids)
         language_ids = np.empty((len(sequences), sequences.shape[1] + 2), np.int64)
         language_ids[:, 0] = self._language.cls_id
         language_ids[:, 1:-1] = sequences

@@ -1,28 +1,40 @@
-"""Reading sequences by number, in any order and at one cost, however many shards there are."""
+"""Reading rows by number, in any order and at one cost, however many shards there are."""
 
 import os
 import resource
 import weakref
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.layout import IDS, OFFSETS, read_layout
-from xdscale.shards.manifest import Manifest
+from xdscale.shards.layout import OFFSETS, read_layout
+from xdscale.shards.manifest import Column, Manifest, members
 
-CLIP_CONTENT = 75  # content ids of a CLIP block
 MAX_BOUNDS = 8 << 20
-"""Places of texts kept in memory, 4 bytes each: more than all of Wikipedia in sequences of 512."""
+"""Bounds of ragged rows kept in memory, 4 bytes each: more than all of Wikipedia in sequences of 512."""
 CLOSED = NOT_KEPT = -1
 
 
-class ShardedSplit:
-    """One split of a folder of shards, as an indexable table of sequences.
+class Ragged(NamedTuple):
+    """Rows of any number of elements, one after another.
 
-    Sample ids are 0 .. len - 1 in the order of the manifest. A batch of a global shuffle touches about as many shards
-    as it has samples, so nothing here is done shard by shard but opening them. Sequences are read with `pread`, not
+    Attributes:
+        values: [total, *shape].
+        offsets: int64 [n + 1]; row i owns elements `offsets[i]` to `offsets[i + 1] - 1`.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+
+class Table:
+    """One split of a folder of shards, as an indexable table with typed columns.
+
+    Rows are 0 .. len - 1 in the order of the manifest. A batch of a global shuffle touches about as many shards
+    as it has rows, so nothing here is done shard by shard but opening them. Rows are read with `pread`, not
     through memory maps: a map would count all it has touched as this process's memory, fault at every new page, and
     answer a failing disk with a signal that names no file. Memory stays under 32 MiB, and 32 bytes per block.
 
@@ -53,16 +65,18 @@ class ShardedSplit:
             raise XdscaleError(f"{self.folder}: every shard of {split} is damaged; copy the shards again")
         # Sample ids at which each shard begins, and the end: int64 [shards + 1].
         self._starts = np.cumsum([0, *(shard.samples for shard in self._shards)], dtype=np.int64)
-        self._length = self.manifest.build.sequence_length
-        self._block = self.manifest.build.block_sequences
+        self._columns = {column.name: column for column in self.manifest.columns}
+        self._places = {name: place for place, name in enumerate(members(self.manifest.columns))}
+        self._bounded = list(self._places)[len(self._columns) :]  # what tells rows of ragged columns apart
+        self._block = self.manifest.build.block_rows
         blocks = [-(-shard.samples // self._block) for shard in self._shards]
         self._first_block = np.cumsum([0, *blocks], dtype=np.int64)
-        self._layout = np.zeros((3, int(self._first_block[-1])), np.int64)  # filled when a shard is first opened
+        every_block = int(self._first_block[-1])
+        # Both fill as shards are opened.
+        self._layout = np.zeros((len(self._places), every_block), np.int64)
+        self._bounds_at = np.full((len(self._bounded), every_block), NOT_KEPT, np.int64)
         self._known = np.zeros(len(self._shards), bool)
-        self._bounds_at = np.full(int(self._first_block[-1]), NOT_KEPT, np.int64)
-        self._bounds = np.empty(
-            min(len(self) + len(self._bounds_at), MAX_BOUNDS), OFFSETS
-        )  # fills as shards are opened
+        self._bounds = np.empty(min((len(self) + every_block) * len(self._bounded), MAX_BOUNDS), OFFSETS)
         self._bounds_kept = 0
         self._max_open = max_open_shards or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
         self._descriptors = np.full(len(self._shards), CLOSED, np.int64)
@@ -73,82 +87,96 @@ class ShardedSplit:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def usable(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Returns whether each sample lies in a shard that may be read: bool [n]."""
+    def usable(self, rows: np.ndarray) -> np.ndarray:
+        """Returns whether each row lies in a shard that may be read: bool [n]."""
         if self._all_healthy:
-            return np.ones(len(sample_ids), bool)
-        return self._healthy[self._shard_of(sample_ids)]
+            return np.ones(len(rows), bool)
+        return self._healthy[self._shard_of(rows)]
 
     def first_usable(self) -> int:
-        """Returns the lowest sample id that may be read."""
+        """Returns the lowest row that may be read."""
         return int(self._starts[np.argmax(self._healthy)])
 
-    def language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Returns the samples' language ids, without [CLS] and [SEP]: uint16 [n, sequence_length].
+    def read(self, column: str, rows: np.ndarray) -> np.ndarray:
+        """Returns rows of a column of one shape: [n, *shape].
 
         Args:
-            sample_ids: int64 [n], any order, repeats allowed.
+            column: its name.
+            rows: int64 [n], any order, repeats allowed.
 
         Raises:
-            XdscaleError: an id out of range, or a shard that is missing, in quarantine or not as the manifest says.
+            XdscaleError: a row out of range, or a shard that is missing, in quarantine or not as the manifest says.
         """
-        shard, block, row = self._locate(sample_ids)
-        row_bytes = self._length * IDS.itemsize
-        begin = self._layout[0, block] + row * row_bytes
-        return np.frombuffer(self._read(shard, begin, np.full(len(shard), row_bytes)), IDS).reshape(-1, self._length)
+        kind = self._column(column, ragged=False)
+        shard, block, row = self._locate(rows)
+        begin = self._layout[self._places[column], block] + row * kind.element_bytes
+        content = self._read(shard, begin, np.full(len(shard), kind.element_bytes))
+        return np.frombuffer(content, kind.dtype).reshape(-1, *kind.shape)
 
-    def clip_ids(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the CLIP ids of the samples, without start and end, one after another.
+    def read_ragged(self, column: str, rows: np.ndarray) -> Ragged:
+        """Returns rows of a ragged column.
 
         Args:
-            sample_ids: int64 [n], any order, repeats allowed.
-
-        Returns:
-            (ids uint16 [total], offsets int64 [n + 1]); sample i owns ids[offsets[i]:offsets[i + 1]].
+            column: its name.
+            rows: int64 [n], any order, repeats allowed.
 
         Raises:
-            XdscaleError: an id out of range, or a shard that is missing, in quarantine or not as the manifest says.
+            XdscaleError: as `read`, or a row with fewer or more elements than the manifest allows.
         """
-        shard, block, row = self._locate(sample_ids)
-        first, last = self._text_bounds(shard, block, row)
+        kind = self._column(column, ragged=True)
+        shard, block, row = self._locate(rows)
+        first, last = self._row_bounds(kind.offsets, shard, block, row)
         lengths = last - first
-        longest = self.manifest.build.clip_blocks * CLIP_CONTENT
-        wrong = np.flatnonzero((lengths < 1) | (lengths > longest))
+        most = np.iinfo(np.int64).max if kind.most is None else kind.most
+        wrong = np.flatnonzero((lengths < kind.fewest) | (lengths > most))
         if wrong.size:
+            limit = "more" if kind.most is None else f"to {kind.most}"
             raise self._damaged(
                 shard[wrong[0]],
-                f"gives {lengths[wrong[0]]} CLIP ids to sample {sample_ids[wrong[0]]}, expected 1 to {longest}",
+                f"gives {lengths[wrong[0]]} elements of {column} to row {np.asarray(rows)[wrong[0]]}, "
+                f"expected {kind.fewest} {'or ' * (kind.most is None)}{limit}",
             )
-        begin = self._layout[1, block] + first * IDS.itemsize
-        ids = np.frombuffer(self._read(shard, begin, lengths * IDS.itemsize), IDS)
-        return ids, np.concatenate([[0], np.cumsum(lengths)])
+        begin = self._layout[self._places[column], block] + first * kind.element_bytes
+        values = np.frombuffer(self._read(shard, begin, lengths * kind.element_bytes), kind.dtype)
+        return Ragged(values.reshape(-1, *kind.shape), np.concatenate([[0], np.cumsum(lengths)]))
 
-    def _locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _column(self, name: str, *, ragged: bool) -> Column:
+        column = self._columns.get(name)
+        if column is None:
+            raise XdscaleError(f"{self.folder}: no column {name!r}; the table has: {', '.join(self._columns)}")
+        if (column.offsets is not None) != ragged:
+            method = "read_ragged" if column.offsets else "read"
+            raise XdscaleError(f"{self.folder}: column {name!r} is read with `{method}`")
+        return column
+
+    def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (shard, block counted over all shards, row in the block), int64 [n] each."""
-        sample_ids = np.asarray(sample_ids, np.int64)
-        if sample_ids.size and not 0 <= sample_ids.min() <= sample_ids.max() < len(self):
-            outside = sample_ids[(sample_ids < 0) | (sample_ids >= len(self))]
+        rows = np.asarray(rows, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            outside = rows[(rows < 0) | (rows >= len(self))]
             raise XdscaleError(
-                f"{self.folder}: sample {outside[0]} does not exist; {self.split} has samples 0 to {len(self) - 1}"
+                f"{self.folder}: row {outside[0]} does not exist; {self.split} has rows 0 to {len(self) - 1}"
             )
-        shard = self._shard_of(sample_ids)
+        shard = self._shard_of(rows)
         unknown = np.unique(shard[~self._known[shard]])
         for first in range(0, len(unknown), self._max_open):
             some = unknown[first : first + self._max_open]
             for number, descriptor in zip(some.tolist(), self._open(some).tolist()):
                 self._learn(number, descriptor)
-        block, row = np.divmod(sample_ids - self._starts[shard], self._block)
+        block, row = np.divmod(rows - self._starts[shard], self._block)
         return shard, self._first_block[shard] + block, row
 
-    def _shard_of(self, sample_ids: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self._starts, sample_ids, side="right") - 1
+    def _shard_of(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, rows, side="right") - 1
 
-    def _text_bounds(self, shard: np.ndarray, block: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns where texts begin and end in the CLIP ids of their blocks, int64 [n] each."""
-        at = self._bounds_at[block]
+    def _row_bounds(
+        self, offsets: str, shard: np.ndarray, block: np.ndarray, row: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where rows begin and end among the elements of their blocks, int64 [n] each."""
+        at = self._bounds_at[self._bounded.index(offsets), block]
         if (at != NOT_KEPT).all():
             return self._bounds[at + row].astype(np.int64), self._bounds[at + row + 1].astype(np.int64)
-        begin = self._layout[2, block] + row * OFFSETS.itemsize
+        begin = self._layout[self._places[offsets], block] + row * OFFSETS.itemsize
         found = np.frombuffer(self._read(shard, begin, np.full(len(shard), 2 * OFFSETS.itemsize)), OFFSETS)
         first, last = found.astype(np.int64).reshape(-1, 2).T
         return first, last
@@ -200,29 +228,30 @@ class ShardedSplit:
         return descriptor
 
     def _learn(self, number: int, descriptor: int) -> None:
-        """Finds where a shard's arrays lie, and keeps where its texts begin and end."""
+        """Finds where a shard's arrays lie, and keeps where its ragged rows begin and end."""
         first_block = int(self._first_block[number])
         try:
-            starts = read_layout(descriptor, self._shards[number], self.manifest.build)
+            starts = read_layout(descriptor, self._shards[number], self.manifest.columns, self._block)
             self._layout[:, first_block : first_block + starts.shape[1]] = starts
-            self._keep_bounds(number, descriptor, first_block, starts[2])
+            for place in range(len(self._bounded)):
+                self._keep_bounds(number, descriptor, first_block, place, starts[len(self._columns) + place])
         except OSError as error:
             raise self._unreadable(number, error) from None
         except ValueError as error:
             raise self._damaged(number, f"not a shard of this dataset ({error})") from None
         self._known[number] = True
 
-    def _keep_bounds(self, number: int, descriptor: int, first_block: int, begins: np.ndarray) -> None:
-        """Keeps the bounds of a shard's texts while there is room: one read less per sample."""
-        samples = self._shards[number].samples
-        if self._bounds_kept + samples + len(begins) > len(self._bounds):
+    def _keep_bounds(self, number: int, descriptor: int, first_block: int, place: int, begins: np.ndarray) -> None:
+        """Keeps the bounds of a shard's ragged rows while there is room: one read less per row."""
+        rows = self._shards[number].samples
+        if self._bounds_kept + rows + len(begins) > len(self._bounds):
             return
         for block, begin in enumerate(begins.tolist()):
-            count = min(self._block, samples - block * self._block) + 1
-            place = slice(self._bounds_kept, self._bounds_kept + count)
-            self._bounds[place] = np.frombuffer(os.pread(descriptor, count * OFFSETS.itemsize, begin), OFFSETS)
-            self._bounds_at[first_block + block] = place.start
-            self._bounds_kept = place.stop
+            count = min(self._block, rows - block * self._block) + 1
+            kept = slice(self._bounds_kept, self._bounds_kept + count)
+            self._bounds[kept] = np.frombuffer(os.pread(descriptor, count * OFFSETS.itemsize, begin), OFFSETS)
+            self._bounds_at[place, first_block + block] = kept.start
+            self._bounds_kept = kept.stop
 
     def _damaged(self, number: int, problem: str) -> XdscaleError:
         path = self.folder / self._shards[number].file

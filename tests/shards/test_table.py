@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.manifest import MANIFEST_NAME, Manifest
-from xdscale.shards.reader import ShardedSplit
+from xdscale.shards.pack import text_columns
+from xdscale.shards.table import Table
 from xdscale.shards.writer import write_shard
 
 
@@ -42,7 +43,8 @@ def many_blocks(small_dataset, tmp_path_factory):
         language = chance.integers(0, 2**16, (samples, 30)).astype(np.uint16)
         offsets = np.concatenate([[0], np.cumsum(chance.integers(1, 76, samples))])
         clip = chance.integers(0, 2**16, offsets[-1]).astype(np.uint16)
-        records.append(write_shard(folder / f"train-{number:06d}.tar", language, clip, offsets))
+        columns = {"language": language, "clip": clip, "clip_offsets": offsets}
+        records.append(write_shard(folder / f"train-{number:06d}.tar", text_columns(30, 1), columns))
         arrays.append((language, np.split(clip, offsets[1:-1])))
     manifest = Manifest.load(small_dataset)
     clip = [ids for _, pieces in arrays for ids in pieces]
@@ -53,10 +55,10 @@ def many_blocks(small_dataset, tmp_path_factory):
 
 
 def check(split, sample_ids, language, clip):
-    found = split.language_ids(sample_ids)
+    found = split.read("language", sample_ids)
     assert found.dtype == np.uint16
     assert np.array_equal(found, language[sample_ids])
-    ids, offsets = split.clip_ids(sample_ids)
+    ids, offsets = split.read_ragged("clip", sample_ids)
     assert (ids.dtype, offsets.dtype, offsets[0], offsets[-1]) == (np.uint16, np.int64, 0, len(ids))
     assert len(offsets) == len(sample_ids) + 1
     for number, sample in enumerate(sample_ids):
@@ -66,7 +68,7 @@ def check(split, sample_ids, language, clip):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_stock_webdataset_reads_the_same(small_dataset, split):
     language, clip = read_with_webdataset(small_dataset, split)
-    reader = ShardedSplit(small_dataset, split)
+    reader = Table(small_dataset, split)
     assert len(reader) == len(language) == reader.manifest.splits[split].samples
     check(reader, np.arange(len(reader)), language, clip)
 
@@ -75,22 +77,22 @@ def test_stock_webdataset_reads_the_same(small_dataset, split):
 @given(sample_ids=st.lists(st.integers(0, 3528), max_size=60))
 def test_any_order_and_repeats(many_blocks, sample_ids):
     folder, language, clip = many_blocks
-    check(ShardedSplit(folder, "train", max_open_shards=1), np.array(sample_ids, np.int64), language, clip)
+    check(Table(folder, "train", max_open_shards=1), np.array(sample_ids, np.int64), language, clip)
 
 
 def test_borders_of_blocks_and_shards(many_blocks):
     folder, language, clip = many_blocks
     borders = np.array([3528, 0, 4, 5, 1028, 1029, 2052, 2053, 2504, 2505, 2504, 5])
-    check(ShardedSplit(folder, "train"), borders, language, clip)
+    check(Table(folder, "train"), borders, language, clip)
     stock = read_with_webdataset(folder, "train")
     assert np.array_equal(stock[0], language)
 
 
 def test_results_do_not_depend_on_the_file_staying_open(many_blocks):
     folder, language, _ = many_blocks
-    reader = ShardedSplit(folder, "train", max_open_shards=1)
-    first = reader.language_ids(np.array([0, 1]))
-    reader.language_ids(np.array([3000]))  # closes the first shard
+    reader = Table(folder, "train", max_open_shards=1)
+    first = reader.read("language", np.array([0, 1]))
+    reader.read("language", np.array([3000]))  # closes the first shard
     assert np.array_equal(first, language[:2])
 
 
@@ -102,21 +104,21 @@ def test_open_files_stay_bounded(many_blocks, bound):
         names = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
         return sum(os.path.realpath(name).startswith(str(folder)) for name in names)
 
-    reader = ShardedSplit(folder, "train", max_open_shards=bound)
+    reader = Table(folder, "train", max_open_shards=bound)
     assert open_shards() == 0
     for sample in (0, 100, 3000, 1, 2000, 3500):
-        reader.language_ids(np.array([sample]))
-        reader.clip_ids(np.array([sample]))
+        reader.read("language", np.array([sample]))
+        reader.read_ragged("clip", np.array([sample]))
         assert 1 <= open_shards() <= bound
 
 
 def test_bad_ids_and_splits_are_named(small_dataset):
-    reader = ShardedSplit(small_dataset, "train")
+    reader = Table(small_dataset, "train")
     for bad in (-1, len(reader)):
-        with pytest.raises(XdscaleError, match=f"sample {bad} does not exist; train has samples 0 to"):
-            reader.language_ids(np.array([0, bad]))
+        with pytest.raises(XdscaleError, match=f"row {bad} does not exist; train has rows 0 to"):
+            reader.read("language", np.array([0, bad]))
     with pytest.raises(XdscaleError, match="no split 'test'; the dataset has: train, validation"):
-        ShardedSplit(small_dataset, "test")
+        Table(small_dataset, "test")
 
 
 def test_torn_and_missing_shards_are_named(small_build, tmp_path):
@@ -124,16 +126,16 @@ def test_torn_and_missing_shards_are_named(small_build, tmp_path):
     record = manifest.splits["train"].shards[0]
     path = tmp_path / "out" / record.file
     path.write_bytes(path.read_bytes()[:-512])
-    reader = ShardedSplit(tmp_path / "out", "train")
+    reader = Table(tmp_path / "out", "train")
     expected = f"{record.file}: expected {record.bytes} bytes, found {record.bytes - 512}"
     with pytest.raises(XdscaleError, match=expected):
-        reader.language_ids(np.array([0]))
+        reader.read("language", np.array([0]))
     path.write_bytes(b"\0" * record.bytes)
     with pytest.raises(XdscaleError, match=f"{record.file}: not a shard of this dataset"):
-        reader.clip_ids(np.array([0]))
+        reader.read_ragged("clip", np.array([0]))
     path.unlink()
     with pytest.raises(XdscaleError, match=f"{record.file}: cannot be read: No such file"):
-        ShardedSplit(tmp_path / "out", "train").clip_ids(np.array([0]))
+        Table(tmp_path / "out", "train").read_ragged("clip", np.array([0]))
 
 
 def test_damage_that_appears_while_reading_is_named(small_build, tmp_path):
@@ -141,35 +143,35 @@ def test_damage_that_appears_while_reading_is_named(small_build, tmp_path):
     record = small_build(tmp_path / "out").splits["train"].shards[0]
     path = tmp_path / "out" / record.file
     whole = path.read_bytes()
-    reader = ShardedSplit(tmp_path / "out", "train")
-    reader.language_ids(np.array([0]))
+    reader = Table(tmp_path / "out", "train")
+    reader.read("language", np.array([0]))
     os.truncate(path, 700)
     with pytest.raises(XdscaleError, match=f"{record.file}: ends before byte"):
-        reader.language_ids(np.array([record.samples - 1]))
+        reader.read("language", np.array([record.samples - 1]))
     begin = whole.rindex(b"\x93NUMPY") + 128
     path.write_bytes(whole[:begin] + b"\xff" * 8 + whole[begin + 8 :])
-    with pytest.raises(XdscaleError, match=rf"{record.file}: gives -?\d+ CLIP ids to sample 0, expected 1 to 75"):
-        ShardedSplit(tmp_path / "out", "train").clip_ids(np.array([0]))
+    with pytest.raises(XdscaleError, match=rf"{record.file}: gives -?\d+ elements of clip to row 0, expected 1 to 75"):
+        Table(tmp_path / "out", "train").read_ragged("clip", np.array([0]))
 
 
 def test_nothing_is_read_from_a_quarantined_shard(small_dataset):
     manifest = Manifest.load(small_dataset)
     first, second = manifest.splits["train"].shards[:2]
-    reader = ShardedSplit(small_dataset, "train", quarantined=[first.file])
+    reader = Table(small_dataset, "train", quarantined=[first.file])
     assert reader.usable(np.array([0, first.samples - 1, first.samples])).tolist() == [False, False, True]
     assert reader.first_usable() == first.samples
-    reader.language_ids(np.array([first.samples]))
+    reader.read("language", np.array([first.samples]))
     with pytest.raises(XdscaleError, match=f"{first.file}: is in quarantine"):
-        reader.clip_ids(np.array([0]))
+        reader.read_ragged("clip", np.array([0]))
     every = [shard.file for shard in manifest.splits["train"].shards]
     with pytest.raises(XdscaleError, match="every shard of train is damaged"):
-        ShardedSplit(small_dataset, "train", quarantined=every)
+        Table(small_dataset, "train", quarantined=every)
 
 
 def test_texts_are_found_without_their_bounds_in_memory(many_blocks, monkeypatch):
     folder, language, clip = many_blocks
-    monkeypatch.setattr("xdscale.shards.reader.MAX_BOUNDS", 3000)  # room for some of the shards
-    check(ShardedSplit(folder, "train"), np.array([3, 2500, 3528, 4, 3000, 900]), language, clip)
+    monkeypatch.setattr("xdscale.shards.table.MAX_BOUNDS", 3000)  # room for some of the shards
+    check(Table(folder, "train"), np.array([3, 2500, 3528, 4, 3000, 900]), language, clip)
 
 
 def test_a_shard_of_other_shapes_is_refused(many_blocks, tmp_path):
@@ -177,11 +179,15 @@ def test_a_shard_of_other_shapes_is_refused(many_blocks, tmp_path):
     folder, _, _ = many_blocks
     manifest = Manifest.load(folder)
     ids = np.ones(40, np.uint16)
-    record = write_shard(tmp_path / "train-000000.tar", ids.reshape(2, 20), ids, np.array([0, 1, 40]))
+    record = write_shard(
+        tmp_path / "train-000000.tar",
+        text_columns(20, 1),
+        {"language": ids.reshape(2, 20), "clip": ids, "clip_offsets": np.array([0, 1, 40])},
+    )
     split = manifest.splits["train"].model_copy(update={"samples": 2, "shards": [record]})
     (tmp_path / MANIFEST_NAME).write_text(manifest.model_copy(update={"splits": {"train": split}}).to_json())
     with pytest.raises(XdscaleError, match=r"000000\.language\.npy holds uint16 \[2, 20\], expected uint16 \[2, 30\]"):
-        ShardedSplit(tmp_path, "train").language_ids(np.array([0]))
+        Table(tmp_path, "train").read("language", np.array([0]))
 
 
 def test_manifest_errors_say_what_to_do(small_dataset, tmp_path):
@@ -194,13 +200,13 @@ def test_manifest_errors_say_what_to_do(small_dataset, tmp_path):
         Manifest.load(tmp_path)
     good = (small_dataset / MANIFEST_NAME).read_text()
     for old, new, message in (
-        ('"format_version": 2', '"format_version": 1', "format_version"),
+        ('"format_version": 3', '"format_version": 1', "format_version"),
         ('"file": "train-000000.tar"', '"file": "../train-000000.tar"', r"splits\.train\.shards\.0\.file"),
         ("{", "[", "Invalid JSON"),
     ):
         assert old in good
         (tmp_path / MANIFEST_NAME).write_text(good.replace(old, new, 1))
-        with pytest.raises(XdscaleError, match=rf"dataset\.json: not a dataset of format 2: .*{message}"):
+        with pytest.raises(XdscaleError, match=rf"dataset\.json: not a dataset of format 3: .*{message}"):
             Manifest.load(tmp_path)
 
 
@@ -216,6 +222,6 @@ def test_fingerprint_follows_the_content(small_dataset, tmp_path):
 def test_reading_needs_neither_torch_nor_tokenizers():
     """Data-loading workers import the reader; each library here would cost every rank."""
     heavy = ("torch", "tokenizers", "ftfy", "transformers", "webdataset")
-    code = f"import sys, xdscale.shards.reader, xdscale.shards.verify; print([n for n in {heavy} if n in sys.modules])"
+    code = f"import sys, xdscale.shards.table, xdscale.shards.verify; print([n for n in {heavy} if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
