@@ -1,5 +1,6 @@
 """`xdscale train`: the launcher's options, signals and exit codes on one machine."""
 
+import contextlib
 import json
 import os
 import re
@@ -125,30 +126,45 @@ def test_bad_input_that_only_ranks_see_is_one_message_and_exit_code_2(tmp_path):
     assert messages[0].startswith("error: nowhere: ")
 
 
+@pytest.fixture
+def start(tmp_path):
+    """Starts a command in a session of its own, as a terminal does, of which nothing is left after the test."""
+    processes = []
+
+    def start(*command):
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=tmp_path,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                # A shell that runs the tests in the background has them ignore Ctrl-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_ctrl_c_and_sigterm_save_and_the_same_command_ends_the_run(short_shards, narrow_model, tmp_path):
+def test_ctrl_c_and_sigterm_save_and_the_same_command_ends_the_run(short_shards, narrow_model, tmp_path, start):
     run = tmp_path / "run"
     command = [PROGRAM, "train", "quickstart", *narrow_model, f"data.shards={short_shards}", f"output.folder={run}"]
     command += ["training.eval_samples=4", "training.global_batch=4", "training.checkpoint_every=1000", "--ranks", "2"]
-
-    def start(steps):
-        return subprocess.Popen(
-            [*command, f"training.stop_at_step={steps}", "training.steps=5000"],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # A shell that runs the tests in the background has them ignore Ctrl-C.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+    command += ["training.steps=5000"]
 
     def steps():
         lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
         return [entry["step"] for entry in map(json.loads, lines) if entry["kind"] == "step"]
 
-    process = start(5000)
+    process = start(*command)
     while not steps():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
@@ -161,14 +177,14 @@ def test_ctrl_c_and_sigterm_save_and_the_same_command_ends_the_run(short_shards,
     assert checkpoint.name == f"step-{done:08}"
     assert damage(checkpoint) == []
 
-    process = start(5000)
+    process = start(*command)
     time.sleep(2)  # the launcher starts, no rank is there yet
     process.send_signal(signal.SIGTERM)
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == EXIT_STOPPED, stderr
     assert steps()[-1] == done
 
-    process = start(done + 1)
+    process = start(*command, f"training.stop_at_step={done + 1}")
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 0, stderr
     assert f"continuing after step {done} " in stderr
