@@ -121,6 +121,7 @@ class Optim(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
     eps: float = Field(1e-6, gt=0, description="AdamW's ε, added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="on all parameters, as the released code does")
+    bias_correction: bool = Field(True, description="of AdamW's moments; false as in the released code's BertAdam")
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rate rises from 0")
     gradient_clipping: float = Field(1.0, gt=0, description="largest global gradient norm")
 

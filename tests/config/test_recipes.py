@@ -220,6 +220,7 @@ def test_what_a_recipe_leaves_out():
         "betas": (0.9, 0.999),
         "eps": 1e-6,
         "weight_decay": 0.01,
+        "bias_correction": True,
         "warmup_ratio": 0.05,
         "gradient_clipping": 1.0,
     }

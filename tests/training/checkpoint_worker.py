@@ -92,9 +92,10 @@ def make_engine(stage, precision, seed, load_universal):
 def make_step(engine, step, precision):
     import torch
 
+    from xdscale.recipe import Optim
     from xdscale.training.engine import set_learning_rate
 
-    set_learning_rate(engine, 1e-2 * (step + 1))
+    set_learning_rate(engine, 1e-2 * (step + 1), Optim(), step)
     torch.manual_seed(step)
     inputs = torch.randn(4, 7).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine.backward(engine(inputs).float().square().sum())

@@ -198,6 +198,15 @@ def test_the_log_holds_means_over_the_targets_of_all_ranks_and_the_speed(saved, 
     assert entry["optim/lr"] == pytest.approx(1e-4)
 
 
+def test_updates_that_were_skipped_do_not_count_for_bias_correction(saved, monkeypatch):
+    counted = []
+    monkeypatch.setattr(loop, "set_learning_rate", lambda engine, rate, optim, update: counted.append(update))
+    run = trainer(FakeEngine(), steps=10)
+    run.skipped = Skipped(steps=2, overflows=3)
+    run._step(7)
+    assert counted == [2]
+
+
 def test_an_objective_without_targets_in_a_step_is_zero_and_not_a_division_by_zero(saved):
     others = [torch.tensor([-3, -6, 0, 0])]
     run = trainer(FakeEngine(), FakeRanks(0, 2, others), steps=1)

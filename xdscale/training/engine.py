@@ -42,10 +42,25 @@ def build_engine(module: nn.Module, optim: Optim, ds_config: dict[str, Any], *, 
     return engine
 
 
-def set_learning_rate(engine: Any, value: float) -> None:
-    """Sets the learning rate of the next optimiser step."""
+def set_learning_rate(engine: Any, rate: float, optim: Optim, update: int) -> None:
+    """Sets the learning rate of the next optimiser step.
+
+    Without bias correction AdamW's step is `rate * (m / (sqrt(v) + eps) + decay * p)` of the bare moments, as in the
+    BertAdam of BERT's release. PyTorch's AdamW divides m by c1 = 1 - beta1^t and v by c2 = 1 - beta2^t. A rate times
+    c1 / sqrt(c2), an eps divided by sqrt(c2) and a decay divided by that factor cancel the division.
+
+    Args:
+        engine: the DeepSpeed engine.
+        rate: of the schedule.
+        optim: the recipe's optimizer section.
+        update: how many updates AdamW has made so far, without skipped ones.
+    """
+    root, factor = 1.0, 1.0
+    if not optim.bias_correction:
+        c1, c2 = (1 - beta ** (update + 1) for beta in optim.betas)
+        root, factor = c2**0.5, c1 / c2**0.5
     for group in engine.optimizer.param_groups:
-        group["lr"] = value
+        group.update(lr=rate * factor, eps=optim.eps / root, weight_decay=optim.weight_decay / factor)
 
 
 def make_step(engine: Any, *, skip: bool) -> bool:

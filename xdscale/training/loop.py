@@ -148,7 +148,8 @@ class Trainer:
         rate = learning_rate(
             step, peak=optim.learning_rate, steps=self.recipe.training.steps, warmup_ratio=optim.warmup_ratio
         )
-        set_learning_rate(self.engine, rate)
+        updates = step - self.skipped.steps - self.skipped.overflows
+        set_learning_rate(self.engine, rate, optim, updates)
         return rate
 
     def _forward_backward(self, step: int, number: int, data: StepData, counts: dict[str, int]) -> torch.Tensor:
