@@ -1,6 +1,5 @@
-"""Whether a process does anything: what tells a compiler or a slow disk from a hang while both make no progress."""
+"""Whether a process does anything, or waits for a disk: what tells a compiler or a stalled file system from a hang."""
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -12,11 +11,15 @@ _BUSY_BYTES = 1 << 16
 
 
 class Activity:
-    """Looks at this process from a thread that is not counted itself."""
+    """Looks at this process from a thread that is not counted itself.
 
-    def __init__(self) -> None:
-        # The kernel numbers a main thread as its process. Python's own number for it is the parent's after a fork.
-        self._main_stat = Path(f"/proc/self/task/{os.getpid()}/stat")
+    Args:
+        tasks: where the system describes the threads, each in a folder of its own.
+    """
+
+    def __init__(self, tasks: Path = Path("/proc/self/task")) -> None:
+        self._tasks = tasks
+        self._block_ticks: dict[str, int] = {}
         self._process = psutil.Process()
         self._at = time.monotonic()
         self._seconds = self._cpu_seconds()
@@ -26,13 +29,13 @@ class Activity:
         """Returns whether something was done since the last call; always called from the same thread.
 
         That is a tenth of a core's time in all other threads and in the processes started from here (compilers),
-        64 KiB read or written by all other threads, or the main thread waiting for a disk right now. Where the
-        system does not tell, True.
+        64 KiB read or written by all other threads, or a thread waiting for a disk. Where the system does not
+        tell, True.
         """
         now, seconds, moved = time.monotonic(), self._cpu_seconds(), self._bytes_moved()
         spent = seconds - self._seconds
         busy = abs(spent) >= _BUSY_SHARE * (now - self._at)  # less than before: a process has ended
-        busy |= moved is None or moved - self._bytes >= _BUSY_BYTES or self._waits_for_disk()
+        busy |= moved is None or moved - self._bytes >= _BUSY_BYTES or self.waits_for_disk()
         self._at, self._seconds, self._bytes = now, seconds, moved
         return busy
 
@@ -53,9 +56,21 @@ class Activity:
         except OSError:
             return None
 
-    def _waits_for_disk(self) -> bool:
-        # After the program's name, which may hold anything, the first word is the state; D: a disk.
-        return self._main_stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] == "D"
+    def waits_for_disk(self) -> bool:
+        """Returns whether any thread waits for a disk right now, or has since the last call."""
+        waits = False
+        for stat in self._tasks.glob("*/stat"):
+            try:
+                text = stat.read_text(encoding="utf-8", errors="replace")
+            except OSError:  # the thread has ended
+                continue
+            # After the program's name, which may hold anything: the state, where D is a disk's, and 39 words later
+            # the clock ticks for which the thread has waited for block devices (0 where they are not counted).
+            words = text.rpartition(")")[2].split()
+            ticks = int(words[39])
+            waits |= words[0] == "D" or ticks > self._block_ticks.get(stat.parent.name, ticks)
+            self._block_ticks[stat.parent.name] = ticks
+        return waits
 
 
 def _bytes_read_or_written(path: str) -> int:

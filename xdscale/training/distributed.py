@@ -1,6 +1,8 @@
 """Processes of a run: who this rank is, and how ranks agree. DeepSpeed starts here and in `engine`."""
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,13 @@ import torch.distributed
 
 from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
+
+_EXCHANGES = (
+    "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce",
+    "all_reduce_coalesced", "all_to_all_single", "barrier", "broadcast", "reduce", "reduce_scatter",
+    "reduce_scatter_tensor",
+)  # fmt: skip
+"""What DeepSpeed may call of its communication backend."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +89,15 @@ def start_distributed() -> Ranks:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
     return ranks
+
+
+def before_exchanges(tell: Callable[[], None]) -> None:
+    """Has `tell` called before every exchange between ranks that DeepSpeed begins; replaces what was set before."""
+    from deepspeed.comm import comm
+
+    def told(exchange: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        tell()
+        return exchange(*arguments, **options)
+
+    for name in _EXCHANGES:
+        setattr(comm.cdb, name, functools.partial(told, getattr(type(comm.cdb), name).__get__(comm.cdb)))

@@ -2,8 +2,9 @@
 
 Every rank has a thread that tells its place (step, phase, samples) once a second through the key-value store that the
 ranks met in; a connection of its own, so that a rank stuck in a collective still tells. The first rank judges all, the
-others judge the first. Places are compared by how many phases a rank has entered: all ranks enter the same ones in
-the same order, so while the others wait in a collective, the one to blame is the one that is furthest behind.
+others judge the first. Places are compared by how many phases a rank has entered and how many exchanges it has begun
+there: all ranks make the same ones in the same order, so while the others wait in an exchange, the one to blame is the
+one that is furthest behind. On GPUs it is the device's place that counts, not the host's (`arrivals`).
 """
 
 import datetime
@@ -24,9 +25,11 @@ from typing import Any
 
 import torch.distributed
 
+from xdscale.devices import uses_gpus
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, XdscaleError
 from xdscale.training.activity import Activity
-from xdscale.training.distributed import Ranks
+from xdscale.training.arrivals import Arrival, Arrivals, Event, record_cuda_event
+from xdscale.training.distributed import Ranks, before_exchanges
 
 _BEAT_SECONDS = 1.0
 _SILENCE_SECONDS = 15.0  # the launcher may then take 30 s more to end a frozen rank: within a minute together
@@ -38,6 +41,9 @@ _SLOW_FACTOR = 20
 """Building, saving, and the first time through any phase (compilers start then) may take so much longer, by a rank that
 does something."""
 _ENDED = "ended"
+_READING = "data"
+_DISK_SECONDS = 300.0
+"""A file system that stalls is waited for so long while data is read, where that is more than the usual patience."""
 
 
 @dataclass
@@ -65,6 +71,12 @@ class _Place:
     entered: int = 0  # phases entered so far
     since: float = field(default_factory=time.monotonic)
     ticks: int = 0  # signs of progress within the phase
+    exchanges: int = 0  # exchanges with other ranks begun within the phase
+    disk_at: float | None = None  # when a thread was last seen waiting for a disk
+    excused: bool = False  # whether it was said that a disk is waited for
+
+    def arrival(self) -> Arrival:
+        return Arrival(self.entered, self.exchanges, self.phase)
 
 
 class Watchdog:
@@ -79,9 +91,12 @@ class Watchdog:
         folder: where stacks and tracebacks go.
         hang_seconds: shortest time without progress that counts as hanging. Ten times the longest of the last
             hundred times through the same phase counts, when that is more.
+        record_event: puts an event behind this rank's work on its device so far; default: on its GPU, if it has one.
     """
 
-    def __init__(self, ranks: Ranks, folder: Path, hang_seconds: float) -> None:
+    def __init__(
+        self, ranks: Ranks, folder: Path, hang_seconds: float, record_event: Callable[[], Event] | None = None
+    ) -> None:
         self.samples: Callable[[int, int | None], list[int]] | None = None
         self._ranks = ranks
         self._folder = folder
@@ -89,6 +104,8 @@ class Watchdog:
         self._silence_seconds = min(_SILENCE_SECONDS, max(hang_seconds, _SILENCE_AFTER_FAILED_COLLECTIVE_SECONDS))
         self._store = _open_store(ranks)
         self._place = _Place()
+        self._arrivals = Arrivals(record_event or (record_cuda_event if uses_gpus() else None))
+        self._arrivals.pass_by(self._place.arrival())
         self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=100))
         self._beats = self._active_beats = 0
         self._seen: dict[int, _Seen] = {}
@@ -99,6 +116,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="xdscale-watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
+        if torch.distributed.is_initialized():
+            before_exchanges(self.exchange)
         self._beat()
         if self._ranks.is_first:
             self._store.set("verdict", "")
@@ -123,6 +142,12 @@ class Watchdog:
         before = self._place
         self._durations[before.phase].append(now - before.since)
         self._place = _Place(phase, step, micro_batch, before.entered + 1, now)
+        self._arrivals.pass_by(self._place.arrival())
+
+    def exchange(self) -> None:
+        """Says that this rank begins an exchange with the others."""
+        self._place.exchanges += 1
+        self._arrivals.pass_by(self._place.arrival())
 
     def tick(self) -> None:
         """Says that a long phase goes on: fetching or verifying shards may take hours."""
@@ -164,8 +189,7 @@ class Watchdog:
         activity = Activity()
         while not self._closed.wait(_BEAT_SECONDS):
             try:
-                if self._is_slow(self._place.phase) and activity.busy():
-                    self._active_beats += 1
+                self._look(activity)
                 self._beat()
                 verdict = self._store.get("verdict").decode()
                 if verdict:
@@ -179,12 +203,30 @@ class Watchdog:
                 self._tell(f"error: {accused}; all ranks end; stacks in {self._path('stacks')}", EXIT_FAULT)
                 self._leave(EXIT_FAULT)
 
+    def _look(self, activity: Activity) -> None:
+        """Notes what this rank does while it makes no progress."""
+        place, now = self._place, time.monotonic()
+        if self._is_slow(place.phase) and activity.busy():
+            self._active_beats += 1
+        if place.phase != _READING or not activity.waits_for_disk():
+            return
+        place.disk_at = now
+        seconds = now - place.since
+        if not place.excused and self._patience(place.phase) < seconds < _DISK_SECONDS:
+            place.excused = True
+            what = f"has waited {seconds:.0f} s for its file system"
+            line = f"warning: {_accuse(self._ranks.rank, self._record(), what)}; it is given {_DISK_SECONDS:.0f} s"
+            print(line, file=sys.stderr, flush=True)
+
     def _beat(self) -> None:
         self._beats += 1
         self._store.set(f"rank-{self._ranks.rank}", json.dumps(self._record()))
 
     def _record(self) -> dict[str, Any]:
         place = self._place
+        # The usual patience begins anew when the disk answers: what it held up still has to be done.
+        stalled = place.disk_at is not None and time.monotonic() - place.disk_at <= self._patience(place.phase)
+        least = _DISK_SECONDS if stalled else 0.0
         training = self.samples is not None and place.phase in ("data", "forward", "backward")
         return {
             "beat": self._beats,
@@ -194,8 +236,11 @@ class Watchdog:
             "step": place.step,
             "samples": self.samples(place.step, place.micro_batch) if training else [],
             "active": self._active_beats,
-            "patience": self._patience(place.phase),
-            "idle_patience": self._patience(place.phase, idle=True),
+            "patience": max(least, self._patience(place.phase)),
+            "idle_patience": max(least, self._patience(place.phase, idle=True)),
+            "stalled": stalled,
+            "host_place": place.arrival(),
+            "device_place": self._arrivals.last() or (0, 0, place.phase),
             "collective": _in_collective(self._main_thread.ident),
             "host": platform.node(),
         }
@@ -217,7 +262,7 @@ class Watchdog:
         self._looked_at = now
         for rank, record in zip(watched, records):
             seen = self._seen.setdefault(rank, _Seen(record, now, now, now))
-            if any(record[key] != seen.record[key] for key in ("entered", "ticks")):
+            if any(record[key] != seen.record[key] for key in ("entered", "ticks", "device_place")):
                 seen.entered_at = seen.active_at = now
             if record["active"] != seen.record["active"]:
                 seen.active_at = now
@@ -242,13 +287,17 @@ class Watchdog:
         overdue = [seen for seen in self._seen.values() if seen.overdue(now)]
         if not any(seen.record["phase"] != _ENDED for seen in overdue):
             return None
-        places = {rank: (seen.record["entered"], seen.record["collective"]) for rank, seen in self._seen.items()}
+        places = {rank: _how_far(seen.record) for rank, seen in self._seen.items()}
         last = min(places.values())
         rank, *others = [rank for rank, place in places.items() if place == last]
         if any(self._seen[slow] not in overdue for slow in (rank, *others)):
             return None  # the others wait for one that is slow but goes on
         seen = self._seen[rank]
         line = _accuse(rank, seen.record, f"made no progress for {now - seen.entered_at:.0f} s")
+        if seen.record["device_place"] < seen.record["host_place"]:
+            line += f" (its GPU has not left '{seen.record['device_place'][2]}')"
+        if seen.record["stalled"]:
+            line += " (its file system does not answer)"
         return line + (f" (as did {len(others)} other ranks there)" if others else "")
 
     def _lost_store(self) -> str | None:
@@ -315,6 +364,11 @@ def _describe(record: dict[str, Any]) -> str:
 
 def _accuse(rank: int, record: dict[str, Any], what: str) -> str:
     return f"rank {rank} on {record['host']} {what} in {_describe(record)}"
+
+
+def _how_far(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns what compares ranks; the device says most, since a host may have passed where its device has not come."""
+    return record["device_place"][:2], record["host_place"][:2], record["collective"]
 
 
 def _in_collective(thread: int) -> bool:
