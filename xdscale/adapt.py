@@ -259,7 +259,7 @@ def train_session(
 
     engine, module, start_step = session
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(ds_config)]
-    monitor = Monitor(run, recipe, start_step) if ranks.is_first else None
+    monitor = Monitor(run, recipe, start_step, list(weights)) if ranks.is_first else None
     if monitor:
         monitor.split(
             start_step,

@@ -264,7 +264,7 @@ def test_tensorboard_tells_what_design_lists_without_overlapping_curves(second):
     """Read back with TensorBoard's own reader, after a resume that repeats two steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(second.folder / "board" / "tensorboard"))
+    board = EventAccumulator(str(second.folder / "board" / "tensorboard" / "board"))
     board.Reload()
     names = {"loss/total", "optim/lr", "optim/grad_norm", "throughput/tokens_per_second", "throughput/mfu"}
     names |= {"data/wait_fraction", "memory/peak_gib", "health/skipped_steps"}
@@ -291,7 +291,7 @@ def test_a_shard_damaged_between_two_starts_is_named_and_then_done_without(secon
     assert (entry["step"], entry["data/quarantined_shards"], list(entry["shards"])) == (2, 1, ["train-000001.tar"])
     assert len(second.steps("quarantine")) == 5
     assert read_position(second.checkpoint("quarantine", 5)).quarantined == ["train-000001.tar"]
-    board = EventAccumulator(str(second.folder / "quarantine" / "tensorboard"))
+    board = EventAccumulator(str(second.folder / "quarantine" / "tensorboard" / "quarantine"))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("data/quarantined_shards")] == [(2, 1.0)]
     assert "quarantined shards/text_summary" in board.Tags()["tensors"]

@@ -142,7 +142,7 @@ def test_the_log_names_the_samples_and_the_command(folder, poisoned, name):
 def test_tensorboard_counts_them_on_through_a_restart(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(folder / CONTINUED / "tensorboard"))
+    board = EventAccumulator(str(folder / CONTINUED / "tensorboard" / CONTINUED))
     board.Reload()
     assert [event.value for event in board.Scalars("health/skipped_steps")] == [0, 1, 1, 2, 2]
     assert [event.step for event in board.Scalars("loss/total")] == [1, 3, 5]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -11,34 +10,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from xdscale.ds_config import BatchSplit
 from xdscale.recipe import Recipe
+from xdscale.training.board import Board
 from xdscale.training.run_folder import RunFolder
 
 _SECONDS_BETWEEN_LINES = 15.0
-
-_LAYOUT = {
-    "Learning": {
-        "losses": ["Multiline", ["loss/total", "loss/mlm", "loss/match", "loss/clip_tokens"]],
-        "accuracies": ["Multiline", ["accuracy/mlm", "accuracy/match", "accuracy/clip_tokens"]],
-        "held-out losses": [
-            "Multiline",
-            ["validation/loss/mlm", "validation/loss/match", "validation/loss/clip_tokens"],
-        ],
-    },
-    "Optimiser": {"rate": ["Multiline", ["optim/lr"]], "gradient": ["Multiline", ["optim/grad_norm"]]},
-    "Speed": {
-        "tokens": ["Multiline", ["throughput/tokens_per_second"]],
-        "shares": ["Multiline", ["throughput/mfu", "data/wait_fraction"]],
-    },
-    "Health": {
-        "memory": ["Multiline", ["memory/peak_gib"]],
-        "skipped": ["Multiline", ["health/skipped_steps", "health/loss_scale_overflows"]],
-        "shards in quarantine": ["Multiline", ["data/quarantined_shards"]],
-    },
-}
 
 
 class Monitor:
@@ -47,21 +25,20 @@ class Monitor:
     Args:
         run: the claimed run folder.
         recipe: the resolved recipe, shown as text and as hyper-parameters.
-        start_step: steps already done; TensorBoard drops what an earlier process wrote after it.
+        start_step: steps already done; what an earlier process wrote after it is dropped.
+        objectives: names of the losses.
     """
 
-    def __init__(self, run: RunFolder, recipe: Recipe, start_step: int) -> None:
+    def __init__(self, run: RunFolder, recipe: Recipe, start_step: int, objectives: list[str]) -> None:
         if start_step == 0:
             # What a run left that died before its first checkpoint would lie under the new curves.
             run.log.unlink(missing_ok=True)
-            shutil.rmtree(run.tensorboard, ignore_errors=True)
         run.truncate_log(start_step)
         self._log = run.log.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else None)
+        self._board = Board(run.tensorboard, objectives, start_step)
         self._recipe = recipe
         if start_step == 0:
-            self._board.add_custom_scalars(_LAYOUT)
-            self._board.add_text("recipe", "```yaml\n" + recipe.to_yaml() + "```", 0)
+            self._board.writer.add_text("recipe", "```yaml\n" + recipe.to_yaml() + "```", 0)
         self._progress = _progress_bar(recipe.training.steps, start_step)
         self._last_line_seconds = 0.0
         self._folder = run.folder
@@ -105,7 +82,7 @@ class Monitor:
 
     def attention(self, step: int, layer: int, weights: np.ndarray) -> None:
         """Adds one cross-attention map, language positions × CLIP positions, scaled to its largest weight."""
-        self._board.add_image(f"cross_attention/layer_{layer}", weights / weights.max(), step, dataformats="HW")
+        self._board.writer.add_image(f"cross_attention/layer_{layer}", weights / weights.max(), step, dataformats="HW")
 
     def quarantine(self, step: int, problems: dict[str, str]) -> None:
         """Records the shards that the run does without from `step` on.
@@ -115,7 +92,7 @@ class Monitor:
             problems: what is wrong with each shard, by file name; may be none, after shards were repaired.
         """
         self._write(step, "quarantine", {"data/quarantined_shards": len(problems)}, {"shards": problems})
-        self._board.add_text("quarantined shards", "\n\n".join(problems.values()) or "none", step)
+        self._board.writer.add_text("quarantined shards", "\n\n".join(problems.values()) or "none", step)
         if problems:
             self._say("\n".join([f"shards in quarantine from step {step} on: {len(problems)}", *problems.values()]))
 
@@ -141,11 +118,8 @@ class Monitor:
         steps = self._recipe.training.steps
         entry = {"step": step, "kind": "end", "stopped": stopped, "memory/peak_gib_per_rank": peaks_gib}
         self._log.write(json.dumps(entry) + "\n")
-        if self._validated:
-            values = _flatten(self._recipe.model_dump(mode="json"))
-            final = {f"final/{name}": value for name, value in self._validated.items()}
-            self._board.add_hparams(values, final, run_name=".")
-        self._board.close()
+        final = {f"final/{name}": value for name, value in self._validated.items()}
+        self._board.end(_flatten(self._recipe.model_dump(mode="json")), final, step)
         self._log.close()
         how = "stopped by a signal" if stopped else "done" if step == steps else "stopped as training.stop_at_step says"
         what_next = "" if step == steps and not stopped else "; the same command continues"
@@ -158,8 +132,7 @@ class Monitor:
         entry = {"step": step, "kind": kind, **scalars, **extra}
         self._log.write(json.dumps({name: _in_words(value) for name, value in entry.items()}) + "\n")
         self._log.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        self._board.scalars(scalars, step)
 
     def _show(self, step: int, scalars: dict[str, float]) -> None:
         losses = "  ".join(f"{name[5:]} {value:.3f}" for name, value in scalars.items() if name.startswith("loss/"))

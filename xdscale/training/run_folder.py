@@ -35,7 +35,8 @@ class RunFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
-        self.tensorboard = folder / "tensorboard"
+        # TensorBoard names a run by its folder, and one whose files lie in its --logdir itself "."
+        self.tensorboard = folder / "tensorboard" / folder.resolve().name
         self.language = folder / "language"
         self.log = folder / "log.jsonl"
         self._lock: TextIO | None = None

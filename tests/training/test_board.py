@@ -1,0 +1,108 @@
+"""What a run wrote, read back with TensorBoard's own readers, as its dashboards do."""
+
+import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from xdscale.training.board import describe
+from xdscale.training.monitor import Monitor
+from xdscale.training.run_folder import RunFolder
+
+OBJECTIVES = {"adaptation": ["mlm", "match", "clip_tokens"], "MLM alone": ["mlm"], "finetuning": ["task"]}
+
+
+class _Recipe:
+    """What a monitor asks of a recipe."""
+
+    training = type("Training", (), {"steps": 6})()
+
+    def to_yaml(self):
+        return "a: 1\n"
+
+    def model_dump(self, mode):
+        return {"optim": {"learning_rate": 1e-4}}
+
+
+def train(folder, objectives, start, stop):
+    """What the loop tells the monitor from one step to another."""
+    run = RunFolder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    monitor = Monitor(run, _Recipe(), start, objectives)
+    learned = {f"{kind}/{name}": 0.5 for kind in ("loss", "accuracy") for name in objectives}
+    if start == 0:
+        monitor.validation(0, learned)
+    for step in range(start + 1, stop + 1):
+        other = ("optim/lr", "optim/grad_norm", "throughput/tokens_per_second", "throughput/mfu", "data/wait_fraction")
+        other += ("memory/peak_gib", "health/skipped_steps", "health/loss_scale_overflows")
+        monitor.step(step, {"loss/total": 1.5} | learned | dict.fromkeys(other, 0.25), "hash")
+    monitor.validation(stop, learned)
+    monitor.end(stop, [1.0], stopped=stop < 6)
+
+
+def read(logdir):
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir))
+    multiplexer.Reload()
+    return multiplexer
+
+
+@pytest.fixture(params=OBJECTIVES)
+def objectives(request):
+    return OBJECTIVES[request.param]
+
+
+@pytest.fixture
+def continued(tmp_path, objectives, capsys):
+    """The folder of a run that was stopped after 4 steps and continued from a checkpoint after 3."""
+    folder = tmp_path / "runs" / "first"
+    train(folder, objectives, 0, 4)
+    train(folder, objectives, 3, 6)
+    return folder
+
+
+def test_a_run_that_was_continued_is_one_run_with_a_name(continued):
+    assert list(read(continued / "tensorboard").Runs()) == ["first"]
+    assert list(read(continued.parent).Runs()) == ["first/tensorboard/first"]
+    multiplexer = read(continued / "tensorboard")
+    assert [event.step for event in multiplexer.Tensors("first", "loss/total")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_every_chart_of_the_layout_has_curves_and_every_curve_a_chart(continued, objectives):
+    multiplexer = read(continued / "tensorboard")
+    (event,) = multiplexer.Tensors("first", "custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    written = {tag for tag in multiplexer.PluginRunToTagToContent("scalars")["first"]}
+    shown = set()
+    for category in layout.category:
+        for chart in category.chart:
+            assert set(chart.multiline.tag) & written, chart.title
+            shown |= set(chart.multiline.tag)
+    assert {tag for tag in written if not tag.startswith("final/")} - shown <= {"loss/total"}
+    assert shown - written <= {"data/quarantined_shards"}
+    assert {f"validation/accuracy/{name}" for name in objectives} <= shown
+
+
+def test_every_curve_has_a_title_and_a_description(continued):
+    provider = MultiplexerDataProvider(read(continued / "tensorboard"), str(continued))
+    found = provider.list_scalars(RequestContext(), experiment_id="", plugin_name="scalars")["first"]
+    assert found
+    for tag, curve in found.items():
+        assert curve.display_name != tag
+        assert curve.description
+    assert "relative to what the same device reached on a plain square matrix product" in (
+        found["throughput/mfu"].description
+    )
+
+
+def test_last_figures_stand_in_the_run_itself(continued, objectives):
+    multiplexer = read(continued / "tensorboard")
+    name = f"final/accuracy/{objectives[0]}"
+    assert multiplexer.Tensors("first", name)[-1].step == 6
+    assert "_hparams_/session_start_info" in multiplexer.PluginRunToTagToContent("hparams")["first"]
+
+
+def test_units_stand_in_titles():
+    assert describe("memory/peak_gib")[0] == "peak memory (GiB)"
+    assert describe("validation/loss/mlm")[0] == "held-out loss, masked language modelling (per target)"
+    assert describe("final/accuracy/task")[0] == "last held-out accuracy, the finetuning task (share)"
