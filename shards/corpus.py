@@ -38,6 +38,7 @@ _FORMAT_OF_SUFFIX = {
     ".xml": "mediawiki",
     ".parquet": "parquet",
 }
+_UTF16_XML = (b"\xff\xfe<\0", b"\xfe\xff\0<")
 _HEADING = re.compile(r"=.*=")
 _ARTICLE = re.compile(r"= (?!= ).* =")
 
@@ -110,7 +111,7 @@ def _format_of(head: bytes) -> str:
     if head.startswith(MAGIC):
         return "parquet"
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith((b"<mediawiki", b"<?xml")):
+    if start.startswith((b"<mediawiki", b"<?xml")) or head.startswith(_UTF16_XML):
         return "mediawiki"
     if start.startswith(b"{"):
         return "jsonl"

@@ -109,6 +109,13 @@ def test_a_dump_cut_anywhere_is_named_or_read_as_far_as_it_is_whole(dump, data, 
     assert titles(path, format="mediawiki-prefix") == titles(path) == list("012345678")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16-le", "utf-16-be"])
+def test_a_dump_may_be_written_in_any_of_unicodes_encodings(dump, tmp_path, encoding):
+    path = tmp_path / "a.xml"
+    path.write_bytes(("\ufeff" * encoding.startswith("utf-16") + dump.decode()).encode(encoding))
+    assert titles(path) == list("012345678")
+
+
 @pytest.mark.parametrize("format", ["auto", "mediawiki-prefix"])
 def test_damage_in_the_middle_is_no_end(dump, tmp_path, format):
     path = tmp_path / "a.xml"
