@@ -1,5 +1,6 @@
 """Building a dataset: plan, units, manifest. Restartable at any point, the same bytes for any number of workers."""
 
+import codecs
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ from tokenizers import Tokenizer
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.clip_bpe import describe_clip_tokenizer
-from xdscale.shards.corpus import FORMATS, Document, stream_documents
+from xdscale.shards.corpus import FORMATS, LINE_BREAKS, Document, stream_documents
 from xdscale.shards.inputs import describe_inputs, find_inputs
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.manifest import Build, Manifest
 from xdscale.shards.merge import assemble, require_sequences
 from xdscale.shards.part import WHOLE, Part, PartManifest
+from xdscale.shards.recognise import recognise
 from xdscale.shards.unit import Unit, UnitRecord, group_units
 from xdscale.shards.workers import run_units
 from xdscale.shards.workplace import existing_dataset, publish, workplace
@@ -46,6 +48,9 @@ def build_shards(
     shard_text_bytes: int = 16 << 20,
     format: str = "auto",
     text_field: str = "text",
+    encoding: str = "utf-8",
+    bad_bytes: str = "refuse",
+    line_breaks: str = "auto",
     part: Part = WHOLE,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -67,6 +72,10 @@ def build_shards(
         shard_text_bytes: corpus text per shard, at least.
         format: one of `corpus.FORMATS`, or "auto".
         text_field: field of the text in JSON Lines, column in parquet.
+        encoding: of text and JSON; a byte order mark in a file decides before it.
+        bad_bytes: "refuse" bytes that are no text, or "replace" them by U+FFFD and count them. Shards finished before
+            a refusal are kept.
+        line_breaks: "join" or "keep" the lines of a paragraph, or "auto" (see `stream_documents`).
         part: the part to build; all parts may build in one folder at once, on different machines too.
         overwrite: replace what another build left in `out`; not for parts, which would remove each other's shards.
         on_progress: called after each unit.
@@ -77,11 +86,17 @@ def build_shards(
     """
     out = Path(out)
     paths = find_inputs(inputs)
+    encoding = _checked_options(format, encoding, bad_bytes, line_breaks)
+    if format == "auto":
+        for path in paths:
+            recognise(path, encoding)  # hours before it is that file's turn
     tokenizer, language = load_language_tokenizer(language_tokenizer)
     build = _checked(
         inputs=describe_inputs(paths),
         format=format,
         text_field=text_field,
+        encoding=encoding,
+        line_breaks=line_breaks,
         min_words=min_words,
         sequence_length=sequence_length,
         clip_blocks=clip_blocks,
@@ -101,13 +116,13 @@ def build_shards(
         return found
     try:
         with workplace(out, build, part, overwrite=overwrite):
-            return _build(paths, out, build, part, tokenizer, workers, report)
+            return _build(_documents(paths, build, workers, bad_bytes), out, build, part, tokenizer, workers, report)
     except OSError as error:
         raise XdscaleError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from None
 
 
 def _build(
-    paths: list[Path],
+    documents: Iterator[tuple[Document, int]],
     out: Path,
     build: Build,
     part: Part,
@@ -115,7 +130,7 @@ def _build(
     workers: int,
     report: Callable[[Progress], None],
 ) -> Manifest:
-    units, records = _run(paths, out, build, part, tokenizer, workers, report)
+    units, records = _run(documents, out, build, part, tokenizer, workers, report)
     manifest = assemble(build, records)
     if part.of == 1:
         require_sequences(build, records)
@@ -132,9 +147,26 @@ def _checked(**values: Any) -> Build:
     except ValidationError as error:
         first = error.errors()[0]
         raise XdscaleError(f"{first['loc'][0]} = {first['input']!r}: {first['msg']}") from None
-    if build.format not in ("auto", *FORMATS):
-        raise XdscaleError(f"format = {build.format!r}: expected auto, {', '.join(FORMATS)}")
     return build
+
+
+def _checked_options(format: str, encoding: str, bad_bytes: str, line_breaks: str) -> str:
+    """Returns the encoding's usual name, or names the option that cannot be."""
+    for name, value, known in (
+        ("format", format, ("auto", *FORMATS)),
+        ("bad_bytes", bad_bytes, ("refuse", "replace")),
+        ("line_breaks", line_breaks, LINE_BREAKS),
+    ):
+        if value not in known:
+            raise XdscaleError(f"{name} = {value!r}: expected {', '.join(known)}")
+    try:
+        "a".encode(encoding).decode(encoding)  # codecs that are no encodings of text, such as hex, refuse
+        codecs.getincrementaldecoder(encoding)
+        return codecs.lookup(encoding).name
+    except (LookupError, UnicodeError):
+        raise XdscaleError(
+            f"encoding = {encoding!r}: no encoding that Python knows; for example utf-8, cp1252, utf-16, gb18030"
+        ) from None
 
 
 def _finished(manifest: Manifest) -> Progress:
@@ -149,17 +181,25 @@ def _finished(manifest: Manifest) -> Progress:
     )
 
 
-def _documents(paths: list[Path], build: Build, threads: int) -> Iterator[tuple[Document, int]]:
+def _documents(paths: list[Path], build: Build, threads: int, bad_bytes: str) -> Iterator[tuple[Document, int]]:
     """Yields the documents of all inputs with the bytes read so far."""
     before = 0
     for path, described in zip(paths, build.inputs, strict=True):
-        for document in stream_documents(path, format=build.format, text_field=build.text_field, threads=threads):
+        for document in stream_documents(
+            path,
+            format=build.format,
+            text_field=build.text_field,
+            encoding=build.encoding,
+            replace_bad_bytes=bad_bytes == "replace",
+            line_breaks=build.line_breaks,
+            threads=threads,
+        ):
             yield document, before + document.bytes_read
         before += described.bytes
 
 
 def _run(
-    paths: list[Path],
+    documents: Iterator[tuple[Document, int]],
     out: Path,
     build: Build,
     part: Part,
@@ -170,11 +210,11 @@ def _run(
     """Builds the part's units; returns how many all parts have, and the records of this one's in order."""
     total = sum(item.bytes for item in build.inputs)
     records: list[UnitRecord] = []
-    units, documents, sequences, kept_shards = 0, 0, 0, 0
+    units, count, sequences, kept_shards = 0, 0, 0, 0
 
     def of_this_part() -> Iterator[Unit]:
         nonlocal units
-        for unit in group_units(_documents(paths, build, workers), build.shard_text_bytes):
+        for unit in group_units(documents, build.shard_text_bytes):
             units += 1
             if part.has(unit.number):
                 yield unit
@@ -182,8 +222,8 @@ def _run(
     with closing(run_units(of_this_part(), out, build, tokenizer, workers)) as results:
         for unit, record, kept in results:
             records.append(record)
-            documents += record.documents
+            count += record.corpus.documents
             sequences += sum(split.shard.samples for split in record.splits.values())
             kept_shards += len(record.splits) if kept else 0
-            report(Progress(documents, unit.bytes_read, total, sequences, kept_shards))
+            report(Progress(count, unit.bytes_read, total, sequences, kept_shards))
     return units, records

@@ -29,9 +29,16 @@ def build(
     min_words: Annotated[int, typer.Option(min=0, help="Leave out paragraphs with fewer words.")] = 5,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     format: Annotated[
-        str, typer.Option(help="auto, text, wikitext, jsonl, mediawiki, mediawiki-prefix or parquet.")
+        str, typer.Option(help="auto, text, wikitext, wikiextractor, jsonl, mediawiki, mediawiki-prefix or parquet.")
     ] = "auto",
-    text_field: Annotated[str, typer.Option(help="JSON Lines field or parquet column of the text.")] = "text",
+    text_field: Annotated[str, typer.Option(help="JSON field or parquet column of the text.")] = "text",
+    encoding: Annotated[str, typer.Option(help="Of text and JSON; a byte order mark decides before it.")] = "utf-8",
+    bad_bytes: Annotated[
+        str, typer.Option(help="refuse bytes that are no text, or replace them by U+FFFD and count them.")
+    ] = "refuse",
+    line_breaks: Annotated[
+        str, typer.Option(help="join or keep the lines of a paragraph; auto: join in hard-wrapped text.")
+    ] = "auto",
     part: Annotated[str, typer.Option(help="i/n: build part i (from 0) of n, then 'xdscale shards merge'.")] = "0/1",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
@@ -59,13 +66,18 @@ def build(
             workers=workers,
             format=format,
             text_field=text_field,
+            encoding=encoding,
+            bad_bytes=bad_bytes,
+            line_breaks=line_breaks,
             part=Part.parse(part),
             overwrite=overwrite,
             on_progress=on_progress,
         )
     kept = last[-1].kept_shards if last else 0
     typer.echo(_summary(out, manifest, time.monotonic() - started, kept))
-    if Part.parse(part).of > 1:
+    if Part.parse(part).of == 1:
+        _warn_of_empty_splits(manifest)
+    else:
         typer.echo(f"part {part} is finished; when all are: xdscale shards merge {out}")
 
 
@@ -78,7 +90,8 @@ def merge(folder: Annotated[UserPath, typer.Argument(help="Folder that holds all
     with shown_progress("verifying") as advance:
         manifest = merge_parts(folder, on_progress=advance)
     shards = sum(len(split.shards) for split in manifest.splits.values())
-    typer.echo(f"{folder}: one dataset of {shards} shards")
+    typer.echo("\n".join([f"{folder}: one dataset of {shards} shards", *_left_out(manifest)]))
+    _warn_of_empty_splits(manifest)
 
 
 @shards_app.command()
@@ -126,10 +139,55 @@ def _summary(out: Path, manifest: "Manifest", seconds: float, kept: int) -> str:
         f"sequences: {counts}",
         f"tokens: language {sum(split.language_tokens for split in splits):,}, "
         f"CLIP {sum(split.clip_tokens for split in splits):,}, dropped {manifest.corpus.dropped_tokens:,}",
+        *_left_out(manifest),
         f"bytes: {stored:,}" + (f", {stored / payload:.3f} per payload byte" if payload else ""),
         f"seconds: {seconds:.1f}",
     ]
     return "\n".join(lines)
+
+
+def _left_out(manifest: "Manifest") -> list[str]:
+    """Returns what was read and is not in the shards, a line for each reason: counts, and the share of all words."""
+    corpus, build = manifest.corpus, manifest.build
+    words = corpus.words + corpus.heading_words + corpus.short_words
+    ids = corpus.dropped_tokens + sum(split.language_tokens for split in manifest.splits.values())
+    lines = [f"kept: {corpus.paragraphs:,} paragraphs of {corpus.words:,} words ({_percent(corpus.words, words)})"]
+    for count, of, what in (
+        (
+            corpus.short_paragraphs,
+            corpus.short_words,
+            f"paragraphs of fewer than {build.min_words} words (--min-words)",
+        ),
+        (corpus.headings, corpus.heading_words, "headings"),
+    ):
+        if count:
+            lines.append(f"left out: {count:,} {what}: {of:,} words ({_percent(of, words)})")
+    if corpus.dropped_tokens:
+        share = _percent(corpus.dropped_tokens, ids)
+        lines.append(f"left out: {corpus.dropped_tokens:,} language ids that fill no sequence at unit ends ({share})")
+    if corpus.joined_documents:
+        lines.append(
+            f"hard-wrapped: the lines of {corpus.joined_documents:,} documents were joined (--line-breaks keep)"
+        )
+    if corpus.bad_bytes:
+        lines.append(f"bad bytes: {corpus.bad_bytes:,} were replaced by U+FFFD")
+    return lines
+
+
+def _percent(count: int, of: int) -> str:
+    return f"{count / of:.1%}" if of else "0.0%"
+
+
+def _warn_of_empty_splits(manifest: "Manifest") -> None:
+    build = manifest.build
+    for name, share in (("train", 1 - build.validation_fraction), ("validation", build.validation_fraction)):
+        if share and not manifest.splits[name].samples:
+            typer.echo(
+                f"warning: the split {name} is empty: {share:.4g} of {manifest.corpus.documents:,} documents give no "
+                f"sequence of {build.sequence_length} tokens; change --validation-fraction "
+                f"({build.validation_fraction:g}), or use more text or a shorter --sequence-length",
+                err=True,
+            )
 
 
 def _payload_bytes(split: "Split") -> int:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -90,6 +91,8 @@ class Build(_Section):
     inputs: list[InputFile]
     format: str
     text_field: str
+    encoding: str = "utf-8"
+    line_breaks: Literal["auto", "keep", "join"] = "auto"
     min_words: Count
     sequence_length: Annotated[int, Field(gt=0)]
     clip_blocks: Annotated[int, Field(gt=0)]
@@ -138,17 +141,42 @@ class Split(_Section):
 
 
 class Corpus(_Section):
-    """What was read: documents, kept paragraphs and their UTF-8 bytes, and tokens that filled no sequence.
+    """What was read, what was kept of it and what was not.
 
+    `paragraphs`, `words` and `text_bytes` (UTF-8) are those kept. Left out are headings, and paragraphs of fewer words
+    than `min_words`. `dropped_tokens` language tokens filled no sequence at the end of their unit.
+    `joined_documents` were hard-wrapped; `bad_bytes` replacements stand for bytes that were no text.
     `document_tokens[k]` is the number of documents of 2^(k-1) to 2^k - 1 language tokens; the first is of those
     that have none.
     """
 
     documents: Count
     paragraphs: Count
+    words: Count
     text_bytes: Count
+    headings: Count
+    heading_words: Count
+    short_paragraphs: Count
+    short_words: Count
     dropped_tokens: Count
+    joined_documents: Count
+    bad_bytes: Count
     document_tokens: list[Count]
+
+    @classmethod
+    def total(cls, parts: Iterable[Self]) -> Self:
+        """Returns the sum of what parts of a corpus gave."""
+        parts = list(parts)
+        counts = (name for name in cls.model_fields if name != "document_tokens")
+        return cls(
+            **{name: sum(getattr(part, name) for part in parts) for name in counts},
+            document_tokens=add_counts(part.document_tokens for part in parts),
+        )
+
+
+def add_counts(histograms: Iterable[list[int]]) -> list[int]:
+    """Returns the sum of histograms, as long as the longest."""
+    return [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)]
 
 
 class Manifest(_Section):

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.manifest import MANIFEST_NAME, Build, Corpus, Manifest, Split
+from xdscale.shards.manifest import MANIFEST_NAME, Build, Corpus, Manifest, Split, add_counts
 from xdscale.shards.pack import text_columns
 from xdscale.shards.part import PartManifest, read_part_files, require_all_parts
-from xdscale.shards.unit import SPLITS, WORK_FOLDER, UnitRecord, UnitSplit, add_counts
+from xdscale.shards.unit import SPLITS, WORK_FOLDER, UnitRecord, UnitSplit
 from xdscale.shards.verify import shard_problem, verify_shards
 from xdscale.shards.workplace import LOCK_NAME, locked, publish, tidy
 
@@ -71,14 +71,15 @@ def require_sequences(build: Build, records: list[UnitRecord]) -> None:
         XdscaleError: no documents, or too little text for one sequence.
     """
     names = ", ".join(item.name for item in build.inputs)
-    documents = sum(record.documents for record in records)
-    if not documents:
+    corpus = Corpus.total(record.corpus for record in records)
+    if not corpus.documents:
         raise XdscaleError(f"{names}: no documents; is the format {build.format!r} right?")
     if not any(record.splits for record in records):
-        tokens = sum(record.dropped_tokens for record in records)
+        short = f"; {corpus.short_paragraphs} paragraphs have fewer than {build.min_words} words: lower --min-words"
         raise XdscaleError(
-            f"{names}: {documents} documents give {tokens} tokens and no sequence of {build.sequence_length}; "
-            "use more text or a shorter --sequence-length"
+            f"{names}: {corpus.documents} documents give {corpus.dropped_tokens} tokens and no sequence of "
+            f"{build.sequence_length}{short if corpus.short_paragraphs else ''}; use more text or a shorter "
+            "--sequence-length"
         )
 
 
@@ -87,13 +88,7 @@ def assemble(build: Build, records: list[UnitRecord]) -> Manifest:
     return Manifest(
         columns=text_columns(build.sequence_length, build.clip_blocks),
         build=build,
-        corpus=Corpus(
-            documents=sum(record.documents for record in records),
-            paragraphs=sum(record.paragraphs for record in records),
-            text_bytes=sum(record.text_bytes for record in records),
-            dropped_tokens=sum(record.dropped_tokens for record in records),
-            document_tokens=add_counts(record.document_tokens for record in records),
-        ),
+        corpus=Corpus.total(record.corpus for record in records),
         splits={name: _join([record.splits[name] for record in records if name in record.splits]) for name in SPLITS},
     )
 

@@ -24,10 +24,19 @@ LARGEST_CHUNK_BYTES = 16 << 20
 """A bzip2 stream longer than this is read by one thread: it would have to be kept in memory whole."""
 LARGEST_TEXT_BYTES = 256 << 20
 """The same limit after decompression."""
+LARGEST_WINDOW_BYTES = 1 << 31
+"""A zstandard file takes the memory of its window while it is read; `zstd --long=31`, the longest, 2 GiB."""
 
 _BZIP2_HEADER = re.compile(rb"BZh[1-9]1AY&SY")
 _ZSTANDARD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one to be skipped
-_NOT_READ = {b"\xfd7zXZ\0": "xz", b"7z\xbc\xaf\x27\x1c": "7-zip", b"PK\x03\x04": "zip", b"\x04\x22\x4d\x18": "lz4"}
+_COMPRESS = "compress the file with gzip, bzip2 or zstandard"
+_NOT_READ = {
+    b"\xfd7zXZ\0": ("xz", _COMPRESS),
+    b"7z\xbc\xaf\x27\x1c": ("7-zip", "unpack it and name the folder"),
+    b"PK\x03\x04": ("zip (so are .docx, .xlsx, .odt and .epub)", "unpack it, or take the document's text out first"),
+    b"\x04\x22\x4d\x18": ("lz4", _COMPRESS),
+    b"Rar!": ("rar", "unpack it and name the folder"),
+}
 
 
 @contextmanager
@@ -48,9 +57,9 @@ def open_stream(path: Path, threads: int = 1) -> Iterator[tuple[BinaryIO, Callab
         with path.open("rb") as raw:
             head = raw.read(6)
             raw.seek(0)
-            for magic, name in _NOT_READ.items():
+            for magic, (name, advice) in _NOT_READ.items():
                 if head.startswith(magic):
-                    raise XdscaleError(f"{path}: {name} is not read; compress the file with gzip, bzip2 or zstandard")
+                    raise XdscaleError(f"{path}: {name} is not read; {advice}")
             with closing(_decompressed(raw, head, threads)) as stream:
                 yield stream, raw.tell
     except EOFError:
@@ -70,13 +79,19 @@ def _decompressed(raw: BinaryIO, head: bytes, threads: int) -> BinaryIO:
         pieces = _zstandard(raw)
     else:
         return raw
-    return io.BufferedReader(_Pieces(pieces), CHUNK_BYTES)
+    return as_stream(pieces)
+
+
+def as_stream(pieces: Iterator[bytes]) -> BinaryIO:
+    """Returns a stream of what an iterator yields."""
+    return io.BufferedReader(_Pieces(pieces), PIECE_BYTES)
 
 
 def _frames(raw: BinaryIO, new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
     """Yields the content of all frames.
 
-    Unlike the standard library's files it does not stop silently at a damaged header between two of them.
+    Unlike the standard library's files it does not stop silently at a damaged header between two of them. Zero bytes
+    after a frame are padding, as tapes and block devices leave them.
     """
     data = raw.read(PIECE_BYTES)
     while data:
@@ -86,13 +101,15 @@ def _frames(raw: BinaryIO, new_decompressor: Callable[[], Any]) -> Iterator[byte
                 raise EOFError
             yield frame.decompress(data)
             data = frame.unused_data or raw.read(PIECE_BYTES)
+        while data and not (data := data.lstrip(b"\0")):
+            data = raw.read(PIECE_BYTES)
 
 
 def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
     import zstandard
 
     try:
-        yield from _frames(raw, zstandard.ZstdDecompressor().decompressobj)
+        yield from _frames(raw, zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW_BYTES).decompressobj)
     except zstandard.ZstdError as error:
         raise OSError(str(error)) from None
 

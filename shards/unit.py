@@ -5,9 +5,9 @@ a build that was killed and started again redoes only the units whose record or 
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.clip_bpe import ClipBPE
-from xdscale.shards.corpus import Document, paragraphs
-from xdscale.shards.manifest import Build, ShardRecord, canonical_json
+from xdscale.shards.corpus import Document, sort_out
+from xdscale.shards.manifest import Build, Corpus, ShardRecord, add_counts, canonical_json
 from xdscale.shards.pack import Packed, Packer, is_validation, text_columns
 from xdscale.shards.verify import file_sha256
+from xdscale.shards.words import count_words
 from xdscale.shards.writer import replaced_when_complete, write_shard
 
 WORK_FOLDER = ".build"
@@ -52,17 +53,8 @@ class UnitRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     key: str
-    documents: int
-    paragraphs: int
-    text_bytes: int
-    dropped_tokens: int
-    document_tokens: list[int]
+    corpus: Corpus
     splits: dict[str, UnitSplit]
-
-
-def add_counts(histograms: Iterable[list[int]]) -> list[int]:
-    """Returns the sum of histograms, as long as the longest."""
-    return [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)]
 
 
 def group_units(documents: Iterable[tuple[Document, int]], unit_text_bytes: int) -> Iterator[Unit]:
@@ -146,21 +138,28 @@ class UnitBuilder:
             )
             for split in SPLITS
         }
-        count, text_bytes = 0, 0
+        counts: Counter[str] = Counter()
         for document in unit.documents:
-            kept = paragraphs(document.text, document.format, build.min_words)
+            kept, left_out = sort_out(document.text, document.format, build.min_words)
             validation = is_validation(kept, build.validation_fraction)
             packers["validation" if validation else "train"].add(kept)
-            count += len(kept)
-            text_bytes += sum(len(paragraph.encode("utf-8")) for paragraph in kept)
+            counts.update(
+                paragraphs=len(kept),
+                words=sum(map(count_words, kept)),
+                text_bytes=sum(len(paragraph.encode("utf-8")) for paragraph in kept),
+                joined_documents=document.joined,
+                bad_bytes=document.bad_bytes,
+                **asdict(left_out),
+            )
         packed = {split: packer.finish() for split, packer in packers.items()}
         return UnitRecord(
             key=key,
-            documents=len(unit.documents),
-            paragraphs=count,
-            text_bytes=text_bytes,
-            dropped_tokens=sum(item.dropped_tokens for item in packed.values()),
-            document_tokens=add_counts(item.document_tokens for item in packed.values()),
+            corpus=Corpus(
+                documents=len(unit.documents),
+                dropped_tokens=sum(item.dropped_tokens for item in packed.values()),
+                document_tokens=add_counts(item.document_tokens for item in packed.values()),
+                **counts,
+            ),
             splits={
                 split: self._write_split(split, unit.number, item)
                 for split, item in packed.items()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pyarrow
 import pytest
@@ -72,6 +73,62 @@ def test_what_is_refused(corpus, name, message):
     (corpus / "index" / "enwiki-pages-articles-multistream-index.txt.bz2").write_text("0:10:A")
     with pytest.raises(XdscaleError, match=message):
         find_inputs([f"{corpus}/{name}"])
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    """One that leads out of the folder, one to a neighbour, two that lead in circles, one to a hidden folder's file."""
+    folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for path in (
+        folder / "b" / "2.txt",
+        folder / "b" / "c" / "3.txt",
+        elsewhere / "deep" / "4.txt",
+        folder / ".h" / "5",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    (folder / "a").symlink_to(elsewhere)
+    (folder / "0").symlink_to(folder / "b")  # comes first by name, but the folder itself counts
+    (folder / "b" / "c" / "up").symlink_to(folder)
+    (elsewhere / "round").symlink_to(elsewhere)
+    (folder / "6.txt").symlink_to(folder / ".h" / "5")
+    assert names(find_inputs([str(folder)]), folder) == ["6.txt", "a/deep/4.txt", "b/2.txt", "b/c/3.txt"]
+    assert names(find_inputs([f"{folder}/**/[2-6]*"]), folder) == ["6.txt", "a/deep/4.txt", "b/2.txt", "b/c/3.txt"]
+    assert names(find_inputs([f"{folder}/**/c/**"]), folder) == ["b/c/3.txt"]
+    (tmp_path / "link").symlink_to(folder)
+    assert len(find_inputs([str(tmp_path / "link")])) == 4
+
+
+@pytest.mark.parametrize("name", ["", "*", "**/*.txt", "gone.txt"])
+def test_a_link_to_nothing_is_named(tmp_path, name):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / "gone.txt").symlink_to(tmp_path / "moved.txt")
+    with pytest.raises(XdscaleError, match=r"gone\.txt: is a link to .*moved\.txt, which is not there"):
+        find_inputs([f"{folder}/{name}"])
+
+
+def test_a_folder_that_cannot_be_read_is_named(corpus, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(XdscaleError, match="sub: cannot be read: Permission denied"):
+        find_inputs([str(corpus)])
+
+
+def test_the_folders_of_wikiextractor(tmp_path):
+    """Its files have no extension, with or without `--compress`."""
+    for name in ("AA/wiki_00", "AA/wiki_01.bz2", "AB/wiki_00"):
+        (tmp_path / "text" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "text" / name).write_text(name)
+    expected = ["AA/wiki_00", "AA/wiki_01.bz2", "AB/wiki_00"]
+    assert names(find_inputs([str(tmp_path / "text")]), tmp_path / "text") == expected
+    assert names(find_inputs([f"{tmp_path}/text/*/wiki_*"]), tmp_path / "text") == expected
 
 
 def test_a_file_named_twice_is_refused(corpus):

@@ -35,6 +35,58 @@ def test_build_says_what_was_made(small_corpus, tmp_path):
     assert "2 shards (2 kept from an earlier run)" in build(small_corpus, tmp_path / "out").stdout
 
 
+def test_build_says_what_it_left_out_and_so_does_merge(tmp_path):
+    """By hand: 3 paragraphs of 40 words kept, one of 2 and a heading of 6 not; the ids are what is left over."""
+    text = "\n".join([" ".join(["river"] * 40)] * 3 + ["too short", "= a heading of some words ="])
+    (tmp_path / "a.txt").write_text(text)
+    result = build(tmp_path / "a.txt", tmp_path / "out", "--validation-fraction", 0)
+    expected = [
+        "kept: 3 paragraphs of 120 words (93.0%)",
+        "left out: 1 paragraphs of fewer than 5 words (--min-words): 2 words (1.6%)",
+        "left out: 1 headings: 7 words (5.4%)",
+    ]
+    assert [line for line in result.stdout.splitlines() if line.startswith(("kept", "left"))] == expected
+    corpus = Manifest.load(tmp_path / "out").corpus
+    assert (corpus.words, corpus.short_words, corpus.heading_words, corpus.short_paragraphs) == (120, 2, 7, 1)
+    build(tmp_path / "a.txt", tmp_path / "part", "--validation-fraction", 0, "--part", "0/2")
+    build(tmp_path / "a.txt", tmp_path / "part", "--validation-fraction", 0, "--part", "1/2")
+    assert run("merge", tmp_path / "part").stdout.splitlines()[1:] == expected
+
+
+def test_an_empty_split_is_named_with_the_option(tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(["river"] * 400))
+    result = build(tmp_path / "a.txt", tmp_path / "out", "--validation-fraction", 0.0001)
+    assert "warning: the split validation is empty: 0.0001 of 1 documents" in result.stderr
+    assert "--validation-fraction (0.0001)" in result.stderr
+    result = build(tmp_path / "a.txt", tmp_path / "all", "--validation-fraction", 1)
+    assert result.stderr == ""
+    result = build(tmp_path / "a.txt", tmp_path / "most", "--validation-fraction", 0.9999)
+    assert "warning: the split train is empty" in result.stderr
+    assert build(tmp_path / "a.txt", tmp_path / "none", "--validation-fraction", 0).stderr == ""
+
+
+def test_finished_shards_survive_a_bad_byte(tmp_path, monkeypatch):
+    """The build that goes on with `--bad-bytes replace` keeps what stood before the byte."""
+    from xdscale.shards.build import build_shards
+
+    text = "\n\n".join(" ".join(["river"] * 400) + f" {n}" for n in range(9)).encode()
+    (tmp_path / "a.txt").write_bytes(text[:-30] + b"\xff" + text[-30:])
+    options = {"language_tokenizer": "package:cognition/model", "sequence_length": 30, "shard_text_bytes": 2000}
+    monkeypatch.setattr("xdscale.shards.decoding.PIECE_BYTES", 1000)
+    monkeypatch.setattr("xdscale.shards.corpus.SAMPLE_CHARACTERS", 1000)
+    with pytest.raises(XdscaleError, match=r"\(0xff\) is not UTF-8"):
+        build_shards([tmp_path / "a.txt"], tmp_path / "out", **options)
+    steps = []
+    manifest = build_shards(
+        [tmp_path / "a.txt"], tmp_path / "out", bad_bytes="replace", on_progress=steps.append, **options
+    )
+    assert steps[-1].kept_shards == 8
+    assert manifest.corpus.bad_bytes == 1
+    for name, value in (("encoding", "klingon"), ("encoding", "hex"), ("bad_bytes", "ignore"), ("line_breaks", "no")):
+        with pytest.raises(XdscaleError, match=f"{name} = '{value}'"):
+            build_shards([tmp_path / "a.txt"], tmp_path / "out", **(options | {name: value}))
+
+
 def test_overwrite_and_bad_values(small_corpus, tmp_path):
     build(small_corpus, tmp_path / "out")
     with pytest.raises(XdscaleError, match="min_words 5, now 9"):

@@ -51,6 +51,28 @@ def test_frames_come_back_in_order(text, suffix, frames, threads, tmp_path, monk
         assert content(path, threads) == text
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("zeros", [1, 512, 300_000])
+def test_zero_bytes_after_a_frame_are_padding(text, suffix, threads, zeros, tmp_path, monkeypatch):
+    """As `gzip -t` takes them, whatever reads they fall into."""
+    monkeypatch.setattr(streams, "CHUNK_BYTES", 1 << 13)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes((COMPRESS[suffix](text) + bytes(zeros)) * 2)
+    assert content(path, threads) == text * 2
+
+
+@pytest.mark.parametrize("window", [27, 28, 31])
+def test_zstandard_with_a_long_window(text, window, tmp_path):
+    """What `zstd --long=31` writes says in its header that it needs a window of 2 GiB."""
+    options = zstandard.ZstdCompressionParameters.from_level(1, window_log=window, enable_ldm=False, hash_log=6)
+    stream = zstandard.ZstdCompressor(compression_params=options).compressobj()  # no size: the window is declared
+    path = tmp_path / "a.zst"
+    path.write_bytes(stream.compress(text[:1000]) + stream.flush())
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << window
+    assert content(path) == text[:1000]
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_bzip2_by_threads_is_what_the_standard_library_reads(data, tmp_path_factory):
@@ -109,12 +131,17 @@ def test_damage_is_named(text, suffix, threads, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("magic", "name"), [(b"\xfd7zXZ\0", "xz"), (b"7z\xbc\xaf\x27\x1c", "7-zip"), (b"PK\3\4", "zip")]
+    ("magic", "message"),
+    [
+        (b"\xfd7zXZ\0", "xz is not read; compress the file with gzip"),
+        (b"7z\xbc\xaf\x27\x1c", "7-zip is not read; unpack it"),
+        (b"PK\3\4", r"zip \(so are \.docx.*\) is not read; unpack it, or take"),
+    ],
 )
-def test_other_compressions_are_refused_by_name(magic, name, tmp_path):
+def test_other_compressions_are_refused_by_name(magic, message, tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(magic + b"rest")
-    with pytest.raises(XdscaleError, match=rf"a\.txt: {name} is not read; compress the file with gzip"):
+    with pytest.raises(XdscaleError, match=rf"a\.txt: {message}"):
         content(path)
 
 

@@ -1,0 +1,110 @@
+"""Hard-wrapped text comes back as the paragraphs it was; text whose lines are paragraphs is left alone."""
+
+import json
+import re
+import textwrap
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xdscale.shards.corpus import read_documents, sort_out, stream_documents
+from xdscale.shards.words import count_words
+from xdscale.shards.wrapping import joined, looks_wrapped
+
+
+@pytest.fixture(scope="module")
+def articles(wiki_dump):
+    found = [[" ".join(text.split()) for text in document] for document in read_documents(wiki_dump)]
+    return [document for document in found if sum(map(len, document)) > 3000][:20]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    paragraphs=st.lists(
+        st.lists(st.from_regex(r"[a-z]{1,12}[,.]?", fullmatch=True), min_size=1), min_size=1, max_size=5
+    ),
+    width=st.integers(1, 90),
+)
+def test_wrapping_at_any_width_and_joining_is_the_identity(paragraphs, width):
+    texts = [" ".join(words) for words in paragraphs]
+    wrapped = "\n\n".join(textwrap.fill(text, width, break_long_words=False) for text in texts)
+    assert joined(wrapped) == "\n".join(texts)
+
+
+def test_breaks_at_hyphens_and_between_ideographs_leave_no_blank():
+    assert joined("a well-\nknown town -\nor so") == "a well-known town - or so"
+    assert joined("中文文字没有\n空格。\n\n新的一段 with\nEnglish") == "中文文字没有空格。\n新的一段 with English"
+
+
+@pytest.mark.parametrize("width", [40, 72, 100])
+def test_a_hard_wrapped_file_loses_no_words(articles, tmp_path, width):
+    """As Project Gutenberg has it. Read line by line, last lines and short ones were lost."""
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(textwrap.fill(text, width) for article in articles for text in article))
+    found = list(stream_documents(path))
+    assert sum(document.joined for document in found) > len(found) / 2
+    kept = [line for document in found for line in sort_out(document.text, "text", 5)[0]]
+    # In "medium- or high-functioning" nothing tells that there was a blank.
+    assert [text.replace("- ", "-") for text in kept] == [
+        text.replace("- ", "-") for article in articles for text in article
+    ]
+    apart = [sort_out(document.text, "text", 5) for document in stream_documents(path, line_breaks="keep")]
+    assert sum(left_out.short_words for _, left_out in apart) > 0
+
+
+@pytest.mark.parametrize("how", ["paragraphs", "sentences", "lower"])
+def test_lines_that_are_paragraphs_are_left_alone(articles, tmp_path, how):
+    lines = [[line for text in article for line in cut(text, how) if line.strip()] for article in articles]
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join("\n".join(document) for document in lines))
+    found = list(stream_documents(path))
+    assert not any(document.joined for document in found)
+    assert [document.text for document in found] == ["\n".join(document) for document in lines]
+
+
+def cut(text, how):
+    sentences = re.split(r"(?<=\.) ", text)
+    return {"paragraphs": [text], "sentences": sentences, "lower": [s.lower().strip(".") for s in sentences]}[how]
+
+
+def test_rows_are_judged_one_by_one(articles, tmp_path):
+    wrapped = "\n\n".join(textwrap.fill(text, 72) for text in articles[0])
+    plain = "\n".join(articles[1])
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (wrapped, plain)))
+    found = list(stream_documents(path))
+    assert [document.joined for document in found] == [True, False]
+    assert found[0].text == "\n".join(articles[0])
+    assert found[1].text == plain
+
+
+def test_text_edited_after_wrapping_is_seen_too():
+    """Lines of uneven lengths that go on in lower case."""
+    lines = ["The river that runs", "slowly past the old walls of the town is", "wide here, and boats", "pass on it"]
+    assert looks_wrapped("\n\n".join(["\n".join(lines)] * 9))
+    assert not looks_wrapped("\n\n".join(["\n".join(line.lower() for line in lines)] * 9))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("one two  three", 3),
+        ("naïve café", 2),
+        ("中文文字没有空格。", 8),
+        ("使用Transformer模型", 5),
+        ("東京タワー", 5),
+        ("ภาษาไทย", 7),
+        ("한국어는 띄어 쓴다", 3),
+        ("«Слово» и дело", 3),
+    ],
+)
+def test_words(line, words):
+    """Between blanks; where a script has none between words, characters."""
+    assert count_words(line) == words
+
+
+def test_chinese_and_thai_keep_their_paragraphs():
+    for line in ("河水人的野天山低用造小镇和，麦过较水用桥易山丘附建在。", "แม่น้ำไหลช้าๆ ผ่านกำแพงเก่า"):
+        assert sort_out(line, "text", 5)[0] == [line]
+    assert sort_out("历史", "text", 5)[0] == []
