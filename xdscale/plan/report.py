@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from xdscale.ds_config import SHIPPED
 from xdscale.errors import XdscaleError
 from xdscale.files import write_outputs
 from xdscale.plan.cluster import NETWORK_EFFICIENCY, Cluster
@@ -212,8 +213,10 @@ def _verdict(plan: Plan) -> str:
             f"{plan.machine.usable_bytes / GIB:.1f}. Use {more}, shorter sequences or a larger GPU."
         )
     row = next(row for row in plan.rows if row.way == plan.best)
+    ships = (SHIPPED / row.config).is_file()
+    which = f"--deepspeed-config {Path(row.config).stem}" if ships else row.config
     return (
-        f"Use ds_configs/{row.config} with micro-batch {row.micro_batch} (--write-configs FOLDER writes it so). "
+        f"Use {which} with micro-batch {row.micro_batch} (--write-configs FOLDER writes it so). "
         f"{RESERVED_GIB:g} GiB for the context and {FRAGMENTED:.0%} for fragmentation are left free."
         f"{_padding(row, plan.machine.cluster.gpus)}"
     )
