@@ -188,7 +188,11 @@ def test_starts_within_two_seconds_and_prints_a_table():
     began = time.perf_counter()
     result = run("xdbert-base-wikitext103", "--gpus", "8", "--gpu-memory", "40", "--nodes", "1", "--gpu", "H100-80G")
     assert time.perf_counter() - began < 2
-    for words in ("202,996,284 trained parameters, 590,593 not trained", "zero3-offload", "bert-base-zero1.json"):
+    for words in (
+        "202,996,284 trained parameters, 590,593 not trained",
+        "zero3-offload",
+        "--deepspeed-config bert-base-zero1 ",
+    ):
         assert words in result.stdout
 
 
