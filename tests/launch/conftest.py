@@ -15,8 +15,9 @@ while [ $# -gt 0 ]; do
 done
 number=0
 for host in ${hosts//,/ }; do
-    words="$*"
-    { set -o pipefail; ssh "$host" "${words//%n/$number}" | sed -u "s/^/$host: /"; } &
+    words="$*" per=$'\\001'
+    words=${words//%%/$per} words=${words//%n/$number} words=${words//%h/$host}
+    { set -o pipefail; ssh "$host" "${words//$per/%}" | sed -u "s/^/$host: /"; } &
     tasks+=($!)
     number=$((number + 1))
 done

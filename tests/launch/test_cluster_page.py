@@ -76,11 +76,16 @@ def smaller(command, free_port):
     values += " model.clip.weights=random model.language.name=./small-bert-base"
     # A thousand steps where a signal ends them, two where nothing does.
     values += " training.steps=1000" if "--slurm" in command else " training.steps=2"
-    command = command.replace(":8", ":1").replace("--nodes 4 --gpus-per-node 8", "--nodes 2 --gpus-per-node 1")
+    command = (
+        command.replace("localhost:8", "localhost:2")
+        .replace(":8", ":1")
+        .replace("--nodes 4 --gpus-per-node 8", "--nodes 2 --gpus-per-node 1")
+    )
     if command.startswith("sbatch"):
         return command
     command = command.replace(NAME, f"{NAME} {values}")
     if "--slurm" not in command and "--hosts" in command:
+        command += " --env NOTED='a \"b\" $c %h'" if "launch" in command else ""
         command += f" --master-addr 127.0.0.1 --master-port {free_port()}"
     if "launch" in command:
         command += f" --deepspeed-config ds_configs/quickstart-zero2.json --out launch/{NAME}"
@@ -115,15 +120,25 @@ def one(executed, *words):
     return found[0]
 
 
+def ssh_calls(cluster):
+    return set((Path(cluster["FAKE_LOG"]) / "ssh").read_text().split())
+
+
 @pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_the_pages_commands(executed, workplace, cluster):
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     code, stdout, _, _ = executed["xdscale doctor"]
     assert (code, "verdict: ok" in stdout) == (0, True), stdout
 
+    # As many ranks as asked for, without ssh.
+    code, stdout, _, noted = one(executed, "doctor --hosts localhost")
+    assert (code, "verdict: ok" in stdout, set(noted)) == (0, True, {"0", "1"}), stdout
+    assert "all-reduce over 2 ranks" in stdout
+    assert "localhost" not in ssh_calls(cluster)
+
     # Over ssh the other machine has only what was carried there.
-    code, stdout, _, noted = one(executed, "doctor", "--hosts")
+    code, stdout, _, noted = one(executed, "doctor", "--hosts node")
     assert code == 0, stdout
     assert re.search(r"^ +node-1 +ok +ok +ok +ok +ok +ok +ok +ok", stdout, re.MULTILINE), stdout
     assert "[INFO]" not in stdout
@@ -137,7 +152,9 @@ def test_the_pages_commands(executed, workplace, cluster):
     assert {noted[rank]["TOKENIZERS_PARALLELISM"] for rank in "01"} == {"false"}
     assert (noted["1"]["RANK"], noted["1"]["LOCAL_RANK"], noted["1"]["WORLD_SIZE"]) == ("1", "0", "2")
     assert "FAKE_LOG" not in noted["1"]
-    assert {"node-1", "node-2"} <= set((Path(cluster["FAKE_LOG"]) / "ssh").read_text().split())
+    assert noted["1"]["NOTED"] == 'a "b" $c %h'
+    assert "a step of 4 samples: 2 ranks × 1 micro-batch of 2, no padding" in stdout + stderr
+    assert {"node-1", "node-2"} <= ssh_calls(cluster)
 
 
 @pytest.mark.proof
