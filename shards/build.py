@@ -110,11 +110,11 @@ def build_shards(
     if overwrite and part.of > 1:
         raise XdscaleError(f"{out}: --overwrite with --part would remove the other parts; remove the folder first")
     report = on_progress or (lambda progress: None)
-    found = None if overwrite else existing_dataset(out, build, part)
-    if found is not None:
-        report(_finished(found))
-        return found
     try:
+        found = None if overwrite else existing_dataset(out, build, part)
+        if found is not None:
+            report(_finished(found))
+            return found
         with workplace(out, build, part, overwrite=overwrite):
             return _build(_documents(paths, build, workers, bad_bytes), out, build, part, tokenizer, workers, report)
     except OSError as error:

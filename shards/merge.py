@@ -26,13 +26,13 @@ def merge_parts(out: Path, *, on_progress: Callable[[int, int], None] | None = N
             part), there is no sequence in all parts, or the folder cannot be written.
     """
     out = Path(out)
-    if (out / MANIFEST_NAME).exists():
-        verify_shards(out, on_progress=on_progress)
-        tidy(out)
-        return Manifest.load(out)
-    parts = read_part_files(out)
-    require_all_parts(out, parts)
     try:
+        if (out / MANIFEST_NAME).exists():
+            verify_shards(out, on_progress=on_progress)
+            tidy(out)
+            return Manifest.load(out)
+        parts = read_part_files(out)
+        require_all_parts(out, parts)
         (out / WORK_FOLDER).mkdir(exist_ok=True)  # copied parts may come without it
         with locked(out / WORK_FOLDER / LOCK_NAME):
             _verify(out, parts, on_progress or (lambda done, total: None))

@@ -33,6 +33,10 @@ def existing_dataset(out: Path, build: Build, part: Part) -> Manifest | None:
     """
     if out.exists() and not out.is_dir():
         raise XdscaleError(f"{out}: is a file; choose a folder for the shards")
+    if out.is_symlink() and not out.exists():
+        raise XdscaleError(
+            f"{out}: is a link to {out.readlink()}, which is not there; make that folder, or remove the link"
+        )
     if (out / MANIFEST_NAME).exists():
         manifest = Manifest.load(out)
         _require_same(f"{out}: holds a dataset", manifest.build.identity(), build.identity())
@@ -45,7 +49,7 @@ def existing_dataset(out: Path, build: Build, part: Part) -> Manifest | None:
         _require_same(f"{out}: holds an unfinished build", plan, _plan(build, part))
     if plans:
         return None
-    others = sorted(path.name for path in out.glob("*") if path.name != WORK_FOLDER)
+    others = sorted(path.name for path in out.glob("*") if path.name not in (WORK_FOLDER, "lost+found"))
     if others:
         raise XdscaleError(f"{out}: holds {others[0]} and is not a dataset of xdscale; {_ELSEWHERE}")
     return None
@@ -81,7 +85,12 @@ def workplace(out: Path, build: Build, part: Part, *, overwrite: bool) -> Iterat
         if overwrite:
             (out / MANIFEST_NAME).unlink(missing_ok=True)
             _remove_shards(out, keep=set())
-        yield
+        try:
+            yield
+        except XdscaleError:
+            if part.of == 1 and not any(_OURS.fullmatch(path.name) for path in out.iterdir()):
+                _remove_work(out)  # nothing is finished: what was wrong with the input must not bind the folder to it
+            raise
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from xdscale.errors import XdscaleError
 from xdscale.shards.build import build_shards
 from xdscale.shards.corpus import read_documents
 from xdscale.shards.manifest import Manifest
+from xdscale.shards.merge import merge_parts
 from xdscale.shards.table import Table
 from xdscale.shards.verify import verify_shards
 
@@ -247,6 +249,30 @@ def test_foreign_folders_are_left_alone(small_build, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
+def test_outputs_that_cannot_be_are_one_message(small_build, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for out, message in (
+        (tmp_path / "file" / "out", "cannot be written: Not a directory"),
+        (tmp_path / "link", r"link: is a link to .*gone, which is not there; make that folder"),
+        (tmp_path / "link" / "out", "cannot be written"),
+        (Path("/proc/out"), "cannot be written"),
+    ):
+        with pytest.raises(XdscaleError, match=message):
+            small_build(out)
+        with pytest.raises(XdscaleError):
+            merge_parts(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_the_root_of_a_file_system_is_a_free_folder(small_build, tmp_path, expected):
+    """ext4 keeps a folder of its own there, which stays."""
+    (tmp_path / "lost+found").mkdir()
+    small_build(tmp_path)
+    (tmp_path / "lost+found").rmdir()
+    assert digests(tmp_path) == expected
+
+
 def test_two_builds_in_one_folder_are_refused(small_build, tmp_path):
     def second(progress):
         with pytest.raises(XdscaleError, match="another process is building here"):
@@ -271,12 +297,12 @@ def test_bad_inputs_are_named(cassette_model, tmp_path):
         build(tmp_path / "none.txt")
     with pytest.raises(XdscaleError, match=r"empty\.txt: no documents"):
         build(empty)
-    with pytest.raises(XdscaleError, match="unfinished build of another input"):
-        build(short)
+    # Where nothing was finished, nothing is in the way of another input.
+    assert not (tmp_path / "out" / ".build").exists()
     with pytest.raises(XdscaleError, match=r"1 documents give 6 tokens and no sequence of 510"):
-        build(short, overwrite=True)
+        build(short)
     with pytest.raises(XdscaleError, match=r"broken\.jsonl:2: not valid JSON"):
-        build(broken, overwrite=True)
+        build(broken)
     with pytest.raises(XdscaleError, match="format = 'html': expected auto, text"):
         build(short, format="html")
     with pytest.raises(XdscaleError, match=r"validation_fraction = 2: .*less than or equal to 1"):

@@ -170,13 +170,15 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
         write_and_read(tmp_path, "a.txt", b"123456789\n" + b"x" * 100)
 
 
-@pytest.mark.parametrize("kind", ["text", "mediawiki"])
+@pytest.mark.parametrize("kind", ["text", "json", "mediawiki"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
-    """Files of 16 MB: one text without blank lines, one dump of 4,000 pages."""
+    """Files of 16 MB: one text without blank lines, one JSON array, one dump of 4,000 pages."""
     path = tmp_path / "large"
     body = f"{LONG} " * 160
     if kind == "text":
         path.write_text(f"{body}\n" * 4000)
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": body}] * 4000, indent=1))
     else:
         path.write_text(dump(*(page("A", body) for _ in range(4000))))
     assert path.stat().st_size > 14 << 20
@@ -186,4 +188,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     tracemalloc.stop()
     assert size >= 4000 * len(body.strip())
     # A text document is cut at 1 MiB; its lines, their joined copy and the one before are there together.
-    assert peak < {"text": 4 << 20, "mediawiki": 1 << 20}[kind]
+    assert peak < {"text": 4 << 20, "json": 4 << 20, "mediawiki": 1 << 20}[kind]
