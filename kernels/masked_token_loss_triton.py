@@ -12,6 +12,7 @@ operands in bf16 become fp32 on loading (INTERPRETED).
 
 # ruff: noqa: ANN001, ANN201 -- the arguments of kernels are pointers and integers, typed by each launch
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -39,28 +40,34 @@ COMBINED_ROWS = 16
 """Rows per program of the combining kernel."""
 
 
+STRIDE_COLUMNS = 16
+"""Rows of the [n, chunk] scratch begin at multiples of this, so that the compiler stores 16 bytes at a time."""
+
+
 class Tile(NamedTuple):
-    """Shape of the work of one program, and the resources it gets."""
+    """Shape of the work of one program, the resources it gets, and how many forward ones a processor then holds."""
 
     rows: int
     columns: int
     depth: int
     num_warps: int
     num_stages: int
+    resident: int
 
 
 TILES = {
     # (family, bytes per operand of the products, bytes per element of the weight): (up to 64 rows, more rows).
     # Compiled for every target: no register spills, shared memory within 99 KiB (consumer cards) or 64 KiB (gfx942).
-    ("cuda", 2, 2): (Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
-    ("cuda", 2, 4): (Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3)),
-    ("cuda", 4, 4): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
-    ("blackwell", 2, 2): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
-    ("blackwell", 2, 4): (Tile(64, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
-    ("blackwell", 4, 4): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
-    ("hip", 2, 2): (Tile(64, 128, 64, 4, 2), Tile(128, 128, 64, 8, 2)),
-    ("hip", 2, 4): (Tile(64, 128, 32, 4, 2), Tile(128, 128, 32, 8, 2)),
-    ("hip", 4, 4): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+    # The last number is what registers allow, docs/kernels.md's occupancy.
+    ("cuda", 2, 2): (Tile(64, 128, 64, 4, 3, 2), Tile(128, 128, 64, 8, 3, 1)),
+    ("cuda", 2, 4): (Tile(64, 128, 32, 4, 3, 2), Tile(128, 128, 32, 8, 3, 1)),
+    ("cuda", 4, 4): (Tile(64, 64, 32, 4, 2, 2), Tile(64, 64, 32, 4, 2, 2)),
+    ("blackwell", 2, 2): (Tile(64, 128, 64, 8, 3, 1), Tile(128, 64, 64, 8, 3, 1)),
+    ("blackwell", 2, 4): (Tile(64, 64, 32, 8, 3, 2), Tile(128, 64, 32, 8, 3, 1)),
+    ("blackwell", 4, 4): (Tile(64, 64, 32, 4, 2, 2), Tile(64, 64, 32, 4, 2, 2)),
+    ("hip", 2, 2): (Tile(64, 128, 64, 4, 2, 2), Tile(128, 128, 64, 8, 2, 1)),
+    ("hip", 2, 4): (Tile(64, 128, 32, 4, 2, 3), Tile(128, 128, 32, 8, 2, 2)),
+    ("hip", 4, 4): (Tile(64, 64, 32, 4, 2, 4), Tile(64, 64, 32, 4, 2, 4)),
 }
 
 
@@ -154,13 +161,14 @@ def combine_kernel(
 @triton.jit(do_not_specialize=["rows", "columns", "end"], do_not_specialize_on_alignment=["total"])
 def logit_gradients_kernel(
     hidden, weight, bias, labels, maximum, total, grad_loss, gradients, column_sums,
-    rows, columns, size, begin, end, hidden_stride, weight_stride,
+    rows, columns, size, begin, end, hidden_stride, weight_stride, gradients_stride,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of grad_loss * (softmax - one-hot) and its column sums.
 
-    gradients is [rows, end - begin]; column_sums is [blocks of rows, columns], for the bias.
+    gradients is [rows, gradients_stride], of which begin..end are the first columns and the others get zeros;
+    column_sums is [blocks of rows, columns], for the bias.
     """
     row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     column = begin + tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
@@ -174,9 +182,10 @@ def logit_gradients_kernel(
     row_scale = scale / tl.load(total + row, mask=row < rows, other=1.0)
     values = tl.exp2(logits - shift[:, None]) * row_scale[:, None]
     values -= tl.where(column[None, :] == label[:, None], scale, 0.0)
-    mask = (row[:, None] < rows) & (column[None, :] < end)
-    values = tl.where(mask, values, 0.0)
-    place = row[:, None].to(tl.int64) * (end - begin) + (column[None, :] - begin)
+    values = tl.where((row[:, None] < rows) & (column[None, :] < end), values, 0.0)
+    # Of end nothing is known; of the stride, that 16 divides it: whole 16 bytes lie within it or outside.
+    place = row[:, None].to(tl.int64) * gradients_stride + (column[None, :] - begin)
+    mask = (row[:, None] < rows) & (column[None, :] - begin < gradients_stride)
     tl.store(gradients + place, values.to(gradients.dtype.element_ty), mask=mask)
     sums_at = column_sums + tl.program_id(0).to(tl.int64) * columns + column
     tl.store(sums_at, tl.sum(values, 0), mask=column < end)
@@ -237,10 +246,23 @@ def constexprs_of(tile: Tile, size: int, product_dtype: torch.dtype, precision: 
     }
 
 
-def split_columns(row_blocks: int, columns: int, tile_columns: int, processors: int) -> int:
-    """Columns per split of the vocabulary: whole tiles, about two programs per processor."""
+@functools.cache
+def split_columns(row_blocks: int, columns: int, tile_columns: int, resident: int) -> int:
+    """Columns per split of the vocabulary: whole tiles, so that the last program ends (nearly) soonest.
+
+    Args:
+        row_blocks: programs per split.
+        columns: of the vocabulary.
+        tile_columns: columns of a tile.
+        resident: programs that the GPU holds at a time.
+    """
     tiles = triton.cdiv(columns, tile_columns)
-    splits = min(triton.cdiv(2 * processors, row_blocks), tiles, MAX_SPLITS)
+    # When the last program ends, in times of a tile. Each split costs memory traffic too: the fewest of the good ones.
+    ends = [
+        triton.cdiv(row_blocks * splits, resident) * triton.cdiv(tiles, splits)
+        for splits in range(1, min(tiles, MAX_SPLITS) + 1)
+    ]
+    splits = next(number for number, end in enumerate(ends, 1) if end <= 1.05 * min(ends))
     return triton.cdiv(tiles, splits) * tile_columns
 
 
@@ -258,7 +280,8 @@ def row_statistics(
     labels = labels.contiguous()
     n, columns = launch.rows, launch.columns
     processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 1
-    per_split = split_columns(launch.row_blocks, columns, launch.tile.columns, processors)
+    resident = processors * launch.tile.resident
+    per_split = split_columns(launch.row_blocks, columns, launch.tile.columns, resident)
     splits = triton.cdiv(columns, per_split)
     parts = hidden.new_empty((3, splits, n), dtype=torch.float32)
     best = labels.new_empty((splits, n), dtype=torch.int32)
@@ -291,18 +314,19 @@ def logit_gradients(
     launch = _Launch(hidden, weight, bias, dtype)
     labels, n = labels.contiguous(), launch.rows
     width = min(chunk_columns(n, launch.product_dtype.itemsize), launch.columns)
-    scratch = hidden.new_empty(n * width, dtype=launch.product_dtype)
+    stride = triton.cdiv(width, STRIDE_COLUMNS) * STRIDE_COLUMNS
+    scratch = hidden.new_empty((n, stride), dtype=launch.product_dtype)
     sums = hidden.new_empty((launch.row_blocks, launch.columns), dtype=torch.float32)
     for begin in range(0, launch.columns, width):
         end = min(begin + width, launch.columns)
-        gradients = scratch[: n * (end - begin)].view(n, end - begin)
         with launch_on(hidden.device):
             logit_gradients_kernel[(launch.row_blocks, triton.cdiv(end - begin, launch.tile.columns))](
-                launch.hidden, launch.weight, launch.bias, labels, maximum, total, grad_loss, gradients, sums,
+                launch.hidden, launch.weight, launch.bias, labels, maximum, total, grad_loss, scratch, sums,
                 n, launch.columns, launch.size, begin, end,
-                launch.hidden.stride(0), launch.weight.stride(0), **launch.options,
+                launch.hidden.stride(0), launch.weight.stride(0), stride, **launch.options,
             )  # fmt: skip
-        yield ChunkGradients(slice(begin, end), weight[begin:end].to(launch.product_dtype), gradients)
+        narrow = weight[begin:end].to(launch.product_dtype)
+        yield ChunkGradients(slice(begin, end), narrow, scratch[:, : end - begin])
     grad_bias.copy_(sums.sum(0))
 
 
@@ -340,17 +364,19 @@ def _matrix_cases(target: str, operands: tuple[str, str], amount: str) -> list[C
     constexprs = constexprs_of(tile, size, TORCH_DTYPES[product], precision)
     item, stored_item = TORCH_DTYPES[product].itemsize, TORCH_DTYPES[stored].itemsize
     blocks = triton.cdiv(n, tile.rows)
-    per_split = split_columns(blocks, columns, tile.columns, PROCESSORS[target])
+    per_split = split_columns(blocks, columns, tile.columns, PROCESSORS[target] * tile.resident)
     splits, chunk = triton.cdiv(columns, per_split), chunk_columns(n, item)
     inputs = {"hidden": f"*{product}", "weight": f"*{stored}", "bias": f"*{stored}", "labels": "*i64"}
-    outer = {"hidden_stride": "i32", "weight_stride": "i32", **dict.fromkeys(constexprs, "constexpr")}
+    strides = {"hidden_stride": "i32", "weight_stride": "i32"}
+    types = dict.fromkeys(constexprs, "constexpr")
     floats = dict.fromkeys(("maximum", "total", "label_logit"), "*fp32")
     read = n * (size * item + 8) + columns * (size + 1) * stored_item
     forward = {**inputs, **floats, "best": "*i32"}
-    forward |= {"rows": "i32", "columns": "i32", "size": "i32", "split_columns": "i32", **outer}
+    forward |= {"rows": "i32", "columns": "i32", "size": "i32", "split_columns": "i32", **strides, **types}
     backward = {**inputs, "maximum": "*fp32", "total": "*fp32", "grad_loss": "*fp32"}
     backward |= {"gradients": f"*{product}", "column_sums": "*fp32"}
-    backward |= {"rows": "i32", "columns": "i32", "size": "i32", "begin": "i32", "end": "i32", **outer}
+    backward |= {"rows": "i32", "columns": "i32", "size": "i32", "begin": "i32", "end": "i32", **strides}
+    backward |= {"gradients_stride": "i32", **types}
     aligned = ("hidden", "weight", "bias", "labels", "maximum", "size", "hidden_stride", "weight_stride")
     chunk_bytes = n * (size * item + 16) + chunk * (size + 1) * stored_item + n * chunk * item
     common = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "target": target}
@@ -363,7 +389,7 @@ def _matrix_cases(target: str, operands: tuple[str, str], amount: str) -> list[C
         ),
         CompileCase(
             "masked_token_loss", f"logit_gradients {label}", logit_gradients_kernel, backward,
-            (*aligned, "grad_loss", "gradients", "column_sums", "begin"), constexprs, **common,
+            (*aligned, "grad_loss", "gradients", "column_sums", "begin", "gradients_stride"), constexprs, **common,
             bytes_moved=chunk_bytes + blocks * chunk * 4, lower_bound_bytes=chunk_bytes + chunk * 4,
             flops=2 * n * chunk * size,
         ),

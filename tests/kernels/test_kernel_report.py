@@ -25,6 +25,7 @@ from xdscale.kernel_report import (
     shipped_cases,
     verdict,
 )
+from xdscale.kernels import masked_token_loss_triton
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "kernels.md"
@@ -187,3 +188,46 @@ def test_a_file_without_a_table_is_named(tmp_path, text):
         documented_rows(path)
     with pytest.raises(XdscaleError, match="absent.md"):
         documented_rows(tmp_path / "absent.md")
+
+
+def test_the_losss_forward_programs_fill_a_processor_as_its_registers_allow(documented):
+    """`Tile.resident` against the occupancy that was compiled: the fewest of the targets that share a tile."""
+    fitting = {}
+    for row in documented:
+        if row["kernel"].startswith("row_statistics"):
+            family = masked_token_loss_triton.FAMILIES[row["target"]]
+            programs = round(int(row["occupancy"].rstrip("%")) / 100 * LIMITS[row["target"]].warps / int(row["warps"]))
+            key = family, row["tile"], int(row["warps"]), int(row["stages"])
+            fitting[key] = min(programs, fitting.get(key, programs))
+    for (family, _, _), tiles in masked_token_loss_triton.TILES.items():
+        for tile in tiles:
+            shape = f"{tile.rows}x{tile.columns}x{tile.depth}"
+            assert fitting[family, shape, tile.num_warps, tile.num_stages] == tile.resident
+
+
+@pytest.mark.parametrize(("blocks", "resident"), [(20, 132), (1, 264), (3, 132), (600, 132), (20, 108), (20, 1)])
+def test_splits_leave_processors_idle_for_a_tenth_of_the_time_at_most(blocks, resident):
+    """n = 2,458 on an H100 has 20 blocks of rows and room for 132: 14 splits kept 71 % of it busy."""
+    columns, tile = 30522, 128
+    per_split = masked_token_loss_triton.split_columns(blocks, columns, tile, resident)
+    splits = -(-columns // per_split)
+    waves = -(-blocks * splits // resident)
+    needed = blocks * -(-columns // tile)
+    assert needed / (resident * waves * per_split // tile) >= 0.9
+    assert splits <= masked_token_loss_triton.MAX_SPLITS
+
+
+def test_gradients_of_logits_are_stored_16_bytes_at_a_time():
+    """The stride is an argument that 16 divides; with the chunk's own width every store took 2 bytes."""
+    case = next(c for c in shipped_cases() if c.name == "logit_gradients bf16 x bf16, n = 2458" and c.target == "sm_90")
+    assert "gradients_stride" in case.divisible_by_16
+    code = (
+        "from xdscale import kernel_report as r\n"
+        "case = [c for c in r.shipped_cases() if c.name == 'logit_gradients bf16 x bf16, n = 2458'][1]\n"
+        "assert case.target == 'sm_90'\n"
+        "print(r._compiled(case).asm['ptx'])"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    stores = [line for line in done.stdout.splitlines() if "st.global" in line]
+    assert sum(".v4.b32" in store for store in stores) == len(stores) - 1 == 8  # and the sums of columns
