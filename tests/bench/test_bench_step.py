@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from xdscale import recipe
-from xdscale.bench import plain_model
+from xdscale.bench import plain_model, step
 from xdscale.bench.step import FAST, PARTS, PLAIN, StepReport, activation_bytes, bench_step, measure_step
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.stream import Stream
@@ -205,3 +205,33 @@ def test_ratios_are_taken_pair_by_pair():
     report = StepReport({PLAIN: measured(3.0, 9.0), FAST: measured(2.0, 3.0)}, {}, {}, 0.0, "")
     assert report.ratios(FAST) == [1.5, 3.0]
     assert report.ratios(FAST, without_optimizer=True) == [2.0, 4.0]
+
+
+def test_a_gpus_parts_are_timed_between_events(monkeypatch):
+    """Events stand for a GPU's stream; its host would be past all parts at once."""
+    ticks = iter([0.0, 5.0, 8.0, 20.0])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.milliseconds = next(ticks)
+
+        def elapsed_time(self, end):
+            return end.milliseconds - self.milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = step._Clock(torch.device("cuda"))
+    for part in (("heads", "forward"), None, ("heads", "backward"), None):
+        clock.begin(part)
+    assert clock.take() == {("heads", "forward"): 0.005, ("heads", "backward"): 0.012}
+    assert clock.take() == {}
+
+
+def test_the_share_of_the_cards_peak_stands_where_the_card_is_known():
+    measured = step.Measured(50 * 10**12, 1, [0.1], [0.1], [{("optimizer", "forward"): 0.0}])
+    report = StepReport({FAST: measured}, {torch.float32: 1e15}, {}, 0.0, "", peak=1e15)
+    table = step._table(report)
+    row = [list(column.cells) for column in table.columns]
+    assert dict(zip(*row))["share of the card's bf16 peak"] == "50.0%"

@@ -13,11 +13,13 @@ bench_app = typer.Typer(
 
 
 @bench_app.command("kernels")
-def bench_kernels_command() -> None:
+def bench_kernels_command(
+    out: Annotated[UserPath | None, typer.Option(help="File for the rows as JSON lines.")] = None,
+) -> None:
     """Time the kernels against PyTorch's own (and Liger and Cut-Cross-Entropy on a GPU, when installed)."""
     from xdscale.bench.kernels import bench_kernels
 
-    bench_kernels()
+    bench_kernels(out)
 
 
 @bench_app.command("step")

@@ -1,7 +1,8 @@
 """`xdscale bench step`: a whole training step, as this package and as the released code compute it, in one run.
 
-Forward, backward and AdamW on the same weights, tokens and targets, in turns, on the CPU. The learning rate is 0, so
-that every step starts from the same weights while the update costs what it always costs.
+Forward, backward and AdamW on the same weights, tokens and targets, in turns, on the GPU or else the CPU; the parts of
+a GPU's step are timed between events on its stream. The learning rate is 0, so that every step starts from the same
+weights while the update costs what it always costs.
 """
 
 import copy
@@ -10,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -23,7 +25,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from xdscale.bench.batch import bench_batch
 from xdscale.bench.plain_model import plain_flops, plain_losses
 from xdscale.data.collate import Batch
+from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
+from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe
 from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation
 from xdscale.training.engine import to_device
@@ -68,6 +72,7 @@ class StepReport:
             products are slower in bf16 than in fp32: a step would take minutes and show nothing.
         disagreement: largest relative difference of a loss between plain and fast fp32, without dropout.
         shape: the batch in words.
+        peak: the card's bf16 FLOPs per second on its data sheet; None on a CPU or a card that the table does not have.
     """
 
     paths: dict[str, Measured]
@@ -75,6 +80,7 @@ class StepReport:
     bf16_seconds: dict[str, float]
     disagreement: float
     shape: str
+    peak: float | None = None
 
     def ratios(self, name: str, *, without_optimizer: bool = False) -> list[float]:
         """Returns how many times as fast `name` was as the path it is measured against, pair by pair."""
@@ -122,9 +128,10 @@ def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) ->
         raise XdscaleError(f"--against {against!r}: expected one of {', '.join(AGAINST)}")
     if recipe.model.clip is None:
         raise XdscaleError("model.clip = null: the released code to measure against has CLIP; choose another recipe")
-    rates = {dtype: _matmul_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    device = rank_device(0)
+    rates = {dtype: _matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     torch.manual_seed(recipe.training.seed)
-    module = build_adaptation(_with_random_weights(recipe)).train()
+    module = build_adaptation(_with_random_weights(recipe)).train().to(device)
     bench = _Bench(module, recipe, bench_batch(recipe, module, sequences))
     names = [PLAIN, FAST] if against == "plain" else [FAST]
     ways = [MASTERS, AUTOCAST] if rates[torch.bfloat16] >= rates[torch.float32] else []
@@ -154,7 +161,8 @@ def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) ->
                 bench.step(name, measured[name])
                 advance(f"{pair} of {pairs}: {name}")
     paths = {name: measured[name] for name in names}
-    return StepReport(paths, rates, bf16_seconds, disagreement, bench.shape)
+    card = gpu_of_device(device) if device.type == "cuda" else None
+    return StepReport(paths, rates, bf16_seconds, disagreement, bench.shape, card.peak_flops if card else None)
 
 
 def activation_bytes(run: Callable[[], None], parameters: Iterable[nn.Parameter]) -> int:
@@ -192,16 +200,26 @@ def activation_bytes(run: Callable[[], None], parameters: Iterable[nn.Parameter]
 class _Clock:
     """Sums the time of the parts; a part lasts until another one begins."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[tuple[str, str], float] = defaultdict(float)
-        self._running: tuple[str, str] | None = None
-        self._began = 0.0
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[tuple[str, str] | None, Any]] = []
 
     def begin(self, part: tuple[str, str] | None) -> None:
-        now = time.perf_counter()
-        if self._running is not None:
-            self.seconds[self._running] += now - self._began
-        self._running, self._began = part, now
+        if self._on_gpu:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self._marks.append((part, mark))
+
+    def take(self) -> dict[tuple[str, str], float]:
+        """Returns the seconds of each part since the last call; the device has come to the end."""
+        seconds: dict[tuple[str, str], float] = defaultdict(float)
+        for (part, began), (_, ended) in pairwise(self._marks):
+            if part is not None:
+                seconds[part] += began.elapsed_time(ended) / 1e3 if self._on_gpu else ended - began
+        self._marks.clear()
+        return seconds
 
     def end_forward(self, name: str, outputs: Any) -> None:
         """The backward pass of a part begins when the gradient of one of its outputs arrives."""
@@ -234,7 +252,8 @@ class _Bench:
     def __init__(self, module: XDBERTAdaptation, recipe: Recipe, batch: Batch) -> None:
         self.module, self.narrow = module, copy.deepcopy(module).to(torch.bfloat16)
         self.dropout, self.arrays = recipe.model.dropout, batch.arrays
-        self.batch = to_device(batch.arrays, torch.device("cpu"))
+        self.device = next(module.parameters()).device
+        self.batch = to_device(batch.arrays, self.device)
         self.scales = {name: w / max(1, batch.targets[name]) for name, w in recipe.tasks.weights().items()}
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optim = recipe.optim
@@ -243,7 +262,7 @@ class _Bench:
         )
         # Kept from step to step, as engines do: fresh pages would cost more than the copies.
         self._wide_gradients = [torch.empty_like(p, requires_grad=False) for p in module.parameters()]
-        self.clock = _Clock()
+        self.clock = _Clock(self.device)
         self.clock.watch(self.module)
         self.clock.watch(self.narrow)
         samples, length = batch.arrays["language_ids"].shape
@@ -254,21 +273,29 @@ class _Bench:
     def step(self, name: str, measured: Measured) -> None:
         """Makes a step and adds its times to `measured`."""
         self._clear()
-        self.clock.seconds = defaultdict(float)
+        self.clock.take()
+        self._wait()
         began, cpu_began = time.perf_counter(), time.process_time()
         self._forward_backward(name)
         self.clock.begin(("optimizer", "forward"))
         self._update(name)
         self.clock.begin(None)
+        self._wait()
         measured.seconds.append(time.perf_counter() - began)
         measured.cpu_seconds.append(time.process_time() - cpu_began)
-        measured.parts.append(self.clock.seconds)
+        measured.parts.append(self.clock.take())
 
     def activation_bytes(self, name: str) -> int:
         """Returns the peak memory of forward and backward above weights and gradients; also warms caches."""
         self._clear()
         module = self.narrow if name == MASTERS else self.module
-        return activation_bytes(lambda: self._forward_backward(name), module.parameters())
+        if self.device.type == "cpu":
+            return activation_bytes(lambda: self._forward_backward(name), module.parameters())
+        self._forward_backward(name)  # from now on gradients exist, and a new one counts until it is added
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self._forward_backward(name)
+        return torch.cuda.max_memory_allocated(self.device) - before
 
     def disagreement(self) -> float:
         """Returns the largest relative difference of a loss between plain and fast fp32, without dropout."""
@@ -278,6 +305,10 @@ class _Bench:
             found = self.module(self.batch)
         self.module.train()
         return max(abs(found[name][0] / expected[name] - 1).item() for name in expected)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _clear(self) -> None:
         torch.manual_seed(0)
@@ -293,7 +324,7 @@ class _Bench:
         if name == PLAIN:
             return plain_losses(self.module, self.batch, dropout=self.dropout, run=self.clock.run)
         module = self.narrow if name == MASTERS else self.module
-        with torch.autocast("cpu", torch.bfloat16, enabled=name == AUTOCAST):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=name == AUTOCAST):
             return {task: terms[0] for task, terms in module(self.batch).items()}
 
     def _update(self, name: str) -> None:
@@ -321,8 +352,8 @@ def _with_random_weights(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model.model_copy(update={"language": language, "clip": clip})})
 
 
-def _matmul_rate(dtype: torch.dtype) -> float:
-    return max(matmul_flops_per_second(torch.device("cpu"), dtype) for _ in range(3))
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    return max(matmul_flops_per_second(device, dtype) for _ in range(3))
 
 
 def _seconds(path: Measured, without_optimizer: bool) -> list[float]:
@@ -345,6 +376,8 @@ def _table(report: StepReport) -> Table:
         rows["… without optimizer"].append(_spread(report.ratios(name, without_optimizer=True)))
         rows["TFLOP of products"].append(f"{path.flops / 1e12:.3f}")
         rows["share of matrix rate"].append(f"{rate:.0%}")
+        if report.peak:
+            rows["share of the card's bf16 peak"].append(f"{path.flops / median(path.seconds) / report.peak:.1%}")
         rows["activations, MiB"].append(f"{path.activation_bytes / 2**20:,.0f}")
         rows["… as a share"].append(f"1/{base.activation_bytes / path.activation_bytes:.1f}")
         for part in PARTS:

@@ -9,8 +9,12 @@ assumptions in dollars per hour, of the order of public on-demand offers in 2025
 import difflib
 import re
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from xdscale.errors import XdscaleError
+
+if TYPE_CHECKING:
+    import torch
 
 GIGA = 1e9
 """Vendors count in powers of ten."""
@@ -161,6 +165,19 @@ def describe_gpu(
         "network": network and network * GIGA,
     }
     return replace(known, **{key: value for key, value in given.items() if value})
+
+
+def gpu_of_device(device: "torch.device") -> Gpu | None:
+    """Returns the entry of the table for a GPU of this machine, by its name and of equals by its memory; None if none.
+
+    The PCIe and NVL variants of a card, which are slower, count as the one in the table.
+    """
+    import torch
+
+    words = set(re.split(r"[^A-Z0-9]+", torch.cuda.get_device_name(device).upper()))
+    gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    known = [gpu for gpu in GPUS.values() if set(gpu.name.split("-")[:-1]) <= words]
+    return min(known, key=lambda gpu: abs(gpu.memory_gib - gib), default=None)
 
 
 def _key(name: str) -> str:

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# What xdscale does on this machine's GPU, in at most ten minutes: bash scripts/gpu.sh [OUT]
+#
+# Parts run in an order in which a stop at any point leaves something learnt; each writes OUT/PART.txt and OUT/PART.jsonl
+# at once. Without a GPU the same parts run on the CPU in a tiny form. Environment:
+#   PYTHON           interpreter that xdscale is installed for; default: python3
+#   SHARDS           shards of BERT's ids, 510 per sequence; default: built of the small dump that the package gensim ships
+#   SECONDS_IN_ALL   when they are over, no part begins or goes on; default: 590
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+limit=${SECONDS_IN_ALL:-590}
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+mkdir -p "${1:-runs/gpu}"
+out=$(cd "${1:-runs/gpu}" && pwd)
+rm -f "$out"/*.txt "$out"/*.jsonl "$out"/plan-*.json
+# Checkpoints of gigabytes go to memory where there is some.
+scratch=$(mktemp -d "$([ -w /dev/shm ] && echo /dev/shm || echo /tmp)/xdscale-gpu.XXXXXX")
+trap 'rm -rf "$scratch"' EXIT
+
+# part SECONDS NAME COMMAND…: for at most so many seconds, or what is left; its words go to OUT/NAME.txt and their end here.
+part() {
+    local seconds=$(($1 * patience)) name=$2 left=$((limit - SECONDS)) code=0
+    shift 2
+    if [ "$left" -lt 5 ]; then
+        echo "== $name: left out, the time is up"
+        return 1
+    fi
+    echo "== $name, from $SECONDS s on"
+    timeout --kill-after=10 "$((seconds < left ? seconds : left))" "$@" >>"$out/$name.txt" 2>&1 || code=$?
+    tail -n 20 "$out/$name.txt" | cut -c1-240
+    [ "$code" -eq 0 ] || echo "   ended with $code (124: its time was up); see $out/$name.txt"
+    return "$code"
+}
+patience=1
+measure=("$python" -m xdscale.bench.gpu)
+xdscale=("$python" -m xdscale)
+
+gpus=$("$python" -c 'from xdscale.devices import visible_gpus; print(len(visible_gpus()))') || exit 2
+if [ "$gpus" -gt 0 ]; then
+    [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || export CUDA_VISIBLE_DEVICES=0
+    base=(xdbert-base-wikitext103) large=(xdelectra-large-wikitext103)
+    micros=(36 144) large_micros=(18 72) compared=2 length=510 steps=6 batch=()
+    gpu=$("$python" -c 'import torch; from xdscale.plan.hardware import gpu_of_device as f; g = f(torch.device("cuda")); print(g.name if g else "H100-80G")')
+    config() { echo "bert-base-zero$1"; }
+    large_config=electra-large-zero2
+else
+    patience=4 # a CPU may be busy with other things
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    base=(quickstart model.cross_layers=1) large=(quickstart)
+    micros=(2) large_micros=(1) compared=1 length=126 steps=4 batch=(training.global_batch=4) gpu=H100-80G
+    config() {
+        echo "{\"train_micro_batch_size_per_gpu\": 2, \"zero_optimization\": {\"stage\": $1}}" >"$scratch/zero$1.json"
+        echo "$scratch/zero$1.json"
+    }
+    large_config=$(config 2)
+fi
+
+part 60 versions "${measure[@]}" versions "$out"
+part 150 kernels "${measure[@]}" kernels "$out"
+part 120 step "${measure[@]}" step "$out" "${base[@]}" "${micros[@]}"
+
+shards=${SHARDS:-$scratch/shards}
+dump=package:gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2
+[ -n "${SHARDS:-}" ] || part 60 shards "${xdscale[@]}" shards build "$dump" --out "$shards" --workers 2 \
+    --language-tokenizer package:cognition/model --sequence-length "$length" --validation-fraction 0.1
+run() { # SECONDS NAME CONFIG RECIPE…
+    part "$1" "runs-$2" "$python" -m xdscale.bench.gpu_runs "$2" "$out" "$scratch" "${@:3}" data.shards="$shards" \
+        training.steps="$steps" "${batch[@]}"
+    rm -rf "${scratch:?}/$2"
+}
+run 90 zero2 "$(config 2)" "${base[@]}"
+run 120 zero2-killed "$(config 2)" "${base[@]}" --killed-as zero2
+part 150 rivals "${measure[@]}" rivals "$out"
+run 70 zero1 "$(config 1)" "${base[@]}"
+run 80 zero3 "$(config 3)" "${base[@]}"
+part 90 step "${measure[@]}" step "$out" "${large[@]}" "${large_micros[@]}"
+part 60 compare "${measure[@]}" compare "$out" "${base[@]}" "$compared"
+run 90 large "$large_config" "${large[@]}"
+plans=()
+for recipe in "${base[0]}" "${large[0]}"; do
+    "${xdscale[@]}" plan "$recipe" --gpus 1 --gpu "$gpu" --json >"$out/plan-$recipe.json" && plans+=("$out/plan-$recipe.json")
+done
+limit=$((SECONDS + 30)) # whatever the time: what is there already is only put side by side
+part 30 planned "${measure[@]}" planned "$out" "${plans[@]}"
+echo "== done after $SECONDS s; everything is in $out"

@@ -1,0 +1,122 @@
+"""scripts/gpu.sh as a whole, on the CPU in its tiny form: every part runs and leaves its findings."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xdscale.bench import gpu_runs
+
+ROOT = Path(__file__).parents[2]
+
+
+def findings(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+def test_every_part_runs_on_a_cpu(tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "SECONDS_IN_ALL": "1500"}
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "gpu.sh", tmp_path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "ended with" not in done.stdout, done.stdout
+    assert "left out" not in done.stdout
+    versions, card = findings(tmp_path / "versions.jsonl")
+    assert versions["torch"]
+    assert card["card"] == "none: on the CPU"
+    kernels = findings(tmp_path / "kernels.jsonl")
+    assert len(kernels) == 14
+    assert all(found["passes"] for found in kernels if found["dtype"] == "float32")
+    base, base_profile, large, _ = findings(tmp_path / "step.jsonl")
+    assert base["device_ms"].keys() == {"forward", "backward", "optimizer"}
+    assert len(base_profile["top_ms"]) == 10
+    assert "aten::addmm" in (tmp_path / "profile-quickstart-2.txt").read_text()
+    assert all(row["milliseconds"] for row in findings(tmp_path / "rivals.jsonl"))
+    (compared,) = findings(tmp_path / "compare.jsonl")
+    assert compared["relative"] == compared["gradient"] == 0.0  # both are the CPU
+    runs = {found["run"]: found for found in findings(tmp_path / "runs.jsonl") if "losses" in found}
+    assert runs.keys() == {"zero1", "zero2", "zero2-killed", "zero3", "large"}
+    for run in runs.values():
+        assert run["steps"] == [1, 2, 3, 4]
+    for stage in (1, 3):
+        assert runs[f"zero{stage}"]["losses"] == pytest.approx(runs["zero2"]["losses"], rel=1e-5)
+    (verdict,) = [found for found in findings(tmp_path / "runs.jsonl") if "bitwise" in found]
+    assert verdict["compared_steps"] == 4
+    assert verdict["bitwise"]
+    for found in findings(tmp_path / "planned.jsonl"):
+        expected, measured = found["flops_per_sequence"]
+        assert expected > 0 < measured
+
+
+STAND_IN = """#!/usr/bin/env bash
+case "$*" in
+    -c*visible_gpus*) echo "$GPUS" ;;
+    -c*gpu_of_device*) echo H200-141G ;;
+    *) echo "${*:2}" >>"$CALLS"; [[ "$*" != *"gpu $FAILS "* ]] ;;
+esac
+"""
+
+
+def calls(tmp_path, *, gpus, seconds="590", fails="none"):
+    """Runs the script with a stand-in for Python, on a machine with so many GPUs; returns its calls and its words."""
+    python, called = tmp_path / "python", tmp_path / "calls"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    called.touch()
+    environment = os.environ | {"PYTHON": str(python), "GPUS": str(gpus), "CALLS": str(called), "FAILS": fails}
+    environment |= {"SECONDS_IN_ALL": seconds, "SHARDS": "", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", ROOT / "scripts" / "gpu.sh", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return [line.split() for line in called.read_text().splitlines()], done.stdout
+
+
+def parts(made):
+    return [words[1] for words in made if words[1] != "plan"]
+
+
+ORDER = ["versions", "kernels", "step", "shards", "zero2", "zero2-killed", "rivals", "zero1", "zero3"]
+ORDER += ["step", "compare", "large", "planned"]
+
+
+def test_what_matters_most_comes_first_and_a_part_that_fails_stops_none(tmp_path):
+    for fails in ("none", "kernels"):
+        made, said = calls(tmp_path, gpus=0, fails=fails)
+        assert parts(made) == ORDER
+        assert ("ended with 1" in said) == (fails == "kernels")
+        (tmp_path / "calls").unlink()
+
+
+def test_on_a_gpu_the_true_shapes_run(tmp_path):
+    made, _ = calls(tmp_path, gpus=8)
+    assert parts(made) == ORDER
+    assert made[2][3:] == ["xdbert-base-wikitext103", "36", "144"]
+    zero2 = next(words for words in made if words[1] == "zero2")
+    assert zero2[4:6] == ["bert-base-zero2", "xdbert-base-wikitext103"]
+    plans = [words for words in made if words[1] == "plan"]
+    assert [words[2] for words in plans] == ["xdbert-base-wikitext103", "xdelectra-large-wikitext103"]
+    assert all("H200-141G" in words for words in plans)
+
+
+def test_no_part_begins_when_the_time_is_up(tmp_path):
+    made, said = calls(tmp_path, gpus=0, seconds="0")
+    assert parts(made) == ["planned"]  # what is there already is only put side by side
+    assert "== versions: left out, the time is up" in said
+
+
+def test_a_continued_run_is_compared_with_the_whole_one(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    tell = gpu_runs.teller(path)
+    tell(run="whole", losses=[2.0, 1.0])
+    gpu_runs._compare(tell, path, "whole", [2.0, 1.0])
+    gpu_runs._compare(tell, path, "whole", [2.0, 1.001])
+    gpu_runs._compare(tell, path, "whole", [2.0])
+    same, other, short = findings(path)[1:]
+    assert same["bitwise"]
+    assert not other["bitwise"]
+    assert other["largest_relative_difference"] == pytest.approx(1e-3)
+    assert "nothing to compare" in short["problem"]
