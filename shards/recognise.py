@@ -9,6 +9,7 @@ from pathlib import Path
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.decoding import encoding_of
+from xdscale.shards.inputs import COMPRESSIONS
 from xdscale.shards.parquet import MAGIC
 from xdscale.shards.streams import open_stream
 
@@ -77,7 +78,7 @@ def recognise(path: Path, encoding: str) -> str:
         _refuse_binary(path, head, encoding)
         text = head.decode(encoding_of(head, encoding), errors="ignore").removeprefix("\ufeff")
         found = _format_of(text)
-    for suffix in path.suffixes:
+    for suffix in [suffix for suffix in path.suffixes if suffix.lower() not in COMPRESSIONS][-1:]:
         named = _NAMED.get(suffix.split("-")[0].lower(), found)
         if named == "jsonl" and head.lstrip().startswith((b"[", b'"')):
             found = named  # there a string or an array is nothing else

@@ -170,5 +170,6 @@ def test_what_only_looks_like_it_is_text(tmp_path, content):
 
 def test_whoever_means_it_gets_it(tmp_path):
     """`--format` says what is meant: nothing is refused then."""
+    assert documents(write(tmp_path, "a.html.txt", LONG)) == [(LONG, "text")]
     path = write(tmp_path, "a.html", f"<p>{LONG}</p>")
     assert documents(path, format="text") == [(f"<p>{LONG}</p>", "text")]
