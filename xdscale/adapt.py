@@ -19,7 +19,7 @@ from xdscale.ds_config import (
     split_batch,
     zero_stage,
 )
-from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, XdscaleError
+from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, XdscaleError, writing
 from xdscale.recipe import Recipe, load_recipe
 from xdscale.training.signals import StopRequest
 
@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 done, 2 bad input (one message, no traceback), 70 a rank died, hung or failed (one line says
-        which), 75 stopped by SIGTERM or SIGUSR1 with a checkpoint saved, so that the same command continues.
+        which), 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C with the last finished step on the disk, so that the same
+        command continues.
     """
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     # From here on a signal is remembered: it is honoured before the next step, however long building takes.
@@ -42,11 +43,23 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             return _adapt(options, stop)
         except XdscaleError as error:
-            if os.environ.get("RANK", "0") != "0":
-                # The launcher ends all ranks when one ends, and what concerns all only the first should say.
-                time.sleep(_SECONDS_FOR_FIRST_RANK_TO_SPEAK)
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            if os.environ.get("RANK", "0") == "0" or not _told_to_end(stop):
+                print(f"error: {error}", file=sys.stderr, flush=True)
             return EXIT_BAD_INPUT
+
+
+def _told_to_end(stop: StopRequest) -> bool:
+    """Waits a little; returns whether the launcher ends this rank, because the first one ended and has said why.
+
+    What concerns all ranks only the first one should say.
+    """
+    deadline = time.monotonic() + _SECONDS_FOR_FIRST_RANK_TO_SPEAK
+    before = stop.requested
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        if stop.requested and not before:
+            return True
+    return False
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -76,7 +89,6 @@ def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
     ds_values = read_ds_config(options.deepspeed_config)
     calm_environment()
     from xdscale.export import save_language_files
-    from xdscale.tasks.xdbert import build_adaptation
     from xdscale.training.distributed import start_distributed
     from xdscale.training.run_folder import RunFolder
     from xdscale.training.watchdog import Watchdog
@@ -84,26 +96,25 @@ def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
     ranks = start_distributed()
     check_sections(options.deepspeed_config, ds_values)
     ds_config = resolve_ds_config(options.deepspeed_config, ds_values, recipe, ranks.world_size)
+    check_precision(options.deepspeed_config, ds_config)
     run = RunFolder(Path(recipe.output.folder))
-    run.check(recipe)
     with Watchdog(ranks, run.folder, recipe.training.hang_seconds) as watchdog:
         try:
+            ranks.on_first(lambda: run.check(recipe))
             data = open_data(recipe, ds_config, ranks, on_shard=watchdog.tick)
             watchdog.samples = lambda step, micro_batch: sample_ids(data.stream.slots(step), micro_batch)
-            ranks.raise_first(claim(run) if ranks.is_first else None, "cannot start")
+            ranks.on_first(run.claim)
             run.check_shared(ranks)
-            session = open_session(recipe, ds_config, run, data, ranks, lambda: build_adaptation(recipe))
+            session = open_session(recipe, ds_config, run, data, ranks, lambda: build_module(recipe))
             if session.start_step == 0 and ranks.is_first:
-                save_language_files(recipe.model.language, run.language)
+                with writing("the encoder's configuration and tokenizer", run.language):
+                    save_language_files(recipe.model.language, run.language)
             weights = recipe.tasks.weights()
             code = train_session(recipe, ds_config, run, data, ranks, stop, watchdog, session, weights)
             watchdog.end()
             return code
         except Exception as error:
-            if stop.requested and isinstance(error, XdscaleError):
-                # The signal also ended what this rank had started, such as the conversion of a checkpoint.
-                return EXIT_STOPPED
-            return watchdog.report(error)
+            return watchdog.report(error, stopping=stop.requested)
 
 
 def sample_ids(slots: list[Any], micro_batch: int | None) -> list[int]:
@@ -116,6 +127,7 @@ def calm_environment() -> None:
     """Settings that must stand before torch's and DeepSpeed's first import."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_LOGS", "-all")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # ranks that cannot meet print pages of C++
     # DeepSpeed calls names that torch is about to rename; nothing a user could do about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Torch would give each rank all cores, torchrun gives one; AdamW on the host, for offloading, needs its share.
@@ -143,13 +155,30 @@ def threads_per_rank() -> int:
     return max(1, min(bound, cores // ranks))
 
 
-def claim(run: Any) -> str | None:
-    """Takes the run folder for this process; returns why that cannot be."""
-    try:
-        run.claim()
-    except XdscaleError as error:
-        return str(error)
-    return None
+def check_precision(name: str, ds_config: dict[str, Any]) -> None:
+    """Refuses bf16 on a GPU that does not compute in it: PyTorch would imitate it there, many times slower.
+
+    Args:
+        name: the DeepSpeed configuration's file, for the message.
+        ds_config: its values.
+
+    Raises:
+        XdscaleError: names the GPU and what to choose.
+    """
+    import torch
+
+    if precision(ds_config) == "bf16" and uses_gpus() and not computes_in_bf16():
+        raise XdscaleError(
+            f"{name}: bf16 = enabled, but this machine's {torch.cuda.get_device_name()} does not compute in bf16; "
+            'take a shipped file whose name ends in -fp16, or write "fp16": {"enabled": true} in place of "bf16"'
+        )
+
+
+def computes_in_bf16() -> bool:
+    """Returns whether this rank's GPU has instructions for bf16."""
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def open_data(
@@ -193,12 +222,30 @@ def open_data(
     return Data(prepare, validation, stream, stream_hash, train.manifest.fingerprint, damaged)
 
 
+def build_module(recipe: Recipe) -> Any:
+    """Builds the module that a run begins with: as `build_adaptation`, or with the weights of `model.start`.
+
+    Raises:
+        XdscaleError: weights are missing, damaged or do not fit.
+    """
+    from xdscale.export import begin_with
+    from xdscale.names import resolve_path
+    from xdscale.tasks.xdbert import build_adaptation
+
+    module = build_adaptation(recipe)
+    if recipe.model.start is not None:
+        begin_with(module, resolve_path(recipe.model.start))
+    return module
+
+
 class Session(NamedTuple):
-    """A module on its engine, and the steps done already."""
+    """A module on its engine, the steps done already, and (on the first rank) what changed since the start before."""
 
     engine: Any
     module: Any
     start_step: int
+    continued: bool
+    changes: list[str]
 
 
 def open_session(
@@ -213,7 +260,13 @@ def open_session(
 
     found = ckpt.find_checkpoint(run.checkpoints, ranks)
     position = ckpt.read_position(found) if found else None
+    ranks.on_first(lambda: run.check_checkpoints(found=found is not None))
     if position is not None:
+        if position.step > recipe.training.steps:
+            raise XdscaleError(
+                f"training.steps = {recipe.training.steps}: the run in {run.folder} has done {position.step} steps "
+                "already; ask for as many or more, or choose another output.folder"
+            )
         ckpt.check_compatible(
             found,
             position,
@@ -232,9 +285,10 @@ def open_session(
     if source is not None:
         ckpt.load_checkpoint(engine, source, found, ranks)
         ckpt.remove_leftovers(run.checkpoints, ranks)
-    elif ranks.is_first:
-        run.write_records(recipe, ds_config, ranks.world_size)
-    return Session(engine, module, position.step if position else 0)
+    step, continued, changes = position.step if position else 0, position is not None, []
+    if ranks.is_first:
+        changes = run.write_records(recipe, ds_config, ranks.world_size, step, continued=continued)
+    return Session(engine, module, step, continued, changes)
 
 
 def train_session(
@@ -253,11 +307,12 @@ def train_session(
 
     from xdscale.data.prefetch import Prefetcher
     from xdscale.training.loop import Trainer
-    from xdscale.training.monitor import Monitor, read_log
+    from xdscale.training.monitor import Monitor
+    from xdscale.training.run_folder import read_log
     from xdscale.training.skipping import skipped_so_far
     from xdscale.training.throughput import matmul_flops_per_second, peak_memory_gib
 
-    engine, module, start_step = session
+    engine, module, start_step, continued, changes = session
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(ds_config)]
     monitor = Monitor(run, recipe, start_step, list(weights)) if ranks.is_first else None
     if monitor:
@@ -267,6 +322,10 @@ def train_session(
         )
     if monitor and start_step:
         monitor.message(f"continuing after step {start_step} of {recipe.training.steps}")
+    if monitor and continued and start_step == 0:
+        monitor.checkpoint(start_step)  # what stood in the log goes with a start at step 0
+    if monitor and changes:
+        monitor.changed(start_step, changes)
     if monitor and (data.damaged or start_step):
         monitor.quarantine(start_step, data.damaged)
     history = read_log(run.log) if monitor else []

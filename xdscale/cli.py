@@ -2,8 +2,6 @@
 
 import errno
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,18 +16,15 @@ from xdscale.checkpoints import checkpoints_app
 from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
 from xdscale.names import UserPath
 from xdscale.shards.commands import shards_app
+from xdscale.version import commit
 
 
 def _print_version(asked: bool) -> None:
     """Prints the version, in a checkout with the commit and whether files differ from it, and ends the program."""
     if not asked:
         return
-    checkout = Path(__file__).parents[1]
-    commit = ""
-    if (checkout / ".git").exists() and (git := shutil.which("git")):
-        command = [git, "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    print(f"xdscale {__version__}" + (f" ({commit})" if commit else ""))
+    found = commit()
+    print(f"xdscale {__version__}" + (f" ({found})" if found else ""))
     raise typer.Exit
 
 

@@ -107,6 +107,29 @@ def load_cross_modal(folder: Path) -> "XDBERT":
     return model.eval()
 
 
+def begin_with(module: Any, folder: Path) -> None:
+    """Gives a newly built adaptation module the weights of a run or an export, heads included.
+
+    The head of an objective that was off there keeps the values it was built with.
+
+    Args:
+        module: what `build_adaptation` returned.
+        folder: a run folder (its newest undamaged checkpoint is read, checksums verified), or an export.
+
+    Raises:
+        XdscaleError: neither of the two, no checkpoint yet, or the weights do not fit the module.
+    """
+    from xdscale.pretrained.files import some
+
+    adapted_recipe(folder)
+    state, wanted = _adapted_state(folder), module.state_dict()
+    wrong = [name for name in wanted if name.startswith(MODEL_PREFIX) and name not in state]
+    wrong += [name for name in wanted.keys() & state.keys() if state[name].shape != wanted[name].shape]
+    if wrong:
+        raise XdscaleError(f"model.start = {folder}: holds no fitting weights for {some(sorted(wrong))} of this recipe")
+    module.load_state_dict({name: state[name] for name in wanted.keys() & state.keys()}, strict=False)
+
+
 def adapted_recipe(folder: Path) -> Recipe:
     """Returns the recipe that a run or an export was made with.
 

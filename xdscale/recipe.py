@@ -23,7 +23,7 @@ Values = TypeVar("Values", bound=BaseModel)
 NameOrPath = Annotated[str, AfterValidator(expand_home)]
 """A path, or a name that may be one."""
 
-_HOW_OFTEN_AND_HOW_FAR = (
+MAY_CHANGE = (
     "eval_every",
     "eval_samples",
     "checkpoint_every",
@@ -33,6 +33,7 @@ _HOW_OFTEN_AND_HOW_FAR = (
     "max_skipped_in_row",
     "hang_seconds",
 )
+"""Keys of `training` that do not decide the result."""
 
 
 class Section(BaseModel):
@@ -64,6 +65,7 @@ class Model(Section):
     cross_layers: int = Field(2, ge=0, description="cross-modal layers; 0 without CLIP")
     dropout: float = Field(0.1, ge=0, lt=1, description="language encoder and cross-modal layers; CLIP-T has none")
     kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
+    start: NameOrPath | None = Field(None, description="run folder or export to take first weights from, with heads")
 
 
 _WEIGHT = "factor of this objective's mean loss"
@@ -177,7 +179,7 @@ class Recipe(Section):
 def run_identity(values: dict[str, Any]) -> dict[str, Any]:
     """Returns a run's recipe without what may change when it is continued: where, how often and how far at once."""
     kept = {key: value for key, value in values.items() if key != "output"}
-    return kept | {"training": {k: v for k, v in kept["training"].items() if k not in _HOW_OFTEN_AND_HOW_FAR}}
+    return kept | {"training": {k: v for k, v in kept["training"].items() if k not in MAY_CHANGE}}
 
 
 def shipped_recipes(folder: Path = SHIPPED) -> list[str]:

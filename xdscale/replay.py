@@ -64,14 +64,13 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
         XdscaleError: not a run folder, no such step, or no shards there.
     """
     recipe = _recipe(run, step, overrides)
-    from xdscale.adapt import open_data
+    from xdscale.adapt import build_module, open_data
     from xdscale.pretrained.files import read_json
-    from xdscale.tasks.xdbert import build_adaptation
     from xdscale.training.distributed import Ranks
 
     data = open_data(recipe, {"train_micro_batch_size_per_gpu": 1}, Ranks(0, 1, 0))
     torch.manual_seed(recipe.training.seed)
-    module = build_adaptation(recipe)
+    module = build_module(recipe)
     source = _load_weights(module, run, step)
     config = read_json(run / "ds_config.json")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(config)]

@@ -47,3 +47,9 @@ def test_one_learning_rate_for_all_can_be_given():
 
 def test_the_shipped_deepspeed_config_is_the_commands_default_on_gpus():
     assert json.loads((ROOT / "ds_configs" / "finetune-zero1.json").read_text()) == default_ds_config(gpu=True)
+
+
+def test_the_default_for_a_gpu_without_bf16_is_fp16():
+    values, fp16 = default_ds_config(gpu=True), default_ds_config(gpu=True, bf16=False)
+    assert (values.pop("bf16"), fp16.pop("fp16")) == ({"enabled": True}, {"enabled": True})
+    assert values == fp16

@@ -1,4 +1,4 @@
-"""Three steps on small modules under several ZeRO stages and precisions, saved; or loaded and one step more.
+"""Three steps (or none) on small modules under several ZeRO stages and precisions, saved; or loaded, one step more.
 
 Run by test_checkpoint_worlds. All ranks see the same batch, so the result does not depend
 on how many there are. The first rank writes what each engine holds, gathered whole, to `OUT`.
@@ -20,6 +20,7 @@ def main():
     for name in ("--folder", "--out", "--local_rank"):
         parser.add_argument(name)
     parser.add_argument("--load", action="store_true")
+    parser.add_argument("--steps", type=int, default=3, help="before the checkpoint")
     options = parser.parse_args()
     calm_environment()
     import torch
@@ -40,12 +41,10 @@ def main():
         if source is not None:
             ckpt.load_checkpoint(engine, source, found, ranks)
             ckpt.remove_leftovers(folder, ranks)
-        start = 3 if options.load else 0
-        for step in range(start, 4):
-            make_step(engine, step, precision)
-            if step == 2:
+        for step in range(options.steps if options.load else 0, options.steps + 1):
+            if step == options.steps and not options.load:
                 position = ckpt.CheckpointPosition(
-                    step=3,
+                    step=step,
                     epoch=0,
                     index=0,
                     world_size=ranks.world_size,
@@ -57,6 +56,7 @@ def main():
                 )
                 ckpt.save_checkpoint(engine, folder, position, ckpt.Retention(newest=1), ranks)
                 tensors[f"{stage}-{precision} saved"] = whole(engine)
+            make_step(engine, step, precision)
         tensors[f"{stage}-{precision} after"] = whole(engine)
         results[f"{stage}-{precision}"] = {
             "converted": convert,

@@ -1,12 +1,15 @@
 """Every mistake gives one message that names file and value, exit code 2, no traceback, nothing half-written."""
 
 import json
+import os
 import shutil
+import signal
+import threading
 
 import pytest
 
-from xdscale.adapt import main
-from xdscale.errors import EXIT_BAD_INPUT
+from xdscale.adapt import check_precision, main
+from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
 
 
 @pytest.fixture
@@ -143,3 +146,33 @@ def test_output_folder_that_is_no_run_folder(refuse, tmp_path):
     (folder / "thesis.txt").write_text("precious")
     assert "not a run folder (thesis.txt" in refuse()
     assert (folder / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("place", ["/dev/null/run", "/proc/run"])
+def test_output_folder_that_cannot_be_made(refuse, place):
+    error = refuse(f"output.folder={place}")
+    assert f"cannot write a run in {place}: " in error
+    assert len(error.splitlines()) == 1
+
+
+def test_bf16_on_a_card_without_it(monkeypatch):
+    monkeypatch.setattr("xdscale.adapt.uses_gpus", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla V100-SXM2-32GB")
+    check_precision("ds.json", {"fp16": {"enabled": True}})
+    with pytest.raises(XdscaleError, match="ds.json: bf16 = enabled, but .* Tesla V100-SXM2-32GB does not .*-fp16"):
+        check_precision("ds.json", {"bf16": {"enabled": True}})
+
+
+def test_what_the_first_rank_has_said_the_others_do_not_repeat(monkeypatch, capsys, config):
+    """The launcher ends them with SIGTERM; one that is not ended has a fault of its own, and says it."""
+    monkeypatch.setenv("RANK", "1")
+    arguments = ["quikstart", "--deepspeed_config", str(config)]
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert main(arguments) == EXIT_BAD_INPUT
+    timer.join()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("xdscale.adapt._SECONDS_FOR_FIRST_RANK_TO_SPEAK", 0.2)
+    assert main(arguments) == EXIT_BAD_INPUT
+    assert "quikstart: no such recipe" in capsys.readouterr().err

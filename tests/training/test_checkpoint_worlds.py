@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xdscale.training.checkpoint import _load
 from xdscale.training.engine_state import unordered_sum, weighted_sum
 from xdscale.training.integrity import file_names
 
@@ -79,6 +80,41 @@ def test_another_number_of_ranks_continues_as_two_would_have(two_ranks, train, t
             if ranks == 1 or "fp32" in case:
                 torch.testing.assert_close(tensors[f"{case} after"][name], value, rtol=1e-5, atol=1e-7)
             assert not torch.equal(value, expected[f"{case} saved"][name])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_checkpoint_before_the_first_update_loads_at_another_number_of_ranks(train, tmp_path, ranks):
+    """Under stage 3 AdamW has no state then; the first update after loading must be that of a run never stopped."""
+    _, expected = train(tmp_path, tmp_path / "two.json", "--steps", "0", ranks=2)
+    results, tensors = train(tmp_path, tmp_path / "out.json", "--steps", "0", "--load", ranks=ranks)
+    assert all(result["converted"] for result in results.values())
+    for case in results:
+        for name, value in expected[f"{case} after"].items():
+            if ranks == 1 or "fp32" in case:
+                torch.testing.assert_close(tensors[f"{case} after"][name], value, rtol=1e-5, atol=1e-7)
+            assert not torch.equal(value, expected[f"{case} saved"][name])
+
+
+def test_all_of_a_loaded_optimizers_state_lies_on_its_parameters_device():
+    """The meta device stands for a GPU: DeepSpeed's universal load leaves steps, shared ones, on the CPU."""
+    parameters = [torch.nn.Parameter(torch.empty(3, device="meta")) for _ in range(2)]
+
+    class Engine:
+        optimizer = torch.optim.AdamW(parameters)
+
+        def load_checkpoint(self, folder, tag):
+            step = torch.tensor(5.0)
+            for parameter in parameters:
+                moments = {name: torch.zeros(3) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": step, **moments}
+            return folder, {}
+
+    engine = Engine()
+    _load(engine, Path("folder/tag"))
+    states = list(engine.optimizer.state.values())
+    assert [state.keys() for state in states] == [{"step", "exp_avg", "exp_avg_sq"}] * 2
+    assert {value.device.type for state in states for value in state.values()} == {"meta"}
+    assert states[0]["step"] is not states[1]["step"]
 
 
 def test_nothing_but_four_classes_needs_more_than_the_restricted_unpickler(two_ranks):

@@ -13,7 +13,7 @@ import torch
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, XdscaleError
 from xdscale.training.checkpoint import check_compatible, read_position
 from xdscale.training.integrity import read_pickle
-from xdscale.training.monitor import read_log
+from xdscale.training.run_folder import read_log
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # fixtures make many runs
 SEVERAL = Path(__file__).with_name("several_runs.py")

@@ -113,6 +113,9 @@ class Log:
     def attention(self, step, layer, weights):
         pass
 
+    def checkpoint(self, step):
+        pass
+
 
 class Steps:
     """The same two micro-batches at every step."""

@@ -12,7 +12,7 @@ from xdscale.errors import EXIT_BAD_INPUT
 from xdscale.replay import replay
 from xdscale.shards.table import Table
 from xdscale.training.integrity import read_pickle
-from xdscale.training.monitor import read_log
+from xdscale.training.run_folder import read_log
 from xdscale.training.skipping import skipped_so_far
 
 WORKER = Path(__file__).with_name("poison_worker.py")

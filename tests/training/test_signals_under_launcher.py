@@ -19,7 +19,7 @@ import pytest
 from xdscale.errors import EXIT_STOPPED
 from xdscale.training.checkpoint import list_checkpoints, read_position
 from xdscale.training.integrity import damage
-from xdscale.training.monitor import read_log
+from xdscale.training.run_folder import read_log
 
 LAUNCHES = int(os.environ.get("XDSCALE_CHAOS_SIGNALS", "3"))
 SEED = int(os.environ.get("XDSCALE_CHAOS_SEED", "1"))

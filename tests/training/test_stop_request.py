@@ -11,9 +11,9 @@ import pytest
 from xdscale.training.signals import _holds_signal
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_launcher_that_blocks_a_signal_lives_on_and_holds_it(number):
-    process = subprocess.Popen(["env", "--block-signal=TERM,USR1", "sleep", "60"])
+    process = subprocess.Popen(["env", "--block-signal=TERM,USR1,INT", "sleep", "60"])
     try:
         launcher = psutil.Process(process.pid)
         while launcher.name() != "sleep":  # env has replaced itself
@@ -39,9 +39,29 @@ with StopRequest() as stop:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_that_came_before_the_handlers_is_a_request(number):
     # In a process that was started to block it, as ranks are: a thread that does not block it would die of it.
-    command = ["env", "--block-signal=TERM,USR1", sys.executable, "-c", RANK.format(number=int(number))]
+    command = ["env", "--block-signal=TERM,USR1,INT", sys.executable, "-c", RANK.format(number=int(number))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+INTERRUPTED = """
+import os, signal, time
+from xdscale.training.signals import StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
+    assert stop.requested
+    print("saving", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "saving\n"
+        time.sleep(0.4)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == -signal.SIGINT

@@ -14,14 +14,15 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from xdscale.data.stream import Stream
-from xdscale.errors import EXIT_FAULT
+from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, XdscaleError
 from xdscale.shards.table import Table
 from xdscale.training import distributed
 from xdscale.training.activity import Activity
 from xdscale.training.distributed import Ranks
-from xdscale.training.monitor import read_log
+from xdscale.training.run_folder import read_log
 from xdscale.training.watchdog import Watchdog
 
 WORKER = Path(__file__).with_name("faulty_worker.py")
@@ -153,6 +154,49 @@ def test_a_rank_that_hangs_in_the_first_step_is_not_taken_for_a_compiler(launch)
     assert code == EXIT_FAULT
     assert len(lines) == 1
     assert re.search(r"rank 1 on \S+ made no progress for \d+ s in phase 'data' of step 1, sample", lines[0])
+
+
+@pytest.mark.parametrize(
+    ("phase", "error", "stopping", "code", "words"),
+    [
+        (None, XdscaleError("conversion ended"), True, EXIT_STOPPED, "stopped by a signal while starting (conversion"),
+        (None, XdscaleError("no shards"), False, EXIT_BAD_INPUT, "error: no shards"),
+        ("saving", XdscaleError("disk full"), True, EXIT_BAD_INPUT, "error: disk full"),
+        ("saving", OSError(28, "No space left on device"), True, EXIT_FAULT, "OSError: [Errno 28]"),
+        ("evaluation", XdscaleError("no shard"), True, EXIT_BAD_INPUT, "error: no shard"),
+        (None, OSError(5, "Input/output error"), True, EXIT_FAULT, "phase 'starting'"),
+    ],
+)
+def test_an_error_after_a_request_to_stop_is_a_stop_only_while_nothing_is_unsaved(
+    tmp_path, capsys, phase, error, stopping, code, words
+):
+    watchdog = Watchdog(Ranks(0, 1, 0), tmp_path, 45)
+    watchdog._store.set("verdict", "")
+    if phase is not None:
+        watchdog.enter(phase, 3)
+    assert watchdog.report(error, stopping=stopping) == code
+    assert words in capsys.readouterr().err
+
+
+def test_a_second_rank_leaves_with_the_code_of_the_first_that_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("xdscale.training.watchdog._open_store", lambda ranks: torch.distributed.HashStore())
+    watchdog = Watchdog(Ranks(1, 2, 1), tmp_path, 45)
+    watchdog._store.set("verdict", json.dumps({"rank": 0, "line": "error: disk full", "code": EXIT_BAD_INPUT}))
+    assert watchdog.report(XdscaleError("the same"), stopping=True) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err == ""
+
+
+def test_faults_are_told_where_the_run_folder_takes_no_files(capsys):
+    """Every place below /dev/null refuses files; a message is all there is then, and no second error."""
+    watchdog = Watchdog(Ranks(0, 1, 0), Path("/dev/null/run"), 45)
+    watchdog._store.set("verdict", "")
+    with pytest.raises(ValueError, match="could not convert") as raised:
+        float("of no use")
+    assert watchdog.report(raised.value, stopping=False) == EXIT_FAULT
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert re.search(r"ValueError: could not convert .*; in .*test_watchdog.py, line \d+ \(no traceback", said)
+    assert "no traceback in the run folder: /dev/null/run/faults: Not a directory" in said
 
 
 def test_patience_follows_how_long_a_phase_takes(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from xdscale.adapt import computes_in_bf16
 from xdscale.data.task_files import TaskData, read_task
 from xdscale.data.task_hub import fetch_task
 from xdscale.data.task_table import TASKS, find_task
@@ -123,8 +124,13 @@ def _stopped_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def default_ds_config(*, gpu: bool) -> dict[str, Any]:
-    """Returns the DeepSpeed configuration used when none is given: bf16 with fp32 masters on a GPU, fp32 on CPU."""
+def default_ds_config(*, gpu: bool, bf16: bool = True) -> dict[str, Any]:
+    """Returns the DeepSpeed configuration used when none is given: fp32 on CPU, else 16 bits with fp32 masters.
+
+    Args:
+        gpu: whether for a GPU.
+        bf16: whether that GPU computes in bf16; fp16 is chosen where it does not.
+    """
     common = {
         "train_micro_batch_size_per_gpu": 32,
         "gradient_accumulation_steps": "auto",
@@ -133,7 +139,7 @@ def default_ds_config(*, gpu: bool) -> dict[str, Any]:
     if not gpu:
         return common | {"zero_optimization": {"stage": 0}}
     return common | {
-        "bf16": {"enabled": True},
+        "bf16" if bf16 else "fp16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": 1},
     }
@@ -164,7 +170,10 @@ def _plan(
     label = request.label or request.model.rstrip("/").rpartition("/")[2]
     summary = _summary(request.out, subject, label, seeds)
     name = request.ds_config or "the default DeepSpeed configuration"
-    ds_config = read_ds_config(request.ds_config) if request.ds_config else default_ds_config(gpu=gpu)
+    if request.ds_config:
+        ds_config = read_ds_config(request.ds_config)
+    else:
+        ds_config = default_ds_config(gpu=gpu, bf16=gpu and computes_in_bf16())
     jobs = []
     for task, numbers in seeds.items():
         for seed in numbers:

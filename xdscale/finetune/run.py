@@ -20,9 +20,8 @@ from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe
 from xdscale.finetune.subject import Readers, build_subject, open_readers
 from xdscale.tasks.metrics import measure
 from xdscale.training.distributed import Ranks
-from xdscale.training.monitor import read_log
 from xdscale.training.protocols import StepData
-from xdscale.training.run_folder import RunFolder, write_atomically
+from xdscale.training.run_folder import RunFolder, read_log, write_atomically
 from xdscale.training.signals import StopRequest
 from xdscale.training.watchdog import Watchdog
 
@@ -62,8 +61,8 @@ def finetune(
     run = RunFolder(Path(recipe.output.folder))
     with Watchdog(ranks, run.folder, recipe.training.hang_seconds) as watchdog:
         try:
-            run.check(recipe)
-            ranks.raise_first(adapt.claim(run) if ranks.is_first else None, "cannot start")
+            ranks.on_first(lambda: run.check(recipe))
+            ranks.on_first(run.claim)
             material = prepare(recipe.task.name, recipe.task.data, recipe.model.name, recipe.model.subject)
             for note in _notes_on_length(material, recipe.model.max_length):
                 say(note)
@@ -81,7 +80,7 @@ def finetune(
             session.engine.destroy()
             return code
         except Exception as error:
-            return watchdog.report(error)
+            return watchdog.report(error, stopping=stop.requested)
         finally:
             run.release()
 

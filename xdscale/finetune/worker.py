@@ -60,6 +60,7 @@ def _work(job: dict[str, Any], ranks: Any, stop: StopRequest, say: Callable[[str
                 os.dup2(log.fileno(), stream)
         check_sections(job["ds_config_name"], job["ds_config"])
         ds_config = resolve_ds_config(job["ds_config_name"], job["ds_config"], recipe, ranks.world_size)
+        adapt.check_precision(job["ds_config_name"], ds_config)
         return finetune(recipe, ds_config, job["label"], ranks, stop, say)
     except (XdscaleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ from xdscale.launch.start import program
 from xdscale.recipe import Recipe, load_recipe
 
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_STOPPING = b"stopping: this step is finished and a checkpoint saved; Ctrl-\\ ends at once, without one\n"
+_STOPPING = b"stopping: this step is finished and a checkpoint saved; Ctrl-C again ends at once, without one\n"
 _FP32_FOR_CPU = "quickstart-zero2"
 _BF16_FROM = 8.0  # compute capability of the A100
 

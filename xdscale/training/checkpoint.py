@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdscale.errors import XdscaleError
+from xdscale.errors import XdscaleError, free_mib, refusal
 from xdscale.training.integrity import (
     CHECKSUMS,
     check_pickles,
+    check_room,
     checksum_text,
     damage,
     file_names,
@@ -128,17 +129,16 @@ def save_checkpoint(
         XdscaleError: the disk is full or not writable on any rank; nothing is published then, what was written is
             deleted and older checkpoints stay.
     """
-    from xdscale.training.engine_state import engine_state
+    from xdscale.training.engine_state import engine_state, give_moments
 
     final = folder / checkpoint_name(position.step)
     aside = folder / f".partial-{final.name}"
+    give_moments(engine)
     record = {"position": asdict(position), "engine": asdict(engine_state(engine, ranks))}
-    # PyTorch's writer does not say that a disk is full.
-    free = f"{shutil.disk_usage(folder.parent).free / 2**20:,.0f} MiB were free"
-    what = f"cannot write checkpoint {final} ({free}; older checkpoints stay and the same command continues from them)"
+    what = _cannot_write(engine, final)
     try:
         _all(ranks, what, lambda: _start_aside(aside) if ranks.is_first else None)
-        _alone(ranks, what, lambda: engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False))
+        _alone(ranks, what, lambda: _write(engine, aside))
         checksums = _sync_and_hash(aside, what, ranks)
         _all(ranks, what, lambda: _publish(aside, final, record, checksums) if ranks.is_first else None)
     except XdscaleError:
@@ -261,6 +261,30 @@ def remove_leftovers(folder: Path, ranks: "Ranks") -> None:
         _remove_leftovers(folder)
 
 
+def _cannot_write(engine: Any, final: Path) -> str:
+    """Returns what a failed save begins its message with: what was needed, what was there, what is left."""
+    # Parameters as the module computes with them, and fp32 weights and both moments of those that are trained.
+    needed = sum(
+        getattr(parameter, "ds_numel", parameter.numel()) * (parameter.element_size() + 12 * parameter.requires_grad)
+        for parameter in engine.module.parameters()
+    )
+    older = "older checkpoints stay and the same command continues from them"
+    if not list_checkpoints(final.parent):
+        older = "the run has no older checkpoint"
+    return (
+        f"cannot write checkpoint {final} (about {needed / 2**20:,.0f} MiB are needed, {free_mib(final.parent)} were "
+        f"free; {older})"
+    )
+
+
+def _write(engine: Any, aside: Path) -> None:
+    try:
+        engine.save_checkpoint(str(aside.parent), tag=aside.name, save_latest=False)
+    except RuntimeError:
+        check_room(aside)
+        raise
+
+
 def _start_aside(aside: Path) -> None:
     _remove_leftovers(aside.parent)
     aside.mkdir(parents=True)
@@ -329,12 +353,9 @@ def _load(engine: Any, source: Path) -> None:
     path, _ = engine.load_checkpoint(str(source.parent), tag=source.name)
     if path is None:
         raise RuntimeError("DeepSpeed found nothing to load")
-    from xdscale.training.engine_state import adam_of
+    from xdscale.training.engine_state import adam_of, place_state
 
-    for state in adam_of(engine).state.values():
-        # From a universal checkpoint, stage 3 gives all its flat partitions the same step tensor, and each update of
-        # a partition would count it up.
-        state["step"] = state["step"].clone()
+    place_state(adam_of(engine))
 
 
 def _read_engine_state(checkpoint: Path) -> "EngineState":
@@ -369,6 +390,8 @@ def _alone(ranks: "Ranks", what: str, action: Callable[[], object]) -> None:
 def _attempt(action: Callable[[], object]) -> str | None:
     try:
         action()
-    except (OSError, RuntimeError, AssertionError, XdscaleError) as error:
+    except OSError as error:
+        return refusal(error)
+    except (RuntimeError, AssertionError, XdscaleError) as error:
         return " ".join(str(error).split()) or type(error).__name__
     return None

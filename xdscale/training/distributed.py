@@ -62,6 +62,22 @@ class Ranks:
             if text is not None:
                 raise XdscaleError(f"{what}: rank {rank}: {text}")
 
+    def on_first(self, action: Callable[[], object]) -> None:
+        """Runs an action on the first rank alone; every rank waits for it, and raises what it raises.
+
+        Raises:
+            XdscaleError: the action's, on every rank.
+        """
+        problem = None
+        if self.is_first:
+            try:
+                action()
+            except XdscaleError as error:
+                problem = str(error)
+        problem = self.gather(problem)[0]
+        if problem is not None:
+            raise XdscaleError(problem)
+
 
 def start_distributed() -> Ranks:
     """Joins the process group that the launcher prepared, or starts a group of one.
@@ -73,7 +89,8 @@ def start_distributed() -> Ranks:
         This process among the others.
 
     Raises:
-        XdscaleError: the machine has GPUs, but fewer than ranks.
+        XdscaleError: the machine has GPUs, but fewer than ranks; or the ranks cannot meet: their port is in use, or
+            the first one is not found.
     """
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
@@ -86,8 +103,11 @@ def start_distributed() -> Ranks:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    except torch.distributed.DistError as error:
+        raise XdscaleError(_why_apart(ranks, " ".join(str(error).split()))) from None
     return ranks
 
 
@@ -101,3 +121,17 @@ def before_exchanges(tell: Callable[[], None]) -> None:
 
     for name in _EXCHANGES:
         setattr(comm.cdb, name, functools.partial(told, getattr(type(comm.cdb), name).__get__(comm.cdb)))
+
+
+def _why_apart(ranks: Ranks, problem: str) -> str:
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in problem or "already in use" in problem:
+        return (
+            f"port {port} of {address}, where the ranks meet, is in use, perhaps by another run; choose a free one: "
+            f"deepspeed --master_port {int(port) + 1} … (torchrun: --master-port; by hand: MASTER_PORT for every rank)"
+        )
+    return (
+        f"rank {ranks.rank} of {ranks.world_size} does not meet the others at {address}:{port} ({problem[:200]}); "
+        "start all ranks, with the same MASTER_ADDR and MASTER_PORT (deepspeed --master_addr, --master_port), and let "
+        "them reach that port"
+    )

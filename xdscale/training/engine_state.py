@@ -72,6 +72,30 @@ def adam_of(engine: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def give_moments(engine: Any) -> None:
+    """Gives AdamW the state that its first update would begin with, where ZeRO stage 3 has made no update yet.
+
+    Under the other stages DeepSpeed does that at the start; a checkpoint without it cannot be converted.
+    """
+    state = adam_of(engine).state
+    for flat in getattr(engine.optimizer, "fp32_partitioned_groups_flat", ()):
+        if not state[flat]:
+            state[flat] |= {name: torch.zeros_like(flat) for name in ("exp_avg", "exp_avg_sq")}
+            state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+
+
+def place_state(optimizer: torch.optim.Optimizer) -> None:
+    """Puts every tensor of the optimizer's state on its parameter's device, as a tensor of its own.
+
+    From a universal checkpoint, DeepSpeed leaves Adam's step on the CPU, where CUDA's fused AdamW does not take it; and
+    stage 3 gives all its flat partitions the same step, which each update of a partition would count up.
+    """
+    for weights, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                state[name] = value.to(weights.device, copy=name == "step")
+
+
 def weighted_sum(values: torch.Tensor, name: str, start: int) -> torch.Tensor:
     """Returns the sum over elements of bit pattern × weight, modulo 2^64.
 

@@ -33,6 +33,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_room(folder: Path) -> None:
+    """Asks a disk whether it takes another MiB, since PyTorch says "unexpected pos …" of one that does not.
+
+    Raises:
+        OSError: it does not.
+    """
+    probe = folder / ".probe"
+    try:
+        probe.write_bytes(bytes(2**20))
+        sync(probe)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def sync_tree(folder: Path) -> None:
     """Forces the names in a folder and in all folders below it to the disk."""
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:

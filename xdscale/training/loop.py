@@ -211,6 +211,8 @@ class Trainer:
         training = self.recipe.training
         retention = Retention(newest=training.keep_checkpoints, every=training.keep_every)
         save_checkpoint(self.engine, self.checkpoints, self.position(step), retention, self.ranks)
+        if self.monitor:
+            self.monitor.checkpoint(step)
 
 
 def _seed_dropout(seed: int, step: int, ranks: Ranks) -> None:

@@ -3,8 +3,9 @@
 import json
 import math
 import sys
+import threading
 import time
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xdscale.ds_config import BatchSplit
+from xdscale.errors import writing
 from xdscale.recipe import Recipe
 from xdscale.training.board import Board
 from xdscale.training.run_folder import RunFolder
@@ -27,21 +29,27 @@ class Monitor:
         recipe: the resolved recipe, shown as text and as hyper-parameters.
         start_step: steps already done; what an earlier process wrote after it is dropped.
         objectives: names of the losses.
+
+    Raises:
+        XdscaleError: here and in every method, the folder takes no files.
     """
 
     def __init__(self, run: RunFolder, recipe: Recipe, start_step: int, objectives: list[str]) -> None:
-        if start_step == 0:
-            # What a run left that died before its first checkpoint would lie under the new curves.
-            run.log.unlink(missing_ok=True)
-        run.truncate_log(start_step)
-        self._log = run.log.open("a", encoding="utf-8")
-        self._board = Board(run.tensorboard, objectives, start_step)
+        self._folder = run.folder
         self._recipe = recipe
-        if start_step == 0:
-            self._board.writer.add_text("recipe", "```yaml\n" + recipe.to_yaml() + "```", 0)
+        threading.excepthook = _leave_to_the_writer
+        with self._writing():
+            if start_step == 0:
+                # What a run left that died before its first checkpoint would lie under the new curves.
+                run.log.unlink(missing_ok=True)
+            run.truncate_log(start_step)
+            # A file without a buffer: what a full disk did not take is not tried again when the file is closed.
+            self._log = run.log.open("ab", buffering=0)
+            self._board = Board(run.tensorboard, objectives, start_step)
+            if start_step == 0:
+                self._add_recipe(0)
         self._progress = _progress_bar(recipe.training.steps, start_step)
         self._last_line_seconds = 0.0
-        self._folder = run.folder
         self._validated: dict[str, float] = {}
 
     def step(self, step: int, scalars: dict[str, float], samples: str) -> None:
@@ -82,7 +90,29 @@ class Monitor:
 
     def attention(self, step: int, layer: int, weights: np.ndarray) -> None:
         """Adds one cross-attention map, language positions × CLIP positions, scaled to its largest weight."""
-        self._board.writer.add_image(f"cross_attention/layer_{layer}", weights / weights.max(), step, dataformats="HW")
+        with self._writing():
+            image = weights / weights.max()
+            self._board.writer.add_image(f"cross_attention/layer_{layer}", image, step, dataformats="HW")
+
+    def checkpoint(self, step: int) -> None:
+        """Records that a checkpoint of `step` was published."""
+        self._write(step, "checkpoint", {}, {})
+
+    def changed(self, step: int, changes: list[str]) -> None:
+        """Records what is other than before in a run that continues, and says it.
+
+        Args:
+            step: steps done.
+            changes: one phrase per value.
+        """
+        self._write(step, "changed", {}, {"changes": changes})
+        with self._writing():
+            self._add_recipe(step)
+        text = f"changed since the last start: {'; '.join(changes)}"
+        if any(change.startswith("recipe.training.steps ") for change in changes):
+            steps = self._recipe.training.steps
+            text += f"; from step {step + 1} on the learning rate is that of a run of {steps} steps"
+        self._say(text)
 
     def quarantine(self, step: int, problems: dict[str, str]) -> None:
         """Records the shards that the run does without from `step` on.
@@ -92,7 +122,8 @@ class Monitor:
             problems: what is wrong with each shard, by file name; may be none, after shards were repaired.
         """
         self._write(step, "quarantine", {"data/quarantined_shards": len(problems)}, {"shards": problems})
-        self._board.writer.add_text("quarantined shards", "\n\n".join(problems.values()) or "none", step)
+        with self._writing():
+            self._board.writer.add_text("quarantined shards", "\n\n".join(problems.values()) or "none", step)
         if problems:
             self._say("\n".join([f"shards in quarantine from step {step} on: {len(problems)}", *problems.values()]))
 
@@ -116,13 +147,17 @@ class Monitor:
             stopped: whether a signal ended the run.
         """
         steps = self._recipe.training.steps
-        entry = {"step": step, "kind": "end", "stopped": stopped, "memory/peak_gib_per_rank": peaks_gib}
-        self._log.write(json.dumps(entry) + "\n")
+        self._write(step, "end", {}, {"stopped": stopped, "memory/peak_gib_per_rank": peaks_gib})
         final = {f"final/{name}": value for name, value in self._validated.items()}
-        self._board.end(_flatten(self._recipe.model_dump(mode="json")), final, step)
-        self._log.close()
-        how = "stopped by a signal" if stopped else "done" if step == steps else "stopped as training.stop_at_step says"
-        what_next = "" if step == steps and not stopped else "; the same command continues"
+        with self._writing():
+            self._board.end(_flatten(self._recipe.model_dump(mode="json")), final, step)
+            self._log.close()
+        how, what_next = "done", ""
+        if stopped:
+            how, what_next = "stopped by a signal", "; the same command continues"
+        elif step < steps:
+            how = f"stopped as training.stop_at_step = {self._recipe.training.stop_at_step} says"
+            what_next = "; the same command without it, or with a later one, continues"
         memory = f"peak memory {max(peaks_gib):.2f} GiB per rank"
         self._say(f"{how} after step {step} of {steps}{what_next}; {memory}; run folder {self._folder}")
         if self._progress:
@@ -130,9 +165,16 @@ class Monitor:
 
     def _write(self, step: int, kind: str, scalars: dict[str, float], extra: dict[str, Any]) -> None:
         entry = {"step": step, "kind": kind, **scalars, **extra}
-        self._log.write(json.dumps({name: _in_words(value) for name, value in entry.items()}) + "\n")
-        self._log.flush()
-        self._board.scalars(scalars, step)
+        line = json.dumps({name: _in_words(value) for name, value in entry.items()}) + "\n"
+        with self._writing():
+            self._log.write(line.encode())
+            self._board.scalars(scalars, step)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing("the log and TensorBoard's files", self._folder)
+
+    def _add_recipe(self, step: int) -> None:
+        self._board.writer.add_text("recipe", "```yaml\n" + self._recipe.to_yaml() + "```", step)
 
     def _show(self, step: int, scalars: dict[str, float]) -> None:
         losses = "  ".join(f"{name[5:]} {value:.3f}" for name, value in scalars.items() if name.startswith("loss/"))
@@ -153,9 +195,10 @@ class Monitor:
             print(text, file=sys.stderr, flush=True)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries of a run's `log.jsonl`, oldest first."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _leave_to_the_writer(arguments: threading.ExceptHookArgs) -> None:
+    """Prints what ends a thread, but for TensorBoard's: the next call of its writer raises that again."""
+    if type(arguments.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(arguments)
 
 
 def _in_words(value: Any) -> Any:

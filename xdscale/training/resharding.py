@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xdscale.errors import XdscaleError
+from xdscale.errors import XdscaleError, free_mib, refusal
 from xdscale.training.checkpoint import POSITION, UNIVERSAL, CheckpointPosition
 from xdscale.training.integrity import (
     CHECKSUMS,
     check_pickles,
+    check_room,
     checksum_text,
     damage,
     file_names,
@@ -83,7 +84,7 @@ def reshard_ahead(checkpoint: Path) -> Path:
         target.rename(ready)
         sync(ready.parent)
     except OSError as error:
-        raise XdscaleError(f"cannot convert {checkpoint}: {error}") from None
+        raise XdscaleError(f"cannot convert {checkpoint}: {refusal(error)}") from None
     finally:
         shutil.rmtree(target.parent, ignore_errors=True)
     return ready
@@ -108,7 +109,9 @@ def _convert(checkpoint: Path, target: Path) -> str | None:
         check_pickles(checkpoint)
         shutil.rmtree(target.parent, ignore_errors=True)
         target.parent.mkdir()
-    except (OSError, XdscaleError) as error:
+    except OSError as error:
+        return refusal(error)
+    except XdscaleError as error:
         return str(error)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(target)]
@@ -116,6 +119,12 @@ def _convert(checkpoint: Path, target: Path) -> str | None:
     result = subprocess.run(
         command, capture_output=True, text=True, env=environment | {"DS_ACCELERATOR": "cpu"}, check=False
     )
-    if result.returncode:
-        return (result.stderr.strip().splitlines() or ["no message"])[-1]
-    return None
+    if result.returncode == 0:
+        return None
+    problem = (result.stderr.strip().splitlines() or [f"the converter ended with code {result.returncode}"])[-1]
+    try:
+        check_room(target.parent)
+    except OSError as error:
+        problem = f"{refusal(error)}; {free_mib(checkpoint)} are free with what was converted so far"
+    shutil.rmtree(target.parent, ignore_errors=True)
+    return problem

@@ -1,5 +1,8 @@
 """The run folder: one run, one recipe, one writer at a time."""
 
+import contextlib
+import datetime
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -8,14 +11,16 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 from pydantic import ValidationError
 
-from xdscale.errors import XdscaleError
-from xdscale.recipe import Recipe
+from xdscale import __version__
+from xdscale.errors import XdscaleError, writing
+from xdscale.recipe import MAY_CHANGE, Recipe
 from xdscale.training.integrity import sync
+from xdscale.version import commit
 
 if TYPE_CHECKING:
     from xdscale.training.distributed import Ranks
@@ -26,7 +31,7 @@ _RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "open_clip_torch", "
 
 
 class RunFolder:
-    """Paths and records of a run: `recipe.yaml`, `ds_config.json`, `environment.json`, `log.jsonl`, and folders.
+    """Paths and records of a run: recipe, DeepSpeed configuration, environment, all starts, the log, and folders.
 
     Args:
         folder: the run folder; created on `claim`.
@@ -39,7 +44,7 @@ class RunFolder:
         self.tensorboard = folder / "tensorboard" / folder.resolve().name
         self.language = folder / "language"
         self.log = folder / "log.jsonl"
-        self._lock: TextIO | None = None
+        self._lock: BinaryIO | None = None
 
     def check(self, recipe: Recipe) -> None:
         """Refuses a folder that holds another experiment.
@@ -47,11 +52,14 @@ class RunFolder:
         Raises:
             XdscaleError: the folder's recipe differs (the differing keys are named), or the folder is not a run's.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise XdscaleError(f"output.folder = {self.folder}: exists and is not a folder")
         stored = self.folder / "recipe.yaml"
-        if not stored.exists():
-            known = (".lock", "faults", _TOKEN)  # a run that failed before its first record leaves no more
+        with writing("a run", self.folder):
+            if self.folder.exists() and not self.folder.is_dir():
+                raise XdscaleError(f"output.folder = {self.folder}: exists and is not a folder")
+            started = stored.exists()
+        if not started:
+            # What a start leaves that failed before its records, and what a disk of its own has.
+            known = (".lock", "faults", "recipe.yaml.partial", _TOKEN, "lost+found")
             foreign = [path.name for path in self.folder.glob("*") if not path.name.startswith(known)]
             if foreign:
                 raise XdscaleError(
@@ -61,39 +69,73 @@ class RunFolder:
             return
         try:
             before = type(recipe).model_validate(yaml.safe_load(stored.read_text(encoding="utf-8"))).identity()
-        except ValidationError:
+        except (ValidationError, yaml.YAMLError):
             raise XdscaleError(
                 f"output.folder = {self.folder}: holds a run of another kind (adaptation or finetuning) or version; "
                 "choose another folder, or delete this one"
             ) from None
         differences = _differences(before, recipe.identity())
+        # A run may be made longer or shorter on purpose; its records tell of it.
+        differences = [difference for difference in differences if not difference.startswith("training.steps ")]
         if differences:
             raise XdscaleError(
                 f"output.folder = {self.folder}: holds a run of a different recipe ("
                 + "; ".join(differences)
-                + "); choose another folder, or delete this one"
+                + "); choose another folder, or delete this one. When a run continues, only where its data lies and "
+                f"training.{{{','.join(('steps', *MAY_CHANGE))}}} may be other than before"
+            )
+
+    def check_checkpoints(self, *, found: bool) -> None:
+        """Refuses to start a run again from its beginning when it has saved checkpoints that are not there now.
+
+        Args:
+            found: whether there is a checkpoint to continue from.
+
+        Raises:
+            XdscaleError: `checkpoints` is no folder, or empty although the log tells of a checkpoint.
+        """
+        what_to_do = (
+            f"bring the folder back (is its disk mounted?); to begin again at step 0, delete all of {self.folder} or "
+            "choose another output.folder"
+        )
+        if not self.checkpoints.is_dir() and os.path.lexists(self.checkpoints):
+            link = f", but a link to {self.checkpoints.readlink()}" if self.checkpoints.is_symlink() else ""
+            raise XdscaleError(f"{self.checkpoints}: is no folder{link}; {what_to_do}")
+        saved = [entry["step"] for entry in read_log(self.log) if entry["kind"] == "checkpoint"]
+        if saved and not found:
+            raise XdscaleError(
+                f"{self.checkpoints}: holds no checkpoint, though {self.log} tells of one after step {saved[-1]}; "
+                f"nothing was changed: {what_to_do}"
             )
 
     def claim(self) -> None:
         """Takes the folder for this process until it ends; a crash releases it.
 
+        Where the file system has no locks, a warning says so, and the run goes on without.
+
         Raises:
-            XdscaleError: another process trains in it.
+            XdscaleError: another process trains in it, or it takes no files.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = (self.folder / ".lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise XdscaleError(
-                f"output.folder = {self.folder}: in use by {lock.read().strip() or 'another process'}; "
-                "wait for it to end or choose another folder"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-        self._lock = lock
+        with writing("a run", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("a+b", buffering=0)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    lock.seek(0)
+                    owner = lock.read().decode(errors="replace").strip() or "another process"
+                    raise XdscaleError(
+                        f"output.folder = {self.folder}: in use by {owner}; wait for it to end or choose another folder"
+                    ) from None
+                print(
+                    f"warning: {self.folder}: its file system has no locks ({error.strerror}): nothing keeps a second "
+                    "run out of this folder, so start none",
+                    file=sys.stderr,
+                )
+            self._lock = lock
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}".encode())
 
     def check_shared(self, ranks: "Ranks") -> None:
         """Refuses a folder that is not the same one for all ranks; every rank calls it, after the first has claimed.
@@ -103,9 +145,10 @@ class RunFolder:
         """
         token = self.folder / ranks.gather(_TOKEN + os.urandom(8).hex())[0]
         if ranks.is_first:
-            for left in self.folder.glob(f"{_TOKEN}*"):  # by a process killed right here
-                left.unlink()
-            token.touch()
+            with writing("a run", self.folder):
+                for left in self.folder.glob(f"{_TOKEN}*"):  # by a process killed right here
+                    left.unlink()
+                token.touch()
         ranks.barrier()
         deadline = time.monotonic() + _SECONDS_TO_SEE_A_FILE
         while not token.exists() and time.monotonic() < deadline:
@@ -127,43 +170,87 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def write_records(self, recipe: Recipe, ds_config: dict[str, Any], world_size: int) -> None:
-        """Writes the resolved recipe, the resolved DeepSpeed configuration and the environment."""
-        write_atomically(self.folder / "recipe.yaml", recipe.to_yaml())
-        write_atomically(self.folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    def write_records(
+        self, recipe: Recipe, ds_config: dict[str, Any], world_size: int, step: int, *, continued: bool
+    ) -> list[str]:
+        """Writes what this start trains with, and adds it to the list of all starts.
+
+        `recipe.yaml`, `ds_config.json` and `environment.json` tell of the newest start; `starts.jsonl` has a line with
+        all of them for every start.
+
+        Args:
+            recipe: the resolved recipe.
+            ds_config: the resolved DeepSpeed configuration.
+            world_size: number of ranks.
+            step: steps that the run has done.
+            continued: whether from a checkpoint.
+
+        Returns:
+            What differs from the start before, one phrase per value; nothing for a run that is not continued.
+
+        Raises:
+            XdscaleError: the folder takes no files.
+        """
         environment = {
+            "xdscale": {"version": __version__, "commit": commit() or None},
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "world_size": world_size,
             "command": sys.argv,
             "packages": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
         }
+        now = {"recipe": recipe.model_dump(mode="json"), "ds_config": ds_config, "environment": environment}
+        starts = self.folder / "starts.jsonl"
+        lines = starts.read_text(encoding="utf-8") if starts.exists() else ""
+        began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_atomically(self.folder / "recipe.yaml", recipe.to_yaml())
+        write_atomically(self.folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         write_atomically(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+        write_atomically(starts, lines + json.dumps({"step": step, "time": began} | now) + "\n")
+        if not lines or not continued:
+            return []
+        before, after = (json.loads(text) for text in (lines.splitlines()[-1], json.dumps(now)))
+        for start in (before, after):
+            del start["environment"]["command"]  # it says what the others say
+        return _differences({name: before[name] for name in now}, after)
 
     def truncate_log(self, step: int) -> None:
         """Drops log lines of steps after `step`, which a resumed run will write again."""
-        if not self.log.exists():
-            return
-        kept = []
-        for line in self.log.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the torn last line of a killed run
-            if entry["step"] <= step:
-                kept.append(line + "\n")
+        kept = [json.dumps(entry) + "\n" for entry in read_log(self.log) if entry["step"] <= step]
         write_atomically(self.log, "".join(kept))
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Returns the entries of a run's `log.jsonl`, oldest first; none where there is no log.
+
+    Half of a last line, which a killed run leaves, is passed over.
+    """
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file aside, syncs it, renames it and syncs the folder, so that no reader ever sees half of it."""
+    """Writes a file aside, syncs it, renames it and syncs the folder, so that no reader ever sees half of it.
+
+    Raises:
+        XdscaleError: the folder does not take the file.
+    """
     aside = path.with_name(path.name + ".partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync(path.parent)
+    with writing(path.name, path.parent):
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
+        sync(path.parent)
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

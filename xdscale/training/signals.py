@@ -1,7 +1,8 @@
-"""SIGTERM and SIGUSR1: remember the wish to stop, so that the loop can save and end with a documented exit code."""
+"""SIGTERM, SIGUSR1, Ctrl-C: remember the wish to stop, so that the loop can save and end with a documented code."""
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import psutil
 
 _NODE_LAUNCHER_SETS = "CROSS_RANK"
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SECONDS_OF_ONE_CTRL_C = 0.3
+"""A terminal's SIGINT reaches a rank from the terminal and from a launcher that passes it on."""
 
 
 class StopRequest:
@@ -20,11 +23,13 @@ class StopRequest:
     dies of SIGTERM without a word to its ranks, and its node's launcher of SIGUSR1. So does a signal that a launcher
     was started to block (`env --block-signal=TERM,USR1 deepspeed …`) and holds: no moment of a start is then too early.
 
-    As a context manager it catches both signals while it is open; one that came while they were blocked arrives now.
+    As a context manager it catches these signals while it is open; one that came while they were blocked arrives now.
+    A second SIGINT ends the process at once: who types Ctrl-C twice does not want to wait for a checkpoint.
     """
 
     def __init__(self) -> None:
         self._signalled = False
+        self._interrupted_at: float | None = None
         self._launchers: list[psutil.Process] = []
         self._before: list[Any] = []
 
@@ -48,6 +53,12 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted_at is not None and now - self._interrupted_at > _SECONDS_OF_ONE_CTRL_C:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._interrupted_at = self._interrupted_at or now
 
 
 def _launchers_above() -> tuple[list[psutil.Process], bool]:

@@ -7,6 +7,7 @@ there: all ranks make the same ones in the same order, so while the others wait 
 one that is furthest behind. On GPUs it is the device's place that counts, not the host's (`arrivals`).
 """
 
+import contextlib
 import datetime
 import faulthandler
 import json
@@ -26,7 +27,7 @@ from typing import Any
 import torch.distributed
 
 from xdscale.devices import uses_gpus
-from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, XdscaleError
+from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, XdscaleError, refusal
 from xdscale.training.activity import Activity
 from xdscale.training.arrivals import Arrival, Arrivals, Event, record_cuda_event
 from xdscale.training.distributed import Ranks, before_exchanges
@@ -159,30 +160,49 @@ class Watchdog:
         self._beat()
         self._ranks.barrier()
 
-    def report(self, error: Exception) -> int:
+    def report(self, error: Exception, *, stopping: bool) -> int:
         """Tells of an error that ends this rank, unless another rank told first, and lets the others know.
 
         When a collective failed, another rank is the cause: then the thread names it and ends this process.
+
+        Args:
+            error: what ends this rank.
+            stopping: whether this rank was asked to stop. An error then is no fault while the run starts: the signal
+                also ended what this rank had started, such as the conversion of a checkpoint, and all that the run
+                ever finished is on the disk. Later an error is one: the newest steps are lost.
 
         Returns:
             The exit code.
         """
         if isinstance(error, XdscaleError):
-            line, code = f"error: {error}", EXIT_BAD_INPUT
+            if stopping and self._place.phase == "starting":
+                line, code = f"stopped by a signal while starting ({error}); the same command continues", EXIT_STOPPED
+            else:
+                line, code = f"error: {error}", EXIT_BAD_INPUT
+                if self._place.phase == "starting" and self._ranks.world_size > 1:
+                    time.sleep(_BEAT_SECONDS)  # for one that was asked to stop, and knows that this is no fault
             if self._place.phase == "data":
                 line += f" (rank {self._ranks.rank}, {_describe(self._record())})"
         else:
             if _is_collective(error):
                 self._failed_collective = True
                 time.sleep(2 * _SILENCE_SECONDS)
-            trace = self._path("traceback")
-            trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             what = " ".join(str(error).split())[:500]
             line = f"error: rank {self._ranks.rank} on {platform.node()} failed in {_describe(self._record())}: "
-            line, code = line + f"{type(error).__name__}: {what}; traceback in {trace}", EXIT_FAULT
-        self._tell(line, code)
+            line, code = f"{line}{type(error).__name__}: {what}; {self._keep_traceback(error)}", EXIT_FAULT
+        code = self._tell(line, code)
         self._linger()
         return code
+
+    def _keep_traceback(self, error: Exception) -> str:
+        """Writes a traceback down; returns where it lies, or its last line where the folder takes no files."""
+        try:
+            path = self._path("traceback")
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        except OSError as refused:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            return f"in {last.filename}, line {last.lineno} (no traceback in the run folder: {refusal(refused)})"
+        return f"traceback in {path}"
 
     def _watch(self) -> None:
         failures = 0
@@ -200,7 +220,7 @@ class Watchdog:
                 failures += 1
                 accused = self._lost_store() if failures >= _STORE_FAILURES else None
             if accused and not self._closed.is_set():
-                self._tell(f"error: {accused}; all ranks end; stacks in {self._path('stacks')}", EXIT_FAULT)
+                self._tell(f"error: {accused}; all ranks end; stacks in {self._folder / 'faults'}", EXIT_FAULT)
                 self._leave(EXIT_FAULT)
 
     def _look(self, activity: Activity) -> None:
@@ -311,15 +331,16 @@ class Watchdog:
             self._leave(EXIT_FAULT)
         return _accuse(0, seen.record if seen else self._record(), "died or froze (its store does not answer)")
 
-    def _tell(self, line: str, code: int) -> None:
-        """Prints a line, unless another rank told first; all ranks then leave with this code."""
+    def _tell(self, line: str, code: int) -> int:
+        """Prints a line, unless another rank told first; returns the code of the first, with which all ranks leave."""
         verdict = json.dumps({"rank": self._ranks.rank, "line": line, "code": code})
         try:
-            first = self._store.compare_set("verdict", "", verdict).decode() == verdict
+            stands = self._store.compare_set("verdict", "", verdict).decode()
         except RuntimeError:
-            first = True
-        if first:
+            stands = verdict
+        if stands == verdict:
             print(line, file=sys.stderr, flush=True)
+        return json.loads(stands)["code"]
 
     def _linger(self) -> None:
         """Lets the others read why: the store lives in the first rank's process."""
@@ -328,7 +349,8 @@ class Watchdog:
 
     def _leave(self, code: int) -> None:
         if code == EXIT_FAULT:
-            with self._path("stacks").open("w", encoding="utf-8") as file:
+            # A folder that takes no files must not keep this process from ending.
+            with contextlib.suppress(OSError), self._path("stacks").open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         self._linger()
         os._exit(code)
