@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xdscale.bench.gpu import Tell, teller
-from xdscale.training.monitor import read_log
+from xdscale.training.run_folder import read_log
 
 CURVES = {
     "losses": "loss/total",
