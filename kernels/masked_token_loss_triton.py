@@ -44,7 +44,7 @@ STRIDE_COLUMNS = 16
 """Rows of the [n, chunk] scratch begin at multiples of this, so that the compiler stores 16 bytes at a time."""
 
 
-class Tile(NamedTuple):
+class LogitsTile(NamedTuple):
     """Shape of the work of one program, the resources it gets, and how many forward ones a processor then holds."""
 
     rows: int
@@ -59,15 +59,15 @@ TILES = {
     # (family, bytes per operand of the products, bytes per element of the weight): (up to 64 rows, more rows).
     # Compiled for every target: no register spills, shared memory within 99 KiB (consumer cards) or 64 KiB (gfx942).
     # The last number is what registers allow, docs/kernels.md's occupancy.
-    ("cuda", 2, 2): (Tile(64, 128, 64, 4, 3, 2), Tile(128, 128, 64, 8, 3, 1)),
-    ("cuda", 2, 4): (Tile(64, 128, 32, 4, 3, 2), Tile(128, 128, 32, 8, 3, 1)),
-    ("cuda", 4, 4): (Tile(64, 64, 32, 4, 2, 2), Tile(64, 64, 32, 4, 2, 2)),
-    ("blackwell", 2, 2): (Tile(64, 128, 64, 8, 3, 1), Tile(128, 64, 64, 8, 3, 1)),
-    ("blackwell", 2, 4): (Tile(64, 64, 32, 8, 3, 2), Tile(128, 64, 32, 8, 3, 1)),
-    ("blackwell", 4, 4): (Tile(64, 64, 32, 4, 2, 2), Tile(64, 64, 32, 4, 2, 2)),
-    ("hip", 2, 2): (Tile(64, 128, 64, 4, 2, 2), Tile(128, 128, 64, 8, 2, 1)),
-    ("hip", 2, 4): (Tile(64, 128, 32, 4, 2, 3), Tile(128, 128, 32, 8, 2, 2)),
-    ("hip", 4, 4): (Tile(64, 64, 32, 4, 2, 4), Tile(64, 64, 32, 4, 2, 4)),
+    ("cuda", 2, 2): (LogitsTile(64, 128, 64, 4, 3, 2), LogitsTile(128, 128, 64, 8, 3, 1)),
+    ("cuda", 2, 4): (LogitsTile(64, 128, 32, 4, 3, 2), LogitsTile(128, 128, 32, 8, 3, 1)),
+    ("cuda", 4, 4): (LogitsTile(64, 64, 32, 4, 2, 2), LogitsTile(64, 64, 32, 4, 2, 2)),
+    ("blackwell", 2, 2): (LogitsTile(64, 128, 64, 8, 3, 1), LogitsTile(128, 64, 64, 8, 3, 1)),
+    ("blackwell", 2, 4): (LogitsTile(64, 64, 32, 8, 3, 2), LogitsTile(128, 64, 32, 8, 3, 1)),
+    ("blackwell", 4, 4): (LogitsTile(64, 64, 32, 4, 2, 2), LogitsTile(64, 64, 32, 4, 2, 2)),
+    ("hip", 2, 2): (LogitsTile(64, 128, 64, 4, 2, 2), LogitsTile(128, 128, 64, 8, 2, 1)),
+    ("hip", 2, 4): (LogitsTile(64, 128, 32, 4, 2, 3), LogitsTile(128, 128, 32, 8, 2, 2)),
+    ("hip", 4, 4): (LogitsTile(64, 64, 32, 4, 2, 4), LogitsTile(64, 64, 32, 4, 2, 4)),
 }
 
 
@@ -228,13 +228,13 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
-def choose_tile(family: str, dtype: torch.dtype, weight_dtype: torch.dtype, rows: int) -> Tile:
+def choose_tile(family: str, dtype: torch.dtype, weight_dtype: torch.dtype, rows: int) -> LogitsTile:
     """The tile for this many rows on a family of GPUs, a key of `TILES`."""
     few, many = TILES[family, dtype.itemsize, weight_dtype.itemsize]
     return few if rows <= few.rows else many
 
 
-def constexprs_of(tile: Tile, size: int, product_dtype: torch.dtype, precision: str) -> dict[str, object]:
+def constexprs_of(tile: LogitsTile, size: int, product_dtype: torch.dtype, precision: str) -> dict[str, object]:
     """Compile-time arguments of both matrix kernels."""
     return {
         "TILE_ROWS": tile.rows,

@@ -78,7 +78,7 @@ class Data(NamedTuple):
 
     prepare: Any
     validation: list[Any]
-    stream: Any
+    order: Any
     stream_hash: Any
     fingerprint: str
     damaged: dict[str, str]
@@ -102,7 +102,7 @@ def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
         try:
             ranks.on_first(lambda: run.check(recipe))
             data = open_data(recipe, ds_config, ranks, on_shard=watchdog.tick)
-            watchdog.samples = lambda step, micro_batch: sample_ids(data.stream.slots(step), micro_batch)
+            watchdog.samples = lambda step, micro_batch: sample_ids(data.order.slots(step), micro_batch)
             ranks.on_first(run.claim)
             run.check_shared(ranks)
             session = open_session(recipe, ds_config, run, data, ranks, lambda: build_module(recipe))
@@ -188,7 +188,7 @@ def open_data(
     from xdscale.data.collate import XDBERTCollator
     from xdscale.data.draws import draws_hash
     from xdscale.data.opening import open_shards
-    from xdscale.data.stream import Stream, sample_hash, validation_slots
+    from xdscale.data.order import Order, sample_hash, validation_slots
     from xdscale.shards.manifest import Manifest
     from xdscale.shards.table import Table
     from xdscale.tasks.xdbert import check_shards
@@ -199,7 +199,7 @@ def open_data(
     )
     train = Table(folder, "train", quarantined=damaged)
     training, micro_batch = recipe.training, ds_config["train_micro_batch_size_per_gpu"]
-    stream = Stream(
+    order = Order(
         len(train),
         seed=training.seed,
         global_batch=training.global_batch,
@@ -210,16 +210,16 @@ def open_data(
     collate = XDBERTCollator(train, seed=training.seed, tasks=recipe.tasks)
 
     def prepare(step: int) -> StepData:
-        return StepData([collate(slots) for slots in stream.slots(step)], sample_hash(*stream.global_batch_ids(step)))
+        return StepData([collate(slots) for slots in order.slots(step)], sample_hash(*order.global_batch_ids(step)))
 
     def stream_hash(step: int) -> str:
-        return draws_hash(collate, *stream.global_batch_ids(step))
+        return draws_hash(collate, *order.global_batch_ids(step))
 
     held_out = Table(folder, "validation", quarantined=damaged)
     collate_held_out = XDBERTCollator(held_out, seed=training.seed, tasks=recipe.tasks)
     slots = validation_slots(len(held_out), training.eval_samples, ranks.world_size, ranks.rank, micro_batch)
     validation = [collate_held_out(item) for item in slots]
-    return Data(prepare, validation, stream, stream_hash, train.manifest.fingerprint, damaged)
+    return Data(prepare, validation, order, stream_hash, train.manifest.fingerprint, damaged)
 
 
 def build_module(recipe: Recipe) -> Any:
@@ -339,7 +339,7 @@ def train_session(
             ranks=ranks,
             weights=weights,
             source=source,
-            stream=data.stream,
+            order=data.order,
             validation=data.validation,
             position=_positions(ds_config, data, ranks),
             flops=module.flops,
@@ -363,7 +363,7 @@ def _positions(ds_config: dict[str, Any], data: Data, ranks: Any) -> Any:
     from xdscale.training.checkpoint import CheckpointPosition
 
     def position(step: int) -> CheckpointPosition:
-        place = data.stream.position(step)
+        place = data.order.position(step)
         return CheckpointPosition(
             step=step,
             epoch=place.epoch,

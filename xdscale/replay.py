@@ -81,7 +81,7 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
     counts = {name: sum(batch.targets[name] for batch in batches) for name in weights}
     found = [
         _replay_sample(module, int(slots.epochs[0]), int(slots.sample_ids[0]), batch, weights, counts)
-        for slots, batch in zip(data.stream.slots(step - 1), batches)
+        for slots, batch in zip(data.order.slots(step - 1), batches)
     ]
     found.sort(key=lambda sample: (sample.culprit is None, -sample.gradient_norm))
     _print(found, module, f"step {step} of {run}, {len(found)} samples, {source}, {precision(config)} on {device.type}")

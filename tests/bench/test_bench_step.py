@@ -8,7 +8,7 @@ from xdscale import recipe
 from xdscale.bench import plain_model, step
 from xdscale.bench.step import FAST, PARTS, PLAIN, StepReport, activation_bytes, bench_step, measure_step
 from xdscale.data.collate import XDBERTCollator
-from xdscale.data.stream import Stream
+from xdscale.data.order import Order
 from xdscale.errors import XdscaleError
 from xdscale.shards.table import Table
 from xdscale.tasks.xdbert import build_adaptation
@@ -65,8 +65,8 @@ def real(real_recipe):
 def arrays(real_recipe, wiki_shards):
     """Two real sequences and a third that only pads the micro-batch."""
     split = Table(wiki_shards, "train")
-    stream = Stream(len(split), seed=3, global_batch=2, world_size=1, rank=0, micro_batch=3)
-    return XDBERTCollator(split, seed=3, tasks=real_recipe.tasks)(stream.slots(0)[0]).arrays
+    order = Order(len(split), seed=3, global_batch=2, world_size=1, rank=0, micro_batch=3)
+    return XDBERTCollator(split, seed=3, tasks=real_recipe.tasks)(order.slots(0)[0]).arrays
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.data.collate import XDBERTCollator, pack_clip_blocks
+from xdscale.data.order import Order, Slots, validation_slots
 from xdscale.data.pairing import draw_partners
-from xdscale.data.stream import Slots, Stream, validation_slots
 from xdscale.recipe import Tasks
 
 START, END = 49406, 49407
@@ -144,11 +144,11 @@ def samples_of(batch, slots):
 def test_a_sample_is_the_same_at_any_rank_micro_batch_and_place(split, world, micro, step, seed):
     collate = XDBERTCollator(split, seed=seed, tasks=TASKS)
     shape = {"seed": seed, "global_batch": 23}
-    whole = Stream(SAMPLES, **shape, world_size=1, rank=0, micro_batch=23).slots(step)
+    whole = Order(SAMPLES, **shape, world_size=1, rank=0, micro_batch=23).slots(step)
     expected = samples_of(collate(whole[0]), whole[0])
     found = {}
     for rank in range(world):
-        for slots in Stream(SAMPLES, **shape, world_size=world, rank=rank, micro_batch=micro).slots(step):
+        for slots in Order(SAMPLES, **shape, world_size=world, rank=rank, micro_batch=micro).slots(step):
             batch = XDBERTCollator(split, seed=seed, tasks=TASKS)(slots)
             assert batch.arrays["clip_ids"].shape[1] == batch.arrays["clip_lengths"].any(axis=0).sum()
             found |= samples_of(batch, slots)

@@ -11,7 +11,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Tokenizer
 
 from xdscale.data.collate import XDBERTCollator
-from xdscale.data.stream import Stream
+from xdscale.data.order import Order
 from xdscale.recipe import Tasks
 from xdscale.shards.build import build_shards
 from xdscale.shards.table import Table
@@ -33,8 +33,8 @@ def decoded_pairs(shards, model):
     language = Tokenizer.from_file(str(model / "tokenizer.json"))
     clip = SimpleTokenizer()
     collate = XDBERTCollator(split, seed=0, tasks=Tasks())
-    stream = Stream(len(split), seed=0, global_batch=400, world_size=1, rank=0, micro_batch=50)
-    for slots in stream.slots(0):
+    order = Order(len(split), seed=0, global_batch=400, world_size=1, rank=0, micro_batch=50)
+    for slots in order.slots(0):
         arrays = collate(slots).arrays
         ids = arrays["language_ids"].reshape(-1)
         ids[arrays["masked_lm_positions"]] = arrays["masked_lm_labels"]

@@ -1,4 +1,4 @@
-"""Killed at random and continued with other ranks, micro-batches and prefetching, a run sees the same stream.
+"""Killed at random and continued with other ranks, micro-batches and prefetching, a run sees the same order.
 
 Independent reference: the uninterrupted run of one rank in one piece. Compared are the whole contents of every
 global batch: ids, masked inputs, labels, pairings and CLIP targets, sample by sample.
@@ -12,8 +12,8 @@ import pytest
 
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.draws import draws_hash
+from xdscale.data.order import Order
 from xdscale.data.prefetch import Prefetcher
-from xdscale.data.stream import Stream
 from xdscale.recipe import Tasks
 from xdscale.shards.table import Table
 
@@ -43,10 +43,10 @@ def global_batches(split, steps, *, seed, batch, world, micro, depth):
     collate = XDBERTCollator(split, seed=seed, tasks=Tasks())
     found = [{} for _ in steps]
     for rank in range(world):
-        stream = Stream(len(split), seed=seed, global_batch=batch, world_size=world, rank=rank, micro_batch=micro)
+        order = Order(len(split), seed=seed, global_batch=batch, world_size=world, rank=rank, micro_batch=micro)
 
-        def prepare(step, stream=stream):
-            return [(collate(slots), slots) for slots in stream.slots(step)]
+        def prepare(step, order=order):
+            return [(collate(slots), slots) for slots in order.slots(step)]
 
         # It prepares steps beyond the last one asked for, which are lost with it, as in a process that is killed.
         with Prefetcher(prepare, range(steps[0], steps[-1] + 3), depth=depth) as source:
@@ -62,8 +62,8 @@ def global_batches(split, steps, *, seed, batch, world, micro, depth):
 
 def stored_hash(split, step, seed, batch, world, micro):
     """What a checkpoint after `step` steps holds, when the last rank of a run writes it."""
-    stream = Stream(len(split), seed=seed, global_batch=batch, world_size=world, rank=world - 1, micro_batch=micro)
-    return draws_hash(XDBERTCollator(split, seed=seed, tasks=Tasks()), *stream.global_batch_ids(step))
+    order = Order(len(split), seed=seed, global_batch=batch, world_size=world, rank=world - 1, micro_batch=micro)
+    return draws_hash(XDBERTCollator(split, seed=seed, tasks=Tasks()), *order.global_batch_ids(step))
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def test_any_schedule_of_kills_and_ranks_gives_the_uninterrupted_stream(split):
 
 def test_the_hash_stands_for_ids_masks_pairs_and_targets(split):
     """Any change of what is drawn changes it; what is not drawn does not."""
-    stream = Stream(len(split), seed=0, global_batch=600, world_size=1, rank=0, micro_batch=4)
-    epochs, ids = stream.global_batch_ids(3)
+    order = Order(len(split), seed=0, global_batch=600, world_size=1, rank=0, micro_batch=4)
+    epochs, ids = order.global_batch_ids(3)
 
     def of(tasks=None, seed=0, epochs=epochs, ids=ids):
         return draws_hash(XDBERTCollator(split, seed=seed, tasks=Tasks(**(tasks or {}))), epochs, ids)

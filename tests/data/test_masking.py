@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xdscale.data.masking import mask_language_ids, select_clip_targets
-from xdscale.data.stream import Slots
+from xdscale.data.order import Slots
 from xdscale.recipe import ClipTokens, MaskedLM
 
 MASK_ID, VOCAB = 103, 30522

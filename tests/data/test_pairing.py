@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from xdscale.data.order import Slots
 from xdscale.data.pairing import draw_partners
-from xdscale.data.stream import Slots
 from xdscale.recipe import Match
 
 

@@ -12,8 +12,8 @@ import pytest
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.draws import draws_hash
 from xdscale.data.hashing import Purpose, random_bits
+from xdscale.data.order import Order
 from xdscale.data.permutation import permute
-from xdscale.data.stream import Stream
 from xdscale.recipe import Tasks
 
 SEED = 20_261_126
@@ -39,15 +39,15 @@ def test_the_order_of_an_epoch(size):
 
 def test_the_samples_of_steps():
     """A batch that spans the end of an epoch among them."""
-    stream = Stream(1009, seed=SEED, global_batch=36, world_size=2, rank=1, micro_batch=5)
-    steps = [part for step in (0, 1, 28, 500) for part in stream.global_batch_ids(step)]
+    order = Order(1009, seed=SEED, global_batch=36, world_size=2, rank=1, micro_batch=5)
+    steps = [part for step in (0, 1, 28, 500) for part in order.global_batch_ids(step)]
     assert digest(*steps) == PINNED["steps"]
 
 
 def test_masks_pairs_and_targets_of_a_batch(memory_split):
     split = memory_split(97, 30, 4)
-    stream = Stream(97, seed=SEED, global_batch=32, world_size=1, rank=0, micro_batch=32)
-    arrays = XDBERTCollator(split, seed=SEED, tasks=Tasks())(stream.slots(5)[0]).arrays
+    order = Order(97, seed=SEED, global_batch=32, world_size=1, rank=0, micro_batch=32)
+    arrays = XDBERTCollator(split, seed=SEED, tasks=Tasks())(order.slots(5)[0]).arrays
     assert {name: digest(array) for name, array in sorted(arrays.items())} == PINNED["batch"]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from xdscale.data.stream import validation_slots
+from xdscale.data.order import validation_slots
 from xdscale.data.task_batches import NO_LABEL, TaskCollator, cut_longest_first, encode_examples
 from xdscale.data.task_files import Example
 from xdscale.data.task_table import TASKS

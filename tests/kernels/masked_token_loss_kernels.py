@@ -154,6 +154,6 @@ def test_autocast_keeps_fp32_gradients():
 def test_true_shape(monkeypatch):
     """The labelled tokens of one sequence of 512, BERT-base."""
     if kernels.INTERPRETED:  # its cost is per tile, whatever the size
-        large = kernels.Tile(128, 512, 256, 4, 2)
+        large = kernels.LogitsTile(128, 512, 256, 4, 2, 1)
         monkeypatch.setitem(kernels.TILES, ("cuda", 4, 4), (large, large))
     assert_as_plain(*draw(77, 768, 30522, torch.float32))

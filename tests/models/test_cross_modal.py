@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from xdscale.models.cross_modal import CrossModalLayer, Wanted
+from xdscale.models.packed_tokens import chosen_tokens, packed_by_lengths
 from xdscale.models.residual_norm import ResidualNorm
-from xdscale.models.streams import rows_of_samples, stream_of
 
 LANGUAGE_MASK = [[True] * 5, [True, True, True, False, False], [False, True, False, True, False]]
 CLIP_MASK = [[True, True, True, False, True, False], [True] * 6, [True] + [False] * 5]
@@ -24,17 +24,17 @@ def padded():
 
 
 @pytest.fixture
-def streams(padded):
-    """What the layer takes: both states without padding, and their streams; samples of 5/4, 3/6 and 2/1 tokens."""
+def packed_states(padded):
+    """What the layer takes: states without padding, and how they are packed; samples of 5/4, 3/6 and 2/1 tokens."""
     masks = torch.tensor(LANGUAGE_MASK), torch.tensor(CLIP_MASK)
-    language, clip = (stream_of(mask.sum(1), mask.shape[1]) for mask in masks)
+    language, clip = (packed_by_lengths(mask.sum(1), mask.shape[1]) for mask in masks)
     states = (x[mask].requires_grad_() for x, mask in zip(padded, masks, strict=True))
     return *states, language, clip
 
 
-def sample_rows(stream):
-    """A slice of the stream for each sample."""
-    bounds = stream.offsets.tolist()
+def sample_rows(packed):
+    """A slice of the packed tokens for each sample."""
+    bounds = packed.cu_seqlens.tolist()
     return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
@@ -45,16 +45,16 @@ def gradients(outputs, inputs):
     return torch.autograd.grad(total, inputs)
 
 
-def test_equals_the_formulas_of_the_spec(layer, padded, streams, layer_formula):
+def test_equals_the_formulas_of_the_spec(layer, padded, packed_states, layer_formula):
     """Spec xdbert §2.3, on each sample's valid positions alone, read through its mask."""
     leaves = [x.detach().requires_grad_() for x in padded]
     results = []
     for language, clip, language_mask, clip_mask in zip(*leaves, LANGUAGE_MASK, CLIP_MASK, strict=True):
         results.append(layer_formula(layer, language[language_mask], clip[clip_mask], 3, 2))
     expected = tuple(torch.cat(side) for side in zip(*results, strict=True))
-    found = layer(*streams)
+    found = layer(*packed_states)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    found = gradients(found, [*streams[:2], *layer.parameters()])
+    found = gradients(found, [*packed_states[:2], *layer.parameters()])
     expected = list(gradients(expected, [*leaves, *layer.parameters()]))
     for side, mask in enumerate((LANGUAGE_MASK, CLIP_MASK)):
         assert not expected[side][~torch.tensor(mask)].any()
@@ -62,21 +62,21 @@ def test_equals_the_formulas_of_the_spec(layer, padded, streams, layer_formula):
     torch.testing.assert_close(found, tuple(expected), rtol=1e-8, atol=1e-10)
 
 
-def test_the_order_of_the_two_directions_does_not_matter(layer, streams):
+def test_the_order_of_the_two_directions_does_not_matter(layer, packed_states):
     """Spec xdbert §10 fact 6: both cross-attentions read pre-update inputs."""
-    language, clip, language_stream, clip_stream = streams
+    language, clip, language_packed, clip_packed = packed_states
     calls = []
     layer.language_cross.register_forward_pre_hook(lambda _, args: calls.append(args[:2]))
     layer.clip_cross.register_forward_pre_hook(lambda _, args: calls.append(args[:2]))
-    found = layer(*streams)
+    found = layer(*packed_states)
     assert [
         tuple(x is y for x, y in zip(call, expected, strict=True))
         for call, expected in zip(calls, ((language, clip), (clip, language)), strict=True)
     ] == [(True, True), (True, True)]
-    text = layer.clip_cross(clip, language, clip_stream, language_stream)
-    lang = layer.language_cross(language, clip, language_stream, clip_stream)
-    lang = layer.language_feed_forward(layer.language_self(lang, lang, language_stream, language_stream))
-    text = layer.clip_feed_forward(layer.clip_self(text, text, clip_stream, clip_stream))
+    text = layer.clip_cross(clip, language, clip_packed, language_packed)
+    lang = layer.language_cross(language, clip, language_packed, clip_packed)
+    lang = layer.language_feed_forward(layer.language_self(lang, lang, language_packed, language_packed))
+    text = layer.clip_feed_forward(layer.clip_self(text, text, clip_packed, clip_packed))
     assert torch.equal(found[0], lang)
     assert torch.equal(found[1], text)
 
@@ -92,19 +92,19 @@ WANTED = {
 
 
 @pytest.mark.parametrize("rows", WANTED.values(), ids=WANTED)
-def test_wanted_rows_are_those_of_the_whole_layer(layer, streams, rows):
+def test_wanted_rows_are_those_of_the_whole_layer(layer, packed_states, rows):
     """What is left out changes no wanted state and no gradient, fp64."""
     language_rows, clip_rows = (torch.tensor(side, dtype=torch.int64) for side in rows)
-    language, clip, language_stream, clip_stream = streams
+    language, clip, language_packed, clip_packed = packed_states
     wanted = Wanted(
         language_rows,
-        rows_of_samples(language_rows, language_stream),
+        chosen_tokens(language_rows, language_packed),
         clip_rows,
-        rows_of_samples(clip_rows, clip_stream),
+        chosen_tokens(clip_rows, clip_packed),
     )
-    everything = layer(*streams)
+    everything = layer(*packed_states)
     expected = everything[0][language_rows], everything[1][clip_rows]
-    found = layer(*streams, wanted)
+    found = layer(*packed_states, wanted)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     inputs = [language, clip, *layer.parameters()]
     torch.testing.assert_close(gradients(found, inputs), gradients(expected, inputs), rtol=1e-10, atol=1e-10)
@@ -129,17 +129,17 @@ def test_parameter_counts_of_the_parts(sizes, parts, total):
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_dropout_acts_in_training_only(streams, plain):
+def test_dropout_acts_in_training_only(packed_states, plain):
     torch.manual_seed(0)
     layer = CrossModalLayer(12, 8, 3, 2, 20, 0.5, plain=plain).double()
-    first, second = layer(*streams), layer(*streams)
+    first, second = layer(*packed_states), layer(*packed_states)
     assert not torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
     layer.eval()
-    assert torch.equal(layer(*streams)[0], layer(*streams)[0])
+    assert torch.equal(layer(*packed_states)[0], layer(*packed_states)[0])
 
 
-def test_attention_dropout_follows_the_rate(monkeypatch, streams):
+def test_attention_dropout_follows_the_rate(monkeypatch, packed_states):
     """The kernel gets the rate in training only, with a seed of its own for every call."""
     layer = CrossModalLayer(12, 8, 3, 2, 20, 0.1).double().eval()
     rates, seeds = [], []
@@ -150,8 +150,8 @@ def test_attention_dropout_follows_the_rate(monkeypatch, streams):
         return torch.zeros_like(query)
 
     monkeypatch.setattr("xdscale.models.attention.packed_attention", spy)
-    layer(*streams)
-    layer.train()(*streams)
+    layer(*packed_states)
+    layer.train()(*packed_states)
     assert rates == [0.0] * 4 + [0.1] * 4
     assert seeds[:4] == [None] * 4
     assert None not in seeds[4:]
@@ -159,7 +159,7 @@ def test_attention_dropout_follows_the_rate(monkeypatch, streams):
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_attention_weights_are_dropped_and_not_only_the_output(streams, plain):
+def test_attention_weights_are_dropped_and_not_only_the_output(packed_states, plain):
     """Without the dropout of states, the masks of the attention weights alone decide."""
     torch.manual_seed(0)
     layer = CrossModalLayer(12, 8, 3, 2, 20, 0.5, plain=plain).double()
@@ -169,18 +169,18 @@ def test_attention_weights_are_dropped_and_not_only_the_output(streams, plain):
     outputs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        outputs.append(layer(*streams))
+        outputs.append(layer(*packed_states))
     for first, again, other in zip(*outputs, strict=True):
         assert torch.equal(first, again)
         assert (first - other).abs().max() > 1e-3
 
 
-def test_attention_map_is_the_mean_over_heads_of_the_first_sample(layer, streams):
-    language, clip, language_stream, clip_stream = streams
+def test_attention_map_is_the_mean_over_heads_of_the_first_sample(layer, packed_states):
+    language, clip, language_packed, clip_packed = packed_states
     module = layer.language_cross
-    found = module.attention_map(language, clip, language_stream, clip_stream)
-    query = language[sample_rows(language_stream)[0]] @ module.query.weight.T + module.query.bias
-    key = clip[sample_rows(clip_stream)[0]] @ module.key.weight.T + module.key.bias
+    found = module.attention_map(language, clip, language_packed, clip_packed)
+    query = language[sample_rows(language_packed)[0]] @ module.query.weight.T + module.query.bias
+    key = clip[sample_rows(clip_packed)[0]] @ module.key.weight.T + module.key.bias
     expected = 0
     for head in range(3):
         part = slice(4 * head, 4 * head + 4)

@@ -177,7 +177,7 @@ def build_trainer(recipe, engine, ranks, batches):
         ranks=ranks,
         weights=recipe.tasks.weights(),
         source=Source(),
-        stream=None,  # only asked about steps that are skipped
+        order=None,  # only asked about steps that are skipped
         validation=[],
         position=lambda step: None,
         flops=lambda arrays: 0.0,

@@ -5,7 +5,7 @@ import torch
 
 from xdscale import recipe
 from xdscale.data.collate import XDBERTCollator
-from xdscale.data.stream import Slots, Stream, validation_slots
+from xdscale.data.order import Order, Slots, validation_slots
 from xdscale.data.task_batches import TaskCollator, encode_examples
 from xdscale.data.task_files import Example
 from xdscale.data.task_table import TASKS
@@ -52,8 +52,8 @@ def adaptation_spec(cassette_model):
 def arrays(wiki_shards):
     """Four real sequences, as the training loop gets them; the last is padding of the micro-batch."""
     split = Table(wiki_shards, "train")
-    stream = Stream(len(split), seed=1, global_batch=3, world_size=1, rank=0, micro_batch=4)
-    return XDBERTCollator(split, seed=1, tasks=recipe.Tasks())(stream.slots(0)[0]).arrays
+    order = Order(len(split), seed=1, global_batch=3, world_size=1, rank=0, micro_batch=4)
+    return XDBERTCollator(split, seed=1, tasks=recipe.Tasks())(order.slots(0)[0]).arrays
 
 
 @pytest.fixture(scope="session")

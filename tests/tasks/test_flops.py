@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from xdscale.models.cross_modal import Wanted
-from xdscale.models.streams import Stream
+from xdscale.models.packed_tokens import PackedTokens
 from xdscale.tasks.xdbert import build_adaptation
 
 
@@ -89,7 +89,7 @@ def published_arrays():
 
 def offsets(lengths):
     """On the CPU, where the definition of attention reads them, beside states without memory."""
-    return Stream(torch.tensor([0, *lengths]).cumsum(0), max(lengths))
+    return PackedTokens(torch.tensor([0, *lengths]).cumsum(0), max(lengths))
 
 
 def run_parts(module):

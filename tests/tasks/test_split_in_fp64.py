@@ -3,7 +3,7 @@
 import torch
 
 from xdscale.data.collate import XDBERTCollator
-from xdscale.data.stream import Stream
+from xdscale.data.order import Order
 from xdscale.recipe import load_recipe
 from xdscale.shards.table import Table
 from xdscale.tasks.xdbert import build_adaptation
@@ -19,8 +19,8 @@ def test_split_in_fp64(wiki_shards):
     def gradient(micro_batch):
         torch.manual_seed(0)
         module = build_adaptation(recipe).double().train()
-        stream = Stream(len(split), seed=0, global_batch=4, world_size=1, rank=0, micro_batch=micro_batch)
-        batches = [collate(slots) for slots in stream.slots(0)]
+        order = Order(len(split), seed=0, global_batch=4, world_size=1, rank=0, micro_batch=micro_batch)
+        batches = [collate(slots) for slots in order.slots(0)]
         counts = {name: sum(batch.targets[name] for batch in batches) for name in batches[0].targets}
         for batch in batches:
             terms = module(to_device(batch.arrays, torch.device("cpu")))

@@ -45,7 +45,7 @@ def measure(shards, out, micro_batch, stage, ranks):
     from deepspeed.utils import safe_get_full_grad
 
     from xdscale.data.collate import XDBERTCollator
-    from xdscale.data.stream import Stream
+    from xdscale.data.order import Order
     from xdscale.ds_config import resolve_ds_config
     from xdscale.shards.table import Table
     from xdscale.tasks.xdbert import build_adaptation
@@ -68,7 +68,7 @@ def measure(shards, out, micro_batch, stage, ranks):
     module = build_adaptation(recipe)
     engine = build_engine(module, recipe.optim, config, load_universal=False)
     split = Table(shards, "train")
-    stream = Stream(
+    order = Order(
         len(split),
         seed=0,
         global_batch=12,
@@ -77,7 +77,7 @@ def measure(shards, out, micro_batch, stage, ranks):
         micro_batch=micro_batch,
     )
     collate = XDBERTCollator(split, seed=0, tasks=recipe.tasks)
-    batches = [keep_few_targets(collate(slots), slots) for slots in stream.slots(0)]
+    batches = [keep_few_targets(collate(slots), slots) for slots in order.slots(0)]
 
     class Source:
         wait_seconds = 0.0
@@ -103,7 +103,7 @@ def measure(shards, out, micro_batch, stage, ranks):
         ranks=ranks,
         weights=recipe.tasks.weights(),
         source=Source(),
-        stream=stream,
+        order=order,
         validation=[],
         position=lambda step: None,
         flops=lambda arrays: 0.0,

@@ -281,7 +281,7 @@ def test_tensorboard_tells_what_design_lists_without_overlapping_curves(second):
 
 
 def test_a_shard_damaged_between_two_starts_is_named_and_then_done_without(second):
-    """First the run stops with the shard's name; under a budget it goes on in the same stream, and records it."""
+    """First the run stops with the shard's name; under a budget it goes on in the same order, and records it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert second.refused.code == EXIT_BAD_INPUT

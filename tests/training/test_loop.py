@@ -135,7 +135,7 @@ def trainer(engine, ranks=None, start_step=0, **training):
         ranks=ranks or FakeRanks(),
         weights={"first": 1.0, "second": 0.5},
         source=Steps(),
-        stream=None,
+        order=None,
         validation=HELD_OUT,
         position=lambda step: step,
         flops=lambda arrays: 60.0,
@@ -248,7 +248,7 @@ def test_an_evaluation_that_is_broken_off_leaves_the_engine_in_training_mode():
 
 def test_one_objective_that_is_not_finite_makes_its_micro_batch_a_suspect():
     slots = [SimpleNamespace(sample_ids=np.array([n, 9]), real=np.array([True, False])) for n in (4, 5, 6)]
-    stream = SimpleNamespace(slots=lambda step: slots, global_batch_ids=lambda step: (np.zeros(3), np.arange(3)))
+    order = SimpleNamespace(slots=lambda step: slots, global_batch_ids=lambda step: (np.zeros(3), np.arange(3)))
     losses = torch.tensor([[1.0, 2.0], [float("nan"), 2.0], [1.0, float("inf")]])
-    entry = describe_skip(0, losses, {}, 1.0, stream, FakeRanks(), "run")
+    entry = describe_skip(0, losses, {}, 1.0, order, FakeRanks(), "run")
     assert [(suspect["micro_batch"], suspect["sample_ids"]) for suspect in entry["suspects"]] == [(1, [5]), (2, [6])]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xdscale.data.stream import Stream
+from xdscale.data.order import Order
 from xdscale.errors import EXIT_BAD_INPUT
 from xdscale.replay import replay
 from xdscale.shards.table import Table
@@ -33,9 +33,9 @@ LIGHT = {"model__cross_layers": 1, "tasks__clip_tokens": "null"}
 def poisoned(short_shards):
     """The samples that break step 2's loss (on rank 1, in its second micro-batch) and step 4's gradient."""
     size = len(Table(short_shards, "train"))
-    stream = Stream(size, seed=0, global_batch=4, world_size=1, rank=0, micro_batch=4)
-    _, losses = stream.global_batch_ids(LOSS_STEP - 1)
-    _, gradients = stream.global_batch_ids(GRADIENT_STEP - 1)
+    order = Order(size, seed=0, global_batch=4, world_size=1, rank=0, micro_batch=4)
+    _, losses = order.global_batch_ids(LOSS_STEP - 1)
+    _, gradients = order.global_batch_ids(GRADIENT_STEP - 1)
     assert size > 4 * STEPS
     return {"loss": int(losses[3]), "gradient": int(gradients[0])}
 

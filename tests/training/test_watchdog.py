@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from xdscale.data.stream import Stream
+from xdscale.data.order import Order
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, XdscaleError
 from xdscale.shards.table import Table
 from xdscale.training import distributed
@@ -125,8 +125,8 @@ def test_a_rank_that_gets_no_data(launch, wiki_shards):
     launched.wait_for("step", 3)
     seconds, code, lines = launched.end()
     print(f"rank 1 without data: all ended after {seconds:.1f} s: {lines}")
-    stream = Stream(len(Table(wiki_shards, "train")), seed=0, global_batch=2, world_size=2, rank=1, micro_batch=1)
-    sample = int(stream.slots(3)[0].sample_ids[0])
+    order = Order(len(Table(wiki_shards, "train")), seed=0, global_batch=2, world_size=2, rank=1, micro_batch=1)
+    sample = int(order.slots(3)[0].sample_ids[0])
     assert code == EXIT_FAULT
     assert len(lines) == 1
     assert re.search(r"rank 1 on \S+ made no progress for \d+ s in phase 'data' of step 4, sample", lines[0])

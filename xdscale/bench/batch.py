@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from xdscale.data.collate import CLIP_LENGTH, Batch, XDBERTCollator
-from xdscale.data.stream import Slots
+from xdscale.data.order import Slots
 from xdscale.errors import XdscaleError
 from xdscale.names import resolve_path
 from xdscale.recipe import Recipe

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from xdscale.data.collate import XDBERTCollator
-from xdscale.data.stream import Stream
+from xdscale.data.order import Order
 from xdscale.recipe import Tasks
 from xdscale.shards.manifest import MANIFEST_NAME, ShardRecord
 from xdscale.shards.table import Table
@@ -140,10 +140,10 @@ def _read_ours(folder: Path, samples: int) -> float:
     """Returns samples per CPU-second over one epoch, opening and shuffling included."""
     began = time.process_time()
     split = Table(folder, "train")
-    stream = _stream(split, BATCH)
+    order = _order(split, BATCH)
     steps = samples // BATCH
     for step in range(steps):
-        for slots in stream.slots(step):
+        for slots in order.slots(step):
             split.read("language", slots.sample_ids)
             split.read_ragged("clip", slots.sample_ids)
     return steps * BATCH / (time.process_time() - began)
@@ -160,10 +160,10 @@ def _read_theirs(urls: list[str], samples: int) -> float:
     return count / (time.process_time() - began)
 
 
-def _stream(split: Table, batch: int) -> Stream:
+def _order(split: Table, batch: int) -> Order:
     # The seed is new each time: an order that was computed before would be remembered.
     seed = time.monotonic_ns() % 2**32
-    return Stream(len(split), seed=seed, global_batch=batch, world_size=1, rank=0, micro_batch=batch)
+    return Order(len(split), seed=seed, global_batch=batch, world_size=1, rank=0, micro_batch=batch)
 
 
 def _fresh_process(many: Path, few: Path) -> list[Row]:
@@ -192,11 +192,11 @@ def _child(folder: Path) -> tuple[float, float]:
 
 def _in_child(folder: Path) -> None:
     split = Table(folder, "train")
-    stream, collate = _stream(split, FIRST_BATCH), XDBERTCollator(split, seed=0, tasks=Tasks())
-    collate(stream.slots(0)[0])
+    order, collate = _order(split, FIRST_BATCH), XDBERTCollator(split, seed=0, tasks=Tasks())
+    collate(order.slots(0)[0])
     ready = time.monotonic()
     for step in range(1, 400):
-        collate(stream.slots(step)[0])
+        collate(order.slots(step)[0])
     # Not getrusage: its peak begins with that of the process which started this one.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(json.dumps({"ready": ready, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}))
@@ -204,11 +204,11 @@ def _in_child(folder: Path) -> None:
 
 def _seek(folder: Path) -> Row:
     split = Table(folder, "train")
-    stream, collate = _stream(split, FIRST_BATCH), XDBERTCollator(split, seed=0, tasks=Tasks())
+    order, collate = _order(split, FIRST_BATCH), XDBERTCollator(split, seed=0, tasks=Tasks())
     seconds = []
     for step in np.random.default_rng(0).integers(0, 10**6, SEEKS):
         began = time.process_time()
-        collate(stream.slots(int(step))[0])
+        collate(order.slots(int(step))[0])
         seconds.append(time.process_time() - began)
     worst, usual = 1000 * max(seconds), 1000 * statistics.median(seconds)
     name = f"any of {SEEKS} positions to its batch, CPU time, worst (median)"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from xdscale.data.masking import mask_language_ids, select_clip_targets
+from xdscale.data.order import Slots
 from xdscale.data.pairing import PADDING, draw_partners
-from xdscale.data.stream import Slots
 from xdscale.padding import clip_layout
 from xdscale.recipe import Tasks
 from xdscale.shards.table import Table

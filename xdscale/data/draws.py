@@ -1,4 +1,4 @@
-"""A hash of all that is drawn for a global batch, to prove that a continued run goes on with the same stream."""
+"""A hash of all that is drawn for a global batch, to prove that a continued run goes on with the same draws."""
 
 import hashlib
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from xdscale.data.collate import CLIP_CONTENT, XDBERTCollator
 from xdscale.data.masking import mask_language_ids, select_clip_targets
+from xdscale.data.order import Slots
 from xdscale.data.pairing import draw_partners
-from xdscale.data.stream import Slots
 
 ROWS = 512  # samples hashed at once: their masks stay in the cache
 

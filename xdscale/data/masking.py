@@ -3,7 +3,7 @@
 import numpy as np
 
 from xdscale.data.hashing import Purpose, below, random_bits, random_bits_at, scale
-from xdscale.data.stream import Slots
+from xdscale.data.order import Slots
 from xdscale.recipe import ClipTokens, MaskedLM
 
 

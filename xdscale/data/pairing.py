@@ -3,7 +3,7 @@
 import numpy as np
 
 from xdscale.data.hashing import Purpose, below, random_bits
-from xdscale.data.stream import Slots
+from xdscale.data.order import Slots
 from xdscale.recipe import Match
 
 SAME_TEXT = 1

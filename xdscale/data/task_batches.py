@@ -6,7 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH, Batch
-from xdscale.data.stream import Slots
+from xdscale.data.order import Slots
 from xdscale.data.task_files import Example
 from xdscale.data.task_table import Task
 from xdscale.padding import clip_layout, language_layout

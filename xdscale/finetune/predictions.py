@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xdscale.data.stream import Slots
+from xdscale.data.order import Slots
 from xdscale.data.task_batches import TaskCollator
 from xdscale.data.task_files import Example
 from xdscale.data.task_table import Task

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xdscale import adapt
-from xdscale.data.stream import Stream, sample_hash, validation_slots
+from xdscale.data.order import Order, sample_hash, validation_slots
 from xdscale.data.task_batches import CLIP_BLOCKS, EncodedSplit, TaskCollator, encode_examples
 from xdscale.data.task_files import TaskData, read_task
 from xdscale.data.task_table import find_task
@@ -67,7 +67,7 @@ def finetune(
             for note in _notes_on_length(material, recipe.model.max_length):
                 say(note)
             data = _open_stream(recipe, ds_config, ranks, material)
-            watchdog.samples = lambda step, micro_batch: adapt.sample_ids(data.stream.slots(step), micro_batch)
+            watchdog.samples = lambda step, micro_batch: adapt.sample_ids(data.order.slots(step), micro_batch)
             session = adapt.open_session(
                 recipe, ds_config, run, data, ranks, lambda: build_subject(recipe, material.data.task)
             )
@@ -111,7 +111,7 @@ def prepare(task_name: str, data: str, model: str, subject: str) -> Material:
 
 def _open_stream(recipe: FinetuneRecipe, ds_config: dict[str, Any], ranks: Ranks, material: Material) -> adapt.Data:
     training, micro_batch = recipe.training, ds_config["train_micro_batch_size_per_gpu"]
-    stream = Stream(
+    order = Order(
         len(material.train),
         seed=training.seed,
         global_batch=training.global_batch,
@@ -125,13 +125,13 @@ def _open_stream(recipe: FinetuneRecipe, ds_config: dict[str, Any], ranks: Ranks
     collate_dev = _collator(recipe, material, dev)
 
     def prepare_step(step: int) -> StepData:
-        return StepData([collate(item) for item in stream.slots(step)], stream_hash(step))
+        return StepData([collate(item) for item in order.slots(step)], stream_hash(step))
 
     def stream_hash(step: int) -> str:
-        return sample_hash(*stream.global_batch_ids(step))
+        return sample_hash(*order.global_batch_ids(step))
 
     validation = [collate_dev(item) for item in slots]
-    return adapt.Data(prepare_step, validation, stream, stream_hash, material.data.fingerprint(), {})
+    return adapt.Data(prepare_step, validation, order, stream_hash, material.data.fingerprint(), {})
 
 
 def _collator(recipe: FinetuneRecipe, material: Material, split: EncodedSplit) -> TaskCollator:

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from xdscale.kernels.attention import packed_attention, packed_attention_plain
 from xdscale.kernels.dropout_mask import drop_threshold
-from xdscale.models.streams import Stream, full_stream, stream_of, unpack
+from xdscale.models.packed_tokens import PackedTokens, packed_by_lengths, packed_evenly, unpack
 
 FUSED, PLAIN = "xdscale_fused", "xdscale_plain"
 """Names under which transformers knows the kernels and their definition."""
@@ -19,8 +19,8 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    asking: Stream,
-    answering: Stream,
+    queries: PackedTokens,
+    keys: PackedTokens,
     *,
     dropout: float,
     plain: bool,
@@ -31,8 +31,8 @@ def attend(
         query: [q tokens, heads, d].
         key: [k tokens, heads, d].
         value: [k tokens, heads, d].
-        asking: stream of `query`.
-        answering: stream of `key` and `value`.
+        queries: how those of `query` are packed.
+        keys: how those of `key` and `value` are packed.
         dropout: rate on the attention weights; 0 outside of training.
         plain: by the definition instead of the kernels; both draw the same mask.
 
@@ -41,11 +41,11 @@ def attend(
     """
     # Drawn per call: recomputed activations restore the generator and so draw the same mask again.
     seed = torch.randint(2**62, (1,), device=query.device) if dropout else None
-    offsets = asking.offsets, answering.offsets
+    bounds = queries.cu_seqlens, keys.cu_seqlens
     if plain:
-        return packed_attention_plain(query, key, value, *offsets, drop_threshold(dropout), seed)
-    longest = {"max_query": asking.longest, "max_key": answering.longest}
-    return packed_attention(query, key, value, *offsets, **longest, dropout=dropout, seed=seed)
+        return packed_attention_plain(query, key, value, *bounds, drop_threshold(dropout), seed)
+    longest = {"max_query": queries.max_seqlen, "max_key": keys.max_seqlen}
+    return packed_attention(query, key, value, *bounds, **longest, dropout=dropout, seed=seed)
 
 
 def use_packed_attention(encoder: PreTrainedModel, *, plain: bool) -> None:
@@ -67,7 +67,7 @@ def recompute_layers(encoder: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def valid_tokens(mask: torch.Tensor, positions: torch.Tensor) -> tuple[Stream, torch.Tensor]:
+def valid_tokens(mask: torch.Tensor, positions: torch.Tensor) -> tuple[PackedTokens, torch.Tensor]:
     """Returns what an encoder after `use_packed_attention` takes as `valid`, beside the mask itself.
 
     Args:
@@ -75,9 +75,9 @@ def valid_tokens(mask: torch.Tensor, positions: torch.Tensor) -> tuple[Stream, t
         positions: int64 [tokens], where it is True: flat index into batch * length, ascending.
 
     Returns:
-        The stream of the valid tokens, and `positions`.
+        How the valid tokens are packed, and `positions`.
     """
-    return stream_of(mask.sum(1), mask.shape[1]), positions
+    return packed_by_lengths(mask.sum(1), mask.shape[1]), positions
 
 
 def _self_attention(
@@ -89,7 +89,7 @@ def _self_attention(
     *,
     plain: bool,
     dropout: float = 0.0,
-    valid: tuple[Stream, torch.Tensor] | None = None,
+    valid: tuple[PackedTokens, torch.Tensor] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in each layer: [batch, heads, length, d] three times to [batch, length, heads, d].
@@ -100,11 +100,11 @@ def _self_attention(
     batch, _heads, length, _size = query.shape
     rows = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]  # [batch * length, heads, d]
     if attention_mask is None:
-        stream = full_stream(batch, length, query.device)
-        return attend(*rows, stream, stream, dropout=dropout, plain=plain).unflatten(0, (batch, length)), None
-    stream, positions = valid or valid_tokens(attention_mask, attention_mask.flatten().nonzero().squeeze(1))
+        packed = packed_evenly(batch, length, query.device)
+        return attend(*rows, packed, packed, dropout=dropout, plain=plain).unflatten(0, (batch, length)), None
+    packed, positions = valid or valid_tokens(attention_mask, attention_mask.flatten().nonzero().squeeze(1))
     tokens = (states.index_select(0, positions) for states in rows)
-    attended = attend(*tokens, stream, stream, dropout=dropout, plain=plain).flatten(1)  # [tokens, heads * d]
+    attended = attend(*tokens, packed, packed, dropout=dropout, plain=plain).flatten(1)  # [tokens, heads * d]
     return unpack(attended, positions, (batch, length)).unflatten(-1, rows[0].shape[1:]), None
 
 

@@ -1,6 +1,6 @@
 """The cross-modal layer between a language model and CLIP's text tower (spec xdbert §2.3, paper figure 3).
 
-Everything here works on token streams without padding: [tokens, size], with offsets that tell samples apart.
+Everything here works on packed tokens, [tokens, size], without padding.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from torch import nn
 from xdscale.kernels.attention import packed_attention_probabilities
 from xdscale.models.activated_linear import ActivatedLinear
 from xdscale.models.attention import attend
+from xdscale.models.packed_tokens import PackedTokens
 from xdscale.models.residual_norm import ResidualNorm
-from xdscale.models.streams import Stream
 
 LAYER_NORM_EPS = 1e-12
 """As in BERT."""
@@ -21,25 +21,25 @@ LAYER_NORM_EPS = 1e-12
 
 @dataclass(frozen=True)
 class Wanted:
-    """The rows of both streams that are read after the last layer; the others are not computed there.
+    """The tokens of both encoders that are read after the last layer; the others are not computed there.
 
     Attributes:
         language_rows: int64 [n], ascending.
-        language: their stream.
+        language: how they are packed.
         clip_rows: int64 [m], ascending.
-        clip: their stream.
+        clip: how they are packed.
     """
 
     language_rows: torch.Tensor
-    language: Stream
+    language: PackedTokens
     clip_rows: torch.Tensor
-    clip: Stream
+    clip: PackedTokens
 
 
 class AttentionSublayer(nn.Module):
     """Multi-head attention with BERT's output: dense, dropout, LayerNorm(residual).
 
-    With a context of another stream it is cross-attention, with the sublayer's own input self-attention.
+    With a context of the other encoder it is cross-attention, with the sublayer's own input self-attention.
     """
 
     def __init__(self, size: int, context_size: int, heads: int, dropout: float, *, plain: bool = False) -> None:
@@ -64,14 +64,16 @@ class AttentionSublayer(nn.Module):
         self.dropout = dropout
         self.norm = ResidualNorm(size, eps=LAYER_NORM_EPS, dropout=dropout, plain=plain)
 
-    def forward(self, states: torch.Tensor, context: torch.Tensor, asking: Stream, answering: Stream) -> torch.Tensor:
+    def forward(
+        self, states: torch.Tensor, context: torch.Tensor, queries: PackedTokens, keys: PackedTokens
+    ) -> torch.Tensor:
         """Attends from `states` to `context`, each sample to its own.
 
         Args:
             states: [q tokens, size].
             context: [k tokens, context_size].
-            asking: stream of `states`.
-            answering: stream of `context`.
+            queries: how `states` are packed.
+            keys: how `context` is packed.
 
         Returns:
             [q tokens, size].
@@ -79,16 +81,16 @@ class AttentionSublayer(nn.Module):
         query, key, value = self.query(states), self.key(context), self.value(context)
         query, key, value = (tokens.unflatten(-1, (self.heads, -1)) for tokens in (query, key, value))
         rate = self.dropout if self.training else 0.0
-        attended = attend(query, key, value, asking, answering, dropout=rate, plain=self.plain)  # [q tokens, heads, d]
+        attended = attend(query, key, value, queries, keys, dropout=rate, plain=self.plain)  # [q tokens, heads, d]
         return self.norm(self.output(attended.flatten(1)), states)
 
     def attention_map(
-        self, states: torch.Tensor, context: torch.Tensor, asking: Stream, answering: Stream
+        self, states: torch.Tensor, context: torch.Tensor, queries: PackedTokens, keys: PackedTokens
     ) -> torch.Tensor:
         """Returns the first sample's weights, averaged over the heads: [its queries, its keys], fp32."""
         query, key = self.query(states), self.key(context)
         query, key = (tokens.unflatten(-1, (self.heads, -1)) for tokens in (query, key))
-        return packed_attention_probabilities(query, key, asking.offsets, answering.offsets).mean(0)
+        return packed_attention_probabilities(query, key, queries.cu_seqlens, keys.cu_seqlens).mean(0)
 
 
 class FeedForward(nn.Module):
@@ -136,31 +138,31 @@ class CrossModalLayer(nn.Module):
         self,
         language: torch.Tensor,
         clip: torch.Tensor,
-        language_stream: Stream,
-        clip_stream: Stream,
+        language_packed: PackedTokens,
+        clip_packed: PackedTokens,
         wanted: Wanted | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lets the two streams read each other.
+        """Lets the tokens of the two encoders read each other.
 
         Args:
             language: [language tokens, language_size].
             clip: [CLIP tokens, clip_size].
-            language_stream: of `language`.
-            clip_stream: of `clip`.
+            language_packed: how `language` is packed.
+            clip_packed: how `clip` is packed.
             wanted: in the last layer, the rows that are read after it. The others still answer in
                 self-attention, but ask nothing and pass no feed-forward.
 
         Returns:
             The new language and CLIP states, of all rows or of the wanted ones.
         """
-        crossed_language = self.language_cross(language, clip, language_stream, clip_stream)
-        crossed_clip = self.clip_cross(clip, language, clip_stream, language_stream)
+        crossed_language = self.language_cross(language, clip, language_packed, clip_packed)
+        crossed_clip = self.clip_cross(clip, language, clip_packed, language_packed)
         asking_language, asking_clip = crossed_language, crossed_clip
-        language_asking, clip_asking = language_stream, clip_stream
+        language_asking, clip_asking = language_packed, clip_packed
         if wanted is not None:
             asking_language = crossed_language.index_select(0, wanted.language_rows)
             asking_clip = crossed_clip.index_select(0, wanted.clip_rows)
             language_asking, clip_asking = wanted.language, wanted.clip
-        language = self.language_self(asking_language, crossed_language, language_asking, language_stream)
-        clip = self.clip_self(asking_clip, crossed_clip, clip_asking, clip_stream)
+        language = self.language_self(asking_language, crossed_language, language_asking, language_packed)
+        clip = self.clip_self(asking_clip, crossed_clip, clip_asking, clip_packed)
         return self.language_feed_forward(language), self.clip_feed_forward(clip)

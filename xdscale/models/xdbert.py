@@ -11,17 +11,17 @@ from transformers import PreTrainedModel
 from xdscale.models.attention import recompute_layers, valid_tokens
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer, Wanted
-from xdscale.models.streams import Stream, full_stream, rows_of_samples, stream_of, unpack
+from xdscale.models.packed_tokens import PackedTokens, chosen_tokens, packed_by_lengths, packed_evenly, unpack
 from xdscale.padding import clip_layout, language_layout
 
 
 class _Encoded(NamedTuple):
-    """Both encoders' states as streams, and where their rows stand in the padded shapes."""
+    """The states of both encoders, packed, and where they stand in the padded shapes."""
 
     language: torch.Tensor  # [language tokens, language size]
     clip: torch.Tensor  # [CLIP tokens, CLIP size]
-    language_stream: Stream
-    clip_stream: Stream
+    language_packed: PackedTokens
+    clip_packed: PackedTokens
     language_positions: torch.Tensor | None  # None: every position is valid
     clip_positions: torch.Tensor
 
@@ -91,17 +91,17 @@ class XDBERT(nn.Module):
             layout = _layout_of(clip_lengths, language_mask, clip_ids.shape[-1])
         encoded = self._encode(language_ids, clip_ids, clip_lengths, language_mask, segments, layout)
         language, clip = encoded.language, encoded.clip
-        streams = encoded.language_stream, encoded.clip_stream
+        packed = encoded.language_packed, encoded.clip_packed
         last = None if wanted is None else _wanted_rows(encoded, wanted)
         maps = []
         for number, layer in enumerate(self.layers, 1):
             if return_attention:
-                maps.append(layer.language_cross.attention_map(language, clip, *streams))
+                maps.append(layer.language_cross.attention_map(language, clip, *packed))
             rows = last if number == len(self.layers) else None
             if self._checkpoint_layers and torch.is_grad_enabled():
-                language, clip = checkpoint(layer, language, clip, *streams, rows, use_reentrant=False)
+                language, clip = checkpoint(layer, language, clip, *packed, rows, use_reentrant=False)
             else:
-                language, clip = layer(language, clip, *streams, rows)
+                language, clip = layer(language, clip, *packed, rows)
         if wanted is None:
             if encoded.language_positions is not None:
                 language = unpack(language, encoded.language_positions, language_ids.shape)
@@ -119,7 +119,7 @@ class XDBERT(nn.Module):
         layout: Mapping[str, torch.Tensor | int],
     ) -> _Encoded:
         filled, clip_positions, length = layout["clip_blocks"], layout["clip_valid"], clip_ids.shape[-1]
-        clip_stream = stream_of(clip_lengths.sum(1), layout["clip_longest"])
+        clip_packed = packed_by_lengths(clip_lengths.sum(1), layout["clip_longest"])
         # CLIP never sees the empty blocks of shorter texts.
         clip = self.clip(clip_ids.flatten(0, 1).index_select(0, filled).unsqueeze(0)).squeeze(0)  # [filled * 77, D]
         block = torch.searchsorted(filled, clip_positions // length)  # of each token, among the filled ones
@@ -129,11 +129,11 @@ class XDBERT(nn.Module):
             input_ids=language_ids, attention_mask=language_mask, token_type_ids=segments, use_cache=False, valid=valid
         ).last_hidden_state.flatten(0, 1)  # [batch * s, language size]
         if valid is None:
-            language_stream, language_positions = full_stream(*language_ids.shape, language_ids.device), None
+            language_packed, language_positions = packed_evenly(*language_ids.shape, language_ids.device), None
         else:
-            language_stream, language_positions = valid
+            language_packed, language_positions = valid
             language = language.index_select(0, language_positions)
-        return _Encoded(language, clip, language_stream, clip_stream, language_positions, clip_positions)
+        return _Encoded(language, clip, language_packed, clip_packed, language_positions, clip_positions)
 
 
 def _layout_of(
@@ -147,14 +147,14 @@ def _layout_of(
 
 
 def _wanted_rows(encoded: _Encoded, wanted: tuple[torch.Tensor, torch.Tensor]) -> Wanted:
-    """Turns positions in the padded shapes into rows of the streams."""
+    """Turns positions in the padded shapes into places in the packed tokens."""
     language_rows, clip_positions = wanted
     if encoded.language_positions is not None:
         language_rows = torch.searchsorted(encoded.language_positions, language_rows)
     clip_rows = torch.searchsorted(encoded.clip_positions, clip_positions)
     return Wanted(
         language_rows,
-        rows_of_samples(language_rows, encoded.language_stream),
+        chosen_tokens(language_rows, encoded.language_packed),
         clip_rows,
-        rows_of_samples(clip_rows, encoded.clip_stream),
+        chosen_tokens(clip_rows, encoded.clip_packed),
     )

@@ -51,7 +51,7 @@ def cross_layer_flops(
     wanted_language: np.ndarray,
     wanted_clip: np.ndarray,
 ) -> int:
-    """Returns the FLOPs of one cross-modal layer on streams without padding.
+    """Returns the FLOPs of one cross-modal layer on packed tokens.
 
     Args:
         language_size: size of the language states.
@@ -73,10 +73,10 @@ def cross_layer_flops(
     return flops
 
 
-def attention_flops(size: int, context_size: int, asking: np.ndarray, answering: np.ndarray) -> int:
+def attention_flops(size: int, context_size: int, queries: np.ndarray, keys: np.ndarray) -> int:
     """Returns the FLOPs of the four projections, the scores and the weighted sum; arguments as tokens per sample."""
-    projections = 4 * size * (size * asking.sum() + context_size * answering.sum())
-    return int(projections + 4 * size * (asking * answering).sum())
+    projections = 4 * size * (size * queries.sum() + context_size * keys.sum())
+    return int(projections + 4 * size * (queries * keys).sum())
 
 
 def self_attention_flops(size: int, batch: int, length: int) -> int:

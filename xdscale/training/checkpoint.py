@@ -230,7 +230,7 @@ def check_compatible(
     data_fingerprint: str,
     stream_hash: str,
 ) -> None:
-    """Refuses to continue with other shards, another stream, another precision or another way of sharding.
+    """Refuses to continue with other shards, another order, another precision or another way of sharding.
 
     Raises:
         XdscaleError: names what the checkpoint was written with and what to do.

@@ -15,7 +15,7 @@ from xdscale.training.distributed import Ranks
 from xdscale.training.engine import make_step, plain_gradient_norm, set_learning_rate, to_device
 from xdscale.training.evaluation import evaluate
 from xdscale.training.monitor import Monitor
-from xdscale.training.protocols import Batch, Source, StepData, Stream
+from xdscale.training.protocols import MicroBatch, SampleOrder, Source, StepData
 from xdscale.training.schedule import learning_rate
 from xdscale.training.signals import StopRequest
 from xdscale.training.skipping import Skipped, describe_skip
@@ -31,7 +31,7 @@ class Trainer:
         engine: the DeepSpeed engine; its forward maps a batch to `{objective: (loss sum, correct)}`.
         weights: weight of each objective's mean loss in the total.
         source: training data.
-        stream: which samples a step has.
+        order: which samples a step has.
         validation: this rank's held-out batches; every rank has equally many.
         position: maps steps done to the checkpoint record.
         flops: FLOPs of forward and backward on a batch.
@@ -47,8 +47,8 @@ class Trainer:
     ranks: Ranks
     weights: dict[str, float]
     source: Source
-    stream: Stream
-    validation: list[Batch]
+    order: SampleOrder
+    validation: list[MicroBatch]
     position: Callable[[int], CheckpointPosition]
     flops: Callable[[dict[str, np.ndarray]], float]
     matmul_flops_per_second: float
@@ -181,7 +181,7 @@ class Trainer:
         return {"loss/total": sum(weight * scalars[f"loss/{name}"] for name, weight in self.weights.items())} | scalars
 
     def _skip(self, step: int, losses: torch.Tensor, scalars: dict[str, float], norm: float, data: StepData) -> None:
-        entry = describe_skip(step, losses, scalars, norm, self.stream, self.ranks, self.run)
+        entry = describe_skip(step, losses, scalars, norm, self.order, self.ranks, self.run)
         if self.monitor:
             self.monitor.skipped(step + 1, entry, data.samples, self.skipped.steps + 1)
         self.skipped.add(step + 1, self.recipe.training.max_skipped_in_row, entry["replay"])

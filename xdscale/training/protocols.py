@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 
-class Batch(Protocol):
+class MicroBatch(Protocol):
     """A micro-batch: arrays for the module, and how many targets each objective has in them."""
 
     arrays: dict[str, np.ndarray]
@@ -32,17 +32,17 @@ class Source(Protocol):
         """Returns the next step and its data, waiting for it if need be."""
 
 
-class Slots(Protocol):
+class SampleSlots(Protocol):
     """Which samples make up a micro-batch; `real` is False where a slot is padding."""
 
     sample_ids: np.ndarray
     real: np.ndarray
 
 
-class Stream(Protocol):
+class SampleOrder(Protocol):
     """Which samples a step has; steps count from 0."""
 
-    def slots(self, step: int) -> list[Slots]:
+    def slots(self, step: int) -> list[SampleSlots]:
         """Returns this rank's micro-batches."""
 
     def global_batch_ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import torch
 
 from xdscale.errors import XdscaleError
 from xdscale.training.distributed import Ranks
-from xdscale.training.protocols import Stream
+from xdscale.training.protocols import SampleOrder
 
 
 @dataclass
@@ -53,7 +53,7 @@ def skipped_so_far(entries: list[dict[str, Any]]) -> Skipped:
 
 
 def describe_skip(
-    step: int, losses: torch.Tensor, scalars: dict[str, float], norm: float, stream: Stream, ranks: Ranks, run: Path
+    step: int, losses: torch.Tensor, scalars: dict[str, float], norm: float, order: SampleOrder, ranks: Ranks, run: Path
 ) -> dict[str, Any]:
     """Says which samples a skipped step had, and which of them are suspects; every rank calls it.
 
@@ -62,7 +62,7 @@ def describe_skip(
         losses: this rank's loss sums, [micro-batches, objectives].
         scalars: the mean losses over all ranks.
         norm: global gradient norm.
-        stream: where the step's samples come from.
+        order: where the step's samples come from.
         ranks: this process among the others.
         run: the run folder, for the command.
 
@@ -74,12 +74,12 @@ def describe_skip(
     bad = (~torch.isfinite(losses)).any(1).tolist()
     mine = [
         {"rank": ranks.rank, "micro_batch": number, "sample_ids": slots.sample_ids[slots.real].tolist()}
-        for number, slots in enumerate(stream.slots(step))
+        for number, slots in enumerate(order.slots(step))
         if bad[number]
     ]
     suspects = [suspect for part in ranks.gather(mine) for suspect in part]
     suspects.sort(key=lambda suspect: (suspect["micro_batch"], suspect["rank"]))
-    epochs, sample_ids = stream.global_batch_ids(step)
+    epochs, sample_ids = order.global_batch_ids(step)
     return {
         **scalars,
         "optim/grad_norm": norm,

@@ -1,11 +1,11 @@
-"""The stream is the same at any world size and sees every sample of an epoch exactly once."""
+"""The order is the same at any world size and sees every sample of an epoch exactly once."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdscale.data.stream import Position, Stream, sample_hash, validation_slots
+from xdscale.data.order import Order, Position, sample_hash, validation_slots
 from xdscale.ds_config import split_batch
 from xdscale.errors import XdscaleError
 
@@ -13,8 +13,8 @@ sizes, batches, worlds, micros = st.integers(1, 60), st.integers(1, 50), st.inte
 quick = settings(deadline=None, max_examples=60)
 
 
-def stream(size, batch, world=1, rank=0, micro=1, seed=0):
-    return Stream(size, seed=seed, global_batch=batch, world_size=world, rank=rank, micro_batch=micro)
+def order(size, batch, world=1, rank=0, micro=1, seed=0):
+    return Order(size, seed=seed, global_batch=batch, world_size=world, rank=rank, micro_batch=micro)
 
 
 def real_pairs(slots):
@@ -24,10 +24,10 @@ def real_pairs(slots):
 @quick
 @given(sizes, batches, worlds, micros, st.integers(0, 10**6), st.integers(0, 2**32 - 1))
 def test_ranks_together_hold_exactly_the_global_batch(size, batch, world, micro, step, seed):
-    epochs, ids = stream(size, batch, seed=seed).global_batch_ids(step)
+    epochs, ids = order(size, batch, seed=seed).global_batch_ids(step)
     assert len(epochs) == len(ids) == batch
     whole = list(zip(epochs.tolist(), ids.tolist()))
-    ranks = [stream(size, batch, world, rank, micro, seed) for rank in range(world)]
+    ranks = [order(size, batch, world, rank, micro, seed) for rank in range(world)]
     parts = [rank.slots(step) for rank in ranks]
     rounds = -(-batch // (world * micro))
     assert [rank.micro_batches_per_step for rank in ranks] == [rounds] * world
@@ -54,7 +54,7 @@ def test_every_rank_has_its_share_at_the_balanced_width(batch, world, largest):
     assert (
         world * split.accumulation * (split.micro_batch - 1) < batch <= world * split.accumulation * split.micro_batch
     )
-    parts = [stream(batch, batch, world, rank, split.micro_batch).slots(0) for rank in range(world)]
+    parts = [order(batch, batch, world, rank, split.micro_batch).slots(0) for rank in range(world)]
     assert {len(part) for part in parts} == {split.accumulation}
     shares = [sum(int(slots.real.sum()) for slots in part) for part in parts]
     assert min(shares) >= 1
@@ -69,23 +69,23 @@ def test_shipped_micro_batch_and_batch_beyond_eight_ranks(world, micro, padding)
     split = split_batch(288, world, 36)
     assert (split.micro_batch, split.accumulation) == (micro, 1)
     assert split.padding == pytest.approx(padding)
-    shares = [int(stream(1000, 288, world, rank, micro).slots(7)[0].real.sum()) for rank in range(world)]
+    shares = [int(order(1000, 288, world, rank, micro).slots(7)[0].real.sum()) for rank in range(world)]
     assert sum(shares) == 288
     assert set(shares) == {288 // world, -(-288 // world)}
 
 
 def test_a_batch_that_divides_is_split_as_ever():
     """Sample m * world * micro + rank * micro + j of the global batch is slot j of rank's micro-batch m."""
-    _, ids = stream(100, 24).global_batch_ids(5)
+    _, ids = order(100, 24).global_batch_ids(5)
     for rank in range(3):
-        found = [slots.sample_ids for slots in stream(100, 24, 3, rank, 4).slots(5)]
+        found = [slots.sample_ids for slots in order(100, 24, 3, rank, 4).slots(5)]
         np.testing.assert_array_equal(found, ids.reshape(2, 3, 4)[:, rank])
 
 
 @quick
 @given(sizes, batches, st.integers(0, 1000), st.integers(0, 2**32 - 1))
 def test_an_epoch_has_every_sample_once_across_batch_borders(size, batch, first_epoch, seed):
-    one = stream(size, batch, seed=seed)
+    one = order(size, batch, seed=seed)
     first = first_epoch * size // batch
     last = -(-(first_epoch + 3) * size // batch)
     parts = [one.global_batch_ids(step) for step in range(first, last)]
@@ -98,22 +98,22 @@ def test_an_epoch_has_every_sample_once_across_batch_borders(size, batch, first_
 @quick
 @given(sizes, batches, st.integers(0, 10**6))
 def test_position_counts_consumed_samples(size, batch, step):
-    position = stream(size, batch).position(step)
+    position = order(size, batch).position(step)
     assert 0 <= position.index < size
     assert position.epoch * size + position.index == step * batch
-    epochs, _ = stream(size, batch).global_batch_ids(step)
+    epochs, _ = order(size, batch).global_batch_ids(step)
     assert epochs[0] == position.epoch
 
 
 def test_position_at_an_epoch_border():
-    assert stream(10, 4).position(0) == Position(0, 0)
-    assert stream(10, 4).position(3) == Position(1, 2)
-    assert stream(10, 5).position(2) == Position(1, 0)
+    assert order(10, 4).position(0) == Position(0, 0)
+    assert order(10, 4).position(3) == Position(1, 2)
+    assert order(10, 5).position(2) == Position(1, 0)
 
 
 def test_epochs_are_ordered_differently_and_seeds_too():
-    epochs = [stream(1000, 1000).global_batch_ids(step)[1] for step in (0, 1)]
-    other = stream(1000, 1000, seed=1).global_batch_ids(0)[1]
+    epochs = [order(1000, 1000).global_batch_ids(step)[1] for step in (0, 1)]
+    other = order(1000, 1000, seed=1).global_batch_ids(0)[1]
     assert (epochs[0] == epochs[1]).sum() < 10
     assert (epochs[0] == other).sum() < 10
 
@@ -140,7 +140,7 @@ def test_validation_masks_never_change_and_are_not_those_of_training():
 @pytest.mark.parametrize("size", [0, 2**32 + 1])
 def test_a_split_of_impossible_size_is_refused(size):
     with pytest.raises(XdscaleError, match=f"{size} samples"):
-        stream(size, 4)
+        order(size, 4)
     with pytest.raises(XdscaleError, match=f"{size} samples"):
         validation_slots(size, 4, 1, 0, 1)
 

@@ -24,7 +24,7 @@ WINDOW = 8192
 
 @dataclass(frozen=True)
 class Position:
-    """Where the stream stands: the epoch and the index of the next sample within it."""
+    """Where the order stands: the epoch and the index of the next sample within it."""
 
     epoch: int
     index: int
@@ -45,13 +45,13 @@ class Slots:
     real: np.ndarray
 
 
-class Stream:
-    """The training stream of one rank."""
+class Order:
+    """The order of the training samples, as one rank sees it."""
 
     def __init__(
         self, size: int, *, seed: int, global_batch: int, world_size: int, rank: int, micro_batch: int
     ) -> None:
-        """Sets the stream up; nothing is read or shuffled.
+        """Sets the order up; nothing is read or shuffled.
 
         Args:
             size: samples per epoch.
