@@ -73,7 +73,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-class Data(NamedTuple):
+class RunData(NamedTuple):
     """What a rank reads, and how its place in the data is recorded."""
 
     prepare: Any
@@ -183,7 +183,7 @@ def computes_in_bf16() -> bool:
 
 def open_data(
     recipe: Recipe, ds_config: dict[str, Any], ranks: Any, *, on_shard: Callable[[], None] | None = None
-) -> Data:
+) -> RunData:
     """Finds the shards and sets the streams up; `on_shard` is called as they are verified."""
     from xdscale.data.collate import XDBERTCollator
     from xdscale.data.draws import draws_hash
@@ -219,7 +219,7 @@ def open_data(
     collate_held_out = XDBERTCollator(held_out, seed=training.seed, tasks=recipe.tasks)
     slots = validation_slots(len(held_out), training.eval_samples, ranks.world_size, ranks.rank, micro_batch)
     validation = [collate_held_out(item) for item in slots]
-    return Data(prepare, validation, order, stream_hash, train.manifest.fingerprint, damaged)
+    return RunData(prepare, validation, order, stream_hash, train.manifest.fingerprint, damaged)
 
 
 def build_module(recipe: Recipe) -> Any:
@@ -249,7 +249,7 @@ class Session(NamedTuple):
 
 
 def open_session(
-    recipe: Any, ds_config: dict[str, Any], run: Any, data: Data, ranks: Any, build: Callable[[], Any]
+    recipe: Any, ds_config: dict[str, Any], run: Any, data: RunData, ranks: Any, build: Callable[[], Any]
 ) -> Session:
     """Builds module and engine and continues from the newest undamaged checkpoint, if there is one."""
     import torch
@@ -295,7 +295,7 @@ def train_session(
     recipe: Any,
     ds_config: dict[str, Any],
     run: Any,
-    data: Data,
+    data: RunData,
     ranks: Any,
     stop: StopRequest,
     watchdog: Any,
@@ -358,7 +358,7 @@ def train_session(
     return EXIT_STOPPED if stopped else 0
 
 
-def _positions(ds_config: dict[str, Any], data: Data, ranks: Any) -> Any:
+def _positions(ds_config: dict[str, Any], data: RunData, ranks: Any) -> Any:
     """Returns the function from steps done to the record that a checkpoint keeps of them."""
     from xdscale.training.checkpoint import CheckpointPosition
 

@@ -12,7 +12,7 @@ from xdscale.tasks.masked_lm import MaskedLMAdaptation
 from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation
 
 
-class Row(NamedTuple):
+class PartCount(NamedTuple):
     """One line of the table.
 
     Attributes:
@@ -26,7 +26,7 @@ class Row(NamedTuple):
     total: bool = False
 
 
-def parameter_table(spec: recipe.Recipe) -> list[Row]:
+def parameter_table(spec: recipe.Recipe) -> list[PartCount]:
     """Counts parameters without allocating any: the model is built on the meta device, without weights.
 
     Raises:
@@ -37,22 +37,22 @@ def parameter_table(spec: recipe.Recipe) -> list[Row]:
         adaptation = build_adaptation(bare)
     if isinstance(adaptation, MaskedLMAdaptation):
         return [
-            Row(f"language model, {spec.model.language.name}", _count(adaptation.model["language"]), total=True),
-            Row("masked-LM head", _count(adaptation.mlm, tied="decoder_weight")),
-            Row("model during adaptation", _count(adaptation), total=True),
+            PartCount(f"language model, {spec.model.language.name}", _count(adaptation.model["language"]), total=True),
+            PartCount("masked-LM head", _count(adaptation.mlm, tied="decoder_weight")),
+            PartCount("model during adaptation", _count(adaptation), total=True),
         ]
     model = adaptation.model
     layers = spec.model.cross_layers
     projection = _count(model.clip) - _count(model.clip.tower) + model.clip.tower.text_projection.numel()
     rows = [
-        Row(f"language model, {spec.model.language.name}", _count(model.language)),
-        Row(f"CLIP text transformer, {spec.model.clip.name}", _count(model.clip) - projection),
-        Row("text_projection + logit_scale", projection),
-        Row("one cross-modal layer", _count(model.layers[0])),
-        Row(f"model with {layers} cross-modal layer{'s' if layers > 1 else ''}", _count(model), total=True),
+        PartCount(f"language model, {spec.model.language.name}", _count(model.language)),
+        PartCount(f"CLIP text transformer, {spec.model.clip.name}", _count(model.clip) - projection),
+        PartCount("text_projection + logit_scale", projection),
+        PartCount("one cross-modal layer", _count(model.layers[0])),
+        PartCount(f"model with {layers} cross-modal layer{'s' if layers > 1 else ''}", _count(model), total=True),
     ]
     rows += _head_rows(adaptation)
-    rows.append(Row("model during adaptation", _count(adaptation), total=True))
+    rows.append(PartCount("model during adaptation", _count(adaptation), total=True))
     return rows
 
 
@@ -79,13 +79,13 @@ def _without_weights(model: recipe.Model) -> recipe.Model:
     )
 
 
-def _head_rows(adaptation: XDBERTAdaptation) -> list[Row]:
+def _head_rows(adaptation: XDBERTAdaptation) -> list[PartCount]:
     heads = (
         ("masked-LM head", adaptation.mlm),
         ("MATCH head", adaptation.match),
         ("CLIP token head", adaptation.clip_tokens),
     )
-    return [Row(name, _count(head, tied="decoder_weight")) for name, head in heads if head is not None]
+    return [PartCount(name, _count(head, tied="decoder_weight")) for name, head in heads if head is not None]
 
 
 def _count(module: nn.Module, *, tied: str = "") -> int:

@@ -3,12 +3,12 @@
 import pytest
 from typer.testing import CliRunner
 
-from xdscale.bench.shards import Result
+from xdscale.bench.shards import BuildSpeeds
 from xdscale.cli import app
 
 
 def test_figures_are_quotients_of_what_was_measured():
-    result = Result([2.0, 3.0, 10.0], [4.0, 4.0, 10.0], {1: [1e6, 2e6, 4e6], 2: [2e6, 3e6, 8e6]}, 12_000_000)
+    result = BuildSpeeds([2.0, 3.0, 10.0], [4.0, 4.0, 10.0], {1: [1e6, 2e6, 4e6], 2: [2e6, 3e6, 8e6]}, 12_000_000)
     assert result.speed_per_process == pytest.approx(0.75)
     assert result.gain(2) == pytest.approx(2.0)
 

@@ -18,7 +18,7 @@ from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
 from xdscale.finetune.command import Request, default_ds_config, make_job, run_command
 from xdscale.finetune.recipe import load_settings, resolve_run
 from xdscale.finetune.subject import describe_subject
-from xdscale.finetune.sweep import Sweep
+from xdscale.finetune.sweep import SweepRunner
 
 WORKER = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
@@ -65,7 +65,7 @@ def swept(small_tasks, cassette_model, full_model, clip_tiny, tmp_path_factory):
     said = []
     noise = tmp_path_factory.mktemp("noise")
     (noise / "sitecustomize.py").write_text(NOISE)
-    sweep = Sweep([WORKER | {"PYTHONPATH": str(noise)}], said.append)
+    sweep = SweepRunner([WORKER | {"PYTHONPATH": str(noise)}], said.append)
     sweep.start_workers(1)
     code = sweep.run(jobs)
     return out, code, "\n".join(said)

@@ -10,7 +10,7 @@ import pytest
 from xdscale.errors import EXIT_FAULT, EXIT_STOPPED
 from xdscale.finetune import command, worker_process
 from xdscale.finetune import sweep as sweeps
-from xdscale.finetune.sweep import Job, Sweep
+from xdscale.finetune.sweep import FinetuneJob, SweepRunner
 
 # Each is a worker whose task misbehaves in one way; `do` gets the job and returns its exit code.
 FRAME = """
@@ -101,9 +101,11 @@ def sweep(tmp_path, monkeypatch):
         for number in range(jobs):
             result = tmp_path / f"result-{number}.json"
             todo.append(
-                Job(f"rte seed {number}", {"result": str(result), "began": str(began)}, result, tmp_path / "none.log")
+                FinetuneJob(
+                    f"rte seed {number}", {"result": str(result), "began": str(began)}, result, tmp_path / "none.log"
+                )
             )
-        made = Sweep([{}], said.append)
+        made = SweepRunner([{}], said.append)
         made.start_workers(1)
         if stop is not None:
             threading.Thread(target=stop_when, args=(began, stop), daemon=True).start()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from xdscale.launch.facts import HostFacts, existing_parent, file_system
-from xdscale.launch.verdict import CHECKS, Collective, Evidence, judge, table
+from xdscale.launch.verdict import CHECKS, AllReduceTimes, Evidence, judge, table
 
 SOUND = HostFacts(
     rank=0,
@@ -36,7 +36,7 @@ def evidence(**changes):
         clock_offsets={0: 0.0, 8: 0.2},
         output_folder="/runs/x",
         needed_bytes=2**34,
-        collective=Collective({}, 0.1, 10.0, 2**26),
+        collective=AllReduceTimes({}, 0.1, 10.0, 2**26),
         collective_backend="nccl",
     )
 
@@ -88,7 +88,7 @@ def test_the_clock_may_be_almost_a_second_off():
 
 def test_a_rank_that_fails_in_the_all_reduce_is_found_on_its_machine():
     found = evidence()
-    found.collective = Collective({9: "no result of an all-reduce over nccl within 5 s"}, 0, 0, 2**26)
+    found.collective = AllReduceTimes({9: "no result of an all-reduce over nccl within 5 s"}, 0, 0, 2**26)
     (finding,) = judge(found)
     assert (finding.host, finding.check, finding.level) == ("gpu-b", "collective", "FAIL")
     assert "rank 9: no result" in finding.text

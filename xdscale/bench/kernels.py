@@ -37,7 +37,7 @@ GPU_COPIES = 3
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelTiming:
     """What was found about one contestant.
 
     Attributes:
@@ -59,7 +59,7 @@ class Row:
     problem: str
 
 
-def bench_kernels(out: Path | None = None, rounds: int | None = None) -> list[Row]:
+def bench_kernels(out: Path | None = None, rounds: int | None = None) -> list[KernelTiming]:
     """Times all contestants on this machine's GPU, or else on one core of its CPU; prints rows as they come.
 
     Args:
@@ -84,7 +84,7 @@ def bench_kernels(out: Path | None = None, rounds: int | None = None) -> list[Ro
     return rows
 
 
-def measure(sizes: Sizes, rounds: int) -> Iterator[Row]:
+def measure(sizes: Sizes, rounds: int) -> Iterator[KernelTiming]:
     """Yields the rows of one operation after the other."""
     for dtype in _dtypes(torch.device(sizes.device)):
         for operation, make in _contests(sizes, dtype):
@@ -117,7 +117,7 @@ def _contests(sizes: Sizes, dtype: torch.dtype) -> list[tuple[str, Callable[[], 
 
 def _compete(
     operation: str, dtype: torch.dtype, make: Callable[[], Contestants], sizes: Sizes, rounds: int
-) -> Iterator[Row]:
+) -> Iterator[KernelTiming]:
     """Times the contestants in turns; one that fails in its first calls takes no more."""
     copies = [make() for _ in range(GPU_COPIES if sizes.device == "cuda" else 1)]
     turns: dict[str, Callable[[], float]] = {}
@@ -137,7 +137,9 @@ def _compete(
     ours = found[next(iter(found))]
     for name, values in found.items():
         ratio = statistics.median(values) / statistics.median(ours) if values and ours else None
-        yield Row(operation, str(dtype).removeprefix("torch."), name, values, ratio, hows[name], problems[name])
+        yield KernelTiming(
+            operation, str(dtype).removeprefix("torch."), name, values, ratio, hows[name], problems[name]
+        )
 
 
 def _prepare(calls: list[Callable[[], object]], device: str) -> tuple[Callable[[], float], str, str]:
@@ -188,7 +190,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def _line(row: Row) -> str:
+def _line(row: KernelTiming) -> str:
     who = f"{row.operation:36} {row.dtype:9} {row.contestant:40}"
     if not row.milliseconds:
         return f"{who} failed: {row.problem}"

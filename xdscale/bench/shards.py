@@ -30,7 +30,7 @@ UNITS = 24
 
 
 @dataclass(frozen=True)
-class Result:
+class BuildSpeeds:
     """What was measured.
 
     Attributes:
@@ -93,7 +93,9 @@ def _write_corpus(inputs: list[str], path: Path, size: int) -> list[str]:
     return paragraphs
 
 
-def _measure(path: Path, paragraphs: list[str], language_tokenizer: str, rounds: int, processes: list[int]) -> Result:
+def _measure(
+    path: Path, paragraphs: list[str], language_tokenizer: str, rounds: int, processes: list[int]
+) -> BuildSpeeds:
     language, _ = load_language_tokenizer(language_tokenizer)
     clip = ClipBPE().tokenizer
     cleaned = [clean(text) for text in paragraphs]
@@ -114,7 +116,7 @@ def _measure(path: Path, paragraphs: list[str], language_tokenizer: str, rounds:
                 rates[workers].append(_build_rate(path, language_tokenizer, workers))
                 if workers == 1:
                     build.append(time.process_time() - started)
-    return Result(bare, build, rates, path.stat().st_size)
+    return BuildSpeeds(bare, build, rates, path.stat().st_size)
 
 
 def _build_rate(path: Path, language_tokenizer: str, workers: int) -> float:
@@ -137,7 +139,7 @@ def _build_rate(path: Path, language_tokenizer: str, workers: int) -> float:
     return (last_bytes - first_bytes) / (last_time - first_time)
 
 
-def _table(result: Result, workers: int) -> Table:
+def _table(result: BuildSpeeds, workers: int) -> Table:
     size = result.text_bytes
     table = Table(
         title=f"{size / 1e6:.1f} MB of text, median of {len(result.bare_seconds)} rounds, {os.cpu_count()} cores"

@@ -36,7 +36,7 @@ MANY_SHARDS, FEW_SHARDS = 10_000, 500
 
 
 @dataclass(frozen=True)
-class Row:
+class Promise:
     """One promise: the figure, what it must reach, and whether it does."""
 
     name: str
@@ -45,7 +45,7 @@ class Row:
     reached: bool
 
 
-def bench_stream(shards: Path, *, samples: int = 20_000, rounds: int = 3) -> list[Row]:
+def bench_stream(shards: Path, *, samples: int = 20_000, rounds: int = 3) -> list[Promise]:
     """Measures and prints.
 
     Args:
@@ -76,16 +76,16 @@ def build_wikipedia_slice(folder: Path) -> Path:
     return folder
 
 
-def _against_webdataset(source: Table, work: Path, samples: int, rounds: int) -> list[Row]:
+def _against_webdataset(source: Table, work: Path, samples: int, rounds: int) -> list[Promise]:
     chosen = np.arange(samples) % len(source)
     ours, theirs = _write_ours(source, chosen, work / "ours"), _write_theirs(source, chosen, work / "theirs")
     rates = [(_read_ours(ours, samples), _read_theirs(theirs, samples)) for _ in range(rounds)]
     ratio = statistics.median(mine / other for mine, other in rates)
     mine, other = (statistics.median(side) for side in zip(*rates))
     return [
-        Row(f"samples per CPU-second, webdataset, buffer of {BUFFER:,}", f"{other:,.0f}", "", True),
-        Row("samples per CPU-second, globally shuffled", f"{mine:,.0f}", "", True),
-        Row(f"ratio, median of {rounds} rounds", f"{ratio:.0f}×", "≥ 60×", ratio >= 60),
+        Promise(f"samples per CPU-second, webdataset, buffer of {BUFFER:,}", f"{other:,.0f}", "", True),
+        Promise("samples per CPU-second, globally shuffled", f"{mine:,.0f}", "", True),
+        Promise(f"ratio, median of {rounds} rounds", f"{ratio:.0f}×", "≥ 60×", ratio >= 60),
     ]
 
 
@@ -166,14 +166,14 @@ def _order(split: Table, batch: int) -> Order:
     return Order(len(split), seed=seed, global_batch=batch, world_size=1, rank=0, micro_batch=batch)
 
 
-def _fresh_process(many: Path, few: Path) -> list[Row]:
+def _fresh_process(many: Path, few: Path) -> list[Promise]:
     """Measures the first batch and the memory of a process that does nothing else."""
     ready, large = _child(many)
     _, small = _child(few)
     growth = large - small
     return [
-        Row(f"process start to first batch, {MANY_SHARDS:,} shards", f"{ready:.2f} s", "< 2 s", ready < 2),
-        Row(
+        Promise(f"process start to first batch, {MANY_SHARDS:,} shards", f"{ready:.2f} s", "< 2 s", ready < 2),
+        Promise(
             f"peak memory, {FEW_SHARDS:,} and {MANY_SHARDS:,} shards",
             f"{small:.0f} and {large:.0f} MiB",
             "+ < 32 MiB",
@@ -202,7 +202,7 @@ def _in_child(folder: Path) -> None:
     print(json.dumps({"ready": ready, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}))
 
 
-def _seek(folder: Path) -> Row:
+def _seek(folder: Path) -> Promise:
     split = Table(folder, "train")
     order, collate = _order(split, FIRST_BATCH), XDBERTCollator(split, seed=0, tasks=Tasks())
     seconds = []
@@ -212,10 +212,10 @@ def _seek(folder: Path) -> Row:
         seconds.append(time.process_time() - began)
     worst, usual = 1000 * max(seconds), 1000 * statistics.median(seconds)
     name = f"any of {SEEKS} positions to its batch, CPU time, worst (median)"
-    return Row(name, f"{worst:.0f} ms ({usual:.1f} ms)", "< 50 ms", worst < 50)
+    return Promise(name, f"{worst:.0f} ms ({usual:.1f} ms)", "< 50 ms", worst < 50)
 
 
-def _print(rows: list[Row], source: Table) -> None:
+def _print(rows: list[Promise], source: Table) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -30,9 +30,9 @@ from xdscale.finetune.recipe import (
     load_settings,
     resolve_run,
 )
-from xdscale.finetune.sweep import SIGNALS, Job, Sweep
+from xdscale.finetune.sweep import SIGNALS, FinetuneJob, SweepRunner
 from xdscale.names import resolve_path
-from xdscale.report.sweep import Model, SweepFile, read_result, read_sweep_file
+from xdscale.report.sweep import FinetunedModel, SweepFile, read_result, read_sweep_file
 from xdscale.training.run_folder import RunFolder
 
 HUB_DATA = Path("data/tasks")
@@ -93,7 +93,7 @@ def run_command(request: Request) -> int:
         gpus = visible_gpus()
         console = Console(stderr=True)
         slots = _slots(request.jobs or max(1, len(gpus)), gpus)
-        sweep = Sweep(slots, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+        sweep = SweepRunner(slots, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
         try:
             todo = [
                 (name, seed) for name in names for seed in seeds[name] if not _result(request.out, name, seed).is_file()
@@ -108,7 +108,7 @@ def run_command(request: Request) -> int:
 
 @contextmanager
 def _stopped_at_once() -> Iterator[None]:
-    """Ends the command at a signal while there is nothing to save; `Sweep.run` handles them itself."""
+    """Ends the command at a signal while there is nothing to save; `SweepRunner.run` handles them itself."""
 
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(EXIT_STOPPED)
@@ -162,7 +162,7 @@ def _plan(
     seeds: dict[str, list[int]],
     *,
     gpu: bool,
-) -> list[Job]:
+) -> list[FinetuneJob]:
     """Checks the model and the folder, writes `sweep.json`, and returns the runs that are still to be done."""
     from xdscale.finetune.subject import describe_subject
 
@@ -191,7 +191,7 @@ def _plan(
     return sorted(jobs, key=lambda job: job.message["recipe"]["training"]["seed"])
 
 
-def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], label: str, log: Path) -> Job:
+def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], label: str, log: Path) -> FinetuneJob:
     """Returns the job of one run, as a worker takes it."""
     message = {
         "recipe": recipe.model_dump(mode="json"),
@@ -201,7 +201,7 @@ def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], la
         "log": str(log),
     }
     folder = Path(recipe.output.folder)
-    return Job(f"{recipe.task.name} seed {recipe.training.seed}", message, folder / RESULT, log)
+    return FinetuneJob(f"{recipe.task.name} seed {recipe.training.seed}", message, folder / RESULT, log)
 
 
 def _result(out: Path, task: str, seed: int) -> Path:
@@ -211,7 +211,9 @@ def _result(out: Path, task: str, seed: int) -> Path:
 def _summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[str, list[int]]) -> SweepFile:
     """Returns what `sweep.json` is to say; refuses a folder that holds something else."""
     path = out / SUMMARY
-    model = Model(label=label, **{key: subject[key] for key in ("name", "subject", "encoder", "weights_sha256")})
+    model = FinetunedModel(
+        label=label, **{key: subject[key] for key in ("name", "subject", "encoder", "weights_sha256")}
+    )
     planned: dict[str, list[int]] = {}
     if path.is_file():
         before = read_sweep_file(path)

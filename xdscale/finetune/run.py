@@ -109,7 +109,7 @@ def prepare(task_name: str, data: str, model: str, subject: str) -> Material:
     )
 
 
-def _open_stream(recipe: FinetuneRecipe, ds_config: dict[str, Any], ranks: Ranks, material: Material) -> adapt.Data:
+def _open_stream(recipe: FinetuneRecipe, ds_config: dict[str, Any], ranks: Ranks, material: Material) -> adapt.RunData:
     training, micro_batch = recipe.training, ds_config["train_micro_batch_size_per_gpu"]
     order = Order(
         len(material.train),
@@ -131,7 +131,7 @@ def _open_stream(recipe: FinetuneRecipe, ds_config: dict[str, Any], ranks: Ranks
         return sample_hash(*order.global_batch_ids(step))
 
     validation = [collate_dev(item) for item in slots]
-    return adapt.Data(prepare_step, validation, order, stream_hash, material.data.fingerprint(), {})
+    return adapt.RunData(prepare_step, validation, order, stream_hash, material.data.fingerprint(), {})
 
 
 def _collator(recipe: FinetuneRecipe, material: Material, split: EncodedSplit) -> TaskCollator:

@@ -26,7 +26,7 @@ _LOG_LINES = 15
 
 
 @dataclass(frozen=True)
-class Job:
+class FinetuneJob:
     """One run: what the worker gets, where the result will stand, and where the run's words go."""
 
     name: str
@@ -35,7 +35,7 @@ class Job:
     log: Path
 
 
-class Sweep:
+class SweepRunner:
     """Runs jobs over slots.
 
     Args:
@@ -46,8 +46,8 @@ class Sweep:
     def __init__(self, slots: list[dict[str, str]], say: Callable[[str], None]) -> None:
         self._slots = slots
         self._say = say
-        self._queue: deque[Job] = deque()
-        self._running: dict[int, Job] = {}
+        self._queue: deque[FinetuneJob] = deque()
+        self._running: dict[int, FinetuneJob] = {}
         self._workers: dict[int, WorkerProcess] = {}
         self._failed: dict[str, str] = {}
         self._notes: set[str] = set()
@@ -61,7 +61,7 @@ class Sweep:
         for slot in range(min(len(self._slots), most)):
             self._workers[slot] = WorkerProcess(self._slots[slot])
 
-    def run(self, jobs: list[Job]) -> int:
+    def run(self, jobs: list[FinetuneJob]) -> int:
         """Works until every job is done, failed, or a signal stops all.
 
         SIGINT, SIGTERM and SIGUSR1 stop every worker: each saves a checkpoint of its run, and the same sweep continues.
@@ -115,7 +115,7 @@ class Sweep:
                     self._failed[job.name] = self._tail(job, slot, problem)
                     self._say(f"[{self._done}/{self._total}] {job.name}: failed, see {job.log}")
 
-    def _work(self, slot: int, job: Job) -> tuple[str | None, bool]:
+    def _work(self, slot: int, job: FinetuneJob) -> tuple[str | None, bool]:
         """Lets a worker do a job; returns why it failed, if it did, and whether it was stopped without a loss."""
         try:
             if not self._workers[slot].alive:
@@ -139,7 +139,7 @@ class Sweep:
             self._notes.add(note)
             self._say(f"note: {note}")
 
-    def _tail(self, job: Job, slot: int, problem: str) -> str:
+    def _tail(self, job: FinetuneJob, slot: int, problem: str) -> str:
         lines = _lines(job.log) or self._workers[slot].output()
         return "\n".join([f"{problem}; last lines of {job.log}:", *lines[-_LOG_LINES:]])
 

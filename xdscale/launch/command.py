@@ -11,7 +11,7 @@ from xdscale.errors import XdscaleError
 from xdscale.files import write_outputs
 from xdscale.launch.environment import carried_environment, deepspeed_env_text, local_cache
 from xdscale.launch.hosts import Host, hostfile_text
-from xdscale.launch.job import Job
+from xdscale.launch.job import TrainingJob
 from xdscale.launch.slurm import SlurmRequest, sbatch_text
 from xdscale.launch.start import (
     Rendezvous,
@@ -27,7 +27,7 @@ _MODULE = "xdscale.adapt"
 
 
 def launch_on_hosts(
-    job: Job, hosts: list[Host], meet: Rendezvous, out: Path, *, env: list[str], run: bool, force: bool
+    job: TrainingJob, hosts: list[Host], meet: Rendezvous, out: Path, *, env: list[str], run: bool, force: bool
 ) -> None:
     """Writes `hostfile` and `.deepspeed_env`, prints the commands, and with `run` becomes the first one.
 
@@ -68,7 +68,9 @@ def launch_on_hosts(
     print(on_one_node(hostfile, environment, meet, _MODULE, job.arguments))
 
 
-def launch_on_slurm(job: Job, request: SlurmRequest, out: Path, *, env: list[str], run: bool, force: bool) -> None:
+def launch_on_slurm(
+    job: TrainingJob, request: SlurmRequest, out: Path, *, env: list[str], run: bool, force: bool
+) -> None:
     """Writes `job.sbatch`, prints the command that queues it, and with `run` becomes that command.
 
     Args:
@@ -92,7 +94,7 @@ def launch_on_slurm(job: Job, request: SlurmRequest, out: Path, *, env: list[str
     print(shlex.join(command))
 
 
-def slurm_script(job: Job, request: SlurmRequest, environment: Mapping[str, str], env: list[str]) -> str:
+def slurm_script(job: TrainingJob, request: SlurmRequest, environment: Mapping[str, str], env: list[str]) -> str:
     """Returns the batch script of a job as started from an environment."""
     carried = carried_environment(environment, env)
     return sbatch_text(job.name, request, program("python"), job.arguments, carried, job.recipe.output.folder)

@@ -14,7 +14,7 @@ _LARGE_FROM, _SMALL_TO = 1024, 512
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """A training run that fits together.
 
     Attributes:
@@ -30,7 +30,7 @@ class Job:
     split: BatchSplit
 
 
-def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str | None, world_size: int) -> Job:
+def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str | None, world_size: int) -> TrainingJob:
     """Reads and checks everything that a rank would refuse after the wait in the queue.
 
     Args:
@@ -47,7 +47,7 @@ def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str 
     ds_file = ds_config or shipped_ds_config(recipe)
     resolved = resolve_ds_config(ds_file, read_ds_config(ds_file), recipe, world_size)
     split = split_batch(recipe.training.global_batch, world_size, resolved["train_micro_batch_size_per_gpu"])
-    return Job(
+    return TrainingJob(
         name=re.sub(r"[^\w.-]+", "-", Path(name).stem),
         recipe=recipe,
         arguments=(name, *overrides, "--deepspeed_config", ds_file),

@@ -140,7 +140,7 @@ def _facts(rank: int, recipe: Recipe | None) -> dict[str, object]:
 def _try_collective(store: Any, rank: int, world_size: int, timeout_seconds: int, evidence: Any = None) -> None:
     from xdscale.launch.collective import all_reduce_twice
     from xdscale.launch.exchange import answers
-    from xdscale.launch.verdict import Collective
+    from xdscale.launch.verdict import AllReduceTimes
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     outcome = all_reduce_twice(store, rank, world_size, local_rank, timeout_seconds)
@@ -150,7 +150,9 @@ def _try_collective(store: Any, rank: int, world_size: int, timeout_seconds: int
     silent, heard = answers(store, "collective", range(world_size), timeout_seconds)
     problems = {number: problem for number, problem in heard.items() if problem}
     problems |= {number: "ended during the all-reduce" for number in silent}
-    evidence.collective = Collective(problems, outcome.milliseconds, outcome.large_milliseconds, outcome.large_bytes)
+    evidence.collective = AllReduceTimes(
+        problems, outcome.milliseconds, outcome.large_milliseconds, outcome.large_bytes
+    )
     evidence.collective_backend = outcome.backend
 
 

@@ -45,7 +45,7 @@ class Finding(NamedTuple):
     text: str
 
 
-class Collective(NamedTuple):
+class AllReduceTimes(NamedTuple):
     """Result of the all-reduces.
 
     Attributes:
@@ -84,7 +84,7 @@ class Evidence:
     output_folder: str = ""
     output_problems: dict[int, str] = field(default_factory=dict)
     needed_bytes: int | None = None
-    collective: Collective | None = None
+    collective: AllReduceTimes | None = None
     collective_backend: str = ""
 
     def label(self, rank: int) -> str:

@@ -57,7 +57,7 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PlanRow:
     """One way to share the model states.
 
     Attributes:
@@ -123,7 +123,7 @@ class Plan:
     machine: Machine
     precision: str
     checkpointing: bool
-    rows: tuple[Row, ...]
+    rows: tuple[PlanRow, ...]
     best: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,11 +190,11 @@ class _RowMaker:
     flops: float
     frozen: tuple[str, ...]
 
-    def rows(self, precision: str, checkpointing: bool) -> Iterator[Row]:
+    def rows(self, precision: str, checkpointing: bool) -> Iterator[PlanRow]:
         for way in ("zero0", *WAYS):
             yield self.row(way, read_settings(ds_config(way, precision, 1, checkpointing=checkpointing)))
 
-    def row(self, way: str, settings: Settings) -> Row:
+    def row(self, way: str, settings: Settings) -> PlanRow:
         gpus = self.machine.cluster.gpus
         states = model_states(self.found, settings, gpus)
         largest = self._largest(states, settings)
@@ -206,7 +206,7 @@ class _RowMaker:
         waiting = step.communicating_seconds + self._host_seconds(settings)
         seconds = step.computing_seconds + waiting if largest else None
         hours = seconds * self.recipe.training.steps / 3600 if seconds else None
-        return Row(
+        return PlanRow(
             way=way,
             states=states,
             activations=self._activations(settings),

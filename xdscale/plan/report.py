@@ -15,7 +15,7 @@ from xdscale.files import write_outputs
 from xdscale.plan.cluster import NETWORK_EFFICIENCY, Cluster
 from xdscale.plan.configs import WAYS, config_text, ds_config
 from xdscale.plan.hardware import FRAGMENTED, RESERVED_GIB, describe_gpu
-from xdscale.plan.planner import GIB, Machine, Plan, Row, make_plan
+from xdscale.plan.planner import GIB, Machine, Plan, PlanRow, make_plan
 from xdscale.plan.scaling import COUNTS, markdown, scale
 from xdscale.plan.scaling import chart as chart_text
 from xdscale.recipe import load_recipe
@@ -200,7 +200,7 @@ def _time_table(plan: Plan) -> Table:
     return table
 
 
-def _style(plan: Plan, row: Row) -> str:
+def _style(plan: Plan, row: PlanRow) -> str:
     return "bold" if row.way == plan.best else "dim" if row.step_seconds is None else ""
 
 
@@ -222,7 +222,7 @@ def _verdict(plan: Plan) -> str:
     )
 
 
-def _padding(row: Row, gpus: int) -> str:
+def _padding(row: PlanRow, gpus: int) -> str:
     if not row.padding:
         return ""
     return (

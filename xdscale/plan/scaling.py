@@ -17,7 +17,7 @@ FEWEST_PER_GPU = 18
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalingPoint:
     """The whole run on some number of GPUs.
 
     Attributes:
@@ -43,7 +43,9 @@ class Point:
     efficiency: float
 
 
-def scale(name: str, recipe: Recipe, machine: Machine, *, grow: bool, counts: Iterable[int] = COUNTS) -> list[Point]:
+def scale(
+    name: str, recipe: Recipe, machine: Machine, *, grow: bool, counts: Iterable[int] = COUNTS
+) -> list[ScalingPoint]:
     """Plans a recipe on each number of GPUs.
 
     Args:
@@ -57,7 +59,7 @@ def scale(name: str, recipe: Recipe, machine: Machine, *, grow: bool, counts: It
     Raises:
         XdscaleError: the recipe fits on none.
     """
-    points: list[Point] = []
+    points: list[ScalingPoint] = []
     training = recipe.training
     for gpus in counts:
         batch = max(training.global_batch, FEWEST_PER_GPU * gpus) if grow else training.global_batch
@@ -74,7 +76,7 @@ def scale(name: str, recipe: Recipe, machine: Machine, *, grow: bool, counts: It
             continue
         rate = batch / row.step_seconds / gpus
         points.append(
-            Point(
+            ScalingPoint(
                 gpus,
                 plan.machine.cluster.nodes,
                 row.way,
@@ -91,7 +93,7 @@ def scale(name: str, recipe: Recipe, machine: Machine, *, grow: bool, counts: It
     return points
 
 
-def markdown(points: list[Point]) -> str:
+def markdown(points: list[ScalingPoint]) -> str:
     """Returns the points as a Markdown table."""
     lines = [
         "| GPUs | nodes | sharing | global batch | steps | s per step | efficiency | hours | $ |",
@@ -110,7 +112,7 @@ _LEFT, _TOP, _WIDTH, _HEIGHT = 70, 40, 560, 320
 _COLOURS = {"batch of the recipe": "#c05621", "growing batch": "#2b6cb0"}
 
 
-def chart(curves: dict[str, list[Point]], title: str) -> str:
+def chart(curves: dict[str, list[ScalingPoint]], title: str) -> str:
     """Returns an SVG of hours over GPUs, both logarithmic, with the straight line of perfect scaling.
 
     Args:

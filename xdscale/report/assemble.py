@@ -8,7 +8,7 @@ import numpy as np
 from xdscale.errors import XdscaleError
 from xdscale.report.bootstrap import Difference, average
 from xdscale.report.comparison import Comparison, compare, require_comparable, unlike
-from xdscale.report.published import Column, Layout, PublishedRow
+from xdscale.report.published import Layout, PublishedRow, TaskColumn
 from xdscale.report.sweep import Sweep
 
 
@@ -32,7 +32,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """A line of the table.
 
     Attributes:
@@ -66,20 +66,20 @@ class Report:
     averaged: dict[str, tuple[str, ...]]
     remarks: tuple[str, ...]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ReportRow]:
         """Returns the paper's lines in its order, each with our run of the same model, then our other runs."""
         rows, placed = [], set()
         for published in self.layout.rows:
             ours = [sweep for sweep in self.sweeps if self.published_row(sweep) is published]
             placed.update(sweep.model.label for sweep in ours)
-            rows += [Row(published, sweep) for sweep in ours] or [Row(published, None)]
-        return rows + [Row(None, sweep) for sweep in self.sweeps if sweep.model.label not in placed]
+            rows += [ReportRow(published, sweep) for sweep in ours] or [ReportRow(published, None)]
+        return rows + [ReportRow(None, sweep) for sweep in self.sweeps if sweep.model.label not in placed]
 
     def published_row(self, sweep: Sweep) -> PublishedRow | None:
         """Returns the paper's line of the same model."""
         return next((row for row in self.layout.rows if row.stands_for(sweep.model.label)), None)
 
-    def published_value(self, sweep: Sweep, column: Column) -> float | None:
+    def published_value(self, sweep: Sweep, column: TaskColumn) -> float | None:
         """Returns what the paper printed for a run, in its own unit, if it is of the same metric."""
         row, runs = self.published_row(sweep), sweep.tasks.get(column.task)
         if row is None or (runs is not None and runs.score.name != column.metric):
@@ -108,7 +108,7 @@ class Report:
         """Returns the sweep of a label."""
         return next(sweep for sweep in self.sweeps if sweep.model.label == label)
 
-    def column(self, task: str) -> Column:
+    def column(self, task: str) -> TaskColumn:
         """Returns the column of a task."""
         return next(column for column in self.layout.columns if column.task == task)
 

@@ -37,7 +37,7 @@ def page(report: Report) -> str:
     )
 
 
-def _row(report: Report, row: text.Row) -> dict[str, object]:
+def _row(report: Report, row: text.ReportRow) -> dict[str, object]:
     """Returns one line of the table for the template: the paper's cells, and ours as (median, spread, seeds, word)."""
     ours = None
     if row.sweep is not None:

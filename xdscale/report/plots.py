@@ -11,7 +11,7 @@ import numpy as np
 
 from xdscale.report import wording
 from xdscale.report.assemble import Report
-from xdscale.report.published import Column
+from xdscale.report.published import TaskColumn
 from xdscale.report.sweep import Sweep, TaskRuns
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _VARIABLES = {_TEXT: "--text", _GRID: "--line", _PAPER: "--paper"} | {
 _FONT_POINTS = 8
 
 
-def box_plot(report: Report, column: Column) -> str:
+def box_plot(report: Report, column: TaskColumn) -> str:
     """Draws the scores of all models on a task: median, quartiles, lowest to highest, each seed, the paper's value."""
     sweeps = [sweep for sweep in report.sweeps if column.task in sweep.tasks]
     figure, axes = _axes(3.4, 0.75 + 0.42 * len(sweeps))
@@ -46,7 +46,7 @@ def box_plot(report: Report, column: Column) -> str:
     return _svg(figure, f"{column.title}: {described}")
 
 
-def learning_curves(report: Report, column: Column) -> str:
+def learning_curves(report: Report, column: TaskColumn) -> str:
     """Draws the training loss of all seeds of all models on a task, and the median over seeds of each model."""
     sweeps = [sweep for sweep in report.sweeps if column.task in sweep.tasks]
     figure, axes = _axes(3.4, 2.0)
@@ -66,7 +66,7 @@ def learning_curves(report: Report, column: Column) -> str:
     return _svg(figure, f"{column.title}: training loss, {described}")
 
 
-def _box(axes: "Axes", report: Report, column: Column, sweep: Sweep, place: int) -> None:
+def _box(axes: "Axes", report: Report, column: TaskColumn, sweep: Sweep, place: int) -> None:
     runs, colour = sweep.tasks[column.task], _colour(report, sweep)
     scale = 1 if runs.score.name == "rmse" else 100
     scores = scale * runs.scores
@@ -112,7 +112,7 @@ def _colour(report: Report, sweep: Sweep) -> str:
     return _MODELS[report.sweeps.index(sweep) % SERIES]
 
 
-def _described(report: Report, column: Column, sweep: Sweep) -> str:
+def _described(report: Report, column: TaskColumn, sweep: Sweep) -> str:
     cell, metric = report.cell(sweep, column.task), sweep.tasks[column.task].score.name
     printed = report.published_value(sweep, column)
     paper = f", paper {wording.published(column.metric, printed)}" if printed is not None else ""

@@ -8,7 +8,7 @@ import yaml
 
 
 @dataclass(frozen=True)
-class Column:
+class TaskColumn:
     """A task as it stands in the tables.
 
     Attributes:
@@ -60,7 +60,7 @@ class Layout:
     caption: str
     note: str
     compare: bool
-    columns: tuple[Column, ...]
+    columns: tuple[TaskColumn, ...]
     rows: tuple[PublishedRow, ...]
 
 
@@ -71,7 +71,7 @@ def layouts() -> dict[str, Layout]:
     tables = {}
     for name, table in stored["tables"].items():
         columns = tuple(
-            Column(task, known["title"], known["metric"], table.get("seeds", known["seeds"]))
+            TaskColumn(task, known["title"], known["metric"], table.get("seeds", known["seeds"]))
             for task, known in ((task, stored["tasks"][task]) for task in table["tasks"])
         )
         rows = tuple(

@@ -18,7 +18,7 @@ class _Stored(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Model(_Stored):
+class FinetunedModel(_Stored):
     """Which model a sweep finetuned; `encoder` says in words what its language encoder is."""
 
     name: str
@@ -38,7 +38,7 @@ class SweepFile(_Stored):
     """`sweep.json`."""
 
     format: Literal[1]
-    model: Model
+    model: FinetunedModel
     tasks: dict[str, Seeds]
 
 
@@ -166,7 +166,7 @@ class Sweep:
     """
 
     folder: Path
-    model: Model
+    model: FinetunedModel
     tasks: dict[str, TaskRuns]
     unfinished: tuple[str, ...]
 

@@ -5,7 +5,7 @@ import io
 from typing import TYPE_CHECKING
 
 from xdscale.report import wording
-from xdscale.report.assemble import Report, Row
+from xdscale.report.assemble import Report, ReportRow
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,7 @@ def head(report: Report) -> list[str]:
     return ["", *(f"{column.title}↓" if column.metric == "rmse" else column.title for column in report.layout.columns)]
 
 
-def published_cells(report: Report, row: Row) -> list[str]:
+def published_cells(report: Report, row: ReportRow) -> list[str]:
     """Returns the paper's line, column by column."""
     if row.published is None:
         return ["–"] * len(report.layout.columns)
@@ -139,7 +139,7 @@ def terminal_table(report: Report) -> "Table":
     return grid
 
 
-def _own_cells(report: Report, row: Row, separator: str) -> list[str]:
+def _own_cells(report: Report, row: ReportRow, separator: str) -> list[str]:
     cells = []
     for column in report.layout.columns:
         cell = report.cell(row.sweep, column.task)
