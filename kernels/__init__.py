@@ -1,1 +1,28 @@
-"""Operations of the models, one file each. Kept light: transformers looks for a top-level `kernels` too."""
+"""Operations of the models, one file each: by name from here, with their plain definitions.
+
+`from xdscale.kernels import packed_attention` gives the function; a file of the same name as its function is reached as
+a module through `importlib` or by importing from it.
+"""
+
+if __name__ == "xdscale.kernels":  # transformers looks for a top-level `kernels` too, and may find this folder
+    from xdscale.kernels.activated_linear import activated_linear, plain_activated_linear
+    from xdscale.kernels.attention import packed_attention, packed_attention_plain
+    from xdscale.kernels.causal_attention import causal_attention, causal_attention_plain
+    from xdscale.kernels.masked_token_loss import masked_token_loss, plain_masked_token_loss
+    from xdscale.kernels.quick_gelu import plain_quick_gelu, quick_gelu
+    from xdscale.kernels.residual_norm import plain_residual_norm, residual_norm
+
+    __all__ = [
+        "activated_linear",
+        "causal_attention",
+        "causal_attention_plain",
+        "masked_token_loss",
+        "packed_attention",
+        "packed_attention_plain",
+        "plain_activated_linear",
+        "plain_masked_token_loss",
+        "plain_quick_gelu",
+        "plain_residual_norm",
+        "quick_gelu",
+        "residual_norm",
+    ]

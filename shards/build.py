@@ -63,7 +63,7 @@ def build_shards(
     Args:
         inputs: corpus files, folders and patterns (see `find_inputs`), read in this order.
         out: folder for the shards; made if it does not exist.
-        language_tokenizer: `tokenizer.json`, folder, `package:NAME/folder` or hub name.
+        language_tokenizer: `tokenizer.json` or `vocab.txt`, folder, `package:NAME/folder` or hub name.
         sequence_length: language tokens per sequence, without [CLS] and [SEP].
         clip_blocks: CLIP blocks of 75 tokens at most per sequence; the rest of its text is cut on CLIP's side.
         validation_fraction: share of documents held out, chosen by a hash of their text.

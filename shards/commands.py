@@ -22,7 +22,9 @@ def build(
         list[str], typer.Argument(help="Corpus files, folders, quoted patterns, or package:NAME/inner/path.")
     ],
     out: Annotated[UserPath, typer.Option(help="Folder for the shards.")],
-    language_tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder, package:NAME/folder or hub name.")],
+    language_tokenizer: Annotated[
+        str, typer.Option(help="tokenizer.json or vocab.txt, folder, package:NAME/folder or hub name.")
+    ],
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence, less [CLS] and [SEP].")] = 510,
     clip_blocks: Annotated[int, typer.Option(min=1, help="CLIP blocks of 75 tokens per sequence, at most.")] = 9,
     validation_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of documents held out.")] = 0.01,

@@ -12,9 +12,9 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xdscale.errors import XdscaleError
+from xdscale.files import replaced_when_complete
 from xdscale.shards.manifest import Build
 from xdscale.shards.unit import UnitRecord
-from xdscale.shards.writer import replaced_when_complete
 
 PART_FILES = "part-*-of-*.json"
 

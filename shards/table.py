@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xdscale.errors import XdscaleError
+from xdscale.names import expand_home
 from xdscale.shards.layout import OFFSETS, read_layout
 from xdscale.shards.manifest import Column, Manifest, members
 
@@ -86,6 +87,21 @@ class Table:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        """Returns one row, by column. So a table can be iterated over.
+
+        Raises:
+            IndexError: there is no such row; a negative one counts from the end.
+            XdscaleError: as `read`.
+        """
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"{self.folder}: no row {row}; {self.split} has {len(self)}")
+        rows = np.array([row % len(self)])
+        return {
+            name: self.read_ragged(name, rows).values if kind.offsets else self.read(name, rows)[0]
+            for name, kind in self._columns.items()
+        }
 
     def usable(self, rows: np.ndarray) -> np.ndarray:
         """Returns whether each row lies in a shard that may be read: bool [n]."""
@@ -259,6 +275,19 @@ class Table:
 
     def _unreadable(self, number: int, error: OSError) -> XdscaleError:
         return XdscaleError(f"{self.folder / self._shards[number].file}: cannot be read: {error.strerror or error}")
+
+
+def open_table(folder: str | Path, split: str = "train") -> Table:
+    """Opens one split of a dataset: `len`, rows by number, columns by name, iteration row by row.
+
+    Args:
+        folder: written by `xdscale shards build`, or fetched whole.
+        split: "train" or "validation".
+
+    Raises:
+        XdscaleError: no valid manifest or no such split.
+    """
+    return Table(Path(expand_home(str(folder))), split)
 
 
 def _close(descriptors: np.ndarray, which: np.ndarray | slice) -> None:

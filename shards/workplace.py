@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
+from xdscale.files import replaced_when_complete
 from xdscale.shards.manifest import MANIFEST_NAME, Build, Manifest
 from xdscale.shards.part import PART_FILES, Part, read_part_files
 from xdscale.shards.unit import SPLITS, WORK_FOLDER
 from xdscale.shards.verify import verify_shards
-from xdscale.shards.writer import replaced_when_complete
 
 LOCK_NAME = "lock"
 

@@ -2,40 +2,15 @@
 
 import hashlib
 import io
-import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from xdscale.files import replaced_when_complete
 from xdscale.shards.manifest import BLOCK_ROWS, Column, ShardRecord, members
-
-
-@contextmanager
-def replaced_when_complete(path: Path) -> Iterator[BinaryIO]:
-    """Gives a file to write that becomes `path` only if the block ends without an exception.
-
-    The content is on the disk before the name appears (fsync, then rename, then fsync of the folder), so a
-    machine that loses power leaves either the whole new file or none of it.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_shard(

@@ -209,3 +209,28 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def small_run(adapt: Callable[..., Launch], short_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the quickstart's model after two steps on two ranks under ZeRO-2 in fp32."""
+    folder = tmp_path_factory.mktemp("small")
+    config = folder / "ds.json"
+    zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
+    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero}))
+    settings = ["training.steps=2", "training.global_batch=4", "training.eval_samples=4", f"data.shards={short_shards}"]
+    launch = adapt(
+        "quickstart", *settings, f"output.folder={folder / 'run'}", "--deepspeed_config", str(config), ranks=2
+    )
+    assert launch.code == 0, launch.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def small_export(small_run: Path) -> Path:
+    """What `xdscale export` makes of it."""
+    from xdscale.export import export_run
+
+    out = small_run.parent / "exported"
+    assert "language encoder of step-00000002" in export_run(small_run, out)
+    return out

@@ -228,7 +228,7 @@ def build_module(recipe: Recipe) -> Any:
     Raises:
         XdscaleError: weights are missing, damaged or do not fit.
     """
-    from xdscale.export import begin_with
+    from xdscale.encoder import begin_with
     from xdscale.names import resolve_path
     from xdscale.tasks.xdbert import build_adaptation
 

@@ -78,10 +78,10 @@ def reshard_command(run: Run, step: Step = None) -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
+    from xdscale.recipe import recipe_file
     from xdscale.training.checkpoint import list_checkpoints
 
-    if not (run / "recipe.yaml").is_file():
-        raise XdscaleError(f"{run}: not a run folder (no recipe.yaml); give the recipe's output.folder")
+    recipe_file(run)
     found = list_checkpoints(run / "checkpoints")
     if not found:
         raise XdscaleError(f"{run}: has no checkpoint yet")

@@ -1,44 +1,66 @@
-"""From a run to Hugging Face folders: the adapted language encoder and the full cross-modal model; and back."""
+"""From a run to Hugging Face folders: the adapted language encoder and the full cross-modal model."""
 
 import contextlib
 import io
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.recipe import Language, Recipe, describe_validation_error
-
-if TYPE_CHECKING:
-    from xdscale.models.xdbert import XDBERT
+from xdscale.files import follow_umask, one_line, read_json
+from xdscale.recipe import Language, Recipe, describe_validation_error, recipe_file
 
 MODEL_PREFIX = "model."
 LANGUAGE_PREFIX = MODEL_PREFIX + "language."
 FULL_MODEL = "cross_modal"
+_UNFINISHED = ".xdscale-export"
 
 
 def save_language_files(spec: Language, folder: Path) -> None:
     """Keeps the language encoder's config and tokenizer with the run, so that exporting needs no original.
 
+    `AutoTokenizer` reads the tokenizer of the folder as shards and finetuning did: of a `vocab.txt` a tokenizer.json is
+    made, and tokenizer_config.json says that the stages in it are to be taken as they are. transformers would put
+    other ones in their place, which lower the case of a text unless told not to.
+
     Args:
         spec: the recipe's language encoder.
         folder: the run's `language` folder.
     """
+    from tokenizers.normalizers import BertNormalizer
+
     from xdscale.pretrained.language import language_config, tokenizer_folder
+    from xdscale.shards.language import FILE_NAME, SETTINGS, SPECIAL_TOKENS, VOCABULARY, read_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
-    language_config(spec).save_pretrained(folder)
-    source = tokenizer_folder(spec)
-    for path in source.iterdir() if source is not None else ():
-        if path.name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-            shutil.copyfile(path, folder / path.name)
+    config, source = language_config(spec), tokenizer_folder(spec)
+    config.save_pretrained(folder)
+    if source is None:
+        return
+    tokenizer = read_tokenizer(str(source))
+    tokenizer.save(str(folder / FILE_NAME))
+    for name in (FILE_NAME, VOCABULARY, SETTINGS, "special_tokens_map.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    special = {f"{key.removesuffix('_id')}_token": token for key, token in SPECIAL_TOKENS.items()}
+    settings = special | {"unk_token": "[UNK]", "model_max_length": config.max_position_embeddings}
+    if (folder / SETTINGS).is_file():
+        settings |= read_json(folder / SETTINGS)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.normalizer, BertNormalizer):  # for those who load it as a BertTokenizer nevertheless
+        stages = tokenizer.normalizer
+        settings |= {"do_lower_case": stages.lowercase, "strip_accents": stages.strip_accents}
+        settings["tokenize_chinese_chars"] = stages.handle_chinese_chars
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def export_run(run: Path, out: Path, *, step: int | None = None) -> str:
+def export_run(run: str | Path, out: str | Path, *, step: int | None = None) -> str:
     """Exports a run's checkpoint.
 
     `OUT` is a Hugging Face folder: `AutoModel.from_pretrained(OUT)` gives the adapted language encoder with exactly
@@ -47,128 +69,79 @@ def export_run(run: Path, out: Path, *, step: int | None = None) -> str:
 
     Args:
         run: the run folder.
-        out: a folder that does not exist yet, or is empty.
+        out: a folder that does not exist yet, or is empty; also a link to one, or where a disk is mounted.
         step: whose checkpoint; None for the newest undamaged one.
 
     Returns:
         One line that says what was exported.
 
     Raises:
-        XdscaleError: no such run or checkpoint, a damaged checkpoint (the file is named), or `out` is in use.
+        XdscaleError: no such run or checkpoint, a damaged checkpoint (the file is named), or `out` is in use or cannot
+            be written; nothing is left in it then.
     """
     from xdscale.training.checkpoint import choose_checkpoint
     from xdscale.training.distributed import Ranks
 
-    recipe = _read_recipe(run)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise XdscaleError(f"{out}: exists and is not an empty folder; choose another one for the export")
+    run, out = Path(run), Path(out)
+    recipe = run_recipe(run)
+    source = run / "language"
+    if not (source / "config.json").is_file():
+        raise XdscaleError(f"{source}: holds no config.json; copy the whole run folder, which has the encoder's files")
+    _refuse_used(out)
     checkpoint = choose_checkpoint(run, step, Ranks(0, 1, 0))
-    state = consolidated_state(checkpoint)
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    parameters = _export_language(run / "language", state, aside)
-    if recipe.model.clip is not None:
-        _export_full_model(recipe, state, aside / FULL_MODEL)
-    if out.exists():
-        out.rmdir()
-    aside.rename(out)
+    with _published(out) as folder:
+        state = consolidated_state(checkpoint)
+        parameters = _export_language(source, state, folder)
+        if recipe.model.clip is not None:
+            _export_full_model(recipe, state, folder / FULL_MODEL)
     full = f", full model in {out / FULL_MODEL}" if recipe.model.clip is not None else ""
+    if not (source / "tokenizer.json").is_file():
+        used = "the run began from a bare architecture; put the tokenizer of its shards there"
+        full += f"\n{out}: holds no tokenizer: {used}"
     return f"{out}: language encoder of {checkpoint.name} ({parameters:,} parameters){full}"
 
 
-def load_cross_modal(folder: Path) -> "XDBERT":
-    """Builds the adapted cross-modal model in fp32, for evaluation.
-
-    Neither the original encoders nor a network are needed: all weights come from `folder`.
-
-    Args:
-        folder: a run folder (its newest undamaged checkpoint is read, checksums verified), or an export.
-
-    Raises:
-        XdscaleError: neither of the two, no checkpoint yet, or the weights are damaged or not those of the recipe.
-    """
-    from xdscale.pretrained.clip import build_clip_text_tower
-    from xdscale.pretrained.files import some
-    from xdscale.pretrained.language import load_language_encoder
-    from xdscale.tasks.xdbert import join_encoders
-
-    spec = adapted_recipe(folder).model
-    source = Language(name=str(language_folder(folder).resolve()), weights="random")
-    language = load_language_encoder(source, dropout=spec.dropout)
-    model = join_encoders(spec, language, build_clip_text_tower(spec.clip, plain=spec.kernels == "plain"))
-    state = _adapted_state(folder)
-    found = {name.removeprefix(MODEL_PREFIX): value for name, value in state.items() if name.startswith(MODEL_PREFIX)}
-    wanted = model.state_dict()
-    wrong = sorted(name for name, value in wanted.items() if name not in found or found[name].shape != value.shape)
-    if wrong:
-        raise XdscaleError(f"{folder}: holds no fitting weights for {some(wrong)} of the model in its recipe")
-    model.load_state_dict({name: found[name] for name in wanted})
-    return model.eval()
-
-
-def begin_with(module: Any, folder: Path) -> None:
-    """Gives a newly built adaptation module the weights of a run or an export, heads included.
-
-    The head of an objective that was off there keeps the values it was built with.
-
-    Args:
-        module: what `build_adaptation` returned.
-        folder: a run folder (its newest undamaged checkpoint is read, checksums verified), or an export.
-
-    Raises:
-        XdscaleError: neither of the two, no checkpoint yet, or the weights do not fit the module.
-    """
-    from xdscale.pretrained.files import some
-
-    adapted_recipe(folder)
-    state, wanted = _adapted_state(folder), module.state_dict()
-    wrong = [name for name in wanted if name.startswith(MODEL_PREFIX) and name not in state]
-    wrong += [name for name in wanted.keys() & state.keys() if state[name].shape != wanted[name].shape]
-    if wrong:
-        raise XdscaleError(f"model.start = {folder}: holds no fitting weights for {some(sorted(wrong))} of this recipe")
-    module.load_state_dict({name: state[name] for name in wanted.keys() & state.keys()}, strict=False)
-
-
-def adapted_recipe(folder: Path) -> Recipe:
-    """Returns the recipe that a run or an export was made with.
-
-    Raises:
-        XdscaleError: `folder` is neither, or its recipe is damaged.
-    """
-    from xdscale.pretrained.files import read_json
-
-    exported = folder / FULL_MODEL / "config.json"
-    if (folder / "recipe.yaml").is_file():
-        return _read_recipe(folder)
-    if not exported.is_file():
-        raise XdscaleError(
-            f"{folder}: neither a run folder (no recipe.yaml) nor an export (no {FULL_MODEL}/config.json)"
-        )
-    values = read_json(exported)
+def _refuse_used(out: Path) -> None:
     try:
-        return Recipe.model_validate(values.get("recipe"))
-    except ValidationError as error:
-        raise XdscaleError(describe_validation_error(str(exported), error, Recipe)) from None
+        used = out.is_symlink() or out.exists()
+        if used and (not out.is_dir() or any(path.name != _UNFINISHED for path in out.iterdir())):
+            raise XdscaleError(f"{out}: exists and is not an empty folder; choose another one for the export")
+    except OSError as error:
+        raise XdscaleError(f"{out}: cannot be written: {error.strerror}") from None
 
 
-def language_folder(folder: Path) -> Path:
-    """Returns where a run or an export keeps the language encoder's config.json and tokenizer.json."""
-    return folder if (folder / FULL_MODEL).is_dir() else folder / "language"
+@contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """Gives a folder to fill, whose content moves into `out` only if the block ends without an exception.
 
+    It lies in `out` itself, which thereby may be a link, the working folder or the root of a disk. What is read first,
+    config.json, is moved last.
+    """
+    from safetensors import SafetensorError
 
-def _adapted_state(folder: Path) -> dict[str, Any]:
-    """The fp32 weights of a run or an export, with heads, under the adaptation module's names."""
-    from xdscale.pretrained.files import read_json, read_state_dict
-    from xdscale.training.checkpoint import choose_checkpoint
-    from xdscale.training.distributed import Ranks
-
-    exported = folder / FULL_MODEL
-    if not exported.is_dir():
-        return consolidated_state(choose_checkpoint(folder, None, Ranks(0, 1, 0)))
-    state = read_state_dict(exported / "model.safetensors")
-    tied = read_json(exported / "config.json").get("tied_weights", {})
-    return state | {name: state[stored] for name, stored in tied.items() if stored in state}
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    aside, moved = out / _UNFINISHED, []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
+        aside.mkdir()
+        yield aside
+        for path in aside.rglob("*"):
+            if path.is_file():
+                follow_umask(path)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+            moved.append(path.rename(out / path.name))
+        aside.rmdir()
+    except BaseException as error:
+        for path in (*moved, aside):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError | SafetensorError):
+            raise XdscaleError(f"{out}: the export cannot be written: {one_line(error)}") from None
+        raise
 
 
 def consolidated_state(checkpoint: Path) -> dict[str, Any]:
@@ -204,10 +177,13 @@ def consolidated_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _read_recipe(run: Path) -> Recipe:
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        raise XdscaleError(f"{run}: not a run folder (no recipe.yaml); give the recipe's output.folder")
+def run_recipe(run: Path) -> Recipe:
+    """Returns the recipe that a run folder was made with.
+
+    Raises:
+        XdscaleError: no run folder, or its recipe is damaged.
+    """
+    path = recipe_file(run)
     try:
         return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:

@@ -1,12 +1,43 @@
-"""Files that a command was asked to write: tried before the work; all of them whole, or none; one message if not."""
+"""Files: JSON read with messages; outputs tried before the work and written whole or not at all; modes by the umask."""
 
 import contextlib
 import errno
+import json
 import os
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from xdscale.errors import XdscaleError
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+@contextlib.contextmanager
+def replaced_when_complete(path: Path) -> Iterator[BinaryIO]:
+    """Gives a file to write that becomes `path` only if the block ends without an exception.
+
+    The content is on the disk before the name appears (fsync, then rename, then fsync of the folder), so a
+    machine that loses power leaves either the whole new file or none of it.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, so that no reader ever sees half of it."""
+    with replaced_when_complete(path) as stream:
+        stream.write(text.encode("utf-8"))
 
 
 def check_output_file(path: Path) -> None:
@@ -117,3 +148,57 @@ def _named(path: Path) -> Iterator[None]:
         raise XdscaleError(
             f"{path}: cannot be written: {error.strerror or error}; make room or choose another place"
         ) from None
+
+
+def sync(path: Path) -> None:
+    """Forces a file's bytes, or the names in a folder, to the disk; only the machine that wrote them can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file the mode that `open` would have given it; safetensors writes files for their owner alone."""
+    mask = os.umask(0o077)  # there is no other way to ask for it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Raises:
+        XdscaleError: unreadable, not JSON, or not an object.
+    """
+    refuse_lfs_pointer(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise XdscaleError(f"{path}: not a readable JSON file: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise XdscaleError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Refuses the few lines that a clone without Git LFS has in the place of a large file.
+
+    Raises:
+        XdscaleError: says how to fetch the file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError:
+        return  # whoever reads it says so in its own words
+    if start == _LFS_POINTER:
+        raise XdscaleError(
+            f"{path}: this is a Git LFS pointer, not the file itself; fetch it with 'git lfs pull' in {path.parent}"
+        )
+
+
+def one_line(error: Exception) -> str:
+    """Returns an error's text on one line of bearable length."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...")

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from xdscale.errors import XdscaleError
+from xdscale.files import write_atomically
 from xdscale.kernels import attention_launch, masked_token_loss_triton, quick_gelu_triton, residual_norm_triton
 from xdscale.kernels.compile_case import CompileCase
 
@@ -116,9 +117,7 @@ def print_report(write: Path | None = None, check: Path | None = None) -> None:
     print(as_markdown(rows))
     if write:
         before, _, after = _split(write)
-        aside = write.with_name(f"{write.name}.new")
-        aside.write_text(f"{before}{BEGIN}\n{as_markdown(rows)}\n{END}{after}", encoding="utf-8")
-        aside.replace(write)
+        write_atomically(write, f"{before}{BEGIN}\n{as_markdown(rows)}\n{END}{after}")
     faults = verdict(rows)
     if check:
         faults += differences(documented_rows(check), rows, str(check))

@@ -38,7 +38,7 @@ def parameter_table(spec: recipe.Recipe) -> list[PartCount]:
     if isinstance(adaptation, MaskedLMAdaptation):
         return [
             PartCount(f"language model, {spec.model.language.name}", _count(adaptation.model["language"]), total=True),
-            PartCount("masked-LM head", _count(adaptation.mlm, tied="decoder_weight")),
+            PartCount("masked-LM head", _count(adaptation.mlm, shared=adaptation.model)),
             PartCount("model during adaptation", _count(adaptation), total=True),
         ]
     model = adaptation.model
@@ -85,8 +85,10 @@ def _head_rows(adaptation: XDBERTAdaptation) -> list[PartCount]:
         ("MATCH head", adaptation.match),
         ("CLIP token head", adaptation.clip_tokens),
     )
-    return [PartCount(name, _count(head, tied="decoder_weight")) for name, head in heads if head is not None]
+    return [PartCount(name, _count(head, shared=adaptation.model)) for name, head in heads if head is not None]
 
 
-def _count(module: nn.Module, *, tied: str = "") -> int:
-    return sum(parameter.numel() for name, parameter in module.named_parameters() if name != tied)
+def _count(module: nn.Module, *, shared: nn.Module | None = None) -> int:
+    """Counts a module's parameters without those that are also another module's, as a tied decoder's are."""
+    others = set(shared.parameters()) if shared is not None else ()
+    return sum(parameter.numel() for parameter in module.parameters() if parameter not in others)

@@ -206,6 +206,19 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     return recipe
 
 
+def recipe_file(run: Path) -> Path:
+    """Returns where a run folder keeps its recipe.
+
+    Raises:
+        XdscaleError: it is no run folder; an export is told from other folders.
+    """
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        what = "an export, not a run folder" if (run / "config.json").is_file() else "not a run folder (no recipe.yaml)"
+        raise XdscaleError(f"{run}: {what}; give the recipe's output.folder")
+    return path
+
+
 def is_overridden(overrides: Sequence[str], section: str, key: str) -> bool:
     """Returns whether a value comes from the command line, not from the recipe's file."""
     typed: dict[str, Any] = {}

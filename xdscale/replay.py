@@ -15,7 +15,7 @@ from xdscale.devices import rank_device
 from xdscale.ds_config import precision
 from xdscale.errors import XdscaleError
 from xdscale.names import is_url
-from xdscale.recipe import Recipe, is_overridden, load_recipe
+from xdscale.recipe import Recipe, is_overridden, load_recipe, recipe_file
 from xdscale.shards.manifest import MANIFEST_NAME
 from xdscale.shards.remote import cache_folder, fetch_manifest
 from xdscale.training.engine import to_device
@@ -65,7 +65,7 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
     """
     recipe = _recipe(run, step, overrides)
     from xdscale.adapt import build_module, open_data
-    from xdscale.pretrained.files import read_json
+    from xdscale.files import read_json
     from xdscale.training.distributed import Ranks
 
     data = open_data(recipe, {"train_micro_batch_size_per_gpu": 1}, Ranks(0, 1, 0))
@@ -89,9 +89,7 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
 
 
 def _recipe(run: Path, step: int, overrides: Sequence[str]) -> Recipe:
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        raise XdscaleError(f"{run}: not a run folder (no recipe.yaml); give the recipe's output.folder")
+    path = recipe_file(run)
     for override in overrides:
         if override.partition("=")[0] not in ("data.shards", "data.cache"):
             raise XdscaleError(f"{override!r}: the step stays as it was; only data.shards and data.cache may differ")

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from xdscale.analysis.cross_attention import clip_input, cross_attention, figures
 from xdscale.cli import app
+from xdscale.encoder import build_adapted
 from xdscale.errors import XdscaleError
-from xdscale.export import export_run, load_cross_modal
+from xdscale.export import export_run
 from xdscale.kernels.quick_gelu import quick_gelu
 from xdscale.pretrained.clip import build_clip_text_tower
 from xdscale.recipe import Clip
@@ -117,7 +118,7 @@ def test_the_first_map_is_softmax_of_queries_and_keys(found, exported):
 
 
 def test_a_run_and_its_export_are_the_same_model(run, exported, found):
-    from_run, from_export = load_cross_modal(run), load_cross_modal(exported)
+    from_run, from_export = build_adapted(run), build_adapted(exported)
     saved = torch.load(run / "checkpoints/step-00000002/mp_rank_00_model_states.pt", weights_only=True)["module"]
     for name, value in from_run.state_dict().items():
         assert torch.equal(value, from_export.state_dict()[name])
@@ -135,9 +136,9 @@ def test_a_model_is_loaded_without_the_original_encoders(exported, tmp_path):
     config["recipe"]["model"]["language"]["name"] = "/gone"
     config["recipe"]["model"]["clip"]["weights"] = "/gone.pt"
     path.write_text(json.dumps(config))
-    wanted = load_cross_modal(exported).state_dict()
+    wanted = build_adapted(exported).state_dict()
     assert all(
-        torch.equal(value, wanted[name]) for name, value in load_cross_modal(tmp_path / "moved").state_dict().items()
+        torch.equal(value, wanted[name]) for name, value in build_adapted(tmp_path / "moved").state_dict().items()
     )
 
 

@@ -12,36 +12,14 @@ from xdscale.export import export_run
 
 
 @pytest.fixture(scope="module")
-def run(adapt, short_shards, tmp_path_factory):
-    """Two ranks, two steps under ZeRO-2 in fp32."""
-    folder = tmp_path_factory.mktemp("export")
-    config = folder / "ds.json"
-    zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
-    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero}))
-    settings = ["training.steps=2", "training.global_batch=4", "training.eval_samples=4", f"data.shards={short_shards}"]
-    launch = adapt(
-        "quickstart", *settings, f"output.folder={folder / 'run'}", "--deepspeed_config", str(config), ranks=2
-    )
-    assert launch.code == 0, launch.stderr
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def exported(run):
-    out = run.parent / "exported"
-    assert "language encoder of step-00000002" in export_run(run, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def trained(run):
+def trained(small_run):
     """The module's weights as DeepSpeed saved them whole, beside the sharded fp32 copies that the export reads."""
-    path = run / "checkpoints" / "step-00000002" / "mp_rank_00_model_states.pt"
+    path = small_run / "checkpoints" / "step-00000002" / "mp_rank_00_model_states.pt"
     return torch.load(path, weights_only=True, map_location="cpu")["module"]
 
 
-def test_every_tensor_of_the_language_encoder_equals_the_trained_one(exported, trained):
-    model = AutoModel.from_pretrained(exported)
+def test_every_tensor_of_the_language_encoder_equals_the_trained_one(small_export, trained):
+    model = AutoModel.from_pretrained(small_export)
     wanted = {
         name.removeprefix("model.language."): value for name, value in trained.items() if "model.language." in name
     }
@@ -50,24 +28,24 @@ def test_every_tensor_of_the_language_encoder_equals_the_trained_one(exported, t
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_the_export_has_exactly_the_originals_parameters_and_moved(exported, cassette_model):
-    original, adapted = AutoModel.from_pretrained(cassette_model), AutoModel.from_pretrained(exported)
+def test_the_export_has_exactly_the_originals_parameters_and_moved(small_export, cassette_model):
+    original, adapted = AutoModel.from_pretrained(cassette_model), AutoModel.from_pretrained(small_export)
     shapes = {name: value.shape for name, value in original.state_dict().items()}
     assert shapes == {name: value.shape for name, value in adapted.state_dict().items()}
     moved = [
         n for n, v in original.state_dict().items() if "pooler" not in n and not torch.equal(v, adapted.state_dict()[n])
     ]
     assert len(moved) > 0.9 * len([name for name in shapes if "pooler" not in name])
-    assert (exported / "config.json").is_file()
-    tokens = AutoTokenizer.from_pretrained(exported)("a red apple")["input_ids"]
+    assert (small_export / "config.json").is_file()
+    tokens = AutoTokenizer.from_pretrained(small_export)("a red apple")["input_ids"]
     assert tokens == AutoTokenizer.from_pretrained(cassette_model)("a red apple")["input_ids"]
     # Dropout is the published rate again, not what the recipe trained with.
     assert adapted.config.hidden_dropout_prob == original.config.hidden_dropout_prob
 
 
-def test_the_full_model_holds_every_tensor_once_and_names_the_ties(exported, trained):
-    stored = load_file(exported / "cross_modal" / "model.safetensors")
-    config = json.loads((exported / "cross_modal" / "config.json").read_text())
+def test_the_full_model_holds_every_tensor_once_and_names_the_ties(small_export, trained):
+    stored = load_file(small_export / "cross_modal" / "model.safetensors")
+    config = json.loads((small_export / "cross_modal" / "config.json").read_text())
     tied = config["tied_weights"]
     assert set(tied) | set(tied.values()) >= {"mlm.decoder_weight", "clip_tokens.decoder_weight"}
     assert stored.keys() | tied.keys() == {name for name in trained if "attn_mask" not in name}
@@ -77,16 +55,16 @@ def test_the_full_model_holds_every_tensor_once_and_names_the_ties(exported, tra
     assert config["recipe"]["training"]["steps"] == 2
 
 
-def test_an_existing_folder_is_not_touched(run, tmp_path):
+def test_an_existing_folder_is_not_touched(small_run, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(XdscaleError, match="exists and is not an empty folder"):
-        export_run(run, tmp_path)
+        export_run(small_run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_missing_step_names_those_that_exist(run, tmp_path):
+def test_a_missing_step_names_those_that_exist(small_run, tmp_path):
     with pytest.raises(XdscaleError, match="no checkpoint of step 7; there are: 2"):
-        export_run(run, tmp_path / "out", step=7)
+        export_run(small_run, tmp_path / "out", step=7)
     assert not (tmp_path / "out").exists()
 
 

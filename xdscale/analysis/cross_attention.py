@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH, pack_clip_blocks
+from xdscale.encoder import Encoder, adapted_recipe, load_cross_modal
 from xdscale.errors import XdscaleError
-from xdscale.export import adapted_recipe, language_folder, load_cross_modal
 from xdscale.shards.clip_bpe import END, START, WORD_END, ClipBPE, describe_clip_tokenizer
-from xdscale.shards.language import load_language_tokenizer
 
 LANGUAGE_TOKENS = 128
 BLOCKS_PER_SENTENCE = 2
@@ -64,9 +63,10 @@ def cross_attention(folder: Path, sentences: list[str]) -> CrossAttention:
         XdscaleError: as `load_cross_modal`; no tokenizer in `folder`, or a sentence that is empty or too long.
     """
     recipe = adapted_recipe(folder)
-    language_ids, language_tokens = _language_input(folder, sentences)
     clip_ids, clip_lengths, clip_tokens = clip_input(sentences)
-    model = load_cross_modal(folder)
+    encoder = load_cross_modal(folder)
+    model = encoder.model
+    language_ids, language_tokens = _language_input(encoder, sentences)
     if clip_ids.max() >= model.clip.tower.vocab_size:
         raise XdscaleError(f"{folder}: its CLIP text tower has not CLIP's vocabulary")
     positions = model.language.config.max_position_embeddings
@@ -124,16 +124,12 @@ def clip_input(sentences: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]
     return ids, lengths, [token if token in (START, END) else token.removesuffix(WORD_END) for token in tokens]
 
 
-def _language_input(folder: Path, sentences: list[str]) -> tuple[list[int], list[str]]:
-    source = language_folder(folder)
-    if not (source / "tokenizer.json").is_file():
-        raise XdscaleError(f"{source}: has no tokenizer.json, since the run began from a bare architecture")
-    tokenizer, special = load_language_tokenizer(str(source))
-    ids = [special.cls_id]
+def _language_input(encoder: Encoder, sentences: list[str]) -> tuple[list[int], list[str]]:
+    ids = [encoder.special.cls_id]
     for sentence in sentences:
-        ids += [*tokenizer.encode(sentence, add_special_tokens=False).ids, special.sep_id]
+        ids += [*encoder.tokenizer.encode(sentence, add_special_tokens=False).ids, encoder.special.sep_id]
     if len(ids) > LANGUAGE_TOKENS:
         raise XdscaleError(
             f"the example has {len(ids)} word pieces with [CLS] and [SEP]; finetuning takes at most {LANGUAGE_TOKENS}"
         )
-    return ids, [tokenizer.id_to_token(number) for number in ids]
+    return ids, [encoder.tokenizer.id_to_token(number) for number in ids]

@@ -126,24 +126,11 @@ def _clip_system(name: str) -> System:
 
 
 def _language_system(name: str) -> System:
-    from xdscale.export import language_folder
-    from xdscale.pretrained.language import load_language_encoder, tokenizer_folder
-    from xdscale.recipe import Language
-    from xdscale.shards.language import load_language_tokenizer
+    from xdscale.encoder import load_encoder
 
-    if (Path(name) / "recipe.yaml").is_file():
-        from xdscale.export import load_cross_modal
-
-        encoder, folder = load_cross_modal(Path(name)).language, language_folder(Path(name))
-        folder = folder if (folder / "tokenizer.json").is_file() else None
-    else:
-        spec = Language(name=name)
-        encoder, folder = load_language_encoder(spec, dropout=0.0), tokenizer_folder(spec)
-    if folder is None:
-        raise XdscaleError(f"{name}: has no tokenizer.json, without which its embeddings have no words")
-    tokenizer, _ = load_language_tokenizer(str(folder))
-    weights = encoder.get_input_embeddings().weight.detach().numpy()
-    return _system(name, _PUBLISHED_NAMES.get(Path(name).name), tokenizer.get_vocab(), weights)
+    encoder = load_encoder(name)
+    weights = encoder.model.get_input_embeddings().weight.detach().numpy()
+    return _system(name, _PUBLISHED_NAMES.get(Path(name).name), encoder.tokenizer.get_vocab(), weights)
 
 
 def _system(name: str, label: str | None, entries: dict[str, int], table: np.ndarray) -> System:

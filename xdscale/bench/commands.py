@@ -57,7 +57,9 @@ def bench_stream_command(
 @bench_app.command("shards")
 def bench_shards_command(
     inputs: Annotated[list[str], typer.Argument(help="Corpus files, folders or quoted patterns.")],
-    language_tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder, package:NAME/folder or hub name.")],
+    language_tokenizer: Annotated[
+        str, typer.Option(help="tokenizer.json or vocab.txt, folder, package:NAME/folder or hub name.")
+    ],
     text_mb: Annotated[float, typer.Option(min=0.1, help="Millions of bytes of text; the corpus is repeated.")] = 12,
     rounds: Annotated[int, typer.Option(min=1, help="Alternations.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Processes of the parallel build.")] = 2,

@@ -12,9 +12,9 @@ from xdscale.data.order import Slots
 from xdscale.data.task_batches import TaskCollator
 from xdscale.data.task_files import Example
 from xdscale.data.task_table import Task
+from xdscale.files import write_atomically
 from xdscale.training.distributed import Ranks
 from xdscale.training.engine import to_device
-from xdscale.training.run_folder import write_atomically
 from xdscale.training.signals import StopRequest
 from xdscale.training.watchdog import Watchdog
 

@@ -1,7 +1,5 @@
 """What is finetuned: finding a model's files, its tokenizers, and building it for a task."""
 
-import hashlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -13,9 +11,9 @@ from xdscale.errors import XdscaleError
 from xdscale.finetune.recipe import LARGE_FROM, FinetuneRecipe, ModelSettings, Subject
 from xdscale.names import resolve_path
 from xdscale.pretrained.clip import clip_config, clip_weights_path
-from xdscale.pretrained.language import language_config, language_weights_path, tokenizer_folder
+from xdscale.pretrained.language import language_config, language_weights, own_tokenizer
+from xdscale.pretrained.weights import weights_sha256
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
-from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.manifest import ClipTokenizer, LanguageTokenizer
 from xdscale.tasks.finetuning import (
     FULL_MODEL,
@@ -49,7 +47,8 @@ def describe_subject(name: str, subject: Subject, settings: ModelSettings) -> di
         spec = recipes.Clip(name=name, weights=settings.clip_weights)
         text = clip_config(spec).text_cfg
         size, encoder = text.width, f"CLIP text, {text.layers} layers of {text.width}"
-        weights = clip_weights_path(spec)
+        path = clip_weights_path(spec)
+        weights = None if path is None else [path]
     else:
         language = recipes.Language(name=name, weights="pretrained" if subject == "language" else "random")
         config = language_config(language)
@@ -59,18 +58,18 @@ def describe_subject(name: str, subject: Subject, settings: ModelSettings) -> di
             raise XdscaleError(
                 f"model.max_length = {settings.max_length}: {name} has {config.max_position_embeddings} positions"
             )
-        _language_tokenizer(name)
-        weights = language_weights_path(language)
+        own_tokenizer(name)
+        weights = language_weights(language)
         if subject == "cross-modal":
             read_full_model(resolve_path(name))
-            weights = resolve_path(name) / FULL_MODEL / "model.safetensors"
+            weights = [resolve_path(name) / FULL_MODEL / "model.safetensors"]
     known = weights is not None and settings.weights == "pretrained"
     return {
         "name": name,
         "subject": subject,
         "size": "large" if size >= LARGE_FROM else "base",
         "encoder": encoder,
-        "weights_sha256": _sha256(weights) if known else None,
+        "weights_sha256": weights_sha256(weights) if known else None,
     }
 
 
@@ -80,7 +79,7 @@ def open_readers(name: str, subject: Subject) -> Readers:
     Raises:
         XdscaleError: the model comes without one.
     """
-    language = None if subject == "clip" else _language_tokenizer(name)
+    language = None if subject == "clip" else own_tokenizer(name)
     return Readers(language, None if subject == "language" else (ClipBPE(), describe_clip_tokenizer()))
 
 
@@ -107,15 +106,3 @@ def _classifier(recipe: FinetuneRecipe, task: Task) -> nn.Module:
         name=model.name, weights=model.weights, sha256=model.weights_sha256 if model.weights == "pretrained" else None
     )
     return build_language_classifier(spec, task, dropout=model.dropout, plain=plain)
-
-
-def _language_tokenizer(name: str) -> tuple[Tokenizer, LanguageTokenizer]:
-    folder = tokenizer_folder(recipes.Language(name=name))
-    if folder is None:
-        raise XdscaleError(f"--model {name}: holds no tokenizer.json; put the model's own there")
-    return load_language_tokenizer(str(folder))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

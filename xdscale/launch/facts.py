@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import resource
@@ -122,17 +123,15 @@ def existing_parent(path: Path) -> Path:
 
 def source_hash() -> str:
     """Returns 12 hex digits that are equal where xdscale's own Python files are."""
-    import xdscale.kernels
-    import xdscale.shards
-
     digest = hashlib.sha256()
-    for package in (xdscale, xdscale.kernels, xdscale.shards):
-        folder = Path(package.__path__[0])
+    for package in ("xdscale", "xdscale.kernels", "xdscale.shards"):
+        # Found and not imported: the kernels bring torch with them.
+        folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
         # Path.rglob does not follow links, so kernels and shards count once however they are put in place.
         for path in sorted(folder.rglob("*.py")):
-            if package is xdscale and path.relative_to(folder).parts[0] in ("kernels", "shards"):
+            if package == "xdscale" and path.relative_to(folder).parts[0] in ("kernels", "shards"):
                 continue
-            digest.update(f"{package.__name__}/{path.relative_to(folder)}\0".encode())
+            digest.update(f"{package}/{path.relative_to(folder)}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -4,15 +4,15 @@ The order matters: DeepSpeed lays parameters out in it, so that partitions, padd
 follow from it. A test compares the list with the real modules on the meta device, for every shipped recipe.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from xdscale import recipe
-from xdscale.architectures import KNOWN
+from xdscale.architectures import KNOWN, read_encoder_config
 from xdscale.errors import XdscaleError
+from xdscale.files import read_json
 from xdscale.names import PACKAGE_PREFIX, resolve_path
 
 CLIP_CONTEXT = 77
@@ -52,6 +52,7 @@ class LanguageShape:
     vocab_size: int = 30522
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
+    tie_word_embeddings: bool = True
     pooler: bool = True
 
 
@@ -108,21 +109,17 @@ def language_shape(name: str) -> LanguageShape:
         XdscaleError: neither of both, or not a BERT or ELECTRA.
     """
     if name in KNOWN and not Path(name).is_dir():
-        source, values = name, KNOWN[name]
+        values = KNOWN[name]
     elif name.startswith((PACKAGE_PREFIX, "/", "./", "../", "~")) or Path(name).is_dir():
-        path = resolve_path(name) / "config.json"
-        source, values = str(path), _read(path)
+        values = read_encoder_config(resolve_path(name))
     else:
         raise XdscaleError(
             f"model.language.name = {name!r}: a plan is made without the hub; give a local folder with config.json, "
             f"or one of {', '.join(KNOWN)}"
         )
-    family = values.get("model_type")
-    if family not in ("bert", "electra"):
-        raise XdscaleError(f"{source}: model_type is {family!r}; supported are 'bert', 'electra'")
     keys = set(LanguageShape.__dataclass_fields__) - {"pooler", "embedding_size"}
     known = {key: values[key] for key in keys if key in values}
-    hidden_size = known.get("hidden_size", LanguageShape.hidden_size)
+    family, hidden_size = values["model_type"], known.get("hidden_size", LanguageShape.hidden_size)
     embedding_size = values.get("embedding_size", hidden_size) if family == "electra" else hidden_size
     return LanguageShape(**known, embedding_size=embedding_size, pooler=family == "bert")
 
@@ -137,7 +134,7 @@ def clip_shape(name: str) -> ClipShape:
         path = resolve_path(name, base=recipe.SHIPPED)
     else:
         path = resolve_path(f"{PACKAGE_PREFIX}open_clip/model_configs/{name.replace('/', '-')}.json")
-    values = _read(path)
+    values = read_json(path)
     try:
         text = values["text_cfg"]
         keys = set(ClipShape.__dataclass_fields__) & text.keys()
@@ -165,18 +162,6 @@ def modules(shape: ModelShape, frozen: tuple[str, ...] = ()) -> list[Module]:
 def count(found: list[Module], *, trained: bool | None = None) -> int:
     """Returns the number of parameters of all modules, or only of those that are trained or are not."""
     return sum(module.elements for module in found if trained is None or module.trained == trained)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise XdscaleError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise XdscaleError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise XdscaleError(f"{path}: expected a JSON object")
-    return values
 
 
 def _linear(name: str, size_in: int, size_out: int, trained: bool = True) -> Module:
@@ -248,7 +233,8 @@ def _cross_layer(name: str, language: LanguageShape, clip: ClipShape) -> Iterato
 def _heads(shape: ModelShape) -> Iterator[Module]:
     language, clip = shape.language, shape.clip
     if "mlm" in shape.tasks:
-        yield from _token_head("mlm", language.hidden_size, language.embedding_size, language.vocab_size)
+        sizes = language.hidden_size, language.embedding_size, language.vocab_size
+        yield from _token_head("mlm", *sizes, tied=language.tie_word_embeddings)
     if "match" in shape.tasks:
         yield _linear("match.pooler", language.hidden_size, language.hidden_size)
         yield _linear("match.classifier", language.hidden_size, 2)
@@ -256,7 +242,9 @@ def _heads(shape: ModelShape) -> Iterator[Module]:
         yield from _token_head("clip_tokens", clip.output_size, clip.width, clip.vocab_size)
 
 
-def _token_head(name: str, size: int, embedding_size: int, vocabulary: int) -> Iterator[Module]:
-    yield Module(name, (vocabulary,), tied=vocabulary * embedding_size)  # decoder's bias; its weight is the embedding
+def _token_head(name: str, size: int, embedding_size: int, vocabulary: int, tied: bool = True) -> Iterator[Module]:
+    weight = vocabulary * embedding_size
+    # The decoder's weight is the embedding, unless the encoder says otherwise, and then its bias.
+    yield Module(name, (vocabulary,), tied=weight) if tied else Module(name, (weight, vocabulary))
     yield _linear(f"{name}.transform", size, embedding_size)
     yield _norm(f"{name}.norm", embedding_size)

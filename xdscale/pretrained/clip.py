@@ -11,9 +11,10 @@ from torch import nn
 
 from xdscale import recipe
 from xdscale.errors import XdscaleError
+from xdscale.files import one_line, read_json
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.names import PACKAGE_PREFIX, resolve_path
-from xdscale.pretrained.files import one_line, read_json, read_state_dict, some
+from xdscale.pretrained.weights import read_state_dict, some
 
 CLIP_CONTEXT = 77
 """Positions of one CLIP block; shards are cut for it."""

@@ -6,31 +6,24 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from xdscale import recipe
-from xdscale.architectures import KNOWN
+from xdscale.architectures import KNOWN, read_encoder_config
 from xdscale.errors import XdscaleError
+from xdscale.files import one_line
 from xdscale.names import PACKAGE_PREFIX, resolve_path
-from xdscale.pretrained.files import check_sha256, one_line, read_json, read_state_dict, reason, some
+from xdscale.pretrained.weights import WEIGHT_FILES, check_sha256, read_state_dict, reason, some, weight_files
+from xdscale.shards.language import TOKENIZER_FILES, has_tokenizer, load_language_tokenizer
+from xdscale.shards.manifest import LanguageTokenizer
 
-FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
+_CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "bert": (BertConfig, BertModel),
     "electra": (ElectraConfig, ElectraModel),
 }
-"""Language encoders that can be adapted, by the `model_type` of their config.json."""
-
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""In order of preference."""
-
-_SMALL_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-)
 
 
 def language_config(spec: recipe.Language) -> PretrainedConfig:
@@ -41,14 +34,22 @@ def language_config(spec: recipe.Language) -> PretrainedConfig:
             or the model is not of a supported family.
     """
     if _is_bare(spec.name):
-        values = dict(KNOWN[spec.name])
-        return FAMILIES[values.pop("model_type")][0](**values)
-    path = _language_folder(spec.name) / "config.json"
-    values = read_json(path)
-    family = values.get("model_type")
-    if family not in FAMILIES:
-        raise XdscaleError(f"{path}: model_type is {family!r}; supported are {', '.join(map(repr, FAMILIES))}")
-    return FAMILIES[family][0].from_dict(values)
+        source, values = spec.name, KNOWN[spec.name]
+    else:
+        folder = _language_folder(spec.name)
+        source, values = str(folder / "config.json"), read_encoder_config(folder)
+    try:
+        config = _CLASSES[values["model_type"]][0].from_dict(values)
+    except Exception as error:  # transformers and what it checks values with raise unrelated kinds
+        raise XdscaleError(f"{source}: not a {values['model_type']} configuration: {one_line(error)}") from None
+    if config.hidden_act not in ACT2FN:
+        raise XdscaleError(f"{source}: hidden_act is {config.hidden_act!r}, which transformers does not know")
+    if config.hidden_size % config.num_attention_heads:
+        raise XdscaleError(
+            f"{source}: hidden_size = {config.hidden_size} is not a multiple of num_attention_heads = "
+            f"{config.num_attention_heads}"
+        )
+    return config
 
 
 def load_language_encoder(spec: recipe.Language, *, dropout: float) -> PreTrainedModel:
@@ -64,20 +65,21 @@ def load_language_encoder(spec: recipe.Language, *, dropout: float) -> PreTraine
     """
     config = language_config(spec)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    model_class = FAMILIES[config.model_type][1]
+    model_class = _CLASSES[config.model_type][1]
     if spec.weights == "random":
         return model_class(config)
     folder = _language_folder(spec.name)
-    weights = _weights_file(folder)
+    files = weight_files(folder)
     if spec.sha256 is not None:
-        check_sha256(weights, spec.sha256)
+        check_sha256(files, spec.sha256)
+    weights = files[0] if len(files) == 1 else folder
     try:
         with _quiet_transformers():
             model, found = model_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
-                use_safetensors=weights.suffix == ".safetensors",
+                use_safetensors=files[0].suffix == ".safetensors",
                 weights_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -95,13 +97,15 @@ def load_language_encoder(spec: recipe.Language, *, dropout: float) -> PreTraine
     return model
 
 
+_HEAD = "cls.predictions."
 _HEAD_KEYS = {
-    "cls.predictions.transform.dense.weight": "transform.weight",
-    "cls.predictions.transform.dense.bias": "transform.bias",
-    "cls.predictions.transform.LayerNorm.weight": "norm.weight",
-    "cls.predictions.transform.LayerNorm.bias": "norm.bias",
-    "cls.predictions.bias": "decoder_bias",
+    "transform.weight": "transform.dense.weight",
+    "transform.bias": "transform.dense.bias",
+    "norm.weight": "transform.LayerNorm.weight",
+    "norm.bias": "transform.LayerNorm.bias",
+    "decoder_bias": "bias",
 }
+_WORDS = "embeddings.word_embeddings.weight"
 
 
 def masked_lm_head_state(spec: recipe.Language) -> dict[str, torch.Tensor] | None:
@@ -111,24 +115,43 @@ def masked_lm_head_state(spec: recipe.Language) -> dict[str, torch.Tensor] | Non
     discriminators and bare encoders have none.
 
     Returns:
-        transform.{weight, bias}, norm.{weight, bias} and decoder_bias in fp32; None when the weights are random or
-        hold no such head.
+        transform.{weight, bias}, norm.{weight, bias}, decoder_bias, and decoder_weight where the configuration says
+        that it is not the embedding, in fp32; None when the weights are random or hold no such head.
 
     Raises:
-        XdscaleError: the weights cannot be read.
+        XdscaleError: the weights cannot be read, hold only a part of a head, or a decoder that is not the embedding
+            though the configuration says so.
     """
     if spec.weights == "random":
         return None
-    state = read_state_dict(_weights_file(_language_folder(spec.name)))
-    # BERT's first checkpoints call LayerNorm's parameters gamma and beta.
-    state = {name.replace(".gamma", ".weight").replace(".beta", ".bias"): value for name, value in state.items()}
-    if not _HEAD_KEYS.keys() <= state.keys():
+    head, words, files = {}, None, weight_files(_language_folder(spec.name))
+    for path in files:
+        for name, value in read_state_dict(path).items():
+            if name.startswith(_HEAD):
+                # BERT's first checkpoints call LayerNorm's parameters gamma and beta.
+                head[name.removeprefix(_HEAD).replace(".gamma", ".weight").replace(".beta", ".bias")] = value
+            elif name.endswith(_WORDS):
+                words = value
+    if not head:
         return None
-    return {ours: state[theirs].float() for theirs, ours in _HEAD_KEYS.items()}
+    keys, decoder, tied = _HEAD_KEYS, head.get("decoder.weight"), language_config(spec).tie_word_embeddings
+    if "decoder.bias" in head and not (tied and "bias" in head):  # transformers ties the two as it ties the weights
+        head["bias"] = head["decoder.bias"]
+    if not tied:
+        keys = keys | {"decoder_weight": "decoder.weight"}
+    elif decoder is not None and (words is None or not torch.equal(decoder, words)):
+        raise XdscaleError(
+            f"{files[0].parent}: {_HEAD}decoder.weight is not the word embedding, though config.json does not say so; "
+            'write "tie_word_embeddings": false into it, or leave the decoder out of the weights'
+        )
+    missing = [_HEAD + name for name in keys.values() if name not in head]
+    if missing:
+        raise XdscaleError(f"{files[0].parent}: the weights hold a masked-LM head without {some(missing)}")
+    return {ours: head[theirs].float() for ours, theirs in keys.items()}
 
 
 def tokenizer_folder(spec: recipe.Language) -> Path | None:
-    """Returns the folder that holds the encoder's own tokenizer; None for a bare architecture.
+    """Returns the folder that holds the encoder's own tokenizer; None where there is none, as for a bare architecture.
 
     Raises:
         XdscaleError: the folder does not exist, or the hub is needed and cannot be reached.
@@ -136,16 +159,33 @@ def tokenizer_folder(spec: recipe.Language) -> Path | None:
     if spec.weights == "random" and _is_bare(spec.name):
         return None
     folder = _language_folder(spec.name)
-    return folder if (folder / "tokenizer.json").is_file() else None
+    return folder if has_tokenizer(folder) else None
 
 
-def language_weights_path(spec: recipe.Language) -> Path | None:
-    """Returns the file of the encoder's weights; None when they are random.
+def own_tokenizer(name: str) -> tuple[Tokenizer, LanguageTokenizer]:
+    """Returns the tokenizer that an encoder was trained with, as `load_language_tokenizer` does.
+
+    Raises:
+        XdscaleError: there is none, so that nobody can say what ids mean; it is damaged, of another kind, or has more
+            ids than the encoder has embeddings.
+    """
+    tokenizer, info = load_language_tokenizer(str(_language_folder(name)))
+    embeddings = language_config(recipe.Language(name=name)).vocab_size
+    if info.vocab_size > embeddings:
+        raise XdscaleError(
+            f"{name}: its tokenizer has {info.vocab_size} ids, but the encoder has embeddings for {embeddings} "
+            "(vocab_size in config.json); put the tokenizer there that the weights were trained with"
+        )
+    return tokenizer, info
+
+
+def language_weights(spec: recipe.Language) -> list[Path] | None:
+    """Returns the files of the encoder's weights; None when they are random.
 
     Raises:
         XdscaleError: the folder does not exist or holds no weights, or the hub is needed and cannot be reached.
     """
-    return None if spec.weights == "random" else _weights_file(_language_folder(spec.name))
+    return None if spec.weights == "random" else weight_files(_language_folder(spec.name))
 
 
 def _is_bare(name: str) -> bool:
@@ -162,23 +202,19 @@ def _language_folder(name: str) -> Path:
             raise XdscaleError(f"{name}: expected a folder with config.json and the weights")
         return folder
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, WEIGHT_FILES[0]]))
-        if not (folder / WEIGHT_FILES[0]).is_file():
-            folder = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, WEIGHT_FILES[1]]))
+        for weights in WEIGHT_FILES:
+            stem, suffix = weights.split(".")
+            parts = [weights, f"{weights}.index.json", f"{stem}-*.{suffix}"]
+            folder = Path(snapshot_download(name, allow_patterns=["config.json", *TOKENIZER_FILES, *parts]))
+            if any((folder / part).is_file() for part in parts):
+                break
     except Exception as error:  # the hub client raises unrelated kinds for no network, no such name, no access
         raise XdscaleError(
             f"model.language.name = {name!r}: no such folder, and not to be had from the hub "
             f"({one_line(error)}); give a local folder with config.json, model.safetensors and "
-            f"tokenizer.json, or one of {', '.join(KNOWN)} with weights: random"
+            f"tokenizer.json or vocab.txt, or one of {', '.join(KNOWN)} with weights: random"
         ) from None
     return folder
-
-
-def _weights_file(folder: Path) -> Path:
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise XdscaleError(f"{folder}: holds neither {' nor '.join(WEIGHT_FILES)}; or use weights: random")
 
 
 @contextmanager

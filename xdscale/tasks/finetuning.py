@@ -20,12 +20,13 @@ from xdscale import recipe
 from xdscale.data.task_batches import NO_LABEL
 from xdscale.data.task_table import Task
 from xdscale.errors import XdscaleError
+from xdscale.files import read_json
 from xdscale.models.activated_linear import use_activated_linear
 from xdscale.models.attention import use_packed_attention
 from xdscale.models.residual_norm import use_residual_norm
 from xdscale.pretrained.clip import load_clip_text_tower
-from xdscale.pretrained.files import read_json, read_state_dict
 from xdscale.pretrained.language import load_language_encoder
+from xdscale.pretrained.weights import read_state_dict
 from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
 from xdscale.tasks.xdbert import build_model
 

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from xdscale.kernels.masked_token_loss import masked_token_loss, plain_masked_token_loss
 
@@ -11,25 +13,35 @@ LAYER_NORM_EPS = 1e-12
 
 
 class MaskedTokenHead(nn.Module):
-    """BERT's prediction head, Linear-GELU-LayerNorm and a tied decoder, for MLM and for CLIP tokens.
+    """BERT's prediction head, Linear, activation, LayerNorm and a tied decoder, for MLM and for CLIP tokens.
 
     The tied embedding is registered here as well, as the same `nn.Parameter`: under ZeRO-3 a parameter is
     gathered only for the module whose forward is running, so projection and loss stand in this forward.
     """
 
-    def __init__(self, size: int, embedding: nn.Parameter, *, plain: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        embedding: nn.Parameter,
+        *,
+        activation: nn.Module | None = None,
+        eps: float = LAYER_NORM_EPS,
+        plain: bool = False,
+    ) -> None:
         """Builds the head.
 
         Args:
             size: of the hidden states that come in.
             embedding: [V, embedding size], the input embedding to be tied; the transform maps to its size.
+            activation: of the transform; None for GELU.
+            eps: of its LayerNorm.
             plain: the loss by its definition instead of the kernels.
         """
         super().__init__()
         vocabulary, embedding_size = embedding.shape
         self.transform = nn.Linear(size, embedding_size)
-        self.activation = nn.GELU()
-        self.norm = nn.LayerNorm(embedding_size, eps=LAYER_NORM_EPS)
+        self.activation = activation or nn.GELU()
+        self.norm = nn.LayerNorm(embedding_size, eps=eps)
         self.decoder_weight = embedding
         self.decoder_bias = nn.Parameter(torch.zeros(vocabulary))
         self.loss = plain_masked_token_loss if plain else masked_token_loss
@@ -46,6 +58,24 @@ class MaskedTokenHead(nn.Module):
         """
         hidden = self.norm(self.activation(self.transform(states)))  # [n, embedding size]
         return self.loss(hidden, self.decoder_weight, self.decoder_bias, labels)
+
+
+def masked_lm_head(language: PreTrainedModel, *, plain: bool = False) -> MaskedTokenHead:
+    """Builds the masked-LM head of a language encoder, as transformers' `BertForMaskedLM` and `ElectraForMaskedLM` do.
+
+    BERT's activates as the encoder does (`hidden_act`), ELECTRA's with GELU. Where the configuration says
+    `tie_word_embeddings: false` the decoder is a parameter of its own.
+
+    Args:
+        language: the encoder.
+        plain: the loss by its definition instead of the kernels.
+    """
+    config, words = language.config, language.get_input_embeddings().weight
+    if not config.tie_word_embeddings:
+        words = nn.Parameter(torch.empty_like(words))
+        nn.init.normal_(words, std=config.initializer_range)
+    activation = ACT2FN[config.hidden_act] if config.model_type == "bert" else None
+    return MaskedTokenHead(config.hidden_size, words, activation=activation, eps=config.layer_norm_eps, plain=plain)
 
 
 class MatchHead(nn.Module):

@@ -13,7 +13,7 @@ from xdscale.models.attention import recompute_layers, use_packed_attention
 from xdscale.models.residual_norm import use_residual_norm
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.tasks import flops
-from xdscale.tasks.heads import MaskedTokenHead
+from xdscale.tasks.heads import masked_lm_head
 
 
 class MaskedLMAdaptation(nn.Module):
@@ -27,7 +27,7 @@ class MaskedLMAdaptation(nn.Module):
     def __init__(self, language: PreTrainedModel, *, plain: bool = False) -> None:
         super().__init__()
         self.model = nn.ModuleDict({"language": language})
-        self.mlm = MaskedTokenHead(language.config.hidden_size, language.get_input_embeddings().weight, plain=plain)
+        self.mlm = masked_lm_head(language, plain=plain)
         if getattr(language, "pooler", None) is not None:
             language.pooler.requires_grad_(False)  # no loss reaches it
 

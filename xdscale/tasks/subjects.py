@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from xdscale.models.attention import recompute_layers, valid_tokens
 from xdscale.models.clip_text import CLIPTextEncoder
@@ -50,7 +50,7 @@ class LanguageClassifier(nn.Module):
         outputs = self.model(
             input_ids=batch["language_ids"],
             attention_mask=mask,
-            token_type_ids=batch["segments"],
+            token_type_ids=_segments(batch["segments"], self.model.config),
             valid=valid_tokens(_texts(mask, 1), batch["language_valid"]),
         )
         return Judgement(outputs.logits)
@@ -86,7 +86,7 @@ class CrossModalClassifier(nn.Module):
             clip_ids,
             clip_lengths,
             language_mask,
-            _texts(batch["segments"], 1),
+            _segments(_texts(batch["segments"], 1), self.encoder.language.config),
             layout=batch,
             wanted=(first, first[:0]),
             return_attention=return_attention,
@@ -151,6 +151,11 @@ class ClipClassifier(nn.Module):
     def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
         """Returns those of the forward pass."""
         return flops.clip_flops(self.encoder, np.count_nonzero(arrays["clip_lengths"]))
+
+
+def _segments(segments: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """Puts both sentences into segment 0 where an encoder has no other one."""
+    return segments if config.type_vocab_size > 1 else torch.zeros_like(segments)
 
 
 def _new_linear(size: int, outputs: int) -> nn.Linear:

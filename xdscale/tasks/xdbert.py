@@ -16,12 +16,16 @@ from xdscale.models.cross_modal import CrossModalLayer
 from xdscale.models.residual_norm import use_residual_norm
 from xdscale.models.xdbert import XDBERT
 from xdscale.pretrained.clip import clip_config, load_clip_text_tower
-from xdscale.pretrained.language import language_config, load_language_encoder, masked_lm_head_state
-from xdscale.pretrained.language import tokenizer_folder as own_tokenizer_folder
-from xdscale.shards.language import load_language_tokenizer
+from xdscale.pretrained.language import (
+    language_config,
+    load_language_encoder,
+    masked_lm_head_state,
+    own_tokenizer,
+    tokenizer_folder,
+)
 from xdscale.shards.manifest import Manifest
 from xdscale.tasks import flops
-from xdscale.tasks.heads import MaskedTokenHead, MatchHead
+from xdscale.tasks.heads import MaskedTokenHead, MatchHead, masked_lm_head
 from xdscale.tasks.masked_lm import MaskedLMAdaptation, build_masked_lm
 
 
@@ -39,10 +43,7 @@ class XDBERTAdaptation(nn.Module):
         super().__init__()
         config, clip = model.language.config, model.clip
         self.model = model
-        self.mlm = None
-        if tasks.mlm is not None:
-            words = model.language.get_input_embeddings().weight
-            self.mlm = MaskedTokenHead(config.hidden_size, words, plain=plain)
+        self.mlm = masked_lm_head(model.language, plain=plain) if tasks.mlm is not None else None
         self.match = MatchHead(config.hidden_size) if tasks.match is not None else None
         self.clip_tokens = None
         if tasks.clip_tokens is not None:
@@ -193,7 +194,14 @@ def build_adaptation(spec: recipe.Recipe) -> XDBERTAdaptation | MaskedLMAdaptati
         module = XDBERTAdaptation(build_model(spec.model), spec.tasks, plain=spec.model.kernels == "plain")
     head = masked_lm_head_state(spec.model.language) if module.mlm is not None else None
     if head is not None:
-        # All but the decoder's weight, which is the encoder's embedding already.
+        own = module.mlm.state_dict()
+        reshaped = [f"{name} {list(value.shape)}" for name, value in head.items() if value.shape != own[name].shape]
+        if reshaped:
+            raise XdscaleError(
+                f"{spec.model.language.name}: the masked-LM head among its weights is not of its config.json: "
+                f"{', '.join(reshaped)}"
+            )
+        # A tied decoder's weight is the encoder's embedding already.
         module.mlm.load_state_dict(head, strict=False)
     return module
 
@@ -202,7 +210,8 @@ def check_shards(spec: recipe.Model, manifest: Manifest) -> None:
     """Checks that shards and model fit, before any weights are loaded.
 
     Raises:
-        XdscaleError: sequences longer than the encoder's positions, or shards made with another tokenizer.
+        XdscaleError: sequences longer than the encoder's positions, shards made with another tokenizer, or trained
+            weights without one, for which nobody can say what ids mean.
     """
     build, config = manifest.build, language_config(spec.language)
     length = build.sequence_length + 2
@@ -230,10 +239,9 @@ def _check_language_tokenizer(spec: recipe.Language, manifest: Manifest, vocabul
             f"the shards were built with the tokenizer {used.name} of {used.vocab_size} ids, but {spec.name} "
             f"has embeddings for {vocabulary}; build the shards with the model's own tokenizer"
         )
-    folder = own_tokenizer_folder(spec)
-    if folder is None:
+    if spec.weights == "random" and tokenizer_folder(spec) is None:
         return
-    _, own = load_language_tokenizer(str(folder))
+    _, own = own_tokenizer(spec.name)
     if own.sha256 != used.sha256:
         raise XdscaleError(
             f"the shards were built with the tokenizer {used.name} ({used.sha256[:12]}), but {spec.name} has "

@@ -1,0 +1,250 @@
+"""Adapted models for use from Python: loaded from a run or an export, texts in, states out."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from xdscale.data.collate import pack_clip_blocks
+from xdscale.errors import XdscaleError
+from xdscale.export import FULL_MODEL, LANGUAGE_PREFIX, MODEL_PREFIX, consolidated_state, run_recipe
+from xdscale.files import read_json
+from xdscale.models.xdbert import XDBERT
+from xdscale.names import expand_home
+from xdscale.pretrained.clip import build_clip_text_tower
+from xdscale.pretrained.language import load_language_encoder, own_tokenizer
+from xdscale.pretrained.weights import some
+from xdscale.recipe import Language, Recipe, describe_validation_error
+from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
+from xdscale.shards.manifest import LanguageTokenizer
+from xdscale.tasks.finetuning import read_full_model
+from xdscale.tasks.xdbert import join_encoders
+from xdscale.training.checkpoint import choose_checkpoint
+from xdscale.training.distributed import Ranks
+
+
+class Encoded(NamedTuple):
+    """Texts as hidden states, fp32 on the CPU.
+
+    Attributes:
+        states: of each text [tokens, size], from the last layer; the first token is [CLS], the last [SEP].
+        pooled: [texts, size], the mean over each text's tokens.
+    """
+
+    states: list[torch.Tensor]
+    pooled: torch.Tensor
+
+
+class Encoder:
+    """A model with its tokenizers, for evaluation.
+
+    Attributes:
+        model: a language encoder of transformers, or the cross-modal `XDBERT`; in fp32.
+        tokenizer: of the language encoder, set to give the plain ids of a text.
+        special: the ids of its [CLS], [SEP] and so on.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | XDBERT, tokenizer: Tokenizer, special: LanguageTokenizer, *, name: str
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.special = special
+        self._name = name
+        self._clip = ClipBPE() if isinstance(model, XDBERT) else None
+        language = model.language if isinstance(model, XDBERT) else model
+        self._room = language.config.max_position_embeddings - 2
+        self._size = language.config.hidden_size
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 32,
+        device: str | torch.device | None = None,
+        truncate: bool = False,
+    ) -> Encoded:
+        """Encodes texts; the result does not depend on `batch_size` or on the other texts.
+
+        Args:
+            texts: one or many; segment ids are 0, as in adaptation. The cross-modal model reads each through CLIP too.
+            batch_size: texts computed at a time.
+            device: where to compute, such as "cuda"; the model stays there. None: where it is.
+            truncate: cut a text that has more tokens than the encoder has positions.
+
+        Raises:
+            XdscaleError: a text is too long and `truncate` is not given.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if device is not None:
+            self.model.to(device)
+        ids, texts = self._language_ids(texts, truncate=truncate)
+        found: list[torch.Tensor] = [torch.empty(0)] * len(ids)
+        # Texts of about the same length together: least padding.
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            for number, states in zip(chosen, self._encode([ids[n] for n in chosen], [texts[n] for n in chosen])):
+                found[number] = states
+        pooled = torch.stack([states.mean(0) for states in found]) if found else torch.empty(0, self._size)
+        return Encoded(found, pooled)
+
+    def _language_ids(self, texts: list[str], *, truncate: bool) -> tuple[list[list[int]], list[str]]:
+        """Returns each text's ids with [CLS] and [SEP], and the text that they cover."""
+        ids, covered = [], []
+        for number, found in enumerate(self.tokenizer.encode_batch(texts, add_special_tokens=False)):
+            if len(found) > self._room and not truncate:
+                raise XdscaleError(
+                    f"text {number} ({texts[number][:40]!r} …) has {len(found)} tokens, but {self._name} takes "
+                    f"{self._room} with [CLS] and [SEP] around them; cut the text, or pass truncate=True"
+                )
+            cut = len(found) > self._room
+            ids.append([self.special.cls_id, *found.ids[: self._room], self.special.sep_id])
+            covered.append(texts[number][: found.offsets[self._room - 1][1]] if cut else texts[number])
+        return ids, covered
+
+    def _encode(self, ids: list[list[int]], texts: list[str]) -> Iterator[torch.Tensor]:
+        lengths, device = torch.tensor([len(row) for row in ids]), next(self.model.parameters()).device
+        language = torch.full((len(ids), int(lengths.max())), self.special.pad_id)  # [texts, s]
+        for row, values in enumerate(ids):
+            language[row, : len(values)] = torch.tensor(values)
+        mask = torch.arange(language.shape[1]) < lengths[:, None]
+        if self._clip is None:
+            found = self.model(language.to(device), attention_mask=mask.to(device)).last_hidden_state
+        else:
+            clip_ids, clip_lengths = (torch.from_numpy(array).to(device) for array in _clip_blocks(self._clip, texts))
+            found, _ = self.model(language.to(device), clip_ids, clip_lengths, mask.to(device))
+        for states, length in zip(found.float().cpu(), lengths.tolist()):
+            yield states[:length].clone()
+
+
+def load_encoder(folder: str | Path) -> Encoder:
+    """Loads a language encoder.
+
+    Args:
+        folder: an export, a run folder (its newest undamaged checkpoint is read), or any BERT or ELECTRA as a local
+            folder, `package:NAME/folder` or hub name.
+
+    Raises:
+        XdscaleError: nothing of the kind, damaged, or without a tokenizer.
+    """
+    name = expand_home(str(folder))
+    path = Path(name)
+    if not (path / "recipe.yaml").is_file():
+        spec = Language(name=name)
+        return Encoder(load_language_encoder(spec, dropout=0.0), *own_tokenizer(name), name=name)
+    source = str(language_folder(path).resolve())
+    model = load_language_encoder(Language(name=source, weights="random"), dropout=0.0)
+    _load(model, _adapted_state(path), LANGUAGE_PREFIX, path)
+    return Encoder(model, *own_tokenizer(source), name=name)
+
+
+def load_cross_modal(folder: str | Path) -> Encoder:
+    """Loads an adapted cross-modal model.
+
+    Neither the original encoders nor a network are needed: all weights come from `folder`.
+
+    Args:
+        folder: a run folder (its newest undamaged checkpoint is read, checksums verified), or an export.
+
+    Raises:
+        XdscaleError: neither of the two, adapted without CLIP, no checkpoint yet, without a tokenizer, or the weights
+            are damaged or not those of the recipe.
+    """
+    path = Path(expand_home(str(folder)))
+    return Encoder(build_adapted(path), *own_tokenizer(str(language_folder(path).resolve())), name=str(folder))
+
+
+def build_adapted(folder: Path) -> XDBERT:
+    """Builds the adapted cross-modal model of a run or an export in fp32, in evaluation mode.
+
+    Raises:
+        XdscaleError: as `load_cross_modal`, but for the tokenizer.
+    """
+    spec = adapted_recipe(folder).model
+    if spec.clip is None:
+        raise XdscaleError(f"{folder}: was adapted without CLIP, so there is no cross-modal model in it")
+    source = Language(name=str(language_folder(folder).resolve()), weights="random")
+    language = load_language_encoder(source, dropout=spec.dropout)
+    model = join_encoders(spec, language, build_clip_text_tower(spec.clip, plain=spec.kernels == "plain"))
+    _load(model, _adapted_state(folder), MODEL_PREFIX, folder)
+    return model.eval()
+
+
+def begin_with(module: torch.nn.Module, folder: Path) -> None:
+    """Gives a newly built adaptation module the weights of a run or an export, heads included.
+
+    The head of an objective that was off there keeps the values it was built with.
+
+    Args:
+        module: what `build_adaptation` returned.
+        folder: a run folder (its newest undamaged checkpoint is read, checksums verified), or an export.
+
+    Raises:
+        XdscaleError: neither of the two, no checkpoint yet, or the weights do not fit the module.
+    """
+    adapted_recipe(folder)
+    state, wanted = _adapted_state(folder), module.state_dict()
+    wrong = [name for name in wanted if name.startswith(MODEL_PREFIX) and name not in state]
+    wrong += [name for name in wanted.keys() & state.keys() if state[name].shape != wanted[name].shape]
+    if wrong:
+        raise XdscaleError(f"model.start = {folder}: holds no fitting weights for {some(sorted(wrong))} of this recipe")
+    module.load_state_dict({name: state[name] for name in wanted.keys() & state.keys()}, strict=False)
+
+
+def adapted_recipe(folder: Path) -> Recipe:
+    """Returns the recipe that a run or an export was made with.
+
+    Raises:
+        XdscaleError: `folder` is neither, or its recipe is damaged.
+    """
+    if (folder / "recipe.yaml").is_file():
+        return run_recipe(folder)
+    exported = folder / FULL_MODEL / "config.json"
+    if not exported.is_file():
+        raise XdscaleError(
+            f"{folder}: neither a run folder (no recipe.yaml) nor an export of a cross-modal model (no "
+            f"{FULL_MODEL}/config.json)"
+        )
+    values = read_json(exported)
+    try:
+        return Recipe.model_validate(values.get("recipe"))
+    except ValidationError as error:
+        raise XdscaleError(describe_validation_error(str(exported), error, Recipe)) from None
+
+
+def language_folder(folder: Path) -> Path:
+    """Returns where a run or an export keeps the language encoder's config.json and tokenizer.json."""
+    return folder / "language" if (folder / "recipe.yaml").is_file() else folder
+
+
+def _adapted_state(folder: Path) -> dict[str, Any]:
+    """The fp32 weights of a run or an export, with heads, under the adaptation module's names."""
+    if (folder / "recipe.yaml").is_file():
+        return consolidated_state(choose_checkpoint(folder, None, Ranks(0, 1, 0)))
+    return read_full_model(folder)[1]
+
+
+def _load(model: torch.nn.Module, state: dict[str, Any], prefix: str, folder: Path) -> None:
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    wanted = model.state_dict()
+    wrong = sorted(name for name, value in wanted.items() if name not in found or found[name].shape != value.shape)
+    if wrong:
+        raise XdscaleError(f"{folder}: holds no fitting weights for {some(wrong)} of the model in its recipe")
+    model.load_state_dict({name: found[name] for name in wanted})
+
+
+def _clip_blocks(bpe: ClipBPE, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns CLIP's ids int64 [texts, blocks, 77] and their numbers int64 [texts, blocks]; 0 for an empty block."""
+    marks, encoded = describe_clip_tokenizer(), bpe.encode(texts)
+    offsets = np.cumsum([0, *map(len, encoded)])
+    ids, lengths = pack_clip_blocks(np.concatenate(encoded), offsets, start_id=marks.start_id, end_id=marks.end_id)
+    empty = lengths[:, 0] == 0  # nothing between the marks, as in finetuning
+    ids[empty, 0, :2], lengths[empty, 0] = (marks.start_id, marks.end_id), 2
+    return ids, lengths

@@ -1,0 +1,114 @@
+"""Reading other people's weights, never code."""
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from xdscale.errors import XdscaleError
+from xdscale.files import one_line, read_json, refuse_lfs_pointer
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""In order of preference; each also in parts, with an index."""
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Reads tensors only: safetensors, or a torch file with `weights_only=True`.
+
+    Raises:
+        XdscaleError: it cannot be read so, or is a Git LFS pointer.
+    """
+    refuse_lfs_pointer(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                torchscript = any(name.endswith("/constants.pkl") for name in archive.namelist())
+            if torchscript:
+                raise XdscaleError(
+                    f"{path}: a TorchScript archive, which holds code and is not opened; give its state dict "
+                    "as a .safetensors or .pt file, or use the open_clip tag (weights: openai)"
+                )
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except XdscaleError:
+        raise
+    except Exception as error:  # unpickling, zip and safetensors raise unrelated kinds
+        raise XdscaleError(f"{path}: not a readable weights file: {reason(error)}") from None
+    if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
+        values = values["state_dict"]
+    if not isinstance(values, Mapping):
+        raise XdscaleError(f"{path}: expected a state dict, found {type(values).__name__}")
+    return {str(key): value for key, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files that hold the weights in a folder: one, or the parts that an index names, sorted.
+
+    Raises:
+        XdscaleError: there are none; an index is damaged, or names a file that is missing or lies elsewhere; or a file
+            is a Git LFS pointer.
+    """
+    for name in WEIGHT_FILES:
+        for path in (folder / name, folder / f"{name}.index.json"):
+            if path.is_file():
+                files = _parts(path, Path(name).suffix) if path.suffix == ".json" else [path]
+                for file in files:
+                    refuse_lfs_pointer(file)
+                return files
+    raise XdscaleError(
+        f"{folder}: holds neither {' nor '.join(WEIGHT_FILES)}, nor the index of one in parts; or use weights: random"
+    )
+
+
+def _parts(index: Path, suffix: str) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise XdscaleError(f"{index}: not an index of weights: expected 'weight_map', from tensors to files")
+    for name in {*names.values()}:
+        if name != Path(name).name or Path(name).suffix != suffix:
+            raise XdscaleError(f"{index}: names {name!r}; expected {suffix} files beside it")
+        if not index.with_name(name).is_file():
+            raise XdscaleError(f"{index}: names {name!r}, which is missing; copy all parts of the weights there")
+    return sorted(index.with_name(name) for name in {*names.values()})
+
+
+def weights_sha256(files: list[Path]) -> str:
+    """Returns the SHA-256 of weights; of several parts, that of one after the other, as `cat` gives them."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sha256(files: list[Path], expected: str) -> None:
+    """Refuses weights that are not those a recipe was written for.
+
+    Raises:
+        XdscaleError: names both hashes.
+    """
+    found = weights_sha256(files)
+    if found != expected.lower():
+        raise XdscaleError(
+            f"{', '.join(map(str, files))}: SHA-256 is {found}, but model.language.sha256 says {expected}; the weights "
+            "are damaged or not those the recipe was written for"
+        )
+
+
+def reason(error: Exception) -> str:
+    """Returns why a weights file could not be loaded, in words that suggest nothing unsafe."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it unsafely
+        return "it is damaged or holds other things than tensors; give a .safetensors file"
+    return one_line(error)
+
+
+def some(names: list[str]) -> str:
+    """Returns the first names of a list, and how many more there are."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return shown or "nothing"
