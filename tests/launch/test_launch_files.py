@@ -185,6 +185,7 @@ def test_this_machine_alone_needs_neither_pdsh_nor_quoting(name):
     command = launcher_command([Host(name, 2)], Path("/hosts"), Rendezvous(name, 29500), "m", arguments)
     options = parse_args(command[1:])
     assert (options.force_multi, options.hostfile, tuple(options.user_args)) == (False, "/hosts", arguments)
+    assert (options.no_ssh, options.node_rank) == (True, 0)  # else it tries ssh to this machine first
     # As another user, or beside another machine, ssh is needed.
     for hosts in ([Host(f"other@{name}", 2)], [Host(name, 2), Host("node-2", 2)]):
         assert "--force_multi" in launcher_command(hosts, Path("/hosts"), Rendezvous(name, 29500), "m", arguments)

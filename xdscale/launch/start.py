@@ -47,7 +47,8 @@ def launcher_command(
     """
     module_words = ("--module", module)
     if only_here(hosts):
-        return [*_launcher(hostfile, meet), *module_words, *arguments]
+        # Without --no_ssh the launcher would first try ssh to this machine, as soon as there is a hostfile.
+        return [*_launcher(hostfile, meet), "--no_ssh", "--node_rank", "0", *module_words, *arguments]
     here = str(Path.cwd())
     if not _PLAIN_PATH.fullmatch(here):
         raise XdscaleError(f"{here}: the deepspeed launcher cannot pass this folder's name on; start from a plain one")
