@@ -22,6 +22,7 @@ from xdscale.ds_config import (
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, XdscaleError, writing
 from xdscale.recipe import Recipe, load_recipe
 from xdscale.training.signals import StopRequest
+from xdscale.training.words import outlast_listeners
 
 _SECONDS_FOR_FIRST_RANK_TO_SPEAK = 5
 
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         command continues.
     """
     options = _parse(sys.argv[1:] if arguments is None else arguments)
+    outlast_listeners()
     # From here on a signal is remembered: it is honoured before the next step, however long building takes.
     with StopRequest() as stop:
         try:

@@ -95,6 +95,22 @@ def resolve_path(name: str, *, base: Path | None = None) -> Path:
     return path
 
 
+def shards_folder(name: str) -> Path:
+    """Returns the local folder that a recipe's `data.shards` names.
+
+    Raises:
+        XdscaleError: nothing is there; says where it was looked for and how to make it.
+    """
+    try:
+        return resolve_path(name)
+    except XdscaleError as error:
+        here = "" if name.startswith(PACKAGE_PREFIX) or Path(name).is_absolute() else f" in {Path.cwd()}"
+        raise XdscaleError(
+            f"data.shards = {error}{here}; make it with 'xdscale shards build INPUT... --out FOLDER', or say where it "
+            "is with data.shards=FOLDER"
+        ) from None
+
+
 def _inside_package(name: str) -> Path:
     package, _, inner = name.removeprefix(PACKAGE_PREFIX).partition("/")
     if not package.isidentifier():  # finding `a.b` would import `a`

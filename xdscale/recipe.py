@@ -244,30 +244,36 @@ def read_validated(path: Path, overrides: Sequence[str], model: type[Values]) ->
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise XdscaleError(describe_validation_error(str(path), error, model)) from None
+        raise XdscaleError(describe_validation_error(str(path), error, model, overrides)) from None
 
 
-def describe_validation_error(source: str, error: ValidationError, model: type[BaseModel]) -> str:
-    """Returns one line per problem: file, key, what was found, what was expected, the nearest right name.
+def describe_validation_error(
+    source: str, error: ValidationError, model: type[BaseModel], overrides: Sequence[str] = ()
+) -> str:
+    """Returns one line per problem: where it stands, key, what was found, what was expected, the nearest right name.
 
     Args:
         source: the file that held the values.
         error: what pydantic found.
         model: the class that was validated, from which near names are taken.
+        overrides: `section.key=value` items that stood in the file's place.
     """
+    typed = [override.partition("=")[0] + "." for override in overrides]
     problems = []
     for item in error.errors():
         location = [str(part) for part in item["loc"]]
         key = ".".join(location)
+        by_person = any(name.startswith(f"{key}.") or f"{key}.".startswith(name) for name in typed)
+        where = "the command line" if by_person else source
         if item["type"] == "extra_forbidden":
             known = _known_keys(model, location[:-1])
             near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            problems.append(f"{source}: unknown key {key!r}; {hint}")
+            problems.append(f"{where}: unknown key {key!r}; {hint}")
         elif item["type"] == "missing":
-            problems.append(f"{source}: {key!r} is missing")
+            problems.append(f"{where}: {key!r} is missing")
         else:
-            problems.append(f"{source}: {key} = {item['input']!r}: {item['msg']}")
+            problems.append(f"{where}: {key} = {item['input']!r}: {item['msg']}")
     return "\n".join(problems)
 
 

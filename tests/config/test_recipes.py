@@ -127,6 +127,19 @@ def test_override_without_equals_sign_is_refused(write):
         load_recipe(write(MINIMAL), ["training.seed"])
 
 
+def test_what_was_typed_wrongly_is_not_blamed_on_the_file(write):
+    for typed, problem in (
+        ("trainig.steps=3", "unknown key 'trainig'; did you mean 'training'"),
+        ("training.step=3", "unknown key 'training.step'; did you mean 'steps'"),
+        ("training.steps=many", "training.steps = 'many'"),
+        ("training={}", "'training.steps' is missing"),
+    ):
+        with pytest.raises(XdscaleError, match=f"^the command line: {re.escape(problem)}"):
+            load_recipe(write(MINIMAL), [typed])
+    with pytest.raises(XdscaleError, match=r"recipe\.yaml: training\.steps = 'many'"):
+        load_recipe(write(MINIMAL | {"training": {"steps": "many", "global_batch": 4}}), ["training.seed=3"])
+
+
 def test_resolved_yaml_reads_back_as_the_same_recipe():
     recipe = load_recipe("quickstart")
     assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe

@@ -22,8 +22,9 @@ PROGRAM = Path(sys.executable).with_name("xdscale")
 
 @pytest.fixture
 def started(monkeypatch):
-    """What would be started: the launcher's command line and environment."""
+    """What would be started, with shards at hand: the launcher's command line and environment."""
     calls = []
+    monkeypatch.setattr(train, "shards_folder", lambda name: None)
 
     def record(command, settings):
         calls.append((command, settings))
@@ -115,15 +116,24 @@ def test_a_killed_rank_or_launcher_is_a_fault(end, capfd):
     assert capfd.readouterr().err.startswith("error: ")
 
 
+def test_missing_shards_are_said_at_once_with_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run_launcher", pytest.fail)
+    message = f"data.shards = data/quickstart: no such file or folder in {tmp_path}; make it with 'xdscale shards build"
+    with pytest.raises(XdscaleError, match=re.escape(message)):
+        train.train_here("quickstart", [], None, None)
+
+
 @pytest.mark.slow
 def test_bad_input_that_only_ranks_see_is_one_message_and_exit_code_2(tmp_path):
-    command = [PROGRAM, "train", "quickstart", "data.shards=nowhere", "--ranks", "2"]
+    (tmp_path / "empty").mkdir()
+    command = [PROGRAM, "train", "quickstart", "data.shards=empty", "--ranks", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == EXIT_BAD_INPUT
     started, *messages = done.stderr.splitlines()
-    assert "--module xdscale.adapt quickstart data.shards=nowhere" in started
+    assert "--module xdscale.adapt quickstart data.shards=empty" in started
     assert len(messages) == 1
-    assert messages[0].startswith("error: nowhere: ")
+    assert messages[0].startswith("error: empty: ")
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def stopped_on_purpose(make_run, adapt):
 
 def test_the_message_of_stop_at_step_says_how_to_go_on(stopped_on_purpose):
     _, done = stopped_on_purpose
-    assert "stopped as training.stop_at_step = 3 says after step 3 of 6" in done.stderr
+    assert "stopped after step 3 of 6, as training.stop_at_step = 3 says;" in done.stderr
     assert "the same command without it, or with a later one, continues" in done.stderr
 
 
@@ -188,3 +188,26 @@ def test_a_port_in_use_is_named_with_the_option(make_run, launch_ranks, tmp_path
     assert f"port {port} of 127.0.0.1, where the ranks meet, is in use" in line
     assert "--master_port" in line
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "reader, writer = os.pipe()",
+        "reader, writer = os.openpty()",
+        "reader, writer = None, os.open('/dev/full', os.O_WRONLY)",
+    ],
+    ids=["tee that Ctrl-C ended", "closed terminal", "full disk"],
+)
+def test_a_run_goes_on_when_nobody_can_read_its_words(make_run, launch_ranks, tmp_path, gone):
+    run = make_run()
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"import os, sys\nfrom xdscale import adapt\n{gone}\n"
+        "for stream in (1, 2): os.dup2(writer, stream)\n"
+        "if reader: os.close(reader)\n"
+        "sys.exit(adapt.main(sys.argv[1:]))\n"
+    )
+    done = launch_ranks(worker, *run.command(training__steps=2))
+    assert (done.code, run.checkpoints()) == (0, [2])
+    assert not list(run.folder.glob("faults/*"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from xdscale import recipe
 from xdscale.errors import XdscaleError
-from xdscale.names import is_url, resolve_path
+from xdscale.names import is_url, shards_folder
 from xdscale.shards.manifest import Manifest, ShardRecord
 from xdscale.shards.remote import fetch_manifest, fetch_shards, place_manifest
 from xdscale.shards.verify import damaged_shards
@@ -36,7 +36,7 @@ def open_shards(
         XdscaleError: no dataset, one that `check` refuses, or more damaged shards than allowed; names them.
     """
     remote = is_url(section.shards)
-    folder = _fetch_manifest(section, ranks) if remote else resolve_path(section.shards)
+    folder = _fetch_manifest(section, ranks) if remote else shards_folder(section.shards)
     check(folder)
     every = [record for split in Manifest.load(folder).splits.values() for record in split.shards]
     problem, mine = None, {}

@@ -16,7 +16,7 @@ import xdscale
 from xdscale.devices import asked_for_cpu
 from xdscale.errors import XdscaleError
 from xdscale.launch.environment import is_carried
-from xdscale.names import resolve_path
+from xdscale.names import shards_folder
 from xdscale.recipe import Recipe
 
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "open_clip_torch", "tokenizers", "numpy")
@@ -167,7 +167,7 @@ def _address(name: str) -> str:
 def _recipe_facts(recipe: Recipe) -> dict[str, object]:
     facts: dict[str, object] = {}
     try:
-        facts["shards_fingerprint"] = _shards_fingerprint(resolve_path(recipe.data.shards))
+        facts["shards_fingerprint"] = _shards_fingerprint(shards_folder(recipe.data.shards))
     except (XdscaleError, OSError) as error:
         facts["shards_problem"] = str(error)
     facts["output_free_bytes"] = shutil.disk_usage(existing_parent(Path(recipe.output.folder))).free

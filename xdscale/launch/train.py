@@ -21,6 +21,7 @@ from xdscale.devices import visible_gpus
 from xdscale.errors import EXIT_FAULT, XdscaleError
 from xdscale.launch.job import check_job, shipped_ds_config
 from xdscale.launch.start import program
+from xdscale.names import is_url, shards_folder
 from xdscale.recipe import Recipe, load_recipe
 
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -50,7 +51,7 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
         Exit code of the ranks: 0 done, 2 bad input, 70 a rank died, hung or failed, 75 stopped with a checkpoint saved.
 
     Raises:
-        XdscaleError: as `check_job`; there are fewer GPUs than ranks, or the launcher cannot address one.
+        XdscaleError: as `check_job`; there are no shards, or fewer GPUs than ranks, or the launcher cannot address one.
     """
     gpus = visible_gpus()
     if ranks and gpus and ranks > len(gpus):
@@ -62,6 +63,8 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
     world_size = len(chosen) or ranks or 1
     known = _known_to_the_driver() if gpus else []
     job = check_job(name, overrides, ds_config or _default(load_recipe(name, overrides), gpus, known), world_size)
+    if not is_url(job.recipe.data.shards):
+        shards_folder(job.recipe.data.shards)  # the launcher and its ranks take most of a minute to find out
     options, settings = _devices(chosen, world_size, known)
     # Less than -q: after bad input the launcher's own word would stand beside the one message that names it.
     command = [program("deepspeed"), "--log_level", "critical", *options]

@@ -156,8 +156,11 @@ class Monitor:
         if stopped:
             how, what_next = "stopped by a signal", "; the same command continues"
         elif step < steps:
-            how = f"stopped as training.stop_at_step = {self._recipe.training.stop_at_step} says"
-            what_next = "; the same command without it, or with a later one, continues"
+            how = "stopped"
+            what_next = (
+                f", as training.stop_at_step = {self._recipe.training.stop_at_step} says; the same command without it, "
+                "or with a later one, continues"
+            )
         memory = f"peak memory {max(peaks_gib):.2f} GiB per rank"
         self._say(f"{how} after step {step} of {steps}{what_next}; {memory}; run folder {self._folder}")
         if self._progress:
