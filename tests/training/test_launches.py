@@ -220,7 +220,7 @@ def test_each_start_says_how_a_step_is_split(second):
     first_line = "a step of 4 samples: 3 ranks × 1 micro-batch of 2, 33.3% of it padding"
     assert first_line in second.said["world-3"].splitlines()
     resolved = json.loads((second.folder / "world-3" / "ds_config.json").read_text())
-    assert resolved["train_micro_batch_size_per_gpu"] == 1
+    assert resolved["train_micro_batch_size_per_gpu"] == 2  # of the newest start
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(second):
