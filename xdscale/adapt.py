@@ -107,7 +107,9 @@ def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
             watchdog.samples = lambda step, micro_batch: sample_ids(data.order.slots(step), micro_batch)
             ranks.on_first(run.claim)
             run.check_shared(ranks)
-            session = open_session(recipe, ds_config, run, data, ranks, lambda: build_module(recipe))
+            session = open_session(
+                recipe, ds_config, run, data, ranks, lambda continued: build_module(recipe, continued=continued)
+            )
             if session.start_step == 0 and ranks.is_first:
                 with writing("the encoder's configuration and tokenizer", run.language):
                     save_language_files(recipe.model.language, run.language)
@@ -224,8 +226,12 @@ def open_data(
     return RunData(prepare, validation, order, stream_hash, train.manifest.fingerprint, damaged)
 
 
-def build_module(recipe: Recipe) -> Any:
+def build_module(recipe: Recipe, *, continued: bool) -> Any:
     """Builds the module that a run begins with: as `build_adaptation`, or with the weights of `model.start`.
+
+    Args:
+        recipe: of the run.
+        continued: whether a checkpoint of the run gives the weights; the folder that it began with may be gone then.
 
     Raises:
         XdscaleError: weights are missing, damaged or do not fit.
@@ -235,7 +241,7 @@ def build_module(recipe: Recipe) -> Any:
     from xdscale.tasks.xdbert import build_adaptation
 
     module = build_adaptation(recipe)
-    if recipe.model.start is not None:
+    if recipe.model.start is not None and not continued:
         begin_with(module, resolve_path(recipe.model.start))
     return module
 
@@ -251,9 +257,12 @@ class Session(NamedTuple):
 
 
 def open_session(
-    recipe: Any, ds_config: dict[str, Any], run: Any, data: RunData, ranks: Any, build: Callable[[], Any]
+    recipe: Any, ds_config: dict[str, Any], run: Any, data: RunData, ranks: Any, build: Callable[[bool], Any]
 ) -> Session:
-    """Builds module and engine and continues from the newest undamaged checkpoint, if there is one."""
+    """Builds module and engine and continues from the newest undamaged checkpoint, if there is one.
+
+    `build` is told whether it does.
+    """
     import torch
 
     from xdscale.training import checkpoint as ckpt
@@ -280,7 +289,7 @@ def open_session(
     convert = position is not None and needs_resharding(position, ranks.world_size)
     source = reshard(found, ranks) if convert else found
     torch.manual_seed(recipe.training.seed)
-    module = build()
+    module = build(position is not None)
     if activation_checkpointing(ds_config):
         module.enable_activation_checkpointing()
     engine = build_engine(module, recipe.optim, ds_config, load_universal=convert)

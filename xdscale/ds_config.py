@@ -76,7 +76,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
     """
     try:
         values = json.loads(_path(name).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(name))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise XdscaleError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise XdscaleError(f"{name}: expected a JSON object, found {type(values).__name__}")
@@ -153,8 +153,6 @@ def resolve_ds_config(name: str, values: dict[str, Any], recipe: Recipe, world_s
         "gradient_clipping": recipe.optim.gradient_clipping,
         # DeepSpeed's own console line says less than our progress line.
         "steps_per_print": values.get("steps_per_print", 2**31),
-        # It waits for the GPU twice per micro-batch, to say what our progress line says.
-        "timers": {"throughput": {"enabled": False}},
     }
     return resolved
 

@@ -20,6 +20,9 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 Values = TypeVar("Values", bound=BaseModel)
 
+# A date that no calendar has and a number of thousands of digits are ValueErrors, as bad UTF-8 is.
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
 NameOrPath = Annotated[str, AfterValidator(expand_home)]
 """A path, or a name that may be one."""
 
@@ -145,6 +148,11 @@ class Training(Section):
     max_skipped_in_row: int = Field(5, ge=1, description="non-finite steps in a row that stop the run")
     hang_seconds: int = Field(45, ge=1, description="shortest time without progress after which a rank counts as hung")
 
+    @property
+    def stops_early(self) -> bool:
+        """Whether `stop_at_step` ends the run before its last step."""
+        return self.stop_at_step is not None and self.stop_at_step < self.steps
+
 
 class Output(Section):
     """Where the run is written."""
@@ -235,7 +243,7 @@ def read_validated(path: Path, overrides: Sequence[str], model: type[Values]) ->
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, *_NOT_YAML) as error:
         raise XdscaleError(f"{path}: not a YAML recipe: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise XdscaleError(f"{path}: expected the sections {', '.join(model.model_fields)}, found {values!r}")
@@ -300,8 +308,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise XdscaleError(f"{override!r}: an override has the form section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise XdscaleError(f"{override!r}: the value is not valid YAML") from None
+    except _NOT_YAML as error:
+        reason = " ".join(str(error).split())
+        raise XdscaleError(f"{override!r}: the value is not valid YAML ({reason}); a text may need quotes") from None
     if isinstance(value, str):
         value = _number_if_scientific(value)
     *sections, last = key.split(".")

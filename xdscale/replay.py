@@ -70,8 +70,9 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
 
     data = open_data(recipe, {"train_micro_batch_size_per_gpu": 1}, Ranks(0, 1, 0))
     torch.manual_seed(recipe.training.seed)
-    module = build_module(recipe)
-    source = _load_weights(module, run, step)
+    checkpoint = _newest_before(run, step)
+    module = build_module(recipe, continued=checkpoint is not None)
+    source = _load_weights(module, checkpoint, step)
     config = read_json(run / "ds_config.json")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(config)]
     device = rank_device(0)
@@ -119,19 +120,25 @@ def _fetched(run: Path, url: str, cache: str) -> Path:
     return folder
 
 
-def _load_weights(module: nn.Module, run: Path, step: int) -> str:
-    """Loads the newest undamaged checkpoint before `step`, if any, and says which."""
-    from xdscale.export import consolidated_state
+def _newest_before(run: Path, step: int) -> Path | None:
+    """Returns the newest undamaged checkpoint before `step`, if any."""
     from xdscale.training.checkpoint import list_checkpoints, step_of
     from xdscale.training.integrity import damage
 
-    for checkpoint in reversed(list_checkpoints(run / "checkpoints")):
-        done = step_of(checkpoint)
-        if done < step and not damage(checkpoint):
-            module.load_state_dict(consolidated_state(checkpoint))
-            between = step - 1 - done
-            return f"weights after step {done}" + (f", {between} steps too early" if between else "")
-    return "weights of the start" + (f", {step - 1} steps too early" if step > 1 else "")
+    before = [path for path in reversed(list_checkpoints(run / "checkpoints")) if step_of(path) < step]
+    return next((path for path in before if not damage(path)), None)
+
+
+def _load_weights(module: nn.Module, checkpoint: Path | None, step: int) -> str:
+    """Loads a checkpoint before `step`, if there is one, and says which."""
+    from xdscale.export import consolidated_state
+    from xdscale.training.checkpoint import step_of
+
+    if checkpoint is None:
+        return "weights of the start" + (f", {step - 1} steps too early" if step > 1 else "")
+    module.load_state_dict(consolidated_state(checkpoint))
+    between = step - 1 - step_of(checkpoint)
+    return f"weights after step {step_of(checkpoint)}" + (f", {between} steps too early" if between else "")
 
 
 def _replay_sample(

@@ -271,6 +271,7 @@ def test_own_stop_words_replace_the_list(tmp_path, cassette_model):
         ("a.csv", b"id,sentence1\n\xff\n", "a.csv, line 2: not UTF-8"),
         ("a.jsonl", '{"id": 1}\n', "a.jsonl, line 1: sentence1, correct_baseline, correct_ours missing"),
         ("a.jsonl", "\n{oops\n", "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", '{"id": ' + "1" * 5000 + "}\n", "a.jsonl, line 1: not JSON (Exceeds the limit"),
         ("a.jsonl", "[1]\n", "a.jsonl, line 1: expected a JSON object, found list"),
         ("a.jsonl", '{"id": 1, "sentence1": "x", "correct_baseline": true, "correct_ours": 1}', "line 1: correct_base"),
         ("a.tsv", "", "a .csv or a .jsonl file"),
@@ -288,6 +289,7 @@ def test_a_bad_comparison_is_named_with_its_line(name, content, message, tmp_pat
     [
         ("c.json", b'{"annotations": [{"caption": "a"}, {"id": 2}]}', r"c.json: annotations\[1\] has no 'caption'"),
         ("c.json", b'{"annotations":\n nothing}', "c.json, line 2: not JSON"),
+        ("c.json", b'{"annotations": ' + b"1" * 5000 + b"}", "c.json: not JSON .Exceeds the limit"),
         ("c.json", b"[]", "c.json: expected COCO captions"),
         ("c.txt", b"one\ntwo\n\xff\n", "c.txt, line 3: not UTF-8"),
         ("c.txt.gz", b"no gzip", "c.txt.gz, line 1: cannot be read"),

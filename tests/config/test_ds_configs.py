@@ -16,7 +16,7 @@ from xdscale.ds_config import (
     zero_stage,
 )
 from xdscale.errors import XdscaleError
-from xdscale.recipe import load_recipe
+from xdscale.recipe import Optim, load_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -96,6 +96,8 @@ def test_duplicate_key_and_bad_json(write):
         read_ds_config(write('{"bf16": {}, "bf16": {}}'))
     with pytest.raises(XdscaleError, match="not valid JSON"):
         read_ds_config(write("{"))
+    with pytest.raises(XdscaleError, match="not valid JSON: Exceeds the limit"):
+        read_ds_config(write('{"train_batch_size": ' + "1" * 5000 + "}"))
 
 
 def test_a_shipped_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
@@ -154,20 +156,32 @@ def test_auto_is_filled_from_the_recipe(write):
 
 def test_deepspeeds_own_timer_never_waits_for_the_gpu(monkeypatch):
     """It is on by default, and from the second step on synchronises twice per micro-batch."""
+    import torch
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils.config import get_timers_config
     from deepspeed.utils.timer import ThroughputTimer
 
-    path = str(SHIPPED[0])
-    waits = []
+    from xdscale.training.engine import build_engine
+
+    engines, waits = [], []
+    monkeypatch.setattr("deepspeed.initialize", lambda **options: engines.append(options["config"]) or [None])
+    build_engine(torch.nn.Linear(1, 1), Optim(), {}, load_universal=False)
     monkeypatch.setattr(get_accelerator(), "synchronize", lambda: waits.append(1))
-    for values in ({}, resolve_ds_config(path, read_ds_config(path), load_recipe("xdbert-base-wikitext103"), 1)):
+    for values in ({}, *engines):
         waits.clear()
         timer = ThroughputTimer(get_timers_config(values), batch_size=1)
         for _ in range(4):
             timer.start()
             timer.stop(global_step=True)
         assert bool(waits) == (values == {})
+    assert len(engines) == 1
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_what_a_run_records_may_be_given_to_another(path, write):
+    recipe = load_recipe("xdbert-base-wikitext103")
+    resolved = resolve_ds_config(path.stem, read_ds_config(str(path)), recipe, 16)
+    assert resolve_ds_config("again", read_ds_config(write(resolved)), recipe, 16) == resolved
 
 
 def test_the_timer_cannot_be_switched_on(write):

@@ -1,6 +1,7 @@
 """Recipes: what ships, what is refused, what an override does."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -94,6 +95,13 @@ def test_wrong_type_shows_key_and_value(write):
 def test_not_yaml_and_not_a_recipe(write):
     with pytest.raises(XdscaleError, match="not a YAML recipe"):
         load_recipe(write("model: [unclosed"))
+    for value in ("2026-02-30", "9" * 5000, "[" * 5000):
+        path = write({})
+        Path(path).write_text(f"training: {{steps: {value}}}")
+        with pytest.raises(XdscaleError, match="not a YAML recipe"):
+            load_recipe(path)
+        with pytest.raises(XdscaleError, match="the value is not valid YAML"):
+            load_recipe(write(MINIMAL), [f"output.folder={value}"])
     with pytest.raises(XdscaleError, match="expected the sections model"):
         load_recipe(write("just words"))
 

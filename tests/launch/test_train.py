@@ -80,7 +80,10 @@ def test_gpus_without_bf16_train_in_fp16(started, gpus):
     gpus(["0"], "7.0")
     train.train_here("xdbert-base-wikitext103", [], None, None)
     train.train_here("quickstart", [], None, None)
-    assert [command[-1] for command, _ in started] == ["bert-base-zero2-fp16", "quickstart-zero2"]
+    gpus(["0"], "[N/A]")
+    train.train_here("xdbert-base-wikitext103", [], None, None)
+    chosen = [command[-1] for command, _ in started]
+    assert chosen == ["bert-base-zero2-fp16", "quickstart-zero2", "bert-base-zero2"]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,23 @@ def test_missing_shards_are_said_at_once_with_what_to_do(monkeypatch, tmp_path):
     message = f"data.shards = data/quickstart: no such file or folder in {tmp_path}; make it with 'xdscale shards build"
     with pytest.raises(XdscaleError, match=re.escape(message)):
         train.train_here("quickstart", [], None, None)
+
+
+@pytest.mark.parametrize("log", ["", '{"step": 3, "kind": "st', '{"step": 3, "kind": "step"}\n{"step": 3, "ki'])
+def test_a_log_that_breaks_off_is_no_end(tmp_path, monkeypatch, log, capfd):
+    """What a full disk leaves: the log has changed, and its last line is not whole."""
+
+    def run(command, settings):
+        (tmp_path / "log.jsonl").write_text(log)
+        return 0
+
+    monkeypatch.setattr(train, "run_launcher", run)
+    monkeypatch.setattr(train, "visible_gpus", list)
+    assert (
+        train.train_here("quickstart", [f"output.folder={tmp_path}", f"data.shards={tmp_path}"], None, None)
+        == EXIT_FAULT
+    )
+    assert "error: the launcher ended before its ranks" in capfd.readouterr().err
 
 
 @pytest.mark.slow

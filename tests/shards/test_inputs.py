@@ -179,6 +179,71 @@ def test_parquet_and_jsonl_of_the_same_text_give_the_same_shards(small_corpus, c
     assert shards[0] == shards[1] != []
 
 
+ROWS = [LONG, "naïve é中 and three more", "", LONG]
+IN_BYTES = [row.encode() for row in ROWS]
+CATEGORIES = pyarrow.array(ROWS).dictionary_encode()
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array(ROWS, pyarrow.large_string()),
+        pyarrow.array(ROWS, pyarrow.string_view()),
+        pyarrow.array(IN_BYTES, pyarrow.binary()),
+        pyarrow.array(IN_BYTES, pyarrow.large_binary()),
+        pyarrow.array(IN_BYTES, pyarrow.binary_view()),
+        CATEGORIES,
+        CATEGORIES.cast(pyarrow.dictionary(pyarrow.int8(), pyarrow.string())),  # as pandas writes a category
+        pyarrow.DictionaryArray.from_arrays(
+            [0, 1, 2, 0], pyarrow.array(ROWS[:3], pyarrow.large_string()), ordered=True
+        ),
+        pyarrow.DictionaryArray.from_arrays([0, 1, 2, 0], IN_BYTES[:3]),
+        pyarrow.chunked_array([pyarrow.array(part).dictionary_encode() for part in (ROWS[:1], ROWS[1:])]),
+    ],
+    ids=lambda column: str(column.type)[:40],
+)
+@pytest.mark.parametrize("row_group_size", [3, 100])
+def test_every_arrow_type_of_text_is_read(tmp_path, column, row_group_size):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"id": ["x"] * 4, "text": column}), path, row_group_size=row_group_size)
+    assert parquet.read_schema(path).field("text").type not in (pyarrow.string(), pyarrow.null())
+    assert [document.text for document in stream_documents(path)] == ROWS
+
+
+def test_nulls_and_bad_bytes_are_found_in_every_arrow_type(tmp_path):
+    path = tmp_path / "a.parquet"
+    for column in (
+        pyarrow.array([LONG, None], pyarrow.string_view()),
+        pyarrow.array([LONG, None]).dictionary_encode(),
+        pyarrow.array([LONG.encode(), None]),
+    ):
+        parquet.write_table(pyarrow.table({"text": column}), path)
+        with pytest.raises(XdscaleError, match=r"a\.parquet: row 1: 'text' is null"):
+            list(stream_documents(path))
+    bad = pyarrow.array([LONG.encode(), b"caf\xe9"])
+    for column in (bad, bad.dictionary_encode(), bad.cast(pyarrow.binary_view())):
+        parquet.write_table(pyarrow.table({"text": column}), path)
+        with pytest.raises(XdscaleError, match=r"a\.parquet: row 1: 'text': byte 3 \(0xe9\) is not UTF-8"):
+            list(stream_documents(path))
+        found = list(stream_documents(path, replace_bad_bytes=True))
+        assert [document.text for document in found] == [LONG, "caf\ufffd"]
+        assert sum(document.bad_bytes for document in found) == 1
+
+
+def test_a_text_column_is_one_and_no_part_of_another(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table([ROWS, ROWS], names=["text", "text"]), path)
+    with pytest.raises(XdscaleError, match=r"a\.parquet: 2 columns are named 'text'; write the file with one of them"):
+        list(stream_documents(path))
+    nested = pyarrow.array([{"text": "of a part"}] * 4)
+    parquet.write_table(pyarrow.table({"text.language": ["en"] * 4, "meta": nested, "text": ROWS}), path)
+    assert [document.text for document in stream_documents(path)] == ROWS
+    for column in (nested, pyarrow.array([["a"]] * 4), pyarrow.array([None] * 4)):
+        parquet.write_table(pyarrow.table({"text": column}), path)
+        with pytest.raises(XdscaleError, match=r"a\.parquet: column 'text' is (struct|list|null).*, expected strings"):
+            list(stream_documents(path))
+
+
 def test_bad_parquet_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, [LONG] * 7)

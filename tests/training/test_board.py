@@ -5,6 +5,8 @@ from tensorboard.backend.event_processing.data_provider import MultiplexerDataPr
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.summary.writer import event_file_writer
 
 from xdscale.training.board import describe
 from xdscale.training.monitor import Monitor
@@ -18,18 +20,27 @@ class _Recipe:
 
     training = type("Training", (), {"steps": 6})()
 
+    def __init__(self, learning_rate=1e-4):
+        self._learning_rate = learning_rate
+
     def to_yaml(self):
         return "a: 1\n"
 
     def model_dump(self, mode):
-        return {"optim": {"learning_rate": 1e-4}}
+        return {"optim": {"learning_rate": self._learning_rate}}
 
 
-def train(folder, objectives, start, stop):
+@pytest.fixture(autouse=True)
+def _files_in_the_order_of_writing(monkeypatch):
+    """Names of files of one second, which runs hardly write twice, end in a number and are sorted as text."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
+
+
+def train(folder, objectives, start, stop, recipe=None):
     """What the loop tells the monitor from one step to another."""
     run = RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    monitor = Monitor(run, _Recipe(), start, objectives)
+    monitor = Monitor(run, recipe or _Recipe(), start, objectives)
     learned = {f"{kind}/{name}": 0.5 for kind in ("loss", "accuracy") for name in objectives}
     if start == 0:
         monitor.validation(0, learned)
@@ -100,6 +111,16 @@ def test_last_figures_stand_in_the_run_itself(continued, objectives):
     name = f"final/accuracy/{objectives[0]}"
     assert multiplexer.Tensors("first", name)[-1].step == 6
     assert "_hparams_/session_start_info" in multiplexer.PluginRunToTagToContent("hparams")["first"]
+
+
+def test_settings_are_those_of_the_newest_end(tmp_path, capsys):
+    """TensorBoard's HParams show the first settings that a run's files have."""
+    train(tmp_path / "first", ["mlm"], 0, 4)
+    train(tmp_path / "first", ["mlm"], 3, 6, _Recipe(learning_rate=2e-4))
+    multiplexer = read(tmp_path / "first" / "tensorboard")
+    stored = multiplexer.SummaryMetadata("first", "_hparams_/session_start_info").plugin_data.content
+    settings = plugin_data_pb2.HParamsPluginData.FromString(stored).session_start_info.hparams
+    assert settings["optim.learning_rate"].number_value == 2e-4
 
 
 def test_units_stand_in_titles():

@@ -117,6 +117,20 @@ def test_a_full_disk_under_the_log_is_one_message(tmp_path):
     assert str(tmp_path / "run") in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: \xff", "recipe.yaml: cannot be read: 'utf-8' codec"),
+        (b"", "holds a run of another kind"),
+        (b"steps: 2026-02-30", "holds a run of another kind"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named(run, content, message):
+    (run.folder / "recipe.yaml").write_bytes(content)
+    with pytest.raises(XdscaleError, match=message):
+        run.check(load_recipe("quickstart"))
+
+
 def records(run):
     return [json.loads((run.folder / name).read_text()) for name in ("ds_config.json", "environment.json")]
 

@@ -1,5 +1,6 @@
 """A rank that dies, freezes, gets no data or fails: all ranks end within a minute; one line says which and where."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, XdscaleErro
 from xdscale.shards.table import Table
 from xdscale.training import distributed
 from xdscale.training.activity import Activity
+from xdscale.training.arrivals import Arrival, Arrivals
 from xdscale.training.distributed import Ranks
 from xdscale.training.run_folder import read_log
 from xdscale.training.watchdog import Watchdog
@@ -316,6 +319,23 @@ def two_ranks(tmp_path, monkeypatch):
         return None
 
     return SimpleNamespace(watchdogs=watchdogs, devices=devices, judge=judge)
+
+
+def test_two_threads_may_ask_how_far_a_device_is():
+    """The watchdog's, and a main thread that ends: while one looks at a place the other takes it away."""
+    both = threading.Barrier(2)
+
+    def query():
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+        return True
+
+    arrivals = Arrivals(lambda: SimpleNamespace(query=query))
+    arrivals.pass_by(Arrival(1, 0, "data"))
+    arrivals.pass_by(Arrival(2, 0, "forward"))
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: arrivals.last(), range(2)))
+    assert found == [Arrival(2, 0, "forward")] * 2
 
 
 def enqueue_step(watchdog):

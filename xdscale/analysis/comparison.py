@@ -90,8 +90,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise XdscaleError(f"{path}, line {line}: not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits among them
+            raise XdscaleError(f"{path}, line {line}: not JSON ({error})") from None
         if not isinstance(values, dict):
             raise XdscaleError(f"{path}, line {line}: expected a JSON object, found {type(values).__name__}")
         yield line, values

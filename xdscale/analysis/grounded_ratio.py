@@ -151,6 +151,8 @@ def _coco_captions(path: Path) -> Iterator[str]:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise XdscaleError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested as deep
+        raise XdscaleError(f"{path}: not JSON ({error})") from None
     annotations = values.get("annotations") if isinstance(values, dict) else None
     if not isinstance(annotations, list):
         raise XdscaleError(f"{path}: expected COCO captions, an object with a list 'annotations'")

@@ -201,7 +201,8 @@ def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], la
         "log": str(log),
     }
     folder = Path(recipe.output.folder)
-    return FinetuneJob(f"{recipe.task.name} seed {recipe.training.seed}", message, folder / RESULT, log)
+    name, stops_early = f"{recipe.task.name} seed {recipe.training.seed}", recipe.training.stops_early
+    return FinetuneJob(name, message, folder / RESULT, log, stops_early)
 
 
 def _result(out: Path, task: str, seed: int) -> Path:

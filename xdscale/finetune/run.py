@@ -69,12 +69,12 @@ def finetune(
             data = _open_stream(recipe, ds_config, ranks, material)
             watchdog.samples = lambda step, micro_batch: adapt.sample_ids(data.order.slots(step), micro_batch)
             session = adapt.open_session(
-                recipe, ds_config, run, data, ranks, lambda: build_subject(recipe, material.data.task)
+                recipe, ds_config, run, data, ranks, lambda continued: build_subject(recipe, material.data.task)
             )
             code = adapt.train_session(
                 recipe, ds_config, run, data, ranks, stop, watchdog, session, weights={"task": 1.0}
             )
-            if code == 0 and recipe.training.stop_at_step is None:
+            if code == 0 and not recipe.training.stops_early:
                 code = _finish(recipe, ds_config, label, run, material, session.engine, ranks, stop, watchdog, began)
             watchdog.end()
             session.engine.destroy()

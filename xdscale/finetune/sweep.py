@@ -27,12 +27,16 @@ _LOG_LINES = 15
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """One run: what the worker gets, where the result will stand, and where the run's words go."""
+    """One run: what the worker gets, where the result will stand, and where the run's words go.
+
+    One that `stops_early`, by `training.stop_at_step`, has no result yet.
+    """
 
     name: str
     message: dict[str, Any]
     result: Path
     log: Path
+    stops_early: bool = False
 
 
 class SweepRunner:
@@ -109,7 +113,7 @@ class SweepRunner:
                     continue
                 self._done += 1
                 if problem is None:
-                    self._say(f"[{self._done}/{self._total}] {job.name}: {_describe_result(job.result)}")
+                    self._say(f"[{self._done}/{self._total}] {job.name}: {_describe_end(job)}")
                 else:
                     self._unsaved |= self._stopping.is_set()
                     self._failed[job.name] = self._tail(job, slot, problem)
@@ -122,7 +126,7 @@ class SweepRunner:
                 self._workers[slot].end()
                 self._workers[slot] = WorkerProcess(self._slots[slot])
             code = self._workers[slot].work(job.message, self._note)
-            if code == 0:
+            if code == 0 and not job.stops_early:
                 read_result(job.result)
         except LostWorkerError as lost:
             return str(lost), not lost.begun and self._is_stopping()
@@ -161,8 +165,10 @@ class SweepRunner:
         self._stopping.set()
 
 
-def _describe_result(path: Path) -> str:
-    result = read_result(path)
+def _describe_end(job: FinetuneJob) -> str:
+    if job.stops_early:
+        return "stopped as training.stop_at_step says; the same command without it, or with a later one, continues"
+    result = read_result(job.result)
     return ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()) + f" ({result.seconds:.0f} s)"
 
 

@@ -5,8 +5,8 @@ this process takes them and passes them on, and tells from the run's log whether
 """
 
 import contextlib
-import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,11 +23,13 @@ from xdscale.launch.job import check_job, shipped_ds_config
 from xdscale.launch.start import program
 from xdscale.names import is_url, shards_folder
 from xdscale.recipe import Recipe, load_recipe
+from xdscale.training.run_folder import read_log
 
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _STOPPING = b"stopping: this step is finished and a checkpoint saved; Ctrl-C again ends at once, without one\n"
 _FP32_FOR_CPU = "quickstart-zero2"
 _BF16_FROM = 8.0  # compute capability of the A100
+_GPU_LINE = re.compile(r"(\d+), (\S+), (?:(\d+\.\d+)|.*)")  # "[N/A]", "[Not Supported]"
 
 
 class _Gpu(NamedTuple):
@@ -73,7 +75,8 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
     log = Path(job.recipe.output.folder, "log.jsonl")
     written = _written(log)
     code = run_launcher(command, settings)
-    return truthful(code, ended=_written(log) != written and _last_kind(log) == "end")
+    entries = read_log(log)  # none in a log that was moved away, half of a last line on a full disk
+    return truthful(code, ended=_written(log) != written and bool(entries) and entries[-1]["kind"] == "end")
 
 
 def run_launcher(command: list[str], settings: dict[str, str]) -> int:
@@ -139,8 +142,8 @@ def _known_to_the_driver() -> list[_Gpu]:
         return []
     query = [program, "--query-gpu=index,uuid,compute_cap", "--format=csv,noheader"]
     lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
-    rows = [line.split(", ") for line in lines if line.count(", ") == 2]
-    return [_Gpu(index, uuid, float(capability)) for index, uuid, capability in rows]
+    rows = [_GPU_LINE.fullmatch(line.strip()) for line in lines]
+    return [_Gpu(row[1], row[2], float(row[3] or "inf")) for row in rows if row]
 
 
 def _devices(gpus: list[str], world_size: int, known: list[_Gpu]) -> tuple[list[str], dict[str, str]]:
@@ -172,8 +175,3 @@ def _free_port() -> int:
 
 def _written(log: Path) -> int:
     return log.stat().st_mtime_ns if log.exists() else 0
-
-
-def _last_kind(log: Path) -> str:
-    *_, last = log.read_text(encoding="utf-8").splitlines()
-    return json.loads(last)["kind"]

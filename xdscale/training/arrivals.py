@@ -5,6 +5,8 @@ waits and the host of the rank that it waits for end up at the same line. An eve
 tells them apart: behind it lies what needs the other ranks, before it only this rank's own work.
 """
 
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -51,6 +53,7 @@ class Arrivals:
         self._record = record
         self._ahead: deque[tuple[Arrival, Event]] = deque()
         self._last: Arrival | None = None
+        self._looking = threading.Lock()
 
     def pass_by(self, place: Arrival) -> None:
         """Says that the host begins a phase or an exchange here."""
@@ -60,10 +63,9 @@ class Arrivals:
             self._ahead.append((place, self._record()))
 
     def last(self) -> Arrival | None:
-        """Returns the last place that the device has come to; None before the first. For one thread alone."""
-        try:
+        """Returns the last place that the device has come to; None before the first."""
+        # The watchdog's thread asks, and a main thread that ends or failed.
+        with self._looking, contextlib.suppress(RuntimeError):  # a failed device, of which the main thread hears too
             while self._ahead and self._ahead[0][1].query():
                 self._last = self._ahead.popleft()[0]
-        except RuntimeError:  # a failed device, of which the main thread hears too
-            pass
         return self._last

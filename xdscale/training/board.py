@@ -49,6 +49,9 @@ _TITLES = {
     ),
 }
 
+_SETTINGS = ".hparams"
+"""How the name of the file ends that holds the settings for HParams."""
+
 
 class Board:
     """The event files of one run, all in one folder: a run that continues stays one run.
@@ -62,6 +65,9 @@ class Board:
     def __init__(self, folder: Path, objectives: list[str], start_step: int) -> None:
         if start_step == 0:
             shutil.rmtree(folder, ignore_errors=True)
+        for settings in folder.glob(f"*{_SETTINGS}"):
+            settings.unlink()  # of the end before: TensorBoard would keep the first ones that it reads
+        self._folder = folder
         self._described: set[str] = set()
         # Every process says where it starts: TensorBoard takes the first such word for a beginning and drops nothing.
         self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
@@ -81,9 +87,10 @@ class Board:
     def end(self, settings: dict[str, str | float | int | bool], final: dict[str, float], step: int) -> None:
         """Adds settings and last held-out figures for HParams, in this run itself, and closes the files."""
         if final:
-            for summary in hparams(settings, final):
-                self.writer.file_writer.add_summary(summary, step)
             self.scalars(final, step)
+            with SummaryWriter(str(self._folder), filename_suffix=_SETTINGS) as writer:
+                for summary in hparams(settings, final):
+                    writer.file_writer.add_summary(summary, step)
         self.writer.close()
 
 

@@ -37,7 +37,9 @@ def build_engine(module: nn.Module, optim: Optim, ds_config: dict[str, Any], *, 
         weight_decay=optim.weight_decay,
         fused=True,
     )
-    config = ds_config | ({"checkpoint": {"load_universal": True}} if load_universal else {})
+    # DeepSpeed's timer waits for the GPU twice per micro-batch, to say what our progress line says.
+    config = ds_config | {"timers": {"throughput": {"enabled": False}}}
+    config |= {"checkpoint": {"load_universal": True}} if load_universal else {}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return engine
 

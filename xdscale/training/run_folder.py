@@ -69,7 +69,9 @@ class RunFolder:
             return
         try:
             before = type(recipe).model_validate(yaml.safe_load(stored.read_text(encoding="utf-8"))).identity()
-        except (ValidationError, yaml.YAMLError):
+        except (OSError, UnicodeDecodeError) as error:
+            raise XdscaleError(f"{stored}: cannot be read: {error}; mend it, or choose another folder") from None
+        except (ValidationError, yaml.YAMLError, ValueError):
             raise XdscaleError(
                 f"output.folder = {self.folder}: holds a run of another kind (adaptation or finetuning) or version; "
                 "choose another folder, or delete this one"
