@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
-from xdscale.files import replaced_when_complete
+from xdscale.files import DISKS_OWN, replaced_when_complete
 from xdscale.shards.manifest import MANIFEST_NAME, Build, Manifest
 from xdscale.shards.part import PART_FILES, Part, read_part_files
 from xdscale.shards.unit import SPLITS, WORK_FOLDER
@@ -49,7 +49,7 @@ def existing_dataset(out: Path, build: Build, part: Part) -> Manifest | None:
         _require_same(f"{out}: holds an unfinished build", plan, _plan(build, part))
     if plans:
         return None
-    others = sorted(path.name for path in out.glob("*") if path.name not in (WORK_FOLDER, "lost+found"))
+    others = sorted(path.name for path in out.glob("*") if path.name not in (WORK_FOLDER, DISKS_OWN))
     if others:
         raise XdscaleError(f"{out}: holds {others[0]} and is not a dataset of xdscale; {_ELSEWHERE}")
     return None

@@ -13,8 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.files import follow_umask, one_line, read_json
-from xdscale.recipe import Language, Recipe, describe_validation_error, recipe_file
+from xdscale.files import DISKS_OWN, follow_umask, one_line, read_json
+from xdscale.recipe import NOT_YAML, Language, Recipe, describe_validation_error, recipe_file
 
 MODEL_PREFIX = "model."
 LANGUAGE_PREFIX = MODEL_PREFIX + "language."
@@ -104,7 +104,7 @@ def export_run(run: str | Path, out: str | Path, *, step: int | None = None) -> 
 def _refuse_used(out: Path) -> None:
     try:
         used = out.is_symlink() or out.exists()
-        if used and (not out.is_dir() or any(path.name != _UNFINISHED for path in out.iterdir())):
+        if used and (not out.is_dir() or any(path.name not in (_UNFINISHED, DISKS_OWN) for path in out.iterdir())):
             raise XdscaleError(f"{out}: exists and is not an empty folder; choose another one for the export")
     except OSError as error:
         raise XdscaleError(f"{out}: cannot be written: {error.strerror}") from None
@@ -188,7 +188,7 @@ def run_recipe(run: Path) -> Recipe:
         return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise XdscaleError(describe_validation_error(str(path), error, Recipe)) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise XdscaleError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from xdscale.errors import XdscaleError
+from xdscale.errors import XdscaleError, writing
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -35,9 +35,17 @@ def replaced_when_complete(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text as UTF-8, so that no reader ever sees half of it."""
-    with replaced_when_complete(path) as stream:
+    """Writes a text as UTF-8, so that no reader ever sees half of it.
+
+    Raises:
+        XdscaleError: the folder does not take the file.
+    """
+    with writing(path.name, path.parent), replaced_when_complete(path) as stream:
         stream.write(text.encode("utf-8"))
+
+
+DISKS_OWN = "lost+found"
+"""What the root folder of a disk holds though it is empty."""
 
 
 def check_output_file(path: Path) -> None:

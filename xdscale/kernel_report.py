@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from xdscale.errors import XdscaleError
-from xdscale.files import write_atomically
+from xdscale.files import check_output_file, write_outputs
 from xdscale.kernels import attention_launch, masked_token_loss_triton, quick_gelu_triton, residual_norm_triton
 from xdscale.kernels.compile_case import CompileCase
 
@@ -112,12 +112,14 @@ def print_report(write: Path | None = None, check: Path | None = None) -> None:
     """
     for path in filter(None, (write, check)):
         _split(path)  # before minutes of compiling
+    if write:
+        check_output_file(write)
     cases = shipped_cases()
     rows = measure_all(range(len(cases)))
     print(as_markdown(rows))
     if write:
         before, _, after = _split(write)
-        write_atomically(write, f"{before}{BEGIN}\n{as_markdown(rows)}\n{END}{after}")
+        write_outputs({write: f"{before}{BEGIN}\n{as_markdown(rows)}\n{END}{after}"})
     faults = verdict(rows)
     if check:
         faults += differences(documented_rows(check), rows, str(check))

@@ -20,8 +20,9 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 Values = TypeVar("Values", bound=BaseModel)
 
-# A date that no calendar has and a number of thousands of digits are ValueErrors, as bad UTF-8 is.
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What reading YAML raises: a date that no calendar has and a number of thousands of digits are ValueErrors, as bad
+UTF-8 is."""
 
 NameOrPath = Annotated[str, AfterValidator(expand_home)]
 """A path, or a name that may be one."""
@@ -243,7 +244,7 @@ def read_validated(path: Path, overrides: Sequence[str], model: type[Values]) ->
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, *_NOT_YAML) as error:
+    except (OSError, *NOT_YAML) as error:
         raise XdscaleError(f"{path}: not a YAML recipe: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise XdscaleError(f"{path}: expected the sections {', '.join(model.model_fields)}, found {values!r}")
@@ -308,7 +309,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise XdscaleError(f"{override!r}: an override has the form section.key=value")
     try:
         value = yaml.safe_load(text)
-    except _NOT_YAML as error:
+    except NOT_YAML as error:
         reason = " ".join(str(error).split())
         raise XdscaleError(f"{override!r}: the value is not valid YAML ({reason}); a text may need quotes") from None
     if isinstance(value, str):

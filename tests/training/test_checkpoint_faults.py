@@ -192,7 +192,7 @@ def check_survival(folder, code, fault, *, world_size=1, newest=2, replaced=Fals
     assert replaced or not [line for name in before for line in damage(folder / name)]
     assert save(folder, 5, world_size=world_size, newest=newest) == [None] * world_size
     assert resume(folder, world_size) == 5
-    left = sorted(path.name for path in folder.iterdir() if path.name not in ("latest", "latest.partial"))
+    left = sorted(path.name for path in folder.iterdir() if path.name not in ("latest", ".latest.partial"))
     assert left == [*before, "step-00000005"][-newest:]
 
 

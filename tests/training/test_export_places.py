@@ -45,13 +45,15 @@ def test_an_empty_folder_a_link_to_one_and_the_working_folder_are_filled(small_r
     folder, target, here = tmp_path / "empty", tmp_path / "target", tmp_path / "here"
     for path in (folder, target, here):
         path.mkdir()
+    (folder / "lost+found").mkdir()
     (tmp_path / "link").symlink_to(target)
     kept = folder.stat().st_ino  # as where a disk is mounted, the folder itself must stay
     export_run(str(small_run), str(folder))
     export_run(small_run, tmp_path / "link")
     monkeypatch.chdir(here)
     export_run(small_run, ".")
-    assert names(folder) == names(target) == names(here) == whole
+    assert names(folder) == sorted([*whole, "lost+found"])
+    assert names(target) == names(here) == whole
     assert folder.stat().st_ino == kept
     assert (tmp_path / "link").is_symlink()
 

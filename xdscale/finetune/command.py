@@ -20,7 +20,7 @@ from xdscale.data.task_table import TASKS, find_task
 from xdscale.devices import visible_gpus
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import EXIT_STOPPED, XdscaleError
-from xdscale.files import check_output_folder, write_outputs
+from xdscale.files import DISKS_OWN, check_output_folder, write_outputs
 from xdscale.finetune.recipe import (
     FORMAT,
     RESULT,
@@ -224,7 +224,7 @@ def _summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[str, li
                 f"{before.model.subject}); choose another --out, or delete this one"
             )
         planned = {task: entry.seeds for task, entry in before.tasks.items()}
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(path.name != DISKS_OWN for path in out.iterdir()):
         raise XdscaleError(f"--out {out}: holds files but no {SUMMARY}; choose an empty or new folder")
     for task, numbers in seeds.items():
         planned[task] = sorted({*planned.get(task, []), *numbers})

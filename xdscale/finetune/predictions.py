@@ -12,6 +12,7 @@ from xdscale.data.order import Slots
 from xdscale.data.task_batches import TaskCollator
 from xdscale.data.task_files import Example
 from xdscale.data.task_table import Task
+from xdscale.errors import writing
 from xdscale.files import write_atomically
 from xdscale.training.distributed import Ranks
 from xdscale.training.engine import to_device
@@ -94,7 +95,8 @@ def write_submission(path: Path, task: Task, examples: list[Example], predicted:
 
     A .csv file is Kaggle's instead: id, target.
     """
-    path.parent.mkdir(exist_ok=True)
+    with writing(path.parent.name, path.parent.parent):
+        path.parent.mkdir(exist_ok=True)
     values = predicted.values.tolist()
     words = [f"{value:.6f}" if task.regression else task.labels[int(value)] for value in values]
     if path.suffix == ".csv":

@@ -15,13 +15,14 @@ from xdscale.data.task_files import TaskData, read_task
 from xdscale.data.task_table import find_task
 from xdscale.ds_config import precision
 from xdscale.errors import EXIT_STOPPED
+from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe
 from xdscale.finetune.subject import Readers, build_subject, open_readers
 from xdscale.tasks.metrics import measure
 from xdscale.training.distributed import Ranks
 from xdscale.training.protocols import StepData
-from xdscale.training.run_folder import RunFolder, read_log, write_atomically
+from xdscale.training.run_folder import RunFolder, read_log
 from xdscale.training.signals import StopRequest
 from xdscale.training.watchdog import Watchdog
 

@@ -5,6 +5,7 @@ publishing and the checking are ours; the files inside are DeepSpeed's. `integri
 what was loaded from them, `resharding` converts them for another number of ranks.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdscale.errors import XdscaleError, free_mib, refusal
+from xdscale.files import sync, write_atomically
 from xdscale.training.integrity import (
     CHECKSUMS,
     check_pickles,
@@ -23,10 +25,8 @@ from xdscale.training.integrity import (
     damage,
     file_names,
     sha256,
-    sync,
     sync_tree,
 )
-from xdscale.training.run_folder import write_atomically
 
 if TYPE_CHECKING:  # listing and verifying need no torch
     from xdscale.training.distributed import Ranks
@@ -347,6 +347,8 @@ def _remove_leftovers(folder: Path) -> None:
     for pattern in _LEFTOVERS:
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (folder / f".{LATEST}.partial").unlink(missing_ok=True)
 
 
 def _load(engine: Any, source: Path) -> None:

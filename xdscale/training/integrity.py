@@ -7,12 +7,12 @@ with three harmless classes of DeepSpeed's allowed: a checkpoint from elsewhere 
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
+from xdscale.files import sync
 
 CHECKSUMS = "checksums.json"
 _OWN = "sha256 of the lines above"
@@ -22,15 +22,6 @@ _PICKLES = ".pt"
 def file_names(folder: Path) -> list[str]:
     """Returns the files in a folder and below, as sorted relative names."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def sync(path: Path) -> None:
-    """Forces a file's bytes, or the names in a folder, to the disk; only the machine that wrote them can."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_room(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xdscale.errors import XdscaleError, free_mib, refusal
+from xdscale.files import sync
 from xdscale.training.checkpoint import POSITION, UNIVERSAL, CheckpointPosition
 from xdscale.training.integrity import (
     CHECKSUMS,
@@ -17,7 +18,6 @@ from xdscale.training.integrity import (
     damage,
     file_names,
     sha256,
-    sync,
     sync_tree,
 )
 

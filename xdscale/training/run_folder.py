@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
-from pydantic import ValidationError
 
 from xdscale import __version__
 from xdscale.errors import XdscaleError, writing
-from xdscale.recipe import MAY_CHANGE, Recipe
-from xdscale.training.integrity import sync
+from xdscale.files import DISKS_OWN, write_atomically
+from xdscale.recipe import MAY_CHANGE, NOT_YAML, Recipe
 from xdscale.version import commit
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class RunFolder:
             started = stored.exists()
         if not started:
             # What a start leaves that failed before its records, and what a disk of its own has.
-            known = (".lock", "faults", "recipe.yaml.partial", _TOKEN, "lost+found")
+            known = (".lock", "faults", ".recipe.yaml.partial", _TOKEN, DISKS_OWN)
             foreign = [path.name for path in self.folder.glob("*") if not path.name.startswith(known)]
             if foreign:
                 raise XdscaleError(
@@ -71,7 +70,7 @@ class RunFolder:
             before = type(recipe).model_validate(yaml.safe_load(stored.read_text(encoding="utf-8"))).identity()
         except (OSError, UnicodeDecodeError) as error:
             raise XdscaleError(f"{stored}: cannot be read: {error}; mend it, or choose another folder") from None
-        except (ValidationError, yaml.YAMLError, ValueError):
+        except NOT_YAML:  # or values of another kind, ValueErrors too
             raise XdscaleError(
                 f"output.folder = {self.folder}: holds a run of another kind (adaptation or finetuning) or version; "
                 "choose another folder, or delete this one"
@@ -232,27 +231,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
     return entries
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file aside, syncs it, renames it and syncs the folder, so that no reader ever sees half of it.
-
-    Raises:
-        XdscaleError: the folder does not take the file.
-    """
-    aside = path.with_name(path.name + ".partial")
-    with writing(path.name, path.parent):
-        try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                aside.unlink()
-            raise
-        sync(path.parent)
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,0 +1,20 @@
+"""Predictions that cannot be written are one message, not a traceback."""
+
+import numpy as np
+import pytest
+
+from xdscale.data.task_table import find_task
+from xdscale.errors import XdscaleError
+from xdscale.finetune.predictions import Predicted, write_predictions, write_submission
+
+NOTHING = Predicted(np.empty(0), np.empty((0, 2)))
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "predictions").write_text("")
+    with pytest.raises(XdscaleError, match=rf"cannot write predictions in {tmp_path}: .*File exists.*make room"):
+        write_submission(tmp_path / "predictions" / "RTE.tsv", find_task("rte"), [], NOTHING)
+    (tmp_path / "dev.jsonl").mkdir()
+    with pytest.raises(XdscaleError, match=rf"cannot write dev.jsonl in {tmp_path}: .*a directory"):
+        write_predictions(tmp_path / "dev.jsonl", find_task("rte"), [], NOTHING)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dev.jsonl", "predictions"]
