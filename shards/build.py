@@ -162,7 +162,10 @@ def _checked_options(format: str, encoding: str, bad_bytes: str, line_breaks: st
     try:
         "a".encode(encoding).decode(encoding)  # codecs that are no encodings of text, such as hex, refuse
         codecs.getincrementaldecoder(encoding)
-        return codecs.lookup(encoding).name
+        name = codecs.lookup(encoding).name
+        if name in ("idna", "punycode"):  # of names of hosts
+            raise LookupError
+        return name
     except (LookupError, UnicodeError):
         raise XdscaleError(
             f"encoding = {encoding!r}: no encoding that Python knows; for example utf-8, cp1252, utf-16, gb18030"

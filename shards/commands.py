@@ -171,6 +171,9 @@ def _left_out(manifest: "Manifest") -> list[str]:
         lines.append(
             f"hard-wrapped: the lines of {corpus.joined_documents:,} documents were joined (--line-breaks keep)"
         )
+    if empty := [item.name for item in build.inputs if not item.bytes]:
+        more = f" and {len(empty) - 3:,} more" if len(empty) > 3 else ""
+        lines.append(f"empty: {', '.join(empty[:3])}{more}: 0 bytes; look whether a download failed")
     if corpus.bad_bytes:
         lines.append(f"bad bytes: {corpus.bad_bytes:,} were replaced by U+FFFD")
     return lines

@@ -169,18 +169,27 @@ def _checked_xml(path: Path, stream: BinaryIO, bad: BadBytes) -> BinaryIO:
 
 
 def _lines(path: Path, pieces: Iterator[str]) -> Iterator[str]:
-    number, rest = 0, ""
+    """Yields the lines; they end as in the first piece: with a line feed, or as on the first Macs with CR alone."""
+    number, size = 0, 0
+    begun: list[str] = []  # of the line that goes on; joined once, as a long one comes in many pieces
+    end = ""
     for piece in pieces:
-        *lines, rest = (rest + piece).split("\n")
-        yield from (line.rstrip("\r") for line in lines)
-        number += len(lines)
-        if len(rest) > LARGEST_LINE_CHARACTERS:
+        end = end or ("\r" if "\r" in piece[:-1] and "\n" not in piece else "\n")
+        first, *others = piece.split(end)
+        begun.append(first)
+        size += len(first)
+        if others:
+            yield "".join(begun).rstrip("\r")
+            yield from (line.rstrip("\r") for line in others[:-1])
+            number += len(others)
+            begun, size = others[-1:], len(others[-1])
+        if size > LARGEST_LINE_CHARACTERS:
             raise XdscaleError(
                 f"{path}: line {number + 1} is longer than {LARGEST_LINE_CHARACTERS} characters; "
                 "put paragraphs on lines of their own"
             )
-    if rest:
-        yield rest.rstrip("\r")
+    if last := "".join(begun):
+        yield last.rstrip("\r")
 
 
 def _of_lines(path: Path, lines: Iterator[str], format: str, line_breaks: str) -> Iterator[tuple[str, str, bool]]:

@@ -36,7 +36,7 @@ def find_inputs(names: list[str]) -> list[Path]:
 
     Raises:
         XdscaleError: nothing there, no file in a folder or for a pattern, an unknown extension, a file named twice, a
-            link to nothing, a folder that cannot be read.
+            link to nothing, a folder that cannot be read, a pipe or device.
     """
     if not names:
         raise XdscaleError("no input: name at least one corpus file, folder or pattern")
@@ -75,6 +75,8 @@ def _files(name: str) -> list[Path]:
     path = resolve_path(name)
     if path.is_dir():
         return _corpus_files(_walk(path), f"{path}: the folder holds no files")
+    if not path.is_file():
+        raise XdscaleError(f"{path}: is a pipe or a device, but files are read several times; write it to a file first")
     return [path]
 
 

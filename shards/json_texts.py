@@ -16,7 +16,7 @@ LARGEST_VALUE_CHARACTERS = 64 << 20
 
 # Numbers are never text. As floats they may have any number of digits, where int() refuses thousands.
 _DECODER = json.JSONDecoder(parse_int=float)
-_BLANK = re.compile(r"[ \t\r\n]*")
+_BLANK = re.compile("[ \t\r\n\ufeff]*")  # joined files bring their byte order marks along
 _NAMES = {
     dict: "an object",
     list: "a list",
@@ -47,18 +47,21 @@ def json_texts(path: Path, pieces: Iterator[str], text_field: str, bad: BadBytes
 
 
 def _field(where: str, path: Path, value: Any, text_field: str) -> str:
-    if not isinstance(value, dict) or text_field not in value:
-        found = ", ".join(value) if isinstance(value, dict) else _NAMES[type(value)]
-        message = f"{where}: no field {text_field!r} (found: {found}); name the right one with --text-field"
-        lists = [key for key, item in value.items() if isinstance(item, list)] if isinstance(value, dict) else []
-        if lists:
+    if not isinstance(value, dict):
+        raise XdscaleError(f"{where}: expected an object with a field {text_field!r}, found {_NAMES[type(value)]}")
+    if text_field not in value:
+        message = f"{where}: no field {text_field!r} (found: {', '.join(value)}); name the right one with --text-field"
+        if lists := [key for key, item in value.items() if isinstance(item, list)]:
             message += (
                 f"; if the documents are in a list, take it out first: jq -c '.{lists[0]}[]' {path.name} > a.jsonl"
             )
         raise XdscaleError(message)
     text = value[text_field]
     if not isinstance(text, str):
-        raise XdscaleError(f"{where}: {text_field!r} is {_NAMES[type(text)]}, expected a string")
+        message = f"{where}: {text_field!r} is {_NAMES[type(text)]}, expected a string"
+        if isinstance(text, list):
+            message += f"; join it first: jq -c '.{text_field} |= join(\"\\n\")' {path.name} > a.jsonl"
+        raise XdscaleError(message)
     return text
 
 
@@ -124,7 +127,8 @@ class _Reader:
                 certain = not error.msg.startswith("Unterminated") and error.pos < len(self._text) - _CUT
                 if certain or not self._read():
                     self._move(max(self._at, len(self._text[: error.pos].rstrip())))
-                    raise self.refusal(error.msg) from None
+                    found = self._text[error.pos : error.pos + 20]
+                    raise self.refusal(f"{error.msg}: {found!r}" if found else "it breaks off") from None
                 continue
             # A number that ends where the read text does may go on.
             if end < len(self._text) or not isinstance(value, float) or not self._read():

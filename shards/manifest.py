@@ -94,8 +94,8 @@ class Build(_Section):
     encoding: str = "utf-8"
     line_breaks: Literal["auto", "keep", "join"] = "auto"
     min_words: Count
-    sequence_length: Annotated[int, Field(gt=0)]
-    clip_blocks: Annotated[int, Field(gt=0)]
+    sequence_length: Annotated[int, Field(gt=0, lt=2**31)]
+    clip_blocks: Annotated[int, Field(gt=0, lt=2**31)]
     validation_fraction: Annotated[float, Field(ge=0, le=1)]
     shard_text_bytes: Annotated[int, Field(gt=0)]
     block_rows: Annotated[int, Field(gt=0)] = BLOCK_ROWS

@@ -70,10 +70,13 @@ def require_sequences(build: Build, records: list[UnitRecord]) -> None:
     Raises:
         XdscaleError: no documents, or too little text for one sequence.
     """
-    names = ", ".join(item.name for item in build.inputs)
+    names = ", ".join(item.name for item in build.inputs[:3])
+    if more := len(build.inputs[3:]):
+        names += f" and {more:,} more"
     corpus = Corpus.total(record.corpus for record in records)
     if not corpus.documents:
-        raise XdscaleError(f"{names}: no documents; is the format {build.format!r} right?")
+        advice = "there is no text" if build.format == "auto" else f"is the format {build.format!r} right?"
+        raise XdscaleError(f"{names}: no documents; {advice}")
     if not any(record.splits for record in records):
         short = f"; {corpus.short_paragraphs} paragraphs have fewer than {build.min_words} words: lower --min-words"
         raise XdscaleError(

@@ -25,6 +25,12 @@ def read_parquet(path: Path, text_field: str, bad: BadBytes) -> Iterator[tuple[s
     from pyarrow import parquet, types
 
     size = path.stat().st_size
+    with path.open("rb") as raw:
+        if raw.read(len(MAGIC)) != MAGIC:
+            raise XdscaleError(
+                f"{path}: not a whole parquet file: it does not begin with {MAGIC.decode()}; decompress it first if it "
+                "is compressed as a whole, or copy or download it again"
+            )
     try:
         with parquet.ParquetFile(path) as file:
             _check_column(path, file.schema_arrow, text_field)
@@ -59,4 +65,7 @@ def _check_column(path: Path, schema: "pyarrow.Schema", text_field: str) -> None
     values = kind.value_type if types.is_dictionary(kind) else kind
     # Binary columns: what writers leave that do not mark text as such. Bytes that are no text are refused as read.
     if str(values).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
-        raise XdscaleError(f"{path}: column {text_field!r} is {kind}, expected strings")
+        raise XdscaleError(
+            f"{path}: column {text_field!r} is {kind}, expected strings; name the right one with --text-field, or "
+            "write the file with a column of strings, for example with pandas"
+        )

@@ -29,6 +29,8 @@ _NAMED = {
     ".htm": "html",
     ".html": "html",
     ".xhtml": "html",
+    ".eml": "mail",
+    ".mbox": "mail",
 }
 _ADVICE = {
     "html": "is HTML; take the text out of its tags first, for example with trafilatura",
@@ -46,9 +48,14 @@ _BINARY = {
     b"\xd0\xcf\x11\xe0": "an office document; save it as plain text first",
     b"ARROW1": "an Arrow file; write it as parquet first",
     b"SQLite format 3": "a database; write its text as JSON Lines first",
+    b"\x1f\x8b": "compressed twice; decompress it once",
+    b"BZh91AY&SY": "compressed twice; decompress it once",
+    b"\x28\xb5\x2f\xfd": "compressed twice; decompress it once",
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
 }
+# Neither in text of any encoding nor used to lay it out; a fifteenth of bytes drawn at random.
+_CONTROLS = bytes((*range(1, 7), *range(14, 26), 127))
 _CLOSING_TAG = re.compile(r"</[a-zA-Z][\w:.-]*\s*>")
 _HTML = re.compile(
     r"<(!doctype html|html|head|body|div|p|span|h[1-6]|article|section|table|ul|ol|br|a)\b", re.IGNORECASE
@@ -128,6 +135,12 @@ def _refuse_binary(path: Path, head: bytes, encoding: str) -> None:
             name = "utf-16-be" if halves[0] > halves[1] else "utf-16-le"
             raise XdscaleError(f"{path}: looks like UTF-16 without a byte order mark; say --encoding {name}")
         raise XdscaleError(f"{path}: is no text: {head.count(0)} of its first {len(head)} bytes are zero")
+    controls = len(head) - len(head.translate(None, _CONTROLS))
+    if not wide and controls > len(head) // 20:
+        raise XdscaleError(
+            f"{path}: is no text: {controls} of its first {len(head)} bytes are control characters; take its text out "
+            "first"
+        )
 
 
 def _format_of(text: str) -> str:

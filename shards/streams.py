@@ -64,10 +64,13 @@ def open_stream(path: Path, threads: int = 1) -> Iterator[tuple[BinaryIO, Callab
                 yield stream, raw.tell
     except EOFError:
         raise XdscaleError(f"{path}: the compressed file is truncated; copy or download it again") from None
-    except zlib.error as error:
-        raise XdscaleError(f"{path}: cannot be read: {error}") from None
-    except OSError as error:
-        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise XdscaleError(f"{path}: cannot be read: {error.strerror}") from None
+        raise XdscaleError(
+            f"{path}: cannot be read: the compressed data is damaged, or something else follows it ({error}); copy or "
+            "download it again, or take away what follows"
+        ) from None
 
 
 def _decompressed(raw: BinaryIO, head: bytes, threads: int) -> BinaryIO:

@@ -70,6 +70,7 @@ def workplace(out: Path, build: Build, part: Part, *, overwrite: bool) -> Iterat
         OSError: the folder cannot be written.
     """
     work = out / WORK_FOLDER
+    made = not out.exists()
     work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as locks:
         locks.enter_context(locked(work / LOCK_NAME, shared=part.of > 1))
@@ -90,6 +91,8 @@ def workplace(out: Path, build: Build, part: Part, *, overwrite: bool) -> Iterat
         except XdscaleError:
             if part.of == 1 and not any(_OURS.fullmatch(path.name) for path in out.iterdir()):
                 _remove_work(out)  # nothing is finished: what was wrong with the input must not bind the folder to it
+                if made:
+                    out.rmdir()
             raise
 
 

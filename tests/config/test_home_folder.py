@@ -35,6 +35,12 @@ def test_names_are_expanded_once(home, tmp_path):
         expand_home("~nobody-here/x")
 
 
+def test_an_empty_name_is_not_the_working_folder(home):
+    for use in (UserPath, expand_home, lambda name: load_recipe("quickstart", [f"output.folder='{name}'"])):
+        with pytest.raises(XdscaleError, match="an empty name is given where a file or folder is expected"):
+            use("")
+
+
 def callbacks(typer_app):
     for group in typer_app.registered_groups:
         yield from callbacks(group.typer_instance)

@@ -78,6 +78,8 @@ def test_the_shipped_hostfile_is_read():
     [
         ("node-1 slots=8\nnode-2 8\n", "line 2: 'node-2 8': expected NAME slots=N"),
         ("node-1 slots=8\nnode-1 slots=8\n", "node-1 stands there twice"),
+        ("node-1 slots=8 node-2 slots=8\n", "line 1: .*: expected NAME slots=N"),
+        (f"node-1 slots={'9' * 5000}\n", "line 1: .*: expected NAME slots=N"),
         ("node-1 slots=0\n", "node-1 has 0 slots"),
         ("root@node-1 slots=1\nnode-1 slots=1\n", "node-1 stands there twice"),
         ("node-[1-4] slots=8\n", r"'node-\[1-4\]' is not a host name"),
@@ -96,7 +98,9 @@ def test_a_malformed_hostfile_is_named(tmp_path, text, message):
         read_hostfile(path)
 
 
-@pytest.mark.parametrize("text", ["node-1", "node-1:", "node-1:x", "node-1:8,,", "-o:8", "a b:8", "a:1,a:1", "a:0"])
+@pytest.mark.parametrize(
+    "text", ["node-1", "node-1:", "node-1:x", f"node-1:{'9' * 5000}", "node-1:8,,", "-o:8", "a b:8", "a:1,a:1", "a:0"]
+)
 def test_malformed_hosts_are_refused(text):
     with pytest.raises(XdscaleError, match="--hosts"):
         parse_hosts(text)

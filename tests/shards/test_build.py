@@ -298,11 +298,13 @@ def test_bad_inputs_are_named(cassette_model, tmp_path):
     with pytest.raises(XdscaleError, match=r"empty\.txt: no documents"):
         build(empty)
     # Where nothing was finished, nothing is in the way of another input.
-    assert not (tmp_path / "out" / ".build").exists()
+    assert not (tmp_path / "out").exists()
     with pytest.raises(XdscaleError, match=r"1 documents give 6 tokens and no sequence of 510"):
         build(short)
     with pytest.raises(XdscaleError, match=r"broken\.jsonl:2: not valid JSON"):
         build(broken)
+    with pytest.raises(XdscaleError, match="sequence_length = 10{33}: .*less than 2147483648"):
+        build(short, sequence_length=10**33)
     with pytest.raises(XdscaleError, match="format = 'html': expected auto, text"):
         build(short, format="html")
     with pytest.raises(XdscaleError, match=r"validation_fraction = 2: .*less than or equal to 1"):

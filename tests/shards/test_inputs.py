@@ -75,6 +75,13 @@ def test_what_is_refused(corpus, name, message):
         find_inputs([f"{corpus}/{name}"])
 
 
+def test_what_can_be_read_only_once_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    for name in (tmp_path / "a.txt", "/dev/null"):
+        with pytest.raises(XdscaleError, match=f"{name}: is a pipe or a device, .*; write it to a file first"):
+            find_inputs([str(name)])
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     """One that leads out of the folder, one to a neighbour, two that lead in circles, one to a hidden folder's file."""
     folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"

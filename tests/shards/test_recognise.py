@@ -1,5 +1,7 @@
 """What a corpus file is told to be, and what is refused because its syntax would be trained on."""
 
+import bz2
+import gzip
 import json
 
 import pyarrow
@@ -93,7 +95,13 @@ def test_json_arrays(tmp_path, values, indent, monkeypatch):
     ("content", "message"),
     [
         ('[{"text": "a"},\n {"text": "b"}', r"a\.json:2: not valid JSON: it breaks off"),
-        ('[{"text": "a"},\n]', r"a\.json:2: not valid JSON: Expecting value"),
+        ('[{"text": "a"},\n]', r"a\.json:2: not valid JSON: Expecting value: '\]'"),
+        ('{"text": "a"}\n{"text": "b', r"a\.json:2: not valid JSON: Unterminated string starting at: '\"b'"),
+        ("[1]", r"a\.json:1: expected an object with a field 'text', found a number"),
+        (
+            '{"text": ["a", "b"]}',
+            r"a\.json:1: 'text' is a list, expected a string; join it first: jq -c '\.text \|= join",
+        ),
         ('[{"text": "a"}\n {"text": "b"}]', r"a\.json:2: not valid JSON: expected ',' or '\]' after an element"),
         ('{"text": "a"}\n{"text": "b" "c": 1}\n{"text": "d"}\n', r"a\.json:2: not valid JSON"),
         (
@@ -107,6 +115,11 @@ def test_json_arrays(tmp_path, values, indent, monkeypatch):
 def test_bad_json_is_named_with_its_line(tmp_path, content, message):
     with pytest.raises(XdscaleError, match=message):
         documents(write(tmp_path, "a.json", content))
+
+
+def test_joined_files_may_bring_their_byte_order_marks(tmp_path):
+    row = '\ufeff{"text": "a"}\n'
+    assert documents(write(tmp_path, "a.jsonl", row * 3)) == [("a", "jsonl")] * 3
 
 
 def test_a_number_of_thousands_of_digits_is_no_fault(tmp_path):
@@ -134,6 +147,11 @@ def test_a_number_of_thousands_of_digits_is_no_fault(tmp_path):
         ("m.txt", b"\x00\x00\x02" * 500, "is no text: .* are zero"),
         ("n.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a pointer that Git LFS left"),
         ("o.txt", LONG.encode("utf-16-le"), "looks like UTF-16 without a byte order mark; say --encoding utf-16-le"),
+        ("r.txt", bytes(range(1, 256)) * 9, "is no text: 171 of its first 2295 bytes are control characters"),
+        ("s.eml", f"From: a\nTo: b\n\n{LONG}\n", "is a mailbox"),
+        ("t.gz", gzip.compress(gzip.compress(LONG.encode())), "is compressed twice; decompress it once"),
+        ("u.gz", gzip.compress(bz2.compress(LONG.encode())), "is compressed twice"),
+        ("v.parquet.gz", gzip.compress(b"PAR1" + bytes(50)), "not a whole parquet file: .* decompress it first"),
         ("p.txt", "\\documentclass{article}\n\\begin{document}", "is LaTeX"),
         (
             "q.jsonl",

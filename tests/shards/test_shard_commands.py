@@ -65,6 +65,12 @@ def test_an_empty_split_is_named_with_the_option(tmp_path):
     assert build(tmp_path / "a.txt", tmp_path / "none", "--validation-fraction", 0).stderr == ""
 
 
+def test_files_of_no_bytes_are_named(small_corpus, tmp_path):
+    (tmp_path / "lost.jsonl").touch()
+    result = build(tmp_path / "lost.jsonl", tmp_path / "out", small_corpus)
+    assert "empty: lost.jsonl: 0 bytes; look whether a download failed" in result.stdout.splitlines()
+
+
 def test_finished_shards_survive_a_bad_byte(tmp_path, monkeypatch):
     """The build that goes on with `--bad-bytes replace` keeps what stood before the byte."""
     from xdscale.shards.build import build_shards
@@ -82,7 +88,14 @@ def test_finished_shards_survive_a_bad_byte(tmp_path, monkeypatch):
     )
     assert steps[-1].kept_shards == 8
     assert manifest.corpus.bad_bytes == 1
-    for name, value in (("encoding", "klingon"), ("encoding", "hex"), ("bad_bytes", "ignore"), ("line_breaks", "no")):
+    for name, value in (
+        ("encoding", "klingon"),
+        ("encoding", "hex"),
+        ("encoding", "idna"),
+        ("encoding", "punycode"),
+        ("bad_bytes", "ignore"),
+        ("line_breaks", "no"),
+    ):
         with pytest.raises(XdscaleError, match=f"{name} = '{value}'"):
             build_shards([tmp_path / "a.txt"], tmp_path / "out", **(options | {name: value}))
 

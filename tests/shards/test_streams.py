@@ -121,7 +121,7 @@ def test_damage_is_named(text, suffix, threads, tmp_path, monkeypatch):
     path = tmp_path / f"a{suffix}"
     for damaged, message in (
         (b"".join(pieces)[:-7], "the compressed file is truncated"),
-        (b"".join(pieces) + b"rubbish", "cannot be read"),
+        (b"".join(pieces) + b"rubbish", "cannot be read: the compressed data is damaged, or something else follows it"),
         # The standard library's bz2.open ends here without a word.
         (b"".join([*pieces[:3], b"\0" + pieces[3][1:], *pieces[4:]]), "cannot be read"),
     ):

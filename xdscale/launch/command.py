@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.files import write_outputs
+from xdscale.files import check_output_folder, write_outputs
 from xdscale.launch.environment import carried_environment, deepspeed_env_text, local_cache
 from xdscale.launch.hosts import Host, hostfile_text
 from xdscale.launch.job import TrainingJob
@@ -107,6 +107,7 @@ def write_files(files: Mapping[Path, str], *, force: bool) -> None:
         XdscaleError: a file exists with another content and `force` is not given, or one cannot be written.
     """
     for path, text in files.items():
+        check_output_folder(path.parent, "--out")
         if not force and path.is_file() and path.read_bytes() != text.encode():
             raise XdscaleError(f"{path}: exists and differs; --force replaces it, --out writes to another folder")
     write_outputs(files)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from xdscale.errors import XdscaleError
 
-# DeepSpeed, too, looks at nothing behind the slots, such as OpenMPI's max_slots.
-_HOSTFILE_LINE = re.compile(r"(\S+)\s+slots=(\d+)(?:[\s#].*)?")
+_SLOTS = "[0-9]{1,6}"
+# DeepSpeed, too, looks at nothing behind the slots, such as OpenMPI's max_slots. A second machine there would be lost.
+_HOSTFILE_LINE = re.compile(rf"(\S+)\s+slots=({_SLOTS})(?:[\s#](?!.*\bslots=).*)?")
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
 
@@ -45,7 +46,7 @@ def parse_hosts(text: str) -> list[Host]:
     hosts = []
     for item in text.split(","):
         name, colon, slots = item.strip().rpartition(":")
-        if not colon or not slots.isascii() or not slots.isdigit():
+        if not colon or not re.fullmatch(_SLOTS, slots):
             raise XdscaleError(f"--hosts {text}: {item!r}: expected NAME:RANKS, as in node-1:8,node-2:8")
         hosts.append(Host(name, int(slots)))
     return _checked(hosts, f"--hosts {text}")
