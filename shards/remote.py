@@ -10,7 +10,9 @@ minutes, so all are fetched before the first step.
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
+from xdscale.files import lock
 from xdscale.shards.manifest import MANIFEST_NAME, ShardRecord
 from xdscale.shards.verify import file_sha256
 
@@ -98,10 +101,15 @@ def fetch_shards(
     """
     problems: dict[str, str] = {}
     done, total = 0, sum(record.bytes for record in records)
+
+    def fetch(record: ShardRecord) -> str | None:
+        try:
+            return _fetch(_join(url, record.file), folder / record.file, record, verify)
+        except OSError as error:  # not the source's, which _fetch has told of
+            raise XdscaleError(f"data.cache: {folder}: cannot be written: {error.strerror or error}") from None
+
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        fetched = pool.map(
-            lambda record: _fetch(_join(url, record.file), folder / record.file, record, verify), records
-        )
+        fetched = pool.map(fetch, records)
         for record, problem in zip(records, fetched):
             if problem is not None:
                 problems[record.file] = problem
@@ -194,11 +202,15 @@ def _opened(address: str) -> Iterator:
 def _locked(path: Path) -> Iterator[Path]:
     """Gives a file to write that is this process's alone until the block ends, also among nodes that share a disk.
 
-    Whoever waited for it may find that the file was renamed or removed meanwhile, and takes a new one then.
+    Whoever waited for it may find that the file was renamed or removed meanwhile, and takes a new one then. Where the
+    file system has no locks, each thread writes a file of its own.
     """
     while True:
         with path.open("ab") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            if lock(stream, fcntl.LOCK_EX):
+                path.unlink(missing_ok=True)
+                yield path.with_name(f"{path.name}-{platform.node()}-{os.getpid()}-{threading.get_native_id()}")
+                return
             try:
                 current = path.stat().st_ino == os.fstat(stream.fileno()).st_ino
             except FileNotFoundError:

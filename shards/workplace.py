@@ -4,13 +4,14 @@ import fcntl
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
-from xdscale.files import DISKS_OWN, replaced_when_complete
+from xdscale.files import DISKS_OWN, lock, replaced_when_complete
 from xdscale.shards.manifest import MANIFEST_NAME, Build, Manifest
 from xdscale.shards.part import PART_FILES, Part, read_part_files
 from xdscale.shards.unit import SPLITS, WORK_FOLDER
@@ -100,14 +101,23 @@ def workplace(out: Path, build: Build, part: Part, *, overwrite: bool) -> Iterat
 def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
     """Holds a lock while the block runs; `shared` locks exclude only those that are not.
 
+    Where the file system has no locks, a warning says so, and the block runs without.
+
     Raises:
         XdscaleError: another process holds it.
     """
-    with path.open("w") as lock:
+    folder = path.parent.parent
+    with path.open("w") as file:
         try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            no_locks = lock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise XdscaleError(f"{path.parent.parent}: another process is building here; wait or end it") from None
+            raise XdscaleError(f"{folder}: another process is building here; wait or end it") from None
+        if no_locks and not shared:
+            print(
+                f"warning: {folder}: its file system has no locks ({no_locks}): nothing keeps a second build out of "
+                "this folder, so start none",
+                file=sys.stderr,
+            )
         yield
 
 

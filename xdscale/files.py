@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from xdscale.errors import XdscaleError, writing
 
@@ -165,6 +166,28 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(file: IO, operation: int) -> str | None:
+    """Locks an open file until it is closed.
+
+    Args:
+        file: the file.
+        operation: as `fcntl.flock` takes it.
+
+    Returns:
+        Why there are no locks, where the file system has none; else None.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one is not to wait.
+    """
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise BlockingIOError(errno.EWOULDBLOCK, error.strerror) from None
+        return error.strerror
+    return None
 
 
 def follow_umask(path: Path) -> None:

@@ -1,5 +1,7 @@
 """Parts built apart and merged: the bytes of a one-machine build, and nothing less is accepted."""
 
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -54,6 +56,22 @@ def test_a_part_reports_its_own_share(small_build, small_dataset, tmp_path):
         files = [{shard.file for shard in share.splits[split].shards} for share in shares]
         assert not files[0] & files[1]
         assert files[0] | files[1] == {shard.file for shard in whole.splits[split].shards}
+
+
+@pytest.mark.parametrize("of", [1, 2])
+def test_a_file_system_without_locks_is_built_on_with_a_warning(
+    small_build, expected, tmp_path, monkeypatch, capsys, of
+):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for index in range(of):
+        small_build(tmp_path / "out", part=Part(index, of))
+    if of > 1:
+        merge_parts(tmp_path / "out")
+    assert digests(tmp_path / "out") == expected
+    assert f"warning: {tmp_path / 'out'}: its file system has no locks (Function not" in capsys.readouterr().err
 
 
 def test_parts_build_at_the_same_time_in_one_folder(small_build, expected, tmp_path):

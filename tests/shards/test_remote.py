@@ -1,7 +1,10 @@
 """Shards from a real HTTP server and from fsspec's memory: verified, retried, named, and fetched once."""
 
+import errno
+import fcntl
 import http.server
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +118,27 @@ def test_processes_that_share_a_cache_do_not_disturb_each_other(server, records,
     verify_shards(folder)
     assert sorted(server.asked) == sorted(record.file for record in records)
     assert not [name for name in files(folder) if name.startswith(".")]
+
+
+def test_a_cache_without_locks_is_filled_too(server, records, tmp_path, monkeypatch):
+    """Each then writes files of its own, and renames them."""
+
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fetch(server.url, tmp_path, records), range(4)))
+    assert [problems for _, problems in found] == [{}] * 4
+    verify_shards(found[0][0])
+    assert not [name for name in files(found[0][0]) if name.startswith(".")]
+
+
+def test_a_cache_that_takes_no_shard_is_named(server, records, tmp_path):
+    folder = place_manifest(fetch_manifest(server.url), tmp_path)
+    (folder / f".{records[0].file}.partial").mkdir()
+    with pytest.raises(XdscaleError, match=rf"data\.cache: {folder}: cannot be written: "):
+        fetch_shards(server.url, folder, records, verify=False)
 
 
 def test_a_server_that_is_not_there_is_named(server, records, tmp_path, free_port):

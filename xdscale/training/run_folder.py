@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import importlib.metadata
 import json
@@ -17,7 +16,7 @@ import yaml
 
 from xdscale import __version__
 from xdscale.errors import XdscaleError, writing
-from xdscale.files import DISKS_OWN, write_atomically
+from xdscale.files import DISKS_OWN, lock, write_atomically
 from xdscale.recipe import MAY_CHANGE, NOT_YAML, Recipe
 from xdscale.version import commit
 
@@ -119,24 +118,24 @@ class RunFolder:
         """
         with writing("a run", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("a+b", buffering=0)
+            file = (self.folder / ".lock").open("a+b", buffering=0)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    lock.seek(0)
-                    owner = lock.read().decode(errors="replace").strip() or "another process"
-                    raise XdscaleError(
-                        f"output.folder = {self.folder}: in use by {owner}; wait for it to end or choose another folder"
-                    ) from None
+                no_locks = lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().decode(errors="replace").strip() or "another process"
+                raise XdscaleError(
+                    f"output.folder = {self.folder}: in use by {owner}; wait for it to end or choose another folder"
+                ) from None
+            if no_locks:
                 print(
-                    f"warning: {self.folder}: its file system has no locks ({error.strerror}): nothing keeps a second "
-                    "run out of this folder, so start none",
+                    f"warning: {self.folder}: its file system has no locks ({no_locks}): nothing keeps a second run "
+                    "out of this folder, so start none",
                     file=sys.stderr,
                 )
-            self._lock = lock
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+            self._lock = file
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}".encode())
 
     def check_shared(self, ranks: "Ranks") -> None:
         """Refuses a folder that is not the same one for all ranks; every rank calls it, after the first has claimed.
