@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from xdscale.errors import XdscaleError
 from xdscale.files import DISKS_OWN, follow_umask, one_line, read_json
 from xdscale.recipe import NOT_YAML, Language, Recipe, describe_validation_error, recipe_file
+from xdscale.recipe_yaml import read_yaml
 
 MODEL_PREFIX = "model."
 LANGUAGE_PREFIX = MODEL_PREFIX + "language."
@@ -185,7 +185,7 @@ def run_recipe(run: Path) -> Recipe:
     """
     path = recipe_file(run)
     try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Recipe.model_validate(read_yaml(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise XdscaleError(describe_validation_error(str(path), error, Recipe)) from None
     except NOT_YAML as error:

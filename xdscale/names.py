@@ -20,10 +20,12 @@ def expand_home(name: str) -> str:
     The shell does so only at the start of a word, not in `--out=~/x` or `data.shards=~/x`, and never in a file.
 
     Raises:
-        XdscaleError: there is no such user, nor a file of that name; or the name is empty.
+        XdscaleError: there is no such user, nor a file of that name; or the name is empty or holds a zero byte.
     """
     if not name:  # it would be the working folder
         raise XdscaleError("an empty name is given where a file or folder is expected; is a variable not set?")
+    if "\0" in name:
+        raise XdscaleError(f"{name!r}: no file or folder has a name with a zero byte")
     if not name.startswith("~") or Path(name).exists():
         return name
     try:

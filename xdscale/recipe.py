@@ -11,18 +11,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from xdscale.errors import XdscaleError
 from xdscale.names import check_stated_url, expand_home, is_url
+from xdscale.recipe_yaml import read_yaml
 
 SHIPPED = Path(__file__).parent / "recipes"
 
 Values = TypeVar("Values", bound=BaseModel)
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
-"""What reading YAML raises: a date that no calendar has and a number of thousands of digits are ValueErrors, as bad
-UTF-8 is."""
+"""What reading YAML raises: a number of thousands of digits is a ValueError, as bad UTF-8 is."""
 
 NameOrPath = Annotated[str, AfterValidator(expand_home)]
 """A path, or a name that may be one."""
@@ -44,6 +52,13 @@ class Section(BaseModel):
     """A group of recipe keys; unknown keys are refused and values are never changed after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("expected another value than true or false")
+        return value
 
 
 class Language(Section):
@@ -243,7 +258,7 @@ def read_validated(path: Path, overrides: Sequence[str], model: type[Values]) ->
         XdscaleError: as `load_recipe`.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8-sig"))
     except (OSError, *NOT_YAML) as error:
         raise XdscaleError(f"{path}: not a YAML recipe: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -282,7 +297,8 @@ def describe_validation_error(
         elif item["type"] == "missing":
             problems.append(f"{where}: {key!r} is missing")
         else:
-            problems.append(f"{where}: {key} = {item['input']!r}: {item['msg']}")
+            quotes = "; write a number that is meant as a text in quotes" if item["type"] == "string_type" else ""
+            problems.append(f"{where}: {key} = {item['input']!r}: {item['msg']}{quotes}")
     return "\n".join(problems)
 
 
@@ -308,12 +324,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise XdscaleError(f"{override!r}: an override has the form section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except NOT_YAML as error:
         reason = " ".join(str(error).split())
         raise XdscaleError(f"{override!r}: the value is not valid YAML ({reason}); a text may need quotes") from None
-    if isinstance(value, str):
-        value = _number_if_scientific(value)
     *sections, last = key.split(".")
     target = values
     for section in sections:
@@ -321,14 +335,6 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             target[section] = {}
         target = target[section]
     target[last] = value
-
-
-def _number_if_scientific(text: str) -> str | float:
-    """Reads `5e-5`, which YAML 1.1 takes for a string, as the number everybody means."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:

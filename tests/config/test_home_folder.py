@@ -39,6 +39,8 @@ def test_an_empty_name_is_not_the_working_folder(home):
     for use in (UserPath, expand_home, lambda name: load_recipe("quickstart", [f"output.folder='{name}'"])):
         with pytest.raises(XdscaleError, match="an empty name is given where a file or folder is expected"):
             use("")
+    with pytest.raises(XdscaleError, match="no file or folder has a name with a zero byte"):
+        expand_home("a\0b")
 
 
 def callbacks(typer_app):

@@ -95,7 +95,7 @@ def test_wrong_type_shows_key_and_value(write):
 def test_not_yaml_and_not_a_recipe(write):
     with pytest.raises(XdscaleError, match="not a YAML recipe"):
         load_recipe(write("model: [unclosed"))
-    for value in ("2026-02-30", "9" * 5000, "[" * 5000):
+    for value in ("9" * 5000, "[" * 5000):
         path = write({})
         Path(path).write_text(f"training: {{steps: {value}}}")
         with pytest.raises(XdscaleError, match="not a YAML recipe"):
@@ -128,6 +128,43 @@ def test_overrides_are_yaml_and_reach_any_depth(write):
     assert recipe.tasks.match is None
     assert recipe.model.language.weights == "random"
     assert recipe.training.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1e3", 1000), ("010", 10), ("+7", 7), ("1_000", 1000), ("'5'", 5)],
+)
+def test_numbers_are_what_they_look_like(write, text, expected):
+    assert load_recipe(write(MINIMAL), [f"training.steps={text}"]).training.steps == expected
+    path = Path(write(MINIMAL))
+    path.write_text(path.read_text() + f"\noptim: {{weight_decay: {text}}}\n")
+    assert load_recipe(str(path)).optim.weight_decay == expected
+
+
+@pytest.mark.parametrize("text", ["yes", "true", "1:30", "2024-01-31", "0x10", ".inf", ".nan"])
+def test_what_is_no_number_is_none(write, text):
+    """YAML 1.1 makes 1 of yes and 90 of 1:30."""
+    with pytest.raises(XdscaleError, match=r"training\.steps = "):
+        load_recipe(write(MINIMAL), [f"training.steps={text}"])
+
+
+def test_days_and_words_are_names_and_numbers_need_quotes(write):
+    for name in ("2024-01-31", "2026-02-30", "yes", "1:30", "run-010"):
+        assert load_recipe(write(MINIMAL), [f"output.folder={name}"]).output.folder == name
+    with pytest.raises(XdscaleError, match=r"output\.folder = 2024: .*; write a number .* in quotes"):
+        load_recipe(write(MINIMAL), ["output.folder=2024"])
+    assert load_recipe(write(MINIMAL), ["output.folder='2024'"]).output.folder == "2024"
+
+
+def test_a_key_that_stands_twice_is_refused(write):
+    """Of two sections or values only the last would count, without a word."""
+    path = Path(write(MINIMAL))
+    path.write_text(path.read_text() + "\ntraining: {steps: 5, global_batch: 4}\n")
+    with pytest.raises(XdscaleError, match="the key 'training' stands twice in a section"):
+        load_recipe(str(path))
+    path.write_text("a: &a {b: 1}\nc: {<<: *a, b: 2}\n")  # taken from elsewhere and replaced
+    with pytest.raises(XdscaleError, match="unknown key 'a'"):
+        load_recipe(str(path))
 
 
 def test_override_without_equals_sign_is_refused(write):

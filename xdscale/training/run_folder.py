@@ -12,12 +12,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import yaml
-
 from xdscale import __version__
 from xdscale.errors import XdscaleError, writing
 from xdscale.files import DISKS_OWN, lock, write_atomically
 from xdscale.recipe import MAY_CHANGE, NOT_YAML, Recipe
+from xdscale.recipe_yaml import read_yaml
 from xdscale.version import commit
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class RunFolder:
                 )
             return
         try:
-            before = type(recipe).model_validate(yaml.safe_load(stored.read_text(encoding="utf-8"))).identity()
+            before = type(recipe).model_validate(read_yaml(stored.read_text(encoding="utf-8"))).identity()
         except (OSError, UnicodeDecodeError) as error:
             raise XdscaleError(f"{stored}: cannot be read: {error}; mend it, or choose another folder") from None
         except NOT_YAML:  # or values of another kind, ValueErrors too
