@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
+from xdscale.files import file_sha256
 from xdscale.names import PACKAGE_PREFIX, expand_home, resolve_path
 from xdscale.shards.manifest import InputFile
-from xdscale.shards.verify import file_sha256
 
 EXTENSIONS = (".txt", ".text", ".raw", ".tokens", ".json", ".jsonl", ".ndjson", ".xml", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".zst")

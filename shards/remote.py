@@ -20,9 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.files import lock
+from xdscale.files import file_sha256, lock
 from xdscale.shards.manifest import MANIFEST_NAME, ShardRecord
-from xdscale.shards.verify import file_sha256
 
 PAUSES_SECONDS = (1.0, 4.0)
 """Between attempts: one more attempt than pauses."""

@@ -15,12 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Tokenizer
 
 from xdscale.errors import XdscaleError
-from xdscale.files import replaced_when_complete
+from xdscale.files import file_sha256, replaced_when_complete
 from xdscale.shards.clip_bpe import ClipBPE
 from xdscale.shards.corpus import Document, sort_out
 from xdscale.shards.manifest import Build, Corpus, ShardRecord, add_counts, canonical_json
 from xdscale.shards.pack import Packed, Packer, is_validation, text_columns
-from xdscale.shards.verify import file_sha256
 from xdscale.shards.words import count_words
 from xdscale.shards.writer import write_shard
 

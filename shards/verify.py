@@ -1,10 +1,10 @@
 """Checking that a folder holds exactly the shards its manifest names."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
+from xdscale.files import file_sha256
 from xdscale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
 
 
@@ -95,9 +95,3 @@ def shard_problem(path: Path, record: ShardRecord, names: dict[str, str]) -> str
         return None
     whose = f" (the content of {names[found]})" if found in names else ""
     return f"{path}: altered: expected sha256 {record.sha256}, found {found}{whose}"
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 (hex) of a file, read in constant memory."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

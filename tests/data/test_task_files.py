@@ -195,6 +195,18 @@ def test_the_hubs_rows_become_the_public_format(tmp_path, monkeypatch):
     )
     assert (tmp_path / "data" / "RTE" / "test.tsv").read_text().splitlines()[0] == "index\tsentence1\tsentence2"
     assert [example.label for example in read_task(task, tmp_path / "data").train] == [0, 1]
+    import datasets
+
+    load = datasets.load_dataset
+
+    def load_while_another_sweep_fetches(*arguments, **options):
+        monkeypatch.setattr("datasets.load_dataset", load)
+        fetch_task(local, tmp_path / "shared")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr("datasets.load_dataset", load_while_another_sweep_fetches)
+    fetch_task(local, tmp_path / "shared")
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["RTE"]
     with pytest.raises(XdscaleError, match="--task read: the competition's data cannot be fetched"):
         fetch_task(TASKS["read"], tmp_path)
 

@@ -16,8 +16,9 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from xdscale.errors import XdscaleError
 from xdscale.export import consolidated_state
+from xdscale.files import file_sha256
 from xdscale.training import checkpoint as ckpt
-from xdscale.training.integrity import CHECKSUMS, check_pickles, checksum_text, file_names, read_pickle, sha256
+from xdscale.training.integrity import CHECKSUMS, check_pickles, checksum_text, file_names, read_pickle
 from xdscale.training.resharding import reshard_ahead
 from xdscale.training.run_folder import RunFolder
 
@@ -52,7 +53,7 @@ def tamper(checkpoint, name, change):
 
 def rehash(checkpoint):
     names = [name for name in file_names(checkpoint) if name != CHECKSUMS]
-    (checkpoint / CHECKSUMS).write_text(checksum_text({name: sha256(checkpoint / name) for name in names}))
+    (checkpoint / CHECKSUMS).write_text(checksum_text({name: file_sha256(checkpoint / name) for name in names}))
 
 
 def load(checkpoint, engine=None):

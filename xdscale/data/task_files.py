@@ -13,6 +13,7 @@ from typing import TextIO
 
 from xdscale.data.task_table import Task
 from xdscale.errors import XdscaleError
+from xdscale.files import file_sha256
 
 HELD_OUT_SHARE = 0.1
 """Share of the training file held out for development where a task has no public development split (READ)."""
@@ -93,7 +94,7 @@ def read_task(task: Task, data: Path) -> TaskData:
         if not path.is_file():
             raise XdscaleError(f"{path}: no such file; the development split of {task.title} is needed")
         examples = read_examples(task, path, labelled=labelled)
-        files[name] = {"sha256": _sha256(path), "rows": len(examples)}
+        files[name] = {"sha256": file_sha256(path), "rows": len(examples)}
         return examples
 
     train = read(task.train, labelled=True)
@@ -233,8 +234,3 @@ def _report_torn(path: Path, torn: list[int], rows: int) -> None:
 def _require_some(path: Path, split: str, examples: list[Example]) -> None:
     if not examples:
         raise XdscaleError(f"{path}: no examples in {split}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,8 @@ def fetch_task(task: Task, data: Path) -> None:
             f"--task {task.name}: no --data given, and the package 'datasets', which fetches tasks, is not installed; "
             "give a local folder with --data, or: pip install 'xdscale[hub]'"
         ) from None
-    aside = folder.with_name(f".{folder.name}.partial")
+    # Two sweeps may fetch at once, also on two machines.
+    aside = folder.with_name(f".{folder.name}.{platform.node()}-{os.getpid()}.partial")
     datasets.disable_progress_bars()
     splits = {name: _load(datasets, task, task.hub, split) for name, split in task.hub.splits.items()}
     try:
@@ -48,6 +50,8 @@ def fetch_task(task: Task, data: Path) -> None:
         aside.rename(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if (folder / task.train).is_file():
+            return  # the other one was quicker
         raise XdscaleError(
             f"{folder}: cannot be written: {error.strerror or error}; give a local folder with --data"
         ) from None

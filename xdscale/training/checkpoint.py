@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdscale.errors import XdscaleError, free_mib, refusal
-from xdscale.files import sync, write_atomically
+from xdscale.files import file_sha256, sync, write_atomically
 from xdscale.training.integrity import (
     CHECKSUMS,
     check_pickles,
@@ -24,7 +24,6 @@ from xdscale.training.integrity import (
     checksum_text,
     damage,
     file_names,
-    sha256,
     sync_tree,
 )
 
@@ -300,13 +299,13 @@ def _sync_and_hash(aside: Path, what: str, ranks: "Ranks") -> dict[str, str]:
     names = sorted({name for part in ranks.gather(file_names(aside)) for name in part})
     mine: dict[str, str] = {}
     share = names[ranks.rank :: ranks.world_size]
-    _all(ranks, what, lambda: mine.update({name: sha256(aside / name) for name in share}))
+    _all(ranks, what, lambda: mine.update({name: file_sha256(aside / name) for name in share}))
     return {name: digest for part in ranks.gather(mine) for name, digest in part.items()}
 
 
 def _publish(aside: Path, final: Path, record: dict[str, Any], checksums: dict[str, str]) -> None:
     write_atomically(aside / POSITION, json.dumps(record, indent=2) + "\n")
-    write_atomically(aside / CHECKSUMS, checksum_text(checksums | {POSITION: sha256(aside / POSITION)}))
+    write_atomically(aside / CHECKSUMS, checksum_text(checksums | {POSITION: file_sha256(aside / POSITION)}))
     sync_tree(aside)
     if final.exists():
         _remove(final)  # a damaged one: had it been whole, the run would have continued from it

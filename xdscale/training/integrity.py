@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
-from xdscale.files import sync
+from xdscale.files import file_sha256, sync
 
 CHECKSUMS = "checksums.json"
 _OWN = "sha256 of the lines above"
@@ -42,12 +42,6 @@ def sync_tree(folder: Path) -> None:
     """Forces the names in a folder and in all folders below it to the disk."""
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         sync(path)
-
-
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum_text(checksums: dict[str, str]) -> str:
@@ -93,7 +87,7 @@ def damage(folder: Path, part: tuple[int, int] = (0, 1)) -> list[str]:
     for name in sorted(expected)[part[0] :: part[1]]:
         path = folder / name
         try:
-            found = sha256(path)
+            found = file_sha256(path)
         except FileNotFoundError:
             problems.append(f"{path} is missing")
         except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xdscale.errors import XdscaleError, free_mib, refusal
-from xdscale.files import sync
+from xdscale.files import file_sha256, sync
 from xdscale.training.checkpoint import POSITION, UNIVERSAL, CheckpointPosition
 from xdscale.training.integrity import (
     CHECKSUMS,
@@ -17,7 +17,6 @@ from xdscale.training.integrity import (
     checksum_text,
     damage,
     file_names,
-    sha256,
     sync_tree,
 )
 
@@ -75,7 +74,7 @@ def reshard_ahead(checkpoint: Path) -> Path:
             raise XdscaleError(f"cannot convert {checkpoint}: {problem}")
         shutil.copyfile(checkpoint / POSITION, target / POSITION)
         names = file_names(target)
-        checksums = {name: sha256(target / name) for name in names}
+        checksums = {name: file_sha256(target / name) for name in names}
         (target / CHECKSUMS).write_text(checksum_text(checksums), encoding="utf-8")
         for name in (*names, CHECKSUMS):
             sync(target / name)
