@@ -1,5 +1,7 @@
 """What a run wrote, read back with TensorBoard's own readers, as its dashboards do."""
 
+import re
+
 import pytest
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -127,3 +129,14 @@ def test_units_stand_in_titles():
     assert describe("memory/peak_gib")[0] == "peak memory (GiB)"
     assert describe("validation/loss/mlm")[0] == "held-out loss, masked language modelling (per target)"
     assert describe("final/accuracy/task")[0] == "last held-out accuracy, the finetuning task (share)"
+
+
+def test_a_narrow_terminal_shows_the_step_and_every_loss_and_texts_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich this is a terminal
+    monkeypatch.setenv("COLUMNS", "80")
+    train(tmp_path / "[" / "runs[/x]" / ("a" * 60), OBJECTIVES["adaptation"], 0, 4)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert f"run folder {tmp_path}/[/runs[/x]/{'a' * 60}\n" in shown
+    *_, last = shown.split("step 4/6 ")
+    for part in ("total 1.500", "mlm 0.500", "match 0.500", "clip_tokens 0.500", "0 tokens/s", "data wait 25.0%"):
+        assert part in last

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from xdscale.ds_config import BatchSplit
 from xdscale.errors import writing
@@ -193,7 +194,8 @@ class Monitor:
 
     def _say(self, text: str) -> None:
         if self._progress:
-            self._progress[0].console.print(text)
+            # As it is: a path may hold what rich takes for markup, and is copied whole.
+            self._progress[0].console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
 
@@ -213,12 +215,12 @@ def _progress_bar(steps: int, done: int) -> tuple[Progress, Any] | None:
     console = Console(stderr=True)
     if not console.is_terminal:
         return None
+    # In a narrow terminal the losses alone are broken into lines; rich would leave the number of the step out.
     bar = Progress(
-        TextColumn("adapting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(bar_width=10),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[status]}", table_column=Column()),
         console=console,
     )
     bar.start()
