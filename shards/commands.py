@@ -118,7 +118,7 @@ def info(folder: Folder) -> None:
 
     manifest = Manifest.load(folder)
     # Not wider than its content and without colour when piped, so that scripts can read it.
-    console = Console(highlight=False, width=None if Console().is_terminal else 200)
+    console = Console(markup=False, highlight=False, width=None if Console().is_terminal else 200)
     built = manifest.build
     console.print(
         f"{folder}: sequences of {built.sequence_length} language tokens ({built.language_tokenizer.name}), "

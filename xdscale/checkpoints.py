@@ -41,7 +41,7 @@ def list_command(run: Run) -> None:
         files = f"missing: {', '.join(missing)}" if missing else "all there"
         ranks, stage = str(place.world_size), str(place.zero_stage)
         table.add_row(str(place.step), size, ranks, stage, place.precision, converted, files)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @checkpoints_app.command()

@@ -176,8 +176,8 @@ def _finite(value: Any) -> bool:
 
 
 def _print(found: list[SampleReplay], module: nn.Module, title: str) -> None:
-    console = Console()
-    console = Console(width=max(console.width, _LEAST_WIDTH), highlight=False)
+    console = Console(markup=False)
+    console = Console(markup=False, width=max(console.width, _LEAST_WIDTH), highlight=False)
     console.print(title)
     broken = [name for name, parameter in module.named_parameters() if not _finite(parameter)]
     if broken:

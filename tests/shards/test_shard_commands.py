@@ -131,6 +131,13 @@ def test_info_shows_splits_and_the_share_that_was_cut(small_dataset):
     assert f" {sum(split.blocks_needed[1:]) / split.samples:.2%} " in cut
 
 
+def test_info_of_a_folder_with_brackets_in_its_name(small_dataset, tmp_path):
+    """Which would be markup to what draws the tables."""
+    folder = tmp_path / "run[/bold] [red]"
+    folder.symlink_to(small_dataset)
+    assert f"{folder}: sequences of 30" in run("info", folder).stdout
+
+
 def test_info_shows_documents_by_their_tokens(small_dataset):
     output = run("info", small_dataset).stdout
     counts = Manifest.load(small_dataset).corpus.document_tokens

@@ -250,4 +250,4 @@ def _print_table(out: Path, seeds: dict[str, list[int]]) -> None:
             digits = [f"{value:.4f}" for value in (median(values), min(values), max(values))]
             table.add_row(TASKS[task].title, TASKS[task].score, *digits, f"{len(values)} of {len(numbers)}")
     if table.row_count:
-        Console().print(table)
+        Console(markup=False).print(table)

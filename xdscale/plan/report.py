@@ -141,9 +141,9 @@ def run_scaling(recipe: str, overrides: list[str], machine: Machine, *, as_json:
 
 def print_plan(plan: Plan) -> None:
     """Prints a plan for people."""
-    console = Console()
+    console = Console(markup=False)
     if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
+        console = Console(markup=False, width=_FILE_WIDTH)
     cluster = plan.machine.cluster
     frozen = f", {plan.frozen:,} not trained" if plan.frozen else ""
     console.print(f"{plan.recipe}: {plan.trained:,} trained parameters{frozen}", highlight=False)
