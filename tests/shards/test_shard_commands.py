@@ -134,8 +134,9 @@ def test_info_shows_splits_and_the_share_that_was_cut(small_dataset):
 def test_info_of_a_folder_with_brackets_in_its_name(small_dataset, tmp_path):
     """Which would be markup to what draws the tables."""
     folder = tmp_path / "run[/bold] [red]"
+    folder.parent.mkdir()
     folder.symlink_to(small_dataset)
-    assert f"{folder}: sequences of 30" in run("info", folder).stdout
+    assert run("info", folder).stdout.startswith(f"{folder}: sequences of")
 
 
 def test_info_shows_documents_by_their_tokens(small_dataset):
