@@ -213,7 +213,7 @@ def read_json(path: Path) -> dict[str, Any]:
     refuse_lfs_pointer(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise XdscaleError(f"{path}: not a readable JSON file: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise XdscaleError(f"{path}: expected a JSON object, found {type(values).__name__}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xdscale.errors import XdscaleError
-from xdscale.files import check_output_file, check_output_folder, write_outputs
+from xdscale.files import check_output_file, check_output_folder, read_json, write_outputs
 
 
 def listing(folder):
@@ -153,3 +153,10 @@ def test_a_read_only_file_is_refused_where_its_mode_counts(tmp_path, monkeypatch
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the superuser may write everything
     with pytest.raises(XdscaleError, match="file: is read-only; choose another name"):
         check_output_file(tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": ' + "1" * 5000 + "}", '{"a": ' + "[" * 100_000, "[1]"])
+def test_what_is_no_json_object_is_one_message(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(XdscaleError, match=r"config\.json: (not a readable JSON file|expected a JSON object)"):
+        read_json(tmp_path / "config.json")
