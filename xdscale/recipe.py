@@ -23,7 +23,7 @@ from pydantic import (
 
 from xdscale.errors import XdscaleError
 from xdscale.names import check_stated_url, expand_home, is_url
-from xdscale.recipe_yaml import read_yaml
+from xdscale.recipe_yaml import read_yaml, write_yaml
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -197,7 +197,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Returns the recipe with every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return write_yaml(self.model_dump(mode="json"))
 
 
 def run_identity(values: dict[str, Any]) -> dict[str, Any]:

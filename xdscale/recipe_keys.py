@@ -4,9 +4,10 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from xdscale.recipe_yaml import write_yaml
 
 _WIDTH = 48
 
@@ -61,4 +62,4 @@ def _default(field: FieldInfo, value: Any, off: bool) -> str:
 def _text(value: Any) -> str:
     """Returns a value as YAML reads it, on one line."""
     plain = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    return write_yaml(plain, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")

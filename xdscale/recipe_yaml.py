@@ -21,6 +21,20 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
+def write_yaml(values: Any, **options: Any) -> str:
+    """Returns YAML that `read_yaml` and readers of YAML 1.1 read alike: what either takes for no text has quotes.
+
+    Args:
+        values: dicts, lists, texts, numbers and switches.
+        options: as `yaml.dump` takes them.
+    """
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, **options)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {
         first: [entry for entry in entries if entry[0] in (f"tag:yaml.org,2002:{kind}" for kind in ("null", "merge"))]
@@ -46,5 +60,6 @@ for _kind, _pattern, _firsts in (
         "-+.0123456789",
     ),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_firsts))
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_firsts))
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))

@@ -190,6 +190,16 @@ def test_resolved_yaml_reads_back_as_the_same_recipe():
     assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+@pytest.mark.parametrize(
+    "name", ["1e5", ".5", "09", "010", "0x1f", "yes", "true", "1:30", "2026-11-26", "null", "a: b"]
+)
+def test_a_name_that_looks_like_a_number_or_switch_is_written_with_quotes(write, name):
+    """So that run folders of such names are read again, by YAML 1.1 too."""
+    recipe = load_recipe(write(MINIMAL), [f"output.folder='{name}'"])
+    assert load_recipe(write(recipe.to_yaml())) == recipe
+    assert yaml.safe_load(recipe.to_yaml())["output"]["folder"] == name
+
+
 def test_identity_ignores_where_and_how_often_but_not_what():
     recipe = load_recipe("quickstart")
     moved = load_recipe("quickstart", ["output.folder=elsewhere", "training.eval_every=7", "training.stop_at_step=3"])

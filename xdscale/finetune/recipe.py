@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 
 from xdscale.data.task_files import TaskData
@@ -23,6 +22,7 @@ from xdscale.recipe import (
     run_identity,
     shipped_recipes,
 )
+from xdscale.recipe_yaml import write_yaml
 
 FORMAT = 1
 """Of the runs: raised when the same settings come to mean another computation."""
@@ -126,7 +126,7 @@ class FinetuneRecipe(Section):
 
     def to_yaml(self) -> str:
         """Returns the recipe with every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return write_yaml(self.model_dump(mode="json"))
 
 
 def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
