@@ -4,7 +4,6 @@ DeepSpeed ignores a top-level key that it does not know (a misspelt `zero_optimi
 key is checked here. `"auto"` is filled from the recipe; a value that contradicts the recipe is an error.
 """
 
-import difflib
 import json
 import math
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.names import expand_home
+from xdscale.names import own_or_shipped, unknown_key
 from xdscale.recipe import Recipe, describe_validation_error
 
 _PACKAGED = Path(__file__).with_name("ds_configs")
@@ -74,8 +73,9 @@ def read_ds_config(name: str) -> dict[str, Any]:
         XdscaleError: no such file (the nearest one that ships is named), not JSON, a key given twice, an unknown key
             (the nearest right one is named) or a key whose job the recipe has.
     """
+    path = own_or_shipped(name, SHIPPED, ".json", "DeepSpeed config")
     try:
-        values = json.loads(_path(name).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(name))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(name))
     except (OSError, ValueError, RecursionError) as error:
         raise XdscaleError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -220,20 +220,6 @@ def activation_checkpointing(values: dict[str, Any]) -> bool:
     return bool(values.get("activation_checkpointing", {}).get("enabled", False))
 
 
-def _path(name: str) -> Path:
-    path = Path(expand_home(name))
-    if path.is_file():
-        return path
-    wanted = path.name.removesuffix(".json")
-    shipped = SHIPPED / f"{wanted}.json"
-    if path.parent == Path() and shipped.is_file():
-        return shipped
-    names = sorted(entry.stem for entry in SHIPPED.glob("*.json"))
-    near = difflib.get_close_matches(wanted, names, n=1)
-    hint = f"did you mean {near[0]}, which ships?" if near else f"names of those that ship: {', '.join(names)}"
-    raise XdscaleError(f"{name}: no such DeepSpeed config, neither a file nor a name of one that ships; {hint}")
-
-
 def _refuse_duplicates(name: str) -> Any:
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -255,9 +241,7 @@ def _section(name: str, values: dict[str, Any], section: str) -> dict[str, Any]:
 def _require_known(name: str, prefix: str, key: str, known: tuple[str, ...]) -> None:
     if key in known:
         return
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    raise XdscaleError(f"{name}: unknown key '{prefix}{key}'; {hint}")
+    raise XdscaleError(f"{name}: unknown key '{prefix}{key}'; {unknown_key(key, known)}")
 
 
 def _agree(name: str, values: dict[str, Any], key: str, wanted: float, source: str) -> None:

@@ -1,8 +1,10 @@
 """Names of files: plain paths, files inside installed packages, and URLs."""
 
+import difflib
 import importlib.util
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,47 @@ def expand_home(name: str) -> str:
         raise XdscaleError(
             f"{name}: there is no user {name[1:].split('/')[0]!r}; write ./{name} for a file of that name"
         ) from None
+
+
+def nearest(name: str, known: Sequence[str], otherwise: str, *, cutoff: float = 0.6) -> str:
+    """Returns the question whether the nearest of the known names was meant, or `otherwise` where none is near.
+
+    Args:
+        name: what was given.
+        known: what could have been.
+        otherwise: what to say instead.
+        cutoff: from 0 to 1, how near it must be.
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """Returns what the message about an unknown key of a file ends with."""
+    return nearest(key, known, f"known keys: {', '.join(known)}", cutoff=0.5)
+
+
+def own_or_shipped(name: str, shipped: Path, suffix: str, what: str) -> Path:
+    """Returns the file that a name stands for: a path, or the name of a file that ships, with or without its suffix.
+
+    Args:
+        name: as a user gave it; `~` is expanded.
+        shipped: folder of those that ship.
+        suffix: of their names.
+        what: they are, for the message.
+
+    Raises:
+        XdscaleError: there is neither; the nearest name that ships is given.
+    """
+    path = Path(expand_home(name))
+    if path.is_file():
+        return path
+    wanted = path.name.removesuffix(suffix)
+    if path.parent == Path() and (shipped / f"{wanted}{suffix}").is_file():
+        return shipped / f"{wanted}{suffix}"
+    names = sorted(entry.name.removesuffix(suffix) for entry in shipped.glob(f"*{suffix}"))
+    hint = nearest(wanted, names, f"those that ship are {', '.join(names)}")
+    raise XdscaleError(f"{name}: no such {what}, neither a file nor the name of one that ships; {hint}")
 
 
 class UserPath(Path):

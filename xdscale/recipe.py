@@ -4,7 +4,6 @@ A recipe decides the result (model, tasks, data, optimiser, schedule). How it is
 micro-batch) stands in a DeepSpeed JSON file: see `xdscale.ds_config`.
 """
 
-import difflib
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from pydantic import (
 )
 
 from xdscale.errors import XdscaleError
-from xdscale.names import check_stated_url, expand_home, is_url
+from xdscale.names import check_stated_url, expand_home, is_url, own_or_shipped, unknown_key
 from xdscale.recipe_yaml import read_yaml, write_yaml
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -222,7 +221,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         XdscaleError: no such recipe, not YAML, an unknown key (the nearest right one is named) or a bad value; or the
             file, and no override, names shards behind a URL that only a person may name (see `check_stated_url`).
     """
-    path = _recipe_path(name)
+    path = own_or_shipped(name, SHIPPED, ".yaml", "recipe")
     recipe = read_validated(path, overrides, Recipe)
     if not is_overridden(overrides, "data", "shards"):
         check_stated_url(recipe.data.shards, str(path), "data.shards")
@@ -291,27 +290,13 @@ def describe_validation_error(
         where = "the command line" if by_person else source
         if item["type"] == "extra_forbidden":
             known = _known_keys(model, location[:-1])
-            near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            problems.append(f"{where}: unknown key {key!r}; {hint}")
+            problems.append(f"{where}: unknown key {key!r}; {unknown_key(location[-1], known)}")
         elif item["type"] == "missing":
             problems.append(f"{where}: {key!r} is missing")
         else:
             quotes = "; write a number that is meant as a text in quotes" if item["type"] == "string_type" else ""
             problems.append(f"{where}: {key} = {item['input']!r}: {item['msg']}{quotes}")
     return "\n".join(problems)
-
-
-def _recipe_path(name: str) -> Path:
-    path = Path(expand_home(name))
-    if path.is_file():
-        return path
-    shipped = SHIPPED / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
-    near = difflib.get_close_matches(name, shipped_recipes(), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "'xdscale recipes' lists those that ship"
-    raise XdscaleError(f"{name}: no such recipe file or shipped recipe; {hint}")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

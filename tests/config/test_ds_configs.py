@@ -114,7 +114,7 @@ def test_a_shipped_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch
 @pytest.mark.parametrize("name", ["electra-large-zero-2", "electra-large-zero2.jsn", "cfg/electra-large-zero2.json"])
 def test_a_config_that_does_not_exist_is_answered_with_the_nearest_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(XdscaleError, match="no such DeepSpeed config.* did you mean electra-large-zero2"):
+    with pytest.raises(XdscaleError, match="no such DeepSpeed config.* did you mean 'electra-large-zero2'"):
         read_ds_config(name)
 
 

@@ -214,7 +214,7 @@ def request(model, data, out, **changes):
     [
         ({"tasks": ["mrcp"]}, "no such task; did you mean 'mrpc'"),
         ({"tasks": ["qnli"]}, "has no QNLI/train.tsv"),
-        ({"recipe": "papr"}, "no such finetuning recipe; did you mean 'paper'"),
+        ({"recipe": "papr"}, "no such finetuning recipe.*did you mean 'paper'"),
         ({"overrides": ["training.epoch=2"]}, "unknown key 'training.epoch'; did you mean 'epochs'"),
         ({"overrides": ["seeds.rtee=2"]}, "seeds: unknown task 'rtee'"),
         ({"model": "/nowhere"}, "/nowhere: no such file or folder"),

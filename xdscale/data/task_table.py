@@ -4,12 +4,12 @@ File layouts are the public ones: GLUE's download (`glue_data/RTE/dev.tsv`), SWA
 `val.csv`), and the CommonLit competition (`train.csv`).
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from xdscale.errors import XdscaleError
+from xdscale.names import nearest
 
 HIGHER_IS_BETTER = {"rmse": False}
 """Metrics of which less is better; all others are better when higher."""
@@ -262,6 +262,5 @@ def find_task(name: str) -> Task:
     """
     if name in TASKS:
         return TASKS[name]
-    near = difflib.get_close_matches(name.lower().replace("-", ""), TASKS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise XdscaleError(f"--task {name}: no such task; {hint}known tasks: {', '.join(TASKS)}")
+    hint = nearest(name.lower().replace("-", ""), list(TASKS), f"known tasks: {', '.join(TASKS)}")
+    raise XdscaleError(f"--task {name}: no such task; {hint}")

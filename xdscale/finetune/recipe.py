@@ -1,6 +1,5 @@
 """Finetuning recipes: one file for all tasks and sizes, resolved to one recipe per run."""
 
-import difflib
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from pydantic import Field
 from xdscale.data.task_files import TaskData
 from xdscale.data.task_table import TASKS
 from xdscale.errors import XdscaleError
-from xdscale.names import expand_home
+from xdscale.names import own_or_shipped
 from xdscale.recipe import (
     SHIPPED,
     NameOrPath,
@@ -20,7 +19,6 @@ from xdscale.recipe import (
     Training,
     read_validated,
     run_identity,
-    shipped_recipes,
 )
 from xdscale.recipe_yaml import write_yaml
 
@@ -139,7 +137,7 @@ def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
     Raises:
         XdscaleError: no such recipe, not YAML, an unknown key or task, or a bad value.
     """
-    path = _path(name)
+    path = own_or_shipped(name, SHIPPED / "finetune", ".yaml", "finetuning recipe")
     settings = read_validated(path, overrides, FinetuneSettings)
     _check_tables(path, settings)
     return settings
@@ -176,18 +174,6 @@ def resolve_run(
         ),
         output=Output(folder=str(folder)),
     )
-
-
-def _path(name: str) -> Path:
-    path, shipped = Path(expand_home(name)), SHIPPED / "finetune" / f"{name}.yaml"
-    if path.is_file():
-        return path
-    if shipped.is_file():
-        return shipped
-    names = shipped_recipes(shipped.parent)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"shipped ones: {', '.join(names)}"
-    raise XdscaleError(f"--recipe {name}: no such finetuning recipe; {hint}")
 
 
 def _check_tables(path: Path, settings: FinetuneSettings) -> None:
