@@ -35,7 +35,7 @@ def modelled(gpu, rows, width):
     seconds = batch / published - collective_seconds(alone, "all_reduce", width * BERT_LARGE)
     rate = batch / alone.gpus / seconds
     steps = [step_time(Cluster(kind, 8 * nodes, nodes), batch / (8 * nodes), rate, traffic) for nodes, batch, _ in rows]
-    return [batch / step.total_seconds for (_, batch, _), step in zip(rows, steps)]
+    return [batch / (step.computing_seconds + step.communicating_seconds) for (_, batch, _), step in zip(rows, steps)]
 
 
 def efficiencies(gpu, rows, width):

@@ -70,11 +70,6 @@ class Order:
         self.global_batch = global_batch
         self._slot_index, self._real = _rank_slots(global_batch, world_size, rank, micro_batch)
 
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Forwards per step, the same on all ranks: ceil(global_batch / (world_size * micro_batch))."""
-        return len(self._slot_index)
-
     def position(self, step: int) -> Position:
         """Returns the position before `step` (steps count from 0)."""
         epoch, index = divmod(step * self.global_batch, self.size)

@@ -53,11 +53,6 @@ class StepTime:
     computing_seconds: float
     communicating_seconds: float
 
-    @property
-    def total_seconds(self) -> float:
-        """Both, one after the other."""
-        return self.computing_seconds + self.communicating_seconds
-
 
 def collective_seconds(cluster: Cluster, operation: str, payload: float, calls: int = 1) -> float:
     """Returns the time of collectives.

@@ -3,7 +3,7 @@
 import numpy as np
 
 from xdscale.plan.load import Load
-from xdscale.plan.shapes import CLIP_CONTEXT, LanguageShape, ModelShape
+from xdscale.plan.shapes import CLIP_CONTEXT, ModelShape
 from xdscale.tasks import flops
 
 
@@ -36,15 +36,3 @@ def training_flops(shape: ModelShape, load: Load, frozen: tuple[str, ...] = ()) 
     rest += flops.match_flops(language.hidden_size, load.matched)
     rest += flops.masked_token_flops(clip.output_size, clip.width, clip.vocab_size, load.clip_targets)
     return total + 3 * rest
-
-
-def bert_flops(shape: LanguageShape, length: int, masked: float) -> float:
-    """Returns the FLOPs of pretraining a BERT with masked words alone, as published throughputs mean it.
-
-    Args:
-        shape: of the encoder.
-        length: tokens of a sequence.
-        masked: how many of them are predicted; the head runs on those only.
-    """
-    head = flops.masked_token_flops(shape.hidden_size, shape.embedding_size, shape.vocab_size, masked)
-    return 3 * (flops.language_flops(shape, 1, length) + head)
