@@ -16,9 +16,9 @@ import traceback
 
 
 def main():
-    from xdscale import adapt
+    from xdscale.training.environment import calm_environment
 
-    adapt.calm_environment()
+    calm_environment()
     for name in ("deepspeed", "tensorboard", "xdscale.export", "xdscale.tasks.xdbert", "xdscale.training.engine"):
         importlib.import_module(name)
     # What a thread holds at the time of a fork stays locked in the child for ever.

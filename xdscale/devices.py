@@ -57,3 +57,10 @@ def rank_device(local_rank: int) -> "torch.device":
             "DS_ACCELERATOR=cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+def computes_in_bf16() -> bool:
+    """Returns whether this rank's GPU has instructions for bf16."""
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -13,9 +13,9 @@ import pytest
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.draws import draws_hash
 from xdscale.data.order import Order
-from xdscale.data.prefetch import Prefetcher
 from xdscale.recipe import Tasks
 from xdscale.shards.table import Table
+from xdscale.training.prefetch import Prefetcher
 
 SCHEDULES, STEPS, SEED = 200, 8, 20261122
 

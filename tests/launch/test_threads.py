@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from xdscale.adapt import threads_per_rank
 from xdscale.finetune.command import _slots
+from xdscale.training.environment import threads_per_rank
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_torch_is_told_also_where_torchrun_says_one():
     """As on a machine of 24 cores with 8 ranks, in the state that torchrun leaves."""
     script = (
         "import os; os.sched_getaffinity = lambda process: set(range(24))\n"
-        "from xdscale.adapt import calm_environment\n"
+        "from xdscale.training.environment import calm_environment\n"
         "calm_environment()\n"
         "import torch; print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])"
     )

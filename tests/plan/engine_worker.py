@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xdscale.adapt import calm_environment
 from xdscale.recipe import load_recipe
+from xdscale.training.environment import calm_environment
 
 COLLECTIVES = {
     "all_reduce": lambda tensor, *_: tensor,

@@ -9,7 +9,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from xdscale.adapt import calm_environment
+from xdscale.training.environment import calm_environment
 
 CASES = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 RESHARDED = [(1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xdscale.adapt import calm_environment
 from xdscale.recipe import load_recipe
+from xdscale.training.environment import calm_environment
 
 
 def keep_few_targets(batch, slots):

@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
-from xdscale.adapt import check_precision, main
+from xdscale.adapt import main
 from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
+from xdscale.training.environment import check_precision
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_output_folder_that_cannot_be_made(refuse, place):
 
 
 def test_bf16_on_a_card_without_it(monkeypatch):
-    monkeypatch.setattr("xdscale.adapt.uses_gpus", lambda: True)
+    monkeypatch.setattr("xdscale.training.environment.uses_gpus", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla V100-SXM2-32GB")
     check_precision("ds.json", {"fp16": {"enabled": True}})

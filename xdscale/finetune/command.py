@@ -13,11 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from xdscale.adapt import computes_in_bf16
 from xdscale.data.task_files import TaskData, read_task
 from xdscale.data.task_hub import fetch_task
 from xdscale.data.task_table import TASKS, find_task
-from xdscale.devices import visible_gpus
+from xdscale.devices import computes_in_bf16, visible_gpus
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.files import DISKS_OWN, check_output_folder, write_outputs

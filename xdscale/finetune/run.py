@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xdscale import adapt
 from xdscale.data.order import Order, sample_hash, validation_slots
 from xdscale.data.task_batches import CLIP_BLOCKS, EncodedSplit, TaskCollator, encode_examples
 from xdscale.data.task_files import TaskData, read_task
@@ -23,6 +22,7 @@ from xdscale.tasks.metrics import measure
 from xdscale.training.distributed import Ranks
 from xdscale.training.protocols import StepData
 from xdscale.training.run_folder import RunFolder, read_log
+from xdscale.training.session import RunData, Setup, open_session, train_session
 from xdscale.training.signals import StopRequest
 from xdscale.training.watchdog import Watchdog
 
@@ -61,22 +61,18 @@ def finetune(
     began = time.monotonic()
     run = RunFolder(Path(recipe.output.folder))
     with Watchdog(ranks, run.folder, recipe.training.hang_seconds) as watchdog:
+        setup = Setup(recipe, ds_config, run, ranks, stop, watchdog)
         try:
             ranks.on_first(lambda: run.check(recipe))
             ranks.on_first(run.claim)
             material = prepare(recipe.task.name, recipe.task.data, recipe.model.name, recipe.model.subject)
             for note in _notes_on_length(material, recipe.model.max_length):
                 say(note)
-            data = _open_stream(recipe, ds_config, ranks, material)
-            watchdog.samples = lambda step, micro_batch: adapt.sample_ids(data.order.slots(step), micro_batch)
-            session = adapt.open_session(
-                recipe, ds_config, run, data, ranks, lambda continued: build_subject(recipe, material.data.task)
-            )
-            code = adapt.train_session(
-                recipe, ds_config, run, data, ranks, stop, watchdog, session, weights={"task": 1.0}
-            )
+            data = _open_data(setup, material)
+            session = open_session(setup, data, lambda continued: build_subject(recipe, material.data.task))
+            code = train_session(setup, data, session, {"task": 1.0})
             if code == 0 and not recipe.training.stops_early:
-                code = _finish(recipe, ds_config, label, run, material, session.engine, ranks, stop, watchdog, began)
+                code = _finish(setup, label, material, session.engine, began)
             watchdog.end()
             session.engine.destroy()
             return code
@@ -110,8 +106,9 @@ def prepare(task_name: str, data: str, model: str, subject: str) -> Material:
     )
 
 
-def _open_stream(recipe: FinetuneRecipe, ds_config: dict[str, Any], ranks: Ranks, material: Material) -> adapt.RunData:
-    training, micro_batch = recipe.training, ds_config["train_micro_batch_size_per_gpu"]
+def _open_data(setup: Setup, material: Material) -> RunData:
+    recipe, ranks = setup.recipe, setup.ranks
+    training, micro_batch = recipe.training, setup.ds_config["train_micro_batch_size_per_gpu"]
     order = Order(
         len(material.train),
         seed=training.seed,
@@ -132,7 +129,7 @@ def _open_stream(recipe: FinetuneRecipe, ds_config: dict[str, Any], ranks: Ranks
         return sample_hash(*order.global_batch_ids(step))
 
     validation = [collate_dev(item) for item in slots]
-    return adapt.RunData(prepare_step, validation, order, stream_hash, material.data.fingerprint(), {})
+    return RunData(prepare_step, validation, order, stream_hash, material.data.fingerprint(), {})
 
 
 def _collator(recipe: FinetuneRecipe, material: Material, split: EncodedSplit) -> TaskCollator:
@@ -140,26 +137,16 @@ def _collator(recipe: FinetuneRecipe, material: Material, split: EncodedSplit) -
     return TaskCollator(split, language, clip, max_length=recipe.model.max_length)
 
 
-def _finish(
-    recipe: FinetuneRecipe,
-    ds_config: dict[str, Any],
-    label: str,
-    run: RunFolder,
-    material: Material,
-    engine: Any,
-    ranks: Ranks,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    began: float,
-) -> int:
+def _finish(setup: Setup, label: str, material: Material, engine: Any, began: float) -> int:
     """Predicts every example of the development and test splits once, and writes the result."""
-    micro_batch = ds_config["train_micro_batch_size_per_gpu"]
+    recipe, run, ranks, watchdog = setup.recipe, setup.run, setup.ranks, setup.watchdog
+    micro_batch = setup.ds_config["train_micro_batch_size_per_gpu"]
     task, predicted = material.data.task, {}
     for split, encoded in (material.dev | material.test).items():
         watchdog.enter("prediction", recipe.training.steps)
         collate = _collator(recipe, material, encoded)
         slots = validation_slots(len(encoded), len(encoded), ranks.world_size, ranks.rank, micro_batch)
-        predicted[split] = predict(task, engine, slots, collate, ranks, stop, watchdog, recipe.training.steps)
+        predicted[split] = predict(task, engine, slots, collate, ranks, setup.stop, watchdog, recipe.training.steps)
         if predicted[split] is None:
             return EXIT_STOPPED
     if ranks.is_first:
@@ -167,26 +154,19 @@ def _finish(
             write_predictions(run.folder / f"predictions-{split}.jsonl", task, examples, predicted[split])
         for name, examples in material.data.test.items():
             write_submission(run.folder / "predictions" / name, task, examples, predicted[name])
-        result = _result(recipe, ds_config, label, run, material, predicted) | {"seconds": time.monotonic() - began}
+        result = _result(setup, label, material, predicted) | {"seconds": time.monotonic() - began}
         write_atomically(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # the result says it all, and a sweep has many
     return 0
 
 
-def _result(
-    recipe: FinetuneRecipe,
-    ds_config: dict[str, Any],
-    label: str,
-    run: RunFolder,
-    material: Material,
-    predicted: dict[str, Predicted],
-) -> dict[str, Any]:
-    task = material.data.task
+def _result(setup: Setup, label: str, material: Material, predicted: dict[str, Predicted]) -> dict[str, Any]:
+    recipe, task = setup.recipe, material.data.task
     metrics, (headline, *rest) = {}, material.dev
     for split in (headline, *rest):
         measured = measure(task.metrics, predicted[split].values, material.dev[split].labels)
         metrics |= measured if split == headline else {f"{name}_mismatched": value for name, value in measured.items()}
-    curve = [entry for entry in read_log(run.log) if entry["kind"] == "step"]
+    curve = [entry for entry in read_log(setup.run.log) if entry["kind"] == "step"]
     return {
         "format": FORMAT,
         "task": task.name,
@@ -198,7 +178,7 @@ def _result(
         "score": {"name": task.score, "value": metrics[task.score], "higher_is_better": task.higher_is_better},
         "examples": len(material.dev[headline]),
         "data": material.data.files,
-        "settings": _settings(recipe, ds_config),
+        "settings": _settings(recipe, setup.ds_config),
         "curve": [{"step": entry["step"], "loss": entry["loss/total"]} for entry in curve],
     }
 

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xdscale import adapt
 from xdscale.ds_config import check_sections, resolve_ds_config
 from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
+from xdscale.training.environment import calm_environment, check_precision
 from xdscale.training.signals import StopRequest
 
 
@@ -30,7 +30,7 @@ def main() -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     with StopRequest() as stop:
-        adapt.calm_environment()
+        calm_environment()
         from xdscale.training.distributed import start_distributed
 
         ranks = start_distributed()
@@ -60,7 +60,7 @@ def _work(job: dict[str, Any], ranks: Any, stop: StopRequest, say: Callable[[str
                 os.dup2(log.fileno(), stream)
         check_sections(job["ds_config_name"], job["ds_config"])
         ds_config = resolve_ds_config(job["ds_config_name"], job["ds_config"], recipe, ranks.world_size)
-        adapt.check_precision(job["ds_config_name"], ds_config)
+        check_precision(job["ds_config_name"], ds_config)
         return finetune(recipe, ds_config, job["label"], ranks, stop, say)
     except (XdscaleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -45,5 +45,8 @@ class SampleOrder(Protocol):
     def slots(self, step: int) -> list[SampleSlots]:
         """Returns this rank's micro-batches."""
 
+    def position(self, step: int) -> Any:
+        """Returns where the order stands before a step, with `epoch` and `index` of the next sample."""
+
     def global_batch_ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns epochs and sample ids of all ranks together."""

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from xdscale.data.prefetch import Prefetcher
+from xdscale.training.prefetch import Prefetcher
 
 
 def prefetch_threads() -> int:

@@ -1,0 +1,60 @@
+"""What a rank's process is given before torch comes in: threads, quiet libraries, a precision that its GPU has."""
+
+import os
+import warnings
+from typing import Any
+
+from xdscale.devices import computes_in_bf16, uses_gpus
+from xdscale.ds_config import precision
+from xdscale.errors import XdscaleError
+
+
+def calm_environment() -> None:
+    """Settings that must stand before torch's and DeepSpeed's first import."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_LOGS", "-all")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # ranks that cannot meet print pages of C++
+    # DeepSpeed calls names that torch is about to rename; nothing a user could do about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Torch would give each rank all cores, torchrun gives one; AdamW on the host, for offloading, needs its share.
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if by_torchrun or "OMP_NUM_THREADS" not in os.environ:
+        threads = threads_per_rank()
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        import torch
+
+        torch.set_num_threads(threads)
+    if not uses_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def threads_per_rank() -> int:
+    """Returns this rank's share of its machine's cores."""
+    bound = len(os.sched_getaffinity(0))
+    # Slurm may bind each rank to cores of its own, which are then not shared once more.
+    cores = int(os.environ.get("SLURM_CPUS_ON_NODE", bound))
+    ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(bound, cores // ranks))
+
+
+def check_precision(name: str, ds_config: dict[str, Any]) -> None:
+    """Refuses bf16 on a GPU that does not compute in it: PyTorch would imitate it there, many times slower.
+
+    Args:
+        name: the DeepSpeed configuration's file, for the message.
+        ds_config: its values.
+
+    Raises:
+        XdscaleError: names the GPU and what to choose.
+    """
+    import torch
+
+    if precision(ds_config) == "bf16" and uses_gpus() and not computes_in_bf16():
+        raise XdscaleError(
+            f"{name}: bf16 = enabled, but this machine's {torch.cuda.get_device_name()} does not compute in bf16; "
+            'take a shipped file whose name ends in -fp16, or write "fp16": {"enabled": true} in place of "bf16"'
+        )
