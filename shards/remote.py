@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.files import file_sha256, lock
+from xdscale.files import file_sha256, lock, one_line
 from xdscale.shards.manifest import MANIFEST_NAME, ShardRecord
 
 PAUSES_SECONDS = (1.0, 4.0)
@@ -170,8 +170,7 @@ def _difference(address: str, aside: Path, record: ShardRecord) -> str | None:
 
 
 def _unfetched(address: str, error: Exception | None) -> XdscaleError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return XdscaleError(f"{address}: cannot be fetched after {len(PAUSES_SECONDS) + 1} attempts: {reason}")
+    return XdscaleError(f"{address}: cannot be fetched after {len(PAUSES_SECONDS) + 1} attempts: {one_line(error)}")
 
 
 def _join(url: str, name: str) -> str:

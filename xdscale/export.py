@@ -189,7 +189,7 @@ def run_recipe(run: Path) -> Recipe:
     except ValidationError as error:
         raise XdscaleError(describe_validation_error(str(path), error, Recipe)) from None
     except NOT_YAML as error:
-        raise XdscaleError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise XdscaleError(f"{path}: not YAML: {one_line(error)}") from None
 
 
 def _export_language(source: Path, state: dict[str, Any], out: Path) -> int:

@@ -6,13 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
-import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from xdscale.errors import XdscaleError, writing
 
+_LONGEST_REASON = 400
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -238,5 +238,6 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """Returns an error's text on one line of bearable length."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...")
+    """Returns an error's text on one line of bearable length; its kind where it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + " …"

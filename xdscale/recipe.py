@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from xdscale.errors import XdscaleError
+from xdscale.files import one_line
 from xdscale.names import check_stated_url, expand_home, is_url, own_or_shipped, unknown_key
 from xdscale.recipe_yaml import read_yaml, write_yaml
 
@@ -259,7 +260,7 @@ def read_validated(path: Path, overrides: Sequence[str], model: type[Values]) ->
     try:
         values = read_yaml(path.read_text(encoding="utf-8-sig"))
     except (OSError, *NOT_YAML) as error:
-        raise XdscaleError(f"{path}: not a YAML recipe: {' '.join(str(error).split())}") from None
+        raise XdscaleError(f"{path}: not a YAML recipe: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise XdscaleError(f"{path}: expected the sections {', '.join(model.model_fields)}, found {values!r}")
     for override in overrides:

@@ -10,6 +10,7 @@ from typing import Any
 
 from xdscale.data.task_table import Hub, Task
 from xdscale.errors import XdscaleError
+from xdscale.files import one_line
 
 
 def fetch_task(task: Task, data: Path) -> None:
@@ -61,9 +62,8 @@ def _load(datasets: Any, task: Task, hub: Hub, split: str) -> Any:
     try:
         return datasets.load_dataset(hub.path, hub.config, split=split)
     except Exception as error:  # the library raises unrelated kinds for no network, no such name, no such split
-        reason = " ".join(str(error).split())[:200]
         raise XdscaleError(
-            f"--task {task.name}: {hub.path} could not be fetched ({reason}); give a local folder with --data"
+            f"--task {task.name}: {hub.path} could not be fetched ({one_line(error)}); give a local folder with --data"
         ) from None
 
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from xdscale.devices import uses_gpus
+from xdscale.files import one_line
 
 LARGE_BYTES = 64 * 2**20
 
@@ -47,7 +48,7 @@ def all_reduce_twice(store: Any, rank: int, world_size: int, local_rank: int, ti
         try:
             _all_reduce(store, rank, world_size, local_rank, limit, outcome)
         except Exception as error:  # whatever the network library raises is the finding
-            outcome.problem = " ".join(str(error).split())[:300] or type(error).__name__
+            outcome.problem = one_line(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdscale.errors import XdscaleError, free_mib, refusal
-from xdscale.files import file_sha256, sync, write_atomically
+from xdscale.files import file_sha256, one_line, sync, write_atomically
 from xdscale.training.integrity import (
     CHECKSUMS,
     check_pickles,
@@ -394,5 +394,5 @@ def _attempt(action: Callable[[], object]) -> str | None:
     except OSError as error:
         return refusal(error)
     except (RuntimeError, AssertionError, XdscaleError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
     return None

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ import torch.distributed
 
 from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
+from xdscale.files import one_line
 
 _EXCHANGES = (
     "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce",
@@ -107,7 +110,7 @@ def start_distributed() -> Ranks:
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     except torch.distributed.DistError as error:
-        raise XdscaleError(_why_apart(ranks, " ".join(str(error).split()))) from None
+        raise XdscaleError(_why_apart(ranks, one_line(error))) from None
     return ranks
 
 
@@ -135,3 +138,21 @@ def _why_apart(ranks: Ranks, problem: str) -> str:
         "start all ranks, with the same MASTER_ADDR and MASTER_PORT (deepspeed --master_addr, --master_port), and let "
         "them reach that port"
     )
+
+
+def in_collective(thread: int) -> bool:
+    """Returns whether a thread of this process is in an exchange with other ranks."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if "torch/distributed/" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_collective(error: Exception) -> bool:
+    """Returns whether an error came out of an exchange between ranks, so that another rank is the likely cause."""
+    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("torch/distributed/" in frame.filename for frame in frames)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
-from xdscale.files import file_sha256, sync
+from xdscale.files import file_sha256, one_line, sync
 
 CHECKSUMS = "checksums.json"
 _OWN = "sha256 of the lines above"
@@ -66,7 +66,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     except FileNotFoundError:
         raise XdscaleError(f"{path} is missing") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise XdscaleError(f"{path} is altered: {' '.join(str(error).split())}") from None
+        raise XdscaleError(f"{path} is altered: {one_line(error)}") from None
     if not intact:
         raise XdscaleError(f"{path} is altered: it does not match its own SHA-256")
     return checksums
@@ -142,7 +142,7 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:
             # The restricted unpickler fails in many ways on what it does not know; every one of them is a refusal.
-            problem = " ".join(str(error).split())[:200]
+            problem = one_line(error)
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except Exception:

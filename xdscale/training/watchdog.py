@@ -28,9 +28,10 @@ import torch.distributed
 
 from xdscale.devices import uses_gpus
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, XdscaleError, refusal
+from xdscale.files import one_line
 from xdscale.training.activity import Activity
 from xdscale.training.arrivals import Arrival, Arrivals, Event, record_cuda_event
-from xdscale.training.distributed import Ranks, before_exchanges
+from xdscale.training.distributed import Ranks, before_exchanges, in_collective, is_collective
 
 _BEAT_SECONDS = 1.0
 _SILENCE_SECONDS = 15.0  # the launcher may then take 30 s more to end a frozen rank: within a minute together
@@ -184,12 +185,11 @@ class Watchdog:
             if self._place.phase == "data":
                 line += f" (rank {self._ranks.rank}, {_describe(self._record())})"
         else:
-            if _is_collective(error):
+            if is_collective(error):
                 self._failed_collective = True
                 time.sleep(2 * _SILENCE_SECONDS)
-            what = " ".join(str(error).split())[:500]
             line = f"error: rank {self._ranks.rank} on {platform.node()} failed in {_describe(self._record())}: "
-            line, code = f"{line}{type(error).__name__}: {what}; {self._keep_traceback(error)}", EXIT_FAULT
+            line, code = f"{line}{type(error).__name__}: {one_line(error)}; {self._keep_traceback(error)}", EXIT_FAULT
         code = self._tell(line, code)
         self._linger()
         return code
@@ -261,7 +261,7 @@ class Watchdog:
             "stalled": stalled,
             "host_place": place.arrival(),
             "device_place": self._arrivals.last() or (0, 0, place.phase),
-            "collective": _in_collective(self._main_thread.ident),
+            "collective": in_collective(self._main_thread.ident),
             "host": platform.node(),
         }
 
@@ -391,20 +391,3 @@ def _accuse(rank: int, record: dict[str, Any], what: str) -> str:
 def _how_far(record: dict[str, Any]) -> tuple[Any, ...]:
     """Returns what compares ranks; the device says most, since a host may have passed where its device has not come."""
     return record["device_place"][:2], record["host_place"][:2], record["collective"]
-
-
-def _in_collective(thread: int) -> bool:
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if "torch/distributed/" in frame.f_code.co_filename:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _is_collective(error: Exception) -> bool:
-    """Whether an error came out of an exchange between ranks, so that another rank is the likely cause."""
-    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    return any("torch/distributed/" in frame.filename for frame in frames)
