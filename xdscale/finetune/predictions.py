@@ -14,10 +14,8 @@ from xdscale.data.task_files import Example
 from xdscale.data.task_table import Task
 from xdscale.errors import writing
 from xdscale.files import write_atomically
-from xdscale.training.distributed import Ranks
 from xdscale.training.engine import to_device
-from xdscale.training.signals import StopRequest
-from xdscale.training.watchdog import Watchdog
+from xdscale.training.session import Setup
 
 
 @dataclass(frozen=True)
@@ -33,27 +31,15 @@ class Predicted:
     scores: np.ndarray
 
 
-def predict(
-    task: Task,
-    engine: Any,
-    slots: list[Slots],
-    collate: TaskCollator,
-    ranks: Ranks,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    step: int,
-) -> Predicted | None:
+def predict(setup: Setup, task: Task, engine: Any, slots: list[Slots], collate: TaskCollator) -> Predicted | None:
     """Predicts each example of a split exactly once, without dropout; every rank calls it.
 
     Args:
+        setup: of this process; a request to stop ends it.
         task: decides what the logits mean.
         engine: the DeepSpeed engine.
         slots: this rank's share; every rank has equally many.
         collate: makes batches of them.
-        ranks: gathers the shares.
-        stop: a request to stop ends it.
-        watchdog: hears of every batch.
-        step: steps done.
 
     Returns:
         The predictions in file order, on every rank; None after a request to stop.
@@ -62,12 +48,12 @@ def predict(
     engine.eval()
     with torch.no_grad():
         for number, part in enumerate(slots):
-            watchdog.enter("prediction", step, number)
-            if ranks.sum(torch.tensor(int(stop.requested), device=engine.device)).item():
+            setup.watchdog.enter("prediction", setup.recipe.training.steps, number)
+            if setup.ranks.sum(torch.tensor(int(setup.stop.requested), device=engine.device)).item():
                 return None
             logits = engine(to_device(collate(part).arrays, engine.device))["logits"].cpu().numpy()
             mine |= dict(zip(part.sample_ids[part.real].tolist(), logits[part.real]))
-    everyone = {sample: row for share in ranks.gather(mine) for sample, row in share.items()}
+    everyone = {sample: row for share in setup.ranks.gather(mine) for sample, row in share.items()}
     scores = np.stack([everyone[sample] for sample in range(len(everyone))])
     values = scores[:, 0] if task.regression else scores.argmax(1)
     return Predicted(values.astype(np.float64), scores)

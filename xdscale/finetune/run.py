@@ -139,14 +139,14 @@ def _collator(recipe: FinetuneRecipe, material: Material, split: EncodedSplit) -
 
 def _finish(setup: Setup, label: str, material: Material, engine: Any, began: float) -> int:
     """Predicts every example of the development and test splits once, and writes the result."""
-    recipe, run, ranks, watchdog = setup.recipe, setup.run, setup.ranks, setup.watchdog
+    recipe, run, ranks = setup.recipe, setup.run, setup.ranks
     micro_batch = setup.ds_config["train_micro_batch_size_per_gpu"]
     task, predicted = material.data.task, {}
     for split, encoded in (material.dev | material.test).items():
-        watchdog.enter("prediction", recipe.training.steps)
+        setup.watchdog.enter("prediction", recipe.training.steps)
         collate = _collator(recipe, material, encoded)
         slots = validation_slots(len(encoded), len(encoded), ranks.world_size, ranks.rank, micro_batch)
-        predicted[split] = predict(task, engine, slots, collate, ranks, setup.stop, watchdog, recipe.training.steps)
+        predicted[split] = predict(setup, task, engine, slots, collate)
         if predicted[split] is None:
             return EXIT_STOPPED
     if ranks.is_first:
