@@ -105,7 +105,7 @@ def _adapt(options: argparse.Namespace, stop: StopRequest) -> int:
 def open_data(
     recipe: Recipe, ds_config: dict[str, Any], ranks: Any, *, on_shard: Callable[[], None] | None = None
 ) -> "RunData":
-    """Finds the shards and sets the streams up; `on_shard` is called as they are verified."""
+    """Finds the shards and opens them for training and validation; `on_shard` is called as they are verified."""
     from xdscale.data.collate import XDBERTCollator
     from xdscale.data.draws import draws_hash
     from xdscale.data.opening import open_shards
