@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from xdscale.devices import uses_gpus
 from xdscale.errors import XdscaleError
 from xdscale.files import DISKS_OWN, follow_umask, one_line, read_json
 from xdscale.recipe import NOT_YAML, Language, Recipe, describe_validation_error, recipe_file
@@ -155,6 +157,8 @@ def consolidated_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         XdscaleError: a file could run code when DeepSpeed reads it.
     """
+    if not uses_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says that it found no GPU
     from xdscale.training.checkpoint import read_position
     from xdscale.training.integrity import check_pickles, read_pickle
 

@@ -1,6 +1,10 @@
 """Exports: every tensor equals the trained one, and plain transformers loads the folder."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +64,14 @@ def test_an_existing_folder_is_not_touched(small_run, tmp_path):
     with pytest.raises(XdscaleError, match="exists and is not an empty folder"):
         export_run(small_run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_command_says_what_it_wrote_and_no_more(small_run, tmp_path):
+    command = [Path(sys.executable).with_name("xdscale"), "export", small_run, tmp_path / "out"]
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    (line,) = (done.stdout + done.stderr).splitlines()
+    assert line.startswith(f"{tmp_path / 'out'}: language encoder of step-00000002 ")
 
 
 def test_a_missing_step_names_those_that_exist(small_run, tmp_path):
