@@ -26,7 +26,8 @@ from xdscale.recipe import Recipe, load_recipe
 from xdscale.training.run_folder import read_log
 
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_STOPPING = b"stopping: this step is finished and a checkpoint saved; Ctrl-C again ends at once, without one\n"
+# On lines of its own: the ranks' progress bar, of up to two lines, is drawn over what stands there.
+_STOPPING = b"\nstopping: this step is finished and a checkpoint saved; Ctrl-C again ends at once, without one\n\n"
 _FP32_FOR_CPU = "quickstart-zero2"
 _BF16_FROM = 8.0  # compute capability of the A100
 _GPU_LINE = re.compile(r"(\d+), (\S+), (?:(\d+\.\d+)|.*)")  # "[N/A]", "[Not Supported]"
