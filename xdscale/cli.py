@@ -130,7 +130,7 @@ def train(
 def plan(
     recipe: Annotated[str, typer.Argument(help="Recipe file or name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
+    gpus: Annotated[int, typer.Option(min=1, max=1_000_000, help="GPUs in all.")] = 8,
     gpu: Annotated[
         str, typer.Option(help="Kind of GPU, such as A100-80G, RTX-4090, MI300X; another one is described by the next.")
     ] = "A100-80G",
@@ -355,6 +355,8 @@ def report(
 
 def main() -> None:
     """Runs the command line; a user's mistake or a full disk becomes one message and exit code 2."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: × and é stop no command in a C locale
     try:
         try:
             app()

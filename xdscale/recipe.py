@@ -81,7 +81,7 @@ class Model(Section):
 
     language: Language
     clip: Clip | None = Field(description="null: the language encoder alone, with MLM, as the fair baseline of §3")
-    cross_layers: int = Field(2, ge=0, description="cross-modal layers; 0 without CLIP")
+    cross_layers: int = Field(2, ge=0, le=1000, description="cross-modal layers; 0 without CLIP")
     dropout: float = Field(0.1, ge=0, lt=1, description="language encoder and cross-modal layers; CLIP-T has none")
     kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
     start: NameOrPath | None = Field(None, description="run folder or export to take first weights from, with heads")
@@ -150,8 +150,8 @@ class Optim(Section):
 class Training(Section):
     """How long, how much at once, and what happens in between."""
 
-    steps: int = Field(ge=1, description="optimiser steps in all")
-    global_batch: int = Field(ge=1, description="sequences per optimiser step, over all ranks")
+    steps: int = Field(ge=1, lt=2**31, description="optimiser steps in all")
+    global_batch: int = Field(ge=1, lt=2**31, description="sequences per optimiser step, over all ranks")
     seed: int = Field(0, ge=0, lt=2**32, description="of new weights, order, masks, pairs and dropout")
     eval_every: int = Field(100, ge=1, description="steps between validations; one also before and after")
     eval_samples: int = Field(512, ge=1, description="held-out sequences per validation, at most")

@@ -1,5 +1,6 @@
 """The `xdscale` command: quick to start, one message per mistake."""
 
+import os
 import re
 import subprocess
 import sys
@@ -82,3 +83,15 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments, message, tmp_path, 
 def test_params_prints_the_papers_table_6(recipe, counts):
     """Spec xdbert §10 fact 1, for the shipped recipes."""
     assert counts <= set(re.findall(r"[\d,]{6,}", run("params", recipe).stdout))
+
+
+def test_a_terminal_that_knows_only_ascii_stops_no_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "xdscale", "plan", "quickstart-mlm", "--gpu", "L4"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0
+    assert "8 \\xd7 L4-24G" in result.stdout

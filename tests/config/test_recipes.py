@@ -305,6 +305,13 @@ def test_a_count_is_1_or_more(write, key):
         load_recipe(write(MINIMAL), [f"training.{key}=0"])
 
 
+@pytest.mark.parametrize("key", ["training.steps", "training.global_batch", "model.cross_layers"])
+def test_a_count_that_no_run_has_is_refused(write, key):
+    for value in (2**31, "9" * 400):
+        with pytest.raises(XdscaleError, match=rf"{key} = {value}: .*less than"):
+            load_recipe(write(MINIMAL), [f"{key}={value}"])
+
+
 def test_steps_that_are_kept_for_good_must_be_steps_that_are_saved(write):
     how = ["training.checkpoint_every=20"]
     assert load_recipe(write(MINIMAL), [*how, "training.keep_every=40"]).training.keep_every == 40
