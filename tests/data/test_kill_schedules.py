@@ -53,9 +53,12 @@ def global_batches(split, steps, *, seed, batch, world, micro, depth):
             for rows, expected in zip(found, steps):
                 step, parts = next(source)
                 assert step == expected
-                for turn, (collated, slots) in enumerate(parts):
-                    places = turn * world * micro + rank * micro + np.flatnonzero(slots.real)
-                    rows |= dict(zip(places.tolist(), rows_of(collated, slots)))
+                places = {pair: place for place, pair in enumerate(zip(*order.global_batch_ids(step), strict=True))}
+                for collated, slots in parts:
+                    pairs = zip(slots.epochs[slots.real], slots.sample_ids[slots.real], strict=True)
+                    for pair, row in zip(pairs, rows_of(collated, slots), strict=True):
+                        assert places[pair] not in rows  # no two ranks have the same sample
+                        rows[places[pair]] = row
     assert all(sorted(rows) == list(range(batch)) for rows in found)
     return [b"".join(rows[place] for place in range(batch)) for rows in found]
 
