@@ -23,7 +23,18 @@ from torch.profiler import ProfilerActivity, profile
 from xdscale.bench.batch import bench_batch
 from xdscale.bench.kernels import bench_kernels
 from xdscale.devices import rank_device
-from xdscale.kernels import activated_linear, attention, masked_token_loss, quick_gelu, residual_norm
+from xdscale.kernels import (
+    activated_linear,
+    masked_token_loss,
+    packed_attention,
+    packed_attention_plain,
+    plain_activated_linear,
+    plain_masked_token_loss,
+    plain_quick_gelu,
+    plain_residual_norm,
+    quick_gelu,
+    residual_norm,
+)
 from xdscale.kernels.dropout_mask import drop_threshold
 from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe, load_recipe
@@ -113,15 +124,15 @@ def _operations(device: torch.device) -> Iterator[tuple[str, Callable, Callable,
         layout = {"max_query": max(queries), "max_key": max(keys), "dropout": dropout, "seed": seed}
         yield (
             f"attention, dropout {dropout}",
-            lambda q, k, v, layout=layout: attention.packed_attention(q, k, v, *offsets, **layout),
-            lambda q, k, v, p=dropout: attention.packed_attention_plain(q, k, v, *offsets, drop_threshold(p), seed),
+            lambda q, k, v, layout=layout: packed_attention(q, k, v, *offsets, **layout),
+            lambda q, k, v, p=dropout: packed_attention_plain(q, k, v, *offsets, drop_threshold(p), seed),
             attended,
         )
         options = {"eps": 1e-12, "dropout": dropout, "seed": seed}
         yield (
             f"residual_norm, dropout {dropout}",
-            lambda *leaves, options=options: residual_norm.residual_norm(*leaves, **options),
-            lambda *leaves, options=options: residual_norm.plain_residual_norm(*leaves, **options),
+            lambda *leaves, options=options: residual_norm(*leaves, **options),
+            lambda *leaves, options=options: plain_residual_norm(*leaves, **options),
             [(tokens, size), (tokens, size), (size,), (size,)],
         )
     rows, vocabulary = (2458, 30522) if big else (70, 301)
@@ -129,15 +140,15 @@ def _operations(device: torch.device) -> Iterator[tuple[str, Callable, Callable,
     scale = 2.0 ** -round(math.log2(size) / 2)  # exact in every dtype
     yield (
         "masked_token_loss",
-        lambda h, w, b: masked_token_loss.masked_token_loss(h, w * scale, b, labels)[0],
-        lambda h, w, b: masked_token_loss.plain_masked_token_loss(h, w * scale, b, labels)[0],
+        lambda h, w, b: masked_token_loss(h, w * scale, b, labels)[0],
+        lambda h, w, b: plain_masked_token_loss(h, w * scale, b, labels)[0],
         [(rows, size), (vocabulary, size), (vocabulary,)],
     )
-    yield "quick_gelu", quick_gelu.quick_gelu, quick_gelu.plain_quick_gelu, [(tokens, size)]
+    yield "quick_gelu", quick_gelu, plain_quick_gelu, [(tokens, size)]
     yield (
         "activated_linear",
-        lambda *leaves: activated_linear.activated_linear(*leaves, F.gelu),
-        lambda *leaves: activated_linear.plain_activated_linear(*leaves, F.gelu),
+        lambda *leaves: activated_linear(*leaves, F.gelu),
+        lambda *leaves: plain_activated_linear(*leaves, F.gelu),
         [(tokens, size), (size, size), (size,)],
     )
 
