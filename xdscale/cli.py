@@ -147,7 +147,7 @@ def plan(
     nodes: Annotated[int | None, typer.Option(min=1, help="Machines; default: as few as usual.")] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak rate that computing reaches.")] = 0.4,
     price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU and hour; default: assumed.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Default: the encoder's positions.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="Default: the encoder's positions.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 or fp16; default: the GPU's own.")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers going backward.")] = False,
     freeze: Annotated[list[str] | None, typer.Option(help="Part that is not trained: language or clip.")] = None,

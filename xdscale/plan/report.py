@@ -25,6 +25,9 @@ PARTS = ("language", "clip")
 _FILE_WIDTH = 140
 """Columns where there is no terminal to ask."""
 
+_MOST = 1_000_000
+"""More than any GPU's GiB, TFLOP/s or GB/s, and little enough that what follows from it is a number."""
+
 
 def machine_from(
     gpu: str,
@@ -56,8 +59,8 @@ def machine_from(
     """
     numbers = {"--gpu-memory": memory_gib, "--tflops": tflops, "--bandwidth": bandwidth, "--network": network}
     for option, value in (numbers | {"--mfu": mfu, "--price": price}).items():
-        if value is not None and not math.isfinite(value):
-            raise XdscaleError(f"{option} {value}: expected a number")
+        if value is not None and not value <= _MOST:  # so that nan is told too
+            raise XdscaleError(f"{option} {value:g}: expected a number of at most {_MOST:,}")
     found = describe_gpu(gpu, memory_gib=memory_gib, tflops=tflops, bandwidth=bandwidth, network=network)
     if nodes is None:
         nodes = next(count for count in range(math.ceil(gpus / found.node_gpus), gpus + 1) if gpus % count == 0)
