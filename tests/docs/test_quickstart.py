@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # the quickstart, then all that it proposes
 def test_quickstart_learns_and_reports():
     environment = os.environ | {"VIRTUAL_ENV": str(Path(sys.executable).parents[1])}
     result = subprocess.run(
