@@ -13,6 +13,10 @@ limit=${SECONDS_IN_ALL:-590}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "${1:-runs/gpu}"
 out=$(cd "${1:-runs/gpu}" && pwd)
+if [ -n "$(ls -A "$out")" ] && [ ! -e "$out/versions.txt" ]; then
+    echo "error: $out: holds other files, and those of an earlier run would be deleted; name an empty or new folder" >&2
+    exit 2
+fi
 rm -f "$out"/*.txt "$out"/*.jsonl "$out"/plan-*.json
 # Checkpoints of gigabytes go to memory where there is some.
 scratch=$(mktemp -d "$([ -w /dev/shm ] && echo /dev/shm || echo /tmp)/xdscale-gpu.XXXXXX")

@@ -18,7 +18,7 @@ def read_yaml(text: str) -> Any:
         ValueError: a number of thousands of digits.
         RecursionError: it is nested too deep.
     """
-    return yaml.load(text, _Loader)
+    return yaml.load(text, _Loader)  # a SafeLoader: plain values alone, no tags that make objects
 
 
 def write_yaml(values: Any, **options: Any) -> str:

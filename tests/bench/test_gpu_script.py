@@ -108,6 +108,20 @@ def test_no_part_begins_when_the_time_is_up(tmp_path):
     assert "== versions: left out, the time is up" in said
 
 
+def test_a_folder_with_somebodys_files_is_refused_and_one_of_its_own_is_not(tmp_path):
+    """What an earlier run found is deleted first, by endings that other files have too."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        calls(tmp_path, gpus=0)
+    assert refused.value.returncode == 2
+    assert f"{out}: holds other files" in refused.value.stderr
+    assert [path.read_text() for path in out.iterdir()] == ["mine"]
+    (out / "notes.txt").rename(out / "versions.txt")
+    calls(tmp_path, gpus=0)
+
+
 def test_a_continued_run_is_compared_with_the_whole_one(tmp_path):
     path = tmp_path / "runs.jsonl"
     tell = gpu_runs.teller(path)
