@@ -165,7 +165,8 @@ def _checked_xml(path: Path, stream: BinaryIO, bad: BadBytes) -> BinaryIO:
     declared = _DECLARED.match(head.removeprefix(codecs.BOM_UTF8))
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (declared and declared[1].lower() != b"utf-8"):
         return stream
-    return as_stream(piece.encode("utf-8") for piece in decoded(path, stream, "utf-8", bad))
+    pieces = decoded(path, stream, "utf-8", bad, may_end_within_character=True)
+    return as_stream(piece.encode("utf-8") for piece in pieces)
 
 
 def _lines(path: Path, pieces: Iterator[str]) -> Iterator[str]:

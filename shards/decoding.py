@@ -103,8 +103,18 @@ def encoding_of(head: bytes, encoding: str) -> str:
     return next((marked for mark, marked in _MARKS.items() if head.startswith(mark)), encoding)
 
 
-def decoded(path: Path, stream: BinaryIO, encoding: str, bad: BadBytes) -> Iterator[str]:
+def decoded(
+    path: Path, stream: BinaryIO, encoding: str, bad: BadBytes, *, may_end_within_character: bool = False
+) -> Iterator[str]:
     """Yields the characters of a stream, piece by piece; a byte order mark is dropped.
+
+    Args:
+        path: names the file in errors.
+        stream: the bytes.
+        encoding: theirs, unless a byte order mark says another.
+        bad: what happens to bytes that are no text.
+        may_end_within_character: whether the first bytes of a character at the end are left out: for a format whose
+            reader says itself that the file is cut.
 
     Raises:
         XdscaleError: bytes that are no text in this encoding (with their offset), unless they are replaced.
@@ -114,6 +124,7 @@ def decoded(path: Path, stream: BinaryIO, encoding: str, bad: BadBytes) -> Itera
     offset = 0
     while data:
         following = stream.read(PIECE_BYTES)
-        yield bad.decoded_piece(decoder, data, not following, f"{path}: ", offset)
+        final = not (following or may_end_within_character)
+        yield bad.decoded_piece(decoder, data, final, f"{path}: ", offset)
         offset += len(data)
         data = following
