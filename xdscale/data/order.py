@@ -2,10 +2,12 @@
 
 The consumed samples, counted over all epochs, are the only position there is: step * global_batch. Any rank
 finds its part of any step at once, so that continuing a run, also at another world size, needs nothing but
-the step.
+the step. With several tables every global batch has a fixed number of samples of each, and each table has epochs of
+its own.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -49,30 +51,54 @@ class Order:
     """The order of the training samples, as one rank sees it."""
 
     def __init__(
-        self, size: int, *, seed: int, global_batch: int, world_size: int, rank: int, micro_batch: int
+        self,
+        *sizes: int,
+        shares: Sequence[int] = (1,),
+        seed: int,
+        global_batch: int,
+        world_size: int,
+        rank: int,
+        micro_batch: int,
     ) -> None:
         """Sets the order up; nothing is read or shuffled.
 
         Args:
-            size: samples per epoch.
+            sizes: samples per epoch of each table. Sample ids count through: those of the second table begin where
+                those of the first one end.
+            shares: of each table in every global batch, in proportion: (1, 1) for equal numbers of samples. Tables
+                alternate within the batch, so that every micro-batch has its share too, give or take a sample.
             seed: of the shuffle, below 2**32.
-            global_batch: samples per step over all ranks; need not be divisible by anything.
+            global_batch: samples per step over all ranks.
             world_size: number of ranks.
             rank: this one.
             micro_batch: samples per forward of one rank.
 
         Raises:
-            XdscaleError: the split is empty or holds more than 2**32 samples.
+            XdscaleError: a table is empty, all of them hold more than 2**32 samples, or the shares do not divide the
+                global batch.
         """
-        _check_size(size)
-        self.size = size
+        check_size(min(sizes))
+        check_size(sum(sizes))
+        if global_batch % sum(shares):
+            raise XdscaleError(
+                f"training.global_batch = {global_batch} cannot be shared {' : '.join(map(str, shares))} among tables; "
+                f"choose a multiple of {sum(shares)}"
+            )
+        self.sizes = sizes
         self.seed = seed
         self.global_batch = global_batch
+        self._counts = [share * global_batch // sum(shares) for share in shares]
+        self._starts = np.cumsum([0, *sizes[:-1]])
+        # The k-th of a table's n samples stands at (k + 1/2) / n of the batch.
+        within = np.concatenate([np.arange(count) for count in self._counts])
+        tables = np.repeat(np.arange(len(sizes)), self._counts)
+        places = np.argsort((within + 0.5) / np.array(self._counts)[tables], kind="stable")
+        self._tables, self._within = tables[places], within[places]
         self._slot_index, self._real = _rank_slots(global_batch, world_size, rank, micro_batch)
 
     def position(self, step: int) -> Position:
-        """Returns the position before `step` (steps count from 0)."""
-        epoch, index = divmod(step * self.global_batch, self.size)
+        """Returns the position before `step` (steps count from 0), of several tables that of the first one."""
+        epoch, index = divmod(step * self._counts[0], self.sizes[0])
         return Position(epoch, index)
 
     def global_batch_ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,23 +118,16 @@ class Order:
 
     def _locate(self, step: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns (epochs, sample ids) of places in the global batch of `step`, in any order."""
-        start = self.position(step)
-        laps, index = np.divmod(start.index + places, self.size)
-        epochs = start.epoch + laps
-        sample_ids = np.empty_like(index)
-        for epoch in np.unique(epochs):  # one, or two at an epoch border, unless the batch exceeds the data
-            here = epochs == epoch
-            sample_ids[here] = self._permuted(int(epoch), index[here])
+        epochs, sample_ids = np.empty_like(places), np.empty_like(places)
+        for table, (size, count, start) in enumerate(zip(self.sizes, self._counts, self._starts)):
+            here = np.flatnonzero(self._tables[places] == table)
+            epoch, index = divmod(step * count, size)
+            laps, index = np.divmod(index + self._within[places[here]], size)
+            epochs[here] = epoch + laps
+            for lap in np.unique(laps):  # one, or two at an epoch border, unless the batch exceeds the data
+                now = laps == lap
+                sample_ids[here[now]] = start + permuted(index[now], size, self.seed, epoch + int(lap), table)
         return epochs, sample_ids
-
-    def _permuted(self, epoch: int, index: np.ndarray) -> np.ndarray:
-        """Returns the sample ids at positions of an epoch."""
-        windows, within = np.divmod(index, WINDOW)
-        sample_ids = np.empty_like(index)
-        for window in np.unique(windows).tolist():
-            here = windows == window
-            sample_ids[here] = _window(self.size, self.seed, epoch, window)[within[here]]
-        return sample_ids
 
 
 def validation_slots(size: int, limit: int, world_size: int, rank: int, micro_batch: int) -> list[Slots]:
@@ -126,7 +145,7 @@ def validation_slots(size: int, limit: int, world_size: int, rank: int, micro_ba
     Raises:
         XdscaleError: the split is empty or holds more than 2**32 samples.
     """
-    _check_size(size)
+    check_size(size)
     index, real = _rank_slots(min(limit, size), world_size, rank, micro_batch)
     epochs = np.full(micro_batch, VALIDATION_EPOCH, np.int64)
     return [Slots(epochs, *part) for part in zip(index, real)]
@@ -148,14 +167,29 @@ def _rank_slots(total: int, world_size: int, rank: int, micro_batch: int) -> tup
     return place % total, slot < each + (rank < more)
 
 
-@lru_cache(maxsize=8)
-def _window(size: int, seed: int, epoch: int, number: int) -> np.ndarray:
+def permuted(index: np.ndarray, size: int, seed: int, epoch: int, table: int = 0) -> np.ndarray:
+    """Returns the sample ids at positions of an epoch of a table; `permute`, faster where calls ask for few."""
+    windows, within = np.divmod(index, WINDOW)
+    sample_ids = np.empty_like(index)
+    for number in np.unique(windows).tolist():
+        here = windows == number
+        sample_ids[here] = window(size, seed, epoch, table, number)[within[here]]
+    return sample_ids
+
+
+@lru_cache(maxsize=16)
+def window(size: int, seed: int, epoch: int, table: int, number: int) -> np.ndarray:
     """Returns the sample ids of `WINDOW` positions of an epoch's order, fewer at its end; not to be changed."""
     index = np.arange(number * WINDOW, min(size, (number + 1) * WINDOW))
-    return permute(index, size, seed=seed, epoch=epoch)
+    return permute(index, size, seed=seed, epoch=epoch, table=table)
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
+    """Refuses a table that no order is for.
+
+    Raises:
+        XdscaleError: it is empty or holds more than 2**32 samples.
+    """
     if not 1 <= size <= MAX_SAMPLES:
         raise XdscaleError(
             f"the split holds {size} samples; expected 1 to {MAX_SAMPLES}: build shards from more text, "

@@ -13,20 +13,21 @@ from xdscale.data.hashing import ROUNDS, Purpose, random_bits
 FEISTEL_ROUNDS = 8
 
 
-def permute(index: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:
+def permute(index: np.ndarray, size: int, *, seed: int, epoch: int, table: int = 0) -> np.ndarray:
     """Maps positions of an epoch to sample ids.
 
     Args:
         index: int64 [n], positions in [0, size).
         size: number of samples, 1 to 2**32.
         seed: below 2**32.
-        epoch: below 2**32; every (seed, epoch) has its own permutation.
+        epoch: below 2**32.
+        table: number of the table, below 2**32; every (seed, epoch, table) has its own permutation.
 
     Returns:
         int64 [n], in [0, size); over all positions every id comes exactly once.
     """
     half_bits = _half_bits(size)
-    keys = random_bits(seed, epoch, np.zeros(1, np.int64), Purpose.PERMUTATION, 2 * FEISTEL_ROUNDS)
+    keys = random_bits(seed, epoch, np.array([table]), Purpose.PERMUTATION, 2 * FEISTEL_ROUNDS)
     round_keys = keys.astype(np.uint64).reshape(FEISTEL_ROUNDS, 2) @ np.array([1, 2**32], np.uint64)
     values = index.astype(np.uint64)
     if half_bits == 0:
