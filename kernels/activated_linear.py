@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from xdscale.kernels.gpu import without_autocast
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 """A function of each element, without parameters and without randomness."""
 
@@ -69,7 +71,7 @@ class _ActivatedLinear(torch.autograd.Function):
         states, weight = ctx.saved_tensors
         grad_states = grad_weight = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])  # [n, size]
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             with torch.enable_grad():
                 leaf = states.detach().requires_grad_(ctx.needs_input_grad[0])
                 hidden = ctx.activation(leaf)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from xdscale.kernels import attention_cpu
 from xdscale.kernels.dropout_mask import check_dropout, drop_threshold, keep_mask, keep_rate
+from xdscale.kernels.gpu import TRITON_DTYPES, autocast_dtype, runs_triton, without_autocast
 from xdscale.kernels.packing import Packing
 
 LARGEST_TRITON_HEAD = 128
@@ -37,7 +38,8 @@ def packed_attention(
     `query_offsets[b]` to `query_offsets[b + 1] - 1`, and the keys likewise. Under autocast the inputs are
     cast as for PyTorch's own attention. With `torch.compile` the call is a graph break. On a GPU nothing
     waits for the device (fp64 apart), so it can be captured in a CUDA graph; there the offsets' values are
-    trusted, and tokens that pad a buffer of fixed size must belong to some sample, for instance a last one.
+    trusted, and tokens that pad a buffer of fixed size must belong to some sample, for instance a last one. On the
+    meta device the offsets may be on the CPU: then FLOPs are counted of the true lengths, else of equal ones.
 
     Args:
         query: [Tq, heads, d], fp16, bf16, fp32 or fp64.
@@ -59,15 +61,15 @@ def packed_attention(
         TypeError: an argument has the wrong dtype.
         ValueError: an argument has the wrong shape, device or range.
     """
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
-        query, key, value = (tokens.to(torch.get_autocast_dtype(device_type)) for tokens in (query, key, value))
+    narrow = autocast_dtype(query.device)
+    if narrow and query.dtype != torch.float64:
+        query, key, value = (tokens.to(narrow) for tokens in (query, key, value))
     _check_tokens(query, key, value)
     _check_offsets(query, key, query_offsets, key_offsets, max_query, max_key)
     check_dropout(dropout, seed, query.device)
     threshold = drop_threshold(dropout)
     backend = _backend(query)
-    with torch.autocast(device_type, enabled=False):
+    with without_autocast(query.device):
         if backend is None:
             return packed_attention_plain(query, key, value, query_offsets, key_offsets, threshold, seed)
         if backend is attention_cpu and query.dtype == torch.float32 and not threshold:
@@ -149,21 +151,17 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple:
         query, key, value, query_offsets, key_offsets, seed, *saved = ctx.saved_tensors
         packing = replace(ctx.packing, query_offsets=query_offsets, key_offsets=key_offsets, seed=seed)
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             return *ctx.backend.backward(grad, query, key, value, packing, *saved), None, None
 
 
 def _backend(query: torch.Tensor) -> ModuleType | None:
     """Returns what computes this call: None for the plain definition."""
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return None
-    if query.device.type == "cpu":
-        return attention_cpu
-    if query.device.type == "cuda" and query.shape[-1] <= LARGEST_TRITON_HEAD:  # ROCm devices are "cuda" too
+    if runs_triton(query.device, query.dtype) and query.shape[-1] <= LARGEST_TRITON_HEAD:
         from xdscale.kernels import attention_launch  # kernels are decorated only where they can run
 
         return attention_launch
-    return None
+    return attention_cpu if query.device.type == "cpu" and query.dtype in TRITON_DTYPES else None
 
 
 def _check_tokens(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -201,7 +199,7 @@ def _check_offsets(
         if offsets.ndim != 1 or len(offsets) < 2 or len(offsets) != len(query_offsets):
             expected = "[samples + 1], at least 2 and the same for both"
             raise ValueError(f"{name} must have the shape {expected}, not {list(offsets.shape)}")
-        if offsets.device != query.device:
+        if offsets.device != query.device and not query.is_meta:
             raise ValueError(f"{name} must be on {query.device} like query, not on {offsets.device}")
         if offsets.device.type != "cpu":
             continue  # reading the values would wait for the device

@@ -15,7 +15,7 @@ from xdscale.kernels.attention_triton import (
 )
 from xdscale.kernels.compile_case import CompileCase
 from xdscale.kernels.dropout_mask import drop_threshold, keep_rate
-from xdscale.kernels.gpu import launch_on
+from xdscale.kernels.gpu import count_flops, launch
 from xdscale.kernels.packing import Packing
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -37,6 +37,8 @@ KERNELS = {
     "backward_query": attention_backward_query,
     "backward_key_value": attention_backward_key_value,
 }
+USEFUL_PRODUCTS = {"forward": 2, "backward_query": 1, "backward_key_value": 3}
+"""Products of matrices of each kernel, without those that compute scores, and the gradients of weights, once more."""
 TILES = {
     "sm_80": {
         "forward": Tile(128, 64, warps=8, stages=3),
@@ -132,17 +134,15 @@ def backward(
 def _launch(name: str, parts: int, tile: Tile, packing: Packing, pointers: tuple[torch.Tensor, ...]) -> None:
     query = pointers[0]
     tokens, heads, size = query.shape
-    if not parts * heads * packing.samples:
-        return
     seed = packing.query_offsets if packing.seed is None else packing.seed  # not read without dropout
     arguments = (*pointers, packing.query_offsets, packing.key_offsets, seed, tokens, heads)
     widen = INTERPRETED and query.dtype == torch.bfloat16
     constants = _constants(tile, size, packing.threshold, widen, _precision(_architecture(query.device)))
     scale = size**-0.5 * LOG2_E.value
-    with launch_on(query.device):
-        KERNELS[name][parts, heads, packing.samples](
-            *arguments, scale, **constants, num_warps=tile.warps, num_stages=tile.stages
-        )
+    grid = parts, heads, packing.samples
+    launch(KERNELS[name], grid, *arguments, scale, **constants, num_warps=tile.warps, num_stages=tile.stages)
+    if query.is_meta:
+        count_flops(2 * USEFUL_PRODUCTS[name] * packing.scores(query, pointers[1]) * heads * size)
 
 
 def _constants(tile: Tile, head_size: int, threshold: int, widen: bool, precision: str) -> dict[str, object]:
@@ -181,7 +181,7 @@ def _architecture(device: torch.device) -> str:
     """Returns the entry of `TILES` for a device: the newest one that is not newer than the device."""
     if torch.version.hip:
         return "gfx942"
-    if INTERPRETED:
+    if device.type != "cuda":  # of the interpreter, or without values
         return "sm_80"
     major = torch.cuda.get_device_capability(device)[0]
     return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"

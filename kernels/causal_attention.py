@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from xdscale.kernels.attention import packed_attention
+
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Returns softmax(Q Kᵀ / √d) V, where no token reads a later one.
@@ -20,6 +22,13 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """
     if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
         return causal_attention_plain(query, key, value)
+    if query.is_meta:
+        # PyTorch would take its definition there. This keeps and counts what a GPU's fused attention does.
+        blocks, _, length, _ = query.shape
+        bounds = torch.arange(blocks + 1, dtype=torch.int32, device="meta") * length
+        rows = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+        attended = packed_attention(*rows, bounds, bounds, max_query=length, max_key=length)
+        return attended.unflatten(0, (blocks, length)).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 

@@ -18,13 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-FORCE_TRITON = False
-"""Tests set this, with TRITON_INTERPRET=1 in the environment, to run the Triton kernels on CPU tensors."""
+from xdscale.kernels.gpu import autocast_dtype, runs_triton, without_autocast
 
 LOG2_E = math.log2(math.e)
 """Logits are scaled by this, so that exp becomes exp2: 2.7 times faster in PyTorch on AVX-512."""
-
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 CPU_SCRATCH_BYTES = 2 << 20
 """Wanted size of the [n, chunk] scratch on a CPU: about one core's second-level cache."""
@@ -126,7 +123,7 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, label
         raise TypeError(f"labels has dtype {labels.dtype}, expected torch.int64")
     if not hidden.is_floating_point():
         raise TypeError(f"hidden has dtype {hidden.dtype}, expected a floating-point dtype")
-    autocast = torch.is_autocast_enabled(hidden.device.type)
+    autocast = autocast_dtype(hidden.device) is not None
     for name, tensor in (("weight", weight), ("bias", bias)):
         castable = autocast and torch.float64 not in (tensor.dtype, hidden.dtype)
         if not tensor.is_floating_point() or (tensor.dtype != hidden.dtype and not castable):
@@ -135,15 +132,8 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, label
 
 def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
     """The dtype in which logits and gradients are multiplied: autocast's, or the inputs' own."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
-
-
-def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """The choice: Triton for fp16, bf16 and fp32 on a GPU (CUDA or HIP), PyTorch operations for all else."""
-    return dtype in TRITON_DTYPES and (device.type == "cuda" or FORCE_TRITON)
+    narrow = autocast_dtype(hidden.device)
+    return narrow if narrow and hidden.dtype != torch.float64 else hidden.dtype
 
 
 class _MaskedTokenLoss(torch.autograd.Function):
@@ -164,12 +154,12 @@ class _MaskedTokenLoss(torch.autograd.Function):
             correct = labels.new_zeros(())
             ctx.mark_non_differentiable(correct)
             return hidden.new_zeros((), dtype=_wide(dtype)), correct
-        if _runs_triton(hidden.device, dtype):
+        if runs_triton(hidden.device, dtype):
             from xdscale.kernels.masked_token_loss_triton import row_statistics  # CPU runs never load Triton
         else:
             row_statistics = _row_statistics
             _check_labels(labels, weight.shape[0])
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             rows = row_statistics(hidden, weight, bias, labels, dtype)
             loss = ((rows.maximum - rows.label_logit) / LOG2_E + rows.total.log()).sum()
         correct = rows.correct.sum()
@@ -186,11 +176,11 @@ class _MaskedTokenLoss(torch.autograd.Function):
         if hidden.shape[0] == 0:
             return torch.zeros_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias), None, None
         labels, maximum, total = rest
-        if _runs_triton(hidden.device, ctx.dtype):
+        if runs_triton(hidden.device, ctx.dtype):
             from xdscale.kernels.masked_token_loss_triton import logit_gradients
         else:
             logit_gradients = _logit_gradients
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             grad_bias = torch.empty_like(bias)
             chunks = logit_gradients(hidden, weight, bias, labels, maximum, total, grad_loss, grad_bias, ctx.dtype)
             grad_hidden, grad_weight = _multiply_chunks(chunks, hidden, weight)
@@ -227,11 +217,11 @@ def _multiply_chunks(
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Returns total + left @ right; total is overwritten where PyTorch can."""
-    if not left.is_cuda and len(left) < FEWEST_PRECISE_ROWS:
+    if left.device.type == "cpu" and len(left) < FEWEST_PRECISE_ROWS:
         rows = F.pad(left, (0, 0, 0, FEWEST_PRECISE_ROWS - len(left)))
         return total.add_(torch.mm(rows, right)[: len(left)])
     if left.dtype == total.dtype:
-        return total.addmm_(left, right)
+        return torch.addmm(total, left, right, out=total)
     if left.is_cuda and total.dtype == torch.float32:
         return torch.addmm(total, left, right, out_dtype=torch.float32)
     return total.add_(torch.mm(left, right))

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xdscale.kernels.gpu import launch_on
+from xdscale.kernels.gpu import count_flops, launch
 from xdscale.kernels.masked_token_loss import ChunkGradients, RowStatistics
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -190,7 +190,7 @@ def logit_gradients_kernel(
     tl.store(sums_at, tl.sum(values, 0), mask=column < end)
 
 
-class _Launch:
+class _Operands:
     """Arguments that both matrix kernels share."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> None:
@@ -275,26 +275,29 @@ def row_statistics(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
 ) -> RowStatistics:
     """The pass over the vocabulary, as `masked_token_loss._row_statistics`, for n > 0."""
-    launch = _Launch(hidden, weight, bias, dtype)
+    work = _Operands(hidden, weight, bias, dtype)
     labels = labels.contiguous()
-    n, columns = launch.rows, launch.columns
+    n, columns = work.rows, work.columns
     processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 1
-    resident = processors * launch.tile.resident
-    per_split = split_columns(launch.row_blocks, columns, launch.tile.columns, resident)
+    resident = processors * work.tile.resident
+    per_split = split_columns(work.row_blocks, columns, work.tile.columns, resident)
     splits = triton.cdiv(columns, per_split)
     parts = hidden.new_empty((3, splits, n), dtype=torch.float32)
     best = labels.new_empty((splits, n), dtype=torch.int32)
     joined = hidden.new_empty((3, n), dtype=torch.float32)
     correct = labels.new_empty(n, dtype=torch.int8)
-    with launch_on(hidden.device):
-        row_statistics_kernel[(launch.row_blocks, splits)](
-            launch.hidden, launch.weight, launch.bias, labels, parts[0], parts[1], parts[2], best,
-            n, columns, launch.size, per_split, launch.hidden.stride(0), launch.weight.stride(0), **launch.options,
-        )  # fmt: skip
-        combine_kernel[(triton.cdiv(n, COMBINED_ROWS),)](
-            parts[0], parts[1], parts[2], best, labels, joined[0], joined[1], joined[2], correct, n, splits,
-            TILE_ROWS=COMBINED_ROWS, TILE_SPLITS=triton.next_power_of_2(splits), num_warps=4, num_stages=1,
-        )  # fmt: skip
+    launch(
+        row_statistics_kernel, (work.row_blocks, splits),
+        work.hidden, work.weight, work.bias, labels, parts[0], parts[1], parts[2], best,
+        n, columns, work.size, per_split, work.hidden.stride(0), work.weight.stride(0), **work.options,
+    )  # fmt: skip
+    launch(
+        combine_kernel, (triton.cdiv(n, COMBINED_ROWS),),
+        parts[0], parts[1], parts[2], best, labels, joined[0], joined[1], joined[2], correct, n, splits,
+        TILE_ROWS=COMBINED_ROWS, TILE_SPLITS=triton.next_power_of_2(splits), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    if hidden.is_meta:  # the backward pass computes the logits again, which is no useful work
+        count_flops(2 * n * columns * work.size)
     return RowStatistics(joined[0], joined[1], joined[2], correct)
 
 
@@ -310,20 +313,20 @@ def logit_gradients(
     dtype: torch.dtype,
 ) -> Iterator[ChunkGradients]:
     """Yields gradients of logits, as `masked_token_loss._logit_gradients`, for n > 0."""
-    launch = _Launch(hidden, weight, bias, dtype)
-    labels, n = labels.contiguous(), launch.rows
-    width = min(chunk_columns(n, launch.product_dtype.itemsize), launch.columns)
+    work = _Operands(hidden, weight, bias, dtype)
+    labels, n = labels.contiguous(), work.rows
+    width = min(chunk_columns(n, work.product_dtype.itemsize), work.columns)
     stride = triton.cdiv(width, STRIDE_COLUMNS) * STRIDE_COLUMNS
-    scratch = hidden.new_empty((n, stride), dtype=launch.product_dtype)
-    sums = hidden.new_empty((launch.row_blocks, launch.columns), dtype=torch.float32)
-    for begin in range(0, launch.columns, width):
-        end = min(begin + width, launch.columns)
-        with launch_on(hidden.device):
-            logit_gradients_kernel[(launch.row_blocks, triton.cdiv(end - begin, launch.tile.columns))](
-                launch.hidden, launch.weight, launch.bias, labels, maximum, total, grad_loss, scratch, sums,
-                n, launch.columns, launch.size, begin, end,
-                launch.hidden.stride(0), launch.weight.stride(0), stride, **launch.options,
-            )  # fmt: skip
-        narrow = weight[begin:end].to(launch.product_dtype)
+    scratch = hidden.new_empty((n, stride), dtype=work.product_dtype)
+    sums = hidden.new_empty((work.row_blocks, work.columns), dtype=torch.float32)
+    for begin in range(0, work.columns, width):
+        end = min(begin + width, work.columns)
+        launch(
+            logit_gradients_kernel, (work.row_blocks, triton.cdiv(end - begin, work.tile.columns)),
+            work.hidden, work.weight, work.bias, labels, maximum, total, grad_loss, scratch, sums,
+            n, work.columns, work.size, begin, end,
+            work.hidden.stride(0), work.weight.stride(0), stride, **work.options,
+        )  # fmt: skip
+        narrow = weight[begin:end].to(work.product_dtype)
         yield ChunkGradients(slice(begin, end), narrow, scratch[:, : end - begin])
     grad_bias.copy_(sums.sum(0))

@@ -29,3 +29,12 @@ class Packing:
     def samples(self) -> int:
         """Number of samples."""
         return len(self.query_offsets) - 1
+
+    def scores(self, query: torch.Tensor, key: torch.Tensor) -> int:
+        """Returns the pairs of a query and a key of one sample, for which offsets on the CPU are read.
+
+        Of offsets without values it takes that each sample has as many queries as any other, or as many keys.
+        """
+        if self.query_offsets.is_meta or self.key_offsets.is_meta:
+            return len(query) * len(key) // self.samples
+        return int((self.query_offsets.diff().long() * self.key_offsets.diff()).sum())

@@ -8,10 +8,7 @@ Triton kernels in `quick_gelu_triton`, on a CPU of PyTorch operations.
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-FORCE_TRITON = False
-"""Tests set this, with TRITON_INTERPRET=1 in the environment, to run the Triton kernels on CPU tensors."""
-
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from xdscale.kernels.gpu import runs_triton
 
 CPU_DTYPES = (torch.bfloat16, torch.float32)
 """Not fp16, in which 1.702 x can be infinite and its gradient then is not a number."""
@@ -43,14 +40,9 @@ def quick_gelu(states: torch.Tensor) -> torch.Tensor:
     """
     if not states.is_floating_point():
         raise TypeError(f"states must be fp16, bf16, fp32 or fp64, not {states.dtype}")
-    if _runs_triton(states) or (states.device.type == "cpu" and states.dtype in CPU_DTYPES):
+    if runs_triton(states.device, states.dtype) or (states.device.type == "cpu" and states.dtype in CPU_DTYPES):
         return _QuickGELU.apply(states)
     return plain_quick_gelu(states)
-
-
-def _runs_triton(states: torch.Tensor) -> bool:
-    """The choice between Triton and PyTorch operations; CUDA and HIP devices are both "cuda"."""
-    return states.dtype in TRITON_DTYPES and (states.device.type == "cuda" or FORCE_TRITON)
 
 
 class _QuickGELU(torch.autograd.Function):
@@ -58,7 +50,7 @@ class _QuickGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, states: torch.Tensor) -> torch.Tensor:
-        if _runs_triton(states):
+        if runs_triton(states.device, states.dtype):
             from xdscale.kernels.quick_gelu_triton import forward  # CPU runs never load the kernels
         else:
             forward = _forward
@@ -69,7 +61,7 @@ class _QuickGELU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
         (states,) = ctx.saved_tensors
-        if _runs_triton(states):
+        if runs_triton(states.device, states.dtype):
             from xdscale.kernels.quick_gelu_triton import backward
         else:
             backward = _backward

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from xdscale.kernels.compile_case import CompileCase
-from xdscale.kernels.gpu import launch_on
+from xdscale.kernels.gpu import launch
 from xdscale.kernels.quick_gelu import SCALE
 
 TILE = 2048
@@ -86,12 +86,9 @@ def backward(grad: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:
-    elements, device = tensors[0].numel(), tensors[0].device
-    if not elements:
-        return
-    with launch_on(device):
-        warps = WARPS["hip" if torch.version.hip else "cuda"]  # the interpreter takes "cuda"
-        kernel[(triton.cdiv(elements, TILE),)](*tensors, elements, TILE=TILE, num_warps=warps, num_stages=1)
+    elements = tensors[0].numel()
+    warps = WARPS["hip" if torch.version.hip else "cuda"]  # the interpreter takes "cuda"
+    launch(kernel, (triton.cdiv(elements, TILE),), *tensors, elements, TILE=TILE, num_warps=warps, num_stages=1)
 
 
 TRUE_ELEMENTS = 32 * 8 * 77 * 2048

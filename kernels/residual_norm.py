@@ -21,11 +21,7 @@ from xdscale.kernels.dropout_mask import (
     stream_keys,
     weyl,
 )
-
-FORCE_TRITON = False
-"""Tests set this, with TRITON_INTERPRET=1 in the environment, to run the Triton kernels on CPU tensors."""
-
-FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from xdscale.kernels.gpu import TRITON_DTYPES, runs_triton, without_autocast
 
 LARGEST_TRITON_SIZE = 4096
 """A row stays in the registers of one program."""
@@ -106,15 +102,15 @@ def residual_norm(
     """
     _check(states, residual, weight, bias, eps)
     check_dropout(dropout, seed, states.device)
-    with torch.autocast(states.device.type, enabled=False):
-        if states.dtype in FUSED_DTYPES and (states.device.type == "cpu" or _runs_triton(states)):
+    with without_autocast(states.device):
+        if states.dtype in TRITON_DTYPES and (states.device.type == "cpu" or _runs_triton(states)):
             return _ResidualNorm.apply(states, residual, weight, bias, seed, eps, drop_threshold(dropout))
         return plain_residual_norm(states, residual, weight, bias, eps=eps, dropout=dropout, seed=seed)
 
 
 def _runs_triton(states: torch.Tensor) -> bool:
-    """The choice between Triton and PyTorch operations; CUDA and HIP devices are both "cuda"."""
-    return (states.device.type == "cuda" or FORCE_TRITON) and states.shape[1] <= LARGEST_TRITON_SIZE
+    """The choice between Triton and PyTorch operations."""
+    return runs_triton(states.device, states.dtype) and states.shape[1] <= LARGEST_TRITON_SIZE
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -150,7 +146,7 @@ class _ResidualNorm(torch.autograd.Function):
             from xdscale.kernels.residual_norm_triton import backward
         else:
             backward = _backward
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             gradients = backward(grad, weight, bias, seed, ctx.threshold, ctx.residual_dtype, *saved)
         needed = zip(gradients, ctx.needs_input_grad)
         return *(gradient if needs else None for gradient, needs in needed), None, None, None

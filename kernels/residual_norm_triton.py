@@ -19,7 +19,7 @@ import triton.language as tl
 
 from xdscale.kernels.compile_case import CompileCase
 from xdscale.kernels.dropout_mask import START_0, START_1, drop_threshold, keep_rate, keep_tile, stream_key_tile
-from xdscale.kernels.gpu import PROCESSORS, launch_on
+from xdscale.kernels.gpu import PROCESSORS, launch
 
 TILE_ELEMENTS = 4096
 """Elements of a program's tile of whole rows."""
@@ -122,13 +122,11 @@ def forward(
     out, total = torch.empty_like(states), torch.empty_like(states)
     mean, scale = (states.new_empty(tokens, dtype=torch.float32) for _ in range(2))
     constants = _constants(size, threshold)
-    programs = triton.cdiv(tokens, constants["TILE_ROWS"])
-    if programs:
-        with launch_on(states.device):
-            forward_kernel[(programs,)](
-                states, residual, weight, bias, mean if seed is None else seed, out, total, mean, scale, tokens, eps,
-                **constants, num_warps=WARPS[_family()], num_stages=1,
-            )  # fmt: skip
+    launch(
+        forward_kernel, (triton.cdiv(tokens, constants["TILE_ROWS"]),),
+        states, residual, weight, bias, mean if seed is None else seed, out, total, mean, scale, tokens, eps,
+        **constants, num_warps=WARPS[_family()], num_stages=1,
+    )  # fmt: skip
     return out, total, mean, scale
 
 
@@ -151,13 +149,11 @@ def backward(
     constants = _constants(size, threshold)
     programs = min(triton.cdiv(tokens, constants["TILE_ROWS"]), _most_programs(grad.device))
     partial_weight, partial_bias = (grad.new_empty((programs, size), dtype=torch.float32) for _ in range(2))
-    if programs:
-        with launch_on(grad.device):
-            backward_kernel[(programs,)](
-                grad, total, mean, scale, weight, mean if seed is None else seed,
-                grad_states, grad_residual, partial_weight, partial_bias, tokens,
-                **constants, num_warps=WARPS[_family()], num_stages=1,
-            )  # fmt: skip
+    launch(
+        backward_kernel, (programs,), grad, total, mean, scale, weight, mean if seed is None else seed,
+        grad_states, grad_residual, partial_weight, partial_bias, tokens,
+        **constants, num_warps=WARPS[_family()], num_stages=1,
+    )  # fmt: skip
     grad_weight, grad_bias = (part.sum(0) for part in (partial_weight, partial_bias))
     return grad_states.to(grad.dtype), grad_residual, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 

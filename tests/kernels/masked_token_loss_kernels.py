@@ -24,7 +24,7 @@ GRAD_LOSS = -1.75
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch):
     assert kernels.INTERPRETED or DEVICE == "cuda"
-    monkeypatch.setattr(operation, "FORCE_TRITON", True)
+    monkeypatch.setattr("xdscale.kernels.gpu.FORCE_TRITON", True)
 
 
 def draw(n, size, vocabulary, dtype, seed=0):

@@ -25,7 +25,7 @@ CANARIES = 4096
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch):
     assert triton.knobs.runtime.interpret or DEVICE == "cuda"
-    monkeypatch.setattr(operation, "FORCE_TRITON", True)
+    monkeypatch.setattr("xdscale.kernels.gpu.FORCE_TRITON", True)
     monkeypatch.setattr(operation, "CPU_DTYPES", ())  # nothing but the kernels can give the result
 
 

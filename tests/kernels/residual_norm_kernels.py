@@ -28,7 +28,7 @@ CANARIES = 4096
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch):
     assert triton.knobs.runtime.interpret or DEVICE == "cuda"
-    monkeypatch.setattr(operation, "FORCE_TRITON", True)
+    monkeypatch.setattr("xdscale.kernels.gpu.FORCE_TRITON", True)
 
 
 def seed_tensor(value=SEED):

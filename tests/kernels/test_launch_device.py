@@ -1,6 +1,7 @@
 """Every launcher makes its tensors' GPU the current one: Triton would launch on another one's stream."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +18,13 @@ KERNELS = {
 
 
 class _Kernel:
-    """Stands for a kernel; notes whether it was launched on its tensors' device."""
+    """Stands for a kernel; notes where it was launched."""
 
-    def __init__(self, launches, current):
-        self.launches, self.current = launches, current
+    def __init__(self, launches):
+        self.launches = launches
 
     def __getitem__(self, grid):
-        return lambda *arguments, **options: self.launches.append(list(self.current))
+        return lambda *arguments, **options: self.launches.append(grid)
 
 
 def attention_both_ways():
@@ -57,28 +58,48 @@ def norm_both_ways():
 
 
 @pytest.mark.parametrize("both_ways", [attention_both_ways, loss_both_ways, gelu_both_ways, norm_both_ways])
-def test_kernels_start_on_their_tensors_gpu(both_ways, monkeypatch):
+def test_every_kernel_goes_through_one_launch(both_ways, monkeypatch):
+    launches, kernels = [], []
+
+    def launch(kernel, grid, *arguments, **options):
+        assert isinstance(arguments[0], torch.Tensor)
+        kernels.append(kernel)
+        gpu.launch(kernel, grid, *arguments, **options)
+
+    kernel = _Kernel(launches)
+    monkeypatch.setattr(attention_launch, "KERNELS", dict.fromkeys(attention_launch.KERNELS, kernel))
+    for module, names in KERNELS.items():
+        monkeypatch.setattr(module, "launch", launch)
+        for name in names:
+            monkeypatch.setattr(module, name, kernel)
+    assert both_ways() == len(launches) == len(kernels)
+
+
+@pytest.mark.parametrize(
+    ("device", "grid", "expected"),
+    [
+        (torch.device("cuda", 1), (2, 3), [(2, 3)]),
+        (torch.device("cpu"), (4,), [(4,)]),
+        (torch.device("cuda", 1), (2, 0, 3), []),
+        (torch.device("meta"), (2, 3), []),
+    ],
+)
+def test_kernels_start_on_their_tensors_gpu(monkeypatch, device, grid, expected):
+    """Not where there is nothing to do, and never on the meta device."""
     current, launches = [], []
 
     @contextlib.contextmanager
-    def launch_on(device):
-        current.append(device)
+    def make_current(chosen):
+        current.append(chosen)
         yield
         current.pop()
 
-    kernel = _Kernel(launches, current)
-    monkeypatch.setattr(attention_launch, "KERNELS", dict.fromkeys(attention_launch.KERNELS, kernel))
-    monkeypatch.setattr(attention_launch, "_architecture", lambda device: "sm_90")
-    for module, names in KERNELS.items():
-        monkeypatch.setattr(module, "launch_on", launch_on)
-        for name in names:
-            monkeypatch.setattr(module, name, kernel)
-    assert both_ways() == len(launches)
-    assert launches == [[torch.device("cpu")]] * len(launches)
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launches.append((grid, list(current), arguments, options))
 
-
-def test_a_gpu_becomes_the_current_one_and_the_cpu_does_not():
-    guard = gpu.launch_on(torch.device("cuda", 1))
-    assert isinstance(guard, torch.cuda.device)
-    assert guard.idx == 1
-    assert isinstance(gpu.launch_on(torch.device("cpu")), contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", make_current)
+    tensor = SimpleNamespace(device=device)
+    gpu.launch(Kernel(), list(grid), tensor, 5, num_warps=8)
+    on = [device] if device.type == "cuda" else []
+    assert launches == [(grid, on, (tensor, 5), {"num_warps": 8}) for grid in expected]

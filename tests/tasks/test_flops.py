@@ -8,7 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xdscale.models.cross_modal import Wanted
 from xdscale.models.packed_tokens import PackedTokens
+from xdscale.padding import clip_layout
 from xdscale.tasks.xdbert import build_adaptation
+from xdscale.training.engine import to_device
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +126,27 @@ def test_published_sizes(adaptation_spec, published_arrays, name):
     with torch.no_grad():
         total = counted(lambda: run_parts(module))
     assert module.flops(published_arrays) == 3 * (total - own_pooler(module, 2))
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "google/electra-large-discriminator"])
+@pytest.mark.parametrize("values", [True, False])
+def test_traced_on_the_meta_device(adaptation_spec, published_arrays, name, values):
+    """What the kernels count: pairs of tokens, or without lengths as many as texts of the mean length have."""
+    with torch.device("meta"):
+        module = build_adaptation(adaptation_spec(name, "ViT-B-32", weights="random", dropout=0.1)).train()
+    arrays = published_arrays | {
+        "masked_lm_labels": published_arrays["masked_lm_positions"],
+        "clip_labels": published_arrays["clip_positions"],
+        "match_labels": np.array([1, 0]),
+        **clip_layout(published_arrays["clip_lengths"], 77),
+    }
+    batch = to_device(arrays, torch.device("cpu"))
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor) and (key.endswith("labels") or not values):
+            batch[key] = value.to("meta")
+    if values:  # PyTorch's backward pass refuses positions on another device
+        with torch.no_grad():
+            total = 3 * (counted(lambda: module(batch)) - own_pooler(module, 2))
+    else:
+        total = counted(lambda: sum(loss for loss, _ in module(batch).values()).backward()) - own_pooler(module, 2)
+    assert total == (module.flops(arrays) if values else pytest.approx(module.flops(arrays), rel=0.03))
