@@ -48,12 +48,12 @@ xdscale export "$run" "$run/export"
 wait "$!"
 
 say "6/7  finetuning of both on a small task made of the dump: is a sentence from an article about a person?"
-echo "     in CoLA's file format, so it stands in CoLA's column; it is not CoLA, and the paper's rows are no comparison" >&2
+echo "     data/quickstart-task/person.yaml describes it, as you would a task of your own" >&2
 rm -rf "$finetuned"
 wait "$task"
 finetune() {
     # Two at a time and a tiny model: one thread each.
-    OMP_NUM_THREADS=1 xdscale finetune --model "$1/export" --label "$2" --task cola --data data/quickstart-task \
+    OMP_NUM_THREADS=1 xdscale finetune --model "$1/export" --label "$2" --task data/quickstart-task/person.yaml \
         --recipe quickstart --seeds 3 --jobs 1 --out "$finetuned/$2" 2>&1 | sed -u "s/^/$2: /"
 }
 finetune "$baseline" baseline &

@@ -101,7 +101,7 @@ def _print(summary: dict, step: int, parameters: int) -> None:
     console.print(table)
     console.print(
         "CLIP's text tower had random weights: the figures show that everything runs and learns, not what "
-        "visual knowledge adds. The task in CoLA's column is the quickstart's own: the paper's rows are no comparison.",
+        "visual knowledge adds.",
         soft_wrap=True,
     )
     paths = summary["paths"]

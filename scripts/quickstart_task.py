@@ -1,4 +1,4 @@
-"""Writes a small real task in CoLA's public format: is a sentence of Wikipedia from an article about a person?
+"""Writes a small real task with the YAML file that describes it: is a sentence of Wikipedia from a person's article?
 
 No registry package ships GLUE's data. This question has a right answer, is a matter of what words mean, and a 2-layer
 encoder learns it from a few hundred sentences (unlike word order: shuffled sentences it only learns by heart).
@@ -17,18 +17,28 @@ _SENTENCE = re.compile(r"[A-Z][^.!?\t]*[a-z0-9)][.](?=\s|$)")
 _WORDS = range(6, 20)
 # "Abraham Lincoln (; February 12, 1809 - April 15, 1865) was the": a name, dates in brackets, and who it was.
 _PERSON = re.compile(r"[^(]{3,60}\([^)]*(born|\d{1,4}\s*[–-])[^)]*\d{2}[^)]*\) (was|is) (an?|the) ")
+_DESCRIPTION = """\
+# A task for 'xdscale finetune --task': is a sentence from an article about a person?
+title: Person
+train: train.tsv                 # in the folder of this file
+dev: dev.tsv
+text: sentence
+label: article
+labels: [other, person]          # in the order of the classes
+metrics: [matthews, accuracy]    # the first one stands in the report's column
+"""
 _MOST_PER_ARTICLE = {True: 60, False: 8}
 """Sentences: persons are few, and no article should fill the other class."""
 
 
 def write_task(dump: Path, out: Path, *, train: int = 400, dev: int = 200) -> None:
-    """Writes `OUT/CoLA/train.tsv` and `dev.tsv`.
+    """Writes `OUT/person.yaml`, `train.tsv` and `dev.tsv`.
 
-    Rows with label 1 (a person's article) and label 0 (another article) take turns; the two files share no article.
+    Rows from a person's article and from another article take turns; the two files share no article.
 
     Args:
         dump: a Wikipedia dump, or any corpus that `xdscale shards build` reads.
-        out: gets the folder `CoLA`.
+        out: the folder.
         train: rows of the training split, at most.
         dev: rows of the development split, at most.
     """
@@ -39,12 +49,12 @@ def write_task(dump: Path, out: Path, *, train: int = 400, dev: int = 200) -> No
         articles[person] += 1
         split = "dev" if articles[person] % 3 == 0 else "train"
         found[split, person] += list(sentences(document))[: _MOST_PER_ARTICLE[person]]
-    folder = out / "CoLA"
-    folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "person.yaml").write_text(_DESCRIPTION, encoding="utf-8")
     for split, rows in (("train", train), ("dev", dev)):
         pairs = zip(*(_spread(found[split, person], rows // 2) for person in (False, True)))
-        lines = [f"wiki\t{label}\t\t{text}\n" for pair in pairs for label, text in enumerate(pair)]
-        (folder / f"{split}.tsv").write_text("".join(lines), encoding="utf-8")
+        lines = [f"{article}\t{text}\n" for pair in pairs for article, text in zip(("other", "person"), pair)]
+        (out / f"{split}.tsv").write_text("article\tsentence\n" + "".join(lines), encoding="utf-8")
 
 
 def sentences(document: list[str]) -> Iterator[str]:

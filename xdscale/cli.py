@@ -195,7 +195,7 @@ def export(
 @app.command(rich_help_panel=_FINETUNE)
 def finetune(
     model: Annotated[str, typer.Option(help="Folder or name of the encoder; an exported folder has both subjects.")],
-    task: Annotated[list[str], typer.Option(help="rte, mrpc, …, or 'all'; may be given several times.")],
+    task: Annotated[list[str], typer.Option(help="rte, mrpc, …, 'all', or the YAML file of your own; repeatable.")],
     out: Annotated[UserPath, typer.Option(help="Folder of the sweep; one that was stopped continues.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     data: Annotated[str | None, typer.Option(help="Folder of RTE/dev.tsv and so on; default: fetched.")] = None,
@@ -211,7 +211,7 @@ def finetune(
         str | None, typer.Option(help="DeepSpeed JSON; default on GPUs: finetune-zero1.")
     ] = None,
 ) -> None:
-    """Finetune an encoder on GLUE, SWAG or READ, several seeds and tasks side by side."""
+    """Finetune an encoder on GLUE, SWAG, READ or a task of your own, several seeds and tasks side by side."""
     from xdscale.finetune.command import Request, run_command
 
     request = Request(

@@ -7,9 +7,9 @@ from transformers import AutoTokenizer
 from xdscale.data.order import validation_slots
 from xdscale.data.task_batches import NO_LABEL, TaskCollator, cut_longest_first, encode_examples
 from xdscale.data.task_files import Example
-from xdscale.data.task_table import TASKS
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.language import load_language_tokenizer
+from xdscale.tasks.contract import find_task
 
 SHORT = "Albedo is a measure of reflection."
 LONG = "The albedo of fresh snow is high, and that of the open ocean is low. " * 12
@@ -27,14 +27,14 @@ def reference(cassette_model):
 
 def collate(task, examples, tokenizer=None, clip=None, max_length=128, micro_batch=None):
     language = tokenizer[0] if tokenizer else None
-    split = encode_examples(TASKS[task], examples, language, clip)
+    split = encode_examples(examples, find_task(task).targets, language, clip)
     slots = validation_slots(len(split), len(split), 1, 0, micro_batch or len(split))
     ids = tokenizer[1] if tokenizer else None
     return TaskCollator(split, ids, describe_clip_tokenizer() if clip else None, max_length=max_length)(slots[0])
 
 
 def example(first, *seconds, label=0):
-    return Example("0", first, seconds, label, 1)
+    return Example("0", tuple((first, second) for second in seconds) or ((first,),), label, 1)
 
 
 @pytest.mark.parametrize("max_length", [16, 17, 64, 512])
@@ -94,7 +94,7 @@ def test_clip_reads_two_blocks_per_sentence_and_sentences_share_none():
 
 def test_examples_that_are_too_long_are_counted(tokenizer, reference):
     texts = [(SHORT, SHORT), (SHORT, LONG), (LONG, SHORT)]
-    split = encode_examples(TASKS["rte"], [example(*pair) for pair in texts], tokenizer[0], None)
+    split = encode_examples([example(*pair) for pair in texts], find_task("rte").targets, tokenizer[0], None)
     lengths = [len(ids) for ids in reference([a for a, _ in texts], [b for _, b in texts])["input_ids"]]
     assert split.first_cut(max(lengths)) == (0, -1)
     assert split.first_cut(lengths[0]) == (2, 1)

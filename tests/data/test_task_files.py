@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from xdscale.data.task_files import read_examples, read_task
-from xdscale.data.task_hub import fetch_task
-from xdscale.data.task_table import TASKS, find_task
 from xdscale.errors import XdscaleError
+from xdscale.tasks.contract import find_task
+from xdscale.tasks.hub import fetch_task
 
 # First lines of the public files, as they are published.
 STSB = (
@@ -51,47 +50,47 @@ def write(folder, **files):
 
 def test_quotes_are_text_in_tsv_and_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
     write(tmp_path / "MRPC", train__tsv=MRPC, dev__tsv=MRPC)
-    data = read_task(TASKS["mrpc"], tmp_path)
+    data = find_task("mrpc").read(tmp_path)
     assert [example.label for example in data.train] == [1, 0]
-    assert data.train[0].seconds[0].startswith('" The foodservice')
-    assert data.train[1].seconds[0] == 'She said he was " 100 percent behind .'
+    assert data.train[0].texts[0][1].startswith('" The foodservice')
+    assert data.train[1].texts[0][1] == 'She said he was " 100 percent behind .'
     assert data.files["train.tsv"]["rows"] == 2
     assert data.files["train.tsv"]["sha256"] == hashlib.sha256(MRPC.encode()).hexdigest()
 
 
 def test_regression_targets_are_numbers_and_out_of_range_ones_are_refused(tmp_path):
     path = write(tmp_path, dev__tsv=STSB) / "dev.tsv"
-    assert [example.label for example in read_examples(TASKS["stsb"], path, labelled=True)] == [5.0, 4.75]
+    assert [example.label for example in find_task("stsb").read_examples(path, labelled=True)] == [5.0, 4.75]
     for wrong in ("5.100", "nan", "high"):
         path.write_text(STSB.replace("4.750", wrong))
         with pytest.raises(XdscaleError, match=rf"dev\.tsv, line 3: score = '{wrong}': expected a number from 0 to 5"):
-            read_examples(TASKS["stsb"], path, labelled=True)
+            find_task("stsb").read_examples(path, labelled=True)
 
 
 def test_cola_has_no_header_but_its_test_split_has(tmp_path):
     folder = write(tmp_path / "CoLA", train__tsv=COLA, dev__tsv=COLA, test__tsv=COLA_TEST)
-    data = read_task(TASKS["cola"], tmp_path)
-    assert data.train[1].first == "The sailors rode clear of the breeze."
+    data = find_task("cola").read(tmp_path)
+    assert data.train[1].texts == (("The sailors rode clear of the breeze.",),)
     assert [example.label for example in data.train] == [1, 0]
-    assert data.test["CoLA.tsv"][0].first == "Bill whistled past the house."
+    assert data.test["CoLA.tsv"][0].texts == (("Bill whistled past the house.",),)
     assert data.test["CoLA.tsv"][0].label is None
-    assert read_task(TASKS["cola"], folder).files == data.files  # the task's own folder does as well
+    assert find_task("cola").read(folder).files == data.files  # the task's own folder does as well
 
 
 def test_mnli_has_two_development_splits_and_three_labels(tmp_path):
     contradicted = MNLI.replace("neutral\n", "contradiction\n")
     write(tmp_path / "MNLI", train__tsv=MNLI, dev_matched__tsv=MNLI, dev_mismatched__tsv=contradicted)
-    data = read_task(TASKS["mnli"], tmp_path)
-    assert {split: examples[0].label for split, examples in data.dev.items()} == {"dev-m": 1, "dev-mm": 2}
-    assert TASKS["mnli"].outputs == 3
+    data = find_task("mnli").read(tmp_path)
+    assert {split: examples[0].label for split, examples in data.dev.items()} == {"dev-m": 1, "mismatched": 2}
+    assert find_task("mnli").outputs == 3
 
 
 def test_swag_continues_the_second_sentence_with_each_ending(tmp_path):
     path = write(tmp_path, val__csv=SWAG) / "val.csv"
-    (example,) = read_examples(TASKS["swag"], path, labelled=True)
-    assert example.first == "Students lower their eyes nervously."
-    assert example.seconds[0] == "She pats her shoulder, then saunters toward someone."
-    assert (len(example.seconds), example.label, TASKS["swag"].outputs) == (4, 2, 1)
+    (example,) = find_task("swag").read_examples(path, labelled=True)
+    assert {first for first, _ in example.texts} == {"Students lower their eyes nervously."}
+    assert example.texts[0][1] == "She pats her shoulder, then saunters toward someone."
+    assert (len(example.texts), example.label, find_task("swag").outputs) == (4, 2, 1)
 
 
 def test_read_holds_out_a_tenth_by_the_hash_of_the_id_whatever_the_order(tmp_path):
@@ -101,14 +100,14 @@ def test_read_holds_out_a_tenth_by_the_hash_of_the_id_whatever_the_order(tmp_pat
     ]
     write(tmp_path / "a" / "READ", train__csv=READ_HEAD + "".join(rows))
     write(tmp_path / "b" / "READ", train__csv=READ_HEAD + "".join(reversed(rows)))
-    forward, backward = (read_task(TASKS["read"], tmp_path / name) for name in "ab")
+    forward, backward = (find_task("read").read(tmp_path / name) for name in "ab")
     ids = {example.id for example in forward.dev["dev"]}
     assert {example.id for example in backward.dev["dev"]} == ids
     assert 70 < len(ids) < 130
     assert ids.isdisjoint(example.id for example in forward.train)
     assert len(forward.train) + len(ids) == 1000
     assert all(int(hashlib.sha256(i.encode()).hexdigest()[:16], 16) / 2**64 < 0.1 for i in ids)
-    assert "\n" in forward.train[0].first
+    assert "\n" in forward.train[0].texts[0][0]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,7 @@ def test_read_holds_out_a_tenth_by_the_hash_of_the_id_whatever_the_order(tmp_pat
 def test_bad_files_are_named_with_the_line(tmp_path, change, message):
     write(tmp_path / "MRPC", train__tsv=change(MRPC), dev__tsv=MRPC)
     with pytest.raises(XdscaleError, match=rf"train\.tsv.*{message}|{message}"):
-        read_task(TASKS["mrpc"], tmp_path)
+        find_task("mrpc").read(tmp_path)
 
 
 def test_line_ends_of_windows_and_a_byte_order_mark_change_nothing(tmp_path):
@@ -141,7 +140,7 @@ def test_line_ends_of_windows_and_a_byte_order_mark_change_nothing(tmp_path):
     for name, text in (("plain", MRPC), ("windows", MRPC.replace("\n", "\r\n")), ("bare", MRPC.lstrip("\ufeff"))):
         write(tmp_path / name)
         (tmp_path / name / "dev.tsv").write_bytes(text.encode())
-        examples.append(read_examples(TASKS["mrpc"], tmp_path / name / "dev.tsv", labelled=True))
+        examples.append(find_task("mrpc").read_examples(tmp_path / name / "dev.tsv", labelled=True))
     assert examples[0] == examples[1] == examples[2]
 
 
@@ -149,18 +148,18 @@ def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path, monkeypatch):
     for name in ("train.tsv", "val.csv"):
         (tmp_path / name).symlink_to("/proc/self/mem")  # opens, and fails at the first byte
         with pytest.raises(XdscaleError, match=rf"{name}: cannot be read: Input/output error"):
-            read_examples(TASKS["mrpc"], tmp_path / name, labelled=True)
+            find_task("mrpc").read_examples(tmp_path / name, labelled=True)
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [])
     with pytest.raises(XdscaleError, match=r"/RTE: cannot be written: Not a directory; give a local folder"):
-        fetch_task(TASKS["rte"], tmp_path / "train.tsv")
+        fetch_task(find_task("rte"), tmp_path / "train.tsv")
 
 
 def test_missing_split_missing_folder_and_unknown_task(tmp_path):
     with pytest.raises(XdscaleError, match="has no MRPC/train.tsv; --data is the folder that holds MRPC/"):
-        read_task(TASKS["mrpc"], tmp_path)
+        find_task("mrpc").read(tmp_path)
     write(tmp_path / "MRPC", train__tsv=MRPC)
     with pytest.raises(XdscaleError, match=r"MRPC/dev\.tsv: no such file; the development split of MRPC is needed"):
-        read_task(TASKS["mrpc"], tmp_path)
+        find_task("mrpc").read(tmp_path)
     with pytest.raises(XdscaleError, match="--task STS-B: no such task; did you mean 'stsb'"):
         find_task("STS-B")
 
@@ -169,11 +168,11 @@ def test_torn_rows_are_left_out_where_the_public_file_has_them(tmp_path, capsys)
     head = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
     rows = [f"{n}\t1\t2\tHow is {n}?\tWhat is {n}?\t{n % 2}\n" for n in range(2000)]
     path = write(tmp_path, dev__tsv=head + "".join(rows[:5]) + "7\t1\t2\tHow\n" + "".join(rows[5:])) / "dev.tsv"
-    assert len(read_examples(TASKS["qqp"], path, labelled=True)) == 2000
+    assert len(find_task("qqp").read_examples(path, labelled=True)) == 2000
     assert "1 rows without all columns left out, first line 7" in capsys.readouterr().err
     path.write_text(head + rows[0] + "7\t1\n")
     with pytest.raises(XdscaleError, match="line 3: a column is missing, as in 1 of 2 rows"):
-        read_examples(TASKS["qqp"], path, labelled=True)
+        find_task("qqp").read_examples(path, labelled=True)
 
 
 def test_the_hubs_rows_become_the_public_format(tmp_path, monkeypatch):
@@ -185,7 +184,7 @@ def test_the_hubs_rows_become_the_public_format(tmp_path, monkeypatch):
         lines = zip(rows["sentence1"], rows["sentence2"], rows["idx"], labels)
         text = "".join(json.dumps(dict(zip(("sentence1", "sentence2", "idx", "label"), line))) + "\n" for line in lines)
         (source / f"{split}.jsonl").write_text(text)
-    task = TASKS["rte"]
+    task = find_task("rte")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     hub = type(task.hub)(path=str(source), config="default", splits=task.hub.splits, columns=task.hub.columns)
     local = type(task)(**{**{name: getattr(task, name) for name in task.__dataclass_fields__}, "hub": hub})
@@ -194,7 +193,7 @@ def test_the_hubs_rows_become_the_public_format(tmp_path, monkeypatch):
         "index\tsentence1\tsentence2\tlabel\n0\tA b.\tD.\tnot_entailment\n1\tC.\tE.\tentailment\n"
     )
     assert (tmp_path / "data" / "RTE" / "test.tsv").read_text().splitlines()[0] == "index\tsentence1\tsentence2"
-    assert [example.label for example in read_task(task, tmp_path / "data").train] == [0, 1]
+    assert [example.label for example in task.read(tmp_path / "data").train] == [0, 1]
     import datasets
 
     load = datasets.load_dataset
@@ -208,11 +207,11 @@ def test_the_hubs_rows_become_the_public_format(tmp_path, monkeypatch):
     fetch_task(local, tmp_path / "shared")
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["RTE"]
     with pytest.raises(XdscaleError, match="--task read: the competition's data cannot be fetched"):
-        fetch_task(TASKS["read"], tmp_path)
+        fetch_task(find_task("read"), tmp_path)
 
 
 def test_csv_that_is_none_is_named_with_its_line(tmp_path):
     path = write(tmp_path, val__csv=SWAG + '1,a,b,"c"d,e\n') / "val.csv"
     with pytest.raises(XdscaleError, match=r"val\.csv, line 3: not CSV"):
-        read_examples(TASKS["swag"], path, labelled=True)
-    assert next(csv.reader([SWAG_HEAD]))[4:6] == [TASKS["swag"].first, TASKS["swag"].prefix]
+        find_task("swag").read_examples(path, labelled=True)
+    assert next(csv.reader([SWAG_HEAD]))[4:6] == [find_task("swag").first, find_task("swag").prefix]

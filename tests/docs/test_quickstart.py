@@ -32,7 +32,7 @@ def test_quickstart_learns_and_reports():
     assert summary["seconds"] > 0
     assert all((ROOT / path).exists() for path in summary["paths"].values())
     for label in ("baseline", "adapted"):
-        folders = sorted((ROOT / "runs/quickstart-finetuned" / label / "cola").glob("seed-*"))
+        folders = sorted((ROOT / "runs/quickstart-finetuned" / label / "person").glob("seed-*"))
         found = [json.loads((folder / "result.json").read_text()) for folder in folders]
         assert len(found) == 3
         # A coin makes 0.5 of 200; its standard deviation over three seeds of the same examples is 0.035.

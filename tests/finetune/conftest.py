@@ -19,10 +19,15 @@ def quickstart_task():
 
 @pytest.fixture(scope="session")
 def small_tasks(quickstart_task, wiki_dump, tmp_path_factory):
-    """CoLA: sentences of persons' articles against others. MNLI, STS-B and RTE: a few rows of the same sentences."""
+    """CoLA, own/person.yaml: sentences of persons' articles and others. MNLI, STS-B, RTE: a few rows of these."""
     folder = tmp_path_factory.mktemp("tasks")
-    quickstart_task.write_task(wiki_dump, folder)
-    texts = [line.split("\t")[3] for line in (folder / "CoLA" / "dev.tsv").read_text().splitlines()]
+    quickstart_task.write_task(wiki_dump, folder / "own")
+    (folder / "CoLA").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        rows = [line.split("\t") for line in (folder / "own" / name).read_text().splitlines()[1:]]
+        lines = [f"wiki\t{int(article == 'person')}\t\t{text}\n" for article, text in rows]
+        (folder / "CoLA" / name).write_text("".join(lines), encoding="utf-8")
+    texts = [text for _, text in rows]
     pairs = list(zip(texts, texts[1:]))
 
     def write(task, name, header, rows):

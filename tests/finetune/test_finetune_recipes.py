@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from xdscale.data.task_files import Example, TaskData
-from xdscale.data.task_table import TASKS
+from xdscale.data.task_files import Example
 from xdscale.finetune.command import default_ds_config
 from xdscale.finetune.recipe import load_settings, resolve_run
+from xdscale.tasks.contract import SHIPPED, TaskData, find_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,22 +16,22 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(("size", "small", "others"), [("base", 1e-4, 2e-5), ("large", 5e-5, 1e-5)])
 def test_learning_rates_are_those_of_table_5(size, small, others):
     settings = load_settings("paper", [])
-    found = {name: settings.learning_rate(name, size) for name in TASKS}
-    assert found == {name: small if name in ("rte", "mrpc", "stsb") else others for name in TASKS}
+    found = {name: settings.learning_rate(name, size) for name in SHIPPED}
+    assert found == {name: small if name in ("rte", "mrpc", "stsb") else others for name in SHIPPED}
 
 
 def test_schedule_and_seeds_are_the_papers():
     """Appendix C.2 and Table 1: 3 epochs, warm-up .1, length 128, 9 seeds for RTE, 5 for the others."""
     settings = load_settings("paper", [])
     assert (settings.training.epochs, settings.optim.warmup_ratio, settings.model.max_length) == (3, 0.1, 128)
-    assert {settings.seeds_of(name) for name in TASKS if name != "rte"} == {5}
+    assert {settings.seeds_of(name) for name in SHIPPED if name != "rte"} == {5}
     assert settings.seeds_of("rte") == 9
 
 
 @pytest.mark.parametrize(("examples", "steps", "per_epoch"), [(2490, 234, 78), (3668, 344, 115), (10, 1, 1)])
 def test_epochs_become_steps(examples, steps, per_epoch, tmp_path):
     """RTE and MRPC have 2,490 and 3,668 training examples: 3 epochs of 32."""
-    data = TaskData(TASKS["rte"], [Example("0", "a", ("b",), 0, 1)] * examples, {}, {}, {})
+    data = TaskData(find_task("rte"), [Example("0", (("a", "b"),), 0, 1)] * examples, {}, {}, {}, {})
     subject = {"name": "m", "subject": "language", "size": "base", "weights_sha256": None}
     run = resolve_run(load_settings("paper", []), data, subject=subject, source=tmp_path, seed=3, folder=tmp_path / "r")
     assert (run.training.steps, run.training.eval_every, run.training.seed) == (steps, per_epoch, 3)
@@ -41,7 +41,7 @@ def test_epochs_become_steps(examples, steps, per_epoch, tmp_path):
 
 def test_one_learning_rate_for_all_can_be_given():
     settings = load_settings("paper", ["optim.learning_rate=3e-5", "seeds.cola=2"])
-    assert {settings.learning_rate(name, "large") for name in TASKS} == {3e-5}
+    assert {settings.learning_rate(name, "large") for name in SHIPPED} == {3e-5}
     assert settings.seeds_of("cola") == 2
 
 

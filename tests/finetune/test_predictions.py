@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from xdscale.data.task_table import find_task
 from xdscale.errors import XdscaleError
 from xdscale.finetune.predictions import Predicted, write_predictions, write_submission
+from xdscale.tasks.contract import find_task
 
 NOTHING = Predicted(np.empty(0), np.empty((0, 2)))
 

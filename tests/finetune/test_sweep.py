@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from xdscale.data.task_files import read_task
-from xdscale.data.task_table import TASKS
 from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
 from xdscale.finetune.command import Request, default_ds_config, make_job, run_command
 from xdscale.finetune.recipe import load_settings, resolve_run
 from xdscale.finetune.subject import describe_subject
 from xdscale.finetune.sweep import SweepRunner
+from xdscale.tasks.contract import find_task
 
 WORKER = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
@@ -59,7 +58,7 @@ def swept(small_tasks, cassette_model, full_model, clip_tiny, tmp_path_factory):
     for name, (model, subject, task, overrides) in cases.items():
         settings = load_settings("quickstart", list(overrides))
         identity = describe_subject(model, subject, settings.model)
-        data, source = read_task(TASKS[task], small_tasks), small_tasks if name != "no-data" else out / "nowhere"
+        data, source = find_task(task).read(small_tasks), small_tasks if name != "no-data" else out / "nowhere"
         recipe = resolve_run(settings, data, subject=identity, source=source, seed=0, folder=out / name)
         jobs.append(make_job(recipe, "default", default_ds_config(gpu=False), name, out / f"{name}.log"))
     said = []
@@ -110,7 +109,7 @@ def test_stray_lines_of_a_worker_go_to_the_logs_alone(swept):
 def test_both_development_splits_of_mnli_are_measured_and_long_examples_are_named(swept):
     out, _, said = swept
     found = result(out / "mnli")
-    for split, key in (("dev-m", "accuracy"), ("dev-mm", "accuracy_mismatched")):
+    for split, key in (("dev-m", "accuracy"), ("mismatched", "accuracy_mismatched")):
         lines = predictions(out / "mnli" / f"predictions-{split}.jsonl")
         assert found["metrics"][key] == pytest.approx(np.mean([line["correct"] for line in lines]))
         assert {len(line["scores"]) for line in lines} == {3}

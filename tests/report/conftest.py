@@ -60,7 +60,7 @@ def write_run(folder, task, label, seed, labels, predictions, settings=None):
             file.write(json.dumps(line | {"label": right, "prediction": found, "scores": [0.0]} | answer) + "\n")
     if task == "mnli":
         metrics["accuracy_mismatched"] = 1.0
-        (folder / "predictions-dev-mm.jsonl").write_text(
+        (folder / "predictions-mismatched.jsonl").write_text(
             json.dumps({"index": 0, "id": "m", "sentence1": "a", "sentence2": "b", "label": 2, "prediction": 2}) + "\n"
         )
     generator = np.random.default_rng(seed)
@@ -73,7 +73,8 @@ def write_run(folder, task, label, seed, labels, predictions, settings=None):
         for name, rows in {"train.tsv": 2490, "dev.tsv": len(labels)}.items()
     }
     result = {
-        "format": 1, "task": task, "subject": "language", "label": label, "seed": seed, "split": split,
+        "format": 1, "task": task, "title": task.upper(), "subject": "language", "label": label,
+        "seed": seed, "split": split,
         "metrics": metrics, "score": {"name": name, "value": value, "higher_is_better": name != "rmse"},
         "examples": len(labels), "data": data,
         "settings": {"learning_rate": 1e-4, "epochs": 3, "batch": 32, "max_length": 128} | (settings or {}),

@@ -8,10 +8,10 @@ from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order, Slots, validation_slots
 from xdscale.data.task_batches import TaskCollator, encode_examples
 from xdscale.data.task_files import Example
-from xdscale.data.task_table import TASKS
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.table import Table
+from xdscale.tasks.contract import find_task
 from xdscale.training.engine import to_device
 
 TEXTS = ("Albedo is a measure of reflection.", "Snow is bright.", "The open ocean reflects less light than snow does.")
@@ -69,12 +69,17 @@ def task_arrays(cassette_model):
     bpe, clip_ids = ClipBPE(), describe_clip_tokenizer()
 
     def make(task, labels, order=None):
-        spec = TASKS[task]
+        spec = find_task(task)
         rows = [
-            Example("0", TEXTS[n % 3], tuple(TEXTS[(n + k + 1) % 3] for k in range(len(spec.seconds))), label, 1)
+            Example(
+                "0",
+                tuple((TEXTS[n % 3], TEXTS[(n + k + 1) % 3])[: spec.sentences] for k in range(spec.choices or 1)),
+                label,
+                1,
+            )
             for n, label in enumerate(labels)
         ]
-        split = encode_examples(spec, rows, tokenizer, bpe)
+        split = encode_examples(rows, spec.targets, tokenizer, bpe)
         (slots,) = validation_slots(len(rows), len(rows), 1, 0, len(rows))
         if order is not None:
             slots = Slots(slots.epochs[order], slots.sample_ids[order], slots.real[order])

@@ -11,10 +11,10 @@ from transformers import (
 )
 
 from xdscale import recipe
-from xdscale.data.task_table import TASKS
 from xdscale.errors import XdscaleError
 from xdscale.export import _export_full_model
 from xdscale.models.xdbert import XDBERT
+from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import (
     Finetuning,
     build_clip_classifier,
@@ -46,11 +46,11 @@ def test_logits_are_those_of_transformers_own_model(cassette_model, electra_fold
     folder = cassette_model if family == "bert" else electra_folder
     torch.manual_seed(1)
     module = Finetuning(
-        build_language_classifier(recipe.Language(name=str(folder)), TASKS[task], dropout=0.1), regression=False
+        build_language_classifier(recipe.Language(name=str(folder)), find_task(task), dropout=0.1), find_task(task)
     ).eval()
     kind = AutoModelForMultipleChoice if task == "swag" else AutoModelForSequenceClassification
     reference = kind.from_pretrained(
-        folder, num_labels=TASKS[task].outputs, attn_implementation="eager", ignore_mismatched_sizes=True
+        folder, num_labels=find_task(task).outputs, attn_implementation="eager", ignore_mismatched_sizes=True
     ).eval()
     heads = {k: v for k, v in module.subject.model.state_dict().items() if not k.startswith(f"{family}.")}
     pooler = {k: v for k, v in module.subject.model.state_dict().items() if ".pooler." in k}  # the file has none
@@ -72,7 +72,7 @@ def test_logits_are_those_of_transformers_own_model(cassette_model, electra_fold
 
 def test_parameters_are_the_encoders_and_the_heads(cassette_model):
     """Spec xdbert §10.9: exactly the encoder and its head."""
-    module = build_language_classifier(recipe.Language(name=str(cassette_model)), TASKS["mnli"], dropout=0.1)
+    module = build_language_classifier(recipe.Language(name=str(cassette_model)), find_task("mnli"), dropout=0.1)
     config = BertConfig.from_pretrained(cassette_model, num_labels=3)
     reference = AutoModelForSequenceClassification.from_config(config)
     assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in reference.parameters())
@@ -83,8 +83,8 @@ def test_any_split_of_a_batch_gives_the_same_gradient(cassette_model, make_batch
     labels = [5.0, 0.25, 3.5, 2.0]
     torch.manual_seed(2)
     module = Finetuning(
-        build_language_classifier(recipe.Language(name=str(cassette_model)), TASKS["stsb"], dropout=0.0),
-        regression=True,
+        build_language_classifier(recipe.Language(name=str(cassette_model)), find_task("stsb"), dropout=0.0),
+        find_task("stsb"),
     )
     weight = module.subject.model.classifier.weight
     (loss, _) = module(make_batch("stsb", labels))["task"]
@@ -98,11 +98,11 @@ def test_any_split_of_a_batch_gives_the_same_gradient(cassette_model, make_batch
 
 def test_padding_examples_have_no_part_in_the_loss(cassette_model, make_batch):
     for task, labels in (("stsb", [5.0, 0.25]), ("rte", [1, 0])):
-        spec = TASKS[task]
+        spec = find_task(task)
         torch.manual_seed(3)
         module = Finetuning(
             build_language_classifier(recipe.Language(name=str(cassette_model)), spec, dropout=0.0),
-            regression=spec.regression,
+            spec,
         ).eval()
         batch = make_batch(task, labels)
         logits = module(batch)["logits"].double()
@@ -133,11 +133,11 @@ def test_the_full_model_is_the_adapted_one_with_a_bert_pooler_on_its_first_outpu
     folder, adaptation = export_folder
     encoder: XDBERT = adaptation.model.eval()
     for task, blocks in (("cola", 2), ("rte", 4)):
-        subject = build_cross_modal_classifier(folder, TASKS[task], dropout=0.1)
+        subject = build_cross_modal_classifier(folder, find_task(task), dropout=0.1)
         batch = make_batch(task, [1, 0, 1])
         assert batch["clip_ids"].shape == (3, blocks, 77)
         with torch.no_grad():
-            logits = Finetuning(subject, regression=False).eval()(batch)["logits"]
+            logits = Finetuning(subject, find_task(task)).eval()(batch)["logits"]
             language, _ = encoder(
                 batch["language_ids"],
                 batch["clip_ids"],
@@ -151,14 +151,14 @@ def test_the_full_model_is_the_adapted_one_with_a_bert_pooler_on_its_first_outpu
 
 def test_an_export_without_the_full_model_is_refused(tmp_path):
     with pytest.raises(XdscaleError, match="holds no cross_modal/config.json"):
-        build_cross_modal_classifier(tmp_path, TASKS["cola"], dropout=0.1)
+        build_cross_modal_classifier(tmp_path, find_task("cola"), dropout=0.1)
 
 
 def test_clip_alone_is_read_at_the_end_token_and_knows_no_later_padding(clip_tiny, make_batch):
     """Paper §2.2: CLIP's own output, at EOT, projected."""
     torch.manual_seed(5)
     spec = recipe.Clip(name=str(clip_tiny), weights="random")
-    subject = build_clip_classifier(spec, TASKS["rte"], dropout=0.0).eval()
+    subject = build_clip_classifier(spec, find_task("rte"), dropout=0.0).eval()
     batch = make_batch("rte", [1, 0])
     with torch.no_grad():
         logits = subject(batch, False).logits

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from xdscale import recipe
-from xdscale.data.task_table import TASKS
 from xdscale.export import _export_full_model
 from xdscale.models.activated_linear import ActivatedLinear
 from xdscale.models.attention import FUSED, PLAIN
 from xdscale.models.cross_modal import AttentionSublayer
 from xdscale.models.residual_norm import ResidualNorm
+from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import (
     build_clip_classifier,
     build_cross_modal_classifier,
@@ -60,12 +60,12 @@ def test_adaptation(adaptation_spec, small_clip_layers, kernels, cross_layers):
 @pytest.mark.parametrize("task", ["cola", "swag"])
 def test_finetuning_of_each_subject(adaptation_spec, cassette_model, small_clip_layers, tmp_path, plain, task):
     language = build_language_classifier(
-        recipe.Language(name=str(cassette_model)), TASKS[task], dropout=0.1, plain=plain
+        recipe.Language(name=str(cassette_model)), find_task(task), dropout=0.1, plain=plain
     )
     assert counted(language) == {plain: times(2, LANGUAGE_LAYER), not plain: Counter()}
     assert language.model.config._attn_implementation == (PLAIN if plain else FUSED)
     clip = build_clip_classifier(
-        recipe.Clip(name="clip-tiny.json", weights="random"), TASKS[task], dropout=0.1, plain=plain
+        recipe.Clip(name="clip-tiny.json", weights="random"), find_task(task), dropout=0.1, plain=plain
     )
     assert counted(clip) == {plain: times(small_clip_layers, CLIP_LAYER), not plain: Counter()}
     torch.manual_seed(4)
@@ -73,7 +73,7 @@ def test_finetuning_of_each_subject(adaptation_spec, cassette_model, small_clip_
     _export_full_model(spec, build_adaptation(spec).state_dict(), tmp_path / "cross_modal")
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((cassette_model / name).read_bytes())
-    both = build_cross_modal_classifier(tmp_path, TASKS[task], dropout=0.1, plain=plain)
+    both = build_cross_modal_classifier(tmp_path, find_task(task), dropout=0.1, plain=plain)
     expected = times(2, LANGUAGE_LAYER) + times(2, CROSS_LAYER) + times(small_clip_layers, CLIP_LAYER)
     assert counted(both) == {plain: expected, not plain: Counter()}
     assert both.encoder.language.config._attn_implementation == (PLAIN if plain else FUSED)

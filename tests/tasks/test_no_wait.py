@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xdscale import recipe
-from xdscale.data.task_table import TASKS
+from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import Finetuning, build_clip_classifier, build_language_classifier
 from xdscale.tasks.subjects import CrossModalClassifier
 from xdscale.tasks.xdbert import build_adaptation, build_model
@@ -122,14 +122,14 @@ def test_masked_lm(cassette_model, arrays, launched):
     ],
 )
 def test_finetuning(adaptation_spec, task_arrays, launched, kind, task, labels, checkpointing):
-    spec, outputs = adaptation_spec(dropout=0.1).model, TASKS[task].outputs
+    spec, outputs = adaptation_spec(dropout=0.1).model, find_task(task).outputs
     if kind == "language":
-        subject = build_language_classifier(spec.language, TASKS[task], dropout=0.1)
+        subject = build_language_classifier(spec.language, find_task(task), dropout=0.1)
     elif kind == "cross-modal":
         subject = CrossModalClassifier(build_model(spec), outputs, dropout=0.1)
     else:
-        subject = build_clip_classifier(spec.clip, TASKS[task], dropout=0.1)
-    module = Finetuning(subject, regression=TASKS[task].regression)
+        subject = build_clip_classifier(spec.clip, find_task(task), dropout=0.1)
+    module = Finetuning(subject, find_task(task))
     if checkpointing:
         module.enable_activation_checkpointing()
     assert step(module, task_arrays(task, labels))["logits"].device == META

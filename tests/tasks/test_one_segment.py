@@ -6,8 +6,8 @@ import torch
 from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel
 
 from xdscale import recipe
-from xdscale.data.task_table import find_task
 from xdscale.padding import language_layout
+from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import build_language_classifier
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -1,5 +1,6 @@
 """Builds finetuning batches from a task's examples (spec xdbert §4, paper appendix B)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,6 @@ from tokenizers import Tokenizer
 from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH, Batch
 from xdscale.data.order import Slots
 from xdscale.data.task_files import Example
-from xdscale.data.task_table import Task
 from xdscale.padding import clip_layout, language_layout
 from xdscale.shards.clip_bpe import ClipBPE
 from xdscale.shards.manifest import ClipTokenizer, LanguageTokenizer
@@ -41,51 +41,56 @@ class EncodedSplit:
     """A split's examples as token ids.
 
     Attributes:
-        task: whose.
-        labels: float64 [n]; `NO_LABEL` where there is none.
-        language: the texts of all examples, `texts_per_example` each; None when no language encoder reads them.
+        examples: in file order.
+        targets: what the loss compares with, of some of them; see `xdscale.tasks.contract.Task`.
+        index: int64 [n, choices or 1, sentences], the number of each text in `language` and `clip`.
+        language: the distinct texts; None when no language encoder reads them.
         clip: the same in CLIP's ids.
     """
 
-    task: Task
-    labels: np.ndarray
+    examples: Sequence[Example]
+    targets: Callable[[Sequence[Example]], np.ndarray]
+    index: np.ndarray
     language: Texts | None
     clip: Texts | None
 
     def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def texts_per_example(self) -> int:
-        """The first sentence, and each second one."""
-        return 1 + len(self.task.seconds)
+        return len(self.examples)
 
     def first_cut(self, max_length: int) -> tuple[int, int]:
         """Returns how many examples are longer than `max_length` tokens for the language encoder, and the first one."""
         if self.language is None:
             return 0, -1
-        lengths = self.language.lengths().reshape(len(self), -1)
-        longest = lengths[:, 0] + (lengths[:, 1:].max(1) + 3 if self.task.seconds else 2)
+        sentences = self.index.shape[-1]
+        longest = self.language.lengths()[self.index].sum(-1).max(1) + 1 + sentences
         cut = np.flatnonzero(longest > max_length)
         return len(cut), int(cut[0]) if len(cut) else -1
 
 
 def encode_examples(
-    task: Task, examples: list[Example], language: Tokenizer | None, clip: ClipBPE | None
+    examples: Sequence[Example],
+    targets: Callable[[Sequence[Example]], np.ndarray],
+    language: Tokenizer | None,
+    clip: ClipBPE | None,
 ) -> EncodedSplit:
     """Tokenises a split.
 
     Args:
-        task: whose.
-        examples: in file order.
+        examples: in file order; all have as many choices and sentences.
+        targets: of the task.
         language: the language encoder's tokenizer, set to give plain ids; None when no language encoder reads.
         clip: CLIP's tokenizer; None when CLIP does not read.
     """
-    texts = [text for example in examples for text in (example.first, *example.seconds)]
-    labels = [NO_LABEL if example.label is None else example.label for example in examples]
+    numbers: dict[str, int] = {}
+    index = [
+        [[numbers.setdefault(text, len(numbers)) for text in choice] for choice in example.texts]
+        for example in examples
+    ]
+    texts = list(numbers)
     return EncodedSplit(
-        task,
-        np.array(labels, np.float64),
+        examples,
+        targets,
+        np.array(index, np.int64),
         Texts([encoding.ids for encoding in language.encode_batch_fast(texts, add_special_tokens=False)])
         if language
         else None,
@@ -102,7 +107,7 @@ class TaskCollator:
             `language_layout`.
         clip_ids int64 [b, c, N, 77] and clip_lengths int64 [b, c, N]: 2 blocks for each sentence. clip_blocks,
             clip_valid, clip_longest: see `clip_layout`.
-        labels [b]: int64 classes, -1 for none; or float32 targets.
+        labels [b, …]: the task's targets, int64 and `NO_LABEL` where not real, or float32.
         real bool [b]: False for padding examples and unlabelled ones.
     The one objective is called "task".
     """
@@ -125,9 +130,10 @@ class TaskCollator:
 
     def __call__(self, slots: Slots) -> Batch:
         """Prepares the examples of one micro-batch."""
-        task, arrays, tokens = self.split.task, {}, 0
-        shape = (len(slots.sample_ids), *((len(task.seconds),) if task.kind == "choice" else ()))
-        pairs = [pair for sample in slots.sample_ids.tolist() for pair in self._pairs(sample)]
+        arrays, tokens = {}, 0
+        index = self.split.index[slots.sample_ids]  # [b, choices or 1, sentences]
+        shape = index.shape[:2] if index.shape[1] > 1 else index.shape[:1]
+        pairs = index.reshape(-1, index.shape[-1]).tolist()
         if self._language is not None:
             language = _language_arrays(self.split.language, pairs, self._language, self._max_length)
             tokens = int(language["language_mask"].reshape(shape[0], -1).sum(1)[slots.real].sum())
@@ -142,19 +148,14 @@ class TaskCollator:
             arrays |= language_layout(arrays["language_mask"])
         if self._clip is not None:
             arrays |= clip_layout(arrays["clip_lengths"], CLIP_LENGTH)
-        labels = self.split.labels[slots.sample_ids]
-        if task.regression:
-            arrays["labels"] = labels.astype(np.float32)
+        targets = self.split.targets([self.split.examples[sample] for sample in slots.sample_ids.tolist()])
+        if np.issubdtype(targets.dtype, np.integer):
+            arrays["labels"] = targets.astype(np.int64)
+            arrays["labels"][~slots.real] = NO_LABEL
         else:
-            arrays["labels"] = np.where(slots.real, labels, NO_LABEL).astype(np.int64)
+            arrays["labels"] = targets.astype(np.float32)
         arrays["real"] = slots.real.copy()
         return Batch(arrays, {"task": int(slots.real.sum())}, tokens)
-
-    def _pairs(self, sample: int) -> list[list[int]]:
-        """Returns what is judged together, as indices of texts: one text, two, or two for each choice."""
-        first = sample * self.split.texts_per_example
-        seconds = range(first + 1, first + self.split.texts_per_example)
-        return [[first, second] for second in seconds] if seconds else [[first]]
 
 
 def _language_arrays(

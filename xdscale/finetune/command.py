@@ -8,14 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from xdscale.data.task_files import TaskData, read_task
-from xdscale.data.task_hub import fetch_task
-from xdscale.data.task_table import TASKS, find_task
 from xdscale.devices import computes_in_bf16, visible_gpus
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import EXIT_STOPPED, XdscaleError
@@ -26,12 +23,15 @@ from xdscale.finetune.recipe import (
     FinetuneRecipe,
     FinetuneSettings,
     Subject,
+    check_tasks,
     load_settings,
     resolve_run,
 )
 from xdscale.finetune.sweep import SIGNALS, FinetuneJob, SweepRunner
-from xdscale.names import resolve_path
+from xdscale.names import expand_home, resolve_path
 from xdscale.report.sweep import FinetunedModel, SweepFile, read_result, read_sweep_file
+from xdscale.tasks.contract import TaskData, find_task, task_names
+from xdscale.tasks.own import OwnTask, read_own_task
 from xdscale.training.run_folder import RunFolder
 
 HUB_DATA = Path("data/tasks")
@@ -47,8 +47,8 @@ class Request:
     Attributes:
         model: folder or name.
         subject: what of it is finetuned.
-        tasks: their names; "all" for every one.
-        data: folder that holds the tasks' folders; None to fetch them.
+        tasks: their names, or YAML files that describe them; "all" for every one that has a name.
+        data: folder that holds the folders of named tasks; None to fetch them.
         out: folder of the sweep.
         seeds: how many; None as the recipe says.
         label: the model's name in tables; None for the last part of its name.
@@ -84,24 +84,26 @@ def run_command(request: Request) -> int:
     with _stopped_at_once():
         check_output_folder(request.out, "--out")
         settings = load_settings(request.recipe, request.overrides)
-        names = list(TASKS) if "all" in request.tasks else list(dict.fromkeys(request.tasks))
-        source, data = _read_data(names, request.data)
+        sources = _read_data(request, settings)
         if request.ds_config is not None:
             read_ds_config(request.ds_config)
-        seeds = {name: list(range(request.seeds or settings.seeds_of(name))) for name in names}
+        seeds = {name: list(range(request.seeds or settings.seeds_of(name))) for name in sources}
         gpus = visible_gpus()
         console = Console(stderr=True)
         slots = _slots(request.jobs or max(1, len(gpus)), gpus)
         sweep = SweepRunner(slots, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
         try:
             todo = [
-                (name, seed) for name in names for seed in seeds[name] if not _result(request.out, name, seed).is_file()
+                (name, seed)
+                for name in sources
+                for seed in seeds[name]
+                if not _result(request.out, name, seed).is_file()
             ]
             sweep.start_workers(most=len(todo))
-            code = sweep.run(_plan(request, settings, data, source, seeds, gpu=bool(gpus)))
+            code = sweep.run(_plan(request, settings, sources, seeds, gpu=bool(gpus)))
         finally:
             sweep.end_workers()
-    _print_table(request.out, seeds)
+    _print_table(request.out, sources, seeds)
     return code
 
 
@@ -144,20 +146,42 @@ def default_ds_config(*, gpu: bool, bf16: bool = True) -> dict[str, Any]:
     }
 
 
-def _read_data(names: list[str], folder: str | None) -> tuple[Path, dict[str, TaskData]]:
-    tasks = [find_task(name) for name in names]
-    source = HUB_DATA if folder is None else resolve_path(folder)
-    if folder is None:
+class Source(NamedTuple):
+    """A task's examples, the folder that they were read from, and what describes a task of the user's own."""
+
+    data: TaskData
+    folder: Path
+    own: OwnTask | None = None
+
+
+def _read_data(request: Request, settings: FinetuneSettings) -> dict[str, Source]:
+    """Reads the files of all tasks, by the tasks' names."""
+    known = task_names()
+    asked = dict.fromkeys(known) if "all" in request.tasks else {}
+    asked |= dict.fromkeys(name for name in request.tasks if name != "all")
+    own: dict[str, tuple[OwnTask, Path]] = {}
+    for path in (Path(expand_home(name)) for name in asked if name.endswith((".yaml", ".yml"))):
+        described = read_own_task(path)
+        if described.name in own:
+            raise XdscaleError(f"{own[described.name][1]} and {path} are both named {described.name!r}; rename one")
+        own[described.name] = described, path
+    check_tasks(request.recipe, settings, [*known, *own])
+    tasks = [find_task(name) for name in asked if not name.endswith((".yaml", ".yml"))]
+    folder = HUB_DATA if request.data is None else resolve_path(request.data)
+    if request.data is None:
         for task in tasks:
-            fetch_task(task, HUB_DATA)
-    return source, {task.name: read_task(task, source) for task in tasks}
+            task.fetch(folder)
+    sources = {task.name: Source(task.read(folder), folder) for task in tasks}
+    return sources | {
+        name: Source(described.task().read(path.parent), path.parent, described)
+        for name, (described, path) in own.items()
+    }
 
 
 def _plan(
     request: Request,
     settings: FinetuneSettings,
-    data: dict[str, TaskData],
-    source: Path,
+    sources: dict[str, Source],
     seeds: dict[str, list[int]],
     *,
     gpu: bool,
@@ -177,9 +201,13 @@ def _plan(
     for task, numbers in seeds.items():
         for seed in numbers:
             folder = request.out / task / f"seed-{seed}"
-            recipe = resolve_run(settings, data[task], subject=subject, source=source, seed=seed, folder=folder)
+            data, source, own = sources[task]
+            recipe = resolve_run(settings, data, subject=subject, source=source, seed=seed, folder=folder, own=own)
             RunFolder(folder).check(recipe)
-            if not _result(request.out, task, seed).is_file():
+            result = _result(request.out, task, seed)
+            if result.is_file():
+                _require_same_files(result, data, source)
+            else:
                 jobs.append(make_job(recipe, name, ds_config, label, request.out / "logs" / f"{task}-seed-{seed}.log"))
     logs = request.out / "logs"
     for folder in (logs, *(request.out / task for task in seeds)):
@@ -206,6 +234,18 @@ def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], la
 
 def _result(out: Path, task: str, seed: int) -> Path:
     return out / task / f"seed-{seed}" / RESULT
+
+
+def _require_same_files(path: Path, data: TaskData, source: Path) -> None:
+    """Refuses to leave a finished run as it is where the task's files have changed since."""
+    before = {name: file.sha256 for name, file in read_result(path).data.items()}
+    now = {name: file["sha256"] for name, file in data.files.items()}
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise XdscaleError(
+                f"{path}: this run is finished, but {name} of {source} is another file than then; choose another "
+                f"--out, or delete {path.parent} to finetune anew"
+            )
 
 
 def _summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[str, list[int]]) -> SweepFile:
@@ -240,13 +280,14 @@ def _slots(jobs: int, gpus: list[str]) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}] * jobs
 
 
-def _print_table(out: Path, seeds: dict[str, list[int]]) -> None:
+def _print_table(out: Path, sources: dict[str, Source], seeds: dict[str, list[int]]) -> None:
     table = Table("task", "metric", "median", "lowest", "highest", "seeds", caption=str(out))
-    for task, numbers in seeds.items():
-        paths = [_result(out, task, seed) for seed in numbers]
+    for name, numbers in seeds.items():
+        task = sources[name].data.task
+        paths = [_result(out, name, seed) for seed in numbers]
         values = [read_result(path).score.value for path in paths if path.is_file()]
         if values:
             digits = [f"{value:.4f}" for value in (median(values), min(values), max(values))]
-            table.add_row(TASKS[task].title, TASKS[task].score, *digits, f"{len(values)} of {len(numbers)}")
+            table.add_row(task.title, task.score, *digits, f"{len(values)} of {len(numbers)}")
     if table.row_count:
         Console(markup=False).print(table)

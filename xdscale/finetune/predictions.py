@@ -11,9 +11,9 @@ import torch
 from xdscale.data.order import Slots
 from xdscale.data.task_batches import TaskCollator
 from xdscale.data.task_files import Example
-from xdscale.data.task_table import Task
 from xdscale.errors import writing
 from xdscale.files import write_atomically
+from xdscale.tasks.contract import Task
 from xdscale.training.engine import to_device
 from xdscale.training.session import Setup
 
@@ -55,38 +55,25 @@ def predict(setup: Setup, task: Task, engine: Any, slots: list[Slots], collate: 
             mine |= dict(zip(part.sample_ids[part.real].tolist(), logits[part.real]))
     everyone = {sample: row for share in setup.ranks.gather(mine) for sample, row in share.items()}
     scores = np.stack([everyone[sample] for sample in range(len(everyone))])
-    values = scores[:, 0] if task.regression else scores.argmax(1)
-    return Predicted(values.astype(np.float64), scores)
+    return Predicted(task.predict(scores), scores)
 
 
 def write_predictions(path: Path, task: Task, examples: list[Example], predicted: Predicted) -> None:
     """Writes one JSON line per labelled example, in file order."""
     lines = []
     for index, (example, value, scores) in enumerate(zip(examples, predicted.values.tolist(), predicted.scores)):
-        entry: dict[str, Any] = {"index": index, "id": example.id, "sentence1": example.first}
-        entry["sentence2"] = {"single": None, "pair": example.seconds[0] if example.seconds else None}.get(
-            task.kind, list(example.seconds)
-        )
-        if task.regression:
-            entry |= {"label": example.label, "prediction": value, "squared_error": (value - example.label) ** 2}
-        else:
-            label, prediction = int(example.label), int(value)
-            entry |= {"label": label, "prediction": prediction, "correct": label == prediction}
-        lines.append(json.dumps(entry | {"scores": [float(score) for score in scores]}, ensure_ascii=False) + "\n")
+        first, *rest = example.texts[0]
+        second: str | list[str] | None = rest[0] if rest else None
+        if len(example.texts) > 1:
+            first, second = first if rest else "", [choice[-1] for choice in example.texts]
+        entry = {"index": index, "id": example.id, "sentence1": first, "sentence2": second}
+        entry |= task.answer(example, value) | {"scores": [float(score) for score in scores]}
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     write_atomically(path, "".join(lines))
 
 
 def write_submission(path: Path, task: Task, examples: list[Example], predicted: Predicted) -> None:
-    """Writes the predictions of an unlabelled split as GLUE's server takes them: index, prediction in label words.
-
-    A .csv file is Kaggle's instead: id, target.
-    """
+    """Writes the predictions of an unlabelled split as the task's server takes them."""
     with writing(path.parent.name, path.parent.parent):
         path.parent.mkdir(exist_ok=True)
-    values = predicted.values.tolist()
-    words = [f"{value:.6f}" if task.regression else task.labels[int(value)] for value in values]
-    if path.suffix == ".csv":
-        rows = [f"{task.id},{task.label}", *(f"{example.id},{word}" for example, word in zip(examples, words))]
-    else:
-        rows = ["index\tprediction", *(f"{index}\t{word}" for index, word in enumerate(words))]
-    write_atomically(path, "\n".join(rows) + "\n")
+    write_atomically(path, task.submission(path.name, examples, predicted.values))

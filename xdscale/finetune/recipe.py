@@ -1,13 +1,12 @@
 """Finetuning recipes: one file for all tasks and sizes, resolved to one recipe per run."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from xdscale.data.task_files import TaskData
-from xdscale.data.task_table import TASKS
 from xdscale.errors import XdscaleError
 from xdscale.names import own_or_shipped
 from xdscale.recipe import (
@@ -21,6 +20,8 @@ from xdscale.recipe import (
     run_identity,
 )
 from xdscale.recipe_yaml import write_yaml
+from xdscale.tasks.contract import Task, TaskData, find_task
+from xdscale.tasks.own import OwnTask
 
 FORMAT = 1
 """Of the runs: raised when the same settings come to mean another computation."""
@@ -100,11 +101,20 @@ class SubjectSection(ModelSettings):
 
 
 class TaskSection(Section):
-    """On what, for how long."""
+    """On what, for how long; `own` describes a task of the user's own."""
 
     name: str
     data: str
     epochs: float
+    own: OwnTask | None = None
+
+    def find(self) -> Task:
+        """Returns the task.
+
+        Raises:
+            XdscaleError: as `find_task`.
+        """
+        return find_task(self.name) if self.own is None else self.own.task()
 
 
 class FinetuneRecipe(Section):
@@ -135,16 +145,46 @@ def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
         overrides: `section.key=value` items.
 
     Raises:
-        XdscaleError: no such recipe, not YAML, an unknown key or task, or a bad value.
+        XdscaleError: no such recipe, not YAML, an unknown key, or a bad value. `check_tasks` checks names of tasks.
     """
     path = own_or_shipped(name, SHIPPED / "finetune", ".yaml", "finetuning recipe")
     settings = read_validated(path, overrides, FinetuneSettings)
-    _check_tables(path, settings)
+    if isinstance(settings.optim.learning_rate, dict):
+        for size in {"base", "large"} - settings.optim.learning_rate.keys():
+            raise XdscaleError(f"{path}: optim.learning_rate has no {size!r}; it has base and large")
+    for key, table in _tables(settings).items():
+        if OTHERS not in table:
+            raise XdscaleError(f"{path}: {key}: no value for {OTHERS!r}")
+        if min(table.values()) <= 0:
+            raise XdscaleError(f"{path}: {key}: values must be greater than 0")
     return settings
 
 
+def check_tasks(name: str, settings: FinetuneSettings, tasks: Sequence[str]) -> None:
+    """Refuses settings for tasks that there are not.
+
+    Args:
+        name: of the recipe, for the message.
+        settings: of the recipe.
+        tasks: names of all that there are.
+
+    Raises:
+        XdscaleError: a table names another one.
+    """
+    for key, table in _tables(settings).items():
+        for task in sorted(table.keys() - {*tasks, OTHERS}):
+            raise XdscaleError(f"{name}: {key}: unknown task {task!r}; keys are {OTHERS} and {', '.join(tasks)}")
+
+
 def resolve_run(
-    settings: FinetuneSettings, data: TaskData, *, subject: dict[str, Any], source: Path, seed: int, folder: Path
+    settings: FinetuneSettings,
+    data: TaskData,
+    *,
+    subject: dict[str, Any],
+    source: Path,
+    seed: int,
+    folder: Path,
+    own: OwnTask | None = None,
 ) -> FinetuneRecipe:
     """Returns the recipe of one run.
 
@@ -157,6 +197,7 @@ def resolve_run(
         source: the data folder.
         seed: of the new head, the shuffle and dropout.
         folder: the run folder.
+        own: describes a task of the user's own.
     """
     task, training = data.task.name, settings.training
     per_epoch = len(data.train) / training.global_batch
@@ -164,7 +205,7 @@ def resolve_run(
     known = {key: subject[key] for key in ("name", "subject", "size", "weights_sha256")}
     return FinetuneRecipe(
         model=SubjectSection(**settings.model.model_dump(), **known),
-        task=TaskSection(name=task, data=str(source), epochs=training.epochs),
+        task=TaskSection(name=task, data=str(source), epochs=training.epochs, own=own),
         optim=Optim(**rates),
         training=Training(
             **training.model_dump(exclude={"epochs"}),
@@ -176,17 +217,8 @@ def resolve_run(
     )
 
 
-def _check_tables(path: Path, settings: FinetuneSettings) -> None:
-    tables: dict[str, dict[str, Any]] = {"seeds": settings.seeds}
-    if isinstance(settings.optim.learning_rate, dict):
-        missing = [size for size in ("base", "large") if size not in settings.optim.learning_rate]
-        if missing:
-            raise XdscaleError(f"{path}: optim.learning_rate has no {missing[0]!r}; it has base and large")
-        tables |= {f"optim.learning_rate.{size}": rates for size, rates in settings.optim.learning_rate.items()}
-    for key, table in tables.items():
-        unknown = sorted(table.keys() - TASKS.keys() - {OTHERS})
-        if unknown or OTHERS not in table:
-            what = f"unknown task {unknown[0]!r}" if unknown else f"no value for {OTHERS!r}"
-            raise XdscaleError(f"{path}: {key}: {what}; keys are {OTHERS} and {', '.join(TASKS)}")
-        if min(table.values()) <= 0:
-            raise XdscaleError(f"{path}: {key}: values must be greater than 0")
+def _tables(settings: FinetuneSettings) -> dict[str, dict[str, Any]]:
+    """Returns what has values by task."""
+    rates = settings.optim.learning_rate
+    by_size = {f"optim.learning_rate.{size}": table for size, table in rates.items()} if isinstance(rates, dict) else {}
+    return {"seeds": settings.seeds, **by_size}

@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 
 from xdscale.data.order import Order, sample_hash, validation_slots
 from xdscale.data.task_batches import CLIP_BLOCKS, EncodedSplit, TaskCollator, encode_examples
-from xdscale.data.task_files import TaskData, read_task
-from xdscale.data.task_table import find_task
 from xdscale.ds_config import precision
 from xdscale.errors import EXIT_STOPPED
 from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
-from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe
+from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe, TaskSection
 from xdscale.finetune.subject import Readers, build_subject, open_readers
-from xdscale.tasks.metrics import measure
+from xdscale.tasks.contract import TaskData
+from xdscale.tasks.metrics import METRICS
 from xdscale.training.distributed import Ranks
 from xdscale.training.protocols import StepData
 from xdscale.training.run_folder import RunFolder, read_log
@@ -65,7 +64,7 @@ def finetune(
         try:
             ranks.on_first(lambda: run.check(recipe))
             ranks.on_first(run.claim)
-            material = prepare(recipe.task.name, recipe.task.data, recipe.model.name, recipe.model.subject)
+            material = prepare(recipe.task, recipe.model.name, recipe.model.subject)
             for note in _notes_on_length(material, recipe.model.max_length):
                 say(note)
             data = _open_data(setup, material)
@@ -83,19 +82,19 @@ def finetune(
 
 
 @lru_cache(maxsize=1)
-def prepare(task_name: str, data: str, model: str, subject: str) -> Material:
+def prepare(section: TaskSection, model: str, subject: str) -> Material:
     """Reads and tokenises a task, once for all its seeds in this process.
 
     Raises:
         XdscaleError: the task's files or the model's tokenizer are not in order.
     """
-    task = find_task(task_name)
-    read = read_task(task, Path(data))
+    task = section.find()
+    read = task.read(Path(section.data))
     readers = open_readers(model, subject)
 
     def encode(examples: list) -> EncodedSplit:
         language, clip = (reader[0] if reader else None for reader in readers)
-        return encode_examples(task, examples, language, clip)
+        return encode_examples(examples, task.targets, language, clip)
 
     return Material(
         read,
@@ -162,20 +161,22 @@ def _finish(setup: Setup, label: str, material: Material, engine: Any, began: fl
 
 def _result(setup: Setup, label: str, material: Material, predicted: dict[str, Predicted]) -> dict[str, Any]:
     recipe, task = setup.recipe, material.data.task
+    better = METRICS[task.score].higher_is_better
     metrics, (headline, *rest) = {}, material.dev
     for split in (headline, *rest):
-        measured = measure(task.metrics, predicted[split].values, material.dev[split].labels)
-        metrics |= measured if split == headline else {f"{name}_mismatched": value for name, value in measured.items()}
+        measured = task.measure(predicted[split].values, material.data.dev[split])
+        metrics |= measured if split == headline else {f"{name}_{split}": value for name, value in measured.items()}
     curve = [entry for entry in read_log(setup.run.log) if entry["kind"] == "step"]
     return {
         "format": FORMAT,
         "task": task.name,
+        "title": task.title,
         "subject": recipe.model.subject,
         "label": label,
         "seed": recipe.training.seed,
         "split": headline,
         "metrics": metrics,
-        "score": {"name": task.score, "value": metrics[task.score], "higher_is_better": task.higher_is_better},
+        "score": {"name": task.score, "value": metrics[task.score], "higher_is_better": better},
         "examples": len(material.dev[headline]),
         "data": material.data.files,
         "settings": _settings(recipe, setup.ds_config),
@@ -196,19 +197,19 @@ def _settings(recipe: FinetuneRecipe, ds_config: dict[str, Any]) -> dict[str, An
         "clip_blocks_per_sentence": CLIP_BLOCKS,
         "dropout": recipe.model.dropout,
         "precision": precision(ds_config),
+        **({} if recipe.task.own is None else recipe.task.own.columns()),
     }
 
 
 def _notes_on_length(material: Material, max_length: int) -> list[str]:
     """Returns one line for each file that has examples longer than the model reads."""
-    task, notes = material.data.task, []
-    names = {"train": task.train, **task.dev, **task.test}
+    notes = []
     texts = {"train": material.data.train, **material.data.dev, **material.data.test}
     for split, encoded in {"train": material.train, **material.dev, **material.test}.items():
         count, first = encoded.first_cut(max_length)
         if count:
             notes.append(
-                f"{task.folder}/{names[split]}: {count} of {len(encoded)} examples have more than {max_length} tokens "
-                f"and are cut, the first in line {texts[split][first].line}"
+                f"{material.data.sources[split]}: {count} of {len(encoded)} examples have more than {max_length} "
+                f"tokens and are cut, the first in line {texts[split][first].line}"
             )
     return notes

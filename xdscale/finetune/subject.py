@@ -6,7 +6,6 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from xdscale import recipe as recipes
-from xdscale.data.task_table import Task
 from xdscale.errors import XdscaleError
 from xdscale.finetune.recipe import LARGE_FROM, FinetuneRecipe, ModelSettings, Subject
 from xdscale.names import resolve_path
@@ -15,6 +14,7 @@ from xdscale.pretrained.language import language_config, language_weights, own_t
 from xdscale.pretrained.weights import weights_sha256
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.manifest import ClipTokenizer, LanguageTokenizer
+from xdscale.tasks.contract import Task
 from xdscale.tasks.finetuning import (
     FULL_MODEL,
     Finetuning,
@@ -89,7 +89,7 @@ def build_subject(recipe: FinetuneRecipe, task: Task) -> Finetuning:
     Raises:
         XdscaleError: the weights cannot be loaded.
     """
-    return Finetuning(_classifier(recipe, task), regression=task.regression)
+    return Finetuning(_classifier(recipe, task), task)
 
 
 def _classifier(recipe: FinetuneRecipe, task: Task) -> nn.Module:

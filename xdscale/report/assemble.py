@@ -1,15 +1,16 @@
 """What a report says, before it is written in any form."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from xdscale.errors import XdscaleError
 from xdscale.report.bootstrap import Difference, average
 from xdscale.report.comparison import Comparison, compare, require_comparable, unlike
-from xdscale.report.published import Layout, PublishedRow, TaskColumn
+from xdscale.report.published import Layout, PublishedRow, TaskColumn, layouts
 from xdscale.report.sweep import Sweep
+from xdscale.tasks.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Report:
     """Everything that is shown.
 
     Attributes:
-        layout: the paper's table.
+        layout: the paper's table, with a column for each task that the paper does not have.
         sweeps: ours, in the order of the command line.
         baselines: label of each compared model to its baseline's.
         comparisons: by model, then by task in the table's order.
@@ -118,7 +119,8 @@ def assemble(sweeps: Sequence[Sweep], layout: Layout, baselines: Sequence[str]) 
 
     Args:
         sweeps: in the order of the command line.
-        layout: the table to be filled.
+        layout: the table to be filled. Tasks that no table of the paper has get columns beside it; where nothing else
+            is finished they alone are shown.
         baselines: labels; each is the baseline of the runs after it, up to the next one. None given: the first run's,
             if the paper's table compares at all.
 
@@ -126,6 +128,7 @@ def assemble(sweeps: Sequence[Sweep], layout: Layout, baselines: Sequence[str]) 
         XdscaleError: two runs of one label, a baseline that is none of them, no task of the table, or runs that may
             not be compared.
     """
+    layout = _with_own_columns(layout, sweeps)
     _check_labels(sweeps, layout, baselines)
     pairs = _pairs(sweeps, baselines or ([sweeps[0].model.label] if layout.compare else []))
     for sweep in sweeps:
@@ -153,12 +156,29 @@ def assemble(sweeps: Sequence[Sweep], layout: Layout, baselines: Sequence[str]) 
                     found.append(result)
         remarks += [f"{', '.join(titles)}: {reason}" for reason, titles in refused.items()]
         comparisons += found
-        fractions = [one for one in found if one.metric != "rmse"]
+        fractions = [one for one in found if METRICS[one.metric].fraction]
         if len(fractions) > 1:
             averages[ours.model.label] = average([one.difference for one in fractions])
             averaged[ours.model.label] = tuple(one.task for one in fractions)
     names = {ours.model.label: baseline.model.label for ours, baseline in pairs}
     return Report(layout, tuple(sweeps), names, tuple(comparisons), averages, averaged, tuple(remarks))
+
+
+def _with_own_columns(layout: Layout, sweeps: Sequence[Sweep]) -> Layout:
+    found = {name: runs for sweep in sweeps for name, runs in sweep.tasks.items()}
+    own = tuple(
+        TaskColumn(name, runs.title, runs.score.name, None) for name, runs in found.items() if name not in _papers()
+    )
+    if own and not any(column.task in found for column in layout.columns):
+        return Layout(
+            "Own tasks", "Models finetuned on tasks that the paper does not have.", "", layout.compare, own, ()
+        )
+    return replace(layout, columns=(*layout.columns, *own))
+
+
+def _papers() -> set[str]:
+    """Returns the tasks that some table of the paper has."""
+    return {column.task for layout in layouts().values() for column in layout.columns}
 
 
 def _check_labels(sweeps: Sequence[Sweep], layout: Layout, baselines: Sequence[str]) -> None:
@@ -206,13 +226,15 @@ def _remarks(sweeps: Sequence[Sweep], layout: Layout) -> list[str]:
     remarks = []
     for sweep in sweeps:
         label = sweep.model.label
-        if not any(row.stands_for(label) for row in layout.rows):
+        if layout.rows and not any(row.stands_for(label) for row in layout.rows):
             remarks.append(
                 f"{label}: no published value stands beside it, because {layout.title} has no row of this label "
                 f"({', '.join(row.label for row in layout.rows)})"
             )
         columns = {column.task: column for column in layout.columns}
-        left_out = [task for task in (*sweep.tasks, *sweep.unfinished) if task not in columns]
+        others = [task for task in (*sweep.tasks, *sweep.unfinished) if task not in columns]
+        left_out = [task for task in others if task in _papers()]
+        remarks += [f"{label}, {task}: no seed is finished yet" for task in others if task not in _papers()]
         if left_out:
             remarks.append(f"{label}: {', '.join(left_out)} left out, which {layout.title} does not have")
         counts: dict[str, list[str]] = {}
@@ -223,7 +245,7 @@ def _remarks(sweeps: Sequence[Sweep], layout: Layout) -> list[str]:
     return remarks
 
 
-def _seed_counts(sweep: Sweep, task: str, expected: int) -> list[str]:
+def _seed_counts(sweep: Sweep, task: str, expected: int | None) -> list[str]:
     if task in sweep.unfinished:
         return ["no seed is finished yet"]
     if task not in sweep.tasks:
@@ -232,6 +254,6 @@ def _seed_counts(sweep: Sweep, task: str, expected: int) -> list[str]:
     counts = []
     if finished < planned:
         counts.append(f"{finished} of {planned} seeds are finished")
-    if planned < expected:
+    if expected is not None and planned < expected:
         counts.append(f"{planned} {'seed' if planned == 1 else 'seeds'}, the paper's median is of {expected}")
     return counts

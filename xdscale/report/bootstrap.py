@@ -81,7 +81,7 @@ def paired_bootstrap(
     """Resamples the difference between two models.
 
     Args:
-        metric: a key of `metrics.METRICS`.
+        metric: a key of `xdscale.tasks.metrics.METRICS`.
         labels: [examples].
         ours: predictions [examples, seeds].
         baseline: the same of the baseline; seed by seed the counterpart of `ours`.

@@ -33,8 +33,13 @@ def make_report(
     if layout not in layouts():
         raise XdscaleError(f"--layout {layout}: expected one of {', '.join(layouts())}")
     check_output_folder(out, "--out")
-    chosen = _chosen(metrics, [column.task for column in layouts()[layout].columns])
-    report = assemble([read_sweep(run, chosen) for run in runs], layouts()[layout], baselines)
+    chosen = {item: item.partition("=") for item in metrics}
+    wanted = {task: metric for task, _, metric in chosen.values()}
+    report = assemble([read_sweep(run, wanted) for run in runs], layouts()[layout], baselines)
+    tasks = [column.task for column in report.layout.columns]
+    for item, (task, equals, _) in chosen.items():
+        if not equals or task not in tasks:
+            raise XdscaleError(f"--metric {item}: expected TASK=METRIC with a task of {', '.join(tasks)}")
     files = _files(report)
     write_outputs({out / name: content for name, content in files.items()})
     _print(report)
@@ -68,13 +73,3 @@ def _print(report: Report) -> None:
             console.print(f"  {line}", markup=False, soft_wrap=True)
     for remark in report.remarks:
         print(f"warning: {remark}", file=sys.stderr)
-
-
-def _chosen(metrics: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
-    chosen = {}
-    for item in metrics:
-        task, equals, metric = item.partition("=")
-        if not equals or task not in tasks:
-            raise XdscaleError(f"--metric {item}: expected TASK=METRIC with a task of {', '.join(tasks)}")
-        chosen[task] = metric
-    return chosen

@@ -11,6 +11,7 @@ import numpy as np
 from xdscale.errors import XdscaleError
 from xdscale.report.bootstrap import Difference, paired_bootstrap
 from xdscale.report.sweep import Run, Sweep, TaskRuns
+from xdscale.tasks.metrics import METRICS
 
 _NAMED_DIFFERENCES = 5
 
@@ -154,7 +155,7 @@ def comparison_csv(comparison: Comparison, runs: TaskRuns) -> str:
 
 def _right(metric: str, mine: TaskRuns, theirs: TaskRuns) -> tuple[np.ndarray, np.ndarray]:
     labels = mine.labels[:, None]
-    if metric in ("accuracy", "f1", "matthews"):
+    if METRICS[metric].of == "classes":
         return mine.predictions == labels, theirs.predictions == labels
     error, error_there = abs(mine.predictions - labels), abs(theirs.predictions - labels)
     return error < error_there, error_there < error

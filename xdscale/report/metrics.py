@@ -15,7 +15,7 @@ def measure(name: str, weights: Array, labels: Array, predictions: Array) -> Arr
     """Measures several systems on several resamples.
 
     Args:
-        name: a key of `METRICS`.
+        name: a key of `xdscale.tasks.metrics.METRICS`.
         weights: float64 [resamples, examples], how often each example counts.
         labels: [examples]: class numbers or targets.
         predictions: [examples, systems].
@@ -24,7 +24,7 @@ def measure(name: str, weights: Array, labels: Array, predictions: Array) -> Arr
         float64 [resamples, systems]: fractions, RMSE in units of the target. What is undefined (a correlation of
         constant values, F1 without a positive) counts as 0.
     """
-    return METRICS[name](weights, labels, predictions)
+    return _FUNCTIONS[name](weights, labels, predictions)
 
 
 def _accuracy(weights: Array, labels: Array, predictions: Array) -> Array:
@@ -36,6 +36,17 @@ def _f1(weights: Array, labels: Array, predictions: Array) -> Array:
     positive, predicted = (labels == 1)[:, None], predictions == 1
     both = weights @ (positive & predicted)
     return _ratio(2 * both, weights @ positive + weights @ predicted)
+
+
+def _macro_f1(weights: Array, labels: Array, predictions: Array) -> Array:
+    """Mean F1 of the classes that are drawn or predicted."""
+    total = classes = np.zeros((len(weights), predictions.shape[1]))
+    for label in np.union1d(labels, predictions):
+        true, predicted = (labels == label)[:, None], predictions == label
+        either = weights @ true + weights @ predicted
+        total = total + _ratio(2 * (weights @ (true & predicted)), either)
+        classes = classes + (either > 0)
+    return _ratio(total, classes)
 
 
 def _matthews(weights: Array, labels: Array, predictions: Array) -> Array:
@@ -84,16 +95,16 @@ def _rmse(weights: Array, labels: Array, predictions: Array) -> Array:
     return np.sqrt(weights @ (predictions - labels[:, None]) ** 2 / weights.sum(1, keepdims=True))
 
 
-METRICS: dict[str, Callable[[Array, Array, Array], Array]] = {
+_FUNCTIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "accuracy": _accuracy,
     "f1": _f1,
+    "macro_f1": _macro_f1,
     "matthews": _matthews,
     "pearson": _pearson,
     "spearman": _spearman,
     "pearson_spearman": _pearson_spearman,
     "rmse": _rmse,
 }
-"""Metric by name: (weights, labels, predictions) to [resamples, systems]; see `measure`."""
 
 
 def _centred_ranks(weights: Array, values: Array) -> Array:

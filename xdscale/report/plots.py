@@ -13,6 +13,7 @@ from xdscale.report import wording
 from xdscale.report.assemble import Report
 from xdscale.report.published import TaskColumn
 from xdscale.report.sweep import Sweep, TaskRuns
+from xdscale.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ def box_plot(report: Report, column: TaskColumn) -> str:
     axes.locator_params(axis="x", nbins=5)
     axes.margins(x=0.06)
     axes.grid(axis="x", color=_GRID, linewidth=0.6)
-    name = wording.METRIC_NAMES[sweeps[0].tasks[column.task].score.name]
+    name = METRICS[sweeps[0].tasks[column.task].score.name].title
     axes.set_xlabel(name[0].upper() + name[1:])
     described = "; ".join(_described(report, column, sweep) for sweep in sweeps)
     return _svg(figure, f"{column.title}: {described}")
@@ -68,7 +69,7 @@ def learning_curves(report: Report, column: TaskColumn) -> str:
 
 def _box(axes: "Axes", report: Report, column: TaskColumn, sweep: Sweep, place: int) -> None:
     runs, colour = sweep.tasks[column.task], _colour(report, sweep)
-    scale = 1 if runs.score.name == "rmse" else 100
+    scale = 100 if METRICS[runs.score.name].fraction else 1
     scores = scale * runs.scores
     axes.boxplot(
         [scores],

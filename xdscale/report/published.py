@@ -15,13 +15,13 @@ class TaskColumn:
         task: its name on the command line.
         title: its name in the paper.
         metric: what published values are.
-        seeds: runs whose median the paper reports.
+        seeds: runs whose median the paper reports; None of a task that it does not have.
     """
 
     task: str
     title: str
     metric: str
-    seeds: int
+    seeds: int | None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.report.metrics import METRICS, measure
+from xdscale.report.metrics import measure
+from xdscale.tasks.metrics import METRICS
 
 AGREEMENT = 1e-6
 """Largest difference between a stored score and the one of the stored predictions."""
@@ -65,10 +66,11 @@ class Point(_Stored):
 
 
 class Result(_Stored):
-    """`result.json` of one run."""
+    """`result.json` of one run; `title` is the head of its task's column."""
 
     format: Literal[1]
     task: str
+    title: str = ""
     seed: int
     split: str
     metrics: dict[str, FiniteFloat]
@@ -132,6 +134,11 @@ class TaskRuns:
     def seeds(self) -> tuple[int, ...]:
         """The finished seeds."""
         return tuple(run.result.seed for run in self.runs)
+
+    @property
+    def title(self) -> str:
+        """The head of the task's column."""
+        return self.runs[0].result.title or self.task
 
     @property
     def scores(self) -> np.ndarray:
@@ -240,8 +247,10 @@ def _read_run(folder: Path, result: Result, metric: str | None) -> tuple[Run, li
             raise XdscaleError(
                 f"--metric {result.task}={metric}: {folder / 'result.json'} has {', '.join(result.metrics)}"
             )
-        value, matched = result.metrics[metric], metric.removesuffix("_mismatched")
-        name, split = matched, split if metric == matched else "dev-mm"
+        value, name = result.metrics[metric], metric
+        if metric not in METRICS:  # of a further split, METRIC_SPLIT
+            name = max((known for known in METRICS if metric.startswith(f"{known}_")), key=len, default=metric)
+            split = metric.removeprefix(f"{name}_")
     if name not in METRICS:
         raise XdscaleError(f"{folder / 'result.json'}: unknown metric {name!r}; known: {', '.join(METRICS)}")
     path = folder / f"predictions-{split}.jsonl"
@@ -255,7 +264,7 @@ def _read_run(folder: Path, result: Result, metric: str | None) -> tuple[Run, li
         raise XdscaleError(
             f"{path}: its {name} is {found:.6f}, but {folder / 'result.json'} says {value:.6f}; one of them was changed"
         )
-    score = Score(name=name, value=value, higher_is_better=name != "rmse")
+    score = Score(name=name, value=value, higher_is_better=METRICS[name].higher_is_better)
     return Run(folder, result, score, labels, predictions), lines
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from xdscale.report import wording
 from xdscale.report.assemble import Report, ReportRow
+from xdscale.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +24,7 @@ DIFFERENCE_HEAD = (
 
 def head(report: Report) -> list[str]:
     """Returns the column titles of the paper's table; an arrow where less is better."""
-    return ["", *(f"{column.title}↓" if column.metric == "rmse" else column.title for column in report.layout.columns)]
+    return ["", *(c.title if METRICS[c.metric].higher_is_better else f"{c.title}↓" for c in report.layout.columns)]
 
 
 def published_cells(report: Report, row: ReportRow) -> list[str]:
@@ -41,11 +42,11 @@ def difference_rows(report: Report, label: str) -> list[list[str]]:
     for one in report.comparisons_of(label):
         difference, metric, column = one.difference, one.metric, report.column(one.task)
         printed = [report.published_value(report.sweep(name), column) for name in (one.label, one.baseline)]
-        unit = 1 if metric == "rmse" else 100
+        unit = 100 if METRICS[metric].fraction else 1
         paper = wording.change(metric, (printed[0] - printed[1]) / unit) if None not in printed else "–"
         rows.append(
             [
-                column.title, wording.METRIC_NAMES[metric], str(difference.seeds),
+                column.title, METRICS[metric].title, str(difference.seeds),
                 wording.change(metric, difference.observed), wording.interval(metric, difference.interval),
                 wording.interval(metric, difference.wide_interval) if difference.wide_interval else "–", paper,
                 str(one.improved), str(one.worsened), str(difference.examples - one.improved - one.worsened),
@@ -85,7 +86,7 @@ def markdown(report: Report) -> str:
             table.append([f"*{row.published.label} (paper)*", *(f"*{c}*" if c != "–" else c for c in cells)])
         if row.sweep is not None:
             table.append([f"**{row.sweep.model.label}**", *_own_cells(report, row, " ")])
-    parts = [f"# {layout.title}", f"{layout.caption} {layout.note}", _pipes(head(report), table)]
+    parts = [f"# {layout.title}", f"{layout.caption} {layout.note}".strip(), _pipes(head(report), table)]
     for label, baseline in report.baselines.items():
         if report.comparisons_of(label):
             lines = "\n".join(f"- {line}" for line in sentences(report, label))
@@ -127,7 +128,7 @@ def terminal_table(report: Report) -> "Table":
 
     grid = Table(box=box.SIMPLE_HEAD, title=report.layout.title, title_justify="left")
     for number, title in enumerate(head(report)):
-        grid.add_column(title, justify="right" if number else "left", no_wrap=True)
+        grid.add_column(Text(title), justify="right" if number else "left", no_wrap=True)
     for row in report.rows():
         if row.published is not None:
             cells = [f"{row.published.label} (paper)", *published_cells(report, row)]

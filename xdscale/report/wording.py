@@ -3,34 +3,28 @@
 from xdscale.report.assemble import Cell, Report
 from xdscale.report.bootstrap import Difference, Interval
 from xdscale.report.comparison import Comparison
+from xdscale.tasks.metrics import METRICS
 
-METRIC_NAMES = {
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "matthews": "Matthews correlation",
-    "pearson": "Pearson correlation",
-    "spearman": "Spearman correlation",
-    "pearson_spearman": "Pearson–Spearman mean",
-    "rmse": "RMSE",
-}
+_FRACTION = "accuracy"
+"""Stands for every metric that is shown times 100."""
 
 
 def value(metric: str, number: float) -> str:
     """Returns a score as the paper prints it: a fraction times 100, RMSE as it is."""
-    return f"{number:.3f}" if metric == "rmse" else f"{100 * number:.2f}"
+    return f"{100 * number:.2f}" if METRICS[metric].fraction else f"{number:.3f}"
 
 
 def published(metric: str, number: float | None) -> str:
     """Returns a published value, which is in the paper's unit already."""
     if number is None:
         return "–"
-    return f"{number:.3f}" if metric == "rmse" else f"{number:.2f}"
+    return f"{number:.2f}" if METRICS[metric].fraction else f"{number:.3f}"
 
 
 def change(metric: str, number: float, *, digits: int = 2) -> str:
     """Returns a difference of scores with its sign; no sign where it rounds to nothing."""
-    digits = digits + 1 if metric == "rmse" else digits
-    number = round(number if metric == "rmse" else 100 * number, digits)
+    digits, unit = (digits, 100) if METRICS[metric].fraction else (digits + 1, 1)
+    number = round(unit * number, digits)
     return f"{number:+.{digits}f}".replace("-", "−") if number else f"{0:.{digits}f}"
 
 
@@ -77,7 +71,7 @@ def sentence(report: Report, comparison: Comparison) -> str:
     words = verdict(difference, higher_is_better=comparison.higher_is_better, baseline=comparison.baseline)
     return (
         f"{report.column(comparison.task).title}: {change(metric, difference.observed, digits=1)} "
-        f"{METRIC_NAMES[metric]} (95 % CI {interval(metric, difference.interval, digits=1)}): {words}. "
+        f"{METRICS[metric].title} (95 % CI {interval(metric, difference.interval, digits=1)}): {words}. "
         f"{_counted(comparison.improved, 'example')} improved, {comparison.worsened:,} worsened."
     )
 
@@ -88,8 +82,8 @@ def average_sentence(report: Report, label: str) -> str:
     titles = ", ".join(report.column(task).title for task in report.averaged[label])
     words = verdict(difference, higher_is_better=True, baseline=report.baselines[label])
     return (
-        f"Mean of {titles}: {change('', difference.observed, digits=1)} "
-        f"(95 % CI {interval('', difference.interval, digits=1)}): {words}."
+        f"Mean of {titles}: {change(_FRACTION, difference.observed, digits=1)} "
+        f"(95 % CI {interval(_FRACTION, difference.interval, digits=1)}): {words}."
     )
 
 

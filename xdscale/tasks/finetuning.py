@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import (
     BertForMultipleChoice,
@@ -17,8 +16,6 @@ from transformers import (
 )
 
 from xdscale import recipe
-from xdscale.data.task_batches import NO_LABEL
-from xdscale.data.task_table import Task
 from xdscale.errors import XdscaleError
 from xdscale.files import read_json
 from xdscale.models.activated_linear import use_activated_linear
@@ -27,14 +24,12 @@ from xdscale.models.residual_norm import use_residual_norm
 from xdscale.pretrained.clip import load_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.pretrained.weights import read_state_dict
+from xdscale.tasks.contract import Task
 from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
 from xdscale.tasks.xdbert import build_model
 
 FULL_MODEL = "cross_modal"
 """Folder of the full model inside an export."""
-
-NEAR = 0.5
-"""A regression counts as right within this distance, for the one number that all tasks show during training."""
 
 _CLASSES: dict[tuple[str, bool], type[PreTrainedModel]] = {
     ("bert", False): BertForSequenceClassification,
@@ -51,10 +46,10 @@ class Finetuning(nn.Module):
         subject: one of the classifiers of `xdscale.tasks.subjects`.
     """
 
-    def __init__(self, subject: nn.Module, *, regression: bool) -> None:
+    def __init__(self, subject: nn.Module, task: Task) -> None:
         super().__init__()
         self.subject = subject
-        self.regression = regression
+        self.task = task
 
     def enable_activation_checkpointing(self) -> None:
         """Trades a second forward pass of the encoder for its activations; the result stays the same."""
@@ -63,27 +58,20 @@ class Finetuning(nn.Module):
     def forward(
         self, batch: Mapping[str, torch.Tensor], return_attention: bool = False
     ) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
-        """Computes the summed loss: cross-entropy, or squared errors.
+        """Computes the task's summed loss.
 
         Args:
             batch: the arrays of `xdscale.data.task_batches.TaskCollator` as tensors.
             return_attention: add the subject's attention maps, if it has any, as "attention_maps".
 
         Returns:
-            "task": the loss summed over the real examples (fp32 scalar), and how many are right (int64 scalar; a
-            regression within `NEAR`). "logits": fp32 [b, outputs], without gradient; for choices [b, choices].
+            "task": the loss summed over the real examples (fp32 scalar), and how many are right (int64 scalar).
+            "logits": fp32 [b, outputs], without gradient; for choices [b, choices].
         """
-        labels, real = batch["labels"], batch["real"]
         logits, maps = self.subject(batch, return_attention)
-        logits = logits.float().view(len(labels), -1)
-        if self.regression:
-            error = (logits.squeeze(1) - labels).masked_fill(~real, 0.0)
-            loss = error.square().sum()
-            correct = (real & (error.detach().abs() <= NEAR)).sum()
-        else:
-            loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
-            correct = (logits.detach().argmax(-1) == labels).sum()
-        terms: dict[str, torch.Tensor | tuple[torch.Tensor, ...]] = {"task": (loss, correct), "logits": logits.detach()}
+        logits = logits.float().view(len(batch["real"]), -1)
+        loss = self.task.loss(logits, batch["labels"], batch["real"])
+        terms: dict[str, torch.Tensor | tuple[torch.Tensor, ...]] = {"task": loss, "logits": logits.detach()}
         if return_attention:
             terms["attention_maps"] = maps
         return terms
@@ -110,7 +98,7 @@ def build_language_classifier(
         config.summary_last_dropout = dropout
     bare = copy.deepcopy(config)
     bare.num_hidden_layers = 0  # only the head of this one is kept
-    model = _CLASSES[config.model_type, task.kind == "choice"](bare)
+    model = _CLASSES[config.model_type, task.choices > 0](bare)
     setattr(model, model.base_model_prefix, encoder)
     model.config = config
     use_packed_attention(model, plain=plain)
@@ -160,8 +148,7 @@ def build_clip_classifier(spec: recipe.Clip, task: Task, *, dropout: float, plai
     Raises:
         XdscaleError: the tower cannot be built or its weights cannot be loaded.
     """
-    sentences = 1 if task.kind == "single" else 2
-    return ClipClassifier(load_clip_text_tower(spec, plain=plain), sentences, task.outputs, dropout=dropout)
+    return ClipClassifier(load_clip_text_tower(spec, plain=plain), task.sentences, task.outputs, dropout=dropout)
 
 
 def read_full_model(folder: Path) -> tuple[recipe.Model, dict[str, torch.Tensor]]:

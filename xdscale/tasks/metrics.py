@@ -1,19 +1,50 @@
-"""Metrics of the finetuning tasks, from scikit-learn and SciPy."""
+"""Metrics of finetuning tasks: what they are called, and how scikit-learn and SciPy compute them.
 
-from collections.abc import Callable
-from typing import Any
+Both are imported when something is measured: the report needs the names alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_mean_squared_error
 
 
-def measure(names: tuple[str, ...], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+@dataclass(frozen=True)
+class Metric:
+    """What is known of a metric without computing it.
+
+    Attributes:
+        title: as in sentences and axes.
+        of: whether it compares class numbers or numbers.
+        fraction: whether it is shown times 100; else in units of the target.
+        higher_is_better: whether more is better.
+    """
+
+    title: str
+    of: Literal["classes", "numbers"]
+    fraction: bool = True
+    higher_is_better: bool = True
+
+
+METRICS = {
+    "accuracy": Metric("accuracy", "classes"),
+    "f1": Metric("F1", "classes"),
+    "macro_f1": Metric("macro F1", "classes"),
+    "matthews": Metric("Matthews correlation", "classes"),
+    "pearson": Metric("Pearson correlation", "numbers"),
+    "spearman": Metric("Spearman correlation", "numbers"),
+    "pearson_spearman": Metric("Pearson–Spearman mean", "numbers"),
+    "rmse": Metric("RMSE", "numbers", fraction=False, higher_is_better=False),
+}
+"""Metric by name: f1 is of class 1, macro_f1 the mean over classes, pearson_spearman the mean of both correlations."""
+
+
+def measure(names: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Measures predictions.
 
     Args:
-        names: of the metrics: accuracy, f1 (of class 1), matthews, pearson, spearman, pearson_spearman (their mean),
-            rmse.
+        names: keys of `METRICS`.
         predictions: [n], class numbers or regression outputs.
         labels: [n], what they should be.
 
@@ -21,37 +52,22 @@ def measure(names: tuple[str, ...], predictions: np.ndarray, labels: np.ndarray)
         Each metric as a fraction, rmse in units of the target. A correlation of constant values, which is not
         defined, counts as 0, as in GLUE's Matthews correlation.
     """
-    return {name: float(_METRICS[name](labels, predictions)) for name in names}
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_mean_squared_error
 
+    def correlation(function: Callable[..., Any]) -> float:
+        if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predictions) == 0:
+            return 0.0
+        return float(function(labels, predictions).statistic)
 
-def _correlation(function: Callable[..., Any], labels: np.ndarray, predictions: np.ndarray) -> float:
-    if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predictions) == 0:
-        return 0.0
-    return float(function(labels, predictions).statistic)
-
-
-def _pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
-    return _correlation(pearsonr, labels, predictions)
-
-
-def _spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
-    return _correlation(spearmanr, labels, predictions)
-
-
-def _pearson_spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
-    return (_pearson(labels, predictions) + _spearman(labels, predictions)) / 2
-
-
-def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
-    return f1_score(labels, predictions, zero_division=0.0)
-
-
-_METRICS = {
-    "accuracy": accuracy_score,
-    "f1": _f1,
-    "matthews": matthews_corrcoef,
-    "pearson": _pearson,
-    "spearman": _spearman,
-    "pearson_spearman": _pearson_spearman,
-    "rmse": root_mean_squared_error,
-}
+    functions = {
+        "accuracy": lambda: accuracy_score(labels, predictions),
+        "f1": lambda: f1_score(labels, predictions, zero_division=0.0),
+        "macro_f1": lambda: f1_score(labels, predictions, average="macro", zero_division=0.0),
+        "matthews": lambda: matthews_corrcoef(labels, predictions),
+        "pearson": lambda: correlation(pearsonr),
+        "spearman": lambda: correlation(spearmanr),
+        "pearson_spearman": lambda: (correlation(pearsonr) + correlation(spearmanr)) / 2,
+        "rmse": lambda: root_mean_squared_error(labels, predictions),
+    }
+    return {name: float(functions[name]()) for name in names}

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xdscale.data.task_table import Hub, Task
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
+from xdscale.tasks.text import Hub, TextTask
 
 
-def fetch_task(task: Task, data: Path) -> None:
+def fetch_task(task: TextTask, data: Path) -> None:
     """Writes a task's files into `data` unless they are there, so that one reader reads everything.
 
     Args:
@@ -58,7 +58,7 @@ def fetch_task(task: Task, data: Path) -> None:
         ) from None
 
 
-def _load(datasets: Any, task: Task, hub: Hub, split: str) -> Any:
+def _load(datasets: Any, task: TextTask, hub: Hub, split: str) -> Any:
     try:
         return datasets.load_dataset(hub.path, hub.config, split=split)
     except Exception as error:  # the library raises unrelated kinds for no network, no such name, no such split
@@ -67,7 +67,7 @@ def _load(datasets: Any, task: Task, hub: Hub, split: str) -> Any:
         ) from None
 
 
-def _write(task: Task, hub: Hub, path: Path, rows: Any, *, labelled: bool) -> None:
+def _write(task: TextTask, hub: Hub, path: Path, rows: Any, *, labelled: bool) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             csv.writer(file, lineterminator="\n").writerows(_lines(task, hub, rows, labelled=labelled))
@@ -78,7 +78,7 @@ def _write(task: Task, hub: Hub, path: Path, rows: Any, *, labelled: bool) -> No
         os.fsync(file.fileno())
 
 
-def _lines(task: Task, hub: Hub, rows: Any, *, labelled: bool) -> Iterator[list[str]]:
+def _lines(task: TextTask, hub: Hub, rows: Any, *, labelled: bool) -> Iterator[list[str]]:
     texts = [*([task.id] if task.id else []), task.first, *([task.prefix] if task.prefix else []), *task.seconds]
     columns = list(task.headerless) if labelled and task.headerless else [*texts, *([task.label] if labelled else [])]
     if not (labelled and task.headerless):

@@ -1,0 +1,90 @@
+"""Things found by name: those that ship, and those that installed packages offer through entry points."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from xdscale.errors import XdscaleError
+from xdscale.files import one_line
+from xdscale.names import unknown_key
+
+
+@cache
+def offered(group: str) -> Mapping[str, str]:
+    """Returns what installed packages offer, `module:object` by name.
+
+    Args:
+        group: of the entry points, such as `xdscale.systems`.
+
+    Raises:
+        XdscaleError: two packages offer the same name.
+    """
+    found: dict[str, Any] = {}
+    for point in entry_points(group=group):
+        other = found.setdefault(point.name, point)
+        if other.value != point.value:
+            raise XdscaleError(
+                f"two packages offer {point.name!r} as {group}: {_package(other)} ({other.value}) and "
+                f"{_package(point)} ({point.value}); uninstall one"
+            )
+    return {name: point.value for name, point in found.items()}
+
+
+def locate(group: str, shipped: Mapping[str, str]) -> dict[str, str]:
+    """Returns `module:object` by name, of those that ship and those that are offered.
+
+    Raises:
+        XdscaleError: a package offers a name that ships, or two offer the same.
+    """
+    others = offered(group)
+    for name in shipped.keys() & others.keys():
+        raise XdscaleError(f"a package offers {name!r} as {group} ({others[name]}), but xdscale has one; rename it")
+    return {**shipped, **others}
+
+
+def find(group: str, shipped: Mapping[str, str], name: str, where: str) -> Any:
+    """Imports what stands behind a name.
+
+    Args:
+        group: of the entry points.
+        shipped: `module:object` by name, of those that come with xdscale.
+        name: the name.
+        where: how an error begins: the file and the key that hold the name.
+
+    Raises:
+        XdscaleError: nobody offers the name (the nearest is given), or its module cannot be imported.
+    """
+    places = shipped if name in shipped else locate(group, shipped)
+    if name not in places:
+        raise XdscaleError(f"{where} = {name!r}: no such name; {unknown_key(str(name), sorted(places))}")
+    return load(places[name], f"{where} = {name!r}")
+
+
+def load(place: str, where: str) -> Any:
+    """Imports `module:object`.
+
+    Raises:
+        XdscaleError: there is no such module or object; begins with `where`.
+    """
+    module, _, attribute = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise XdscaleError(f"{where}: {place} cannot be imported: {one_line(error)}") from error
+
+
+def folder_of(place: str) -> Path | None:
+    """Returns the folder of the file that holds `module:object`, without importing it; None if there is none."""
+    try:
+        spec = importlib.util.find_spec(place.partition(":")[0])
+    except ImportError:
+        return None
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def _package(point: Any) -> str:
+    return point.dist.name if point.dist is not None else "an unnamed one"
