@@ -6,19 +6,29 @@ a module through `importlib` or by importing from it.
 
 if __name__ == "xdscale.kernels":  # transformers looks for a top-level `kernels` too, and may find this folder
     from xdscale.kernels.activated_linear import activated_linear, plain_activated_linear
-    from xdscale.kernels.attention import packed_attention, packed_attention_plain
-    from xdscale.kernels.causal_attention import causal_attention, causal_attention_plain
+    from xdscale.kernels.attention import packed_attention, plain_packed_attention
+    from xdscale.kernels.causal_attention import causal_attention, plain_causal_attention
     from xdscale.kernels.masked_token_loss import masked_token_loss, plain_masked_token_loss
     from xdscale.kernels.quick_gelu import plain_quick_gelu, quick_gelu
     from xdscale.kernels.residual_norm import plain_residual_norm, residual_norm
 
+    DEFINITIONS = {
+        activated_linear: plain_activated_linear,
+        causal_attention: plain_causal_attention,
+        masked_token_loss: plain_masked_token_loss,
+        packed_attention: plain_packed_attention,
+        quick_gelu: plain_quick_gelu,
+        residual_norm: plain_residual_norm,
+    }
+    """Of each operation, the readable function with the same arguments that it is measured by."""
+
     __all__ = [
         "activated_linear",
         "causal_attention",
-        "causal_attention_plain",
+        "plain_causal_attention",
         "masked_token_loss",
         "packed_attention",
-        "packed_attention_plain",
+        "plain_packed_attention",
         "plain_activated_linear",
         "plain_masked_token_loss",
         "plain_quick_gelu",

@@ -5,6 +5,7 @@ GPUs `attention_launch` in the fused kernels of `attention_triton`; `_backend` c
 scores (`dropout_mask`).
 """
 
+import itertools
 from dataclasses import replace
 from types import ModuleType
 
@@ -24,18 +25,18 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    query_offsets: torch.Tensor,
-    key_offsets: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
     *,
-    max_query: int,
-    max_key: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns dropout(softmax(Q Kᵀ / √d)) V for each head, samples apart (paper eq. 1; spec xdbert §2.3).
 
     The tokens of all samples stand in one row without padding: sample b owns the queries
-    `query_offsets[b]` to `query_offsets[b + 1] - 1`, and the keys likewise. Under autocast the inputs are
+    `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1`, and the keys likewise. Under autocast the inputs are
     cast as for PyTorch's own attention. With `torch.compile` the call is a graph break. On a GPU nothing
     waits for the device (fp64 apart), so it can be captured in a CUDA graph; there the offsets' values are
     trusted, and tokens that pad a buffer of fixed size must belong to some sample, for instance a last one. On the
@@ -45,10 +46,10 @@ def packed_attention(
         query: [Tq, heads, d], fp16, bf16, fp32 or fp64.
         key: [Tk, heads, d].
         value: [Tk, heads, d].
-        query_offsets: int32 [samples + 1], from 0 to Tq; at least one sample.
-        key_offsets: int32 [samples + 1], from 0 to Tk.
-        max_query: at least the largest number of queries of a sample.
-        max_key: at least the largest number of keys of a sample.
+        cu_seqlens_q: int32 [samples + 1], from 0 to Tq; at least one sample.
+        cu_seqlens_k: int32 [samples + 1], from 0 to Tk.
+        max_seqlen_q: at least the largest number of queries of a sample.
+        max_seqlen_k: at least the largest number of keys of a sample.
         dropout: rate on the attention weights, rounded to 1 / 256; kept weights are divided by the
             share that is really kept. The caller passes 0 outside of training.
         seed: int64 [1] on the device of `query`, drawn anew by the caller for every call, so that
@@ -65,39 +66,41 @@ def packed_attention(
     if narrow and query.dtype != torch.float64:
         query, key, value = (tokens.to(narrow) for tokens in (query, key, value))
     _check_tokens(query, key, value)
-    _check_offsets(query, key, query_offsets, key_offsets, max_query, max_key)
+    _check_offsets(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_dropout(dropout, seed, query.device)
     threshold = drop_threshold(dropout)
     backend = _backend(query)
     with without_autocast(query.device):
         if backend is None:
-            return packed_attention_plain(query, key, value, query_offsets, key_offsets, threshold, seed)
+            return plain_packed_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, dropout=dropout, seed=seed)
         if backend is attention_cpu and query.dtype == torch.float32 and not threshold:
             # PyTorch's own kernel is 1.2 times as fast here; in bf16 and with dropout it is the slower one.
-            return attention_cpu.attend_without_dropout(query, key, value, query_offsets, key_offsets)
-        packing = Packing(query_offsets, key_offsets, max_query, max_key, threshold, seed)
+            return attention_cpu.attend_without_dropout(query, key, value, cu_seqlens_q, cu_seqlens_k)
+        packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, threshold, seed)
         return _PackedAttention.apply(query, key, value, packing, backend)
 
 
-def packed_attention_plain(
+def plain_packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    query_offsets: torch.Tensor,
-    key_offsets: torch.Tensor,
-    threshold: int = 0,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition of `packed_attention`, sample by sample; differentiable by PyTorch itself.
 
-    Scores, softmax and sums are fp32, or fp64 for fp64 inputs. `threshold` is `drop_threshold(dropout)`.
+    Scores, softmax and sums are fp32, or fp64 for fp64 inputs. What the longest samples are is not asked.
     """
+    threshold = drop_threshold(dropout)
     wide = torch.promote_types(query.dtype, torch.float32)
-    query_bounds, key_bounds = query_offsets.tolist(), key_offsets.tolist()
     heads, outputs = query.shape[1], []
-    for sample in range(len(query_bounds) - 1):
-        queries = slice(*query_bounds[sample : sample + 2])
-        keys = slice(*key_bounds[sample : sample + 2])
+    bounds = zip(itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist()))
+    for sample, (queries, keys) in enumerate((slice(*rows), slice(*columns)) for rows, columns in bounds):
         rows = query[queries].to(wide).transpose(0, 1)  # [heads, queries, d]
         scores = rows @ key[keys].to(wide).permute(1, 2, 0) * query.shape[-1] ** -0.5  # [heads, queries, keys]
         weights = scores.softmax(-1)
@@ -109,22 +112,22 @@ def packed_attention_plain(
 
 
 def packed_attention_probabilities(
-    query: torch.Tensor, key: torch.Tensor, query_offsets: torch.Tensor, key_offsets: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
 ) -> torch.Tensor:
     """Returns the first sample's attention weights without dropout, for attention maps.
 
     Args:
         query: [Tq, heads, d].
         key: [Tk, heads, d].
-        query_offsets: int32 [samples + 1].
-        key_offsets: int32 [samples + 1].
+        cu_seqlens_q: int32 [samples + 1].
+        cu_seqlens_k: int32 [samples + 1].
 
     Returns:
         [heads, queries of sample 0, keys of sample 0], in fp32 or wider.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    rows = query[: int(query_offsets[1])].to(wide).transpose(0, 1)  # [heads, queries, d]
-    columns = key[: int(key_offsets[1])].to(wide).permute(1, 2, 0)  # [heads, d, keys]
+    rows = query[: int(cu_seqlens_q[1])].to(wide).transpose(0, 1)  # [heads, queries, d]
+    columns = key[: int(cu_seqlens_k[1])].to(wide).permute(1, 2, 0)  # [heads, d, keys]
     return (rows @ columns * query.shape[-1] ** -0.5).softmax(-1)
 
 
@@ -142,15 +145,15 @@ class _PackedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         out, *saved = backend.forward(query, key, value, packing)
         # Saved rather than kept on ctx, so that PyTorch notices a seed that is overwritten before the backward.
-        ctx.save_for_backward(query, key, value, packing.query_offsets, packing.key_offsets, packing.seed, *saved)
+        ctx.save_for_backward(query, key, value, packing.cu_seqlens_q, packing.cu_seqlens_k, packing.seed, *saved)
         ctx.packing, ctx.backend = packing, backend
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple:
-        query, key, value, query_offsets, key_offsets, seed, *saved = ctx.saved_tensors
-        packing = replace(ctx.packing, query_offsets=query_offsets, key_offsets=key_offsets, seed=seed)
+        query, key, value, cu_seqlens_q, cu_seqlens_k, seed, *saved = ctx.saved_tensors
+        packing = replace(ctx.packing, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seed=seed)
         with without_autocast(query.device):
             return *ctx.backend.backward(grad, query, key, value, packing, *saved), None, None
 
@@ -184,19 +187,19 @@ def _check_tokens(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 def _check_offsets(
     query: torch.Tensor,
     key: torch.Tensor,
-    query_offsets: torch.Tensor,
-    key_offsets: torch.Tensor,
-    max_query: int,
-    max_key: int,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
 ) -> None:
     for side, tokens, offsets, longest in (
-        ("query", query, query_offsets, max_query),
-        ("key", key, key_offsets, max_key),
+        ("q", query, cu_seqlens_q, max_seqlen_q),
+        ("k", key, cu_seqlens_k, max_seqlen_k),
     ):
-        name = f"{side}_offsets"
+        name = f"cu_seqlens_{side}"
         if offsets.dtype != torch.int32:
             raise TypeError(f"{name} must be int32, not {offsets.dtype}")
-        if offsets.ndim != 1 or len(offsets) < 2 or len(offsets) != len(query_offsets):
+        if offsets.ndim != 1 or len(offsets) < 2 or len(offsets) != len(cu_seqlens_q):
             expected = "[samples + 1], at least 2 and the same for both"
             raise ValueError(f"{name} must have the shape {expected}, not {list(offsets.shape)}")
         if offsets.device != query.device and not query.is_meta:
@@ -206,6 +209,6 @@ def _check_offsets(
         bounds = offsets.tolist()
         lengths = [stop - start for start, stop in zip(bounds, bounds[1:])]
         if bounds[0] != 0 or bounds[-1] != len(tokens) or min(lengths, default=0) < 0:
-            raise ValueError(f"{name} must rise from 0 to the {len(tokens)} tokens of {side}, not be {bounds}")
+            raise ValueError(f"{name} must rise from 0 to its {len(tokens)} tokens, not be {bounds}")
         if longest < max(lengths, default=0):
-            raise ValueError(f"max_{side} must be at least the longest sequence, {max(lengths)}, not {longest}")
+            raise ValueError(f"max_seqlen_{side} must be at least the longest sequence, {max(lengths)}, not {longest}")

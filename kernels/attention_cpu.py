@@ -72,7 +72,7 @@ class _Dropout:
         self.rescale = 1.0 / keep_rate(packing.threshold)
         if packing.threshold:
             self.keys = stream_keys(packing.seed, packing.samples, heads)
-            lengths = packing.query_offsets.diff(), packing.key_offsets.diff()
+            lengths = packing.cu_seqlens_q.diff(), packing.cu_seqlens_k.diff()
             self.longest = tuple(int(side.max()) if len(side) else 0 for side in lengths)
             self.together = BLOCK_SCORES // max(1, heads * math.prod(self.longest))  # samples
             self.drawn = range(0)
@@ -157,11 +157,11 @@ def attend_without_dropout(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    query_offsets: torch.Tensor,
-    key_offsets: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
 ) -> torch.Tensor:
     """Returns the attended values [Tq, heads, d] by PyTorch's attention, sample by sample; differentiable."""
-    query_lengths, key_lengths = query_offsets.diff().tolist(), key_offsets.diff().tolist()
+    query_lengths, key_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     rows = zip(query.split(query_lengths), key.split(key_lengths), value.split(key_lengths))
     attended = [
         F.scaled_dot_product_attention(*(tokens.transpose(0, 1)[None] for tokens in sample))[0].transpose(0, 1)
@@ -172,7 +172,7 @@ def attend_without_dropout(
 
 def _blocks(packing: Packing, heads: int) -> Iterator[_Block]:
     """Cuts the batch into blocks: several heads of a short sample, or some of the queries of a long one."""
-    query_bounds, key_bounds = packing.query_offsets.tolist(), packing.key_offsets.tolist()
+    query_bounds, key_bounds = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
     for sample in range(packing.samples):
         start, stop = query_bounds[sample : sample + 2]
         keys = slice(*key_bounds[sample : sample + 2])

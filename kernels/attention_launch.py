@@ -101,7 +101,7 @@ def forward(
     out = torch.empty_like(query)
     log_sum = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
     tile = tile or _tile("forward", query)
-    parts = triton.cdiv(packing.max_query, tile.queries)
+    parts = triton.cdiv(packing.max_seqlen_q, tile.queries)
     _launch("forward", parts, tile, packing, (query, key, value, out, log_sum))
     return out, out, log_sum
 
@@ -121,11 +121,11 @@ def backward(
     grad_query, grad_key, grad_value = (torch.empty_like(tokens) for tokens in (query, key, value))
     row_sum = torch.empty_like(log_sum)
     chosen = tile or _tile("backward_query", query)
-    parts = triton.cdiv(packing.max_query, chosen.queries)
+    parts = triton.cdiv(packing.max_seqlen_q, chosen.queries)
     pointers = (query, key, value, out, grad, log_sum, row_sum, grad_query)
     _launch("backward_query", parts, chosen, packing, pointers)  # writes row_sum, which the next one reads
     chosen = tile or _tile("backward_key_value", query)
-    parts = triton.cdiv(packing.max_key, chosen.keys)
+    parts = triton.cdiv(packing.max_seqlen_k, chosen.keys)
     pointers = (query, key, value, grad, log_sum, row_sum, grad_key, grad_value)
     _launch("backward_key_value", parts, chosen, packing, pointers)
     return grad_query, grad_key, grad_value
@@ -134,8 +134,8 @@ def backward(
 def _launch(name: str, parts: int, tile: Tile, packing: Packing, pointers: tuple[torch.Tensor, ...]) -> None:
     query = pointers[0]
     tokens, heads, size = query.shape
-    seed = packing.query_offsets if packing.seed is None else packing.seed  # not read without dropout
-    arguments = (*pointers, packing.query_offsets, packing.key_offsets, seed, tokens, heads)
+    seed = packing.cu_seqlens_q if packing.seed is None else packing.seed  # not read without dropout
+    arguments = (*pointers, packing.cu_seqlens_q, packing.cu_seqlens_k, seed, tokens, heads)
     widen = INTERPRETED and query.dtype == torch.bfloat16
     constants = _constants(tile, size, packing.threshold, widen, _precision(_architecture(query.device)))
     scale = size**-0.5 * LOG2_E.value
@@ -206,7 +206,7 @@ def _compile_case(
 ) -> CompileCase:
     kernel = KERNELS[name]
     constants = _constants(tile, head_size, drop_threshold(dropout), False, _precision(architecture))
-    types = {"LOG_SUM": "*fp32", "ROW_SUM": "*fp32", "QUERY_OFFSETS": "*i32", "KEY_OFFSETS": "*i32"}
+    types = {"LOG_SUM": "*fp32", "ROW_SUM": "*fp32", "CU_SEQLENS_Q": "*i32", "CU_SEQLENS_K": "*i32"}
     types |= {"SEED": "*i64" if dropout else "*i32", "tokens": "i32", "heads": "i32", "scale": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")
     queries = COMPILE_SAMPLES * COMPILE_QUERIES * COMPILE_HEADS

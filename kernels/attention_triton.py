@@ -39,15 +39,15 @@ def _store_rows(POINTER, rows, start, index, length, head, heads, D: tl.constexp
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_forward(  # noqa: ANN201
-    QUERY, KEY, VALUE, OUT, LOG_SUM, QUERY_OFFSETS, KEY_OFFSETS, SEED,  # noqa: ANN001
+    QUERY, KEY, VALUE, OUT, LOG_SUM, CU_SEQLENS_Q, CU_SEQLENS_K, SEED,  # noqa: ANN001
     tokens, heads, scale,  # noqa: ANN001
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attends from one tile of queries to all keys of its sample. Grid: (query tiles, heads, samples)."""
     head, sample = tl.program_id(1), tl.program_id(2)
-    start, key_start = tl.load(QUERY_OFFSETS + sample), tl.load(KEY_OFFSETS + sample)
-    length, keys = tl.load(QUERY_OFFSETS + sample + 1) - start, tl.load(KEY_OFFSETS + sample + 1) - key_start
+    start, key_start = tl.load(CU_SEQLENS_Q + sample), tl.load(CU_SEQLENS_K + sample)
+    length, keys = tl.load(CU_SEQLENS_Q + sample + 1) - start, tl.load(CU_SEQLENS_K + sample + 1) - key_start
     if tl.program_id(0) * BLOCK_Q >= length:
         return
     index = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -83,15 +83,15 @@ def attention_forward(  # noqa: ANN201
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_backward_query(  # noqa: ANN201
-    QUERY, KEY, VALUE, OUT, GRAD, LOG_SUM, ROW_SUM, GRAD_QUERY, QUERY_OFFSETS, KEY_OFFSETS, SEED,  # noqa: ANN001
+    QUERY, KEY, VALUE, OUT, GRAD, LOG_SUM, ROW_SUM, GRAD_QUERY, CU_SEQLENS_Q, CU_SEQLENS_K, SEED,  # noqa: ANN001
     tokens, heads, scale,  # noqa: ANN001
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries, and its rows' sums of gradient x output. Grid: (query tiles, heads, samples)."""
     head, sample = tl.program_id(1), tl.program_id(2)
-    start, key_start = tl.load(QUERY_OFFSETS + sample), tl.load(KEY_OFFSETS + sample)
-    length, keys = tl.load(QUERY_OFFSETS + sample + 1) - start, tl.load(KEY_OFFSETS + sample + 1) - key_start
+    start, key_start = tl.load(CU_SEQLENS_Q + sample), tl.load(CU_SEQLENS_K + sample)
+    length, keys = tl.load(CU_SEQLENS_Q + sample + 1) - start, tl.load(CU_SEQLENS_K + sample + 1) - key_start
     if tl.program_id(0) * BLOCK_Q >= length:
         return
     index = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -123,7 +123,7 @@ def attention_backward_query(  # noqa: ANN201
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_backward_key_value(  # noqa: ANN201
-    QUERY, KEY, VALUE, GRAD, LOG_SUM, ROW_SUM, GRAD_KEY, GRAD_VALUE, QUERY_OFFSETS, KEY_OFFSETS, SEED,  # noqa: ANN001
+    QUERY, KEY, VALUE, GRAD, LOG_SUM, ROW_SUM, GRAD_KEY, GRAD_VALUE, CU_SEQLENS_Q, CU_SEQLENS_K, SEED,  # noqa: ANN001
     tokens, heads, scale,  # noqa: ANN001
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -134,8 +134,8 @@ def attention_backward_key_value(  # noqa: ANN201
     keys beyond the end accumulate is not stored.
     """
     head, sample = tl.program_id(1), tl.program_id(2)
-    start, key_start = tl.load(QUERY_OFFSETS + sample), tl.load(KEY_OFFSETS + sample)
-    length, keys = tl.load(QUERY_OFFSETS + sample + 1) - start, tl.load(KEY_OFFSETS + sample + 1) - key_start
+    start, key_start = tl.load(CU_SEQLENS_Q + sample), tl.load(CU_SEQLENS_K + sample)
+    length, keys = tl.load(CU_SEQLENS_Q + sample + 1) - start, tl.load(CU_SEQLENS_K + sample + 1) - key_start
     if tl.program_id(0) * BLOCK_K >= keys:
         return
     key_index = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -21,18 +21,18 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         [blocks, heads, length, d].
     """
     if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
-        return causal_attention_plain(query, key, value)
+        return plain_causal_attention(query, key, value)
     if query.is_meta:
         # PyTorch would take its definition there. This keeps and counts what a GPU's fused attention does.
         blocks, _, length, _ = query.shape
         bounds = torch.arange(blocks + 1, dtype=torch.int32, device="meta") * length
         rows = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-        attended = packed_attention(*rows, bounds, bounds, max_query=length, max_key=length)
+        attended = packed_attention(*rows, bounds, bounds, max_seqlen_q=length, max_seqlen_k=length)
         return attended.unflatten(0, (blocks, length)).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
-def causal_attention_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def plain_causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The definition of `causal_attention`."""
     length = query.shape[2]
     hidden = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)

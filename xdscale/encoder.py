@@ -14,6 +14,7 @@ from xdscale.data.collate import pack_clip_blocks
 from xdscale.errors import XdscaleError
 from xdscale.export import FULL_MODEL, LANGUAGE_PREFIX, MODEL_PREFIX, consolidated_state, run_recipe
 from xdscale.files import read_json
+from xdscale.models.operations import use_definitions
 from xdscale.models.xdbert import XDBERT
 from xdscale.names import expand_home
 from xdscale.pretrained.clip import build_clip_text_tower
@@ -172,9 +173,9 @@ def build_adapted(folder: Path) -> XDBERT:
         raise XdscaleError(f"{folder}: was adapted without CLIP, so there is no cross-modal model in it")
     source = Language(name=str(language_folder(folder).resolve()), weights="random")
     language = load_language_encoder(source, dropout=spec.dropout)
-    model = join_encoders(spec, language, build_clip_text_tower(spec.clip, plain=spec.kernels == "plain"))
+    model = join_encoders(spec, language, build_clip_text_tower(spec.clip))
     _load(model, _adapted_state(folder), MODEL_PREFIX, folder)
-    return model.eval()
+    return (use_definitions(model) if spec.kernels == "plain" else model).eval()
 
 
 def begin_with(module: torch.nn.Module, folder: Path) -> None:

@@ -39,8 +39,8 @@ def fused(inputs: list[torch.Tensor], packed: Packing, tile: Tile | None = None)
 
 def reference(inputs: list[torch.Tensor], packed: Packing) -> list[torch.Tensor]:
     leaves = [tokens.double().requires_grad_() for tokens in inputs[:3]]
-    bounds = packed.query_offsets, packed.key_offsets
-    out = attention.packed_attention_plain(*leaves, *bounds, packed.threshold, packed.seed)
+    bounds = packed.cu_seqlens_q, packed.cu_seqlens_k
+    out = attention.plain_packed_attention(*leaves, *bounds, dropout=packed.threshold / 256, seed=packed.seed)
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3].double())]
 
 
@@ -95,7 +95,7 @@ def test_mask_on_every_path_and_tile_is_the_same_bits(tile: Tile) -> None:
     grads = attention_launch.backward(unit_grad, zeros, torch.zeros_like(unit), unit, packed, *saved, tile=tile)
     assert torch.equal(grads[2][2:, :, :queries] != 0, expected.permute(2, 1, 0))
     on_cpu = [tokens.cpu() for tokens in (zeros, torch.zeros_like(unit), unit)]
-    bounds = packed.query_offsets.cpu(), packed.key_offsets.cpu()
+    bounds = packed.cu_seqlens_q.cpu(), packed.cu_seqlens_k.cpu()
     plain = Packing(*bounds, queries, keys, threshold, packed.seed.cpu())
     assert torch.equal(attention_cpu.forward(*on_cpu, plain)[0][3:] != 0, expected.cpu())
 
@@ -136,8 +136,8 @@ def test_the_public_call_reaches_the_kernels(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(attention, "_backend", lambda query: attention_launch)
     inputs, packed = draw(RAGGED, 2, 16, torch.float32), packing(RAGGED, 0.5)
     leaves = [tokens.requires_grad_() for tokens in inputs[:3]]
-    sizes = {"max_query": packed.max_query, "max_key": packed.max_key}
-    bounds = packed.query_offsets, packed.key_offsets
+    sizes = {"max_seqlen_q": packed.max_seqlen_q, "max_seqlen_k": packed.max_seqlen_k}
+    bounds = packed.cu_seqlens_q, packed.cu_seqlens_k
     out = attention.packed_attention(*leaves, *bounds, **sizes, dropout=0.5, seed=packed.seed)
     found = [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
     assert max(relative_errors(found, reference(inputs, packed))) <= 2e-6

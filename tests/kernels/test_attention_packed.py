@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from xdscale.kernels import attention_cpu
 from xdscale.kernels.attention import (
     packed_attention,
-    packed_attention_plain,
     packed_attention_probabilities,
+    plain_packed_attention,
 )
 from xdscale.kernels.attention_launch import compile_cases
 from xdscale.kernels.dropout_mask import drop_threshold, keep_mask
@@ -45,10 +45,10 @@ def draw(lengths: list[list[int]], heads: int, size: int, dtype: torch.dtype) ->
 
 def packing(lengths: list[list[int]]) -> dict[str, object]:
     return {
-        "query_offsets": offsets(lengths[0]),
-        "key_offsets": offsets(lengths[1]),
-        "max_query": max(lengths[0], default=0),
-        "max_key": max(lengths[1], default=0),
+        "cu_seqlens_q": offsets(lengths[0]),
+        "cu_seqlens_k": offsets(lengths[1]),
+        "max_seqlen_q": max(lengths[0], default=0),
+        "max_seqlen_k": max(lengths[1], default=0),
     }
 
 
@@ -68,7 +68,7 @@ def reference(
 ) -> list[torch.Tensor]:
     wide = {name: tensor.double() for name, tensor in tensors.items()}
     bounds = offsets(lengths[0]), offsets(lengths[1])
-    return with_gradients(lambda q, k, v: packed_attention_plain(q, k, v, *bounds, drop_threshold(dropout), seed), wide)
+    return with_gradients(lambda q, k, v: plain_packed_attention(q, k, v, *bounds, dropout=dropout, seed=seed), wide)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -78,7 +78,8 @@ def test_plain_definition_is_the_formula(dropout: float) -> None:
     tensors = draw(lengths, 2, 8, torch.float64)
     threshold = drop_threshold(dropout)
     bounds = offsets(lengths[0]), offsets(lengths[1])
-    out = packed_attention_plain(tensors["query"], tensors["key"], tensors["value"], *bounds, threshold, seed)
+    inputs = (tensors[name] for name in ("query", "key", "value"))
+    out = plain_packed_attention(*inputs, *bounds, dropout=dropout, seed=seed)
     for sample, (first_query, first_key) in enumerate([(0, 0), (3, 4)]):
         mask = keep_mask(seed, sample, 2, lengths[0][sample], lengths[1][sample], threshold)
         for head in range(2):
@@ -270,7 +271,7 @@ def test_maps_of_the_first_sample() -> None:
     assert maps.dtype == torch.float32
     assert torch.allclose(maps.sum(-1), torch.ones(2, 6))
     attended = maps @ tensors["value"][:5].float().transpose(0, 1)
-    out = packed_attention_plain(
+    out = plain_packed_attention(
         *(tensors[n].float() for n in ("query", "key", "value")), offsets([6, 3]), offsets([5, 9])
     )
     assert torch.allclose(attended, out[:6].transpose(0, 1), atol=1e-5)
@@ -285,11 +286,11 @@ def test_maps_of_the_first_sample() -> None:
         ({"key": torch.zeros(5, 2, 9)}, ValueError, r"key must have the shape \[tokens, 2, 8\]"),
         ({"value": torch.zeros(6, 2, 8)}, ValueError, "value must have 5 tokens like key, not 6"),
         ({"value": torch.zeros(5, 2, 8, device="meta")}, ValueError, "value must be on cpu like query, not on meta"),
-        ({"query_offsets": torch.tensor([0, 4])}, TypeError, "query_offsets must be int32, not torch.int64"),
-        ({"key_offsets": offsets([2, 3])}, ValueError, r"key_offsets must have the shape \[samples \+ 1\]"),
-        ({"key_offsets": offsets([6])}, ValueError, "key_offsets must rise from 0 to the 5 tokens of key"),
-        ({"max_query": 3}, ValueError, "max_query must be at least the longest sequence, 4, not 3"),
-        ({"max_key": 4}, ValueError, "max_key must be at least the longest sequence, 5, not 4"),
+        ({"cu_seqlens_q": torch.tensor([0, 4])}, TypeError, "cu_seqlens_q must be int32, not torch.int64"),
+        ({"cu_seqlens_k": offsets([2, 3])}, ValueError, r"cu_seqlens_k must have the shape \[samples \+ 1\]"),
+        ({"cu_seqlens_k": offsets([6])}, ValueError, "cu_seqlens_k must rise from 0 to its 5 tokens"),
+        ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q must be at least the longest sequence, 4, not 3"),
+        ({"max_seqlen_k": 4}, ValueError, "max_seqlen_k must be at least the longest sequence, 5, not 4"),
         ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and below 1, not 1.0"),
         ({"dropout": 0.1}, ValueError, "seed must be an int64 tensor of shape"),
         ({"seed": torch.tensor([1.0])}, TypeError, "seed must be int64, not torch.float32"),

@@ -12,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from xdscale.kernels import (
     activated_linear,
     causal_attention,
-    causal_attention_plain,
     gpu,
     masked_token_loss,
     packed_attention,
-    packed_attention_plain,
     plain_activated_linear,
+    plain_causal_attention,
     plain_masked_token_loss,
+    plain_packed_attention,
     plain_quick_gelu,
     plain_residual_norm,
     quick_gelu,
@@ -41,7 +41,7 @@ def attend(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     inputs = leaves(device, dtype, (21, 3, 16), (9, 3, 16), (9, 3, 16))
     bounds = offsets([20, 1], device), offsets([4, 5], device)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
-    return [packed_attention(*inputs, *bounds, max_query=20, max_key=5, dropout=0.1, seed=seed), *inputs]
+    return [packed_attention(*inputs, *bounds, max_seqlen_q=20, max_seqlen_k=5, dropout=0.1, seed=seed), *inputs]
 
 
 def attend_causally(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -51,7 +51,7 @@ def attend_causally(device: torch.device, dtype: torch.dtype) -> list[torch.Tens
     if device == META:
         return [causal_attention(query, key, value), joint]
     rows = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    out = packed_attention(*rows, offsets([7] * 5, device), offsets([7] * 5, device), max_query=7, max_key=7)
+    out = packed_attention(*rows, offsets([7] * 5, device), offsets([7] * 5, device), max_seqlen_q=7, max_seqlen_k=7)
     return [out.unflatten(0, (5, 7)).transpose(1, 2), joint]
 
 
@@ -120,20 +120,20 @@ def test_attention_counts_every_pair_of_a_sample(
     """As many as the definition, which reads the offsets too."""
     sides = [[query for query, _ in lengths], [key for _, key in lengths]]
     bounds = [offsets(side, torch.device("cpu")) for side in sides]
-    longest = {"max_query": max(sides[0]), "max_key": max(sides[1])}
+    longest = {"max_seqlen_q": max(sides[0]), "max_seqlen_k": max(sides[1])}
     seed = torch.zeros(1, dtype=torch.int64, device="meta") if dropout else None
     inputs = leaves(META, dtype, *((sum(side), heads, size) for side in (sides[0], sides[1], sides[1])))
     found = flops(lambda *q: packed_attention(*q, *bounds, **longest, dropout=dropout, seed=seed), inputs)
-    assert found == flops(lambda *q: packed_attention_plain(*q, *bounds), inputs)
+    assert found == flops(lambda *q: plain_packed_attention(*q, *bounds), inputs)
 
 
 @pytest.mark.parametrize(("samples", "queries", "keys"), [(32, 512, 512), (7, 512, 77), (1, 1, 3)])
 def test_offsets_without_values_stand_for_equal_lengths(samples: int, queries: int, keys: int) -> None:
     inputs = leaves(META, torch.bfloat16, *((samples * length, 12, 64) for length in (queries, keys, keys)))
     bounds = [offsets([length] * samples, torch.device("cpu")) for length in (queries, keys)]
-    options = {"max_query": queries, "max_key": keys}
+    options = {"max_seqlen_q": queries, "max_seqlen_k": keys}
     found = flops(lambda *q: packed_attention(*q, *(b.to(META) for b in bounds), **options), inputs)
-    assert found == flops(lambda *q: packed_attention_plain(*q, *bounds), inputs)
+    assert found == flops(lambda *q: plain_packed_attention(*q, *bounds), inputs)
 
 
 @settings(max_examples=20, deadline=None)
@@ -143,7 +143,7 @@ def test_offsets_without_values_stand_for_equal_lengths(samples: int, queries: i
 )
 def test_causal_attention_counts_as_its_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = leaves(META, dtype, shape, shape, shape)
-    assert flops(causal_attention, inputs) == flops(causal_attention_plain, inputs)
+    assert flops(causal_attention, inputs) == flops(plain_causal_attention, inputs)
 
 
 @settings(max_examples=20, deadline=None)

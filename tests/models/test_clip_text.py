@@ -3,9 +3,12 @@ import copy
 import open_clip
 import pytest
 import torch
+from open_clip.transformer import ResidualAttentionBlock
+from torch import nn
 
 from xdscale import recipe
-from xdscale.models.clip_text import CLIPTextEncoder
+from xdscale.models.clip_text import CausalBlockAttention, CLIPTextEncoder
+from xdscale.models.operations import use_definitions
 from xdscale.pretrained.clip import load_clip_text_tower
 
 START, END = 49406, 49407
@@ -112,7 +115,9 @@ def tower(request):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_features_and_gradients_are_open_clips(tower, plain, checkpointing):
     ids = torch.randint(99, (3, 77), generator=torch.Generator().manual_seed(2))
-    encoder = CLIPTextEncoder(copy.deepcopy(tower), plain=plain)
+    encoder = CLIPTextEncoder(copy.deepcopy(tower))
+    if plain:
+        use_definitions(encoder)
     if checkpointing:
         encoder.enable_activation_checkpointing()
     expected, expected_gradients = features_and_gradients(tower, tower, ids)
@@ -149,3 +154,20 @@ def test_under_autocast_gradients_stay_near(tower):
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
         assert (gradient - expected[name]).norm() <= 0.1 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_clip_block_computes_what_open_clip_computes(plain):
+    """One of open_clip's blocks with its own attention and with ours; names of parameters stay."""
+    torch.manual_seed(7)
+    block = ResidualAttentionBlock(32, 4).double()
+    nn.init.normal_(block.attn.in_proj_bias)
+    names = sorted(block.state_dict())
+    states = torch.randn(3, 77, 32, dtype=torch.float64)
+    causal = torch.full((77, 77), -torch.inf, dtype=torch.float64).triu(1)
+    expected = block(states, attn_mask=causal)
+    block.attn = CausalBlockAttention(block.attn)
+    if plain:
+        use_definitions(block)
+    torch.testing.assert_close(block(states, attn_mask=causal), expected, rtol=1e-12, atol=1e-12)
+    assert sorted(block.state_dict()) == names

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from xdscale.models.cross_modal import CrossModalLayer, Wanted
+from xdscale.models.cross_modal import CrossModalLayer, SelectedTokens
+from xdscale.models.operations import ResidualNorm, attention_map, use_definitions
 from xdscale.models.packed_tokens import chosen_tokens, packed_by_lengths
-from xdscale.models.residual_norm import ResidualNorm
 
 LANGUAGE_MASK = [[True] * 5, [True, True, True, False, False], [False, True, False, True, False]]
 CLIP_MASK = [[True, True, True, False, True, False], [True] * 6, [True] + [False] * 5]
@@ -12,7 +12,8 @@ CLIP_MASK = [[True, True, True, False, True, False], [True] * 6, [True] + [False
 @pytest.fixture(params=["fused", "plain"])
 def layer(request):
     torch.manual_seed(0)
-    return CrossModalLayer(12, 8, 3, 2, 20, 0.1, plain=request.param == "plain").double().eval()
+    layer = CrossModalLayer(12, 8, 3, 2, 20, 0.1).double().eval()
+    return use_definitions(layer) if request.param == "plain" else layer
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_the_order_of_the_two_directions_does_not_matter(layer, packed_states):
     assert torch.equal(found[1], text)
 
 
-WANTED = {
+SELECTED = {
     "some": ([0, 3, 4, 6], [2, 3, 5, 9, 10]),
     "none of the second sample": ([1, 8, 9], [0, 10]),
     "one sample": ([5, 7], [4]),
@@ -91,12 +92,12 @@ WANTED = {
 }
 
 
-@pytest.mark.parametrize("rows", WANTED.values(), ids=WANTED)
-def test_wanted_rows_are_those_of_the_whole_layer(layer, packed_states, rows):
-    """What is left out changes no wanted state and no gradient, fp64."""
+@pytest.mark.parametrize("rows", SELECTED.values(), ids=SELECTED)
+def test_selected_tokens_are_those_of_the_whole_layer(layer, packed_states, rows):
+    """What is left out changes no selected state and no gradient, fp64."""
     language_rows, clip_rows = (torch.tensor(side, dtype=torch.int64) for side in rows)
     language, clip, language_packed, clip_packed = packed_states
-    wanted = Wanted(
+    selected = SelectedTokens(
         language_rows,
         chosen_tokens(language_rows, language_packed),
         clip_rows,
@@ -104,7 +105,7 @@ def test_wanted_rows_are_those_of_the_whole_layer(layer, packed_states, rows):
     )
     everything = layer(*packed_states)
     expected = everything[0][language_rows], everything[1][clip_rows]
-    found = layer(*packed_states, wanted)
+    found = layer(*packed_states, selected)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     inputs = [language, clip, *layer.parameters()]
     torch.testing.assert_close(gradients(found, inputs), gradients(expected, inputs), rtol=1e-10, atol=1e-10)
@@ -131,7 +132,9 @@ def test_parameter_counts_of_the_parts(sizes, parts, total):
 @pytest.mark.parametrize("plain", [False, True])
 def test_dropout_acts_in_training_only(packed_states, plain):
     torch.manual_seed(0)
-    layer = CrossModalLayer(12, 8, 3, 2, 20, 0.5, plain=plain).double()
+    layer = CrossModalLayer(12, 8, 3, 2, 20, 0.5).double()
+    if plain:
+        use_definitions(layer)
     first, second = layer(*packed_states), layer(*packed_states)
     assert not torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
@@ -139,17 +142,18 @@ def test_dropout_acts_in_training_only(packed_states, plain):
     assert torch.equal(layer(*packed_states)[0], layer(*packed_states)[0])
 
 
-def test_attention_dropout_follows_the_rate(monkeypatch, packed_states):
+def test_attention_dropout_follows_the_rate(packed_states):
     """The kernel gets the rate in training only, with a seed of its own for every call."""
     layer = CrossModalLayer(12, 8, 3, 2, 20, 0.1).double().eval()
     rates, seeds = [], []
 
-    def spy(query, key, value, query_offsets, key_offsets, *, max_query, max_key, dropout, seed):
+    def spy(query, key, value, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, dropout, seed):
         rates.append(dropout)
         seeds.append(None if seed is None else seed.item())
         return torch.zeros_like(query)
 
-    monkeypatch.setattr("xdscale.models.attention.packed_attention", spy)
+    for name in ("language_cross", "clip_cross", "language_self", "clip_self"):
+        getattr(layer, name).attention.function = spy
     layer(*packed_states)
     layer.train()(*packed_states)
     assert rates == [0.0] * 4 + [0.1] * 4
@@ -162,7 +166,9 @@ def test_attention_dropout_follows_the_rate(monkeypatch, packed_states):
 def test_attention_weights_are_dropped_and_not_only_the_output(packed_states, plain):
     """Without the dropout of states, the masks of the attention weights alone decide."""
     torch.manual_seed(0)
-    layer = CrossModalLayer(12, 8, 3, 2, 20, 0.5, plain=plain).double()
+    layer = CrossModalLayer(12, 8, 3, 2, 20, 0.5).double()
+    if plain:
+        use_definitions(layer)
     for module in layer.modules():
         if isinstance(module, ResidualNorm):
             module.eval()
@@ -178,7 +184,10 @@ def test_attention_weights_are_dropped_and_not_only_the_output(packed_states, pl
 def test_attention_map_is_the_mean_over_heads_of_the_first_sample(layer, packed_states):
     language, clip, language_packed, clip_packed = packed_states
     module = layer.language_cross
-    found = module.attention_map(language, clip, language_packed, clip_packed)
+    calls = []
+    module.attention.register_forward_hook(lambda _, inputs, __: calls.append(inputs))
+    layer(*packed_states)
+    found = attention_map(*calls[0])
     query = language[sample_rows(language_packed)[0]] @ module.query.weight.T + module.query.bias
     key = clip[sample_rows(clip_packed)[0]] @ module.key.weight.T + module.key.bias
     expected = 0

@@ -3,6 +3,7 @@ import torch
 from transformers import AutoModel
 
 from xdscale import recipe
+from xdscale.models.operations import use_definitions
 from xdscale.tasks.xdbert import build_model
 
 
@@ -85,7 +86,8 @@ def test_equals_the_parts_sample_by_sample(wide, inputs, layer_formula):
     language_ids, clip_ids, clip_lengths = inputs
     lengths = torch.tensor([13, 20])
     mask = torch.arange(20) < lengths[:, None]
-    language, clip, maps = wide(language_ids, clip_ids, clip_lengths, mask, return_attention=True)
+    with wide.recorded_attention() as maps:
+        language, clip = wide(language_ids, clip_ids, clip_lengths, mask)
     expected_language, expected_clip = torch.zeros_like(language), torch.zeros_like(clip)
     for sample, length in enumerate(lengths):
         states = wide.language(language_ids[sample : sample + 1, :length]).last_hidden_state[0]
@@ -119,20 +121,20 @@ def trained(model):
         ([], [17, 250]),
     ],
 )
-def test_wanted_states_are_those_of_the_whole_model(wide, inputs, language, clip, with_mask):
+def test_selected_states_are_those_of_the_whole_model(wide, inputs, language, clip, with_mask):
     """The last layer at some positions only: the same states and gradients as at all positions, fp64."""
     mask = torch.arange(20) < torch.tensor([[13], [20]]) if with_mask else None
-    wanted = torch.tensor(language, dtype=torch.int64), torch.tensor(clip, dtype=torch.int64)
+    selected = torch.tensor(language, dtype=torch.int64), torch.tensor(clip, dtype=torch.int64)
     everything = wide(*inputs, mask)
-    expected = tuple(states.flatten(0, 1)[rows] for states, rows in zip(everything, wanted, strict=True))
-    found = wide(*inputs, mask, wanted=wanted)
+    expected = tuple(states.flatten(0, 1)[rows] for states, rows in zip(everything, selected, strict=True))
+    found = wide(*inputs, mask, selected=selected)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     pair = (torch.autograd.grad(sum((x**3).sum() for x in states), trained(wide)) for states in (found, expected))
     torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_only_the_last_layer_is_cut_and_only_to_what_is_wanted(cassette_model, clip_tiny, inputs, checkpointing):
+def test_only_the_last_layer_is_cut_and_only_to_what_is_selected(cassette_model, clip_tiny, inputs, checkpointing):
     model = build_model(spec(cassette_model, clip_tiny, weights="pretrained", layers=3))
     if checkpointing:
         model.enable_activation_checkpointing()
@@ -141,7 +143,7 @@ def test_only_the_last_layer_is_cut_and_only_to_what_is_wanted(cassette_model, c
         for side in (layer.language_feed_forward, layer.clip_feed_forward):
             side.register_forward_hook(lambda _, args, out: rows.append((len(args[0]), len(out))))
     with torch.set_grad_enabled(checkpointing):
-        model(*inputs, wanted=(torch.tensor([3, 8, 22]), torch.tensor([240])))
+        model(*inputs, selected=(torch.tensor([3, 8, 22]), torch.tensor([240])))
     # 2 x 20 language tokens; 77 + 77 + 30 and 77 + 12 CLIP tokens
     assert rows == [(40, 40), (273, 273)] * 2 + [(3, 3), (1, 1)]
 
@@ -174,7 +176,8 @@ def test_padding_is_invisible_and_word_zero_is_not(small, inputs):
     before, _ = small(language_ids, clip_ids, clip_lengths)
     with_word = clip_ids.clone()
     with_word[0, 0, 5] = 0
-    before_word, _, maps = small(language_ids, with_word, clip_lengths, return_attention=True)
+    with small.recorded_attention() as maps:
+        before_word, _ = small(language_ids, with_word, clip_lengths)
     assert [weights.shape[1] for weights in maps] == [77 + 77 + 30] * 2  # the word at position 5 is among them
     embedding = small.clip.tower.token_embedding.weight
     original = embedding[0].clone()
@@ -249,27 +252,29 @@ def plain_and_thrifty(request, cassette_model, clip_tiny):
     torch.manual_seed(0)
     model = spec(cassette_model, clip_tiny, weights="pretrained", kernels=request.param)
     plain, thrifty = (build_model(model).train() for _ in range(2))
+    if request.param == "plain":
+        use_definitions(plain), use_definitions(thrifty)
     thrifty.load_state_dict(plain.state_dict())
     thrifty.enable_activation_checkpointing()
     return plain, thrifty
 
 
-def all_gradients(model, inputs, seed, wanted):
+def all_gradients(model, inputs, seed, selected):
     """By name, after one forward pass with dropout."""
     model.zero_grad()
     torch.manual_seed(seed)
-    language, clip = model(*inputs, wanted=wanted)
+    language, clip = model(*inputs, selected=selected)
     (language.square().sum() + (clip**3).sum()).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("wanted", [None, (torch.tensor([0, 7, 9]), torch.tensor([3, 232, 300]))])
-def test_activation_checkpointing_changes_no_gradient(plain_and_thrifty, inputs, wanted):
+@pytest.mark.parametrize("selected", [None, (torch.tensor([0, 7, 9]), torch.tensor([3, 232, 300]))])
+def test_activation_checkpointing_changes_no_gradient(plain_and_thrifty, inputs, selected):
     """Dropout is on, of states and of attention weights, and is drawn alike in the second pass."""
     plain, thrifty = plain_and_thrifty
-    expected = all_gradients(plain, inputs, 7, wanted)
-    torch.testing.assert_close(all_gradients(thrifty, inputs, 7, wanted), expected)
-    other = all_gradients(plain, inputs, 8, wanted)
+    expected = all_gradients(plain, inputs, 7, selected)
+    torch.testing.assert_close(all_gradients(thrifty, inputs, 7, selected), expected)
+    other = all_gradients(plain, inputs, 8, selected)
     name = "layers.0.language_self.value.weight"
     assert (other[name] - expected[name]).norm() > 0.1 * expected[name].norm()  # masks matter
 
@@ -293,7 +298,8 @@ def test_activation_checkpointing_keeps_less(plain_and_thrifty, inputs, part):
 @torch.no_grad()
 def test_attention_maps(small, inputs):
     """The first sample's tokens without padding: 77 + 77 + 30 of CLIP."""
-    language, clip, maps = small(*inputs, return_attention=True)
+    with small.recorded_attention() as maps:
+        language, clip = small(*inputs)
     assert torch.equal(language, small(*inputs)[0])
     assert torch.equal(clip, small(*inputs)[1])
     assert [tuple(weights.shape) for weights in maps] == [(20, 184)] * 2
@@ -301,5 +307,7 @@ def test_attention_maps(small, inputs):
         assert weights.dtype == torch.float32
         torch.testing.assert_close(weights.sum(-1), torch.ones(20))
         assert weights.min() > 0
-    alone = small(*(x[:1] for x in inputs), return_attention=True)[2]
+    assert len(maps) == 2  # what runs after it is not recorded
+    with small.recorded_attention() as alone:
+        small(*(x[:1] for x in inputs))
     torch.testing.assert_close(maps, alone, rtol=1e-4, atol=1e-7)

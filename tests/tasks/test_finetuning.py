@@ -161,10 +161,10 @@ def test_clip_alone_is_read_at_the_end_token_and_knows_no_later_padding(clip_tin
     subject = build_clip_classifier(spec, find_task("rte"), dropout=0.0).eval()
     batch = make_batch("rte", [1, 0])
     with torch.no_grad():
-        logits = subject(batch, False).logits
+        logits = subject(batch)
         states = subject.encoder(batch["clip_ids"]).view(2, 4, 77, -1)
         sentences = [states[:, block][range(2), batch["clip_lengths"][:, block] - 1] for block in (0, 2)]
         batch["clip_ids"][:, 0, -1] = 7  # behind the end token
-        again = subject(batch, False).logits
+        again = subject(batch)
     torch.testing.assert_close(logits, subject.classifier(torch.cat(sentences, 1)), atol=1e-5, rtol=1e-5)
     assert torch.equal(logits, again)

@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from xdscale.models.cross_modal import Wanted
+from xdscale.models.cross_modal import SelectedTokens
 from xdscale.models.packed_tokens import PackedTokens
 from xdscale.padding import clip_layout
 from xdscale.tasks.xdbert import build_adaptation
@@ -103,13 +103,13 @@ def run_parts(module):
     rows, columns = 76 + 50 + 2, 120
     states = torch.empty(1024, size, device="meta"), torch.empty(693 + 328, 512, device="meta")
     streams = offsets([512, 512]), offsets([693, 328])
-    wanted = Wanted(
+    selected = SelectedTokens(
         torch.empty(rows, dtype=torch.int64, device="meta"),
         offsets([77, 51]),
         torch.empty(columns, dtype=torch.int64, device="meta"),
         offsets([60, 60]),
     )
-    for layer, limit in zip(module.model.layers, (None, wanted), strict=True):
+    for layer, limit in zip(module.model.layers, (None, selected), strict=True):
         states = layer(*states, *streams, limit)
     assert [len(side) for side in states] == [rows, columns]
     labels = torch.empty(1024, dtype=torch.int64, device="meta")

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from xdscale.models.operations import use_definitions
 from xdscale.tasks.heads import MaskedTokenHead, MatchHead
 
 VOCABULARY = 13
@@ -19,9 +20,9 @@ def embedding():
 @pytest.fixture(params=["fused", "plain"])
 def head(request, embedding):
     """A head whose states (8) are wider than the embedding (6), as in ELECTRA-small or a CLIP with a projection."""
-    head = MaskedTokenHead(8, embedding, plain=request.param == "plain").double()
+    head = MaskedTokenHead(8, embedding).double()
     nn.init.normal_(head.decoder_bias)
-    return head
+    return use_definitions(head) if request.param == "plain" else head
 
 
 @pytest.fixture

@@ -40,29 +40,3 @@ def test_losses_and_gradients_are_equal(pair, batch):
         assert (gradients[name] - gradient).norm() <= 1e-5 * (gradient.norm() + 0.01 * whole), name
     other = losses_and_gradients(plain, batch, 6)[0]
     assert (other["mlm"] != pytest.approx(expected_losses["mlm"], rel=1e-4)) == (dropout > 0)
-
-
-def test_each_choice_runs_its_own_code(pair, batch, monkeypatch):
-    """Two times the same would be equal as well."""
-    _, fused, plain = pair
-
-    def refuse(*_, **__):
-        raise AssertionError("the other choice")
-
-    for kernel, definition in (
-        ("attention.packed_attention", "attention.packed_attention_plain"),
-        ("residual_norm.residual_norm", "residual_norm.plain_residual_norm"),
-        ("activated_linear.activated_linear", "activated_linear.plain_activated_linear"),
-        ("clip_text.causal_attention", "clip_text.causal_attention_plain"),
-    ):
-        for refused, other, name in ((fused, plain, kernel), (plain, fused, definition)):
-            monkeypatch.setattr(f"xdscale.models.{name}", refuse)
-            other(batch)
-            with pytest.raises(AssertionError, match="the other choice"):
-                refused(batch)
-            monkeypatch.undo()
-    names = [(m.mlm.loss.__name__, m.clip_tokens.loss.__name__) for m in (fused, plain)]
-    assert names == [("masked_token_loss",) * 2, ("plain_masked_token_loss",) * 2]
-    blocks = [module.model.clip.tower.transformer.resblocks for module in (fused, plain)]
-    names = [{block.mlp.c_proj.activation.__name__ for block in each} for each in blocks]
-    assert names == [{"quick_gelu"}, {"plain_quick_gelu"}]

@@ -5,13 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from xdscale import recipe
 from xdscale.export import _export_full_model
-from xdscale.models.activated_linear import ActivatedLinear
-from xdscale.models.attention import FUSED, PLAIN
-from xdscale.models.cross_modal import AttentionSublayer
-from xdscale.models.residual_norm import ResidualNorm
+from xdscale.kernels import DEFINITIONS, packed_attention
+from xdscale.models.operations import use_definitions
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import (
     build_clip_classifier,
@@ -20,24 +19,26 @@ from xdscale.tasks.finetuning import (
 )
 from xdscale.tasks.xdbert import build_adaptation
 
-# A language layer has two sublayers, a cross-modal layer two attentions and a feed-forward for each stream.
+# A language layer has two sublayers, a cross-modal layer two attentions and a feed-forward for each encoder.
 LANGUAGE_LAYER = {"residual_norm": 2, "activated_linear": 1}
-CROSS_LAYER = {"attention": 4, "residual_norm": 6, "activated_linear": 2}
-CLIP_LAYER = {"activated_linear": 1}
-KINDS = {ResidualNorm: "residual_norm", ActivatedLinear: "activated_linear", AttentionSublayer: "attention"}
+CROSS_LAYER = {"packed_attention": 4, "residual_norm": 6, "activated_linear": 2}
+CLIP_LAYER = {"activated_linear": 1, "causal_attention": 1, "quick_gelu": 1}
 
 
 def counted(module):
-    """Returns how many modules of each kind compute by their definitions, and how many by kernels."""
-    counts = {True: Counter(), False: Counter()}
-    for part in module.modules():
-        if type(part) in KINDS:
-            counts[part.plain][KINDS[type(part)]] += 1
-    return counts
+    """Returns how many modules call each operation, and how many each definition."""
+    functions = {*DEFINITIONS, *DEFINITIONS.values()}
+    parts = [getattr(part, name, None) for part in module.modules() for name in ("function", "activation")]
+    return Counter(part.__name__ for part in parts if part in functions)
 
 
-def times(number, layer):
-    return Counter({kind: number * count for kind, count in layer.items()})
+def times(number, layer, plain):
+    return Counter({f"plain_{kind}" if plain else kind: number * count for kind, count in layer.items()})
+
+
+def attention_of(encoder):
+    """Returns what transformers calls in each layer."""
+    return AttentionInterface()[encoder.config._attn_implementation].keywords["function"]
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +50,35 @@ def small_clip_layers(clip_tiny):
 @pytest.mark.parametrize("cross_layers", [1, 2])
 def test_adaptation(adaptation_spec, small_clip_layers, kernels, cross_layers):
     torch.manual_seed(0)
-    module = build_adaptation(adaptation_spec(kernels=kernels, layers=cross_layers))
-    plain = kernels == "plain"
-    expected = times(2, LANGUAGE_LAYER) + times(cross_layers, CROSS_LAYER) + times(small_clip_layers, CLIP_LAYER)
-    assert counted(module) == {plain: expected, not plain: Counter()}
-    assert module.model.language.config._attn_implementation == (PLAIN if plain else FUSED)
+    module, plain = build_adaptation(adaptation_spec(kernels=kernels, layers=cross_layers)), kernels == "plain"
+    assert counted(module) == (
+        times(2, LANGUAGE_LAYER, plain)
+        + times(cross_layers, CROSS_LAYER, plain)
+        + times(small_clip_layers, CLIP_LAYER, plain)
+        + times(2, {"masked_token_loss": 1}, plain)
+    )
+    assert attention_of(module.model.language) is (DEFINITIONS[packed_attention] if plain else packed_attention)
 
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("task", ["cola", "swag"])
 def test_finetuning_of_each_subject(adaptation_spec, cassette_model, small_clip_layers, tmp_path, plain, task):
-    language = build_language_classifier(
-        recipe.Language(name=str(cassette_model)), find_task(task), dropout=0.1, plain=plain
-    )
-    assert counted(language) == {plain: times(2, LANGUAGE_LAYER), not plain: Counter()}
-    assert language.model.config._attn_implementation == (PLAIN if plain else FUSED)
-    clip = build_clip_classifier(
-        recipe.Clip(name="clip-tiny.json", weights="random"), find_task(task), dropout=0.1, plain=plain
-    )
-    assert counted(clip) == {plain: times(small_clip_layers, CLIP_LAYER), not plain: Counter()}
+    language = build_language_classifier(recipe.Language(name=str(cassette_model)), find_task(task), dropout=0.1)
+    clip = build_clip_classifier(recipe.Clip(name="clip-tiny.json", weights="random"), find_task(task), dropout=0.1)
     torch.manual_seed(4)
     spec = adaptation_spec()
     _export_full_model(spec, build_adaptation(spec).state_dict(), tmp_path / "cross_modal")
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((cassette_model / name).read_bytes())
-    both = build_cross_modal_classifier(tmp_path, find_task(task), dropout=0.1, plain=plain)
-    expected = times(2, LANGUAGE_LAYER) + times(2, CROSS_LAYER) + times(small_clip_layers, CLIP_LAYER)
-    assert counted(both) == {plain: expected, not plain: Counter()}
-    assert both.encoder.language.config._attn_implementation == (PLAIN if plain else FUSED)
+    both = build_cross_modal_classifier(tmp_path, find_task(task), dropout=0.1)
+    if plain:
+        for subject in (language, clip, both):
+            assert use_definitions(subject) is subject
+    assert counted(language) == times(2, LANGUAGE_LAYER, plain)
+    assert counted(clip) == times(small_clip_layers, CLIP_LAYER, plain)
+    assert counted(both) == (
+        times(2, LANGUAGE_LAYER, plain) + times(2, CROSS_LAYER, plain) + times(small_clip_layers, CLIP_LAYER, plain)
+    )
+    expected = DEFINITIONS[packed_attention] if plain else packed_attention
+    assert attention_of(language.model) is attention_of(both.encoder.language) is expected
+    assert attention_of(language.model.base_model) is expected

@@ -1,6 +1,7 @@
 """The loop and the evaluation against plain sums, on an engine that remembers how it was called."""
 
 import itertools
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -46,17 +47,25 @@ class FakeEngine(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
         self.optimizer = self.basic_optimizer = torch.optim.SGD([self.scale], lr=0.0)
         self.modes, self.seeds, self.updates = [], [], 0
+        self.recording = []
 
     @property
     def module(self):
         return self
 
-    def forward(self, batch, return_attention=False):
+    def forward(self, batch):
         self.modes.append(self.training)
         self.seeds.append(torch.initial_seed())
+        for maps in self.recording:
+            maps.append(torch.eye(2) * len(batch["values"]))
         total = (batch["values"] * self.scale).sum()
-        outputs = {"first": (total, batch["values"].gt(0).sum()), "second": (total * batch["weight"], torch.tensor(1))}
-        return outputs | ({"attention_maps": [torch.eye(2)]} if return_attention else {})
+        return {"first": (total, batch["values"].gt(0).sum()), "second": (total * batch["weight"], torch.tensor(1))}
+
+    @contextmanager
+    def recorded_attention(self):
+        self.recording.append([])
+        yield self.recording[-1]
+        self.recording.pop()
 
     def backward(self, loss):
         loss.backward()
@@ -230,7 +239,8 @@ def test_evaluation_is_the_mean_over_all_targets_of_all_ranks(ranks):
     assert metrics["accuracy/second"] == pytest.approx((2 + 3 * more) / (6 + 10 * more))
     assert engine.modes == [False, False]
     assert engine.training
-    np.testing.assert_array_equal(maps, [np.eye(2)])
+    np.testing.assert_array_equal(maps, [2 * np.eye(2)])  # of the first batch alone
+    assert not engine.recording
 
 
 def test_an_evaluation_that_is_broken_off_leaves_the_engine_in_training_mode():

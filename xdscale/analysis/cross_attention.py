@@ -72,13 +72,8 @@ def cross_attention(folder: Path, sentences: list[str]) -> CrossAttention:
     positions = model.language.config.max_position_embeddings
     if len(language_ids) > positions:
         raise XdscaleError(f"the example has {len(language_ids)} word pieces, but the encoder in {folder} {positions}")
-    with torch.no_grad():
-        *_, maps = model(
-            torch.tensor(language_ids)[None],
-            torch.from_numpy(clip_ids)[None],
-            torch.from_numpy(clip_lengths)[None],
-            return_attention=True,
-        )
+    with torch.no_grad(), model.recorded_attention() as maps:
+        model(*(torch.as_tensor(array)[None] for array in (language_ids, clip_ids, clip_lengths)))
     weights = [layer.double().numpy() for layer in maps]  # each [language tokens, CLIP tokens]
     return CrossAttention(tuple(recipe.tasks.weights()), language_tokens, clip_tokens, weights)
 

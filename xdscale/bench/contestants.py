@@ -65,13 +65,13 @@ def attention_contestants(sizes: Sizes, dtype: torch.dtype, dropout: float) -> C
     rows = [tokens.detach().transpose(1, 2) for tokens in padded]
     packed = [rows[0].flatten(0, 1), rows[1][mask], rows[2][mask]]
     packed = [tokens.contiguous().requires_grad_() for tokens in packed]
-    query_offsets = torch.arange(samples + 1, device=device, dtype=torch.int32) * QUERIES
-    key_offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    cu_seqlens_q = torch.arange(samples + 1, device=device, dtype=torch.int32) * QUERIES
+    cu_seqlens_k = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     seed = torch.tensor([1], device=device) if dropout else None
 
     def ours() -> torch.Tensor:
-        layout = {"max_query": QUERIES, "max_key": most, "dropout": dropout, "seed": seed}
-        return packed_attention(*packed, query_offsets, key_offsets, **layout)
+        layout = {"max_seqlen_q": QUERIES, "max_seqlen_k": most, "dropout": dropout, "seed": seed}
+        return packed_attention(*packed, cu_seqlens_q, cu_seqlens_k, **layout)
 
     def pytorch() -> torch.Tensor:
         return F.scaled_dot_product_attention(*padded, attn_mask=mask[:, None, None, :], dropout_p=dropout)
@@ -88,7 +88,7 @@ def attention_contestants(sizes: Sizes, dtype: torch.dtype, dropout: float) -> C
     contestants["plain, padded, compiled"] = _with_backward(_compiled(plain), padded)
     if not dropout:  # these have none
         contestants["FlexAttention, padded"] = _with_backward(_flex_attention(padded, lengths), padded)
-        contestants["varlen_attn"] = _with_backward(_varlen_attention(packed, query_offsets, key_offsets), packed)
+        contestants["varlen_attn"] = _with_backward(_varlen_attention(packed, cu_seqlens_q, cu_seqlens_k), packed)
     return contestants
 
 
@@ -109,12 +109,12 @@ def _on_backend(call: Callable[[], torch.Tensor], backend: SDPBackend) -> Callab
 
 
 def _varlen_attention(
-    packed: list[torch.Tensor], query_offsets: torch.Tensor, key_offsets: torch.Tensor
+    packed: list[torch.Tensor], cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
 ) -> Callable[[], torch.Tensor]:
     def run() -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(*packed, query_offsets, key_offsets, QUERIES, max(KEY_LENGTHS))
+        return varlen_attn(*packed, cu_seqlens_q, cu_seqlens_k, QUERIES, max(KEY_LENGTHS))
 
     return run
 

@@ -27,15 +27,14 @@ from xdscale.kernels import (
     activated_linear,
     masked_token_loss,
     packed_attention,
-    packed_attention_plain,
     plain_activated_linear,
     plain_masked_token_loss,
+    plain_packed_attention,
     plain_quick_gelu,
     plain_residual_norm,
     quick_gelu,
     residual_norm,
 )
-from xdscale.kernels.dropout_mask import drop_threshold
 from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe, load_recipe
 from xdscale.tasks.xdbert import build_adaptation
@@ -121,11 +120,11 @@ def _operations(device: torch.device) -> Iterator[tuple[str, Callable, Callable,
     seed = torch.tensor([1], device=device)
     attended = [(sum(queries), heads, 64), (sum(keys), heads, 64), (sum(keys), heads, 64)]
     for dropout in (0.0, 0.1):
-        layout = {"max_query": max(queries), "max_key": max(keys), "dropout": dropout, "seed": seed}
+        layout = {"max_seqlen_q": max(queries), "max_seqlen_k": max(keys), "dropout": dropout, "seed": seed}
         yield (
             f"attention, dropout {dropout}",
             lambda q, k, v, layout=layout: packed_attention(q, k, v, *offsets, **layout),
-            lambda q, k, v, p=dropout: packed_attention_plain(q, k, v, *offsets, drop_threshold(p), seed),
+            lambda q, k, v, p=dropout: plain_packed_attention(q, k, v, *offsets, dropout=p, seed=seed),
             attended,
         )
         options = {"eps": 1e-12, "dropout": dropout, "seed": seed}

@@ -8,6 +8,7 @@ from torch import nn
 from xdscale import recipe as recipes
 from xdscale.errors import XdscaleError
 from xdscale.finetune.recipe import LARGE_FROM, FinetuneRecipe, ModelSettings, Subject
+from xdscale.models.operations import use_definitions
 from xdscale.names import resolve_path
 from xdscale.pretrained.clip import clip_config, clip_weights_path
 from xdscale.pretrained.language import language_config, language_weights, own_tokenizer
@@ -89,20 +90,18 @@ def build_subject(recipe: FinetuneRecipe, task: Task) -> Finetuning:
     Raises:
         XdscaleError: the weights cannot be loaded.
     """
-    return Finetuning(_classifier(recipe, task), task)
+    module = Finetuning(_classifier(recipe, task), task)
+    return use_definitions(module) if recipe.model.kernels == "plain" else module
 
 
 def _classifier(recipe: FinetuneRecipe, task: Task) -> nn.Module:
     model = recipe.model
-    plain = model.kernels == "plain"
     if model.subject == "clip":
         weights = "random" if model.weights == "random" else model.clip_weights
-        return build_clip_classifier(
-            recipes.Clip(name=model.name, weights=weights), task, dropout=model.dropout, plain=plain
-        )
+        return build_clip_classifier(recipes.Clip(name=model.name, weights=weights), task, dropout=model.dropout)
     if model.subject == "cross-modal":
-        return build_cross_modal_classifier(resolve_path(model.name), task, dropout=model.dropout, plain=plain)
+        return build_cross_modal_classifier(resolve_path(model.name), task, dropout=model.dropout)
     spec = recipes.Language(
         name=model.name, weights=model.weights, sha256=model.weights_sha256 if model.weights == "pretrained" else None
     )
-    return build_language_classifier(spec, task, dropout=model.dropout, plain=plain)
+    return build_language_classifier(spec, task, dropout=model.dropout)

@@ -8,20 +8,19 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer
 from torch import nn
 
-from xdscale.kernels.causal_attention import causal_attention, causal_attention_plain
-from xdscale.kernels.quick_gelu import plain_quick_gelu, quick_gelu
-from xdscale.models.activated_linear import ActivatedLinear
+from xdscale.kernels import causal_attention, quick_gelu
+from xdscale.models.operations import ActivatedLinear
 
 
 class CausalBlockAttention(nn.MultiheadAttention):
     """CLIP's self-attention under its own parameter names, through `causal_attention`."""
 
-    def __init__(self, original: nn.MultiheadAttention, *, plain: bool) -> None:
-        """Takes over the parameters of the module that it replaces; `plain` is by the definition of the attention."""
+    def __init__(self, original: nn.MultiheadAttention) -> None:
+        """Takes over the parameters of the module that it replaces."""
         super().__init__(original.embed_dim, original.num_heads, batch_first=True, device="meta")
         self.in_proj_weight, self.in_proj_bias = original.in_proj_weight, original.in_proj_bias
         self.out_proj = original.out_proj
-        self.plain = plain
+        self.function = causal_attention
 
     def forward(
         self,
@@ -45,17 +44,14 @@ class CausalBlockAttention(nn.MultiheadAttention):
         """
         projected = nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias)
         heads = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, blocks, heads, length, d]
-        attended = causal_attention_plain(*heads) if self.plain else causal_attention(*heads)
+        attended = self.function(*heads)
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
 
-def _feed_forward(block: ResidualAttentionBlock, *, plain: bool) -> nn.Sequential:
+def _feed_forward(block: ResidualAttentionBlock) -> nn.Sequential:
     """Returns the block's feed-forward, which activates in its second product; the parameters keep their names."""
-    activation = F.gelu
-    if isinstance(block.mlp.gelu, QuickGELU):
-        activation = plain_quick_gelu if plain else quick_gelu
-    output = ActivatedLinear(block.mlp.c_proj, activation, plain=plain)
-    return nn.Sequential(OrderedDict(c_fc=block.mlp.c_fc, c_proj=output))
+    activation = quick_gelu if isinstance(block.mlp.gelu, QuickGELU) else F.gelu
+    return nn.Sequential(OrderedDict(c_fc=block.mlp.c_fc, c_proj=ActivatedLinear(block.mlp.c_proj, activation)))
 
 
 class CLIPTextEncoder(nn.Module):
@@ -66,21 +62,20 @@ class CLIPTextEncoder(nn.Module):
     end-of-text token, and the features are not normalised.
     """
 
-    def __init__(self, tower: TextTransformer, *, plain: bool = False) -> None:
+    def __init__(self, tower: TextTransformer) -> None:
         """Wraps a text tower; its parameters keep their names.
 
         Args:
             tower: open_clip's text transformer. Its `pool_type` must be "none", so that its own forward (for
                 which ZeRO-3 gathers `positional_embedding` and `text_projection`) returns all positions.
-            plain: attention and feed-forwards by their definitions instead of the kernels.
         """
         super().__init__()
         if tower.pool_type != "none":
             raise ValueError(f"the tower must be built with pool_type 'none', found {tower.pool_type!r}")
         self.tower = tower
         for block in tower.transformer.resblocks:
-            block.attn = CausalBlockAttention(block.attn, plain=plain)
-            block.mlp = _feed_forward(block, plain=plain)
+            block.attn = CausalBlockAttention(block.attn)
+            block.mlp = _feed_forward(block)
         # CLIP's temperature belongs to the module that the paper counts (Table 6), but nothing uses it here.
         # One element, not a 0-dimensional tensor: DeepSpeed cannot broadcast those.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)), requires_grad=False)

@@ -1,6 +1,7 @@
 """XDBERT: a language encoder and CLIP's text tower joined by cross-modal layers (spec xdbert §2)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -8,9 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from xdscale.models.attention import recompute_layers, valid_tokens
 from xdscale.models.clip_text import CLIPTextEncoder
-from xdscale.models.cross_modal import CrossModalLayer, Wanted
+from xdscale.models.cross_modal import CrossModalLayer, SelectedTokens
+from xdscale.models.encoders import recompute_layers, valid_tokens
+from xdscale.models.operations import attention_map
 from xdscale.models.packed_tokens import PackedTokens, chosen_tokens, packed_by_lengths, packed_evenly, unpack
 from xdscale.padding import clip_layout, language_layout
 
@@ -61,9 +63,8 @@ class XDBERT(nn.Module):
         segments: torch.Tensor | None = None,
         *,
         layout: Mapping[str, torch.Tensor | int] | None = None,
-        wanted: tuple[torch.Tensor, torch.Tensor] | None = None,
-        return_attention: bool = False,
-    ) -> tuple:
+        selected: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes a text through both encoders and the cross-modal layers.
 
         Padding comes from `clip_lengths` and never from ids: CLIP's id 0 is a word (spec xdbert §9). Padding is not
@@ -77,37 +78,51 @@ class XDBERT(nn.Module):
             segments: int64 [batch, s], the language encoder's segment ids; None for 0, as in adaptation.
             layout: what `xdscale.padding` says of `clip_lengths`, and of `language_mask` if there is one, by name;
                 whatever else is in it, as in a batch, is left aside. None: made here, for which a GPU is waited for.
-            wanted: the only positions whose states are needed, ascending and valid: int64 [n] into batch * s, and
+            selected: the only positions whose states are needed, ascending and valid: int64 [n] into batch * s, and
                 int64 [m] into batch * blocks * 77. None for all.
-            return_attention: also return attention maps.
 
         Returns:
             Language states [batch, s, language size] and CLIP states [batch, blocks * 77, CLIP size], zeros at
-            padding; or, with `wanted`, [n, language size] and [m, CLIP size]. With `return_attention` also a list
-            with, for each cross-modal layer, the first sample's weights from language to CLIP tokens, averaged
-            over heads, fp32 [its language tokens, its CLIP tokens].
+            padding; or, with `selected`, [n, language size] and [m, CLIP size].
         """
         if layout is None:
             layout = _layout_of(clip_lengths, language_mask, clip_ids.shape[-1])
         encoded = self._encode(language_ids, clip_ids, clip_lengths, language_mask, segments, layout)
         language, clip = encoded.language, encoded.clip
         packed = encoded.language_packed, encoded.clip_packed
-        last = None if wanted is None else _wanted_rows(encoded, wanted)
-        maps = []
+        last = None if selected is None else _selected_tokens(encoded, *selected)
         for number, layer in enumerate(self.layers, 1):
-            if return_attention:
-                maps.append(layer.language_cross.attention_map(language, clip, *packed))
             rows = last if number == len(self.layers) else None
             if self._checkpoint_layers and torch.is_grad_enabled():
                 language, clip = checkpoint(layer, language, clip, *packed, rows, use_reentrant=False)
             else:
                 language, clip = layer(language, clip, *packed, rows)
-        if wanted is None:
+        if selected is None:
             if encoded.language_positions is not None:
                 language = unpack(language, encoded.language_positions, language_ids.shape)
             language = language.view(*language_ids.shape, -1)
             clip = unpack(clip, encoded.clip_positions, (len(clip_ids), clip_ids[0].numel()))
-        return (language, clip, maps) if return_attention else (language, clip)
+        return language, clip
+
+    @contextmanager
+    def recorded_attention(self) -> Iterator[list[torch.Tensor]]:
+        """Records the attention weights from language to CLIP tokens in the forward passes made while it is open.
+
+        Yields:
+            A list that grows with each cross-modal layer that runs: the weights of the first sample without dropout,
+            averaged over heads, fp32 [its language tokens, its CLIP tokens].
+        """
+        maps: list[torch.Tensor] = []
+
+        def record(_: nn.Module, inputs: tuple, __: torch.Tensor) -> None:
+            maps.append(attention_map(*inputs))
+
+        hooks = [layer.language_cross.attention.register_forward_hook(record) for layer in self.layers]
+        try:
+            yield maps
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _encode(
         self,
@@ -146,13 +161,12 @@ def _layout_of(
     return {name: torch.from_numpy(array).to(device) if array.ndim else array.item() for name, array in arrays.items()}
 
 
-def _wanted_rows(encoded: _Encoded, wanted: tuple[torch.Tensor, torch.Tensor]) -> Wanted:
+def _selected_tokens(encoded: _Encoded, language_rows: torch.Tensor, clip_positions: torch.Tensor) -> SelectedTokens:
     """Turns positions in the padded shapes into places in the packed tokens."""
-    language_rows, clip_positions = wanted
     if encoded.language_positions is not None:
         language_rows = torch.searchsorted(encoded.language_positions, language_rows)
     clip_rows = torch.searchsorted(encoded.clip_positions, clip_positions)
-    return Wanted(
+    return SelectedTokens(
         language_rows,
         chosen_tokens(language_rows, encoded.language_packed),
         clip_rows,

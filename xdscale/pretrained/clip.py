@@ -89,12 +89,11 @@ def _open_clip_config(spec: recipe.Clip) -> dict[str, Any]:
     return values
 
 
-def build_clip_text_tower(spec: recipe.Clip, *, plain: bool = False) -> CLIPTextEncoder:
+def build_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
     """Builds CLIP's text tower in fp32 with random weights, shaped for the weights that `spec` names.
 
     Args:
         spec: names the architecture.
-        plain: attention and feed-forwards by their definitions instead of the kernels.
 
     Raises:
         XdscaleError: as `clip_config`.
@@ -106,21 +105,20 @@ def build_clip_text_tower(spec: recipe.Clip, *, plain: bool = False) -> CLIPText
         act_layer=QuickGELU if config.quick_gelu else nn.GELU,
         pool_type="none",
     )
-    return CLIPTextEncoder(tower, plain=plain)
+    return CLIPTextEncoder(tower)
 
 
-def load_clip_text_tower(spec: recipe.Clip, *, plain: bool = False) -> CLIPTextEncoder:
+def load_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
     """Builds CLIP's text tower in fp32, without the vision tower, and loads its weights.
 
     Args:
         spec: names architecture and weights.
-        plain: as in `build_clip_text_tower`.
 
     Raises:
         XdscaleError: as `clip_config`; or the weights are neither 'random', nor a file, nor a tag of
             open_clip, cannot be fetched, or are not those of this tower.
     """
-    encoder = build_clip_text_tower(spec, plain=plain)
+    encoder = build_clip_text_tower(spec)
     if spec.weights != "random":
         path = _clip_weights_file(spec)
         _load_text_weights(encoder, read_state_dict(path), path)

@@ -18,9 +18,7 @@ from transformers import (
 from xdscale import recipe
 from xdscale.errors import XdscaleError
 from xdscale.files import read_json
-from xdscale.models.activated_linear import use_activated_linear
-from xdscale.models.attention import use_packed_attention
-from xdscale.models.residual_norm import use_residual_norm
+from xdscale.models.encoders import use_kernels
 from xdscale.pretrained.clip import load_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.pretrained.weights import read_state_dict
@@ -55,35 +53,25 @@ class Finetuning(nn.Module):
         """Trades a second forward pass of the encoder for its activations; the result stays the same."""
         self.subject.enable_activation_checkpointing()
 
-    def forward(
-        self, batch: Mapping[str, torch.Tensor], return_attention: bool = False
-    ) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
         """Computes the task's summed loss.
 
         Args:
             batch: the arrays of `xdscale.data.task_batches.TaskCollator` as tensors.
-            return_attention: add the subject's attention maps, if it has any, as "attention_maps".
 
         Returns:
             "task": the loss summed over the real examples (fp32 scalar), and how many are right (int64 scalar).
             "logits": fp32 [b, outputs], without gradient; for choices [b, choices].
         """
-        logits, maps = self.subject(batch, return_attention)
-        logits = logits.float().view(len(batch["real"]), -1)
-        loss = self.task.loss(logits, batch["labels"], batch["real"])
-        terms: dict[str, torch.Tensor | tuple[torch.Tensor, ...]] = {"task": loss, "logits": logits.detach()}
-        if return_attention:
-            terms["attention_maps"] = maps
-        return terms
+        logits = self.subject(batch).float().view(len(batch["real"]), -1)
+        return {"task": self.task.loss(logits, batch["labels"], batch["real"]), "logits": logits.detach()}
 
     def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
         """Returns the matrix-multiplication FLOPs of forward and backward for one micro-batch, without the head."""
         return 3 * self.subject.flops(arrays)
 
 
-def build_language_classifier(
-    spec: recipe.Language, task: Task, *, dropout: float, plain: bool = False
-) -> LanguageClassifier:
+def build_language_classifier(spec: recipe.Language, task: Task, *, dropout: float) -> LanguageClassifier:
     """Builds the language encoder with a new head.
 
     The head takes its values from torch's global generator: seed it before, alike on all ranks.
@@ -101,15 +89,11 @@ def build_language_classifier(
     model = _CLASSES[config.model_type, task.choices > 0](bare)
     setattr(model, model.base_model_prefix, encoder)
     model.config = config
-    use_packed_attention(model, plain=plain)
-    use_residual_norm(encoder, plain=plain)
-    use_activated_linear(encoder, plain=plain)
+    use_kernels(model)
     return LanguageClassifier(model)
 
 
-def build_cross_modal_classifier(
-    folder: Path, task: Task, *, dropout: float, plain: bool = False
-) -> CrossModalClassifier:
+def build_cross_modal_classifier(folder: Path, task: Task, *, dropout: float) -> CrossModalClassifier:
     """Builds the full cross-modal model of an export with a new classifier.
 
     The pooler starts as that of MATCH, where the export has one: it is what adaptation trained on this very output,
@@ -119,19 +103,16 @@ def build_cross_modal_classifier(
         folder: written by `xdscale export`.
         task: decides the outputs.
         dropout: of all parts but CLIP-T, which has none.
-        plain: by the definitions instead of the kernels.
 
     Raises:
         XdscaleError: the folder holds no full model.
     """
     spec, state = read_full_model(folder)
-    kernels = "plain" if plain else "fused"
     bare = recipe.Model(
         language=recipe.Language(name=str(folder), weights="random"),
         clip=spec.clip.model_copy(update={"weights": "random"}),
         cross_layers=spec.cross_layers,
         dropout=dropout,
-        kernels=kernels,
     )
     encoder = build_model(bare)
     encoder.load_state_dict({name[6:]: value for name, value in state.items() if name.startswith("model.")})
@@ -142,13 +123,13 @@ def build_cross_modal_classifier(
     return classifier
 
 
-def build_clip_classifier(spec: recipe.Clip, task: Task, *, dropout: float, plain: bool = False) -> ClipClassifier:
+def build_clip_classifier(spec: recipe.Clip, task: Task, *, dropout: float) -> ClipClassifier:
     """Builds CLIP-T with a new classifier.
 
     Raises:
         XdscaleError: the tower cannot be built or its weights cannot be loaded.
     """
-    return ClipClassifier(load_clip_text_tower(spec, plain=plain), task.sentences, task.outputs, dropout=dropout)
+    return ClipClassifier(load_clip_text_tower(spec), task.sentences, task.outputs, dropout=dropout)
 
 
 def read_full_model(folder: Path) -> tuple[recipe.Model, dict[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from xdscale.kernels.masked_token_loss import masked_token_loss, plain_masked_token_loss
+from xdscale.kernels.masked_token_loss import masked_token_loss
 
 LAYER_NORM_EPS = 1e-12
 """As in BERT."""
@@ -26,7 +26,6 @@ class MaskedTokenHead(nn.Module):
         *,
         activation: nn.Module | None = None,
         eps: float = LAYER_NORM_EPS,
-        plain: bool = False,
     ) -> None:
         """Builds the head.
 
@@ -35,7 +34,6 @@ class MaskedTokenHead(nn.Module):
             embedding: [V, embedding size], the input embedding to be tied; the transform maps to its size.
             activation: of the transform; None for GELU.
             eps: of its LayerNorm.
-            plain: the loss by its definition instead of the kernels.
         """
         super().__init__()
         vocabulary, embedding_size = embedding.shape
@@ -44,7 +42,7 @@ class MaskedTokenHead(nn.Module):
         self.norm = nn.LayerNorm(embedding_size, eps=eps)
         self.decoder_weight = embedding
         self.decoder_bias = nn.Parameter(torch.zeros(vocabulary))
-        self.loss = plain_masked_token_loss if plain else masked_token_loss
+        self.function = masked_token_loss
 
     def forward(self, states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicts tokens.
@@ -57,10 +55,10 @@ class MaskedTokenHead(nn.Module):
             Summed cross-entropy (fp32 scalar) and the number of right predictions (int64 scalar).
         """
         hidden = self.norm(self.activation(self.transform(states)))  # [n, embedding size]
-        return self.loss(hidden, self.decoder_weight, self.decoder_bias, labels)
+        return self.function(hidden, self.decoder_weight, self.decoder_bias, labels)
 
 
-def masked_lm_head(language: PreTrainedModel, *, plain: bool = False) -> MaskedTokenHead:
+def masked_lm_head(language: PreTrainedModel) -> MaskedTokenHead:
     """Builds the masked-LM head of a language encoder, as transformers' `BertForMaskedLM` and `ElectraForMaskedLM` do.
 
     BERT's activates as the encoder does (`hidden_act`), ELECTRA's with GELU. Where the configuration says
@@ -68,14 +66,13 @@ def masked_lm_head(language: PreTrainedModel, *, plain: bool = False) -> MaskedT
 
     Args:
         language: the encoder.
-        plain: the loss by its definition instead of the kernels.
     """
     config, words = language.config, language.get_input_embeddings().weight
     if not config.tie_word_embeddings:
         words = nn.Parameter(torch.empty_like(words))
         nn.init.normal_(words, std=config.initializer_range)
     activation = ACT2FN[config.hidden_act] if config.model_type == "bert" else None
-    return MaskedTokenHead(config.hidden_size, words, activation=activation, eps=config.layer_norm_eps, plain=plain)
+    return MaskedTokenHead(config.hidden_size, words, activation=activation, eps=config.layer_norm_eps)
 
 
 class MatchHead(nn.Module):

@@ -8,9 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from xdscale import recipe
-from xdscale.models.activated_linear import use_activated_linear
-from xdscale.models.attention import recompute_layers, use_packed_attention
-from xdscale.models.residual_norm import use_residual_norm
+from xdscale.models.encoders import recompute_layers, use_kernels
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.tasks import flops
 from xdscale.tasks.heads import masked_lm_head
@@ -24,10 +22,10 @@ class MaskedLMAdaptation(nn.Module):
         mlm: masked-LM head, tied to the encoder's word embedding.
     """
 
-    def __init__(self, language: PreTrainedModel, *, plain: bool = False) -> None:
+    def __init__(self, language: PreTrainedModel) -> None:
         super().__init__()
         self.model = nn.ModuleDict({"language": language})
-        self.mlm = masked_lm_head(language, plain=plain)
+        self.mlm = masked_lm_head(language)
         if getattr(language, "pooler", None) is not None:
             language.pooler.requires_grad_(False)  # no loss reaches it
 
@@ -35,24 +33,18 @@ class MaskedLMAdaptation(nn.Module):
         """Recomputes each layer in the backward pass; the result stays the same."""
         recompute_layers(self.model["language"])
 
-    def forward(
-        self, batch: Mapping[str, torch.Tensor], return_attention: bool = False
-    ) -> dict[str, tuple[torch.Tensor, ...]]:
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Computes the summed masked-LM loss.
 
         Args:
             batch: language_ids [b, S], masked_lm_positions and masked_lm_labels [m]; CLIP's arrays are left aside.
-            return_attention: adds an empty entry "attention_maps": there is nothing to cross.
 
         Returns:
             "mlm": the loss summed over targets (fp32 scalar) and the number of right predictions (int64 scalar).
         """
         states = self.model["language"](input_ids=batch["language_ids"], use_cache=False).last_hidden_state
         masked = states.flatten(0, 1).index_select(0, batch["masked_lm_positions"])  # [m, H]
-        terms: dict[str, tuple[torch.Tensor, ...]] = {"mlm": self.mlm(masked, batch["masked_lm_labels"])}
-        if return_attention:
-            terms["attention_maps"] = ()
-        return terms
+        return {"mlm": self.mlm(masked, batch["masked_lm_labels"])}
 
     def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
         """Returns the matrix-multiplication FLOPs of forward and backward for one micro-batch."""
@@ -69,9 +61,6 @@ def build_masked_lm(spec: recipe.Model) -> MaskedLMAdaptation:
     Raises:
         XdscaleError: the encoder cannot be built or its weights cannot be loaded.
     """
-    plain = spec.kernels == "plain"
     language = load_language_encoder(spec.language, dropout=spec.dropout)
-    use_packed_attention(language, plain=plain)
-    use_residual_norm(language, plain=plain)
-    use_activated_linear(language, plain=plain)
-    return MaskedLMAdaptation(language, plain=plain)
+    use_kernels(language)
+    return MaskedLMAdaptation(language)

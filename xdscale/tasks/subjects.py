@@ -1,32 +1,19 @@
 """The three subjects of finetuning: language encoder alone, full cross-modal model, CLIP-T alone (spec xdbert §5.2)."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from xdscale.models.attention import recompute_layers, valid_tokens
 from xdscale.models.clip_text import CLIPTextEncoder
+from xdscale.models.encoders import recompute_layers, valid_tokens
 from xdscale.models.xdbert import XDBERT
 from xdscale.tasks import flops
 
 INITIAL_STD = 0.02
 """Of new heads, as in BERT."""
-
-
-class Judgement(NamedTuple):
-    """What a subject says of a batch.
-
-    Attributes:
-        logits: [texts, outputs].
-        maps: cross-attention maps of the first text, if asked for and if the subject has any.
-    """
-
-    logits: torch.Tensor
-    maps: tuple[torch.Tensor, ...] = ()
 
 
 class LanguageClassifier(nn.Module):
@@ -44,8 +31,8 @@ class LanguageClassifier(nn.Module):
         """Recomputes each layer in the backward pass."""
         recompute_layers(self.model.base_model)
 
-    def forward(self, batch: Mapping[str, torch.Tensor], return_attention: bool) -> Judgement:
-        """Reads language_ids, segments, language_mask and language_valid; has no attention maps to give."""
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Reads language_ids, segments, language_mask and language_valid; returns logits [texts, outputs]."""
         mask = batch["language_mask"]
         outputs = self.model(
             input_ids=batch["language_ids"],
@@ -53,7 +40,7 @@ class LanguageClassifier(nn.Module):
             token_type_ids=_segments(batch["segments"], self.model.config),
             valid=valid_tokens(_texts(mask, 1), batch["language_valid"]),
         )
-        return Judgement(outputs.logits)
+        return outputs.logits
 
     def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
         """Returns those of the forward pass."""
@@ -76,23 +63,25 @@ class CrossModalClassifier(nn.Module):
         """Recomputes each layer in the backward pass."""
         self.encoder.enable_activation_checkpointing()
 
-    def forward(self, batch: Mapping[str, torch.Tensor], return_attention: bool) -> Judgement:
-        """Reads everything but the segments, which were all 0 in adaptation and mark the second sentence here too."""
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Reads the arrays of both encoders; returns logits [texts, outputs].
+
+        The segments, which were all 0 in adaptation, mark the second sentence here.
+        """
         language_ids, language_mask = _texts(batch["language_ids"], 1), _texts(batch["language_mask"], 1)
         clip_ids, clip_lengths = _texts(batch["clip_ids"], 2), _texts(batch["clip_lengths"], 1)
         first = torch.arange(len(language_ids), device=language_ids.device) * language_ids.shape[1]
-        language, _, *maps = self.encoder(
+        language, _ = self.encoder(
             language_ids,
             clip_ids,
             clip_lengths,
             language_mask,
             _segments(_texts(batch["segments"], 1), self.encoder.language.config),
             layout=batch,
-            wanted=(first, first[:0]),
-            return_attention=return_attention,
+            selected=(first, first[:0]),
         )  # [texts, size]
         pooled = torch.tanh(self.pooler(language))
-        return Judgement(self.classifier(self.dropout(pooled)), tuple(*maps))
+        return self.classifier(self.dropout(pooled))
 
     def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
         """Returns those of the forward pass."""
@@ -133,8 +122,8 @@ class ClipClassifier(nn.Module):
         """Recomputes each layer in the backward pass."""
         self.encoder.enable_activation_checkpointing()
 
-    def forward(self, batch: Mapping[str, torch.Tensor], return_attention: bool) -> Judgement:
-        """Reads clip_ids, clip_lengths and clip_blocks; has no attention maps to give."""
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Reads clip_ids, clip_lengths and clip_blocks; returns logits [texts, outputs]."""
         clip_ids, lengths = _texts(batch["clip_ids"], 2), _texts(batch["clip_lengths"], 1)
         texts, blocks, positions = clip_ids.shape
         filled = batch["clip_blocks"]
@@ -146,7 +135,7 @@ class ClipClassifier(nn.Module):
         )
         features = features.view(texts, self.sentences, -1, states.shape[-1])  # [texts, sentences, 2, size]
         used = (lengths > 0).view(texts, self.sentences, -1).sum(2, keepdim=True)
-        return Judgement(self.classifier(self.dropout((features.sum(2) / used).flatten(1))))
+        return self.classifier(self.dropout((features.sum(2) / used).flatten(1)))
 
     def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
         """Returns those of the forward pass."""

@@ -9,11 +9,10 @@ from transformers import PreTrainedModel
 
 from xdscale import recipe
 from xdscale.errors import XdscaleError
-from xdscale.models.activated_linear import use_activated_linear
-from xdscale.models.attention import use_packed_attention
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer
-from xdscale.models.residual_norm import use_residual_norm
+from xdscale.models.encoders import use_kernels
+from xdscale.models.operations import use_definitions
 from xdscale.models.xdbert import XDBERT
 from xdscale.pretrained.clip import clip_config, load_clip_text_tower
 from xdscale.pretrained.language import (
@@ -39,23 +38,21 @@ class XDBERTAdaptation(nn.Module):
         clip_tokens: CLIP token head, tied to CLIP's token embedding; None when off.
     """
 
-    def __init__(self, model: XDBERT, tasks: recipe.Tasks, *, plain: bool = False) -> None:
+    def __init__(self, model: XDBERT, tasks: recipe.Tasks) -> None:
         super().__init__()
         config, clip = model.language.config, model.clip
         self.model = model
-        self.mlm = masked_lm_head(model.language, plain=plain) if tasks.mlm is not None else None
+        self.mlm = masked_lm_head(model.language) if tasks.mlm is not None else None
         self.match = MatchHead(config.hidden_size) if tasks.match is not None else None
         self.clip_tokens = None
         if tasks.clip_tokens is not None:
-            self.clip_tokens = MaskedTokenHead(clip.output_size, clip.tower.token_embedding.weight, plain=plain)
+            self.clip_tokens = MaskedTokenHead(clip.output_size, clip.tower.token_embedding.weight)
 
     def enable_activation_checkpointing(self) -> None:
         """Trades a second forward pass of the encoder for its activations; the result stays the same."""
         self.model.enable_activation_checkpointing()
 
-    def forward(
-        self, batch: Mapping[str, torch.Tensor], return_attention: bool = False
-    ) -> dict[str, tuple[torch.Tensor, ...]]:
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Computes the summed loss of each objective.
 
         The last cross-modal layer is computed only at the positions that a loss reads.
@@ -65,8 +62,6 @@ class XDBERTAdaptation(nn.Module):
                 clip_ids [b, N, 77], clip_lengths [b, N] with its `xdscale.padding.clip_layout` (clip_longest as a
                 plain int), and for the objectives that are on masked_lm_positions and masked_lm_labels [m],
                 match_labels [b] (-1: no target), clip_positions and clip_labels [c].
-            return_attention: add an entry "attention_maps": for each cross-modal layer the first sample's
-                weights from language to CLIP tokens, averaged over heads, fp32 [S, its CLIP tokens]. For evaluation.
 
         Returns:
             For each of "mlm", "match", "clip_tokens" that is on: the loss summed over targets (fp32 scalar)
@@ -80,25 +75,22 @@ class XDBERTAdaptation(nn.Module):
         targets = batch["clip_positions"] if self.clip_tokens is not None else none
         # [CLS] is never masked, so no position appears twice.
         positions, order = torch.cat([masked, first if self.match is not None else none]).sort()
-        language, clip, *maps = self.model(
+        language, clip = self.model(
             batch["language_ids"],
             batch["clip_ids"],
             batch["clip_lengths"],
             layout=batch,
-            wanted=(positions, targets),
-            return_attention=return_attention,
+            selected=(positions, targets),
         )  # [m + b, H], [c, D]
         rows = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
         masked_rows, first_rows = rows.split([len(masked), len(rows) - len(masked)])
-        terms: dict[str, tuple[torch.Tensor, ...]] = {}
+        terms: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if self.mlm is not None:
             terms["mlm"] = self.mlm(language.index_select(0, masked_rows), batch["masked_lm_labels"])
         if self.match is not None:
             terms["match"] = self.match(language.index_select(0, first_rows), batch["match_labels"])
         if self.clip_tokens is not None:
             terms["clip_tokens"] = self.clip_tokens(clip, batch["clip_labels"])
-        if return_attention:
-            terms["attention_maps"] = tuple(maps[0])
         return terms
 
     def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
@@ -148,21 +140,18 @@ def build_model(spec: recipe.Model) -> XDBERT:
         XdscaleError: an encoder cannot be built or its weights cannot be loaded (see `xdscale.pretrained`).
     """
     language = load_language_encoder(spec.language, dropout=spec.dropout)
-    return join_encoders(spec, language, load_clip_text_tower(spec.clip, plain=spec.kernels == "plain"))
+    return join_encoders(spec, language, load_clip_text_tower(spec.clip))
 
 
 def join_encoders(spec: recipe.Model, language: PreTrainedModel, clip: CLIPTextEncoder) -> XDBERT:
     """Joins two encoders by fresh cross-modal layers.
 
     Args:
-        spec: the number of layers, their dropout and kernels; its names of encoders are not read.
+        spec: the number of layers and their dropout; its names of encoders are not read.
         language: BERT or ELECTRA.
         clip: CLIP-T.
     """
-    plain = spec.kernels == "plain"
-    use_packed_attention(language, plain=plain)
-    use_residual_norm(language, plain=plain)
-    use_activated_linear(language, plain=plain)
+    use_kernels(language)
     config = language.config
     layers = [
         CrossModalLayer(
@@ -172,7 +161,6 @@ def join_encoders(spec: recipe.Model, language: PreTrainedModel, clip: CLIPTextE
             clip.tower.heads,
             config.intermediate_size,
             spec.dropout,
-            plain=plain,
         )
         for _ in range(spec.cross_layers)
     ]
@@ -191,7 +179,7 @@ def build_adaptation(spec: recipe.Recipe) -> XDBERTAdaptation | MaskedLMAdaptati
     if spec.model.clip is None:
         module = build_masked_lm(spec.model)
     else:
-        module = XDBERTAdaptation(build_model(spec.model), spec.tasks, plain=spec.model.kernels == "plain")
+        module = XDBERTAdaptation(build_model(spec.model), spec.tasks)
     head = masked_lm_head_state(spec.model.language) if module.mlm is not None else None
     if head is not None:
         own = module.mlm.state_dict()
@@ -203,7 +191,7 @@ def build_adaptation(spec: recipe.Recipe) -> XDBERTAdaptation | MaskedLMAdaptati
             )
         # A tied decoder's weight is the encoder's embedding already.
         module.mlm.load_state_dict(head, strict=False)
-    return module
+    return use_definitions(module) if spec.model.kernels == "plain" else module
 
 
 def check_shards(spec: recipe.Model, manifest: Manifest) -> None:

@@ -1,6 +1,8 @@
 """Held-out losses and accuracies."""
 
+import itertools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -28,22 +30,25 @@ def evaluate(
         maps of the first sample, one per cross-modal layer.
     """
     sums = torch.zeros(3 * len(names), dtype=torch.float64, device=engine.device)
-    maps: list[np.ndarray] = []
     engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as recording:
+        # Every rank records: under ZeRO-3 a forward is a collective.
+        maps = [
+            recording.enter_context(part.recorded_attention())
+            for part in engine.module.modules()
+            if hasattr(part, "recorded_attention")
+        ]
         for number, batch in enumerate(batches):
             if not go_on(number):
                 engine.train()
                 return None
-            # Every rank computes the maps: under ZeRO-3 a forward is a collective.
-            outputs = engine(to_device(batch.arrays, engine.device), return_attention=number == 0)
+            outputs = engine(to_device(batch.arrays, engine.device))
+            recording.close()  # of the first batch alone
             rows = [[*outputs[name], torch.tensor(batch.targets[name])] for name in names]
             sums += torch.stack([value.to(engine.device).double() for row in rows for value in row])
-            if number == 0:
-                maps = [weights.float().cpu().numpy() for weights in outputs["attention_maps"]]
     engine.train()
     metrics = {}
     for name, (loss, correct, targets) in zip(names, ranks.sum(sums).view(-1, 3).tolist()):
         metrics[f"loss/{name}"] = loss / max(1, targets)
         metrics[f"accuracy/{name}"] = correct / max(1, targets)
-    return metrics, maps
+    return metrics, [weights.float().cpu().numpy() for weights in itertools.chain(*maps)]

@@ -1,0 +1,129 @@
+"""The operations of `xdscale.kernels` as modules, for our own layers and for the encoders of transformers.
+
+A module calls its operation in its own forward because ZeRO-3 gathers a parameter for the module that owns it.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from xdscale.kernels import DEFINITIONS, activated_linear, packed_attention, residual_norm
+from xdscale.kernels.activated_linear import Activation
+from xdscale.kernels.attention import packed_attention_probabilities
+from xdscale.models.packed_tokens import PackedTokens
+
+ATTENTION, PLAIN_ATTENTION = "xdscale", "xdscale_plain"
+"""Names under which transformers knows `packed_attention` and its definition."""
+
+
+def use_definitions(model: nn.Module) -> nn.Module:
+    """Lets all of a model compute by the readable definitions instead of the kernels; both drop the same elements.
+
+    Returns:
+        The model itself.
+    """
+    for module in model.modules():
+        for name in ("function", "activation"):
+            chosen = getattr(module, name, None)
+            if chosen in DEFINITIONS:
+                setattr(module, name, DEFINITIONS[chosen])
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == ATTENTION:
+            module.set_attn_implementation(PLAIN_ATTENTION)
+    return model
+
+
+def dropout_seed(rate: float, device: torch.device) -> torch.Tensor | None:
+    """Draws the seed of one call's dropout: recomputed activations restore the generator and so draw the same again."""
+    return torch.randint(2**62, (1,), device=device) if rate else None
+
+
+class PackedAttention(nn.Module):
+    """Multi-head attention within each sample, with dropout on the weights."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.function = packed_attention
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: PackedTokens, keys: PackedTokens
+    ) -> torch.Tensor:
+        """Attends from each query to the keys of its sample.
+
+        Args:
+            query: [q tokens, heads, d].
+            key: [k tokens, heads, d].
+            value: [k tokens, heads, d].
+            queries: how the tokens of `query` are packed.
+            keys: how those of `key` and `value` are packed.
+
+        Returns:
+            [q tokens, heads, d].
+        """
+        rate = self.dropout if self.training else 0.0
+        return self.function(
+            query,
+            key,
+            value,
+            queries.cu_seqlens,
+            keys.cu_seqlens,
+            max_seqlen_q=queries.max_seqlen,
+            max_seqlen_k=keys.max_seqlen,
+            dropout=rate,
+            seed=dropout_seed(rate, query.device),
+        )
+
+
+def attention_map(
+    query: torch.Tensor, key: torch.Tensor, _value: torch.Tensor, queries: PackedTokens, keys: PackedTokens
+) -> torch.Tensor:
+    """Returns the first sample's attention weights without dropout, of what a `PackedAttention` was called with.
+
+    Returns:
+        [its queries, its keys], averaged over the heads, in fp32 or wider.
+    """
+    return packed_attention_probabilities(query, key, queries.cu_seqlens, keys.cu_seqlens).mean(0)
+
+
+class ResidualNorm(nn.LayerNorm):
+    """LayerNorm(residual + dropout(states)), the end of every sublayer, under a LayerNorm's parameter names."""
+
+    def __init__(self, size: int, *, eps: float, dropout: float, device: torch.device | str | None = None) -> None:
+        """Builds it with weight 1 and bias 0.
+
+        Args:
+            size: of a state.
+            eps: is added to the variance.
+            dropout: rate on the states that are not the residual.
+            device: of weight and bias.
+        """
+        super().__init__(size, eps=eps, device=device)
+        self.dropout = dropout
+        self.function = residual_norm
+
+    def forward(self, states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Maps states and residual, [..., size] both, to one tensor like `states`."""
+        rate = self.dropout if self.training else 0.0
+        seed = dropout_seed(rate, states.device)
+        rows = (tokens.flatten(0, -2) for tokens in (states, residual))  # [tokens, size]
+        return self.function(*rows, self.weight, self.bias, eps=self.eps, dropout=rate, seed=seed).view(states.shape)
+
+
+class ActivatedLinear(nn.Linear):
+    """The second half of a feed-forward: a Linear that activates what comes in, and keeps that alone for gradients."""
+
+    def __init__(self, original: nn.Linear, activation: Activation) -> None:
+        """Takes over the parameters of the module that it replaces.
+
+        Args:
+            original: with a bias.
+            activation: a function and not a module, whose hooks would run again in the backward pass.
+        """
+        super().__init__(original.in_features, original.out_features, device="meta")
+        self.weight, self.bias = original.weight, original.bias
+        self.activation = activation
+        self.function = activated_linear
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Maps [..., in_features], not yet activated, to [..., out_features]."""
+        return self.function(states, self.weight, self.bias, self.activation)
