@@ -1,8 +1,10 @@
 """A small real task, and models to finetune on it."""
 
 import importlib.util
+import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +46,20 @@ def small_tasks(quickstart_task, wiki_dump, tmp_path_factory):
         write("STS-B", f"{name}.tsv", ("index", "sentence1", "sentence2", "score"), rows)
         rows = [(n, a, b, ("entailment", "not_entailment")[n % 2]) for n, (a, b) in enumerate(pairs[:12])]
         write("RTE", f"{name}.tsv", ("index", "sentence1", "sentence2", "label"), rows)
+    triples = enumerate(zip(texts, texts[1:13], texts[2:]))
+    rows = [{"before": a, "a": b, "b": c, "c": a, "right": "xyz"[n % 3]} for n, (a, b, c) in triples]
+    lines = [json.dumps({"text": text, "words": len(text.split()) / 10}) + "\n" for text in texts[:12]]
+    for name in ("train", "dev"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "own" / f"{name}.parquet")
+        (folder / "own" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "own" / "follows.yaml").write_text(
+        "{title: Follows, train: train.parquet, dev: dev.parquet, text: before, choices: [a, b, c], label: right, "
+        "labels: [x, y, z]}"
+    )
+    (folder / "own" / "length.yaml").write_text(
+        "{train: train.jsonl, dev: dev.jsonl, test: dev.jsonl, text: text, target: words}"
+    )
+    (folder / "own" / "person.yml").write_bytes((folder / "own" / "person.yaml").read_bytes())
     for task in ("STS-B", "RTE"):
         write(
             task, "test.tsv", ("index", "sentence1", "sentence2"), [(n, a, b) for n, (a, b) in enumerate(pairs[20:27])]

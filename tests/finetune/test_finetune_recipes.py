@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from xdscale.data.task_files import Example
+from xdscale.errors import XdscaleError
 from xdscale.finetune.command import default_ds_config
-from xdscale.finetune.recipe import load_settings, resolve_run
+from xdscale.finetune.recipe import check_tasks, load_settings, resolve_run
 from xdscale.tasks.contract import SHIPPED, TaskData, find_task
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,17 @@ def test_one_learning_rate_for_all_can_be_given():
     settings = load_settings("paper", ["optim.learning_rate=3e-5", "seeds.cola=2"])
     assert {settings.learning_rate(name, "large") for name in SHIPPED} == {3e-5}
     assert settings.seeds_of("cola") == 2
+
+
+def test_settings_for_a_task_that_is_not_asked_for_are_told_and_mistyped_names_refused(capsys):
+    settings = load_settings("quickstart", ["seeds.reviews=2"])
+    assert (settings.seeds_of("reviews"), settings.seeds_of("verdicts")) == (2, 3)
+    check_tasks("quickstart", settings, ["cola", "reviews"])
+    assert capsys.readouterr().err == ""
+    check_tasks("quickstart", settings, ["cola"])
+    assert capsys.readouterr().err == "warning: quickstart: seeds: 'reviews' is no task of this command\n"
+    with pytest.raises(XdscaleError, match="seeds: unknown task 'reviews'; did you mean 'review'"):
+        check_tasks("quickstart", settings, ["cola", "review"])
 
 
 def test_the_shipped_deepspeed_config_is_the_commands_default_on_gpus():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import sklearn.metrics
 
@@ -18,6 +20,7 @@ from xdscale.finetune.recipe import load_settings, resolve_run
 from xdscale.finetune.subject import describe_subject
 from xdscale.finetune.sweep import SweepRunner
 from xdscale.tasks.contract import find_task
+from xdscale.tasks.own import read_own_task
 
 WORKER = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
@@ -46,6 +49,8 @@ def swept(small_tasks, cassette_model, full_model, clip_tiny, tmp_path_factory):
         "full": (str(full_model), "cross-modal", "rte", ("training.epochs=1",)),
         "clip": (str(clip_tiny), "clip", "stsb", ("training.epochs=1", "model.clip_weights=random")),
         "mnli": (str(cassette_model), "language", "mnli", ("training.epochs=1", "model.max_length=24")),
+        "choices": (str(cassette_model), "language", "own/follows.yaml", ("training.epochs=1",)),
+        "number": (str(cassette_model), "language", "own/length.yaml", ("training.epochs=1",)),
         "no-data": (str(cassette_model), "language", "rte", ()),
         "no-loss": (
             str(cassette_model),
@@ -58,8 +63,11 @@ def swept(small_tasks, cassette_model, full_model, clip_tiny, tmp_path_factory):
     for name, (model, subject, task, overrides) in cases.items():
         settings = load_settings("quickstart", list(overrides))
         identity = describe_subject(model, subject, settings.model)
-        data, source = find_task(task).read(small_tasks), small_tasks if name != "no-data" else out / "nowhere"
-        recipe = resolve_run(settings, data, subject=identity, source=source, seed=0, folder=out / name)
+        own = read_own_task(small_tasks / task) if task.endswith(".yaml") else None
+        source = small_tasks / "own" if own else small_tasks
+        data = (own.task() if own else find_task(task)).read(source)
+        source = source if name != "no-data" else out / "nowhere"
+        recipe = resolve_run(settings, data, subject=identity, source=source, seed=0, folder=out / name, own=own)
         jobs.append(make_job(recipe, "default", default_ds_config(gpu=False), name, out / f"{name}.log"))
     said = []
     noise = tmp_path_factory.mktemp("noise")
@@ -132,6 +140,26 @@ def test_unlabelled_splits_become_submissions(swept):
     assert result(out / "clip")["subject"] == "clip"
 
 
+def test_tasks_of_ones_own_with_choices_and_with_a_number(swept, small_tasks):
+    out, _, said = swept
+    lines = predictions(out / "choices" / "predictions-dev.jsonl")
+    rows = pyarrow.parquet.read_table(small_tasks / "own" / "dev.parquet").to_pylist()
+    assert [(line["sentence1"], line["sentence2"]) for line in lines] == [
+        (row["before"], [row["a"], row["b"], row["c"]]) for row in rows
+    ]
+    assert [line["label"] for line in lines] == ["xyz".index(row["right"]) for row in rows]
+    assert {len(line["scores"]) for line in lines} == {3}
+    found = result(out / "choices")
+    assert found["metrics"]["accuracy"] == pytest.approx(np.mean([line["correct"] for line in lines]))
+    assert (found["title"], found["settings"]["choices"]) == ("Follows", ["a", "b", "c"])
+    lines, found = predictions(out / "number" / "predictions-dev.jsonl"), result(out / "number")
+    errors = [(line["prediction"] - line["label"]) ** 2 for line in lines]
+    assert found["metrics"]["rmse"] == pytest.approx(np.sqrt(np.mean(errors)))
+    assert found["score"] == {"name": "rmse", "value": found["metrics"]["rmse"], "higher_is_better": False}
+    assert [line["sentence2"] for line in lines] == [None] * len(lines)
+    assert (out / "number" / "predictions" / "length.tsv").read_text().startswith("index\tprediction\n0\t")
+
+
 def test_a_failed_run_is_named_with_the_end_of_its_log_and_the_others_go_on(swept):
     out, code, said = swept
     assert code == EXIT_FAULT
@@ -185,6 +213,10 @@ def test_a_stopped_sweep_continues_where_it_was(swept, small_tasks, cassette_mod
     assert run_command(request(cassette_model, small_tasks, out)) == 0  # nothing is left to do
     assert (out / "cola" / "seed-0" / "result.json").stat().st_mtime_ns == finished_at
     assert "1 of 1" in capsys.readouterr().out
+    other = shutil.copytree(small_tasks, tmp_path / "other")
+    (other / "CoLA" / "dev.tsv").write_text("wiki\t1\t\tAnother sentence.\n")
+    with pytest.raises(XdscaleError, match=r"seed-0/result\.json: this run is finished, but dev\.tsv of .*other is"):
+        run_command(request(cassette_model, other, out))
     with pytest.raises(XdscaleError, match=r"holds a run of a different recipe \(optim\.learning_rate was"):
         run_command(request(cassette_model, small_tasks, out, overrides=["optim.learning_rate=1e-3"]))
     with pytest.raises(XdscaleError, match=r"sweep\.json: holds the sweep of another model"):
@@ -215,7 +247,10 @@ def request(model, data, out, **changes):
         ({"tasks": ["qnli"]}, "has no QNLI/train.tsv"),
         ({"recipe": "papr"}, "no such finetuning recipe.*did you mean 'paper'"),
         ({"overrides": ["training.epoch=2"]}, "unknown key 'training.epoch'; did you mean 'epochs'"),
-        ({"overrides": ["seeds.rtee=2"]}, "seeds: unknown task 'rtee'"),
+        ({"overrides": ["seeds.rtee=2"]}, "seeds: unknown task 'rtee'; did you mean 'rte'"),
+        ({"tasks": ["own.yaml"]}, "own.yaml: not a YAML recipe: .*No such file"),
+        ({"tasks": ["OWN/person.yaml"]}, "--data .*: nothing is read from there, since .*person.yaml says where its"),
+        ({"tasks": ["OWN/person.yaml", "OWN/person.yml"], "data": None}, "are both named 'person'; rename one"),
         ({"model": "/nowhere"}, "/nowhere: no such file or folder"),
         ({"overrides": ["model.max_length=1024"]}, r"model\.max_length = 1024: .* has 512 positions"),
         ({"subject": "cross-modal"}, "holds no cross_modal/config.json"),
@@ -225,6 +260,8 @@ def request(model, data, out, **changes):
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(small_tasks, cassette_model, tmp_path, changes, message):
+    if "tasks" in changes:
+        changes["tasks"] = [name.replace("OWN", str(small_tasks / "own")) for name in changes["tasks"]]
     with pytest.raises(XdscaleError, match=message):
         run_command(request(**({"model": cassette_model, "data": small_tasks, "out": tmp_path / "out"} | changes)))
     assert not (tmp_path / "out" / "cola").exists()

@@ -167,6 +167,11 @@ def _read_data(request: Request, settings: FinetuneSettings) -> dict[str, Source
         own[described.name] = described, path
     check_tasks(request.recipe, settings, [*known, *own])
     tasks = [find_task(name) for name in asked if not name.endswith((".yaml", ".yml"))]
+    if request.data is not None and not tasks:
+        raise XdscaleError(
+            f"--data {request.data}: nothing is read from there, since {', '.join(asked)} says where its files lie; "
+            "leave --data out"
+        )
     folder = HUB_DATA if request.data is None else resolve_path(request.data)
     if request.data is None:
         for task in tasks:

@@ -1,6 +1,7 @@
 """Finetuning recipes: one file for all tasks and sizes, resolved to one recipe per run."""
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from xdscale.errors import XdscaleError
-from xdscale.names import own_or_shipped
+from xdscale.names import nearest, own_or_shipped
 from xdscale.recipe import (
     SHIPPED,
     NameOrPath,
@@ -161,19 +162,22 @@ def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
 
 
 def check_tasks(name: str, settings: FinetuneSettings, tasks: Sequence[str]) -> None:
-    """Refuses settings for tasks that there are not.
+    """Refuses settings for a task whose name is mistyped; warns of those for tasks that there are not.
 
     Args:
         name: of the recipe, for the message.
         settings: of the recipe.
-        tasks: names of all that there are.
+        tasks: names of all that there are, tasks of the user's own only if they are asked for.
 
     Raises:
-        XdscaleError: a table names another one.
+        XdscaleError: a table names another one, and nearly one of these.
     """
     for key, table in _tables(settings).items():
         for task in sorted(table.keys() - {*tasks, OTHERS}):
-            raise XdscaleError(f"{name}: {key}: unknown task {task!r}; keys are {OTHERS} and {', '.join(tasks)}")
+            question = nearest(task, tasks, "")
+            if question:
+                raise XdscaleError(f"{name}: {key}: unknown task {task!r}; {question}")
+            print(f"warning: {name}: {key}: {task!r} is no task of this command", file=sys.stderr)
 
 
 def resolve_run(

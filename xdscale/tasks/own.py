@@ -64,7 +64,9 @@ class OwnTask(Section):
 
     def columns(self) -> dict[str, Any]:
         """Returns what must be equal, besides the files, for two models' results to be comparable."""
-        return self.model_dump(mode="json", include={"text", "choices", "label", "labels", "target"})
+        return self.model_dump(
+            mode="json", include={"text", "choices", "label", "labels", "target"}, exclude_defaults=True
+        )
 
 
 def read_own_task(path: Path) -> OwnTask:
@@ -76,7 +78,8 @@ def read_own_task(path: Path) -> OwnTask:
     """
     own = read_validated(path, [], OwnTask)
     metrics = own.metrics or ("rmse" if own.target else "accuracy",)
-    own = own.model_copy(update={"name": own.name or path.stem, "metrics": metrics})
+    same = {key: str(Path(getattr(own, key))) for key in ("train", "dev")}  # ./a.tsv and a.tsv are one file
+    own = own.model_copy(update={"name": own.name or path.stem, "metrics": metrics, **same})
     _check(path, own)
     for key, name in (("train", own.train), ("dev", own.dev), ("test", own.test)):
         if name is not None:
@@ -149,6 +152,8 @@ def _find_labels(own: OwnTask, train: Path) -> tuple[str, ...]:
                 f"{place(train, line)}: more than {MOST_FOUND_LABELS} labels in {own.label!r}, such as {label[:80]!r}; "
                 "for a number write target instead of label; if they are classes, list them under labels"
             )
+    if not found:
+        raise XdscaleError(f"{train}: no examples in it")
     if len(found) < 2:
         raise XdscaleError(f"{train}: only {sorted(found)} in {own.label!r}; expected at least two labels")
     numbers = all(re.fullmatch(r"-?\d+", label) for label in found)

@@ -1,0 +1,192 @@
+"""A user's own task: every format gives the same examples, what is left out is found, and what is wrong is named."""
+
+import csv
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from xdscale.errors import XdscaleError
+from xdscale.tasks.own import read_own_task
+
+ROWS = [
+    {"n": "a", "text": 'She said "no", twice.', "more": "A", "score": "0.5", "grade": "10", "choice": "1"},
+    {"n": "b", "text": "Zwölf, Ähren; {}", "more": "B b", "score": "-2", "grade": "2", "choice": "0"},
+    {"n": "c", "text": "It is.", "more": "C", "score": "3.25", "grade": "2", "choice": "1"},
+]
+LABELS = ["label: grade", "labels: ['2', '10']"]
+
+
+def write(path, rows):
+    """One table in the format that its name says; JSON Lines and parquet hold numbers where they can."""
+    numbers = [row | {"score": float(row["score"]), "grade": int(row["grade"])} for row in rows]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in numbers), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(numbers), path)
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def describe(tmp_path):
+    """Writes files and a description of them; returns the description's path."""
+
+    def describe(*lines, suffix=".tsv", rows=ROWS, name="mine.yaml"):
+        for split in ("train", "dev"):
+            write(tmp_path / f"{split}{suffix}", rows)
+        files = [
+            f"{split}: {split}{suffix}" for split in ("train", "dev") if f"\n{split}:" not in "\n".join(["", *lines])
+        ]
+        (tmp_path / name).write_text("\n".join([*files, *lines]) + "\n", encoding="utf-8")
+        return tmp_path / name
+
+    return describe
+
+
+def read(path):
+    task = read_own_task(path).task()
+    return task, task.read(path.parent)
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
+def test_all_formats_hold_the_same_examples(describe, suffix):
+    task, data = read(describe("text: [text, more]", "label: grade", "id: n", suffix=suffix))
+    assert task.labels == ("2", "10")  # found, in the order of numbers
+    assert [example.texts for example in data.train] == [((row["text"], row["more"]),) for row in ROWS]
+    assert [example.label for example in data.dev["dev"]] == [1, 0, 0]
+    assert [example.id for example in data.train] == ["a", "b", "c"]
+    assert [example.line for example in data.train] == ([1, 2, 3] if suffix in (".jsonl", ".parquet") else [2, 3, 4])
+    task, data = read(describe("text: text", "target: score", suffix=suffix))
+    assert (task.metrics, task.outputs, task.sentences) == (("rmse",), 1, 1)
+    assert [example.label for example in data.train] == [0.5, -2, 3.25]
+    assert [example.id for example in data.train] == ["0", "1", "2"]
+
+
+def test_choices_with_and_without_a_text_before_them(describe):
+    task, data = read(describe("text: n", "choices: [text, more]", "label: choice", "labels: [0, 1]"))
+    assert (task.choices, task.sentences, task.outputs, data.train[0].label) == (2, 2, 1, 1)
+    assert data.train[2].texts == (("c", "It is."), ("c", "C"))
+    task, data = read(describe("choices: [text, more]", "label: choice"))
+    assert (task.choices, task.sentences, task.labels) == (2, 1, ("0", "1"))
+    assert data.train[2].texts == (("It is.",), ("C",))
+
+
+def test_names_and_metrics_are_filled_in_and_files_may_lie_elsewhere(describe, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write(elsewhere / "test.csv", [{"text": "Unlabelled."} | {"score": "0", "grade": "0"}])
+    path = describe("title: My own", "text: text", *LABELS, f"test: {elsewhere}/test.csv", "metrics: [f1, accuracy]")
+    task, data = read(path)
+    assert (task.name, task.title, task.score, task.metrics) == ("mine", "My own", "f1", ("f1", "accuracy"))
+    assert data.test["mine.tsv"][0].texts == (("Unlabelled.",),)
+    assert data.test["mine.tsv"][0].label is None
+    assert data.files["dev.tsv"]["rows"] == 3
+
+
+def test_a_tenth_is_held_out_where_dev_is_the_training_file(describe):
+    rows = [row | {"text": f"{number}"} for number in range(200) for row in ROWS[:2]]
+    task, data = read(describe("dev: ./train.tsv", "text: text", "label: grade", rows=rows))
+    assert 15 < len(data.dev["dev"]) < 70
+    assert len(data.train) + len(data.dev["dev"]) == 400
+    assert {example.id for example in data.train}.isdisjoint(example.id for example in data.dev["dev"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["text: text"], "needs one of label .* and target"),
+        (["text: text", "label: grade", "target: score"], "needs one of label .* and target"),
+        (["label: grade"], "names nothing to read; needs text"),
+        (["text: [n, text, more]", "label: grade"], "text: 3 columns; expected one, or the two of a pair"),
+        (["text: [n, text]", "choices: [more, score]", "label: choice"], "text: expected one column, since"),
+        (["text: n", "choices: more", "label: choice"], "choices: one column; expected one for each of at least two"),
+        (["text: n", "choices: [text, more]", "label: choice", "labels: [a, b, c]"], "labels: 3 of them, but 2"),
+        (["text: text", "target: score", "labels: [a, b]"], "labels and choices go with label; target is a number"),
+        (["text: grade", "label: grade"], "'grade' is named twice"),
+        (["text: text", "label: grade", "labels: [2, 2]"], "'2' is named twice"),
+        (["text: text", "label: grade", "labels: 2"], "labels: only .*; expected at least two"),
+        (["text: text", "label: grade", "metrics: [rmse]"], "metrics: 'rmse'; with label they are accuracy"),
+        (["text: text", "target: score", "metrics: accuracy"], "metrics: 'accuracy'; with target they are pearson"),
+        (["text: text", "label: n", "metrics: f1"], "f1 is of the second of two labels, there are 3; macro_f1"),
+        (["text: text", "label: grade", "name: My Task"], "name = 'My Task': expected small letters"),
+        (["text: text", "label: grade", "name: others"], "name = 'others': expected small letters"),
+        (["text: text", "label: grade", "name: cola"], "name = 'cola': there is a task of this name already"),
+        (["text: text", "lable: grade"], "unknown key 'lable'; did you mean 'label'"),
+        (["text: text", "label: grade", "train: 7"], "mine.yaml: train = 7: "),
+        (["text: text", "label: grade", "train: no.tsv"], r"train = .*no\.tsv: no such file; names are relative"),
+        (["text: text", "label: grade", "dev: mine.yaml"], r"dev = 'mine\.yaml': expected a name that ends with \.tsv"),
+        (["text: txt", "label: grade"], r"train\.tsv, line 1: no column 'txt'; .*found n, text, more, score, grade"),
+        (["text: text", "label: grade", "id: key"], r"train\.tsv, line 1: no column 'key'"),
+        (["text: text", "label: grade", "labels: [2, 3]"], r"train\.tsv, line 2: grade = '10': not a label of mine"),
+        (["text: text", "target: more"], r"train\.tsv, line 2: more = 'A': expected a number"),
+        (["text: [text"], "mine.yaml: not a YAML recipe"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_message_with_the_file_and_the_value(describe, lines, message):
+    path = describe(*lines)
+    with pytest.raises(XdscaleError, match=message) as caught:
+        read(path)
+    assert str(path.parent) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "message"),
+    [
+        (".tsv", lambda path: path.write_text(""), r"train\.tsv: is empty; expected a header line"),
+        (".tsv", lambda path: path.write_text("text\tgrade\n"), r"train\.tsv: no examples in it"),
+        (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\n"), r"train\.tsv, line 3: 1 columns, expected 2"),
+        (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\t\n"), r"train\.tsv, line 3: grade is empty"),
+        (".tsv", lambda path: path.write_text("text\ttext\tgrade\n"), r"line 1: two columns are named 'text'"),
+        (".tsv", lambda path: path.write_bytes(b"text\tgrade\n\xff\t1\n"), r"train\.tsv: not UTF-8 text"),
+        (".csv", lambda path: path.write_text("text;grade\nA;1\n"), r"no column 'text', 'grade'; .* found text;grade"),
+        (".jsonl", lambda path: path.write_text(""), r"train\.jsonl: no examples in it"),
+        (".jsonl", lambda path: path.write_text('{"text": "A", "grade": 1}\n{"text": "B"}\n'), r"line 2: no column"),
+        (".jsonl", lambda path: path.write_text('{"text": "A", "grade": null}\n'), r"line 1: column 'grade' has no"),
+        (".jsonl", lambda path: path.write_text('{"text": ["A"], "grade": 1}\n'), r"line 1: column 'text' has a list"),
+        (".jsonl", lambda path: path.write_text('{"text": "\\ud800", "grade": 1}\n'), r"'text' is no valid Unicode"),
+        (".jsonl", lambda path: path.write_text("\n{text: 1}\n"), r"line 2: not JSON: .*; expected an object"),
+        (".jsonl", lambda path: path.write_text("[1]\n"), r"line 1: list, expected a JSON object"),
+        (".parquet", lambda path: path.write_text("text"), r"train\.parquet: not readable parquet"),
+        (
+            ".parquet",
+            lambda path: write(path, [ROWS[0], ROWS[1] | {"text": None}]),
+            r"train\.parquet, row 2: column 'text' has no value",
+        ),
+        (".parquet", lambda path: write(path, [{"score": "0", "grade": "1"}]), r"parquet: no column 'text'; .* found"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_wrong_is_named_with_its_line(describe, suffix, change, message):
+    path = describe("text: text", "label: grade", suffix=suffix)
+    change(path.with_name(f"train{suffix}"))
+    with pytest.raises(XdscaleError, match=message):
+        read(path)
+
+
+def test_a_column_of_texts_or_numbers_is_not_taken_for_labels(describe):
+    rows = [row | {"text": f"{number}"} for number in range(101) for row in ROWS[:1]]
+    path = describe("text: more", "label: text", rows=rows)
+    with pytest.raises(XdscaleError, match=r"line 102: more than 100 labels in 'text', such as '100'; for a number"):
+        read(path)
+
+
+def test_a_label_that_only_the_development_file_has_is_refused(describe):
+    path = describe("text: text", "label: grade")
+    write(path.with_name("dev.tsv"), [ROWS[0], ROWS[1] | {"grade": "3"}])
+    with pytest.raises(XdscaleError, match=r"dev\.tsv, line 3: grade = '3': not a label of mine; expected 2 or 10"):
+        read(path)
+
+
+def test_switches_and_numbers_are_labels_as_files_hold_them(describe):
+    rows = [row | {"right": right} for row, right in zip(ROWS, (True, False, True))]
+    task, data = read(describe("text: text", "label: right", "labels: [false, true]", suffix=".jsonl", rows=rows))
+    assert task.labels == ("false", "true")
+    assert [example.label for example in data.train] == [1, 0, 1]
