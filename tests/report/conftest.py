@@ -11,6 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_me
 SCORES = {
     "accuracy": accuracy_score,
     "f1": f1_score,
+    "macro_f1": lambda labels, predictions: f1_score(labels, predictions, average="macro"),
     "matthews": matthews_corrcoef,
     "pearson": lambda labels, predictions: pearsonr(labels, predictions).statistic,
     "spearman": lambda labels, predictions: spearmanr(labels, predictions).statistic,
@@ -27,8 +28,9 @@ METRICS = {
     "sst2": ["accuracy"],
     "mnli": ["accuracy"],
     "read": ["rmse"],
+    "reviews": ["macro_f1", "accuracy"],
 }
-EXAMPLES = {"rte": 277, "mrpc": 408, "stsb": 150, "cola": 300, "sst2": 200, "mnli": 250, "read": 120}
+EXAMPLES = {"rte": 277, "mrpc": 408, "stsb": 150, "cola": 300, "sst2": 200, "mnli": 250, "read": 120, "reviews": 90}
 
 
 def guesses(task, labels, skill, generator):
@@ -89,6 +91,7 @@ def write_sweep(tmp_path):
 
     def write(label, skills, *, seeds=5, unfinished=(), settings=None, folder=None):
         folder = tmp_path / (folder or label)
+        folder.mkdir(exist_ok=True)
         for task, skill in skills.items():
             draw = np.random.default_rng([1, *task.encode()])  # the same examples in every sweep
             count = EXAMPLES[task]

@@ -231,6 +231,49 @@ def test_another_metric(write_sweep, tmp_path):
         report([sweep], tmp_path / "other", metrics=["mprc=f1"])
 
 
+def columns(folder):
+    """The heads of the table of a written report."""
+    table = (folder / "report.md").read_text(encoding="utf-8").split("\n\n")[2]
+    return [cell.strip() for cell in table.splitlines()[0].split("|")[2:-1]]
+
+
+def test_a_task_that_the_paper_does_not_have_gets_a_column_of_its_own(write_sweep, tmp_path, capsys):
+    runs = [write_sweep("BERT-b", {"rte": 0.7, "reviews": 0.6}), write_sweep("XDBERT-b", {"rte": 0.7, "reviews": 0.95})]
+    lines = report(runs, tmp_path / "out")
+    assert columns(tmp_path / "out") == [
+        "RTE", "MRPC", "STSB", "CoLA", "SST2", "QNLI", "QQP", "MNLI", "SWAG", "READ↓", "REVIEWS",
+    ]  # fmt: skip
+    line = lines["XDBERT-b", "reviews"]
+    scores = [result["metrics"]["macro_f1"] for result in results(runs[1], "reviews")]
+    assert (line["metric"], line["published"], line["verdict"]) == ("macro_f1", "", "better")
+    assert float(line["median"]) == pytest.approx(median(scores))
+    assert (tmp_path / "out" / "comparisons" / "reviews-XDBERT-b.csv").is_file()
+    printed = capsys.readouterr()
+    assert re.search(r"REVIEWS: \+\d+\.\d macro F1 \(95 % CI .*\): better than BERT-b, beyond", printed.out)
+    assert "Mean of RTE, REVIEWS: " in printed.out
+    assert "REVIEWS" not in printed.err
+    lines = report(runs, tmp_path / "three", layout="table-3", metrics=["reviews=accuracy"])
+    assert columns(tmp_path / "three") == ["RTE", "MRPC", "STSB", "CoLA", "REVIEWS"]
+    assert lines["BERT-b", "reviews"]["metric"] == "accuracy"
+
+
+def test_without_a_task_of_the_paper_its_table_is_left_out(write_sweep, tmp_path, capsys):
+    runs = [
+        write_sweep("mine", {"reviews": 0.6}),
+        write_sweep("yours", {"reviews": 0.9, "rte": 0.7}, unfinished=range(5)),
+    ]
+    lines = report(runs, tmp_path / "out")
+    assert columns(tmp_path / "out") == ["REVIEWS"]
+    assert set(lines) == {("mine", "reviews")}
+    printed = capsys.readouterr()
+    assert "(paper)" not in printed.out
+    assert "published" not in (tmp_path / "out" / "report.html").read_text().split("<body>")[1]
+    assert "warning: yours, REVIEWS: no seed is finished yet" in printed.err
+    with pytest.raises(XdscaleError, match="--metric rte=accuracy: expected TASK=METRIC with a task of reviews"):
+        report(runs[:1], tmp_path / "other", metrics=["rte=accuracy"])
+    assert not (tmp_path / "other").exists()
+
+
 class Page(HTMLParser):
     """Notes tags, whatever would be fetched, ids, and that what is opened is closed."""
 
