@@ -5,8 +5,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from xdscale.data.order import validation_slots
-from xdscale.data.task_batches import NO_LABEL, TaskCollator, cut_longest_first, encode_examples
-from xdscale.data.task_files import Example
+from xdscale.data.task_batches import TaskCollator, cut_longest_first, encode_examples
+from xdscale.data.task_files import NO_LABEL, Example
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.tasks.contract import find_task

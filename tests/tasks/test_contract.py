@@ -45,11 +45,12 @@ def test_what_ships_is_table_1_and_keeps_the_contract():
 
 def test_listing_and_finding_need_nothing_heavy():
     code = (
-        "import sys; from xdscale.tasks.contract import find_task, task_names; task_names(); find_task('rte');"
-        "print({'torch', 'transformers', 'sklearn', 'scipy'} & sys.modules.keys())"
+        "import sys; from xdscale.finetune.recipe import load_settings; from xdscale.tasks.contract import *;"
+        "load_settings('paper', []); task_names(); print('numpy' in sys.modules);"
+        "find_task('rte'); print({'torch', 'transformers', 'tokenizers', 'sklearn', 'scipy'} & sys.modules.keys())"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.endswith("set()\n")
+    assert shown == "False\nset()\n"
 
 
 def test_a_package_adds_a_task_through_its_entry_point_alone(packages):

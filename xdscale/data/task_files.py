@@ -16,6 +16,9 @@ from xdscale.files import one_line
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 """What a task's files may end with."""
 
+NO_LABEL = -1
+"""Stands for the label of an unlabelled or a padding example."""
+
 LONGEST_TEXT = 100_000
 """Characters. More is no sentence but a file read the wrong way."""
 

@@ -1,12 +1,12 @@
 """What a downstream task is, and how tasks are found by name."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
 
 from xdscale import registry
 from xdscale.data.task_files import Example
@@ -14,6 +14,7 @@ from xdscale.errors import XdscaleError
 from xdscale.names import nearest
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 GROUP = "xdscale.tasks"
@@ -39,7 +40,7 @@ class TaskData:
         sources: the file of each split ("train", and the names in `dev` and `test`), for messages.
     """
 
-    task: "Task"
+    task: Task
     train: list[Example]
     dev: dict[str, list[Example]]
     test: dict[str, list[Example]]
@@ -83,8 +84,8 @@ class Task(Protocol):
         """Returns what `loss` compares with, [n] or [n, …]: integers, or float64, which `loss` gets as fp32."""
 
     def loss(
-        self, logits: "torch.Tensor", targets: "torch.Tensor", real: "torch.Tensor"
-    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+        self, logits: torch.Tensor, targets: torch.Tensor, real: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Computes a micro-batch's loss and how many examples are right, both summed over the real ones.
 
         Args:

@@ -1,13 +1,16 @@
 """Metrics of finetuning tasks: what they are called, and how scikit-learn and SciPy compute them.
 
-Both are imported when something is measured: the report needs the names alone.
+All that computes is imported when something is measured: others need the names alone.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def measure(names: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -
         Each metric as a fraction, rmse in units of the target. A correlation of constant values, which is not
         defined, counts as 0, as in GLUE's Matthews correlation.
     """
+    import numpy as np
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_mean_squared_error
 

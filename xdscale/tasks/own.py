@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
@@ -12,7 +12,9 @@ from xdscale.errors import XdscaleError
 from xdscale.recipe import NameOrPath, Section, read_validated
 from xdscale.tasks.contract import task_names
 from xdscale.tasks.metrics import METRICS
-from xdscale.tasks.text import TextTask
+
+if TYPE_CHECKING:
+    from xdscale.tasks.text import TextTask
 
 MOST_FOUND_LABELS = 100
 """More labels than these are found in no file: they are listed, or the column holds something else."""
@@ -44,8 +46,10 @@ class OwnTask(Section):
         values = value if isinstance(value, list | tuple) else [value]
         return [json.dumps(item) if isinstance(item, bool | int | float) else item for item in values]
 
-    def task(self) -> TextTask:
+    def task(self) -> "TextTask":
         """Returns the task."""
+        from xdscale.tasks.text import TextTask  # which needs numpy
+
         return TextTask(
             name=self.name,
             title=self.title or self.name,

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xdscale.data.task_batches import NO_LABEL
-from xdscale.data.task_files import Example, place, read_rows
+from xdscale.data.task_files import NO_LABEL, Example, place, read_rows
 from xdscale.errors import XdscaleError
 from xdscale.files import file_sha256
 from xdscale.tasks.contract import TaskData
