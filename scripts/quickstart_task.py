@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xdscale.names import resolve_path
-from xdscale.shards.corpus import read_documents
+from xdscale.shards.sources.corpus import read_documents
 
 _SENTENCE = re.compile(r"[A-Z][^.!?\t]*[a-z0-9)][.](?=\s|$)")
 _WORDS = range(6, 20)

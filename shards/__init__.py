@@ -1,1 +1,1 @@
-"""Text corpora to tar shards: reading, packing, writing, verifying, and reading back by sample number."""
+"""Tables in tar shards: built from sources, verified, fetched from a URL, and read back by row number."""

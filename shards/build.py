@@ -1,232 +1,243 @@
-"""Building a dataset: plan, units, manifest. Restartable at any point, the same bytes for any number of workers."""
+"""Building a table from a source, on one machine or in parts on several: stopped and resumed, with the same bytes.
 
-import codecs
-from collections.abc import Callable, Iterator
+A dataset grows table by table: a table is built in a folder of its own or beside those that are there, and may link to
+their rows. `dataset.json` names it when all of it is there.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
-from tokenizers import Tokenizer
+from typing import Any, Protocol
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.clip_bpe import describe_clip_tokenizer
-from xdscale.shards.corpus import FORMATS, LINE_BREAKS, Document, stream_documents
-from xdscale.shards.inputs import describe_inputs, find_inputs
-from xdscale.shards.language import load_language_tokenizer
-from xdscale.shards.manifest import Build, Manifest
-from xdscale.shards.merge import assemble, require_sequences
-from xdscale.shards.part import WHOLE, Part, PartManifest
-from xdscale.shards.recognise import recognise
-from xdscale.shards.unit import Unit, UnitRecord, group_units
-from xdscale.shards.workers import run_units
-from xdscale.shards.workplace import existing_dataset, publish, workplace
+from xdscale.shards.manifest import MANIFEST_NAME, Column, Counts, Manifest, Split, TableManifest, add_counts
+from xdscale.shards.shard import Arrays
+from xdscale.shards.units import Unit, UnitRecord, run_units
+from xdscale.shards.verify import shard_problem, verify_shards
+from xdscale.shards.workplace import (
+    WHOLE,
+    Part,
+    PartManifest,
+    existing_table,
+    locked_for_merge,
+    publish,
+    read_part_files,
+    require_all_parts,
+    tidy,
+    workplace,
+)
+
+
+class Write(Protocol):
+    """Takes rows of a split, any number at once, and what the source counts in them."""
+
+    def __call__(self, split: str, arrays: Arrays, **counts: int | list[int]) -> None:
+        """Appends them; as `ShardWriter.add`."""
+
+
+class Source(Protocol):
+    """What a table is made of. A pickled copy goes to each worker process.
+
+    Attributes:
+        table: its name.
+        columns: its columns.
+        splits: names of the splits that it may write to; `manifest.ALL` if it has no splits.
+        build: as JSON, all that decides the bytes, with `source`, the name of the kind of source. Values under the key
+            "name" say where things came from and decide nothing.
+        total_bytes: of all inputs.
+    """
+
+    table: str
+    columns: Sequence[Column]
+    splits: Sequence[str]
+    build: dict[str, Any]
+    total_bytes: int
+
+    def units(self, threads: int) -> Iterator[tuple[Any, int]]:
+        """Yields units of work, picklable, and the bytes of all inputs read so far. Cheap: one process does it.
+
+        A unit becomes at most one shard for each split; units depend on the inputs alone.
+        """
+
+    def digest(self, work: Any) -> bytes:
+        """Returns a hash of what goes into a unit beside `build`."""
+
+    def rows(self, work: Any, write: Write) -> Counts:
+        """Makes the rows of a unit, a few at a time where they are large, and returns what was counted on the way.
+
+        Raises:
+            XdscaleError: an input is bad; names it.
+        """
+
+    def if_empty(self, counts: Counts) -> str:
+        """Returns why there are no rows, and what to do."""
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far a build is; `kept_shards` were found whole from an earlier run."""
 
-    documents: int
+    counts: Counts
     bytes_read: int
     bytes_total: int
-    sequences: int
+    rows: int
     kept_shards: int
 
 
-def build_shards(
-    inputs: list[Path | str],
+def build_table(
+    source: Source,
     out: Path,
     *,
-    language_tokenizer: str,
-    sequence_length: int = 510,
-    clip_blocks: int = 9,
-    validation_fraction: float = 0.01,
-    min_words: int = 5,
     workers: int = 1,
-    shard_text_bytes: int = 16 << 20,
-    format: str = "auto",
-    text_field: str = "text",
-    encoding: str = "utf-8",
-    bad_bytes: str = "refuse",
-    line_breaks: str = "auto",
     part: Part = WHOLE,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
-) -> Manifest:
-    """Builds the shards of a corpus, or of one part of it, in `out` and returns their manifest.
+) -> TableManifest:
+    """Builds a table, or one part of it, in `out` and returns what the manifest says, or of the part would say.
 
-    A build that was stopped at any point goes on when it is called again with the same inputs and options. If
-    `out` already holds the finished dataset, it is verified and returned. Parts become a dataset by `merge_parts`.
+    A build that was stopped at any point goes on when it is called again with the same source. If `out` already holds
+    the finished table, the dataset is verified and the table returned. Parts become a table by `merge_parts`.
 
     Args:
-        inputs: corpus files, folders and patterns (see `find_inputs`), read in this order.
-        out: folder for the shards; made if it does not exist.
-        language_tokenizer: `tokenizer.json` or `vocab.txt`, folder, `package:NAME/folder` or hub name.
-        sequence_length: language tokens per sequence, without [CLS] and [SEP].
-        clip_blocks: CLIP blocks of 75 tokens at most per sequence; the rest of its text is cut on CLIP's side.
-        validation_fraction: share of documents held out, chosen by a hash of their text.
-        min_words: paragraphs with fewer words are left out.
+        source: what the table is made of.
+        out: folder of the dataset; made if it does not exist.
         workers: processes; a script that asks for more than 1 needs the `if __name__ == "__main__":` guard.
-        shard_text_bytes: corpus text per shard, at least.
-        format: one of `corpus.FORMATS`, or "auto".
-        text_field: field of the text in JSON Lines, column in parquet.
-        encoding: of text and JSON; a byte order mark in a file decides before it.
-        bad_bytes: "refuse" bytes that are no text, or "replace" them by U+FFFD and count them. Shards finished before
-            a refusal are kept.
-        line_breaks: "join" or "keep" the lines of a paragraph, or "auto" (see `stream_documents`).
         part: the part to build; all parts may build in one folder at once, on different machines too.
-        overwrite: replace what another build left in `out`; not for parts, which would remove each other's shards.
+        overwrite: replace what another build of this table left in `out`; not for parts, which would remove each
+            other's shards.
         on_progress: called after each unit.
 
     Raises:
-        XdscaleError: a bad input, option or tokenizer, another dataset in `out`, nothing to build from, or the
-            disk is full. Finished shards are kept.
+        XdscaleError: a bad input, another dataset in `out`, a table to link to that is not there, no rows, or the disk
+            is full. Finished shards are kept.
     """
     out = Path(out)
-    paths = find_inputs(inputs)
-    encoding = _checked_options(format, encoding, bad_bytes, line_breaks)
-    if format == "auto":
-        for path in paths:
-            recognise(path, encoding)  # hours before it is that file's turn
-    tokenizer, language = load_language_tokenizer(language_tokenizer)
-    build = _checked(
-        inputs=describe_inputs(paths),
-        format=format,
-        text_field=text_field,
-        encoding=encoding,
-        line_breaks=line_breaks,
-        min_words=min_words,
-        sequence_length=sequence_length,
-        clip_blocks=clip_blocks,
-        validation_fraction=validation_fraction,
-        shard_text_bytes=shard_text_bytes,
-        language_tokenizer=language,
-        clip_tokenizer=describe_clip_tokenizer(),
-    )
     if workers < 1:
         raise XdscaleError(f"workers = {workers}: at least 1 process is needed")
     if overwrite and part.of > 1:
         raise XdscaleError(f"{out}: --overwrite with --part would remove the other parts; remove the folder first")
     report = on_progress or (lambda progress: None)
     try:
-        found = None if overwrite else existing_dataset(out, build, part)
+        found = None if overwrite else existing_table(out, source, part)
         if found is not None:
-            report(_finished(found))
+            rows = sum(split.rows for split in found.splits.values())
+            report(Progress(found.counts, source.total_bytes, source.total_bytes, rows, len(found.shards)))
             return found
-        with workplace(out, build, part, overwrite=overwrite):
-            return _build(_documents(paths, build, workers, bad_bytes), out, build, part, tokenizer, workers, report)
+        with workplace(out, source, part, overwrite=overwrite):
+            return _build(source, out, workers, part, report)
     except OSError as error:
         raise XdscaleError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from None
 
 
-def _build(
-    documents: Iterator[tuple[Document, int]],
-    out: Path,
-    build: Build,
-    part: Part,
-    tokenizer: Tokenizer,
-    workers: int,
-    report: Callable[[Progress], None],
-) -> Manifest:
-    units, records = _run(documents, out, build, part, tokenizer, workers, report)
-    manifest = assemble(build, records)
-    if part.of == 1:
-        require_sequences(build, records)
-        publish(out, manifest)
-    else:
-        PartManifest(index=part.index, of=part.of, units=units, build=build, records=records).write(out)
-    return manifest
-
-
-def _checked(**values: Any) -> Build:
-    """Returns the plan, or names the option that cannot be."""
-    try:
-        build = Build(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise XdscaleError(f"{first['loc'][0]} = {first['input']!r}: {first['msg']}") from None
-    return build
-
-
-def _checked_options(format: str, encoding: str, bad_bytes: str, line_breaks: str) -> str:
-    """Returns the encoding's usual name, or names the option that cannot be."""
-    for name, value, known in (
-        ("format", format, ("auto", *FORMATS)),
-        ("bad_bytes", bad_bytes, ("refuse", "replace")),
-        ("line_breaks", line_breaks, LINE_BREAKS),
-    ):
-        if value not in known:
-            raise XdscaleError(f"{name} = {value!r}: expected {', '.join(known)}")
-    try:
-        "a".encode(encoding).decode(encoding)  # codecs that are no encodings of text, such as hex, refuse
-        codecs.getincrementaldecoder(encoding)
-        name = codecs.lookup(encoding).name
-        if name in ("idna", "punycode"):  # of names of hosts
-            raise LookupError
-        return name
-    except (LookupError, UnicodeError):
-        raise XdscaleError(
-            f"encoding = {encoding!r}: no encoding that Python knows; for example utf-8, cp1252, utf-16, gb18030"
-        ) from None
-
-
-def _finished(manifest: Manifest) -> Progress:
-    total = sum(item.bytes for item in manifest.build.inputs)
-    splits = manifest.splits.values()
-    return Progress(
-        documents=manifest.corpus.documents,
-        bytes_read=total,
-        bytes_total=total,
-        sequences=sum(split.samples for split in splits),
-        kept_shards=sum(len(split.shards) for split in splits),
+def _build(source: Source, out: Path, workers: int, part: Part, report: Callable[[Progress], None]) -> TableManifest:
+    units, records = _run(source, out, workers, part, report)
+    manifest = PartManifest(
+        index=part.index,
+        of=part.of,
+        units=units,
+        table=source.table,
+        build=source.build,
+        columns=list(source.columns),
+        splits=list(source.splits),
+        records=records,
     )
-
-
-def _documents(paths: list[Path], build: Build, threads: int, bad_bytes: str) -> Iterator[tuple[Document, int]]:
-    """Yields the documents of all inputs with the bytes read so far."""
-    before = 0
-    for path, described in zip(paths, build.inputs, strict=True):
-        for document in stream_documents(
-            path,
-            format=build.format,
-            text_field=build.text_field,
-            encoding=build.encoding,
-            replace_bad_bytes=bad_bytes == "replace",
-            line_breaks=build.line_breaks,
-            threads=threads,
-        ):
-            yield document, before + document.bytes_read
-        before += described.bytes
+    table = assemble(manifest, records)
+    if part.of > 1:
+        manifest.write(out)
+    elif not table.shards:
+        raise XdscaleError(source.if_empty(table.counts))
+    else:
+        publish(out, source.table, table)
+    return table
 
 
 def _run(
-    documents: Iterator[tuple[Document, int]],
-    out: Path,
-    build: Build,
-    part: Part,
-    tokenizer: Tokenizer,
-    workers: int,
-    report: Callable[[Progress], None],
+    source: Source, out: Path, workers: int, part: Part, report: Callable[[Progress], None]
 ) -> tuple[int, list[UnitRecord]]:
     """Builds the part's units; returns how many all parts have, and the records of this one's in order."""
-    total = sum(item.bytes for item in build.inputs)
     records: list[UnitRecord] = []
-    units, count, sequences, kept_shards = 0, 0, 0, 0
+    counts: Counts = {}
+    units, rows, kept_shards = 0, 0, 0
 
     def of_this_part() -> Iterator[Unit]:
         nonlocal units
-        for unit in group_units(documents, build.shard_text_bytes):
+        for work, bytes_read in source.units(workers):
+            if part.has(units):
+                yield Unit(units, work, bytes_read)
             units += 1
-            if part.has(unit.number):
-                yield unit
 
-    with closing(run_units(of_this_part(), out, build, tokenizer, workers)) as results:
+    with closing(run_units(of_this_part(), out, source, workers)) as results:
         for unit, record, kept in results:
             records.append(record)
-            count += record.corpus.documents
-            sequences += sum(split.shard.samples for split in record.splits.values())
+            counts = add_counts([counts, record.counts])
+            rows += sum(split.shard.rows for split in record.splits.values())
             kept_shards += len(record.splits) if kept else 0
-            report(Progress(count, unit.bytes_read, total, sequences, kept_shards))
+            report(Progress(counts, unit.bytes_read, source.total_bytes, rows, kept_shards))
     return units, records
+
+
+def assemble(build: PartManifest, records: list[UnitRecord]) -> TableManifest:
+    """Returns the table that these units make, in their order."""
+    splits = {}
+    for name in build.splits:
+        parts = [record.splits[name] for record in records if name in record.splits]
+        splits[name] = Split.of([part.shard for part in parts], add_counts(part.counts for part in parts))
+    counts = add_counts(record.counts for record in records)
+    return TableManifest(build=build.build, counts=counts, columns=build.columns, splits=splits)
+
+
+def merge_parts(out: Path, *, on_progress: Callable[[int, int], None] | None = None) -> TableManifest:
+    """Makes a table of the parts in `out`: the same bytes as if one machine had built it.
+
+    Shards are verified first. Killed at any point, it can be called again.
+
+    Args:
+        out: the folder in which all parts were built, or into which they were copied.
+        on_progress: called after each shard with (bytes verified, bytes of all).
+
+    Returns:
+        The table; where nothing was left to merge, the first one of the dataset.
+
+    Raises:
+        XdscaleError: parts are missing, of different builds or being built, shards are damaged (named with their
+            part), there is no row in all parts, or the folder cannot be written.
+    """
+    out = Path(out)
+    try:
+        parts = read_part_files(out)
+        merged = Manifest.load(out).tables if (out / MANIFEST_NAME).exists() else {}
+        if merged and (not parts or parts[0].table in merged):
+            verify_shards(out, on_progress=on_progress)
+            tidy(out)
+            return merged[parts[0].table] if parts else next(iter(merged.values()))
+        require_all_parts(out, parts)
+        with locked_for_merge(out):
+            _verify(out, parts, on_progress or (lambda done, total: None))
+            units = sorted((numbered for part in parts for numbered in part.numbered()), key=lambda unit: unit[0])
+            table = assemble(parts[0], [record for _, record in units])
+            if not table.shards:
+                counts = ", ".join(f"{name} {count}" for name, count in table.counts.items() if count)
+                raise XdscaleError(f"{out}: the parts hold no rows ({counts}); use more input or other options")
+            publish(out, parts[0].table, table)
+    except OSError as error:
+        raise XdscaleError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from None
+    return table
+
+
+def _verify(out: Path, parts: list[PartManifest], report: Callable[[int, int], None]) -> None:
+    shards = [(part, split.shard) for part in parts for record in part.records for split in record.splits.values()]
+    done, total = 0, sum(shard.bytes for _, shard in shards)
+    names = {shard.sha256: shard.file for _, shard in shards}
+    problems: list[str] = []
+    damaged: list[str] = []
+    for part, shard in shards:
+        problem = shard_problem(out / shard.file, shard, names)
+        if problem is not None:
+            problems.append(problem)
+            damaged.append(f"{part.index}/{part.of}")
+        done += shard.bytes
+        report(done, total)
+    if problems:
+        again = ", ".join(dict.fromkeys(damaged))
+        raise XdscaleError("\n".join([f"{out}: damaged shards; build or copy again the parts {again}", *problems]))

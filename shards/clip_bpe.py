@@ -18,12 +18,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from xdscale.errors import XdscaleError
 from xdscale.names import resolve_path
-from xdscale.shards.manifest import ClipTokenizer
+from xdscale.shards.sources.text_build import ClipTokenizer
 
 MERGES_FILE = "package:open_clip/bpe_simple_vocab_16e6.txt.gz"
-BLOCK_TOKENS = 75
-"""Content tokens per CLIP block: a context of 77 less start and end (spec xdbert §4)."""
-
 START, END = "<start_of_text>", "<end_of_text>"
 WORD_END = "</w>"
 """What an entry ends in that closes a word."""

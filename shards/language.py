@@ -13,7 +13,8 @@ from tokenizers.models import WordPiece
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json, refuse_lfs_pointer
 from xdscale.names import PACKAGE_PREFIX, expand_home, resolve_path
-from xdscale.shards.manifest import LanguageTokenizer, canonical_json
+from xdscale.shards.manifest import canonical_json
+from xdscale.shards.sources.text_build import LanguageTokenizer
 
 SPECIAL_TOKENS = {"cls_id": "[CLS]", "sep_id": "[SEP]", "mask_id": "[MASK]", "pad_id": "[PAD]"}
 LARGEST_VOCABULARY = 2**16

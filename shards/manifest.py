@@ -1,12 +1,13 @@
-"""`dataset.json`: what a folder of shards holds and how it was built."""
+"""`dataset.json`: which tables a folder of shards holds, how each was built, and how they are linked."""
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,22 +15,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from xdscale.errors import XdscaleError
 
 MANIFEST_NAME = "dataset.json"
-FORMAT_VERSION = 3
-BLOCK_ROWS = 1024
-"""Most rows per block: large enough that tar and npy headers cost well under 1 % of 512-token sequences."""
-BLOCK_BYTES = 16 << 20
-"""About how much one block holds of a column at most."""
+WORK_FOLDER = ".build"
+PART_FILES = "part-*-of-*.json"
+"""Both are there while a build is not finished."""
+FORMAT_VERSION = 4
+ALL = "all"
+"""The split of a table that is not split: rows of every split of another table may link to it."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
+Counts = dict[str, Count | list[Count]]
+"""What a source counts, by name: numbers, and histograms."""
 NAME = "^[a-z][a-z0-9_]*$"
+Name = Annotated[str, Field(pattern=NAME)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of `dataset.json`: unknown keys are refused, values do not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Column(_Section):
+class Column(Section):
     """What a table holds for each row: an array of one shape, or any number of elements of one shape.
 
     Attributes:
@@ -40,153 +47,151 @@ class Column(_Section):
             and end; columns that have equally many elements in every row share it.
         fewest: elements of a row, at least.
         most: elements of a row, at most.
+        rows_of: the table whose row numbers the values are: those of its split of the same name, or of `ALL`.
     """
 
-    name: Annotated[str, Field(pattern=NAME)]
+    name: Name
     dtype: Annotated[str, Field(pattern=r"^(\|[iu]1|<[iuf][248])$")]
     shape: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(max_length=3)] = ()
-    offsets: Annotated[str, Field(pattern=NAME)] | None = None
+    offsets: Name | None = None
     fewest: Count = 0
     most: Annotated[int, Field(gt=0)] | None = None
+    rows_of: Name | None = None
 
     @property
     def element_bytes(self) -> int:
         """Bytes of a row, or in a ragged column of one element."""
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
-
-class LanguageTokenizer(_Section):
-    """The language model's tokenizer; equal `sha256` means equal ids for equal text."""
-
-    name: str
-    sha256: Sha256
-    vocab_size: Annotated[int, Field(gt=0, le=2**16)]
-    cls_id: Count
-    sep_id: Count
-    mask_id: Count
-    pad_id: Count
+    @model_validator(mode="after")
+    def _links_are_row_numbers(self) -> Self:
+        if self.rows_of is not None and np.dtype(self.dtype).kind != "u":
+            raise ValueError(f"{self.name} holds rows of {self.rows_of}, so its dtype must be unsigned")
+        return self
 
 
-class ClipTokenizer(_Section):
-    """CLIP's BPE."""
-
-    name: str
-    sha256: Sha256
-    vocab_size: Annotated[int, Field(gt=0, le=2**16)]
-    start_id: Count
-    end_id: Count
-
-
-class InputFile(_Section):
-    """A corpus file, by its content; only the last part of its path is kept."""
+class InputFile(Section):
+    """A file that a table was built from, by its content; only the last part of its path is kept."""
 
     name: str
     bytes: Count
     sha256: Sha256
 
 
-class Build(_Section):
-    """Everything that decides the bytes of the shards."""
+class ShardRecord(Section):
+    """One tar file of a split.
 
-    inputs: list[InputFile]
-    format: str
-    text_field: str
-    encoding: str = "utf-8"
-    line_breaks: Literal["auto", "keep", "join"] = "auto"
-    min_words: Count
-    sequence_length: Annotated[int, Field(gt=0, lt=2**31)]
-    clip_blocks: Annotated[int, Field(gt=0, lt=2**31)]
-    validation_fraction: Annotated[float, Field(ge=0, le=1)]
-    shard_text_bytes: Annotated[int, Field(gt=0)]
-    block_rows: Annotated[int, Field(gt=0)] = BLOCK_ROWS
-    language_tokenizer: LanguageTokenizer
-    clip_tokenizer: ClipTokenizer
-
-    def identity(self) -> dict[str, object]:
-        """Returns what must be equal for two builds to give the same shards: all but the names of files."""
-        values = self.model_dump(mode="json")
-        values["inputs"] = [{"bytes": item.bytes, "sha256": item.sha256} for item in self.inputs]
-        del values["language_tokenizer"]["name"], values["clip_tokenizer"]["name"]
-        return values
-
-
-class ShardRecord(_Section):
-    """One tar file of a split."""
-
-    file: Annotated[str, Field(pattern=r"^[a-z]+-[0-9]{6,}\.tar$")]
-    samples: Annotated[int, Field(gt=0)]
-    bytes: Annotated[int, Field(gt=0)]
-    sha256: Sha256
-
-
-class Split(_Section):
-    """The shards of one split; sample ids count through them in this order.
-
-    `blocks_needed[k]` is the number of sequences whose whole text fills k + 1 CLIP blocks of 75 tokens,
-    before the cut at `clip_blocks`.
+    Attributes:
+        file: its name.
+        rows: how many it holds.
+        blocks: how many of them lie in it.
+        bytes: of the file.
+        sha256: of the file.
+        elements: of all rows together, by the member that tells the rows of ragged columns apart.
+        largest: row number of another table in each column that holds such.
     """
 
-    samples: Count
-    language_tokens: Count
-    clip_tokens: Count
-    blocks_needed: list[Count]
+    file: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*-[0-9]{6,}\.tar$")]
+    rows: Annotated[int, Field(gt=0)]
+    blocks: Annotated[int, Field(gt=0)]
+    bytes: Annotated[int, Field(gt=0)]
+    sha256: Sha256
+    elements: dict[str, Count] = {}
+    largest: dict[str, Count] = {}
+
+
+class Split(Section):
+    """The shards of one split; rows are numbered through them in this order. `counts` are the source's."""
+
+    rows: Count
+    counts: Counts = {}
     shards: list[ShardRecord]
+
+    @classmethod
+    def of(cls, shards: list[ShardRecord], counts: Counts) -> Self:
+        """Returns the split that shards make."""
+        return cls(rows=sum(shard.rows for shard in shards), counts=counts, shards=shards)
+
+    @property
+    def elements(self) -> Counter[str]:
+        """How many elements all rows have, by the member that tells rows of ragged columns apart."""
+        return sum((Counter(shard.elements) for shard in self.shards), Counter())
 
     @model_validator(mode="after")
     def _totals_agree(self) -> Self:
-        found = sum(shard.samples for shard in self.shards)
-        if found != self.samples:
-            raise ValueError(f"samples is {self.samples}, but the shards hold {found}")
+        found = sum(shard.rows for shard in self.shards)
+        if found != self.rows:
+            raise ValueError(f"rows is {self.rows}, but the shards hold {found}")
         return self
 
 
-class Corpus(_Section):
-    """What was read, what was kept of it and what was not.
+class TableManifest(Section):
+    """One table.
 
-    `paragraphs`, `words` and `text_bytes` (UTF-8) are those kept. Left out are headings, and paragraphs of fewer words
-    than `min_words`. `dropped_tokens` language tokens filled no sequence at the end of their unit.
-    `joined_documents` were hard-wrapped; `bad_bytes` replacements stand for bytes that were no text.
-    `document_tokens[k]` is the number of documents of 2^(k-1) to 2^k - 1 language tokens; the first is of those
-    that have none.
+    Attributes:
+        build: all that decides the bytes of the shards; `source` says what it was built from, the rest is the source's.
+        counts: of what the source read, kept and left out.
+        columns: in the order in which they stand in each block.
+        splits: by name.
     """
 
-    documents: Count
-    paragraphs: Count
-    words: Count
-    text_bytes: Count
-    headings: Count
-    heading_words: Count
-    short_paragraphs: Count
-    short_words: Count
-    dropped_tokens: Count
-    joined_documents: Count
-    bad_bytes: Count
-    document_tokens: list[Count]
+    build: dict[str, Any]
+    counts: Counts = {}
+    columns: Annotated[list[Column], Field(min_length=1)]
+    splits: dict[Name, Split]
 
-    @classmethod
-    def total(cls, parts: Iterable[Self]) -> Self:
-        """Returns the sum of what parts of a corpus gave."""
-        parts = list(parts)
-        counts = (name for name in cls.model_fields if name != "document_tokens")
-        return cls(
-            **{name: sum(getattr(part, name) for part in parts) for name in counts},
-            document_tokens=add_counts(part.document_tokens for part in parts),
-        )
+    @property
+    def shards(self) -> list[ShardRecord]:
+        """Those of all splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
+    def payload_bytes(self, split: str) -> int:
+        """Returns the bytes of a split's values alone: what a file without headers or offsets would need."""
+        found = self.splits[split]
+        counts = {None: found.rows, **found.elements}
+        return sum(column.element_bytes * counts.get(column.offsets, 0) for column in self.columns)
 
 
-def add_counts(histograms: Iterable[list[int]]) -> list[int]:
-    """Returns the sum of histograms, as long as the longest."""
-    return [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)]
-
-
-class Manifest(_Section):
+class Manifest(Section):
     """The whole of `dataset.json`."""
 
-    format_version: Literal[3] = FORMAT_VERSION
-    columns: Annotated[list[Column], Field(min_length=1)]
-    build: Build
-    corpus: Corpus
-    splits: dict[str, Split]
+    format_version: Literal[4] = FORMAT_VERSION
+    tables: Annotated[dict[Name, TableManifest], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _links_hold(self) -> Self:
+        for name, table in self.tables.items():
+            for column in table.columns:
+                for split in table.splits if column.rows_of else ():
+                    try:
+                        rows = self.linked_rows(column.rows_of, split)
+                    except KeyError as error:
+                        raise ValueError(f"{name}.{column.name}: links to {error.args[0]}") from None
+                    for shard in table.splits[split].shards:
+                        if (largest := shard.largest.get(column.name, 0)) >= rows:
+                            raise ValueError(
+                                f"{name}.{column.name}: {shard.file} links to row {largest} of {column.rows_of}, which "
+                                f"has rows 0 to {rows - 1}"
+                            )
+        return self
+
+    def linked_split(self, table: str, split: str) -> str:
+        """Returns which split of a table the rows of another table's `split` link to.
+
+        Raises:
+            KeyError: there is no such table, or no such split; in words.
+        """
+        if table not in self.tables:
+            raise KeyError(f"the table {table}, which is not there")
+        found = next((name for name in (split, ALL) if name in self.tables[table].splits), None)
+        if found is None:
+            raise KeyError(f"the table {table}, which has neither a split {split} nor {ALL}")
+        return found
+
+    def linked_rows(self, table: str, split: str) -> int:
+        """Returns how many rows there are for a link to a table from another table's `split`; errors as above."""
+        found = self.linked_split(table, split)
+        return self.tables[table].splits[found].rows
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -212,6 +217,24 @@ class Manifest(_Section):
                 "build the shards again with 'xdscale shards build'"
             ) from None
 
+    def table(self, name: str | None, folder: Path) -> tuple[str, TableManifest]:
+        """Returns a table by its name; without one, the only one.
+
+        Raises:
+            XdscaleError: no such table, or several and no name; `folder` stands in the message.
+        """
+        if name is None and len(self.tables) == 1:
+            name = next(iter(self.tables))
+        if name not in self.tables:
+            missing = "several tables: say which one" if name is None else f"no table {name!r}"
+            raise XdscaleError(f"{folder}: {missing}; the dataset has: {', '.join(sorted(self.tables))}")
+        return name, self.tables[name]
+
+    @property
+    def shards(self) -> list[ShardRecord]:
+        """Those of all tables."""
+        return [shard for table in self.tables.values() for shard in table.shards]
+
     def to_json(self) -> str:
         """Returns the text of `dataset.json`: sorted keys, so equal manifests are equal bytes."""
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -222,10 +245,27 @@ class Manifest(_Section):
         return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
 
 
+def shard_prefix(table: str, split: str) -> str:
+    """Returns what the names of a split's shards begin with; packed text, the oldest table, does without its name."""
+    return split if table == "text" else f"{table}-{split}"
+
+
 def members(columns: Sequence[Column]) -> list[str]:
     """Returns the names of the arrays that a block holds, in their order: the columns, then what tells rows apart."""
     offsets = dict.fromkeys(column.offsets for column in columns if column.offsets)
     return [*(column.name for column in columns), *offsets]
+
+
+def add_counts(parts: Iterable[Mapping[str, int | list[int]]]) -> Counts:
+    """Returns the sums of counts by name; histograms are as long as the longest."""
+    total: Counts = {}
+    for part in parts:
+        for name, count in part.items():
+            if isinstance(count, list):
+                total[name] = [sum(pair) for pair in zip_longest(total.get(name, []), count, fillvalue=0)]
+            else:
+                total[name] = total.get(name, 0) + count
+    return total
 
 
 def canonical_json(value: object) -> bytes:
@@ -236,6 +276,6 @@ def canonical_json(value: object) -> bytes:
 def _missing_message(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: no such folder; make it with 'xdscale shards build INPUT... --out {folder}'"
-    if (folder / ".build").is_dir():
+    if (folder / WORK_FOLDER).is_dir():
         return f"{folder}: the build was not finished; run the same 'xdscale shards build' command again"
     return f"{folder}: has no {MANIFEST_NAME}; a folder written by 'xdscale shards build' was expected"

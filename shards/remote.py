@@ -4,7 +4,7 @@ Whatever fsspec opens (s3://, gs://, https://, memory://, … with the package t
 opens where fsspec does not (`pipe:COMMAND`, https:// through curl). Which of these a file may name is decided where
 files are read: `xdscale.names.check_stated_url`. Here a URL is only ever one argument of a program, except in what a
 person typed after `pipe:`, to which a checked file name is appended. A global shuffle touches all shards in the first
-minutes, so all are fetched before the first step.
+minutes, so all are fetched before the first step, unless they are more than the disk holds: see `xdscale.shards.cache`.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ def fetch_manifest(url: str) -> str:
     Raises:
         XdscaleError: it cannot be fetched.
     """
-    address = _join(url, MANIFEST_NAME)
+    address = address_of(url, MANIFEST_NAME)
     last = None
     for pause in (*PAUSES_SECONDS, None):
         try:
@@ -103,7 +103,7 @@ def fetch_shards(
 
     def fetch(record: ShardRecord) -> str | None:
         try:
-            return _fetch(_join(url, record.file), folder / record.file, record, verify)
+            return _fetch(address_of(url, record.file), folder / record.file, record, verify)
         except OSError as error:  # not the source's, which _fetch has told of
             raise XdscaleError(f"data.cache: {folder}: cannot be written: {error.strerror or error}") from None
 
@@ -120,20 +120,35 @@ def fetch_shards(
 
 def _fetch(address: str, path: Path, record: ShardRecord, verify: bool) -> str | None:
     """Returns what is wrong with the source, or None once the shard is in place."""
-    if _sound(path, record, verify):
+    if is_sound(path, record, verify=verify):
         return None
     with _locked(path.with_name(f".{path.name}.partial")) as aside:
         try:
-            if _sound(path, record, verify):  # another process was quicker
+            if is_sound(path, record, verify=verify):  # another process was quicker
                 return None
-            for pause in (*PAUSES_SECONDS, None):
-                problem, failure = _attempt(address, aside, record)
-                if problem is None and failure is None:
-                    aside.replace(path)
-                    return None
-                time.sleep(pause or 0)
+            problem = download(address, aside, record)
+            if problem is None:
+                aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+    return problem
+
+
+def download(address: str, aside: Path, record: ShardRecord) -> str | None:
+    """Fetches a shard into a file and compares its SHA-256; what arrives damaged is fetched again.
+
+    Returns:
+        What is wrong with the source, where the shard is missing there or arrives damaged at every attempt.
+
+    Raises:
+        XdscaleError: it cannot be fetched for another reason; names the address.
+        OSError: the file cannot be written.
+    """
+    for pause in (*PAUSES_SECONDS, None):
+        problem, failure = _attempt(address, aside, record)
+        if problem is None and failure is None:
+            return None
+        time.sleep(pause or 0)
     if failure is not None:
         raise _unfetched(address, failure)
     return problem
@@ -153,7 +168,8 @@ def _attempt(address: str, aside: Path, record: ShardRecord) -> tuple[str | None
     return _difference(address, aside, record), None
 
 
-def _sound(path: Path, record: ShardRecord, verify: bool) -> bool:
+def is_sound(path: Path, record: ShardRecord, *, verify: bool) -> bool:
+    """Tells whether a shard is there in its size, and with `verify` whether its SHA-256 is right."""
     if not path.is_file() or path.stat().st_size != record.bytes:
         return False
     return not verify or file_sha256(path) == record.sha256
@@ -173,7 +189,8 @@ def _unfetched(address: str, error: Exception | None) -> XdscaleError:
     return XdscaleError(f"{address}: cannot be fetched after {len(PAUSES_SECONDS) + 1} attempts: {one_line(error)}")
 
 
-def _join(url: str, name: str) -> str:
+def address_of(url: str, name: str) -> str:
+    """Returns the URL of a file of the dataset at `url`."""
     return f"{url.rstrip('/')}/{name}"
 
 

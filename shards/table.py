@@ -3,16 +3,18 @@
 import os
 import resource
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from xdscale.errors import XdscaleError
 from xdscale.names import expand_home
-from xdscale.shards.layout import OFFSETS, read_layout
+from xdscale.shards.cache import ShardCache
 from xdscale.shards.manifest import Column, Manifest, members
+from xdscale.shards.shard import OFFSETS, read_layout
 
 MAX_BOUNDS = 8 << 20
 """Bounds of ragged rows kept in memory, 4 bytes each: more than all of Wikipedia in sequences of 512."""
@@ -32,54 +34,73 @@ class Ragged(NamedTuple):
 
 
 class Table:
-    """One split of a folder of shards, as an indexable table with typed columns.
+    """One split of a table of a dataset, with typed columns.
 
     Rows are 0 .. len - 1 in the order of the manifest. A batch of a global shuffle touches about as many shards
     as it has rows, so nothing here is done shard by shard but opening them. Rows are read with `pread`, not
     through memory maps: a map would count all it has touched as this process's memory, fault at every new page, and
-    answer a failing disk with a signal that names no file. Memory stays under 32 MiB, and 32 bytes per block.
+    answer a failing disk with a signal that names no file. Memory stays under 32 MiB, and 40 bytes per block.
+
+    Attributes:
+        name: of the table.
+        split: its split.
+        columns: by name.
+        manifest: of the whole dataset.
 
     Args:
-        folder: written by `xdscale shards build`.
-        split: "train" or "validation".
+        folder: written by `xdscale shards build`, or a cache's.
+        split: for example "train" or "validation".
+        name: of the table; may be left out where the dataset has one.
         quarantined: names of shards that must not be read.
         max_open_shards: most file descriptors held, the least recently used is closed first; by default a quarter of
             what this process may have (`ulimit -n`).
+        cache: fetches shards into the folder when they are needed, and may remove them when they are not read.
 
     Raises:
-        XdscaleError: no valid manifest, no such split, or every shard of it in quarantine.
+        XdscaleError: no valid manifest, no such table or split, or every shard of it in quarantine.
     """
 
     def __init__(
-        self, folder: Path, split: str, *, quarantined: Collection[str] = (), max_open_shards: int | None = None
+        self,
+        folder: Path,
+        split: str,
+        name: str | None = None,
+        *,
+        quarantined: Collection[str] = (),
+        max_open_shards: int | None = None,
+        cache: ShardCache | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder)
-        if split not in self.manifest.splits:
-            known = ", ".join(sorted(self.manifest.splits)) or "none"
+        self.name, table = self.manifest.table(name, self.folder)
+        if split not in table.splits:
+            known = ", ".join(sorted(table.splits)) or "none"
             raise XdscaleError(f"{self.folder}: no split {split!r}; the dataset has: {known}")
         self.split = split
-        self._shards = self.manifest.splits[split].shards
+        self.columns = {column.name: column for column in table.columns}
+        self._quarantined, self._cache = quarantined, cache
+        self._shards = table.splits[split].shards
         self._healthy = np.array([shard.file not in quarantined for shard in self._shards], bool)
         self._all_healthy = bool(self._healthy.all())
         if self._shards and not self._healthy.any():
             raise XdscaleError(f"{self.folder}: every shard of {split} is damaged; copy the shards again")
         # Sample ids at which each shard begins, and the end: int64 [shards + 1].
-        self._starts = np.cumsum([0, *(shard.samples for shard in self._shards)], dtype=np.int64)
-        self._columns = {column.name: column for column in self.manifest.columns}
-        self._places = {name: place for place, name in enumerate(members(self.manifest.columns))}
-        self._bounded = list(self._places)[len(self._columns) :]  # what tells rows of ragged columns apart
-        self._block = self.manifest.build.block_rows
-        blocks = [-(-shard.samples // self._block) for shard in self._shards]
+        self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)], dtype=np.int64)
+        self._places = {name: place for place, name in enumerate(members(table.columns))}
+        self._bounded = list(self._places)[len(self.columns) :]  # what tells rows of ragged columns apart
+        blocks = [shard.blocks for shard in self._shards]
         self._first_block = np.cumsum([0, *blocks], dtype=np.int64)
         every_block = int(self._first_block[-1])
-        # Both fill as shards are opened.
+        # These fill as shards are opened. Until then each block begins with its shard, so that they always ascend.
+        self._block_rows = np.repeat(self._starts[:-1], blocks)
         self._layout = np.zeros((len(self._places), every_block), np.int64)
         self._bounds_at = np.full((len(self._bounded), every_block), NOT_KEPT, np.int64)
         self._known = np.zeros(len(self._shards), bool)
         self._bounds = np.empty(min((len(self) + every_block) * len(self._bounded), MAX_BOUNDS), OFFSETS)
         self._bounds_kept = 0
         self._max_open = max_open_shards or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        if cache is not None:
+            self._max_open = min(self._max_open, cache.most_at_once(self._shards))
         self._descriptors = np.full(len(self._shards), CLOSED, np.int64)
         self._last_use = np.zeros(len(self._shards), np.int64)
         self._batches = 0
@@ -100,8 +121,35 @@ class Table:
         rows = np.array([row % len(self)])
         return {
             name: self.read_ragged(name, rows).values if kind.offsets else self.read(name, rows)[0]
-            for name, kind in self._columns.items()
+            for name, kind in self.columns.items()
         }
+
+    def linked(self, column: str) -> Self:
+        """Opens the table whose row numbers a column holds, with the same quarantine and cache.
+
+        Raises:
+            XdscaleError: the column holds no row numbers, or as the constructor.
+        """
+        table = self._kind(column).rows_of
+        if table is None:
+            raise XdscaleError(f"{self.folder}: column {column!r} of {self.name} holds no rows of another table")
+        split = self.manifest.linked_split(table, self.split)
+        return type(self)(self.folder, split, table, quarantined=self._quarantined, cache=self._cache)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Says that these rows, all that one step needs of this table, will be read soon; returns at once.
+
+        Args:
+            rows: int64 [n], any order, repeats allowed.
+
+        Raises:
+            XdscaleError: a row out of range; their shards do not fit into the cache together, with the bytes that do;
+                or a shard that was to be fetched could not be.
+        """
+        if self._cache is not None:
+            shard = self._shard_of(self._checked(rows))
+            wanted = np.unique(shard[self._healthy[shard]]).tolist()
+            self._cache.prefetch([self._shards[number] for number in wanted])
 
     def usable(self, rows: np.ndarray) -> np.ndarray:
         """Returns whether each row lies in a shard that may be read: bool [n]."""
@@ -127,7 +175,8 @@ class Table:
         shard, block, row = self._locate(rows)
         begin = self._layout[self._places[column], block] + row * kind.element_bytes
         content = self._read(shard, begin, np.full(len(shard), kind.element_bytes))
-        return np.frombuffer(content, kind.dtype).reshape(-1, *kind.shape)
+        values = np.frombuffer(content, kind.dtype).reshape(-1, *kind.shape)
+        return self._checked_links(kind, values)
 
     def read_ragged(self, column: str, rows: np.ndarray) -> Ragged:
         """Returns rows of a ragged column.
@@ -154,12 +203,26 @@ class Table:
             )
         begin = self._layout[self._places[column], block] + first * kind.element_bytes
         values = np.frombuffer(self._read(shard, begin, lengths * kind.element_bytes), kind.dtype)
-        return Ragged(values.reshape(-1, *kind.shape), np.concatenate([[0], np.cumsum(lengths)]))
+        values = self._checked_links(kind, values.reshape(-1, *kind.shape))
+        return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def _checked_links(self, column: Column, values: np.ndarray) -> np.ndarray:
+        if column.rows_of is not None and values.size:
+            rows = self.manifest.linked_rows(column.rows_of, self.split)
+            if (largest := int(values.max())) >= rows:
+                raise XdscaleError(
+                    f"{self.folder}: {self.name}.{column.name} links to row {largest} of {column.rows_of}, which has "
+                    f"rows 0 to {rows - 1}: a shard is damaged ('xdscale shards verify' finds it)"
+                )
+        return values
+
+    def _kind(self, name: str) -> Column:
+        if name not in self.columns:
+            raise XdscaleError(f"{self.folder}: no column {name!r}; the table has: {', '.join(self.columns)}")
+        return self.columns[name]
 
     def _column(self, name: str, *, ragged: bool) -> Column:
-        column = self._columns.get(name)
-        if column is None:
-            raise XdscaleError(f"{self.folder}: no column {name!r}; the table has: {', '.join(self._columns)}")
+        column = self._kind(name)
         if (column.offsets is not None) != ragged:
             method = "read_ragged" if column.offsets else "read"
             raise XdscaleError(f"{self.folder}: column {name!r} is read with `{method}`")
@@ -167,20 +230,25 @@ class Table:
 
     def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (shard, block counted over all shards, row in the block), int64 [n] each."""
+        rows = self._checked(rows)
+        shard = self._shard_of(rows)
+        unknown = np.unique(shard[~self._known[shard]])
+        for first in range(0, len(unknown), self._max_open):
+            some = unknown[first : first + self._max_open]
+            with self._opened(some) as descriptors:
+                for number, descriptor in zip(some.tolist(), descriptors.tolist()):
+                    self._learn(number, descriptor)
+        block = np.searchsorted(self._block_rows, rows, side="right") - 1
+        return shard, block, rows - self._block_rows[block]
+
+    def _checked(self, rows: np.ndarray) -> np.ndarray:
         rows = np.asarray(rows, np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             outside = rows[(rows < 0) | (rows >= len(self))]
             raise XdscaleError(
                 f"{self.folder}: row {outside[0]} does not exist; {self.split} has rows 0 to {len(self) - 1}"
             )
-        shard = self._shard_of(rows)
-        unknown = np.unique(shard[~self._known[shard]])
-        for first in range(0, len(unknown), self._max_open):
-            some = unknown[first : first + self._max_open]
-            for number, descriptor in zip(some.tolist(), self._open(some).tolist()):
-                self._learn(number, descriptor)
-        block, row = np.divmod(rows - self._starts[shard], self._block)
-        return shard, self._first_block[shard] + block, row
+        return rows
 
     def _shard_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts, rows, side="right") - 1
@@ -202,16 +270,28 @@ class Table:
         pieces: list[bytes] = []
         for first in range(0, len(shard), self._max_open):  # so many places lie in so many shards at most
             part = slice(first, first + self._max_open)
-            descriptors = self._open(shard[part])
-            try:
-                pieces.extend(map(os.pread, descriptors.tolist(), sizes[part].tolist(), begin[part].tolist()))
-            except OSError as error:
-                raise self._unreadable(shard[len(pieces)], error) from None
+            with self._opened(shard[part]) as descriptors:
+                try:
+                    pieces.extend(map(os.pread, descriptors.tolist(), sizes[part].tolist(), begin[part].tolist()))
+                except OSError as error:
+                    raise self._unreadable(shard[len(pieces)], error) from None
         joined = b"".join(pieces)
         if len(joined) != sizes.sum():
             short = next(number for number, piece in enumerate(pieces) if len(piece) < sizes[number])
             raise self._damaged(shard[short], f"ends before byte {begin[short] + sizes[short]}")
         return joined
+
+    @contextmanager
+    def _opened(self, shard: np.ndarray) -> Iterator[np.ndarray]:
+        """Gives a file descriptor for each element, of `max_open_shards` shards at most, to be used in the block."""
+        if self._cache is None:
+            yield self._open(shard)
+            return
+        numbers, places = np.unique(shard, return_inverse=True)
+        for number in numbers[~self._healthy[numbers]].tolist():
+            raise self._in_quarantine(number)
+        with self._cache.opened([self._shards[number] for number in numbers.tolist()]) as descriptors:
+            yield np.array(descriptors)[places]
 
     def _open(self, shard: np.ndarray) -> np.ndarray:
         """Returns a file descriptor for each element, opening what is closed and closing the longest unused."""
@@ -232,7 +312,7 @@ class Table:
     def _open_file(self, number: int) -> int:
         record = self._shards[number]
         if not self._healthy[number]:
-            raise XdscaleError(f"{self.folder / record.file}: is in quarantine and was asked for")
+            raise self._in_quarantine(number)
         try:
             descriptor = os.open(self.folder / record.file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -247,23 +327,22 @@ class Table:
         """Finds where a shard's arrays lie, and keeps where its ragged rows begin and end."""
         first_block = int(self._first_block[number])
         try:
-            starts = read_layout(descriptor, self._shards[number], self.manifest.columns, self._block)
-            self._layout[:, first_block : first_block + starts.shape[1]] = starts
+            starts, rows = read_layout(descriptor, self._shards[number], list(self.columns.values()))
+            self._layout[:, first_block : first_block + len(rows) - 1] = starts
+            self._block_rows[first_block : first_block + len(rows) - 1] = self._starts[number] + rows[:-1]
             for place in range(len(self._bounded)):
-                self._keep_bounds(number, descriptor, first_block, place, starts[len(self._columns) + place])
+                self._keep_bounds(descriptor, first_block, place, starts[len(self.columns) + place], np.diff(rows))
         except OSError as error:
             raise self._unreadable(number, error) from None
         except ValueError as error:
             raise self._damaged(number, f"not a shard of this dataset ({error})") from None
         self._known[number] = True
 
-    def _keep_bounds(self, number: int, descriptor: int, first_block: int, place: int, begins: np.ndarray) -> None:
+    def _keep_bounds(self, descriptor: int, first_block: int, place: int, begins: np.ndarray, rows: np.ndarray) -> None:
         """Keeps the bounds of a shard's ragged rows while there is room: one read less per row."""
-        rows = self._shards[number].samples
-        if self._bounds_kept + rows + len(begins) > len(self._bounds):
+        if self._bounds_kept + rows.sum() + len(begins) > len(self._bounds):
             return
-        for block, begin in enumerate(begins.tolist()):
-            count = min(self._block, rows - block * self._block) + 1
+        for block, (begin, count) in enumerate(zip(begins.tolist(), (rows + 1).tolist())):
             kept = slice(self._bounds_kept, self._bounds_kept + count)
             self._bounds[kept] = np.frombuffer(os.pread(descriptor, count * OFFSETS.itemsize, begin), OFFSETS)
             self._bounds_at[place, first_block + block] = kept.start
@@ -273,21 +352,25 @@ class Table:
         path = self.folder / self._shards[number].file
         return XdscaleError(f"{path}: {problem}; copy the shard again ('xdscale shards verify' finds all such shards)")
 
+    def _in_quarantine(self, number: int) -> XdscaleError:
+        return XdscaleError(f"{self.folder / self._shards[number].file}: is in quarantine and was asked for")
+
     def _unreadable(self, number: int, error: OSError) -> XdscaleError:
         return XdscaleError(f"{self.folder / self._shards[number].file}: cannot be read: {error.strerror or error}")
 
 
-def open_table(folder: str | Path, split: str = "train") -> Table:
-    """Opens one split of a dataset: `len`, rows by number, columns by name, iteration row by row.
+def open_table(folder: str | Path, split: str = "train", name: str | None = None) -> Table:
+    """Opens one split of a table: `len`, rows by number, columns by name, iteration row by row.
 
     Args:
         folder: written by `xdscale shards build`, or fetched whole.
-        split: "train" or "validation".
+        split: for example "train" or "validation".
+        name: of the table; may be left out where the dataset has one.
 
     Raises:
-        XdscaleError: no valid manifest or no such split.
+        XdscaleError: no valid manifest, or no such table or split.
     """
-    return Table(Path(expand_home(str(folder))), split)
+    return Table(Path(expand_home(str(folder))), split, name)
 
 
 def _close(descriptors: np.ndarray, which: np.ndarray | slice) -> None:

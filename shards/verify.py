@@ -5,40 +5,27 @@ from pathlib import Path
 
 from xdscale.errors import XdscaleError
 from xdscale.files import file_sha256
-from xdscale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
+from xdscale.shards.manifest import MANIFEST_NAME, PART_FILES, WORK_FOLDER, Manifest, ShardRecord
 
 
-def verify_shards(
-    folder: Path,
-    *,
-    split: str | None = None,
-    part: tuple[int, int] = (0, 1),
-    on_progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Reads shards whole and compares sizes and SHA-256 with the manifest.
+def verify_shards(folder: Path, *, on_progress: Callable[[int, int], None] | None = None) -> None:
+    """Reads all shards of all tables whole and compares sizes and SHA-256 with the manifest.
 
     Args:
         folder: written by `xdscale shards build`.
-        split: only this split; None is all of them.
-        part: (i, n) checks shards i, i + n, i + 2n, ... so that n processes share the work. Part 0 also looks
-            for tar files that the manifest does not name.
-        on_progress: called after each shard with (bytes checked, bytes in this part).
+        on_progress: called after each shard with (bytes checked, bytes of all).
 
     Raises:
         XdscaleError: names every shard that is missing, truncated, altered or extra, with expected and found.
     """
     folder = Path(folder)
-    manifest = Manifest.load(folder)
-    if split is not None and split not in manifest.splits:
-        known = ", ".join(sorted(manifest.splits)) or "none"
-        raise XdscaleError(f"{folder}: no split {split!r}; the dataset has: {known}")
-    every = [record for item in manifest.splits.values() for record in item.shards]
-    chosen = every if split is None else manifest.splits[split].shards
-    problems = list(damaged_shards(folder, chosen[part[0] :: part[1]], every, on_progress=on_progress).values())
-    if part[0] == 0:
-        known = {record.file for record in every}
-        extra = sorted(path for path in folder.glob("*.tar") if path.name not in known)
-        problems += [f"{path}: extra: not named in {MANIFEST_NAME}; remove it" for path in extra]
+    every = Manifest.load(folder).shards
+    problems = list(damaged_shards(folder, every, every, on_progress=on_progress).values())
+    known = {record.file for record in every}
+    # While another table is built there, its shards have no table yet.
+    unfinished = (folder / WORK_FOLDER).is_dir() or any(folder.glob(PART_FILES))
+    extra = [] if unfinished else sorted(path for path in folder.glob("*.tar") if path.name not in known)
+    problems += [f"{path}: extra: not named in {MANIFEST_NAME}; remove it" for path in extra]
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         hint = "copy the named files again, or build again with 'xdscale shards build ... --overwrite'"

@@ -52,7 +52,7 @@ def clip_tiny() -> Path:
 @pytest.fixture(scope="session")
 def wiki_text(wiki_dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 40 articles of the dump as plain text."""
-    from xdscale.shards.corpus import read_documents
+    from xdscale.shards.sources.corpus import read_documents
 
     path = tmp_path_factory.mktemp("text") / "articles.txt"
     with path.open("w", encoding="utf-8") as file:
@@ -66,20 +66,28 @@ def wiki_text(wiki_dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def wiki_shards(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of those articles in sequences of 126 ids."""
-    from xdscale.shards.build import build_shards
+    from xdscale.shards.sources.text import TextOptions, build_shards
 
     out = tmp_path_factory.mktemp("shards") / "wiki"
-    build_shards([wiki_text], out, language_tokenizer=str(cassette_model), sequence_length=126, validation_fraction=0.1)
+    build_shards(
+        [wiki_text],
+        out,
+        TextOptions(language_tokenizer=str(cassette_model), sequence_length=126, validation_fraction=0.1),
+    )
     return out
 
 
 @pytest.fixture(scope="session")
 def short_shards(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of those articles in sequences of 30 ids, for runs whose subject is not the text."""
-    from xdscale.shards.build import build_shards
+    from xdscale.shards.sources.text import TextOptions, build_shards
 
     out = tmp_path_factory.mktemp("short") / "wiki"
-    build_shards([wiki_text], out, language_tokenizer=str(cassette_model), sequence_length=30, validation_fraction=0.1)
+    build_shards(
+        [wiki_text],
+        out,
+        TextOptions(language_tokenizer=str(cassette_model), sequence_length=30, validation_fraction=0.1),
+    )
     return out
 
 

@@ -111,15 +111,15 @@ def open_data(
     from xdscale.data.opening import open_shards
     from xdscale.data.order import Order, sample_hash, validation_slots
     from xdscale.shards.manifest import Manifest
-    from xdscale.shards.table import Table
+    from xdscale.shards.sources.text_build import TEXT
     from xdscale.tasks.xdbert import check_shards
     from xdscale.training.protocols import StepData
     from xdscale.training.session import RunData
 
-    folder, damaged = open_shards(
+    shards = open_shards(
         recipe.data, ranks, check=lambda folder: check_shards(recipe.model, Manifest.load(folder)), on_shard=on_shard
     )
-    train = Table(folder, "train", quarantined=damaged)
+    train = shards.table("train", TEXT)
     training, micro_batch = recipe.training, ds_config["train_micro_batch_size_per_gpu"]
     order = Order(
         len(train),
@@ -137,11 +137,15 @@ def open_data(
     def stream_hash(step: int) -> str:
         return draws_hash(collate, *order.global_batch_ids(step))
 
-    held_out = Table(folder, "validation", quarantined=damaged)
+    def prefetch(step: int) -> None:
+        collate.prefetch(order.slots(step))
+
+    held_out = shards.table("validation", TEXT)
     collate_held_out = XDBERTCollator(held_out, seed=training.seed, tasks=recipe.tasks)
     slots = validation_slots(len(held_out), training.eval_samples, ranks.world_size, ranks.rank, micro_batch)
     validation = [collate_held_out(item) for item in slots]
-    return RunData(prepare, validation, order, stream_hash, train.manifest.fingerprint, damaged)
+    ahead = prefetch if shards.cache is not None else None
+    return RunData(prepare, validation, order, stream_hash, train.manifest.fingerprint, shards.damaged, ahead)
 
 
 def build_module(recipe: Recipe, *, continued: bool) -> Any:

@@ -22,7 +22,7 @@ from xdscale.pretrained.language import load_language_encoder, own_tokenizer
 from xdscale.pretrained.weights import some
 from xdscale.recipe import Language, Recipe, describe_validation_error
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
-from xdscale.shards.manifest import LanguageTokenizer
+from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.tasks.finetuning import read_full_model
 from xdscale.tasks.xdbert import join_encoders
 from xdscale.training.checkpoint import choose_checkpoint

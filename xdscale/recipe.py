@@ -131,6 +131,9 @@ class Data(Section):
 
     shards: NameOrPath = Field(description="folder written by 'xdscale shards build', or its URL (s3://…, https://…)")
     cache: NameOrPath | None = Field(None, description="local folder for shards from a URL; one for each node")
+    cache_bytes: int | None = Field(
+        None, ge=1, description="room for shards from a URL, fetched when needed; null fetches all first"
+    )
     verify: bool = Field(True, description="check every shard's SHA-256 before the first step")
     max_damaged_shards: int = Field(0, ge=0, description="train without so many damaged shards; 0 stops instead")
 
@@ -360,6 +363,10 @@ def _check_consistency(recipe: Recipe, path: Path) -> None:
     if is_url(data.shards) != (data.cache is not None):
         what = "is a URL: data.cache must name" if data.cache is None else "is not a URL: it needs no data.cache, not"
         raise XdscaleError(f"{path}: data.shards = {data.shards} {what} {data.cache or 'a local folder for them'}")
+    if data.cache_bytes is not None and data.cache is None:
+        raise XdscaleError(
+            f"{path}: data.cache_bytes = {data.cache_bytes}: only shards from a URL need a cache"
+        )
     if data.max_damaged_shards and not data.verify:
         raise XdscaleError(
             f"{path}: data.max_damaged_shards = {data.max_damaged_shards} needs data.verify = true: all ranks must "

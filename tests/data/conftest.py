@@ -1,14 +1,15 @@
 """A split held in memory, with the methods and the manifest that the collator uses."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
+from xdscale.shards.manifest import Manifest, TableManifest
+from xdscale.shards.sources.text_build import ClipTokenizer, LanguageTokenizer, TextBuild
 from xdscale.shards.table import Ragged
 
-LANGUAGE = SimpleNamespace(vocab_size=30522, cls_id=101, sep_id=102, mask_id=103, pad_id=0)
-CLIP = SimpleNamespace(vocab_size=49408, start_id=49406, end_id=49407)
+NAMED = {"name": "memory", "sha256": "0" * 64}
+LANGUAGE = LanguageTokenizer(**NAMED, vocab_size=30522, cls_id=101, sep_id=102, mask_id=103, pad_id=0)
+CLIP = ClipTokenizer(**NAMED, vocab_size=49408, start_id=49406, end_id=49407)
 
 
 class MemorySplit:
@@ -16,14 +17,15 @@ class MemorySplit:
         self.damaged = np.zeros(len(texts), bool)
         self.language = language
         self.texts = texts
-        self.manifest = SimpleNamespace(
-            build=SimpleNamespace(
-                sequence_length=language.shape[1],
-                clip_blocks=max(-(-len(text) // 75) for text in texts),
-                language_tokenizer=LANGUAGE,
-                clip_tokenizer=CLIP,
-            )
+        build = TextBuild(
+            inputs=[],
+            sequence_length=language.shape[1],
+            clip_blocks=max(-(-len(text) // 75) for text in texts),
+            language_tokenizer=LANGUAGE,
+            clip_tokenizer=CLIP,
         )
+        table = TableManifest(build=build.model_dump(), columns=build.columns, splits={})
+        self.manifest = Manifest(tables={"text": table})
 
     def __len__(self) -> int:
         return len(self.language)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order
 from xdscale.recipe import Tasks
-from xdscale.shards.build import build_shards
+from xdscale.shards.sources.text import TextOptions, build_shards
 from xdscale.shards.table import Table
 
 
@@ -23,7 +23,9 @@ def cut_shards(wiki_text, cassette_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cut")
     start = folder / "start.txt"
     start.write_text(wiki_text.read_text(encoding="utf-8")[:300_000], encoding="utf-8")
-    build_shards([start], folder / "out", language_tokenizer=str(cassette_model), sequence_length=126, clip_blocks=1)
+    build_shards(
+        [start], folder / "out", TextOptions(language_tokenizer=str(cassette_model), sequence_length=126, clip_blocks=1)
+    )
     return folder / "out"
 
 
@@ -43,7 +45,7 @@ def decoded_pairs(shards, model):
             pairs = zip(arrays["clip_ids"][row], arrays["clip_lengths"][row])
             content = np.concatenate([block[1 : length - 1] for block, length in pairs if length])
             words = language.decode(ids[row, 1:-1].tolist(), skip_special_tokens=False)
-            full = len(content) == 75 * split.manifest.build.clip_blocks
+            full = len(content) == split.columns["clip"].most
             yield label, words, clip.decode(content.tolist()), full
 
 

@@ -5,13 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Barrier
 
+import numpy as np
 import pytest
 
+from xdscale.data.collate import XDBERTCollator
 from xdscale.data.opening import open_shards
+from xdscale.data.order import Order
 from xdscale.errors import XdscaleError
-from xdscale.recipe import Data, load_recipe
+from xdscale.recipe import Data, Tasks, load_recipe
 from xdscale.shards.manifest import Manifest
+from xdscale.shards.table import Table
 from xdscale.shards.verify import verify_shards
+from xdscale.training.prefetch import Prefetcher
 
 
 @dataclass
@@ -73,7 +78,7 @@ def torn(wiki_shards, tmp_path):
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_whole_dataset_has_no_damage(wiki_shards, world):
-    assert open_on(world, Data(shards=str(wiki_shards))) == [(wiki_shards, {})] * world
+    assert open_on(world, Data(shards=str(wiki_shards))) == [(wiki_shards, {}, None)] * world
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -85,7 +90,7 @@ def test_every_rank_stops_with_all_names_or_does_without_the_same_shards(torn, w
         assert "validation-000000.tar: missing" in found[0]
         assert f"data.max_damaged_shards=2 or more, now {budget}" in found[0]
     found = open_on(world, Data(shards=str(torn), max_damaged_shards=2))
-    assert [sorted(damaged) for _, damaged in found] == [["train-000000.tar", "validation-000000.tar"]] * world
+    assert [sorted(shards.damaged) for shards in found] == [["train-000000.tar", "validation-000000.tar"]] * world
     assert len({str(rank) for rank in found}) == 1
 
 
@@ -108,6 +113,53 @@ def test_ranks_of_a_node_fetch_a_remote_dataset_together(wiki_shards, torn, tmp_
     assert f"rank 0: file://{tmp_path}/none/dataset.json: cannot be fetched" in found[0]
 
 
+def test_with_a_budget_ranks_fetch_what_a_step_needs_and_no_more(wiki_shards, tmp_path, monkeypatch):
+    """The same batches as from the local folder, hints included, in half of the room."""
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    records = Manifest.load(wiki_shards).shards
+    budget = 2 * max(record.bytes for record in records)
+    section = Data(shards=f"file://{wiki_shards}", cache=str(tmp_path / "cache"), cache_bytes=budget)
+    found = open_on(2, section)
+    assert [shards.damaged for shards in found] == [{}, {}]
+    assert list(found[0].folder.glob("*.tar")) == []
+    local = Table(wiki_shards, "train")
+    for shards in found:
+        order = Order(len(local), seed=1, global_batch=6, world_size=1, rank=0, micro_batch=3)
+        ours, theirs = (XDBERTCollator(table, seed=1, tasks=Tasks()) for table in (shards.table("train"), local))
+
+        def prepare(step, order=order, ours=ours):
+            return [ours(slots) for slots in order.slots(step)]
+
+        def hint(step, order=order, ours=ours):
+            ours.prefetch(order.slots(step))
+
+        with Prefetcher(prepare, range(12), hint=hint) as items:
+            for step, batches in items:
+                for batch, slots in zip(batches, order.slots(step), strict=True):
+                    expected = theirs(slots)
+                    assert batch.targets == expected.targets
+                    assert all(np.array_equal(batch.arrays[name], expected.arrays[name]) for name in expected.arrays)
+        assert items.wait_seconds > 0
+        assert sum(path.stat().st_size for path in shards.folder.glob("*.tar")) <= budget
+    for shards in found:
+        shards.cache.close()
+
+
+def test_damage_that_a_run_met_counts_at_the_next_start(torn, tmp_path, monkeypatch):
+    monkeypatch.setattr("xdscale.shards.remote.PAUSES_SECONDS", ())
+    section = Data(shards=f"file://{torn}", cache=str(tmp_path / "cache"), cache_bytes=10**9)
+    (shards,) = open_on(1, section)
+    with pytest.raises(XdscaleError, match=r"train-000000\.tar: altered: .*larger data\.max_damaged_shards"):
+        shards.table("train").read("language", np.array([0]))
+    (message,) = open_on(1, section)
+    assert "1 of 2 shards damaged" in message
+    assert "data.max_damaged_shards=1 or more, now 0" in message
+    (shards,) = open_on(1, section.model_copy(update={"max_damaged_shards": 1}))
+    assert list(shards.damaged) == ["train-000000.tar"]
+    with pytest.raises(XdscaleError, match="every shard of train is damaged"):
+        shards.table("train")
+
+
 def test_a_cache_that_one_node_cannot_write_stops_every_rank_with_the_reason(wiki_shards, tmp_path, monkeypatch):
     def read_only(text, folder):
         raise XdscaleError(f"{folder}: cannot be written: Read-only file system")
@@ -126,7 +178,7 @@ def test_progress_is_told_shard_by_shard_and_said_only_by_the_first_rank(wiki_sh
         open_shards(Data(shards=str(wiki_shards)), ranks, check=lambda folder: None, on_shard=lambda: ticks.append(1))
         said = capsys.readouterr().err
         assert ("verifying shards: 100% of this rank's share" in said) == (rank == 0)
-    assert len(ticks) == sum(len(split.shards) for split in Manifest.load(wiki_shards).splits.values())
+    assert len(ticks) == len(Manifest.load(wiki_shards).shards)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +186,7 @@ def test_progress_is_told_shard_by_shard_and_said_only_by_the_first_rank(wiki_sh
     [
         (["data.shards=s3://bucket/wiki"], "is a URL: data.cache must name a local folder"),
         (["data.cache=/tmp/x"], "is not a URL: it needs no data.cache"),
+        (["data.cache_bytes=1000"], "data.cache_bytes = 1000: only shards from a URL need a cache"),
         (["data.max_damaged_shards=1", "data.verify=false"], "needs data.verify = true"),
     ],
 )

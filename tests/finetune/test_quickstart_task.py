@@ -1,6 +1,6 @@
 """The quickstart's task: real sentences, the same every time, described as a task of one's own."""
 
-from xdscale.shards.corpus import read_documents
+from xdscale.shards.sources.corpus import read_documents
 from xdscale.tasks.own import read_own_task
 
 

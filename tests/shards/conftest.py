@@ -1,16 +1,19 @@
 """A small corpus, its tokenizer, and datasets built from it."""
 
 import functools
+import http.server
 import random
+import threading
 from pathlib import Path
 
 import pytest
 
-from xdscale.shards import build as build_module
-from xdscale.shards import unit as unit_module
-from xdscale.shards.build import build_shards
+from xdscale.shards import remote
 from xdscale.shards.clip_bpe import ClipBPE
 from xdscale.shards.language import load_language_tokenizer
+from xdscale.shards.manifest import Manifest
+from xdscale.shards.sources import text
+from xdscale.shards.sources.text import TextOptions, build_shards
 
 WORDS = "the river runs slowly past old café walls while seven birds sing; don't stop, it’s 1984 AT&T naïve".split()
 
@@ -40,7 +43,8 @@ def small_build(small_corpus: Path, cassette_model: Path):
             "validation_fraction": 0.2,
             "shard_text_bytes": 6000,
         }
-        return build_shards([small_corpus], out, **(defaults | options))
+        how = {name: options.pop(name) for name in ("workers", "part", "overwrite", "on_progress") if name in options}
+        return build_shards([small_corpus], out, TextOptions(**defaults | options), **how)
 
     return build
 
@@ -65,6 +69,47 @@ def open_clip_tokenizer():
 def loaded_once():
     """Tokenizers are loaded once for all builds of a module, which are small and many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unit_module, "ClipBPE", functools.cache(ClipBPE))
-        patch.setattr(build_module, "load_language_tokenizer", functools.cache(load_language_tokenizer))
+        patch.setattr(text, "ClipBPE", functools.cache(ClipBPE))
+        patch.setattr(text, "load_language_tokenizer", functools.cache(load_language_tokenizer))
         yield
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; spoils the first `spoil[name]` answers for a file by one flipped byte."""
+
+    def do_GET(self):
+        name = self.path.rsplit("/", 1)[-1]
+        self.server.asked.append(name)
+        if self.server.spoil.get(name, 0) <= 0:
+            return super().do_GET()
+        self.server.spoil[name] -= 1
+        content = bytearray(open(self.translate_path(self.path), "rb").read())
+        content[len(content) // 2] ^= 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(small_dataset, monkeypatch):
+    """A server on the small dataset; attempts follow each other at once."""
+    monkeypatch.setattr(remote, "PAUSES_SECONDS", (0.0, 0.0))
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=small_dataset)
+    ) as server:
+        server.asked, server.spoil = [], {}
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def records(small_dataset):
+    return Manifest.load(small_dataset).shards

@@ -15,10 +15,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.build import build_shards
-from xdscale.shards.corpus import read_documents
+from xdscale.shards.build import merge_parts
 from xdscale.shards.manifest import Manifest
-from xdscale.shards.merge import merge_parts
+from xdscale.shards.sources.corpus import read_documents
+from xdscale.shards.sources.text import TextOptions, build_shards
 from xdscale.shards.table import Table
 from xdscale.shards.verify import verify_shards
 
@@ -44,17 +44,17 @@ def test_bytes_do_not_depend_on_workers(small_build, expected, tmp_path, workers
 
 def test_documents_and_splits_are_those_of_the_corpus(small_dataset, small_corpus, small_build, tmp_path):
     manifest = small_build(tmp_path / "all", validation_fraction=0)
-    assert manifest.corpus.documents == 60
+    assert manifest.counts["documents"] == 60
     kept = [paragraph for document in read_documents(small_corpus) for paragraph in document]
-    assert manifest.corpus.paragraphs == len(kept)
-    assert manifest.corpus.text_bytes == sum(len(paragraph.encode()) for paragraph in kept)
-    assert manifest.splits["validation"].samples == len(Table(tmp_path / "all", "validation")) == 0
+    assert manifest.counts["paragraphs"] == len(kept)
+    assert manifest.counts["text_bytes"] == sum(len(paragraph.encode()) for paragraph in kept)
+    assert manifest.splits["validation"].rows == len(Table(tmp_path / "all", "validation")) == 0
     # The same tokens, whatever is held out: sequences plus what was left over.
     totals = []
     for folder in (tmp_path / "all", small_dataset):
-        built = Table(folder, "train").manifest
-        tokens = sum(split.language_tokens for split in built.splits.values())
-        totals.append(tokens + built.corpus.dropped_tokens)
+        built = Manifest.load(folder).tables["text"]
+        tokens = 30 * sum(split.rows for split in built.splits.values())
+        totals.append(tokens + built.counts["dropped_tokens"])
     assert totals[0] == totals[1]
 
 
@@ -66,7 +66,7 @@ def test_documents_by_their_tokens(small_dataset, small_corpus, cassette_model):
     for document in read_documents(small_corpus):
         tokens = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in document)
         counts[0 if not tokens else 1 + int(math.log2(tokens))] += 1
-    found = Manifest.load(small_dataset).corpus.document_tokens
+    found = Manifest.load(small_dataset).tables["text"].counts["document_tokens"]
     assert sum(found) == 60
     assert found == counts[: len(found)]
 
@@ -78,9 +78,9 @@ def test_several_inputs_are_read_in_order(small_corpus, small_build, cassette_mo
     parts[0].write_text("\n\n".join(documents[:20]) + "\n")
     parts[1].write_text("\n\n".join(documents[20:]))
     options = {"language_tokenizer": str(cassette_model), "sequence_length": 30, "validation_fraction": 0.2}
-    manifest = build_shards(parts, tmp_path / "two", **options)
-    assert [item.name for item in manifest.build.inputs] == ["a.txt", "b.txt"]
-    build_shards([small_corpus], tmp_path / "one", **options)
+    manifest = build_shards(parts, tmp_path / "two", TextOptions(**options))
+    assert [item["name"] for item in manifest.build["inputs"]] == ["a.txt", "b.txt"]
+    build_shards([small_corpus], tmp_path / "one", TextOptions(**options))
     for split in ("train", "validation"):
         one, two = (Table(tmp_path / name, split) for name in ("one", "two"))
         every = np.arange(len(one))
@@ -90,13 +90,13 @@ def test_several_inputs_are_read_in_order(small_corpus, small_build, cassette_mo
 
 def test_size_of_the_real_slice(wiki_dump, cassette_model, tmp_path):
     """At most 5 % over the payload, which is 2 bytes per language id and per CLIP id, offsets not counted."""
-    manifest = build_shards([wiki_dump], tmp_path / "out", language_tokenizer=str(cassette_model))
-    assert manifest.corpus.documents == 106
-    tokens = sum(split.language_tokens + split.clip_tokens for split in manifest.splits.values())
+    manifest = build_shards([wiki_dump], tmp_path / "out", TextOptions(language_tokenizer=str(cassette_model)))
+    assert manifest.counts["documents"] == 106
+    tokens = sum(510 * split.rows + split.elements["clip_offsets"] for split in manifest.splits.values())
     stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
     assert stored <= 1.05 * 2 * tokens
     # Spec xdbert §4: over 99 % of sequences of 512 need fewer than 693 CLIP positions, that is 9 blocks.
-    needed = manifest.splits["train"].blocks_needed
+    needed = manifest.splits["train"].counts["blocks_needed"]
     assert sum(needed[:9]) > 0.99 * sum(needed)
     verify_shards(tmp_path / "out")
 
@@ -231,11 +231,13 @@ def test_other_text_and_unfinished_builds_are_refused(small_build, small_corpus,
         build_shards(
             [other],
             out,
-            language_tokenizer=str(cassette_model),
-            sequence_length=30,
-            clip_blocks=1,
-            validation_fraction=0.2,
-            shard_text_bytes=6000,
+            TextOptions(
+                language_tokenizer=str(cassette_model),
+                sequence_length=30,
+                clip_blocks=1,
+                validation_fraction=0.2,
+                shard_text_bytes=6000,
+            ),
         )
 
 
@@ -284,8 +286,9 @@ def test_two_builds_in_one_folder_are_refused(small_build, tmp_path):
 
 
 def test_bad_inputs_are_named(cassette_model, tmp_path):
-    def build(*inputs, **options):
-        build_shards(list(inputs), tmp_path / "out", language_tokenizer=str(cassette_model), **options)
+    def build(*inputs, workers=1, **options):
+        options = TextOptions(language_tokenizer=str(cassette_model), **options)
+        build_shards(list(inputs), tmp_path / "out", options, workers=workers)
 
     empty, short, broken = tmp_path / "empty.txt", tmp_path / "short.txt", tmp_path / "broken.jsonl"
     empty.write_text("\n\n")
@@ -351,13 +354,13 @@ def test_workers_end_with_a_killed_parent(small_corpus, cassette_model, tmp_path
     script.write_text(
         "import multiprocessing, os, signal, sys\n"
         "from pathlib import Path\n"
-        "from xdscale.shards.build import build_shards\n"
+        "from xdscale.shards.sources.text import TextOptions, build_shards\n"
         "def stop(progress):\n"
         "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "if __name__ == '__main__':\n"
-        "    build_shards([Path(sys.argv[1])], Path(sys.argv[2]), language_tokenizer=sys.argv[3],\n"
-        "                 sequence_length=30, shard_text_bytes=1000, workers=2, on_progress=stop)\n"
+        "    options = TextOptions(language_tokenizer=sys.argv[3], sequence_length=30, shard_text_bytes=1000)\n"
+        "    build_shards([Path(sys.argv[1])], Path(sys.argv[2]), options, workers=2, on_progress=stop)\n"
     )
     arguments = [str(script), str(small_corpus), str(tmp_path / "out"), str(cassette_model)]
     result = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, timeout=120)

@@ -28,9 +28,9 @@ from pathlib import Path
 import pytest
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.merge import merge_parts
-from xdscale.shards.part import Part
+from xdscale.shards.build import merge_parts
 from xdscale.shards.verify import verify_shards
+from xdscale.shards.workplace import Part
 
 _spec = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
 faults = importlib.util.module_from_spec(_spec)

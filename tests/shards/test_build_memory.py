@@ -11,14 +11,16 @@ import sys
 
 import pytest
 
-from xdscale.shards.corpus import read_documents
+from xdscale.shards.sources.corpus import read_documents
 
 BUILD = """
 import resource, sys
 from pathlib import Path
-from xdscale.shards.build import build_shards
-build_shards([Path(sys.argv[1])], Path(sys.argv[2]), language_tokenizer="package:cognition/model",
-             sequence_length=126, shard_text_bytes=int(sys.argv[3]), workers=2)
+from xdscale.shards.sources.text import TextOptions, build_shards
+options = TextOptions(
+    language_tokenizer="package:cognition/model", sequence_length=126, shard_text_bytes=int(sys.argv[3])
+)
+build_shards([Path(sys.argv[1])], Path(sys.argv[2]), options, workers=2)
 print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 """
 SIZES = [round(float(size) * 1e6) for size in os.environ.get("XDSCALE_MEMORY_MB", "1.4,14").split(",")]

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
-from xdscale.shards.corpus import read_documents
+from xdscale.shards.sources.corpus import read_documents
 
 # What ftfy, HTML unescaping, case rules and the word pattern act on: mojibake, ligatures, curly quotes, wide and
 # combining characters, entities, contractions, control characters, several scripts.

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.manifest import MANIFEST_NAME, Column, Manifest
+from xdscale.shards import shard
+from xdscale.shards.manifest import MANIFEST_NAME, Column, Manifest, Split, TableManifest
+from xdscale.shards.shard import write_shard
 from xdscale.shards.table import Table
-from xdscale.shards.writer import write_shard
 
 # Image regions: several columns share how many regions an image has, another has its own count.
 REGIONS = [
@@ -40,19 +42,19 @@ def draw(columns, rows, seed=0):
     return arrays, expected
 
 
-def store(folder, columns, shards, block_rows, like):
+def store(folder, columns, shards, block_rows):
     """Writes shards and the manifest that names them."""
-    records = [
-        write_shard(folder / f"train-{number:06d}.tar", columns, arrays, block_rows)
-        for number, arrays in enumerate(shards)
-    ]
-    manifest = Manifest.load(like)
-    split = manifest.splits["train"].model_copy(
-        update={"samples": sum(record.samples for record in records), "shards": records}
-    )
-    build = manifest.build.model_copy(update={"block_rows": block_rows})
-    changed = manifest.model_copy(update={"columns": columns, "build": build, "splits": {"train": split}})
-    (folder / MANIFEST_NAME).write_text(changed.to_json())
+    with mock.patch.object(shard, "BLOCK_ROWS", block_rows):
+        records = [
+            write_shard(folder / f"train-{number:06d}.tar", columns, arrays) for number, arrays in enumerate(shards)
+        ]
+    describe(folder, columns, records)
+
+
+def describe(folder, columns, records):
+    splits = {"train": Split.of(records, {})}
+    table = TableManifest(build={"source": "test"}, columns=columns, splits=splits)
+    (folder / MANIFEST_NAME).write_text(Manifest(tables={"rows": table}).to_json())
 
 
 def assert_same_bits(found, expected):
@@ -71,16 +73,16 @@ KINDS = st.tuples(
 
 @settings(max_examples=60, deadline=None)
 @given(NAMES, st.lists(KINDS, min_size=4, max_size=4), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.data())
-def test_any_columns_are_read_back_in_any_order(small_dataset, tmp_path_factory, names, kinds, sizes, data):
+def test_any_columns_are_read_back_in_any_order(tmp_path_factory, names, kinds, sizes, data):
     columns = [
         Column(name=name, dtype=dtype, shape=shape, offsets=offsets)
         for name, (dtype, shape, offsets) in zip(names, kinds)
     ]
     folder = tmp_path_factory.mktemp("columns")
     drawn = [draw(columns, rows, seed) for seed, rows in enumerate(sizes)]
-    store(folder, columns, [arrays for arrays, _ in drawn], data.draw(st.integers(1, 4)), small_dataset)
+    store(folder, columns, [arrays for arrays, _ in drawn], data.draw(st.integers(1, 4)))
     table = Table(folder, "train", max_open_shards=data.draw(st.integers(1, 3)))
-    assert Manifest.load(folder).columns == columns
+    assert list(table.columns.values()) == columns
     rows = np.array(data.draw(st.lists(st.integers(0, len(table) - 1), min_size=1, max_size=8)))
     for column in columns:
         expected = [row for _, parts in drawn for row in parts[column.name]]
@@ -96,9 +98,9 @@ def test_any_columns_are_read_back_in_any_order(small_dataset, tmp_path_factory,
 
 
 @pytest.fixture
-def regions(small_dataset, tmp_path):
+def regions(tmp_path):
     arrays, expected = draw(REGIONS, 11)
-    store(tmp_path, REGIONS, [arrays], 4, small_dataset)
+    store(tmp_path, REGIONS, [arrays], 4)
     return tmp_path, arrays, expected
 
 
@@ -134,14 +136,14 @@ def test_columns_are_asked_for_by_name_and_kind(regions):
         table.read_ragged("scores", np.array([0]))
 
 
-def test_columns_that_share_their_offsets_have_equally_many_elements(small_dataset, tmp_path):
+def test_columns_that_share_their_offsets_have_equally_many_elements(tmp_path):
     """Boxes written with as many rows as bytes of ids are no boxes of these regions."""
     others = [
         column.model_copy(update={"offsets": "id_offsets"}) if column.name == "boxes" else column for column in REGIONS
     ]
     arrays, _ = draw(others, 3)
     assert arrays["region_offsets"][-1] != arrays["id_offsets"][-1]
-    store(tmp_path, others, [arrays], 4, small_dataset)
-    (tmp_path / MANIFEST_NAME).write_text(Manifest.load(tmp_path).model_copy(update={"columns": REGIONS}).to_json())
+    store(tmp_path, others, [arrays], 4)
+    describe(tmp_path, REGIONS, Manifest.load(tmp_path).shards)
     with pytest.raises(XdscaleError, match=r"000000\.boxes\.npy holds float32"):
         Table(tmp_path, "train").read("scores", np.array([0]))

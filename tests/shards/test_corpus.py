@@ -8,8 +8,8 @@ import tracemalloc
 import pytest
 
 from xdscale.errors import XdscaleError
-from xdscale.shards import corpus
-from xdscale.shards.corpus import paragraphs, read_documents, stream_documents
+from xdscale.shards.sources import corpus
+from xdscale.shards.sources.corpus import paragraphs, read_documents, stream_documents
 
 LONG = "one two three four five"
 
@@ -173,7 +173,7 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
 
 def test_a_long_line_takes_time_in_proportion(tmp_path, monkeypatch):
     """16 MB on one line, in pieces of 1 KB: joined again at each piece they would be copied 8,000 times, 2 minutes."""
-    monkeypatch.setattr("xdscale.shards.decoding.PIECE_BYTES", 1 << 10)
+    monkeypatch.setattr("xdscale.shards.sources.decoding.PIECE_BYTES", 1 << 10)
     path = tmp_path / "a.txt"
     path.write_bytes(b"word " * (16 << 20 // 5))
     begun = time.process_time()
@@ -185,7 +185,7 @@ def test_a_long_line_takes_time_in_proportion(tmp_path, monkeypatch):
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("size", [40, 1 << 16])
 def test_lines_end_as_on_any_system(tmp_path, end, size, monkeypatch):
-    monkeypatch.setattr("xdscale.shards.decoding.PIECE_BYTES", size)
+    monkeypatch.setattr("xdscale.shards.sources.decoding.PIECE_BYTES", size)
     text = f"{LONG} six\n{LONG} seven\n\n{LONG} eight"
     assert write_and_read(tmp_path, "a.txt", text.replace("\n", end).encode()) == text.split("\n\n")
 

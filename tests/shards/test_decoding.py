@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from xdscale.errors import XdscaleError
-from xdscale.shards import decoding
-from xdscale.shards.corpus import stream_documents
-from xdscale.shards.decoding import BadBytes, decoded
-from xdscale.shards.streams import as_stream
+from xdscale.shards.sources import decoding
+from xdscale.shards.sources.corpus import stream_documents
+from xdscale.shards.sources.decoding import BadBytes, decoded
+from xdscale.shards.sources.streams import as_stream
 
 LONG = "one two three four five naïve 中文"
 

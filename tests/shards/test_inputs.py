@@ -9,10 +9,10 @@ import pytest
 from pyarrow import parquet
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.build import build_shards
-from xdscale.shards.corpus import read_documents, stream_documents
-from xdscale.shards.inputs import find_inputs
 from xdscale.shards.manifest import Manifest
+from xdscale.shards.sources.corpus import read_documents, stream_documents
+from xdscale.shards.sources.inputs import find_inputs
+from xdscale.shards.sources.text import TextOptions, build_shards
 
 LONG = "one two three four five"
 
@@ -151,8 +151,11 @@ def test_the_manifest_lists_the_files_with_size_and_hash(small_corpus, cassette_
     documents = small_corpus.read_text().split("\n\n")
     (folder / "2.txt").write_text("\n\n".join(documents[:30]))
     (folder / "10.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[30:]))
-    build_shards([folder], tmp_path / "out", language_tokenizer=str(cassette_model), sequence_length=30)
-    stated = [(item.name, item.bytes, item.sha256) for item in Manifest.load(tmp_path / "out").build.inputs]
+    build_shards([folder], tmp_path / "out", TextOptions(language_tokenizer=str(cassette_model), sequence_length=30))
+    stated = [
+        (item["name"], item["bytes"], item["sha256"])
+        for item in Manifest.load(tmp_path / "out").tables["text"].build["inputs"]
+    ]
     files = [folder / "10.jsonl", folder / "2.txt"]
     assert stated == [(path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
 
@@ -181,7 +184,7 @@ def test_parquet_and_jsonl_of_the_same_text_give_the_same_shards(small_corpus, c
     shards = []
     for name in ("a.parquet", "a.jsonl"):
         out = tmp_path / f"out-{name}"
-        build_shards([tmp_path / name], out, language_tokenizer=str(cassette_model), sequence_length=30)
+        build_shards([tmp_path / name], out, TextOptions(language_tokenizer=str(cassette_model), sequence_length=30))
         shards.append([path.read_bytes() for path in sorted(out.glob("*.tar"))])
     assert shards[0] == shards[1] != []
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.build import build_shards
-from xdscale.shards.corpus import read_documents, stream_documents
+from xdscale.shards.sources.corpus import read_documents, stream_documents
+from xdscale.shards.sources.text import TextOptions, build_shards
 
 SAID = "five words of an article"
 OLD_NAMES = {"-2": "Media", "1": "Diskussion", "4": "Wikipedia", "6": "Bild", "8": "MediaWiki", "10": "Vorlage",
@@ -153,9 +153,9 @@ def test_shards_of_the_beginning_of_a_dump(dump, cassette_model, tmp_path):
     whole.write_bytes(pages + b"</mediawiki>")
     cut.write_bytes(pages + b"<page><title>Hal")
     options = {"language_tokenizer": str(cassette_model), "sequence_length": 30}
-    one = build_shards([whole], tmp_path / "one", **options)
+    one = build_shards([whole], tmp_path / "one", TextOptions(**options))
     with pytest.raises(XdscaleError, match="after 891 whole pages"):
-        build_shards([cut], tmp_path / "none", **options)
-    two = build_shards([cut], tmp_path / "two", format="mediawiki-prefix", **options)
+        build_shards([cut], tmp_path / "none", TextOptions(**options))
+    two = build_shards([cut], tmp_path / "two", TextOptions(format="mediawiki-prefix", **options))
     assert one.splits == two.splits
-    assert two.corpus == one.corpus
+    assert two.counts == one.counts

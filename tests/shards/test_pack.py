@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from xdscale.shards import pack
 from xdscale.shards.clip_bpe import ClipBPE
-from xdscale.shards.corpus import read_documents
 from xdscale.shards.language import load_language_tokenizer
-from xdscale.shards.pack import Packer, is_validation
+from xdscale.shards.sources import pack
+from xdscale.shards.sources.corpus import read_documents
+from xdscale.shards.sources.pack import Packer, is_validation
 
 PARAGRAPHS = st.lists(
     st.lists(

@@ -9,11 +9,11 @@ import shutil
 import pytest
 
 from xdscale.errors import XdscaleError
+from xdscale.shards.build import merge_parts
 from xdscale.shards.manifest import Manifest
-from xdscale.shards.merge import merge_parts
-from xdscale.shards.part import Part
 from xdscale.shards.table import Table
 from xdscale.shards.verify import verify_shards
+from xdscale.shards.workplace import Part
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -45,13 +45,13 @@ def test_merged_parts_are_the_bytes_of_one_build(small_build, expected, tmp_path
         assert not (out / "dataset.json").exists()
         merge_parts(out)
     assert digests(out) == expected
-    assert len(Table(out, "train")) == Manifest.load(out).splits["train"].samples
+    assert len(Table(out, "train")) == Manifest.load(out).tables["text"].splits["train"].rows
 
 
 def test_a_part_reports_its_own_share(small_build, small_dataset, tmp_path):
-    whole = Manifest.load(small_dataset)
+    whole = Manifest.load(small_dataset).tables["text"]
     shares = [small_build(tmp_path / "out", part=Part(index, 2)) for index in range(2)]
-    assert sum(share.corpus.documents for share in shares) == whole.corpus.documents == 60
+    assert sum(share.counts["documents"] for share in shares) == whole.counts["documents"] == 60
     for split in ("train", "validation"):
         files = [{shard.file for shard in share.splits[split].shards} for share in shares]
         assert not files[0] & files[1]

@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.corpus import paragraphs, stream_documents
+from xdscale.shards.sources.corpus import paragraphs, stream_documents
 
 LONG = "one two three four five"
 ARTICLES = [
@@ -89,7 +89,7 @@ def test_json_arrays(tmp_path, values, indent, monkeypatch):
     expected = [value if isinstance(value, str) else value["text"] for value in values]
     content = f" {json.dumps(values, indent=indent)}\n"
     for size in (1, 2, 7, 1 << 16):
-        monkeypatch.setattr("xdscale.shards.decoding.PIECE_BYTES", size)
+        monkeypatch.setattr("xdscale.shards.sources.decoding.PIECE_BYTES", size)
         assert [text for text, _ in documents(write(tmp_path, "a.json", content))] == expected
         assert [text for text, _ in documents(write(tmp_path, "a.txt", content))] == (expected or [" []"])
         joined = "".join(json.dumps(value, indent=indent) + " " * (indent or 0) for value in values)

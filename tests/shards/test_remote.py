@@ -2,13 +2,10 @@
 
 import errno
 import fcntl
-import http.server
 import json
 import os
 import shutil
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import fsspec
 import pytest
@@ -18,45 +15,6 @@ from xdscale.shards import remote
 from xdscale.shards.manifest import MANIFEST_NAME, Manifest
 from xdscale.shards.remote import fetch_manifest, fetch_shards, place_manifest
 from xdscale.shards.verify import verify_shards
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; spoils the first `spoil[name]` answers for a file by one flipped byte."""
-
-    def do_GET(self):
-        name = self.path.rsplit("/", 1)[-1]
-        self.server.asked.append(name)
-        if self.server.spoil.get(name, 0) <= 0:
-            return super().do_GET()
-        self.server.spoil[name] -= 1
-        content = bytearray(open(self.translate_path(self.path), "rb").read())
-        content[len(content) // 2] ^= 1
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(small_dataset, monkeypatch):
-    """A server on the small dataset; attempts follow each other at once."""
-    monkeypatch.setattr(remote, "PAUSES_SECONDS", (0.0, 0.0))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=small_dataset)) as server:
-        server.asked, server.spoil = [], {}
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def records(small_dataset):
-    return [record for split in Manifest.load(small_dataset).splits.values() for record in split.shards]
 
 
 def fetch(url, cache, records, verify=False):
@@ -172,9 +130,9 @@ def test_no_name_reaches_a_shell(server, small_dataset, tmp_path, monkeypatch):
             fetch_manifest(server.url + path)
     manifest = json.loads((small_dataset / MANIFEST_NAME).read_text())
     for name in ("train-000000.tar;touch g", "train-000000.tar\n", "../train-000000.tar", "$(touch h)-000000.tar"):
-        manifest["splits"]["train"]["shards"][0]["file"] = name
+        manifest["tables"]["text"]["splits"]["train"]["shards"][0]["file"] = name
         folder = place_manifest(json.dumps(manifest), tmp_path / "cache")
-        with pytest.raises(XdscaleError, match=r"splits\.train\.shards\.0\.file: String should match pattern"):
+        with pytest.raises(XdscaleError, match=r"text\.splits\.train\.shards\.0\.file: String should match pattern"):
             Manifest.load(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
@@ -184,7 +142,7 @@ def test_another_dataset_behind_the_same_url_gets_another_folder(small_dataset, 
     shutil.copytree(small_dataset, source)
     first, _ = fetch(f"file://{source}", tmp_path / "cache", records)
     manifest = json.loads((source / MANIFEST_NAME).read_text())
-    manifest["corpus"]["documents"] += 1
+    manifest["tables"]["text"]["counts"]["documents"] += 1
     (source / MANIFEST_NAME).write_text(json.dumps(manifest))
     second, _ = fetch(f"file://{source}", tmp_path / "cache", records)
     assert first != second

@@ -24,12 +24,12 @@ def build(corpus, out, *more):
 def test_build_says_what_was_made(small_corpus, tmp_path):
     result = build(small_corpus, tmp_path / "out")
     assert result.exit_code == 0
-    manifest = Manifest.load(tmp_path / "out")
+    manifest = Manifest.load(tmp_path / "out").tables["text"]
     train, validation = manifest.splits["train"], manifest.splits["validation"]
-    assert f"sequences: train {train.samples:,}, validation {validation.samples:,}" in result.stdout
-    assert f"dropped {manifest.corpus.dropped_tokens}" in result.stdout
+    assert f"sequences: train {train.rows:,}, validation {validation.rows:,}" in result.stdout
+    assert f"dropped {manifest.counts['dropped_tokens']}" in result.stdout
     stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
-    payload = 2 * sum(split.language_tokens + split.clip_tokens for split in (train, validation))
+    payload = 2 * sum(30 * split.rows + split.elements["clip_offsets"] for split in (train, validation))
     assert f"bytes: {stored:,}, {stored / payload:.3f} per payload byte" in result.stdout
     assert "2 shards (0 kept from an earlier run)" in result.stdout
     assert "2 shards (2 kept from an earlier run)" in build(small_corpus, tmp_path / "out").stdout
@@ -46,8 +46,8 @@ def test_build_says_what_it_left_out_and_so_does_merge(tmp_path):
         "left out: 1 headings: 7 words (5.4%)",
     ]
     assert [line for line in result.stdout.splitlines() if line.startswith(("kept", "left"))] == expected
-    corpus = Manifest.load(tmp_path / "out").corpus
-    assert (corpus.words, corpus.short_words, corpus.heading_words, corpus.short_paragraphs) == (120, 2, 7, 1)
+    corpus = Manifest.load(tmp_path / "out").tables["text"].counts
+    assert [corpus[name] for name in ("words", "short_words", "heading_words", "short_paragraphs")] == [120, 2, 7, 1]
     build(tmp_path / "a.txt", tmp_path / "part", "--validation-fraction", 0, "--part", "0/2")
     build(tmp_path / "a.txt", tmp_path / "part", "--validation-fraction", 0, "--part", "1/2")
     assert run("merge", tmp_path / "part").stdout.splitlines()[1:] == expected
@@ -73,21 +73,21 @@ def test_files_of_no_bytes_are_named(small_corpus, tmp_path):
 
 def test_finished_shards_survive_a_bad_byte(tmp_path, monkeypatch):
     """The build that goes on with `--bad-bytes replace` keeps what stood before the byte."""
-    from xdscale.shards.build import build_shards
+    from xdscale.shards.sources.text import TextOptions, build_shards
 
     text = "\n\n".join(" ".join(["river"] * 400) + f" {n}" for n in range(9)).encode()
     (tmp_path / "a.txt").write_bytes(text[:-30] + b"\xff" + text[-30:])
     options = {"language_tokenizer": "package:cognition/model", "sequence_length": 30, "shard_text_bytes": 2000}
-    monkeypatch.setattr("xdscale.shards.decoding.PIECE_BYTES", 1000)
-    monkeypatch.setattr("xdscale.shards.corpus.SAMPLE_CHARACTERS", 1000)
+    monkeypatch.setattr("xdscale.shards.sources.decoding.PIECE_BYTES", 1000)
+    monkeypatch.setattr("xdscale.shards.sources.corpus.SAMPLE_CHARACTERS", 1000)
     with pytest.raises(XdscaleError, match=r"\(0xff\) is not UTF-8"):
-        build_shards([tmp_path / "a.txt"], tmp_path / "out", **options)
+        build_shards([tmp_path / "a.txt"], tmp_path / "out", TextOptions(**options))
     steps = []
     manifest = build_shards(
-        [tmp_path / "a.txt"], tmp_path / "out", bad_bytes="replace", on_progress=steps.append, **options
+        [tmp_path / "a.txt"], tmp_path / "out", TextOptions(bad_bytes="replace", **options), on_progress=steps.append
     )
     assert steps[-1].kept_shards == 8
-    assert manifest.corpus.bad_bytes == 1
+    assert manifest.counts["bad_bytes"] == 1
     for name, value in (
         ("encoding", "klingon"),
         ("encoding", "hex"),
@@ -97,7 +97,7 @@ def test_finished_shards_survive_a_bad_byte(tmp_path, monkeypatch):
         ("line_breaks", "no"),
     ):
         with pytest.raises(XdscaleError, match=f"{name} = '{value}'"):
-            build_shards([tmp_path / "a.txt"], tmp_path / "out", **(options | {name: value}))
+            build_shards([tmp_path / "a.txt"], tmp_path / "out", TextOptions(**options | {name: value}))
 
 
 def test_overwrite_and_bad_values(small_corpus, tmp_path):
@@ -122,13 +122,13 @@ def test_verify(small_dataset, tmp_path):
 
 def test_info_shows_splits_and_the_share_that_was_cut(small_dataset):
     output = run("info", small_dataset).stdout
-    manifest = Manifest.load(small_dataset)
+    manifest = Manifest.load(small_dataset).tables["text"]
     split = manifest.splits["train"]
     row = next(line for line in output.splitlines() if "│ train" in line)
-    for number in (len(split.shards), split.samples, split.language_tokens, split.clip_tokens):
+    for number in (len(split.shards), split.rows, split.elements["clip_offsets"]):
         assert f" {number:,} " in row
     cut = next(line for line in output.splitlines() if "over 1, cut" in line)
-    assert f" {sum(split.blocks_needed[1:]) / split.samples:.2%} " in cut
+    assert f" {sum(split.counts['blocks_needed'][1:]) / split.rows:.2%} " in cut
 
 
 def test_info_of_a_folder_with_brackets_in_its_name(small_dataset, tmp_path):
@@ -141,7 +141,7 @@ def test_info_of_a_folder_with_brackets_in_its_name(small_dataset, tmp_path):
 
 def test_info_shows_documents_by_their_tokens(small_dataset):
     output = run("info", small_dataset).stdout
-    counts = Manifest.load(small_dataset).corpus.document_tokens
+    counts = Manifest.load(small_dataset).tables["text"].counts["document_tokens"]
     power = counts.index(max(counts))
     assert f"│ {2 ** (power - 1)} to {2**power - 1} " in output
     shown = [line.split("│") for line in output.splitlines() if "│" in line and " to " in line]

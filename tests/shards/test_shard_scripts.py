@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from xdscale.shards.build import build_shards
 from xdscale.shards.manifest import Manifest
+from xdscale.shards.sources.text import TextOptions, build_shards
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +70,7 @@ def test_one_machine_a_folder_of_text(small_corpus, options, environment, tmp_pa
         assert result.returncode == 0, result.stderr
         assert kept in result.stdout
         assert result.stdout.splitlines()[-1].endswith("all as built")
-    assert Manifest.load(tmp_path / "out folder").corpus.documents == 60
+    assert Manifest.load(tmp_path / "out folder").tables["text"].counts["documents"] == 60
 
 
 def test_slurm_array_of_a_dump_goes_on_after_a_task_died(options, environment, cassette_model, tmp_path):
@@ -92,9 +92,7 @@ def test_slurm_array_of_a_dump_goes_on_after_a_task_died(options, environment, c
     built = build_shards(
         [tmp_path / "a dump.xml"],
         tmp_path / "one",
-        language_tokenizer=str(cassette_model),
-        sequence_length=30,
-        validation_fraction=0.2,
+        TextOptions(language_tokenizer=str(cassette_model), sequence_length=30, validation_fraction=0.2),
     )
     shards = [shard.file for split in built.splits.values() for shard in split.shards]
     assert len(shards) > 3

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.errors import XdscaleError
-from xdscale.shards import streams
-from xdscale.shards.corpus import stream_documents
-from xdscale.shards.streams import open_stream
+from xdscale.shards.sources import streams
+from xdscale.shards.sources.corpus import stream_documents
+from xdscale.shards.sources.streams import open_stream
 
 SKIPPED = b"\x50\x2a\x4d\x18\x04\0\0\0skip"
 """A zstandard frame without content, as parallel compressors write them."""

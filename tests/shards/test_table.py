@@ -13,15 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.manifest import MANIFEST_NAME, Manifest
-from xdscale.shards.pack import text_columns
+from xdscale.shards.manifest import MANIFEST_NAME, Column, Manifest, Split
+from xdscale.shards.shard import write_shard
 from xdscale.shards.table import Table
-from xdscale.shards.writer import write_shard
+
+COLUMNS = [
+    Column(name="language", dtype="<u2", shape=(30,)),
+    Column(name="clip", dtype="<u2", offsets="clip_offsets", fewest=1, most=75),
+]
 
 
 def read_with_webdataset(folder, split):
     """All sequences of a split: stock webdataset for the tar, numpy for the members, shards in manifest order."""
-    urls = [str(folder / record.file) for record in Manifest.load(folder).splits[split].shards]
+    urls = [str(folder / record.file) for record in Manifest.load(folder).tables["text"].splits[split].shards]
     language, clip = [], []
     for sample in webdataset.WebDataset(urls, shardshuffle=False):
         arrays = {
@@ -44,14 +48,17 @@ def many_blocks(small_dataset, tmp_path_factory):
         offsets = np.concatenate([[0], np.cumsum(chance.integers(1, 76, samples))])
         clip = chance.integers(0, 2**16, offsets[-1]).astype(np.uint16)
         columns = {"language": language, "clip": clip, "clip_offsets": offsets}
-        records.append(write_shard(folder / f"train-{number:06d}.tar", text_columns(30, 1), columns))
+        records.append(write_shard(folder / f"train-{number:06d}.tar", COLUMNS, columns))
         arrays.append((language, np.split(clip, offsets[1:-1])))
-    manifest = Manifest.load(small_dataset)
     clip = [ids for _, pieces in arrays for ids in pieces]
-    split = manifest.splits["train"].model_copy(update={"samples": 3529, "shards": records})
-    changed = manifest.model_copy(update={"splits": {"train": split}})
-    (folder / MANIFEST_NAME).write_text(changed.to_json())
+    describe(folder, small_dataset, records)
     return folder, np.concatenate([language for language, _ in arrays]), clip
+
+
+def describe(folder, like, records):
+    """Writes the manifest of other shards of the same columns."""
+    table = Manifest.load(like).tables["text"].model_copy(update={"splits": {"train": Split.of(records, {})}})
+    (folder / MANIFEST_NAME).write_text(Manifest(tables={"text": table}).to_json())
 
 
 def check(split, sample_ids, language, clip):
@@ -69,7 +76,7 @@ def check(split, sample_ids, language, clip):
 def test_stock_webdataset_reads_the_same(small_dataset, split):
     language, clip = read_with_webdataset(small_dataset, split)
     reader = Table(small_dataset, split)
-    assert len(reader) == len(language) == reader.manifest.splits[split].samples
+    assert len(reader) == len(language) == reader.manifest.tables["text"].splits[split].rows
     check(reader, np.arange(len(reader)), language, clip)
 
 
@@ -147,7 +154,7 @@ def test_damage_that_appears_while_reading_is_named(small_build, tmp_path):
     reader.read("language", np.array([0]))
     os.truncate(path, 700)
     with pytest.raises(XdscaleError, match=f"{record.file}: ends before byte"):
-        reader.read("language", np.array([record.samples - 1]))
+        reader.read("language", np.array([record.rows - 1]))
     begin = whole.rindex(b"\x93NUMPY") + 128
     path.write_bytes(whole[:begin] + b"\xff" * 8 + whole[begin + 8 :])
     with pytest.raises(XdscaleError, match=rf"{record.file}: gives -?\d+ elements of clip to row 0, expected 1 to 75"):
@@ -155,12 +162,12 @@ def test_damage_that_appears_while_reading_is_named(small_build, tmp_path):
 
 
 def test_nothing_is_read_from_a_quarantined_shard(small_dataset):
-    manifest = Manifest.load(small_dataset)
+    manifest = Manifest.load(small_dataset).tables["text"]
     first, second = manifest.splits["train"].shards[:2]
     reader = Table(small_dataset, "train", quarantined=[first.file])
-    assert reader.usable(np.array([0, first.samples - 1, first.samples])).tolist() == [False, False, True]
-    assert reader.first_usable() == first.samples
-    reader.read("language", np.array([first.samples]))
+    assert reader.usable(np.array([0, first.rows - 1, first.rows])).tolist() == [False, False, True]
+    assert reader.first_usable() == first.rows
+    reader.read("language", np.array([first.rows]))
     with pytest.raises(XdscaleError, match=f"{first.file}: is in quarantine"):
         reader.read_ragged("clip", np.array([0]))
     every = [shard.file for shard in manifest.splits["train"].shards]
@@ -177,15 +184,13 @@ def test_texts_are_found_without_their_bounds_in_memory(many_blocks, monkeypatch
 def test_a_shard_of_other_shapes_is_refused(many_blocks, tmp_path):
     """Right size on disk, wrong arrays inside: the reader must not serve shifted ids."""
     folder, _, _ = many_blocks
-    manifest = Manifest.load(folder)
     ids = np.ones(40, np.uint16)
     record = write_shard(
         tmp_path / "train-000000.tar",
-        text_columns(20, 1),
+        [COLUMNS[0].model_copy(update={"shape": (20,)}), COLUMNS[1]],
         {"language": ids.reshape(2, 20), "clip": ids, "clip_offsets": np.array([0, 1, 40])},
     )
-    split = manifest.splits["train"].model_copy(update={"samples": 2, "shards": [record]})
-    (tmp_path / MANIFEST_NAME).write_text(manifest.model_copy(update={"splits": {"train": split}}).to_json())
+    describe(tmp_path, folder, [record])
     with pytest.raises(XdscaleError, match=r"000000\.language\.npy holds uint16 \[2, 20\], expected uint16 \[2, 30\]"):
         Table(tmp_path, "train").read("language", np.array([0]))
 
@@ -200,13 +205,17 @@ def test_manifest_errors_say_what_to_do(small_dataset, tmp_path):
         Manifest.load(tmp_path)
     good = (small_dataset / MANIFEST_NAME).read_text()
     for old, new, message in (
-        ('"format_version": 3', '"format_version": 1', "format_version"),
-        ('"file": "train-000000.tar"', '"file": "../train-000000.tar"', r"splits\.train\.shards\.0\.file"),
+        ('"format_version": 4', '"format_version": 1', "format_version"),
+        (
+            '"file": "train-000000.tar"',
+            '"file": "../train-000000.tar"',
+            r"text\.splits\.train\.shards\.0\.file",
+        ),
         ("{", "[", "Invalid JSON"),
     ):
         assert old in good
         (tmp_path / MANIFEST_NAME).write_text(good.replace(old, new, 1))
-        with pytest.raises(XdscaleError, match=rf"dataset\.json: not a dataset of format 3: .*{message}"):
+        with pytest.raises(XdscaleError, match=rf"dataset\.json: not a dataset of format 4: .*{message}"):
             Manifest.load(tmp_path)
 
 
@@ -214,7 +223,7 @@ def test_fingerprint_follows_the_content(small_dataset, tmp_path):
     manifest = Manifest.load(small_dataset)
     (tmp_path / MANIFEST_NAME).write_text(manifest.to_json().replace("\n", " "))
     assert Manifest.load(tmp_path).fingerprint == manifest.fingerprint
-    digest = manifest.splits["train"].shards[0].sha256
+    digest = manifest.tables["text"].splits["train"].shards[0].sha256
     (tmp_path / MANIFEST_NAME).write_text(manifest.to_json().replace(digest, "0" * 64))
     assert Manifest.load(tmp_path).fingerprint != manifest.fingerprint
 

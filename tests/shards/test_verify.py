@@ -19,13 +19,13 @@ def dataset(small_dataset, tmp_path):
 
 
 def shard(folder, number=0, split="train"):
-    return Manifest.load(folder).splits[split].shards[number]
+    return Manifest.load(folder).tables["text"].splits[split].shards[number]
 
 
 def test_an_intact_dataset_passes_and_reports(dataset):
     seen = []
     verify_shards(dataset, on_progress=lambda done, total: seen.append((done, total)))
-    shards = [record for split in Manifest.load(dataset).splits.values() for record in split.shards]
+    shards = Manifest.load(dataset).shards
     assert len(seen) == len(shards) > 3
     assert seen[-1] == (sum(record.bytes for record in shards),) * 2
 
@@ -78,36 +78,10 @@ def test_a_copy_under_another_name_is_recognised(dataset):
         shard(dataset, 0),
         next(
             record
-            for record in Manifest.load(dataset).splits["train"].shards[1:]
+            for record in Manifest.load(dataset).tables["text"].splits["train"].shards[1:]
             if record.bytes == shard(dataset).bytes
         ),
     )
     shutil.copy(dataset / first.file, dataset / second.file)
     with pytest.raises(XdscaleError, match=rf"{second.file}: altered: .*\(the content of {first.file}\)"):
         verify_shards(dataset)
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 50])
-def test_parts_cover_every_shard_once(dataset, parts):
-    every = [record for split in Manifest.load(dataset).splits.values() for record in split.shards]
-    for record in every:
-        (dataset / record.file).unlink()
-    (dataset / "other.tar").write_bytes(b"")
-    named, extra = [], 0
-    for part in range(parts):
-        try:
-            verify_shards(dataset, part=(part, parts))
-        except XdscaleError as error:
-            extra += "other.tar: extra" in str(error)
-            named += [line for line in str(error).splitlines()[1:] if line.endswith(": missing")]
-    assert len(named) == len(set(named)) == len(every)
-    assert extra == 1
-
-
-def test_one_split_alone(dataset):
-    (dataset / shard(dataset).file).unlink()
-    verify_shards(dataset, split="validation")
-    with pytest.raises(XdscaleError, match="missing"):
-        verify_shards(dataset, split="train")
-    with pytest.raises(XdscaleError, match="no split 'test'"):
-        verify_shards(dataset, split="test")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from xdscale.shards.corpus import paragraphs, read_documents
-from xdscale.shards.wiki_markup import prose_lines
+from xdscale.shards.sources.corpus import paragraphs, read_documents
+from xdscale.shards.sources.wiki_markup import prose_lines
 
 MARKUP = [
     "{{", "}}", "{{{", "}}}", "{{a|", "{{a|b=", "[[", "]]", "[[a|", "[[a]]", "[[File:a|", "[[File:a.jpg|", "[[:a:b]]",

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdscale.shards.corpus import read_documents, sort_out, stream_documents
-from xdscale.shards.words import count_words
-from xdscale.shards.wrapping import joined, looks_wrapped
+from xdscale.shards.sources.corpus import read_documents, sort_out, stream_documents
+from xdscale.shards.sources.wrapping import count_words, joined, looks_wrapped
 
 
 @pytest.fixture(scope="module")

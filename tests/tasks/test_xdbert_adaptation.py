@@ -164,7 +164,9 @@ def test_attention_is_recorded_although_the_last_layer_is_cut(small, batch):
 
 
 def altered(manifest, **build):
-    return manifest.model_copy(update={"build": manifest.build.model_copy(update=build)})
+    table = manifest.tables["text"]
+    changed = table.model_copy(update={"build": table.build | build})
+    return manifest.model_copy(update={"tables": {"text": changed}})
 
 
 def test_shards_that_fit(wiki_shards, adaptation_spec):
@@ -182,18 +184,18 @@ def test_sequences_longer_than_the_positions(wiki_shards, adaptation_spec):
 
 def test_another_language_tokenizer(wiki_shards, adaptation_spec):
     manifest = Manifest.load(wiki_shards)
-    tokenizer = manifest.build.language_tokenizer
-    other = altered(manifest, language_tokenizer=tokenizer.model_copy(update={"sha256": "0" * 64}))
-    with pytest.raises(XdscaleError, match=rf"000000000000.*another one \({tokenizer.sha256[:12]}\)"):
+    tokenizer = manifest.tables["text"].build["language_tokenizer"]
+    other = altered(manifest, language_tokenizer=tokenizer | {"sha256": "0" * 64})
+    with pytest.raises(XdscaleError, match=rf"000000000000.*another one \({tokenizer['sha256'][:12]}\)"):
         check_shards(adaptation_spec().model, other)
-    larger = altered(manifest, language_tokenizer=tokenizer.model_copy(update={"vocab_size": 30523}))
+    larger = altered(manifest, language_tokenizer=tokenizer | {"vocab_size": 30523})
     with pytest.raises(XdscaleError, match=r"30523 ids, but bert-base-uncased has embeddings for 30522"):
         check_shards(adaptation_spec("bert-base-uncased", weights="random").model, larger)
 
 
 def test_another_clip_tokenizer(wiki_shards, adaptation_spec):
     manifest = Manifest.load(wiki_shards)
-    tokenizer = manifest.build.clip_tokenizer.model_copy(update={"vocab_size": 32000})
+    tokenizer = manifest.tables["text"].build["clip_tokenizer"] | {"vocab_size": 32000}
     with pytest.raises(XdscaleError, match=r"of 32000 ids, but clip-tiny\.json has 49408"):
         check_shards(adaptation_spec().model, altered(manifest, clip_tokenizer=tokenizer))
 

@@ -81,11 +81,11 @@ BOARD = OFTEN | {"training__eval_every": 2}
 @pytest.fixture(scope="module")
 def damageable_shards(wiki_text, cassette_model, tmp_path_factory):
     """Several shards of the same text."""
-    from xdscale.shards.build import build_shards
+    from xdscale.shards.sources.text import TextOptions, build_shards
 
     out = tmp_path_factory.mktemp("damageable") / "shards"
     how = {"sequence_length": 30, "validation_fraction": 0.1, "shard_text_bytes": 200_000}
-    manifest = build_shards([wiki_text], out, language_tokenizer=str(cassette_model), **how)
+    manifest = build_shards([wiki_text], out, TextOptions(language_tokenizer=str(cassette_model), **how))
     assert len(manifest.splits["train"].shards) > 3
     return out
 

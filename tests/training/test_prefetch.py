@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from xdscale.training.prefetch import Prefetcher
+from xdscale.training.prefetch import HINTS_AHEAD, Prefetcher
 
 
 def prefetch_threads() -> int:
@@ -66,3 +66,25 @@ def test_close_ends_a_thread_that_has_no_room_left_and_may_be_repeated():
     items.close()
     assert prefetch_threads() == 0
     assert list(items) == []
+
+
+def test_hints_come_ahead_of_the_items_and_for_every_step():
+    """So that what takes long is on its way; an error in one reaches the consumer."""
+    seen = []
+    with Prefetcher(
+        lambda step: seen.append(("item", step)), range(5, 40), hint=lambda step: seen.append(("hint", step))
+    ) as items:
+        assert [step for step, _ in items] == list(range(5, 40))
+    assert [step for kind, step in seen if kind == "hint"] == list(range(5, 40))
+    for step in range(5, 40):
+        before = seen[: seen.index(("item", step))]
+        assert ("hint", min(39, step + HINTS_AHEAD)) in before
+
+    def fail(step):
+        raise ValueError(f"no room for step {step}")
+
+    with (
+        Prefetcher(lambda step: step, range(3), hint=fail) as items,
+        pytest.raises(ValueError, match="no room for step 0"),
+    ):
+        next(items)

@@ -1,7 +1,5 @@
 """The batch that `xdscale bench step` computes on."""
 
-from types import SimpleNamespace
-
 import numpy as np
 
 from xdscale.data.collate import CLIP_LENGTH, Batch, XDBERTCollator
@@ -9,6 +7,8 @@ from xdscale.data.order import Slots
 from xdscale.errors import XdscaleError
 from xdscale.names import resolve_path
 from xdscale.recipe import Recipe
+from xdscale.shards.manifest import Manifest, TableManifest
+from xdscale.shards.sources.text_build import TEXT, ClipTokenizer, LanguageTokenizer, TextBuild
 from xdscale.shards.table import Ragged, Table
 from xdscale.tasks.xdbert import XDBERTAdaptation, check_shards
 
@@ -22,11 +22,19 @@ class _InventedTable:
 
     def __init__(self, module: XDBERTAdaptation, samples: int) -> None:
         config, tower = module.model.language.config, module.model.clip.tower
-        language = SimpleNamespace(vocab_size=config.vocab_size, cls_id=101, sep_id=102, mask_id=103)
-        clip = SimpleNamespace(start_id=tower.vocab_size - 2, end_id=tower.vocab_size - 1)
-        self.manifest = SimpleNamespace(build=SimpleNamespace(language_tokenizer=language, clip_tokenizer=clip))
         generator = np.random.default_rng(0)
         length = min(LANGUAGE_TOKENS, config.max_position_embeddings) - 2
+        invented = {"name": "invented", "sha256": "0" * 64}
+        ids = {"vocab_size": config.vocab_size, "cls_id": 101, "sep_id": 102, "mask_id": 103, "pad_id": 0}
+        ends = {"start_id": tower.vocab_size - 2, "end_id": tower.vocab_size - 1}
+        build = TextBuild(
+            inputs=[],
+            sequence_length=length,
+            language_tokenizer=LanguageTokenizer(**invented, **ids),
+            clip_tokenizer=ClipTokenizer(**invented, vocab_size=tower.vocab_size, **ends),
+        )
+        table = TableManifest(build=build.model_dump(), columns=build.columns, splits={})
+        self.manifest = Manifest(tables={TEXT: table})
         content = CLIP_TOKENS - 2 * -(-CLIP_TOKENS // CLIP_LENGTH)
         self._language = generator.integers(1000, config.vocab_size, (samples, length)).astype(np.uint16)
         self._clip = generator.integers(1, tower.vocab_size - 2, (samples, content)).astype(np.uint16)

@@ -15,12 +15,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from xdscale.shards.build import Progress, build_shards
+from xdscale.shards.build import Progress
 from xdscale.shards.clip_bpe import ClipBPE, clean
-from xdscale.shards.corpus import read_documents
-from xdscale.shards.inputs import find_inputs
 from xdscale.shards.language import load_language_tokenizer
-from xdscale.shards.workers import one_thread_per_process
+from xdscale.shards.sources.corpus import read_documents
+from xdscale.shards.sources.inputs import find_inputs
+from xdscale.shards.sources.text import TextOptions, build_shards
+from xdscale.shards.units import one_thread_per_process
 
 WIKIPEDIA_BYTES = 14e9
 """Text of the paper's larger corpus (spec xdbert, Table 3's last row)."""
@@ -127,14 +128,8 @@ def _build_rate(path: Path, language_tokenizer: str, workers: int) -> float:
         seen.append((time.perf_counter(), progress.bytes_read))
 
     with tempfile.TemporaryDirectory() as folder:
-        build_shards(
-            [path],
-            Path(folder) / "shards",
-            language_tokenizer=language_tokenizer,
-            shard_text_bytes=path.stat().st_size // UNITS,
-            workers=workers,
-            on_progress=on_progress,
-        )
+        options = TextOptions(language_tokenizer=language_tokenizer, shard_text_bytes=path.stat().st_size // UNITS)
+        build_shards([path], Path(folder) / "shards", options, workers=workers, on_progress=on_progress)
     (first_time, first_bytes), (last_time, last_bytes) = seen[0], seen[-1]
     return (last_bytes - first_bytes) / (last_time - first_time)
 

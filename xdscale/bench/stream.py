@@ -20,9 +20,9 @@ import numpy as np
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order
 from xdscale.recipe import Tasks
-from xdscale.shards.manifest import MANIFEST_NAME, ShardRecord
+from xdscale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, Split
+from xdscale.shards.shard import write_shard
 from xdscale.shards.table import Table
-from xdscale.shards.writer import write_shard
 
 SAMPLES_PER_SHARD = 2000
 BATCH = 288
@@ -69,10 +69,10 @@ def bench_stream(shards: Path, *, samples: int = 20_000, rounds: int = 3) -> lis
 def build_wikipedia_slice(folder: Path) -> Path:
     """Builds shards of 510 ids from the Wikipedia slice inside gensim, as the quickstart has it."""
     from xdscale.names import resolve_path
-    from xdscale.shards.build import build_shards
+    from xdscale.shards.sources.text import TextOptions, build_shards
 
     dump = "package:gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-    build_shards([resolve_path(dump)], folder, language_tokenizer="package:cognition/model", sequence_length=510)
+    build_shards([resolve_path(dump)], folder, TextOptions(language_tokenizer="package:cognition/model"))
     return folder
 
 
@@ -95,13 +95,18 @@ def _write_ours(source: Table, chosen: np.ndarray, folder: Path) -> Path:
     for first in range(0, len(chosen), SAMPLES_PER_SHARD):
         ids = chosen[first : first + SAMPLES_PER_SHARD]
         path = folder / f"train-{len(records):06d}.tar"
-        records.append(write_shard(path, source.manifest.columns, _arrays(source, ids)))
+        records.append(write_shard(path, list(source.columns.values()), _arrays(source, ids)))
     return _write_manifest(source, folder, records)
 
 
 def _arrays(source: Table, ids: np.ndarray) -> dict[str, np.ndarray]:
-    clip = source.read_ragged("clip", ids)
-    return {"language": source.read("language", ids), "clip": clip.values, "clip_offsets": clip.offsets}
+    arrays: dict[str, np.ndarray] = {}
+    for name, column in source.columns.items():
+        if column.offsets is None:
+            arrays[name] = source.read(name, ids)
+        else:
+            arrays[name], arrays[column.offsets] = source.read_ragged(name, ids)
+    return arrays
 
 
 def _write_theirs(source: Table, chosen: np.ndarray, folder: Path) -> list[str]:
@@ -117,11 +122,9 @@ def _write_theirs(source: Table, chosen: np.ndarray, folder: Path) -> list[str]:
 
 
 def _write_manifest(source: Table, folder: Path, records: list[ShardRecord]) -> Path:
-    """Describes shards of this bench as a dataset; totals of tokens play no part in reading."""
-    split = source.manifest.splits["train"].model_copy(
-        update={"samples": sum(record.samples for record in records), "shards": records}
-    )
-    (folder / MANIFEST_NAME).write_text(source.manifest.model_copy(update={"splits": {"train": split}}).to_json())
+    """Describes shards of this bench as a dataset; what its source counted plays no part in reading."""
+    table = source.manifest.tables[source.name].model_copy(update={"splits": {"train": Split.of(records, {})}})
+    (folder / MANIFEST_NAME).write_text(Manifest(tables={source.name: table}).to_json())
     return folder
 
 
@@ -129,7 +132,7 @@ def _many_shards(source: Table, folder: Path, count: int) -> Path:
     """Makes a dataset of `count` small shards, all of them the same file under many names."""
     folder.mkdir()
     ids = np.arange(min(64, len(source)))
-    first = write_shard(folder / "train-000000.tar", source.manifest.columns, _arrays(source, ids))
+    first = write_shard(folder / "train-000000.tar", list(source.columns.values()), _arrays(source, ids))
     records = [first.model_copy(update={"file": f"train-{number:06d}.tar"}) for number in range(count)]
     for record in records[1:]:
         os.link(folder / first.file, folder / record.file)
@@ -219,8 +222,9 @@ def _print(rows: list[Promise], source: Table) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    clip_tokens = source.manifest.splits["train"].clip_tokens / len(source)
-    title = f"sequences of {source.manifest.build.sequence_length} language ids and {clip_tokens:.0f} CLIP ids"
+    split = source.manifest.tables[source.name].splits["train"]
+    clip_tokens = split.elements["clip_offsets"] / len(source)
+    title = f"sequences of {source.columns['language'].shape[0]} language ids and {clip_tokens:.0f} CLIP ids"
     table = Table("measured", title=title)
     for column in ("figure", "goal", "reached"):
         table.add_column(column, justify="right")

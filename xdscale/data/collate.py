@@ -9,6 +9,7 @@ from xdscale.data.order import Slots
 from xdscale.data.pairing import PADDING, draw_partners
 from xdscale.padding import clip_layout
 from xdscale.recipe import Tasks
+from xdscale.shards.sources.text_build import TextBuild
 from xdscale.shards.table import Table
 
 CLIP_LENGTH = 77
@@ -54,8 +55,15 @@ class XDBERTCollator:
         self.split = split
         self.seed = seed
         self.tasks = tasks
-        self._language = split.manifest.build.language_tokenizer
-        self._clip = split.manifest.build.clip_tokenizer
+        self.text = TextBuild.of(split.manifest)
+        self._language, self._clip = self.text.language_tokenizer, self.text.clip_tokenizer
+
+    def prefetch(self, step: list[Slots]) -> None:
+        """Says that the samples of a step and their partners will be read soon; errors as `Table.prefetch`."""
+        pairs = [self._pair(slots) for slots in step]
+        self.split.prefetch(
+            np.concatenate([rows for slots, text_ids, _ in pairs for rows in (slots.sample_ids, text_ids)])
+        )
 
     def __call__(self, slots: Slots) -> Batch:
         """Reads and prepares the samples of one micro-batch."""

@@ -34,7 +34,7 @@ def draws_hash(collate: XDBERTCollator, epochs: np.ndarray, sample_ids: np.ndarr
 
 
 def _draws(collate: XDBERTCollator, slots: Slots) -> list[np.ndarray]:
-    build, tasks, seed = collate.split.manifest.build, collate.tasks, collate.seed
+    build, tasks, seed = collate.text, collate.tasks, collate.seed
     drawn = [slots.epochs, slots.sample_ids]
     if tasks.mlm is not None:
         language_ids = np.zeros((len(slots.sample_ids), build.sequence_length + 2), np.int64)

@@ -5,22 +5,44 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xdscale import recipe
 from xdscale.errors import XdscaleError
 from xdscale.names import is_url, shards_folder
+from xdscale.shards.cache import ShardCache
 from xdscale.shards.manifest import Manifest, ShardRecord
 from xdscale.shards.remote import fetch_manifest, fetch_shards, place_manifest
+from xdscale.shards.table import Table
 from xdscale.shards.verify import damaged_shards
 
 SECONDS_BETWEEN_LINES = 15.0
 
 
+class Shards(NamedTuple):
+    """Where a dataset's shards are.
+
+    Attributes:
+        folder: on this node.
+        damaged: what is wrong with each damaged shard, by file name.
+        cache: fetches those that are not in the folder; None if all are.
+    """
+
+    folder: Path
+    damaged: dict[str, str]
+    cache: ShardCache | None
+
+    def table(self, split: str, name: str | None = None) -> Table:
+        """Opens a split of a table, which may go unnamed where it is the only one; errors as `Table`."""
+        return Table(self.folder, split, name, quarantined=self.damaged, cache=self.cache)
+
+
 def open_shards(
     section: recipe.Data, ranks: Any, *, check: Callable[[Path], None], on_shard: Callable[[], None] | None = None
-) -> tuple[Path, dict[str, str]]:
+) -> Shards:
     """Finds, fetches and verifies the shards; every rank calls it and does a share.
+
+    With `data.cache_bytes` shards from a URL are fetched later, when they are needed.
 
     Args:
         section: of the recipe.
@@ -29,8 +51,7 @@ def open_shards(
         on_shard: called after each shard of this rank's share.
 
     Returns:
-        The folder on this node, and what is wrong with each damaged shard, by file name: at most
-        `data.max_damaged_shards`.
+        Where they are, with at most `data.max_damaged_shards` damaged.
 
     Raises:
         XdscaleError: no dataset, one that `check` refuses, or more damaged shards than allowed; names them.
@@ -38,15 +59,19 @@ def open_shards(
     remote = is_url(section.shards)
     folder = _fetch_manifest(section, ranks) if remote else shards_folder(section.shards)
     check(folder)
-    every = [record for split in Manifest.load(folder).splits.values() for record in split.shards]
-    problem, mine = None, {}
+    every = Manifest.load(folder).shards
+    problem, mine, cache = None, {}, None
     progress = _Lines("fetching and verifying" if remote else "verifying", ranks.is_first, on_shard)
     try:
         if remote:
             # Every node has a cache of its own, so its ranks alone share the work.
             here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
             part = every[ranks.local_rank % here :: here]
-            mine = fetch_shards(section.shards, folder, part, verify=section.verify, on_progress=progress)
+            if section.cache_bytes is None:
+                mine = fetch_shards(section.shards, folder, part, verify=section.verify, on_progress=progress)
+            else:
+                cache = ShardCache(section.shards, folder, every, budget=section.cache_bytes, sharers=here)
+                mine = cache.damaged(part, verify=section.verify, on_progress=progress)
         elif section.verify:
             part = every[ranks.rank :: ranks.world_size]
             mine = damaged_shards(folder, part, every, on_progress=progress)
@@ -55,7 +80,7 @@ def open_shards(
     ranks.raise_first(problem, "data.shards")
     damaged = {file: text for part in ranks.gather(mine) for file, text in sorted(part.items())}
     _check_budget(section, damaged, every)
-    return folder, damaged
+    return Shards(folder, damaged, cache)
 
 
 def _fetch_manifest(section: recipe.Data, ranks: Any) -> Path:

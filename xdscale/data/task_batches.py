@@ -11,7 +11,7 @@ from xdscale.data.order import Slots
 from xdscale.data.task_files import NO_LABEL, Example
 from xdscale.padding import clip_layout, language_layout
 from xdscale.shards.clip_bpe import ClipBPE
-from xdscale.shards.manifest import ClipTokenizer, LanguageTokenizer
+from xdscale.shards.sources.text_build import ClipTokenizer, LanguageTokenizer
 
 CLIP_BLOCKS = 2
 """Blocks of 77 per sentence (appendix B: 2 for one sentence, 4 for a pair; two sentences never share a block)."""

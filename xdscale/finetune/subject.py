@@ -14,7 +14,7 @@ from xdscale.pretrained.clip import clip_config, clip_weights_path
 from xdscale.pretrained.language import language_config, language_weights, own_tokenizer
 from xdscale.pretrained.weights import weights_sha256
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
-from xdscale.shards.manifest import ClipTokenizer, LanguageTokenizer
+from xdscale.shards.sources.text_build import ClipTokenizer, LanguageTokenizer
 from xdscale.tasks.contract import Task
 from xdscale.tasks.finetuning import (
     FULL_MODEL,

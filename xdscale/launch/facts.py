@@ -178,11 +178,10 @@ def _shards_fingerprint(folder: Path) -> str:
     from xdscale.shards.manifest import Manifest
 
     manifest = Manifest.load(folder)
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            path = folder / shard.file
-            if not path.is_file():
-                raise XdscaleError(f"{path}: missing")
-            if path.stat().st_size != shard.bytes:
-                raise XdscaleError(f"{path}: {path.stat().st_size} bytes, dataset.json says {shard.bytes}")
+    for shard in manifest.shards:
+        path = folder / shard.file
+        if not path.is_file():
+            raise XdscaleError(f"{path}: missing")
+        if path.stat().st_size != shard.bytes:
+            raise XdscaleError(f"{path}: {path.stat().st_size} bytes, dataset.json says {shard.bytes}")
     return manifest.fingerprint

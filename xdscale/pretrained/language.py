@@ -18,7 +18,7 @@ from xdscale.files import one_line
 from xdscale.names import PACKAGE_PREFIX, resolve_path
 from xdscale.pretrained.weights import WEIGHT_FILES, check_sha256, read_state_dict, reason, some, weight_files
 from xdscale.shards.language import TOKENIZER_FILES, has_tokenizer, load_language_tokenizer
-from xdscale.shards.manifest import LanguageTokenizer
+from xdscale.shards.sources.text_build import LanguageTokenizer
 
 _CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "bert": (BertConfig, BertModel),

@@ -23,6 +23,7 @@ from xdscale.pretrained.language import (
     tokenizer_folder,
 )
 from xdscale.shards.manifest import Manifest
+from xdscale.shards.sources.text_build import LanguageTokenizer, TextBuild
 from xdscale.tasks import flops
 from xdscale.tasks.heads import MaskedTokenHead, MatchHead, masked_lm_head
 from xdscale.tasks.masked_lm import MaskedLMAdaptation, build_masked_lm
@@ -198,10 +199,10 @@ def check_shards(spec: recipe.Model, manifest: Manifest) -> None:
     """Checks that shards and model fit, before any weights are loaded.
 
     Raises:
-        XdscaleError: sequences longer than the encoder's positions, shards made with another tokenizer, or trained
-            weights without one, for which nobody can say what ids mean.
+        XdscaleError: no packed text, sequences longer than the encoder's positions, shards made with another tokenizer,
+            or trained weights without one, for which nobody can say what ids mean.
     """
-    build, config = manifest.build, language_config(spec.language)
+    build, config = TextBuild.of(manifest), language_config(spec.language)
     length = build.sequence_length + 2
     if length > config.max_position_embeddings:
         raise XdscaleError(
@@ -209,7 +210,7 @@ def check_shards(spec: recipe.Model, manifest: Manifest) -> None:
             f"but {spec.language.name} has {config.max_position_embeddings} positions; build shards with "
             f"--sequence-length {config.max_position_embeddings - 2} or less"
         )
-    _check_language_tokenizer(spec.language, manifest, config.vocab_size)
+    _check_language_tokenizer(spec.language, build.language_tokenizer, config.vocab_size)
     if spec.clip is None:
         return
     clip_vocabulary = clip_config(spec.clip).text_cfg.vocab_size
@@ -220,8 +221,7 @@ def check_shards(spec: recipe.Model, manifest: Manifest) -> None:
         )
 
 
-def _check_language_tokenizer(spec: recipe.Language, manifest: Manifest, vocabulary: int) -> None:
-    used = manifest.build.language_tokenizer
+def _check_language_tokenizer(spec: recipe.Language, used: LanguageTokenizer, vocabulary: int) -> None:
     if used.vocab_size > vocabulary:
         raise XdscaleError(
             f"the shards were built with the tokenizer {used.name} of {used.vocab_size} ids, but {spec.name} "

@@ -3,11 +3,13 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+HINTS_AHEAD = 8
+"""Steps; what a hint sends for is bounded by whoever it is given to."""
 
 
 class Prefetcher(Generic[Item]):
@@ -20,7 +22,14 @@ class Prefetcher(Generic[Item]):
         wait_seconds: how long the consumer has waited for items so far.
     """
 
-    def __init__(self, prepare: Callable[[int], Item], steps: Iterable[int], *, depth: int = 2) -> None:
+    def __init__(
+        self,
+        prepare: Callable[[int], Item],
+        steps: Sequence[int],
+        *,
+        depth: int = 2,
+        hint: Callable[[int], None] | None = None,
+    ) -> None:
         """Starts preparing at once.
 
         Args:
@@ -28,11 +37,14 @@ class Prefetcher(Generic[Item]):
                 iteration, in the place of the item.
             steps: the steps in order.
             depth: most items that wait ready.
+            hint: called in the thread with each step, `HINTS_AHEAD` steps before its item is prepared, so that what
+                takes long to arrive can be sent for; what it raises counts as what `prepare` raises.
         """
         self.wait_seconds = 0.0
         self._prepare = prepare
         self._steps = steps
         self._depth = depth
+        self._hint = hint
         self._ready: deque[tuple[int, Item]] = deque()
         self._failure: BaseException | None = None
         self._ended = False  # the thread adds nothing more
@@ -83,7 +95,11 @@ class Prefetcher(Generic[Item]):
 
     def _run(self) -> None:
         try:
-            for step in self._steps:
+            hinted = 0
+            for place, step in enumerate(self._steps):
+                while self._hint is not None and hinted < min(place + 1 + HINTS_AHEAD, len(self._steps)):
+                    self._hint(self._steps[hinted])
+                    hinted += 1
                 item = self._prepare(step)
                 with self._changed:
                     self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)

@@ -52,6 +52,7 @@ class RunData(NamedTuple):
         stream_hash: maps steps done to the hash of what is drawn next, on all ranks together.
         fingerprint: of the data.
         damaged: what is wrong with each shard that the run does without, by file name.
+        prefetch: told some steps ahead that a step's data will be asked for; returns at once.
     """
 
     prepare: Callable[[int], StepData]
@@ -60,6 +61,7 @@ class RunData(NamedTuple):
     stream_hash: Callable[[int], str]
     fingerprint: str
     damaged: dict[str, str]
+    prefetch: Callable[[int], None] | None = None
 
 
 class Session(NamedTuple):
@@ -138,7 +140,7 @@ def train_session(setup: Setup, data: RunData, session: Session, weights: dict[s
     validated = any(entry["kind"] == "validation" and entry["step"] == start_step for entry in history)
     due = start_step % recipe.training.eval_every == 0 or start_step == recipe.training.steps
     validate_first, skipped = ranks.gather((due and not validated, skipped_so_far(history)))[0]
-    with Prefetcher(data.prepare, range(start_step, recipe.training.steps)) as source:
+    with Prefetcher(data.prepare, range(start_step, recipe.training.steps), hint=data.prefetch) as source:
         trainer = Trainer(
             engine=engine,
             recipe=recipe,

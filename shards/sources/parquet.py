@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.decoding import BadBytes
+from xdscale.shards.sources.decoding import BadBytes
 
 if TYPE_CHECKING:
     import pyarrow

@@ -1,10 +1,8 @@
-"""Hard-wrapped text: paragraphs broken into lines of a width, as editors, e-mail and Project Gutenberg do it."""
+"""Lines of text: how many words they have, and whether a width broke them, as editors and Project Gutenberg do it."""
 
 import re
 from collections.abc import Iterable
 from itertools import pairwise
-
-from xdscale.shards.words import UNSPACED
 
 SAMPLE_CHARACTERS = 1 << 16
 """What is looked at, from the start."""
@@ -12,9 +10,26 @@ LEAST_PAIRS = 8
 """Lines with a following one in the same paragraph that it takes to judge."""
 WIDTHS = range(30, 201)
 
+# Ideographs and kana; the letters of Thai, Lao, Tibetan, Burmese and Khmer.
+_UNSPACED_SCRIPTS = (
+    "\u0e01-\u0eff\u0f40-\u0fbc\u1000-\u103f\u1050-\u109f\u1780-\u17d3\u3005-\u3007\u3041-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+_UNSPACED_LETTER = re.compile(f"[{_UNSPACED_SCRIPTS}]")
+_NO_WORD = re.compile(
+    f"[{_UNSPACED_SCRIPTS}\u3000-\u3004\u3008-\u303f\u30fb\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]"
+)
+
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
-_UNSPACED = re.compile(f"[{UNSPACED}\u3000-\u303f\uff00-\uffef]")
+_UNSPACED = re.compile(f"[{_UNSPACED_SCRIPTS}\u3000-\u303f\uff00-\uffef]")
 _SENTENCE_END = re.compile(r"[.!?:;…。！？：；][\"'”’»)\]」』）]*$")
+
+
+def count_words(line: str) -> int:
+    """Returns the pieces between blanks; a character of a script without blanks between words counts as a word."""
+    if line.isascii() or not (unspaced := len(_UNSPACED_LETTER.findall(line))):
+        return len(line.split())
+    return unspaced + len(_NO_WORD.sub(" ", line).split())
 
 
 def looks_wrapped(text: str) -> bool:

@@ -26,15 +26,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.decoding import BadBytes, decoded
-from xdscale.shards.json_texts import json_texts
-from xdscale.shards.mediawiki import PREFIX_FORMAT, read_pages
-from xdscale.shards.parquet import read_parquet
-from xdscale.shards.recognise import ARTICLE, are_wikitext_lines, is_html, recognise
-from xdscale.shards.streams import as_stream, open_stream
-from xdscale.shards.wiki_markup import prose_lines
-from xdscale.shards.words import count_words
-from xdscale.shards.wrapping import SAMPLE_CHARACTERS, joined, looks_wrapped
+from xdscale.shards.sources.decoding import BadBytes, decoded
+from xdscale.shards.sources.json_texts import json_texts
+from xdscale.shards.sources.mediawiki import PREFIX_FORMAT, read_pages
+from xdscale.shards.sources.parquet import read_parquet
+from xdscale.shards.sources.recognise import ARTICLE, are_wikitext_lines, is_html, recognise
+from xdscale.shards.sources.streams import as_stream, open_stream
+from xdscale.shards.sources.wiki_markup import prose_lines
+from xdscale.shards.sources.wrapping import SAMPLE_CHARACTERS, count_words, joined, looks_wrapped
 
 FORMATS = ("text", "wikitext", "wikiextractor", "jsonl", "mediawiki", PREFIX_FORMAT, "parquet")
 LINE_BREAKS = ("auto", "keep", "join")

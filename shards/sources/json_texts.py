@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.decoding import BadBytes
+from xdscale.shards.sources.decoding import BadBytes
 
 LARGEST_VALUE_CHARACTERS = 64 << 20
 

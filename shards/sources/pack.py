@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from xdscale.shards.clip_bpe import BLOCK_TOKENS, ClipBPE
-from xdscale.shards.manifest import Column
+from xdscale.shards.clip_bpe import ClipBPE
+from xdscale.shards.sources.text_build import BLOCK_TOKENS
 
 ENCODE_CHARACTERS = 1 << 18
 """Text per call of a tokenizer: enough to keep it busy, little enough that its records (about 100 bytes per
@@ -30,6 +30,11 @@ class Packed:
     blocks_needed: list[int]
     dropped_tokens: int
     document_tokens: list[int]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The rows, as `xdscale.shards.shard.Arrays`."""
+        return {"language": self.language, "clip": self.clip, "clip_offsets": self.clip_offsets}
 
 
 class Packer:
@@ -113,15 +118,6 @@ class Packer:
                 self._texts.append("\n".join(self._pieces))
                 self._pieces, self._filled = [], 0
             first = end
-
-
-def text_columns(sequence_length: int, clip_blocks: int) -> list[Column]:
-    """Returns the columns of a table of packed sequences: language ids, and CLIP ids of the same characters."""
-    most = clip_blocks * BLOCK_TOKENS
-    return [
-        Column(name="language", dtype="<u2", shape=(sequence_length,)),
-        Column(name="clip", dtype="<u2", offsets="clip_offsets", fewest=1, most=most),
-    ]
 
 
 def is_validation(paragraphs: list[str], fraction: float) -> bool:

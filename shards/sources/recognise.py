@@ -8,10 +8,10 @@ from json.decoder import scanstring
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.decoding import encoding_of
-from xdscale.shards.inputs import COMPRESSIONS
-from xdscale.shards.parquet import MAGIC
-from xdscale.shards.streams import open_stream
+from xdscale.shards.sources.decoding import encoding_of
+from xdscale.shards.sources.inputs import COMPRESSIONS
+from xdscale.shards.sources.parquet import MAGIC
+from xdscale.shards.sources.streams import open_stream
 
 HEAD_BYTES = 1 << 16
 ARTICLE = re.compile(r"= (?!= ).* =")
