@@ -364,9 +364,7 @@ def _check_consistency(recipe: Recipe, path: Path) -> None:
         what = "is a URL: data.cache must name" if data.cache is None else "is not a URL: it needs no data.cache, not"
         raise XdscaleError(f"{path}: data.shards = {data.shards} {what} {data.cache or 'a local folder for them'}")
     if data.cache_bytes is not None and data.cache is None:
-        raise XdscaleError(
-            f"{path}: data.cache_bytes = {data.cache_bytes}: only shards from a URL need a cache"
-        )
+        raise XdscaleError(f"{path}: data.cache_bytes = {data.cache_bytes}: only shards from a URL need a cache")
     if data.max_damaged_shards and not data.verify:
         raise XdscaleError(
             f"{path}: data.max_damaged_shards = {data.max_damaged_shards} needs data.verify = true: all ranks must "

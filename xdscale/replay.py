@@ -15,7 +15,7 @@ from xdscale.devices import rank_device
 from xdscale.ds_config import precision
 from xdscale.errors import XdscaleError
 from xdscale.names import is_url
-from xdscale.recipe import Recipe, is_overridden, load_recipe, recipe_file
+from xdscale.recipe import Data, Recipe, is_overridden, load_recipe, recipe_file
 from xdscale.shards.manifest import MANIFEST_NAME
 from xdscale.shards.remote import cache_folder, fetch_manifest
 from xdscale.training.engine import to_device
@@ -96,7 +96,11 @@ def _recipe(run: Path, step: int, overrides: Sequence[str]) -> Recipe:
             raise XdscaleError(f"{override!r}: the step stays as it was; only data.shards and data.cache may differ")
     shards = [value for key, _, value in (override.partition("=") for override in overrides) if key == "data.shards"]
     if shards and not is_url(shards[-1]):
-        overrides = ["data.cache=null", *overrides]  # the run's own, which a local folder has no use for
+        overrides = [
+            "data.cache=null",
+            "data.cache_bytes=null",
+            *overrides,
+        ]  # the run's own, which a local folder has no use for
     recipe = load_recipe(str(path), overrides)
     if not 1 <= step <= recipe.training.steps:
         raise XdscaleError(f"{run}: no step {step}; the run has steps 1 to {recipe.training.steps}")
@@ -104,18 +108,18 @@ def _recipe(run: Path, step: int, overrides: Sequence[str]) -> Recipe:
     # Which shards a run did without is found out by verifying; without such a budget it only takes time.
     changes: dict[str, Any] = {"verify": data.max_damaged_shards > 0}
     if is_url(data.shards) and not is_overridden(overrides, "data", "cache"):
-        changes |= {"shards": str(_fetched(run, data.shards, data.cache)), "cache": None}
+        changes |= {"shards": str(_fetched(run, data)), "cache": None}
     training = recipe.training.model_copy(update={"eval_samples": 1})
     return recipe.model_copy(update={"data": data.model_copy(update=changes), "training": training})
 
 
-def _fetched(run: Path, url: str, cache: str) -> Path:
-    """Returns where the run fetched its shards to; what a recipe names is only read here."""
-    folder = cache_folder(fetch_manifest(url), Path(cache).expanduser())
-    if not (folder / MANIFEST_NAME).is_file():
+def _fetched(run: Path, data: Data) -> Path:
+    """Returns where the run fetched all its shards to; what a recipe names is only read here."""
+    folder = cache_folder(fetch_manifest(data.shards), Path(data.cache).expanduser())
+    if data.cache_bytes is not None or not (folder / MANIFEST_NAME).is_file():
         raise XdscaleError(
-            f"{run}: the shards of {url} that it fetched into data.cache = {cache} are not on this machine; to fetch "
-            "them, name a folder for them: data.cache=FOLDER on the command line"
+            f"{run}: the shards of {data.shards} that it fetched into data.cache = {data.cache} are not all on this "
+            "machine; to fetch them, name a folder for them: data.cache=FOLDER on the command line"
         )
     return folder
 

@@ -67,6 +67,12 @@ def test_shards_from_a_url_are_those_that_the_run_fetched(received, short_shards
     samples = replay(run, 1)
     assert names(tmp_path) == fetched
     assert replay(run, 1, [f"data.cache={tmp_path / 'mine'}"]) == samples
+    # A run that kept only some of them.
+    some = received(shards="memory://replayed", cache=str(tmp_path / "cache"), cache_bytes=10**8)
+    with pytest.raises(XdscaleError, match=r"are not all on this machine; .* data\.cache=FOLDER on the command line"):
+        replay(some, 1)
+    assert replay(some, 1, [f"data.cache={tmp_path / 'new'}"]) == samples
+    assert replay(some, 1, [f"data.shards={short_shards}"]) == samples
 
 
 def test_a_run_that_may_do_without_shards_is_replayed(received, short_shards):
