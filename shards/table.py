@@ -4,7 +4,7 @@ import os
 import resource
 import weakref
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -281,16 +281,16 @@ class Table:
             raise self._damaged(shard[short], f"ends before byte {begin[short] + sizes[short]}")
         return joined
 
-    @contextmanager
-    def _opened(self, shard: np.ndarray) -> Iterator[np.ndarray]:
+    def _opened(self, shard: np.ndarray) -> AbstractContextManager[np.ndarray]:
         """Gives a file descriptor for each element, of `max_open_shards` shards at most, to be used in the block."""
-        if self._cache is None:
-            yield self._open(shard)
-            return
+        return nullcontext(self._open(shard)) if self._cache is None else self._fetched(shard, self._cache)
+
+    @contextmanager
+    def _fetched(self, shard: np.ndarray, cache: ShardCache) -> Iterator[np.ndarray]:
         numbers, places = np.unique(shard, return_inverse=True)
         for number in numbers[~self._healthy[numbers]].tolist():
             raise self._in_quarantine(number)
-        with self._cache.opened([self._shards[number] for number in numbers.tolist()]) as descriptors:
+        with cache.opened([self._shards[number] for number in numbers.tolist()]) as descriptors:
             yield np.array(descriptors)[places]
 
     def _open(self, shard: np.ndarray) -> np.ndarray:
