@@ -1,6 +1,5 @@
 """Launches packed attention's Triton kernels: tile shapes per architecture, grids, and ahead-of-time cases."""
 
-import functools
 import itertools
 from dataclasses import dataclass
 
@@ -13,9 +12,9 @@ from xdscale.kernels.attention_triton import (
     attention_backward_query,
     attention_forward,
 )
-from xdscale.kernels.compile_case import CompileCase
+from xdscale.kernels.compile_case import TYPES, CompileCase, compile_case
 from xdscale.kernels.dropout_mask import drop_threshold, keep_rate
-from xdscale.kernels.gpu import count_flops, launch
+from xdscale.kernels.gpu import PROCESSORS, architecture, count_flops, launch, launches_on
 from xdscale.kernels.packing import Packing
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -85,7 +84,6 @@ WIDE_HEAD_FP32_TILES = {
 """For fp32 inputs and head sizes beyond 64."""
 # All of these were chosen ahead of time: no spills, shared memory within limits, most programs per core.
 
-TRITON_TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 COMPILE_SAMPLES, COMPILE_QUERIES, COMPILE_KEYS, COMPILE_HEADS = 32, 512, 560, 12
 """True shape of `compile_cases`: language to CLIP in the base model, 560 of 693 CLIP positions filled."""
 
@@ -137,7 +135,7 @@ def _launch(name: str, parts: int, tile: Tile, packing: Packing, pointers: tuple
     seed = packing.cu_seqlens_q if packing.seed is None else packing.seed  # not read without dropout
     arguments = (*pointers, packing.cu_seqlens_q, packing.cu_seqlens_k, seed, tokens, heads)
     widen = INTERPRETED and query.dtype == torch.bfloat16
-    constants = _constants(tile, size, packing.threshold, widen, _precision(_architecture(query.device)))
+    constants = _constants(tile, size, packing.threshold, widen, _precision(architecture(query.device)))
     scale = size**-0.5 * LOG2_E.value
     grid = parts, heads, packing.samples
     launch(KERNELS[name], grid, *arguments, scale, **constants, num_warps=tile.warps, num_stages=tile.stages)
@@ -159,32 +157,16 @@ def _constants(tile: Tile, head_size: int, threshold: int, widen: bool, precisio
 
 
 def _tile(name: str, query: torch.Tensor) -> Tile:
-    return _table(name, query.dtype, query.shape[-1])[_architecture(query.device)]
-
-
-def _table(name: str, dtype: torch.dtype, head_size: int) -> dict[str, Tile]:
-    """Returns the tiles of one kernel by architecture."""
-    if dtype == torch.float32:
-        return FP32_TILES if head_size <= 64 else WIDE_HEAD_FP32_TILES
-    if head_size > 64:
-        return WIDE_HEAD_TILES
-    return {architecture: tiles[name] for architecture, tiles in TILES.items()}
+    """Returns how one kernel cuts its work on the device of `query`."""
+    device = architecture(query.device)
+    if query.dtype == torch.float32:
+        return (FP32_TILES if query.shape[-1] <= 64 else WIDE_HEAD_FP32_TILES)[device]
+    return WIDE_HEAD_TILES[device] if query.shape[-1] > 64 else TILES[device][name]
 
 
 def _precision(architecture: str) -> str:
     """Returns how products of fp32 values run: in three TF32 passes (relative error 2**-22), or on AMD as they are."""
     return "ieee" if architecture == "gfx942" else "tf32x3"
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    """Returns the entry of `TILES` for a device: the newest one that is not newer than the device."""
-    if torch.version.hip:
-        return "gfx942"
-    if device.type != "cuda":  # of the interpreter, or without values
-        return "sm_80"
-    major = torch.cuda.get_device_capability(device)[0]
-    return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"
 
 
 def compile_cases() -> list[CompileCase]:
@@ -193,44 +175,31 @@ def compile_cases() -> list[CompileCase]:
     Bytes count each element once: the tiles that a sample's other programs read again are in the second-level
     cache. Above the lower bound are only the log-sum-exp and the row sums.
     """
-    cases = []
-    for name in KERNELS:
-        for dtype, head_size, dropout in itertools.product(TRITON_TYPES, (64, 128), (0.0, 0.1)):
-            for architecture, tile in _table(name, dtype, head_size).items():
-                cases.append(_compile_case(name, architecture, tile, dtype, head_size, dropout))
-    return cases
+    choices = itertools.product((torch.bfloat16, torch.float32), (64, 128), (0.0, 0.1), PROCESSORS)
+    return [case for cases in zip(*(_compile_cases(*choice) for choice in choices)) for case in cases]
 
 
-def _compile_case(
-    name: str, architecture: str, tile: Tile, dtype: torch.dtype, head_size: int, dropout: float
-) -> CompileCase:
-    kernel = KERNELS[name]
-    constants = _constants(tile, head_size, drop_threshold(dropout), False, _precision(architecture))
-    types = {"LOG_SUM": "*fp32", "ROW_SUM": "*fp32", "CU_SEQLENS_Q": "*i32", "CU_SEQLENS_K": "*i32"}
-    types |= {"SEED": "*i64" if dropout else "*i32", "tokens": "i32", "heads": "i32", "scale": "fp32"}
-    types |= dict.fromkeys(constants, "constexpr")
-    queries = COMPILE_SAMPLES * COMPILE_QUERIES * COMPILE_HEADS
-    keys = COMPILE_SAMPLES * COMPILE_KEYS * COMPILE_HEADS
-    # How often rows of queries (query, output, their gradients), rows of keys, and fp32 vectors pass; products.
-    query_passes, key_passes, vectors, products = {
-        "forward": (2, 2, 1, 2),
-        "backward_query": (4, 2, 2, 3),
-        "backward_key_value": (2, 4, 2, 4),
-    }[name]
-    bound = (query_passes * queries + key_passes * keys) * head_size * dtype.itemsize
-    signature = {argument: types.get(argument, f"*{TRITON_TYPES[dtype]}") for argument in kernel.arg_names}
-    return CompileCase(
-        operation="packed_attention",
-        name=f"{name} {TRITON_TYPES[dtype]} d={head_size} {'dropout' if dropout else 'no dropout'}",
-        kernel=kernel,
-        signature=signature,
-        # All are tensors of their own, so their addresses are; the number of packed tokens is any number.
-        divisible_by_16=tuple(argument for argument, kind in signature.items() if kind.startswith("*")),
-        constexprs=constants,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        target=architecture,
-        bytes_moved=bound + vectors * queries * 4,
-        lower_bound_bytes=bound,
-        flops=products * 2 * queries * COMPILE_KEYS * head_size,
-    )
+def _compile_cases(dtype: torch.dtype, head_size: int, dropout: float, target: str) -> list[CompileCase]:
+    with torch.device("meta"):
+        query, grad = torch.empty((2, COMPILE_SAMPLES * COMPILE_QUERIES, COMPILE_HEADS, head_size), dtype=dtype)
+        key, value = torch.empty((2, COMPILE_SAMPLES * COMPILE_KEYS, COMPILE_HEADS, head_size), dtype=dtype)
+        bounds, seed = torch.empty(COMPILE_SAMPLES + 1, dtype=torch.int32), torch.empty(1, dtype=torch.int64)
+    lengths = COMPILE_QUERIES, COMPILE_KEYS
+    packing = Packing(bounds, bounds, *lengths, drop_threshold(dropout), seed if dropout else None)
+    with launches_on(target) as launches:
+        _, *saved = forward(query, key, value, packing)
+        backward(grad, query, key, value, packing, *saved)
+    form = f"{TYPES[dtype]} d={head_size} {'dropout' if dropout else 'no dropout'}"
+    # The backward kernels compute the scores, and the gradients of the weights, once more.
+    return [
+        compile_case(
+            launch,
+            target,
+            "packed_attention",
+            f"{name} {form}",
+            moved=launch.nbytes(),
+            least=launch.nbytes(without=("LOG_SUM", "ROW_SUM")),
+            flops=2 * products * COMPILE_SAMPLES * COMPILE_QUERIES * COMPILE_KEYS * COMPILE_HEADS * head_size,
+        )
+        for name, products, launch in zip(KERNELS, (2, 3, 4), launches)
+    ]

@@ -2,6 +2,22 @@
 
 from dataclasses import dataclass
 
+import torch
+
+from xdscale.kernels.gpu import Launch
+
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    int: "i32",
+    float: "fp32",
+}
+"""Triton's names of dtypes and of Python's numbers."""
+
 
 @dataclass(frozen=True)
 class CompileCase:
@@ -37,3 +53,32 @@ class CompileCase:
     bytes_moved: int
     lower_bound_bytes: int
     flops: int
+
+
+def compile_case(
+    launch: Launch, target: str, operation: str, name: str, *, moved: int, least: int, flops: int = 0
+) -> CompileCase:
+    """Returns the case of a launch on the meta device; attributes as of `CompileCase`."""
+    constexprs = dict(launch.options)
+    resources = {name: constexprs.pop(name) for name in ("num_warps", "num_stages")}
+    signature, divisible = {}, []
+    for parameter, value in zip(launch.kernel.params, launch.arguments):
+        pointer = isinstance(value, torch.Tensor)
+        signature[parameter.name] = f"*{TYPES[value.dtype]}" if pointer else TYPES[type(value)]
+        specialised = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+        # Tensors of their own begin at multiples of 16 bytes; kernels say which ones may be parts of others.
+        if specialised and (pointer or (isinstance(value, int) and value % 16 == 0)):
+            divisible.append(parameter.name)
+    return CompileCase(
+        operation,
+        name,
+        launch.kernel,
+        signature | dict.fromkeys(constexprs, "constexpr"),
+        tuple(divisible),
+        constexprs,
+        **resources,
+        target=target,
+        bytes_moved=moved,
+        lower_bound_bytes=least,
+        flops=flops,
+    )

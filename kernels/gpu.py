@@ -6,8 +6,9 @@ backward pass and give results of the same shapes. Only the launch is left out; 
 """
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +19,62 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 FORCE_TRITON = False
 """Tests set this, with TRITON_INTERPRET=1 in the environment, to run the Triton kernels on CPU tensors."""
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel: programs, arguments in the kernel's order, and the others by name."""
+
+    kernel: Any
+    grid: Sequence[int]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def nbytes(self, without: tuple[str, ...] = ()) -> int:
+        """Returns the bytes of its floating-point tensors, each counted once, but for those of some parameters."""
+        named = zip(self.kernel.arg_names, self.arguments)
+        tensors = {id(value): value for name, value in named if isinstance(value, torch.Tensor) and name not in without}
+        return sum(tensor.nbytes for tensor in tensors.values() if tensor.is_floating_point())
+
+
+class _Meta:
+    """The GPU that the meta device stands for, and where launches on it are noted."""
+
+    architecture = "sm_80"
+    launches: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def launches_on(architecture: str) -> Iterator[list[Launch]]:
+    """Lets the meta device stand for a GPU of this architecture while it is open; yields what is launched there."""
+    before = _Meta.architecture, _Meta.launches
+    _Meta.architecture, _Meta.launches = architecture, []
+    try:
+        yield _Meta.launches
+    finally:
+        _Meta.architecture, _Meta.launches = before
+
+
+def architecture(device: torch.device) -> str:
+    """Returns the newest of `PROCESSORS` that is not newer than a device; Triton's interpreter takes "sm_80"."""
+    return _Meta.architecture if device.type == "meta" else _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def processors(device: torch.device) -> int:
+    """Returns the multiprocessors of a device; the interpreter has one."""
+    return PROCESSORS[_Meta.architecture] if device.type == "meta" else _processors(device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
@@ -37,7 +94,11 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) ->
         options: compile-time arguments of the kernel, and those of the launch.
     """
     device = arguments[0].device
-    if device.type == "meta" or not all(grid):
+    if device.type == "meta":
+        if _Meta.launches is not None:
+            _Meta.launches.append(Launch(kernel, grid, arguments, options))
+        return
+    if not all(grid):
         return
     # Triton launches on the current GPU, which need not be that of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xdscale.kernels.gpu import count_flops, launch
+from xdscale.kernels.gpu import architecture, count_flops, launch, processors
 from xdscale.kernels.masked_token_loss import ChunkGradients, RowStatistics
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -53,6 +53,9 @@ class LogitsTile(NamedTuple):
     num_stages: int
     resident: int
 
+
+FAMILIES = {"sm_80": "cuda", "sm_90": "cuda", "sm_100": "blackwell", "gfx942": "hip"}
+"""Which tiles an architecture takes."""
 
 TILES = {
     # (family, bytes per operand of the products, bytes per element of the weight): (up to 64 rows, more rows).
@@ -198,10 +201,17 @@ class _Operands:
         self.hidden = _rows_contiguous(hidden.to(self.product_dtype))
         self.weight, self.bias = _rows_contiguous(weight), bias.contiguous()
         self.rows, self.columns, self.size = hidden.shape[0], *weight.shape
-        self.tile = choose_tile(_family(hidden.device), dtype, weight.dtype, self.rows)
+        family = FAMILIES[architecture(hidden.device)]
+        few, many = TILES[family, dtype.itemsize, weight.dtype.itemsize]
+        self.tile = few if self.rows <= few.rows else many
         self.row_blocks = triton.cdiv(self.rows, self.tile.rows)
         self.options = {
-            **constexprs_of(self.tile, self.size, self.product_dtype, _precision(dtype)),
+            "TILE_ROWS": self.tile.rows,
+            "TILE_COLUMNS": self.tile.columns,
+            "DEPTH": self.tile.depth,
+            "EVEN": self.size % self.tile.depth == 0,
+            "DTYPE": getattr(tl, str(self.product_dtype).removeprefix("torch.")),
+            "PRECISION": _precision(dtype, family),
             "num_warps": self.tile.num_warps,
             "num_stages": self.tile.num_stages,
         }
@@ -212,37 +222,11 @@ def _rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _family(device: torch.device) -> str:
-    """Key into `TILES`; the interpreter takes "cuda"."""
-    if torch.version.hip:
-        return "hip"
-    datacentre_blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
-    return "blackwell" if datacentre_blackwell else "cuda"
-
-
-def _precision(dtype: torch.dtype) -> str:
+def _precision(dtype: torch.dtype, family: str) -> str:
     """How fp32 is multiplied: as PyTorch is told to on tensor cores, else three TF32 products, nearly fp32."""
-    if dtype != torch.float32 or torch.version.hip or INTERPRETED:
+    if dtype != torch.float32 or family == "hip" or INTERPRETED:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
-def choose_tile(family: str, dtype: torch.dtype, weight_dtype: torch.dtype, rows: int) -> LogitsTile:
-    """The tile for this many rows on a family of GPUs, a key of `TILES`."""
-    few, many = TILES[family, dtype.itemsize, weight_dtype.itemsize]
-    return few if rows <= few.rows else many
-
-
-def constexprs_of(tile: LogitsTile, size: int, product_dtype: torch.dtype, precision: str) -> dict[str, object]:
-    """Compile-time arguments of both matrix kernels."""
-    return {
-        "TILE_ROWS": tile.rows,
-        "TILE_COLUMNS": tile.columns,
-        "DEPTH": tile.depth,
-        "EVEN": size % tile.depth == 0,
-        "DTYPE": getattr(tl, str(product_dtype).removeprefix("torch.")),
-        "PRECISION": precision,
-    }
 
 
 @functools.cache
@@ -278,27 +262,31 @@ def row_statistics(
     work = _Operands(hidden, weight, bias, dtype)
     labels = labels.contiguous()
     n, columns = work.rows, work.columns
-    processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 1
-    resident = processors * work.tile.resident
+    resident = processors(hidden.device) * work.tile.resident
     per_split = split_columns(work.row_blocks, columns, work.tile.columns, resident)
     splits = triton.cdiv(columns, per_split)
     parts = hidden.new_empty((3, splits, n), dtype=torch.float32)
     best = labels.new_empty((splits, n), dtype=torch.int32)
-    joined = hidden.new_empty((3, n), dtype=torch.float32)
-    correct = labels.new_empty(n, dtype=torch.int8)
     launch(
         row_statistics_kernel, (work.row_blocks, splits),
-        work.hidden, work.weight, work.bias, labels, parts[0], parts[1], parts[2], best,
+        work.hidden, work.weight, work.bias, labels, *parts, best,
         n, columns, work.size, per_split, work.hidden.stride(0), work.weight.stride(0), **work.options,
-    )  # fmt: skip
-    launch(
-        combine_kernel, (triton.cdiv(n, COMBINED_ROWS),),
-        parts[0], parts[1], parts[2], best, labels, joined[0], joined[1], joined[2], correct, n, splits,
-        TILE_ROWS=COMBINED_ROWS, TILE_SPLITS=triton.next_power_of_2(splits), num_warps=4, num_stages=1,
     )  # fmt: skip
     if hidden.is_meta:  # the backward pass computes the logits again, which is no useful work
         count_flops(2 * n * columns * work.size)
-    return RowStatistics(joined[0], joined[1], joined[2], correct)
+    return combine(parts, best, labels)
+
+
+def combine(parts: torch.Tensor, best: torch.Tensor, labels: torch.Tensor) -> RowStatistics:
+    """Joins what `row_statistics_kernel` found of each split: parts [3, splits, n] and best [splits, n]."""
+    _, splits, n = parts.shape
+    joined = parts.new_empty((3, n))
+    correct = labels.new_empty(n, dtype=torch.int8)
+    launch(
+        combine_kernel, (triton.cdiv(n, COMBINED_ROWS),), *parts, best, labels, *joined, correct, n, splits,
+        TILE_ROWS=COMBINED_ROWS, TILE_SPLITS=triton.next_power_of_2(splits), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return RowStatistics(*joined, correct)
 
 
 def logit_gradients(

@@ -12,15 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from xdscale.kernels.compile_case import CompileCase
-from xdscale.kernels.gpu import launch
+from xdscale.kernels.compile_case import TYPES, CompileCase, compile_case
+from xdscale.kernels.gpu import PROCESSORS, architecture, launch, launches_on
 from xdscale.kernels.quick_gelu import SCALE
 
 TILE = 2048
 """Elements of a program."""
-
-WARPS = {"cuda": 8, "hip": 4}
-"""Warps per program: 256 threads either way, which hold 8 elements of each tensor: 16 bytes in bf16."""
 
 _SCALE = tl.constexpr(SCALE)
 
@@ -87,39 +84,27 @@ def backward(grad: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:
     elements = tensors[0].numel()
-    warps = WARPS["hip" if torch.version.hip else "cuda"]  # the interpreter takes "cuda"
+    # 256 threads either way, which hold 8 elements of each tensor: 16 bytes in bf16.
+    warps = 4 if architecture(tensors[0].device) == "gfx942" else 8
     launch(kernel, (triton.cdiv(elements, TILE),), *tensors, elements, TILE=TILE, num_warps=warps, num_stages=1)
 
 
 TRUE_ELEMENTS = 32 * 8 * 77 * 2048
 """Elements of `compile_cases`: 32 texts of 8 blocks of 77 tokens, inside the feed-forwards of ViT-B-32's text tower."""
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-
 
 def compile_cases() -> list[CompileCase]:
     """Returns every configuration that ships: both kernels in bf16 and fp32."""
-    kernels = ("forward", forward_kernel), ("backward", backward_kernel)
-    choices = itertools.product(kernels, ("bf16", "fp32"), TARGETS)
-    return [_compile_case(name, kernel, dtype, target) for (name, kernel), dtype, target in choices]
+    choices = itertools.product((torch.bfloat16, torch.float32), PROCESSORS)
+    return [case for cases in zip(*(_compile_cases(*choice) for choice in choices)) for case in cases]
 
 
-def _compile_case(name: str, kernel: triton.JITFunction, dtype: str, target: str) -> CompileCase:
-    types = {"elements": "i32", "TILE": "constexpr"}
-    signature = {argument: types.get(argument, f"*{dtype}") for argument in kernel.arg_names}
-    pointers = tuple(argument for argument in signature if argument not in types)
-    moved = len(pointers) * TRUE_ELEMENTS * (4 if dtype == "fp32" else 2)
-    return CompileCase(
-        operation="quick_gelu",
-        name=f"{name} {dtype}",
-        kernel=kernel,
-        signature=signature,
-        divisible_by_16=pointers,
-        constexprs={"TILE": TILE},
-        num_warps=WARPS["hip" if target == "gfx942" else "cuda"],
-        num_stages=1,
-        target=target,
-        bytes_moved=moved,
-        lower_bound_bytes=moved,
-        flops=0,
-    )
+def _compile_cases(dtype: torch.dtype, target: str) -> list[CompileCase]:
+    states, grad = (torch.empty(TRUE_ELEMENTS, dtype=dtype, device="meta") for _ in range(2))
+    with launches_on(target) as launches:
+        forward(states)
+        backward(grad, states)
+    return [
+        compile_case(found, target, "quick_gelu", f"{name} {TYPES[dtype]}", moved=found.nbytes(), least=found.nbytes())
+        for name, found in zip(("forward", "backward"), launches)
+    ]

@@ -10,22 +10,18 @@ All arithmetic is fp32: operands are widened as they are loaded (Triton's interp
 
 # ruff: noqa: ANN001, ANN201, ANN202 -- the arguments of kernels are pointers and integers, typed by each launch
 
-import functools
 import itertools
 
 import torch
 import triton
 import triton.language as tl
 
-from xdscale.kernels.compile_case import CompileCase
+from xdscale.kernels.compile_case import TYPES, CompileCase, compile_case
 from xdscale.kernels.dropout_mask import START_0, START_1, drop_threshold, keep_rate, keep_tile, stream_key_tile
-from xdscale.kernels.gpu import PROCESSORS, launch
+from xdscale.kernels.gpu import PROCESSORS, architecture, launch, launches_on, processors
 
 TILE_ELEMENTS = 4096
 """Elements of a program's tile of whole rows."""
-
-WARPS = {"cuda": 8, "hip": 4}
-"""Warps per program: 256 threads either way, which hold 16 elements of each tensor."""
 
 PROGRAMS_PER_PROCESSOR = 2
 """Programs of the backward kernel: all of them run at a time. Each writes partial sums of its own."""
@@ -125,7 +121,7 @@ def forward(
     launch(
         forward_kernel, (triton.cdiv(tokens, constants["TILE_ROWS"]),),
         states, residual, weight, bias, mean if seed is None else seed, out, total, mean, scale, tokens, eps,
-        **constants, num_warps=WARPS[_family()], num_stages=1,
+        **constants, num_warps=_warps(states.device), num_stages=1,
     )  # fmt: skip
     return out, total, mean, scale
 
@@ -147,12 +143,12 @@ def backward(
     grad_residual = torch.empty_like(grad, dtype=residual_dtype)
     grad_states = torch.empty_like(grad) if threshold else grad_residual
     constants = _constants(size, threshold)
-    programs = min(triton.cdiv(tokens, constants["TILE_ROWS"]), _most_programs(grad.device))
+    programs = min(triton.cdiv(tokens, constants["TILE_ROWS"]), processors(grad.device) * PROGRAMS_PER_PROCESSOR)
     partial_weight, partial_bias = (grad.new_empty((programs, size), dtype=torch.float32) for _ in range(2))
     launch(
         backward_kernel, (programs,), grad, total, mean, scale, weight, mean if seed is None else seed,
         grad_states, grad_residual, partial_weight, partial_bias, tokens,
-        **constants, num_warps=WARPS[_family()], num_stages=1,
+        **constants, num_warps=_warps(grad.device), num_stages=1,
     )  # fmt: skip
     grad_weight, grad_bias = (part.sum(0) for part in (partial_weight, partial_bias))
     return grad_states.to(grad.dtype), grad_residual, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
@@ -170,17 +166,9 @@ def _constants(size: int, threshold: int) -> dict[str, object]:
     }
 
 
-def _family() -> str:
-    """Key into `WARPS`; the interpreter takes "cuda"."""
-    return "hip" if torch.version.hip else "cuda"
-
-
-@functools.cache
-def _most_programs(device: torch.device) -> int:
-    """Returns how many programs of the backward kernel a device gets; the interpreter two."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_PROCESSOR
+def _warps(device: torch.device) -> int:
+    """Returns the warps of a program: 256 threads either way, which hold 16 elements of each tensor."""
+    return 4 if architecture(device) == "gfx942" else 8
 
 
 TRUE_TOKENS = 32 * 512
@@ -189,7 +177,7 @@ TRUE_TOKENS = 32 * 512
 TRUE_SIZES = (512, 768, 1024)
 """CLIP's text tower, BERT-base, BERT-large."""
 
-OPERANDS = (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"))
+OPERANDS = ((torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float32,) * 2)
 """dtype of states and residual, and of weight and bias: bf16, autocast to bf16, fp32."""
 
 
@@ -199,38 +187,22 @@ def compile_cases() -> list[CompileCase]:
     return [case for choice in choices for case in _compile_cases(*choice)]
 
 
-def _compile_cases(size: int, operands: tuple[str, str], dropout: float, target: str) -> list[CompileCase]:
+def _compile_cases(size: int, operands: tuple[torch.dtype, ...], dropout: float, target: str) -> list[CompileCase]:
     """Both kernels. Above the least bytes are only the partial sums, which are written and read again."""
-    rows, parameters = (f"*{kind}" for kind in operands)
-    row_bytes, parameter_bytes = (4 if kind == "fp32" else 2 for kind in operands)
-    family = "hip" if target == "gfx942" else "cuda"
-    constants = _constants(size, drop_threshold(dropout))
-    types = dict.fromkeys(("WEIGHT", "BIAS"), parameters) | {"SEED": "*i64" if dropout else "*fp32"}
-    types |= dict.fromkeys(("MEAN", "SCALE", "PARTIAL_WEIGHT", "PARTIAL_BIAS"), "*fp32")
-    types |= {"tokens": "i32", "eps": "fp32", **dict.fromkeys(constants, "constexpr")}
-    elements, vectors = TRUE_TOKENS * size, TRUE_TOKENS * 8
-    partial_sums = 2 * 2 * PROCESSORS[target] * PROGRAMS_PER_PROCESSOR * size * 4
-    least = {
-        "forward": 4 * elements * row_bytes + vectors + 2 * size * parameter_bytes,
-        "backward": (4 if dropout else 3) * elements * row_bytes + vectors + 3 * size * parameter_bytes,
-    }
-    cases = []
-    for name, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
-        signature = {argument: types.get(argument, rows) for argument in kernel.arg_names}
-        cases.append(
-            CompileCase(
-                operation="residual_norm",
-                name=f"{name} {' x '.join(operands)} size={size} {'dropout' if dropout else 'no dropout'}",
-                kernel=kernel,
-                signature=signature,
-                divisible_by_16=tuple(argument for argument, kind in signature.items() if kind.startswith("*")),
-                constexprs=constants,
-                num_warps=WARPS[family],
-                num_stages=1,
-                target=target,
-                bytes_moved=least[name] + (partial_sums if name == "backward" else 0),
-                lower_bound_bytes=least[name],
-                flops=0,
-            )
-        )
-    return cases
+    threshold = drop_threshold(dropout)
+    with torch.device("meta"):
+        states, residual, grad = torch.empty((3, TRUE_TOKENS, size), dtype=operands[0])
+        weight, bias = torch.empty((2, size), dtype=operands[1])
+        seed = torch.empty(1, dtype=torch.int64) if dropout else None
+    with launches_on(target) as launches:
+        _, *saved = forward(states, residual, weight, bias, seed, 1e-12, threshold)
+        backward(grad, weight, bias, seed, threshold, residual.dtype, *saved)
+    once = launches[1].nbytes(without=("PARTIAL_WEIGHT", "PARTIAL_BIAS"))
+    partial, sums = launches[1].nbytes() - once, weight.nbytes + bias.nbytes
+    least = {"forward": launches[0].nbytes(), "backward": once + sums}
+    moved = {"forward": least["forward"], "backward": least["backward"] + 2 * partial}
+    form = f"{' x '.join(TYPES[dtype] for dtype in operands)} size={size} {'dropout' if dropout else 'no dropout'}"
+    return [
+        compile_case(found, target, "residual_norm", f"{name} {form}", moved=moved[name], least=least[name])
+        for name, found in zip(least, launches)
+    ]

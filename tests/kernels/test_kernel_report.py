@@ -25,7 +25,7 @@ from xdscale.kernel_report import (
     shipped_cases,
     verdict,
 )
-from xdscale.kernels import masked_token_loss_cases, masked_token_loss_triton
+from xdscale.kernels import masked_token_loss_triton
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "kernels.md"
@@ -195,7 +195,7 @@ def test_the_losss_forward_programs_fill_a_processor_as_its_registers_allow(docu
     fitting = {}
     for row in documented:
         if row["kernel"].startswith("row_statistics"):
-            family = masked_token_loss_cases.FAMILIES[row["target"]]
+            family = masked_token_loss_triton.FAMILIES[row["target"]]
             programs = round(int(row["occupancy"].rstrip("%")) / 100 * LIMITS[row["target"]].warps / int(row["warps"]))
             key = family, row["tile"], int(row["warps"]), int(row["stages"])
             fitting[key] = min(programs, fitting.get(key, programs))
