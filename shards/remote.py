@@ -61,7 +61,7 @@ def place_manifest(text: str, cache: Path) -> Path:
             aside.write_text(text, encoding="utf-8")
             aside.replace(folder / MANIFEST_NAME)
     except OSError as error:
-        raise XdscaleError(f"data.cache = {cache}: cannot be written: {error.strerror or error}") from None
+        raise XdscaleError(f"run.cache = {cache}: cannot be written: {error.strerror or error}") from None
     return folder
 
 
@@ -105,7 +105,7 @@ def fetch_shards(
         try:
             return _fetch(address_of(url, record.file), folder / record.file, record, verify)
         except OSError as error:  # not the source's, which _fetch has told of
-            raise XdscaleError(f"data.cache: {folder}: cannot be written: {error.strerror or error}") from None
+            raise XdscaleError(f"run.cache: {folder}: cannot be written: {error.strerror or error}") from None
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         fetched = pool.map(fetch, records)

@@ -134,7 +134,7 @@ class Launch:
 
 @pytest.fixture(scope="session")
 def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Launch]]:
-    """Runs a script, or `xdscale.adapt`, on some ranks that are forked ready-made: see fork_server.py."""
+    """Runs a script, or `xdscale.train`, on some ranks that are forked ready-made: see fork_server.py."""
     folder = tmp_path_factory.mktemp("fork_server")
     server = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("fork_server.py")],
@@ -171,22 +171,22 @@ def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
 @pytest.fixture(scope="session")
 def adapt(launch_ranks: Callable[..., Launch]) -> Callable[..., Launch]:
-    """Runs `xdscale.adapt` on some ranks."""
-    return functools.partial(launch_ranks, "xdscale.adapt")
+    """Runs `xdscale.train` on some ranks."""
+    return functools.partial(launch_ranks, "xdscale.train")
 
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts `xdscale.adapt` as a user does: in processes of its own, several ranks by the deepspeed launcher."""
+    """Starts `xdscale.train` as a user does: in processes of its own, several ranks by the deepspeed launcher."""
     started: list[subprocess.Popen] = []
 
     def start(*arguments: str, ranks: int = 1) -> subprocess.Popen:
         if ranks == 1:
-            command = [sys.executable, "-m", "xdscale.adapt"]
+            command = [sys.executable, "-m", "xdscale.train"]
         else:
             launcher = str(Path(sys.executable).with_name("deepspeed"))
             command = [launcher, "-q", "--num_accelerators", str(ranks), "--master_port", str(_free_port())]
-            command += ["--module", "xdscale.adapt"]
+            command += ["--module", "xdscale.train"]
         # A session of its own, so that the whole group can be ended: the launcher orphans its ranks on SIGTERM.
         process = subprocess.Popen(
             [*command, *arguments],
@@ -226,7 +226,7 @@ def small_run(adapt: Callable[..., Launch], short_shards: Path, tmp_path_factory
     config = folder / "ds.json"
     zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
     config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero}))
-    settings = ["training.steps=2", "training.global_batch=4", "training.eval_samples=4", f"data.shards={short_shards}"]
+    settings = ["training.steps=2", "training.global_batch=4", "run.eval_samples=4", f"data.shards={short_shards}"]
     launch = adapt(
         "quickstart", *settings, f"output.folder={folder / 'run'}", "--deepspeed_config", str(config), ranks=2
     )
@@ -240,5 +240,5 @@ def small_export(small_run: Path) -> Path:
     from xdscale.export import export_run
 
     out = small_run.parent / "exported"
-    assert "language encoder of step-00000002" in export_run(small_run, out)
+    assert "step-00000002: language encoder (" in export_run(small_run, out)
     return out

@@ -19,7 +19,7 @@ def main():
     from xdscale.training.environment import calm_environment
 
     calm_environment()
-    for name in ("deepspeed", "tensorboard", "xdscale.export", "xdscale.tasks.xdbert", "xdscale.training.engine"):
+    for name in ("deepspeed", "tensorboard", "xdscale.export", "xdscale.systems.xdbert", "xdscale.training.session"):
         importlib.import_module(name)
     # What a thread holds at the time of a fork stays locked in the child for ever.
     assert os.listdir("/proc/self/task") == [str(os.getpid())]
@@ -59,11 +59,11 @@ def lead(program, arguments, ranks, port, outputs):
 
 
 def work(program, arguments):
-    """Does what `python PROGRAM ARGUMENTS` or `python -m xdscale.adapt ARGUMENTS` would."""
+    """Does what `python PROGRAM ARGUMENTS` or `python -m xdscale.train ARGUMENTS` would."""
     code = 1
     try:
         sys.argv = [program, *arguments]
-        if program == "xdscale.adapt":
+        if program == "xdscale.train":
             code = importlib.import_module(program).main()
         else:
             runpy.run_path(program, run_name="__main__")

@@ -76,18 +76,17 @@ def recipes(
     finetuning: Annotated[bool, typer.Option("--finetuning", help="Those of 'xdscale finetune'.")] = False,
 ) -> None:
     """List the recipes that ship, or every key of one: its value, meaning and default."""
-    from xdscale.finetune.recipe import load_settings
-    from xdscale.recipe import SHIPPED, load_recipe, shipped_recipes
-    from xdscale.recipe_keys import key_lines
+    from xdscale.finetune.recipe import load_settings, shipped_settings
+    from xdscale.recipe import load_recipe, shipped_recipes
+    from xdscale.recipes.keys import key_lines
 
     if name is not None:
         load = load_settings if finetuning else load_recipe
         print("\n".join(key_lines(load(name, overrides or []))).lstrip())
         return
-    folder = SHIPPED / "finetune" if finetuning else SHIPPED
-    for name in shipped_recipes(folder):
-        with (folder / f"{name}.yaml").open(encoding="utf-8") as file:
-            print(f"{name:32} {file.readline().lstrip('# ').rstrip()}")
+    for path in shipped_settings() if finetuning else shipped_recipes():
+        with path.open(encoding="utf-8") as file:
+            print(f"{path.stem:32} {file.readline().lstrip('# ').rstrip()}")
 
 
 @app.command(rich_help_panel=_TRAIN)
@@ -260,7 +259,7 @@ def replay(
     run: Annotated[UserPath, typer.Argument(help="Run folder.")],
     step: Annotated[int, typer.Argument(help="Step, counted from 1 as in log.jsonl.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="data.shards=...", help="Where the shards are now, or data.cache=...")
+        list[str] | None, typer.Argument(metavar="data.shards=...", help="Where the shards are now, or run.cache=...")
     ] = None,
 ) -> None:
     """Repeat a step's global batch sample by sample: losses, gradient norms, what is not finite first."""

@@ -50,7 +50,7 @@ REFUSED_KEYS = {
     "tensorboard": "xdscale writes TensorBoard files to the run folder itself",
     "wandb": "xdscale writes TensorBoard files to the run folder itself",
     "csv_monitor": "xdscale writes log.jsonl to the run folder itself",
-    "checkpoint": "checkpoints follow the recipe (training.checkpoint_every, training.keep_checkpoints)",
+    "checkpoint": "checkpoints follow the recipe (run.checkpoint_every, run.keep_checkpoints)",
 }
 
 _SECTION_KEYS = {
@@ -73,7 +73,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
         XdscaleError: no such file (the nearest one that ships is named), not JSON, a key given twice, an unknown key
             (the nearest right one is named) or a key whose job the recipe has.
     """
-    path = own_or_shipped(name, SHIPPED, ".json", "DeepSpeed config")
+    path = own_or_shipped(name, sorted(SHIPPED.glob("*.json")), ".json", "DeepSpeed config")
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(name))
     except (OSError, ValueError, RecursionError) as error:

@@ -6,27 +6,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from xdscale.data.collate import pack_clip_blocks
 from xdscale.errors import XdscaleError
-from xdscale.export import FULL_MODEL, LANGUAGE_PREFIX, MODEL_PREFIX, consolidated_state, run_recipe
-from xdscale.files import read_json
 from xdscale.models.operations import use_definitions
 from xdscale.models.xdbert import XDBERT
 from xdscale.names import expand_home
 from xdscale.pretrained.clip import build_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder, own_tokenizer
 from xdscale.pretrained.weights import some
-from xdscale.recipe import Language, Recipe, describe_validation_error
+from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
-from xdscale.tasks.finetuning import read_full_model
-from xdscale.tasks.xdbert import join_encoders
-from xdscale.training.checkpoint import choose_checkpoint
-from xdscale.training.distributed import Ranks
+from xdscale.systems.stored import LANGUAGE_PREFIX, MODEL_PREFIX, language_folder, stored_recipe, stored_state
+from xdscale.systems.xdbert import join_encoders
 
 
 class Encoded(NamedTuple):
@@ -142,7 +138,7 @@ def load_encoder(folder: str | Path) -> Encoder:
         return Encoder(load_language_encoder(spec, dropout=0.0), *own_tokenizer(name), name=name)
     source = str(language_folder(path).resolve())
     model = load_language_encoder(Language(name=source, weights="random"), dropout=0.0)
-    _load(model, _adapted_state(path), LANGUAGE_PREFIX, path)
+    _load(model, stored_state(path), LANGUAGE_PREFIX, path)
     return Encoder(model, *own_tokenizer(source), name=name)
 
 
@@ -168,68 +164,15 @@ def build_adapted(folder: Path) -> XDBERT:
     Raises:
         XdscaleError: as `load_cross_modal`, but for the tokenizer.
     """
-    spec = adapted_recipe(folder).model
-    if spec.clip is None:
-        raise XdscaleError(f"{folder}: was adapted without CLIP, so there is no cross-modal model in it")
+    recipe = stored_recipe(folder)
+    if not isinstance(recipe, XDBERTRecipe):
+        raise XdscaleError(f"{folder}: was trained as {recipe.system!r}: there is no cross-modal model in it")
+    spec = recipe.model
     source = Language(name=str(language_folder(folder).resolve()), weights="random")
     language = load_language_encoder(source, dropout=spec.dropout)
     model = join_encoders(spec, language, build_clip_text_tower(spec.clip))
-    _load(model, _adapted_state(folder), MODEL_PREFIX, folder)
-    return (use_definitions(model) if spec.kernels == "plain" else model).eval()
-
-
-def begin_with(module: torch.nn.Module, folder: Path) -> None:
-    """Gives a newly built adaptation module the weights of a run or an export, heads included.
-
-    The head of an objective that was off there keeps the values it was built with.
-
-    Args:
-        module: what `build_adaptation` returned.
-        folder: a run folder (its newest undamaged checkpoint is read, checksums verified), or an export.
-
-    Raises:
-        XdscaleError: neither of the two, no checkpoint yet, or the weights do not fit the module.
-    """
-    adapted_recipe(folder)
-    state, wanted = _adapted_state(folder), module.state_dict()
-    wrong = [name for name in wanted if name.startswith(MODEL_PREFIX) and name not in state]
-    wrong += [name for name in wanted.keys() & state.keys() if state[name].shape != wanted[name].shape]
-    if wrong:
-        raise XdscaleError(f"model.start = {folder}: holds no fitting weights for {some(sorted(wrong))} of this recipe")
-    module.load_state_dict({name: state[name] for name in wanted.keys() & state.keys()}, strict=False)
-
-
-def adapted_recipe(folder: Path) -> Recipe:
-    """Returns the recipe that a run or an export was made with.
-
-    Raises:
-        XdscaleError: `folder` is neither, or its recipe is damaged.
-    """
-    if (folder / "recipe.yaml").is_file():
-        return run_recipe(folder)
-    exported = folder / FULL_MODEL / "config.json"
-    if not exported.is_file():
-        raise XdscaleError(
-            f"{folder}: neither a run folder (no recipe.yaml) nor an export of a cross-modal model (no "
-            f"{FULL_MODEL}/config.json)"
-        )
-    values = read_json(exported)
-    try:
-        return Recipe.model_validate(values.get("recipe"))
-    except ValidationError as error:
-        raise XdscaleError(describe_validation_error(str(exported), error, Recipe)) from None
-
-
-def language_folder(folder: Path) -> Path:
-    """Returns where a run or an export keeps the language encoder's config.json and tokenizer.json."""
-    return folder / "language" if (folder / "recipe.yaml").is_file() else folder
-
-
-def _adapted_state(folder: Path) -> dict[str, Any]:
-    """The fp32 weights of a run or an export, with heads, under the adaptation module's names."""
-    if (folder / "recipe.yaml").is_file():
-        return consolidated_state(choose_checkpoint(folder, None, Ranks(0, 1, 0)))
-    return read_full_model(folder)[1]
+    _load(model, stored_state(folder), MODEL_PREFIX, folder)
+    return (use_definitions(model) if recipe.run.kernels == "plain" else model).eval()
 
 
 def _load(model: torch.nn.Module, state: dict[str, Any], prefix: str, folder: Path) -> None:

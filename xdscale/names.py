@@ -56,12 +56,12 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     return nearest(key, known, f"known keys: {', '.join(known)}", cutoff=0.5)
 
 
-def own_or_shipped(name: str, shipped: Path, suffix: str, what: str) -> Path:
+def own_or_shipped(name: str, shipped: Sequence[Path], suffix: str, what: str) -> Path:
     """Returns the file that a name stands for: a path, or the name of a file that ships, with or without its suffix.
 
     Args:
         name: as a user gave it; `~` is expanded.
-        shipped: folder of those that ship.
+        shipped: the files that ship.
         suffix: of their names.
         what: they are, for the message.
 
@@ -72,10 +72,10 @@ def own_or_shipped(name: str, shipped: Path, suffix: str, what: str) -> Path:
     if path.is_file():
         return path
     wanted = path.name.removesuffix(suffix)
-    if path.parent == Path() and (shipped / f"{wanted}{suffix}").is_file():
-        return shipped / f"{wanted}{suffix}"
-    names = sorted(entry.name.removesuffix(suffix) for entry in shipped.glob(f"*{suffix}"))
-    hint = nearest(wanted, names, f"those that ship are {', '.join(names)}")
+    names = {entry.name.removesuffix(suffix): entry for entry in shipped}
+    if path.parent == Path() and wanted in names:
+        return names[wanted]
+    hint = nearest(wanted, sorted(names), f"those that ship are {', '.join(sorted(names))}")
     raise XdscaleError(f"{name}: no such {what}, neither a file nor the name of one that ships; {hint}")
 
 

@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from xdscale import recipe
-from xdscale.tasks.masked_lm import MaskedLMAdaptation
-from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation
+from xdscale.recipe import Recipe
+from xdscale.recipes.xdbert.schema import Model
+from xdscale.systems.contract import open_system
+from xdscale.systems.xdbert import XDBERTAdaptation
 
 
 class PartCount(NamedTuple):
@@ -26,7 +27,7 @@ class PartCount(NamedTuple):
     total: bool = False
 
 
-def parameter_table(spec: recipe.Recipe) -> list[PartCount]:
+def parameter_table(spec: Recipe) -> list[PartCount]:
     """Counts parameters without allocating any: the model is built on the meta device, without weights.
 
     Raises:
@@ -34,8 +35,8 @@ def parameter_table(spec: recipe.Recipe) -> list[PartCount]:
     """
     bare = spec.model_copy(deep=True, update={"model": _without_weights(spec.model)})
     with torch.device("meta"):
-        adaptation = build_adaptation(bare)
-    if isinstance(adaptation, MaskedLMAdaptation):
+        adaptation = open_system(bare).build(continued=True)
+    if spec.system == "mlm":
         return [
             PartCount(f"language model, {spec.model.language.name}", _count(adaptation.model["language"]), total=True),
             PartCount("masked-LM head", _count(adaptation.mlm, shared=adaptation.model)),
@@ -56,7 +57,7 @@ def parameter_table(spec: recipe.Recipe) -> list[PartCount]:
     return rows
 
 
-def print_parameters(spec: recipe.Recipe) -> None:
+def print_parameters(spec: Recipe) -> None:
     """Prints `parameter_table` for people.
 
     Raises:
@@ -70,11 +71,10 @@ def print_parameters(spec: recipe.Recipe) -> None:
     Console().print(table)
 
 
-def _without_weights(model: recipe.Model) -> recipe.Model:
+def _without_weights(model: Model) -> Model:
     return model.model_copy(
         update={
-            "language": model.language.model_copy(update={"weights": "random"}),
-            "clip": model.clip and model.clip.model_copy(update={"weights": "random"}),
+            name: part.model_copy(update={"weights": "random"}) for name, part in model if name in ("language", "clip")
         }
     )
 

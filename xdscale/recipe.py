@@ -1,13 +1,13 @@
 """Recipes: the science of an experiment, as validated YAML.
 
-A recipe decides the result (model, tasks, data, optimiser, schedule). How it is computed (precision, sharding,
-micro-batch) stands in a DeepSpeed JSON file: see `xdscale.ds_config`.
+A recipe decides the result (model, objectives, data, optimiser, schedule). How it is computed (precision, sharding,
+micro-batch) stands in a DeepSpeed JSON file: see `xdscale.ds_config`. Each system has a schema, found by name.
 """
 
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -24,8 +24,19 @@ from xdscale.errors import XdscaleError
 from xdscale.files import one_line
 from xdscale.names import check_stated_url, expand_home, is_url, own_or_shipped, unknown_key
 from xdscale.recipe_yaml import read_yaml, write_yaml
+from xdscale.registry import find, folder_of, locate
 
 SHIPPED = Path(__file__).parent / "recipes"
+
+GROUP = "xdscale.systems"
+"""Entry points with which an installed package offers a system: its name, and `module:class` of its recipe."""
+
+SYSTEMS = {
+    "finetune": "xdscale.finetune.recipe:FinetuneRecipe",
+    "mlm": "xdscale.recipes.mlm.schema:MaskedLMRecipe",
+    "xdbert": "xdscale.recipes.xdbert.schema:XDBERTRecipe",
+}
+"""Those that ship."""
 
 Values = TypeVar("Values", bound=BaseModel)
 
@@ -34,18 +45,6 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 NameOrPath = Annotated[str, AfterValidator(expand_home)]
 """A path, or a name that may be one."""
-
-MAY_CHANGE = (
-    "eval_every",
-    "eval_samples",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_every",
-    "stop_at_step",
-    "max_skipped_in_row",
-    "hang_seconds",
-)
-"""Keys of `training` that do not decide the result."""
 
 
 class Section(BaseModel):
@@ -61,81 +60,21 @@ class Section(BaseModel):
         return value
 
 
-class Language(Section):
-    """The language encoder: BERT or ELECTRA, through transformers."""
-
-    name: NameOrPath = Field(description="known architecture, hub name, local folder or package:NAME/folder")
-    weights: Literal["pretrained", "random"] = Field("pretrained", description="random: the architecture alone")
-    sha256: str | None = Field(None, description="expected SHA-256 of the weights file, checked before loading")
+OBJECTIVE_WEIGHT: Any = Field(1.0, gt=0, description="factor of this objective's mean loss")
 
 
-class Clip(Section):
-    """The CLIP text tower, through open_clip."""
-
-    name: NameOrPath = Field(description="open_clip architecture, or a JSON file in open_clip's model-config format")
-    weights: NameOrPath = Field("openai", description="open_clip pretrained tag, a weights file, or 'random'")
-
-
-class Model(Section):
-    """Language encoder, CLIP's text tower and the cross-modal layers between them (paper §2.2)."""
-
-    language: Language
-    clip: Clip | None = Field(description="null: the language encoder alone, with MLM, as the fair baseline of §3")
-    cross_layers: int = Field(2, ge=0, le=1000, description="cross-modal layers; 0 without CLIP")
-    dropout: float = Field(0.1, ge=0, lt=1, description="language encoder and cross-modal layers; CLIP-T has none")
-    kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
-    start: NameOrPath | None = Field(None, description="run folder or export to take first weights from, with heads")
-
-
-_WEIGHT = "factor of this objective's mean loss"
-
-
-class MaskedLM(Section):
-    """Paper §2.3.1; rates of Devlin et al.: 15 % selected, of which 80 % [MASK], 10 % random, 10 % kept."""
-
-    weight: float = Field(1.0, gt=0, description=_WEIGHT)
-    select: float = Field(0.15, gt=0, lt=1, description="share of the tokens to be predicted")
-    mask: float = Field(0.8, ge=0, le=1, description="share of those that the encoder sees as [MASK]")
-    random: float = Field(0.1, ge=0, le=1, description="share of those that it sees as another token; the rest is kept")
-
-
-class Match(Section):
-    """Paper §2.3.2: are the texts of the language encoder and of CLIP the same?"""
-
-    weight: float = Field(1.0, gt=0, description=_WEIGHT)
-    mismatch: float = Field(0.5, gt=0, lt=1, description="share of the pairs whose texts differ")
-
-
-class ClipTokens(Section):
-    """Paper §2.3.3: name the CLIP token at 15 % of the CLIP positions, input unchanged."""
-
-    weight: float = Field(1.0, gt=0, description=_WEIGHT)
-    select: float = Field(0.15, gt=0, lt=1, description="share of the CLIP tokens to be predicted")
-
-
-class Tasks(Section):
-    """The objectives that are on; `null` switches one off (Table 3's ablations)."""
-
-    mlm: MaskedLM | None = MaskedLM()
-    match: Match | None = Match()
-    clip_tokens: ClipTokens | None = ClipTokens()
+class Objectives(Section):
+    """The losses that are minimised, by name; one that is null is off."""
 
     def weights(self) -> dict[str, float]:
         """Returns the weight of each objective that is on, by name."""
-        terms = {"mlm": self.mlm, "match": self.match, "clip_tokens": self.clip_tokens}
-        return {name: term.weight for name, term in terms.items() if term is not None}
+        return {name: term.weight for name, term in self if term is not None}
 
 
 class Data(Section):
-    """Where the shards are, and what happens when some are damaged."""
+    """What is read."""
 
     shards: NameOrPath = Field(description="folder written by 'xdscale shards build', or its URL (s3://…, https://…)")
-    cache: NameOrPath | None = Field(None, description="local folder for shards from a URL; one for each node")
-    cache_bytes: int | None = Field(
-        None, ge=1, description="room for shards from a URL, fetched when needed; null fetches all first"
-    )
-    verify: bool = Field(True, description="check every shard's SHA-256 before the first step")
-    max_damaged_shards: int = Field(0, ge=0, description="train without so many damaged shards; 0 stops instead")
 
 
 class Optim(Section):
@@ -151,13 +90,19 @@ class Optim(Section):
 
 
 class Training(Section):
-    """How long, how much at once, and what happens in between."""
+    """How long, and how much at once."""
 
     steps: int = Field(ge=1, lt=2**31, description="optimiser steps in all")
-    global_batch: int = Field(ge=1, lt=2**31, description="sequences per optimiser step, over all ranks")
+    global_batch: int = Field(ge=1, lt=2**31, description="samples per optimiser step, over all ranks")
     seed: int = Field(0, ge=0, lt=2**32, description="of new weights, order, masks, pairs and dropout")
+
+
+class Run(Section):
+    """What decides neither the result nor how it is computed; all of it may change when a run continues."""
+
+    kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
     eval_every: int = Field(100, ge=1, description="steps between validations; one also before and after")
-    eval_samples: int = Field(512, ge=1, description="held-out sequences per validation, at most")
+    eval_samples: int = Field(512, ge=1, description="held-out samples per validation, at most")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; one also at the end")
     keep_checkpoints: int = Field(3, ge=1, description="how many of the newest checkpoints stay")
     keep_every: int | None = Field(
@@ -166,11 +111,12 @@ class Training(Section):
     stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows steps")
     max_skipped_in_row: int = Field(5, ge=1, description="non-finite steps in a row that stop the run")
     hang_seconds: int = Field(45, ge=1, description="shortest time without progress after which a rank counts as hung")
-
-    @property
-    def stops_early(self) -> bool:
-        """Whether `stop_at_step` ends the run before its last step."""
-        return self.stop_at_step is not None and self.stop_at_step < self.steps
+    cache: NameOrPath | None = Field(None, description="local folder for shards from a URL; one for each node")
+    cache_bytes: int | None = Field(
+        None, ge=1, description="room for shards from a URL, fetched when needed; null fetches all first"
+    )
+    verify: bool = Field(True, description="check every shard's SHA-256 before the first step")
+    max_damaged_shards: int = Field(0, ge=0, description="train without so many damaged shards; 0 stops instead")
 
 
 class Output(Section):
@@ -180,41 +126,74 @@ class Output(Section):
 
 
 class Recipe(Section):
-    """Everything that decides the result of a run."""
+    """The sections of every system's recipe; a system adds its own: its model, its objectives.
 
-    model: Model
-    tasks: Tasks = Tasks()
+    Attributes:
+        implementation: `module:class` of the system (see `xdscale.systems.contract`), imported when it is trained.
+    """
+
+    implementation: ClassVar[str]
+
+    system: str
+    model: Section
+    objectives: Objectives = Objectives()
     data: Data
     optim: Optim = Optim()
     training: Training
+    run: Run = Run()
     output: Output
 
     def identity(self) -> dict[str, Any]:
-        """Returns what must be equal for a run to be continued: all but where, how often and how far at once.
+        """Returns what must be equal for a run to be continued: what decides its result and how it is computed.
 
-        Where the shards lie is not part of it: their fingerprint stands in every checkpoint.
+        Where the data lies is not part of it: its fingerprint stands in every checkpoint.
         """
-        values = run_identity(self.model_dump(mode="json"))
-        del values["data"]
-        return values
+        return self.model_dump(mode="json", exclude={"data", "run", "output"})
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether `run.stop_at_step` ends the run before its last step."""
+        return self.run.stop_at_step is not None and self.run.stop_at_step < self.training.steps
+
+    def problem(self) -> str | None:
+        """Returns what is inconsistent, if anything is: a line that begins with the keys."""
+        run = self.run
+        if run.keep_every and run.keep_every % run.checkpoint_every:
+            return (
+                f"run.keep_every = {run.keep_every}: must be a multiple of run.checkpoint_every "
+                f"({run.checkpoint_every}), since only those steps have checkpoints"
+            )
+        places = {f"data.{key}": value for key, value in self.data if isinstance(value, str)}
+        remote = [key for key, value in places.items() if is_url(value)]
+        if remote and run.cache is None:
+            return f"{remote[0]} = {places[remote[0]]} is a URL: run.cache must name a local folder for them"
+        if run.cache is not None and not remote:
+            stated = ", ".join(f"{key} = {value}" for key, value in places.items())
+            return f"{stated} is not a URL: it needs no run.cache, not {run.cache}"
+        if run.cache_bytes is not None and run.cache is None:
+            return f"run.cache_bytes = {run.cache_bytes}: only shards from a URL need a cache"
+        if run.max_damaged_shards and not run.verify:
+            return (
+                f"run.max_damaged_shards = {run.max_damaged_shards} needs run.verify = true: all ranks must know "
+                "before the first step which shards they do without"
+            )
+        names = type(self.objectives).model_fields
+        if names and not self.objectives.weights():
+            return f"objectives: every one is off; keep at least one of {', '.join(names)}"
+        return None
 
     def to_yaml(self) -> str:
         """Returns the recipe with every default written out."""
         return write_yaml(self.model_dump(mode="json"))
 
 
-def run_identity(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a run's recipe without what may change when it is continued: where, how often and how far at once."""
-    kept = {key: value for key, value in values.items() if key != "output"}
-    return kept | {"training": {k: v for k, v in kept["training"].items() if k not in MAY_CHANGE}}
+def shipped_recipes() -> list[Path]:
+    """Returns the recipes that lie beside the schemas of the systems, those of installed packages among them."""
+    folders = {folder for place in locate(GROUP, SYSTEMS).values() if (folder := folder_of(place)) is not None}
+    return sorted((path for folder in folders for path in folder.glob("*.yaml")), key=lambda path: path.stem)
 
 
-def shipped_recipes(folder: Path = SHIPPED) -> list[str]:
-    """Returns the names of the recipes that come with xdscale; those of finetuning lie in a folder of their own."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
-
-
-def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies overrides.
 
     Args:
@@ -222,15 +201,30 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         overrides: `section.key=value` items; the value is read as YAML.
 
     Raises:
-        XdscaleError: no such recipe, not YAML, an unknown key (the nearest right one is named) or a bad value; or the
-            file, and no override, names shards behind a URL that only a person may name (see `check_stated_url`).
+        XdscaleError: no such recipe, not YAML, an unknown system or key (the nearest right one is named) or a bad
+            value; or the file, and no override, names shards behind a URL that only a person may name (see
+            `check_stated_url`).
     """
-    path = own_or_shipped(name, SHIPPED, ".yaml", "recipe")
-    recipe = read_validated(path, overrides, Recipe)
-    if not is_overridden(overrides, "data", "shards"):
-        check_stated_url(recipe.data.shards, str(path), "data.shards")
-    _check_consistency(recipe, path)
+    path = own_or_shipped(name, shipped_recipes(), ".yaml", "recipe")
+    values = read_values(path, overrides)
+    recipe = validated(values, schema_of(values, str(path)), str(path), overrides)
+    for key, value in recipe.data:
+        if isinstance(value, str) and not is_overridden(overrides, "data", key):
+            check_stated_url(value, str(path), f"data.{key}")
+    if problem := recipe.problem():
+        raise XdscaleError(f"{path}: {problem}")
     return recipe
+
+
+def schema_of(values: dict[str, Any], where: str) -> type[Recipe]:
+    """Returns the class that the recipe's system gives its values.
+
+    Raises:
+        XdscaleError: no system is named, or one that nobody offers; begins with `where`.
+    """
+    if "system" not in values:
+        raise XdscaleError(f"{where}: 'system' is missing; it is one of {', '.join(sorted(locate(GROUP, SYSTEMS)))}")
+    return find(GROUP, SYSTEMS, str(values["system"]), f"{where}: system")
 
 
 def recipe_file(run: Path) -> Path:
@@ -254,24 +248,48 @@ def is_overridden(overrides: Sequence[str], section: str, key: str) -> bool:
     return isinstance(typed.get(section), dict) and key in typed[section]
 
 
-def read_validated(path: Path, overrides: Sequence[str], model: type[Values]) -> Values:
-    """Reads a YAML file of sections, applies overrides and validates it.
+def read_values(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Reads a YAML file of sections and applies overrides.
 
     Raises:
-        XdscaleError: as `load_recipe`.
+        XdscaleError: not YAML, no sections, or an override of another form.
     """
     try:
         values = read_yaml(path.read_text(encoding="utf-8-sig"))
     except (OSError, *NOT_YAML) as error:
         raise XdscaleError(f"{path}: not a YAML recipe: {one_line(error)}") from None
     if not isinstance(values, dict):
-        raise XdscaleError(f"{path}: expected the sections {', '.join(model.model_fields)}, found {values!r}")
+        raise XdscaleError(f"{path}: expected sections such as {', '.join(Recipe.model_fields)}, found {values!r}")
     for override in overrides:
         _apply_override(values, override)
+    return values
+
+
+def read_validated(path: Path, overrides: Sequence[str], model: type[Values]) -> Values:
+    """Reads a YAML file of sections, applies overrides and validates it.
+
+    Raises:
+        XdscaleError: as `read_values` and `validated`.
+    """
+    return validated(read_values(path, overrides), model, str(path), overrides)
+
+
+def validated(values: dict[str, Any], model: type[Values], source: str, overrides: Sequence[str] = ()) -> Values:
+    """Returns a recipe's values as what they are.
+
+    Args:
+        values: by section.
+        model: the class of the sections.
+        source: the file that held them.
+        overrides: what was applied to them.
+
+    Raises:
+        XdscaleError: an unknown key (the nearest right one is named) or a bad value.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise XdscaleError(describe_validation_error(str(path), error, model, overrides)) from None
+        raise XdscaleError(describe_validation_error(source, error, model, overrides)) from None
 
 
 def describe_validation_error(
@@ -338,35 +356,3 @@ def _model_class(annotation: Any) -> type[BaseModel]:
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(arg for arg in get_args(annotation) if arg is not types.NoneType)
     return annotation
-
-
-def _check_consistency(recipe: Recipe, path: Path) -> None:
-    training = recipe.training
-    if training.keep_every and training.keep_every % training.checkpoint_every:
-        raise XdscaleError(
-            f"{path}: training.keep_every = {training.keep_every}: must be a multiple of training.checkpoint_every "
-            f"({training.checkpoint_every}), since only those steps have checkpoints"
-        )
-    if not recipe.tasks.weights():
-        raise XdscaleError(f"{path}: tasks: every objective is off; keep at least one of mlm, match, clip_tokens")
-    model = recipe.model
-    if (model.clip is None) != (model.cross_layers == 0):
-        raise XdscaleError(
-            f"{path}: model.cross_layers = {model.cross_layers}: with model.clip: null it is 0, else 1 or more"
-        )
-    if model.clip is None and set(recipe.tasks.weights()) != {"mlm"}:
-        raise XdscaleError(f"{path}: tasks: without model.clip only mlm is possible; set match and clip_tokens to null")
-    mlm = recipe.tasks.mlm
-    if mlm is not None and mlm.mask + mlm.random > 1:
-        raise XdscaleError(f"{path}: tasks.mlm: mask {mlm.mask} + random {mlm.random} is more than 1")
-    data = recipe.data
-    if is_url(data.shards) != (data.cache is not None):
-        what = "is a URL: data.cache must name" if data.cache is None else "is not a URL: it needs no data.cache, not"
-        raise XdscaleError(f"{path}: data.shards = {data.shards} {what} {data.cache or 'a local folder for them'}")
-    if data.cache_bytes is not None and data.cache is None:
-        raise XdscaleError(f"{path}: data.cache_bytes = {data.cache_bytes}: only shards from a URL need a cache")
-    if data.max_damaged_shards and not data.verify:
-        raise XdscaleError(
-            f"{path}: data.max_damaged_shards = {data.max_damaged_shards} needs data.verify = true: all ranks must "
-            "know before the first step which shards they do without"
-        )

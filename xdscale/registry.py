@@ -10,7 +10,7 @@ from typing import Any
 
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
-from xdscale.names import unknown_key
+from xdscale.names import nearest
 
 
 @cache
@@ -58,9 +58,11 @@ def find(group: str, shipped: Mapping[str, str], name: str, where: str) -> Any:
     Raises:
         XdscaleError: nobody offers the name (the nearest is given), or its module cannot be imported.
     """
+    what = group.rpartition(".")[2].removesuffix("s")
     places = shipped if name in shipped else locate(group, shipped)
+    known = f"there are {', '.join(sorted(places))}"
     if name not in places:
-        raise XdscaleError(f"{where} = {name!r}: no such name; {unknown_key(str(name), sorted(places))}")
+        raise XdscaleError(f"{where} = {name!r}: no such {what}; {nearest(name, sorted(places), known)}")
     return load(places[name], f"{where} = {name!r}")
 
 
@@ -78,7 +80,7 @@ def load(place: str, where: str) -> Any:
 
 
 def folder_of(place: str) -> Path | None:
-    """Returns the folder of the file that holds `module:object`, without importing it; None if there is none."""
+    """Returns the folder of the file of `module:object`, without importing it; None if there is none."""
     try:
         spec = importlib.util.find_spec(place.partition(":")[0])
     except ImportError:

@@ -14,10 +14,14 @@ from torch import nn
 from xdscale.devices import rank_device
 from xdscale.ds_config import precision
 from xdscale.errors import XdscaleError
+from xdscale.files import read_json
 from xdscale.names import is_url
-from xdscale.recipe import Data, Recipe, is_overridden, load_recipe, recipe_file
+from xdscale.recipe import Recipe, Run, load_recipe, recipe_file
 from xdscale.shards.manifest import MANIFEST_NAME
 from xdscale.shards.remote import cache_folder, fetch_manifest
+from xdscale.systems.contract import Place, open_system
+from xdscale.training.consolidate import consolidated_state
+from xdscale.training.distributed import Ranks
 from xdscale.training.engine import to_device
 
 _ROWS = 20
@@ -55,7 +59,7 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
     Args:
         run: the run folder.
         step: counted from 1, as in `log.jsonl`.
-        overrides: `data.shards=…` and `data.cache=…`, where the shards are not where the recipe says.
+        overrides: `data.shards=…` and `run.cache=…`, where the shards are not where the recipe says.
 
     Returns:
         The samples, suspects first, then by gradient norm.
@@ -64,25 +68,23 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
         XdscaleError: not a run folder, no such step, or no shards there.
     """
     recipe = _recipe(run, step, overrides)
-    from xdscale.adapt import build_module, open_data
-    from xdscale.files import read_json
-    from xdscale.training.distributed import Ranks
-
-    data = open_data(recipe, {"train_micro_batch_size_per_gpu": 1}, Ranks(0, 1, 0))
+    system = open_system(recipe)
+    data = system.open(Place(Ranks(0, 1, 0), micro_batch=1))
     torch.manual_seed(recipe.training.seed)
     checkpoint = _newest_before(run, step)
-    module = build_module(recipe, continued=checkpoint is not None)
+    module = system.build(continued=checkpoint is not None)
     source = _load_weights(module, checkpoint, step)
     config = read_json(run / "ds_config.json")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(config)]
     device = rank_device(0)
     module.to(device, dtype).eval()
-    batches = data.prepare(step - 1).batches
-    weights = recipe.tasks.weights()
+    slots = data.order.slots(step - 1)
+    batches = list(map(data.collate, slots))
+    weights = {name: objective.weight for name, objective in system.objectives().items()}
     counts = {name: sum(batch.targets[name] for batch in batches) for name in weights}
     found = [
-        _replay_sample(module, int(slots.epochs[0]), int(slots.sample_ids[0]), batch, weights, counts)
-        for slots, batch in zip(data.order.slots(step - 1), batches)
+        _replay_sample(module, int(part.epochs[0]), int(part.sample_ids[0]), batch, weights, counts)
+        for part, batch in zip(slots, batches)
     ]
     found.sort(key=lambda sample: (sample.culprit is None, -sample.gradient_norm))
     _print(found, module, f"step {step} of {run}, {len(found)} samples, {source}, {precision(config)} on {device.type}")
@@ -91,35 +93,34 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
 
 def _recipe(run: Path, step: int, overrides: Sequence[str]) -> Recipe:
     path = recipe_file(run)
-    for override in overrides:
-        if override.partition("=")[0] not in ("data.shards", "data.cache"):
-            raise XdscaleError(f"{override!r}: the step stays as it was; only data.shards and data.cache may differ")
-    shards = [value for key, _, value in (override.partition("=") for override in overrides) if key == "data.shards"]
-    if shards and not is_url(shards[-1]):
-        overrides = [
-            "data.cache=null",
-            "data.cache_bytes=null",
-            *overrides,
-        ]  # the run's own, which a local folder has no use for
+    typed = dict(override.partition("=")[::2] for override in overrides)
+    for key in typed:
+        if key != "run.cache" and not key.startswith("data."):
+            raise XdscaleError(f"{key}: the step stays as it was; only where its data is and run.cache may differ")
+    places = [value for key, value in typed.items() if key.startswith("data.")]
+    if places and not any(map(is_url, places)):  # the run's own cache is of no use for a local folder
+        overrides = ["run.cache=null", "run.cache_bytes=null", *overrides]
     recipe = load_recipe(str(path), overrides)
     if not 1 <= step <= recipe.training.steps:
         raise XdscaleError(f"{run}: no step {step}; the run has steps 1 to {recipe.training.steps}")
-    data = recipe.data
     # Which shards a run did without is found out by verifying; without such a budget it only takes time.
-    changes: dict[str, Any] = {"verify": data.max_damaged_shards > 0}
-    if is_url(data.shards) and not is_overridden(overrides, "data", "cache"):
-        changes |= {"shards": str(_fetched(run, data)), "cache": None}
-    training = recipe.training.model_copy(update={"eval_samples": 1})
-    return recipe.model_copy(update={"data": data.model_copy(update=changes), "training": training})
+    changes: dict[str, Any] = {"verify": recipe.run.max_damaged_shards > 0, "eval_samples": 1}
+    data = {key: value for key, value in recipe.data if isinstance(value, str) and is_url(value)}
+    if data and "run.cache" not in typed:
+        data = {key: str(_fetched(run, value, recipe.run)) for key, value in data.items()}
+        changes["cache"] = None
+    return recipe.model_copy(
+        update={"data": recipe.data.model_copy(update=data), "run": recipe.run.model_copy(update=changes)}
+    )
 
 
-def _fetched(run: Path, data: Data) -> Path:
+def _fetched(run: Path, url: str, keys: Run) -> Path:
     """Returns where the run fetched all its shards to; what a recipe names is only read here."""
-    folder = cache_folder(fetch_manifest(data.shards), Path(data.cache).expanduser())
-    if data.cache_bytes is not None or not (folder / MANIFEST_NAME).is_file():
+    folder = cache_folder(fetch_manifest(url), Path(keys.cache).expanduser())
+    if keys.cache_bytes is not None or not (folder / MANIFEST_NAME).is_file():
         raise XdscaleError(
-            f"{run}: the shards of {data.shards} that it fetched into data.cache = {data.cache} are not all on this "
-            "machine; to fetch them, name a folder for them: data.cache=FOLDER on the command line"
+            f"{run}: the shards of {url} that it fetched into run.cache = {keys.cache} are not all on this machine; to "
+            "fetch them, name a folder for them: run.cache=FOLDER on the command line"
         )
     return folder
 
@@ -135,7 +136,6 @@ def _newest_before(run: Path, step: int) -> Path | None:
 
 def _load_weights(module: nn.Module, checkpoint: Path | None, step: int) -> str:
     """Loads a checkpoint before `step`, if there is one, and says which."""
-    from xdscale.export import consolidated_state
     from xdscale.training.checkpoint import step_of
 
     if checkpoint is None:

@@ -23,7 +23,7 @@ from xdscale.errors import XdscaleError
 from xdscale.export import export_run
 from xdscale.kernels.quick_gelu import quick_gelu
 from xdscale.pretrained.clip import build_clip_text_tower
-from xdscale.recipe import Clip
+from xdscale.recipes.xdbert.schema import Clip
 
 # The pair of the paper's Table 9, and its tokens as printed there.
 PAIR = [
@@ -52,7 +52,7 @@ def run(adapt, wiki_shards, tmp_path_factory):
     """One process, two steps, unsharded."""
     folder = tmp_path_factory.mktemp("attention")
     (folder / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 4}))
-    settings = ["training.steps=2", "training.global_batch=4", "training.eval_samples=4", f"data.shards={wiki_shards}"]
+    settings = ["training.steps=2", "training.global_batch=4", "run.eval_samples=4", f"data.shards={wiki_shards}"]
     launch = adapt(
         "quickstart", *settings, f"output.folder={folder / 'run'}", "--deepspeed_config", str(folder / "ds.json")
     )

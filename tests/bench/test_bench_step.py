@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from xdscale import recipe
 from xdscale.bench import plain_model, step
 from xdscale.bench.step import FAST, PARTS, PLAIN, StepReport, activation_bytes, bench_step, measure_step
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order
 from xdscale.errors import XdscaleError
+from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.shards.table import Table
-from xdscale.tasks.xdbert import build_adaptation
+from xdscale.systems.xdbert import build_adaptation
 from xdscale.training.engine import to_device
 
 
@@ -24,7 +24,8 @@ def one_thread():
 
 
 def recipe_of(language, clip, shards):
-    return recipe.Recipe(
+    return XDBERTRecipe(
+        system="xdbert",
         model={
             "language": {"name": str(language)},
             "clip": {"name": str(clip), "weights": "random"},
@@ -66,7 +67,7 @@ def arrays(real_recipe, wiki_shards):
     """Two real sequences and a third that only pads the micro-batch."""
     split = Table(wiki_shards, "train")
     order = Order(len(split), seed=3, global_batch=2, world_size=1, rank=0, micro_batch=3)
-    return XDBERTCollator(split, seed=3, tasks=real_recipe.tasks)(order.slots(0)[0]).arrays
+    return XDBERTCollator(split, seed=3, objectives=real_recipe.tasks)(order.slots(0)[0]).arrays
 
 
 @pytest.fixture

@@ -76,12 +76,13 @@ def test_recipes_and_overrides(home):
     values = {
         "model": {"language": {"name": "~/bert"}, "clip": {"name": "ViT-B-32", "weights": "~/clip.pt"}},
         "data": {"shards": "~/shards"},
+        "system": "xdbert",
         "training": {"steps": 10, "global_batch": 4},
         "output": {"folder": "~/run"},
     }
     (home / "recipe.yaml").write_text(yaml.safe_dump(values))
-    recipe = load_recipe("~/recipe.yaml", ["data.shards=s3://bucket/x", "data.cache=~/cache"])
-    assert (recipe.data.shards, recipe.data.cache) == ("s3://bucket/x", f"{home}/cache")
+    recipe = load_recipe("~/recipe.yaml", ["data.shards=s3://bucket/x", "run.cache=~/cache"])
+    assert (recipe.data.shards, recipe.run.cache) == ("s3://bucket/x", f"{home}/cache")
     assert recipe.output.folder == f"{home}/run"
     assert recipe.model.language.name == f"{home}/bert"
     assert recipe.model.clip.weights == f"{home}/clip.pt"

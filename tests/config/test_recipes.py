@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -9,10 +10,13 @@ import yaml
 from xdscale.errors import XdscaleError
 from xdscale.finetune.recipe import FinetuneSettings, load_settings
 from xdscale.names import resolve_path
-from xdscale.recipe import SHIPPED, Recipe, Section, load_recipe, shipped_recipes
-from xdscale.recipe_keys import key_lines
+from xdscale.recipe import Section, load_recipe, shipped_recipes
+from xdscale.recipes.keys import key_lines
+from xdscale.recipes.mlm.schema import MaskedLMRecipe
+from xdscale.recipes.xdbert.schema import XDBERTRecipe
 
 MINIMAL = {
+    "system": "xdbert",
     "model": {"language": {"name": "bert-base-uncased"}, "clip": {"name": "ViT-B-32"}},
     "data": {"shards": "shards"},
     "training": {"steps": 10, "global_batch": 4},
@@ -30,11 +34,12 @@ def write(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_every_shipped_recipe_is_valid_and_says_what_it_is(name):
-    recipe = load_recipe(name)
-    assert recipe.output.folder == f"runs/{name}"
-    assert (SHIPPED / f"{name}.yaml").read_text().startswith("# ")
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_says_what_it_is(path):
+    recipe = load_recipe(path.stem)
+    assert recipe.output.folder == f"runs/{path.stem}"
+    assert recipe.system == path.parent.name
+    assert path.read_text().startswith("# ")
 
 
 @pytest.mark.parametrize("encoder", ["xdbert-base", "xdelectra-base", "xdelectra-large"])
@@ -46,15 +51,15 @@ def test_published_recipes_hold_the_papers_numbers(encoder, corpus):
     assert recipe.optim.warmup_ratio == 0.05
     assert recipe.training.steps == 16_000 / 20
     assert recipe.model.cross_layers == 2
-    assert recipe.tasks.weights() == {"mlm": 1.0, "match": 1.0, "clip_tokens": 1.0}
-    assert (recipe.tasks.mlm.select, recipe.tasks.mlm.mask, recipe.tasks.mlm.random) == (0.15, 0.8, 0.1)
+    assert recipe.objectives.weights() == {"mlm": 1.0, "match": 1.0, "clip_tokens": 1.0}
+    assert (recipe.objectives.mlm.select, recipe.objectives.mlm.mask, recipe.objectives.mlm.random) == (0.15, 0.8, 0.1)
 
 
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [
-        ("xdbert-base-mlm-match", "tasks", {"clip_tokens": None}),
-        ("xdbert-base-mlm", "tasks", {"clip_tokens": None, "match": None}),
+        ("xdbert-base-mlm-match", "objectives", {"clip_tokens": None}),
+        ("xdbert-base-mlm", "objectives", {"clip_tokens": None, "match": None}),
         ("xdbert-base-one-cross-layer", "model", {"cross_layers": 1}),
         ("xdbert-base-2-epochs", "training", {"steps": 1600}),
         ("xdbert-base-20-epochs", "training", {"steps": 16_000}),
@@ -78,8 +83,8 @@ def test_unknown_section_names_the_nearest_right_one(write):
 
 
 def test_key_inside_an_optional_section_is_checked(write):
-    with pytest.raises(XdscaleError, match=r"unknown key 'tasks\.mlm\.wieght'; did you mean 'weight'\?"):
-        load_recipe(write(MINIMAL | {"tasks": {"mlm": {"wieght": 2}}}))
+    with pytest.raises(XdscaleError, match=r"unknown key 'objectives\.mlm\.wieght'; did you mean 'weight'\?"):
+        load_recipe(write(MINIMAL | {"objectives": {"mlm": {"wieght": 2}}}))
 
 
 def test_missing_key_is_named(write):
@@ -102,8 +107,18 @@ def test_not_yaml_and_not_a_recipe(write):
             load_recipe(path)
         with pytest.raises(XdscaleError, match="the value is not valid YAML"):
             load_recipe(write(MINIMAL), [f"output.folder={value}"])
-    with pytest.raises(XdscaleError, match="expected the sections model"):
+    with pytest.raises(XdscaleError, match="expected sections such as system, model, objectives"):
         load_recipe(write("just words"))
+
+
+def test_the_system_decides_which_keys_there_are(write):
+    with pytest.raises(XdscaleError, match=r"recipe\.yaml: 'system' is missing; it is one of finetune, mlm, xdbert"):
+        load_recipe(write({key: value for key, value in MINIMAL.items() if key != "system"}))
+    for wrong, hint in (("xdbret", "did you mean 'xdbert'"), (7, "there are finetune, mlm, xdbert")):
+        with pytest.raises(XdscaleError, match=rf"recipe\.yaml: system = .*: no such system; {hint}"):
+            load_recipe(write(MINIMAL | {"system": wrong}))
+    with pytest.raises(XdscaleError, match=r"unknown key 'model\.clip'"):
+        load_recipe(write(MINIMAL), ["system=mlm"])
 
 
 def test_unknown_recipe_name_suggests_one():
@@ -112,20 +127,27 @@ def test_unknown_recipe_name_suggests_one():
 
 
 def test_no_objective_is_refused(write):
-    with pytest.raises(XdscaleError, match="every objective is off"):
-        load_recipe(write(MINIMAL | {"tasks": {"mlm": None, "match": None, "clip_tokens": None}}))
+    with pytest.raises(
+        XdscaleError, match="objectives: every one is off; keep at least one of mlm, match, clip_tokens"
+    ):
+        load_recipe(write(MINIMAL | {"objectives": {"mlm": None, "match": None, "clip_tokens": None}}))
 
 
 def test_mlm_rates_beyond_one_are_refused(write):
     with pytest.raises(XdscaleError, match="is more than 1"):
-        load_recipe(write(MINIMAL | {"tasks": {"mlm": {"mask": 0.9, "random": 0.2}}}))
+        load_recipe(write(MINIMAL | {"objectives": {"mlm": {"mask": 0.9, "random": 0.2}}}))
 
 
 def test_overrides_are_yaml_and_reach_any_depth(write):
-    overrides = ["optim.learning_rate=5e-5", "tasks.match=null", "model.language.weights=random", "training.seed=7"]
+    overrides = [
+        "optim.learning_rate=5e-5",
+        "objectives.match=null",
+        "model.language.weights=random",
+        "training.seed=7",
+    ]
     recipe = load_recipe(write(MINIMAL), overrides)
     assert recipe.optim.learning_rate == 5e-5
-    assert recipe.tasks.match is None
+    assert recipe.objectives.match is None
     assert recipe.model.language.weights == "random"
     assert recipe.training.seed == 7
 
@@ -162,7 +184,7 @@ def test_a_key_that_stands_twice_is_refused(write):
     path.write_text(path.read_text() + "\ntraining: {steps: 5, global_batch: 4}\n")
     with pytest.raises(XdscaleError, match="the key 'training' stands twice in a section"):
         load_recipe(str(path))
-    path.write_text("a: &a {b: 1}\nc: {<<: *a, b: 2}\n")  # taken from elsewhere and replaced
+    path.write_text("system: mlm\na: &a {b: 1}\nc: {<<: *a, b: 2}\n")  # taken from elsewhere and replaced
     with pytest.raises(XdscaleError, match="unknown key 'a'"):
         load_recipe(str(path))
 
@@ -187,7 +209,7 @@ def test_what_was_typed_wrongly_is_not_blamed_on_the_file(write):
 
 def test_resolved_yaml_reads_back_as_the_same_recipe():
     recipe = load_recipe("quickstart")
-    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert type(recipe).model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 @pytest.mark.parametrize(
@@ -202,7 +224,7 @@ def test_a_name_that_looks_like_a_number_or_switch_is_written_with_quotes(write,
 
 def test_identity_ignores_where_and_how_often_but_not_what():
     recipe = load_recipe("quickstart")
-    moved = load_recipe("quickstart", ["output.folder=elsewhere", "training.eval_every=7", "training.stop_at_step=3"])
+    moved = load_recipe("quickstart", ["output.folder=elsewhere", "run.eval_every=7", "run.stop_at_step=3"])
     other = load_recipe("quickstart", ["training.seed=1"])
     assert moved.identity() == recipe.identity() != other.identity()
 
@@ -231,21 +253,23 @@ def leaves(values, prefix=""):
 
 @pytest.mark.parametrize("name", ["xdbert-base-wikitext103", "bert-base-mlm-wikitext103", "quickstart"])
 def test_the_lines_of_a_recipe_name_every_key_and_are_overrides_that_give_the_same_recipe(name, write):
-    recipe = load_recipe(name, ["data.max_damaged_shards=2"])
+    recipe = load_recipe(name, ["run.max_damaged_shards=2"])
     lines = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in key_lines(recipe) if line}
     overrides = [shown for shown in lines if "=" in shown]
-    assert load_recipe(write({section: {} for section in Recipe.model_fields}), overrides) == recipe
-    everything = set(leaves(load_recipe("xdbert-base-wikitext103").model_dump()))
+    assert load_recipe(write({section: {} for section in type(recipe).model_fields}), overrides) == recipe
+    everything = set(leaves(type(recipe).model_validate(recipe.model_dump()).model_dump()))
     assert everything <= {re.split("=| ", shown)[0] for shown in lines}
-    assert lines["data.max_damaged_shards=2"].endswith("0 stops instead (default 0)")
+    assert lines["run.max_damaged_shards=2"].endswith("0 stops instead (default 0)")
     assert lines["optim.gradient_clipping=1.0"] == "largest global gradient norm (the default)"
 
 
 def test_the_keys_of_an_objective_that_is_off_are_shown():
     lines = list(key_lines(load_recipe("xdbert-base-mlm")))
-    assert any(line.startswith("tasks.match=null ") for line in lines)
-    (line,) = (line for line in lines if line.startswith("tasks.match.mismatch"))
-    assert re.fullmatch(r"tasks\.match\.mismatch \(off\) +share of the pairs whose texts differ \(default 0\.5\)", line)
+    assert any(line.startswith("objectives.match=null ") for line in lines)
+    (line,) = (line for line in lines if line.startswith("objectives.match.mismatch"))
+    assert re.fullmatch(
+        r"objectives\.match\.mismatch \(off\) +share of the pairs whose texts differ \(default 0\.5\)", line
+    )
 
 
 def test_the_lines_of_a_finetuning_recipe_are_overrides_too():
@@ -254,11 +278,12 @@ def test_the_lines_of_a_finetuning_recipe_are_overrides_too():
     assert load_settings("quickstart", overrides) == settings
 
 
-@pytest.mark.parametrize("section", [Recipe, FinetuneSettings])
+@pytest.mark.parametrize("section", [XDBERTRecipe, MaskedLMRecipe, FinetuneSettings])
 def test_every_key_has_a_meaning(section):
     def without(section):
         for name, field in section.model_fields.items():
-            classes = [kind for kind in Section.__subclasses__() if kind.__name__ in str(field.annotation)]
+            kinds = [field.annotation, *get_args(field.annotation)]
+            classes = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
             if not classes and not field.description:
                 yield f"{section.__name__}.{name}"
             for kind in classes:
@@ -269,11 +294,14 @@ def test_every_key_has_a_meaning(section):
 
 def test_what_a_recipe_leaves_out():
     """Published results hang on these values."""
-    left_out = Recipe.model_validate(MINIMAL)
+    left_out = XDBERTRecipe.model_validate(MINIMAL)
     assert left_out.training.model_dump() == {
         "steps": 10,
         "global_batch": 4,
         "seed": 0,
+    }
+    assert left_out.run.model_dump() == {
+        "kernels": "fused",
         "eval_every": 100,
         "eval_samples": 512,
         "checkpoint_every": 100,
@@ -282,6 +310,9 @@ def test_what_a_recipe_leaves_out():
         "stop_at_step": None,
         "max_skipped_in_row": 5,
         "hang_seconds": 45,
+        "cache": None,
+        "verify": True,
+        "max_damaged_shards": 0,
     }
     assert left_out.optim.model_dump() == {
         "learning_rate": 1e-4,
@@ -294,15 +325,17 @@ def test_what_a_recipe_leaves_out():
     }
 
 
-COUNTS = ["steps", "global_batch", "eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints", "keep_every"]
+COUNTS = ["eval_every", "eval_samples", "checkpoint_every", "keep_checkpoints", "keep_every", "stop_at_step"]
+COUNTS += ["max_skipped_in_row", "hang_seconds"]
 
 
-@pytest.mark.parametrize("key", [*COUNTS, "stop_at_step", "max_skipped_in_row", "hang_seconds"])
+@pytest.mark.parametrize("key", ["training.steps", "training.global_batch", *(f"run.{count}" for count in COUNTS)])
 def test_a_count_is_1_or_more(write, key):
-    few = ["training.checkpoint_every=1"] if key == "keep_every" else []
-    assert getattr(load_recipe(write(MINIMAL), [*few, f"training.{key}=1"]).training, key) == 1
-    with pytest.raises(XdscaleError, match=f"training.{key} = 0"):
-        load_recipe(write(MINIMAL), [f"training.{key}=0"])
+    few = ["run.checkpoint_every=1"] if key == "run.keep_every" else []
+    section, name = key.split(".")
+    assert getattr(getattr(load_recipe(write(MINIMAL), [*few, f"{key}=1"]), section), name) == 1
+    with pytest.raises(XdscaleError, match=f"{key} = 0"):
+        load_recipe(write(MINIMAL), [f"{key}=0"])
 
 
 @pytest.mark.parametrize("key", ["training.steps", "training.global_batch", "model.cross_layers"])
@@ -313,11 +346,11 @@ def test_a_count_that_no_run_has_is_refused(write, key):
 
 
 def test_steps_that_are_kept_for_good_must_be_steps_that_are_saved(write):
-    how = ["training.checkpoint_every=20"]
-    assert load_recipe(write(MINIMAL), [*how, "training.keep_every=40"]).training.keep_every == 40
+    how = ["run.checkpoint_every=20"]
+    assert load_recipe(write(MINIMAL), [*how, "run.keep_every=40"]).run.keep_every == 40
     for every in (10, 30):
-        with pytest.raises(XdscaleError, match="must be a multiple of training.checkpoint_every"):
-            load_recipe(write(MINIMAL), [*how, f"training.keep_every={every}"])
+        with pytest.raises(XdscaleError, match="must be a multiple of run.checkpoint_every"):
+            load_recipe(write(MINIMAL), [*how, f"run.keep_every={every}"])
 
 
 COMMANDS = ["pipe:cat /wiki", "pipe:touch x; cat s3://bucket/wiki"]
@@ -331,18 +364,18 @@ READ = ["s3://bucket/wiki", "https://host/wiki", "gs://b/wiki", "hf://datasets/o
 
 @pytest.mark.parametrize("url", COMMANDS + ELSEWHERE)
 def test_a_file_may_not_name_a_url_that_does_more_than_read(write, url):
-    path = write(MINIMAL | {"data": {"shards": url, "cache": "/cache"}})
+    path = write(MINIMAL | {"data": {"shards": url}, "run": {"cache": "/cache"}})
     with pytest.raises(XdscaleError, match=r"recipe\.yaml: data\.shards = .* followed only when typed"):
         load_recipe(path, ["training.seed=1"])
     # A person may, on the command line, whatever the file says.
-    for typed in ([f"data.shards={url}"], [f"data={{shards: '{url}', cache: /cache}}"]):
+    for typed in ([f"data.shards={url}"], [f"data={{shards: '{url}'}}"]):
         assert load_recipe(path, typed).data.shards == url.strip() or url.startswith(" ")
-    assert load_recipe(path, ["data.shards=/wiki", "data.cache=null"]).data.shards == "/wiki"
+    assert load_recipe(path, ["data.shards=/wiki", "run.cache=null"]).data.shards == "/wiki"
 
 
 @pytest.mark.parametrize("url", READ)
 def test_a_file_may_name_a_url_that_is_read(write, url):
-    assert load_recipe(write(MINIMAL | {"data": {"shards": url, "cache": "/cache"}})).data.shards == url
+    assert load_recipe(write(MINIMAL | {"data": {"shards": url}, "run": {"cache": "/cache"}})).data.shards == url
 
 
 def test_a_package_in_a_recipe_is_never_imported(tmp_path, monkeypatch):

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from xdscale.data.collate import XDBERTCollator, pack_clip_blocks
 from xdscale.data.order import Order, Slots, validation_slots
 from xdscale.data.pairing import draw_partners
-from xdscale.recipe import Tasks
+from xdscale.recipes.xdbert.schema import XDBERTObjectives
 
 START, END = 49406, 49407
-TASKS = Tasks()
+TASKS = XDBERTObjectives()
 SAMPLES, LENGTH, BLOCKS = 37, 30, 4
 
 
@@ -48,7 +48,7 @@ def test_id_zero_inside_a_text_is_a_word_not_padding(memory_split):
     """Spec xdbert §9: token 0 is "!"; lengths and targets must count it."""
     split = memory_split(400, 10, 1)
     split.texts = [np.zeros(20, np.uint16) for _ in range(len(split))]
-    batch = XDBERTCollator(split, seed=0, tasks=TASKS)(everything(split))
+    batch = XDBERTCollator(split, seed=0, objectives=TASKS)(everything(split))
     assert (batch.arrays["clip_lengths"] == 22).all()
     assert batch.targets["clip_tokens"] / (400 * 20) == pytest.approx(0.15, abs=0.02)
     assert (batch.arrays["clip_labels"] == 0).all()
@@ -56,7 +56,7 @@ def test_id_zero_inside_a_text_is_a_word_not_padding(memory_split):
 
 
 def test_layout_dtypes_and_original_ids(split):
-    batch = XDBERTCollator(split, seed=0, tasks=TASKS)(everything(split))
+    batch = XDBERTCollator(split, seed=0, objectives=TASKS)(everything(split))
     arrays = batch.arrays
     assert {array.dtype for array in arrays.values()} == {np.dtype(np.int64)}
     assert arrays["language_ids"].shape == (SAMPLES, LENGTH + 2)
@@ -82,7 +82,7 @@ def clip_content(arrays, row):
 
 
 def test_targets_are_the_counts_of_the_arrays_and_lie_on_content(split):
-    batch = XDBERTCollator(split, seed=0, tasks=TASKS)(everything(split))
+    batch = XDBERTCollator(split, seed=0, objectives=TASKS)(everything(split))
     arrays = batch.arrays
     assert batch.targets == {
         "mlm": len(arrays["masked_lm_positions"]),
@@ -100,7 +100,7 @@ def test_targets_are_the_counts_of_the_arrays_and_lie_on_content(split):
 
 
 def test_padding_samples_contribute_nothing(split):
-    collate = XDBERTCollator(split, seed=0, tasks=TASKS)
+    collate = XDBERTCollator(split, seed=0, objectives=TASKS)
     real = np.arange(SAMPLES) % 3 != 0
     batch = collate(everything(split, real=real))
     arrays = batch.arrays
@@ -142,33 +142,35 @@ def samples_of(batch, slots):
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 8), st.integers(1, 7), st.integers(0, 50), st.integers(0, 2**32 - 1))
 def test_a_sample_is_the_same_at_any_rank_micro_batch_and_place(split, world, micro, step, seed):
-    collate = XDBERTCollator(split, seed=seed, tasks=TASKS)
+    collate = XDBERTCollator(split, seed=seed, objectives=TASKS)
     shape = {"seed": seed, "global_batch": 23}
     whole = Order(SAMPLES, **shape, world_size=1, rank=0, micro_batch=23).slots(step)
     expected = samples_of(collate(whole[0]), whole[0])
     found = {}
     for rank in range(world):
         for slots in Order(SAMPLES, **shape, world_size=world, rank=rank, micro_batch=micro).slots(step):
-            batch = XDBERTCollator(split, seed=seed, tasks=TASKS)(slots)
+            batch = XDBERTCollator(split, seed=seed, objectives=TASKS)(slots)
             assert batch.arrays["clip_ids"].shape[1] == batch.arrays["clip_lengths"].any(axis=0).sum()
             found |= samples_of(batch, slots)
     assert found == expected
 
 
 def test_another_epoch_or_seed_draws_anew_and_validation_does_not(split):
-    first = XDBERTCollator(split, seed=0, tasks=TASKS)(everything(split)).arrays
-    epoch = XDBERTCollator(split, seed=0, tasks=TASKS)(everything(split, epoch=1)).arrays
-    seed = XDBERTCollator(split, seed=1, tasks=TASKS)(everything(split)).arrays
+    first = XDBERTCollator(split, seed=0, objectives=TASKS)(everything(split)).arrays
+    epoch = XDBERTCollator(split, seed=0, objectives=TASKS)(everything(split, epoch=1)).arrays
+    seed = XDBERTCollator(split, seed=1, objectives=TASKS)(everything(split)).arrays
     for name in ("masked_lm_positions", "clip_positions", "match_labels"):
         assert not np.array_equal(first[name], epoch[name])
         assert not np.array_equal(first[name], seed[name])
     held_out = validation_slots(SAMPLES, 8, 1, 0, 8)[0]
-    collate = XDBERTCollator(split, seed=0, tasks=TASKS)
+    collate = XDBERTCollator(split, seed=0, objectives=TASKS)
     assert samples_of(collate(held_out), held_out) == samples_of(collate(held_out), held_out)
 
 
 def test_objectives_that_are_off_leave_the_texts_alone(split):
-    batch = XDBERTCollator(split, seed=0, tasks=Tasks(mlm=None, match=None, clip_tokens=None))(everything(split))
+    batch = XDBERTCollator(split, seed=0, objectives=XDBERTObjectives(mlm=None, match=None, clip_tokens=None))(
+        everything(split)
+    )
     layout = {"clip_blocks", "clip_valid", "clip_longest"}
     assert set(batch.arrays) == {"language_ids", "clip_ids", "clip_lengths"} | layout
     assert batch.targets == {}
@@ -185,7 +187,7 @@ def test_pairs_that_touch_a_quarantined_shard_weigh_nothing_and_change_nothing_e
     text_ids, _ = draw_partners(slots, SAMPLES, TASKS.match, seed=3)
     lost = torn.damaged | torn.damaged[text_ids]
     assert 7 < lost.sum() < SAMPLES / 2
-    before, after = (XDBERTCollator(split, seed=3, tasks=TASKS)(slots) for split in (whole, torn))
+    before, after = (XDBERTCollator(split, seed=3, objectives=TASKS)(slots) for split in (whole, torn))
     width = LENGTH + 2
     for name in ("language_ids", "clip_ids", "clip_lengths", "match_labels"):
         np.testing.assert_array_equal(before.arrays[name][~lost], after.arrays[name][~lost])

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order
-from xdscale.recipe import Tasks
+from xdscale.recipes.xdbert.schema import XDBERTObjectives
 from xdscale.shards.sources.text import TextOptions, build_shards
 from xdscale.shards.table import Table
 
@@ -34,7 +34,7 @@ def decoded_pairs(shards, model):
     split = Table(shards, "train")
     language = Tokenizer.from_file(str(model / "tokenizer.json"))
     clip = SimpleTokenizer()
-    collate = XDBERTCollator(split, seed=0, tasks=Tasks())
+    collate = XDBERTCollator(split, seed=0, objectives=XDBERTObjectives())
     order = Order(len(split), seed=0, global_batch=400, world_size=1, rank=0, micro_batch=50)
     for slots in order.slots(0):
         arrays = collate(slots).arrays

@@ -13,7 +13,7 @@ import pytest
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.draws import draws_hash
 from xdscale.data.order import Order
-from xdscale.recipe import Tasks
+from xdscale.recipes.xdbert.schema import XDBERTObjectives
 from xdscale.shards.table import Table
 from xdscale.training.prefetch import Prefetcher
 
@@ -40,7 +40,7 @@ def rows_of(batch, slots):
 
 def global_batches(split, steps, *, seed, batch, world, micro, depth):
     """The global batches of some steps as all ranks together see them, each in the order of its samples."""
-    collate = XDBERTCollator(split, seed=seed, tasks=Tasks())
+    collate = XDBERTCollator(split, seed=seed, objectives=XDBERTObjectives())
     found = [{} for _ in steps]
     for rank in range(world):
         order = Order(len(split), seed=seed, global_batch=batch, world_size=world, rank=rank, micro_batch=micro)
@@ -66,7 +66,7 @@ def global_batches(split, steps, *, seed, batch, world, micro, depth):
 def stored_hash(split, step, seed, batch, world, micro):
     """What a checkpoint after `step` steps holds, when the last rank of a run writes it."""
     order = Order(len(split), seed=seed, global_batch=batch, world_size=world, rank=world - 1, micro_batch=micro)
-    return draws_hash(XDBERTCollator(split, seed=seed, tasks=Tasks()), *order.global_batch_ids(step))
+    return draws_hash(XDBERTCollator(split, seed=seed, objectives=XDBERTObjectives()), *order.global_batch_ids(step))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_the_hash_stands_for_ids_masks_pairs_and_targets(split):
     epochs, ids = order.global_batch_ids(3)
 
     def of(tasks=None, seed=0, epochs=epochs, ids=ids):
-        return draws_hash(XDBERTCollator(split, seed=seed, tasks=Tasks(**(tasks or {}))), epochs, ids)
+        return draws_hash(XDBERTCollator(split, seed=seed, objectives=XDBERTObjectives(**(tasks or {}))), epochs, ids)
 
     known = of()
     assert len(known) == 64

@@ -1,11 +1,14 @@
 """Masked language modelling and CLIP targets keep the published rates."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from xdscale.data.masking import mask_language_ids, select_clip_targets
 from xdscale.data.order import Slots
-from xdscale.recipe import ClipTokens, MaskedLM
+from xdscale.recipes.mlm.schema import MaskedLM
+from xdscale.recipes.xdbert.schema import ClipTokens
 
 MASK_ID, VOCAB = 103, 30522
 SAMPLES, LENGTH = 4096, 512
@@ -19,7 +22,7 @@ def masked(recipe, vocab_size=VOCAB, epoch=0, seed=0):
     original = np.random.default_rng(0).integers(1000, VOCAB, (SAMPLES, LENGTH))
     changed = original.copy()
     positions, labels = mask_language_ids(
-        changed, slots(epoch=epoch), recipe, seed=seed, mask_id=MASK_ID, vocab_size=vocab_size
+        changed, slots(epoch=epoch), recipe, SimpleNamespace(mask_id=MASK_ID, vocab_size=vocab_size), seed=seed
     )
     return original.reshape(-1), changed.reshape(-1), positions, labels
 

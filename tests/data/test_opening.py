@@ -12,7 +12,8 @@ from xdscale.data.collate import XDBERTCollator
 from xdscale.data.opening import open_shards
 from xdscale.data.order import Order
 from xdscale.errors import XdscaleError
-from xdscale.recipe import Data, Tasks, load_recipe
+from xdscale.recipe import Run, load_recipe
+from xdscale.recipes.xdbert.schema import XDBERTObjectives
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.table import Table
 from xdscale.shards.verify import verify_shards
@@ -49,13 +50,13 @@ class ThreadRanks:
                 raise XdscaleError(f"{what}: rank {rank}: {text}")
 
 
-def open_on(world, section, check=lambda folder: None):
+def open_on(world, shards, run, check=lambda folder: None):
     """Returns what every rank returned or raised."""
     barrier, board = Barrier(world, timeout=30), [None] * world
 
     def one(rank):
         try:
-            return open_shards(section, ThreadRanks(rank, world, barrier, board), check=check)
+            return open_shards(shards, run, ThreadRanks(rank, world, barrier, board), check=check)
         except XdscaleError as error:
             return str(error)
 
@@ -78,18 +79,18 @@ def torn(wiki_shards, tmp_path):
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_whole_dataset_has_no_damage(wiki_shards, world):
-    assert open_on(world, Data(shards=str(wiki_shards))) == [(wiki_shards, {}, None)] * world
+    assert open_on(world, str(wiki_shards), Run()) == [(wiki_shards, {}, None)] * world
 
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_every_rank_stops_with_all_names_or_does_without_the_same_shards(torn, world):
     for budget in (0, 1):
-        found = open_on(world, Data(shards=str(torn), max_damaged_shards=budget))
+        found = open_on(world, str(torn), Run(max_damaged_shards=budget))
         assert len(set(found)) == 1
         assert "train-000000.tar: altered: expected sha256" in found[0]
         assert "validation-000000.tar: missing" in found[0]
-        assert f"data.max_damaged_shards=2 or more, now {budget}" in found[0]
-    found = open_on(world, Data(shards=str(torn), max_damaged_shards=2))
+        assert f"run.max_damaged_shards=2 or more, now {budget}" in found[0]
+    found = open_on(world, str(torn), Run(max_damaged_shards=2))
     assert [sorted(shards.damaged) for shards in found] == [["train-000000.tar", "validation-000000.tar"]] * world
     assert len({str(rank) for rank in found}) == 1
 
@@ -98,17 +99,17 @@ def test_ranks_of_a_node_fetch_a_remote_dataset_together(wiki_shards, torn, tmp_
     monkeypatch.setattr("xdscale.shards.remote.PAUSES_SECONDS", (0.0,))
     monkeypatch.setenv("LOCAL_SIZE", "3")
     seen = []
-    section = Data(shards=f"file://{wiki_shards}", cache=str(tmp_path / "cache"))
-    found = open_on(3, section, check=lambda folder: seen.append(Manifest.load(folder).fingerprint))
+    run = Run(cache=str(tmp_path / "cache"))
+    url = f"file://{wiki_shards}"
+    found = open_on(3, url, run, check=lambda folder: seen.append(Manifest.load(folder).fingerprint))
     assert len({str(rank) for rank in found}) == 1
     assert seen == [Manifest.load(wiki_shards).fingerprint] * 3
     verify_shards(found[0][0])
-    section = Data(shards=f"file://{torn}", cache=str(tmp_path / "other"), max_damaged_shards=1)
-    found = open_on(3, section)
+    found = open_on(3, f"file://{torn}", Run(cache=str(tmp_path / "other"), max_damaged_shards=1))
     assert len(set(found)) == 1
     assert f"file://{torn}/train-000000.tar: altered" in found[0]
     assert f"file://{torn}/validation-000000.tar: missing" in found[0]
-    found = open_on(3, Data(shards=f"file://{tmp_path}/none", cache=str(tmp_path / "other")))
+    found = open_on(3, f"file://{tmp_path}/none", Run(cache=str(tmp_path / "other")))
     assert set(found) == {found[0]}
     assert f"rank 0: file://{tmp_path}/none/dataset.json: cannot be fetched" in found[0]
 
@@ -118,14 +119,15 @@ def test_with_a_budget_ranks_fetch_what_a_step_needs_and_no_more(wiki_shards, tm
     monkeypatch.setenv("LOCAL_SIZE", "2")
     records = Manifest.load(wiki_shards).shards
     budget = 2 * max(record.bytes for record in records)
-    section = Data(shards=f"file://{wiki_shards}", cache=str(tmp_path / "cache"), cache_bytes=budget)
-    found = open_on(2, section)
+    found = open_on(2, f"file://{wiki_shards}", Run(cache=str(tmp_path / "cache"), cache_bytes=budget))
     assert [shards.damaged for shards in found] == [{}, {}]
     assert list(found[0].folder.glob("*.tar")) == []
     local = Table(wiki_shards, "train")
     for shards in found:
         order = Order(len(local), seed=1, global_batch=6, world_size=1, rank=0, micro_batch=3)
-        ours, theirs = (XDBERTCollator(table, seed=1, tasks=Tasks()) for table in (shards.table("train"), local))
+        ours, theirs = (
+            XDBERTCollator(table, seed=1, objectives=XDBERTObjectives()) for table in (shards.table("train"), local)
+        )
 
         def prepare(step, order=order, ours=ours):
             return [ours(slots) for slots in order.slots(step)]
@@ -147,14 +149,14 @@ def test_with_a_budget_ranks_fetch_what_a_step_needs_and_no_more(wiki_shards, tm
 
 def test_damage_that_a_run_met_counts_at_the_next_start(torn, tmp_path, monkeypatch):
     monkeypatch.setattr("xdscale.shards.remote.PAUSES_SECONDS", ())
-    section = Data(shards=f"file://{torn}", cache=str(tmp_path / "cache"), cache_bytes=10**9)
-    (shards,) = open_on(1, section)
-    with pytest.raises(XdscaleError, match=r"train-000000\.tar: altered: .*larger data\.max_damaged_shards"):
+    url, run = f"file://{torn}", Run(cache=str(tmp_path / "cache"), cache_bytes=10**9)
+    (shards,) = open_on(1, url, run)
+    with pytest.raises(XdscaleError, match=r"train-000000\.tar: altered: .*larger run\.max_damaged_shards"):
         shards.table("train").read("language", np.array([0]))
-    (message,) = open_on(1, section)
+    (message,) = open_on(1, url, run)
     assert "1 of 2 shards damaged" in message
-    assert "data.max_damaged_shards=1 or more, now 0" in message
-    (shards,) = open_on(1, section.model_copy(update={"max_damaged_shards": 1}))
+    assert "run.max_damaged_shards=1 or more, now 0" in message
+    (shards,) = open_on(1, url, run.model_copy(update={"max_damaged_shards": 1}))
     assert list(shards.damaged) == ["train-000000.tar"]
     with pytest.raises(XdscaleError, match="every shard of train is damaged"):
         shards.table("train")
@@ -165,8 +167,8 @@ def test_a_cache_that_one_node_cannot_write_stops_every_rank_with_the_reason(wik
         raise XdscaleError(f"{folder}: cannot be written: Read-only file system")
 
     monkeypatch.setattr("xdscale.data.opening.place_manifest", read_only)
-    found = open_on(2, Data(shards=f"file://{wiki_shards}", cache=str(tmp_path / "cache")))
-    assert found == [f"data.cache: rank 0: {tmp_path}/cache: cannot be written: Read-only file system"] * 2
+    found = open_on(2, f"file://{wiki_shards}", Run(cache=str(tmp_path / "cache")))
+    assert found == [f"run.cache: rank 0: {tmp_path}/cache: cannot be written: Read-only file system"] * 2
 
 
 def test_progress_is_told_shard_by_shard_and_said_only_by_the_first_rank(wiki_shards, monkeypatch, capsys):
@@ -175,7 +177,7 @@ def test_progress_is_told_shard_by_shard_and_said_only_by_the_first_rank(wiki_sh
     for rank in (0, 1):
         ranks = ThreadRanks(rank, 2, Barrier(1), [None])
         ranks.gather = lambda value: [value]
-        open_shards(Data(shards=str(wiki_shards)), ranks, check=lambda folder: None, on_shard=lambda: ticks.append(1))
+        open_shards(str(wiki_shards), Run(), ranks, check=lambda folder: None, on_shard=lambda: ticks.append(1))
         said = capsys.readouterr().err
         assert ("verifying shards: 100% of this rank's share" in said) == (rank == 0)
     assert len(ticks) == len(Manifest.load(wiki_shards).shards)
@@ -184,10 +186,10 @@ def test_progress_is_told_shard_by_shard_and_said_only_by_the_first_rank(wiki_sh
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["data.shards=s3://bucket/wiki"], "is a URL: data.cache must name a local folder"),
-        (["data.cache=/tmp/x"], "is not a URL: it needs no data.cache"),
-        (["data.cache_bytes=1000"], "data.cache_bytes = 1000: only shards from a URL need a cache"),
-        (["data.max_damaged_shards=1", "data.verify=false"], "needs data.verify = true"),
+        (["data.shards=s3://bucket/wiki"], "is a URL: run.cache must name a local folder"),
+        (["run.cache=/tmp/x"], "is not a URL: it needs no run.cache"),
+        (["run.cache_bytes=1000"], "run.cache_bytes = 1000: only shards from a URL need a cache"),
+        (["run.max_damaged_shards=1", "run.verify=false"], "needs run.verify = true"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):

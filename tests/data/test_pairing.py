@@ -5,7 +5,7 @@ import pytest
 
 from xdscale.data.order import Slots
 from xdscale.data.pairing import draw_partners
-from xdscale.recipe import Match
+from xdscale.recipes.xdbert.schema import Match
 
 
 def slots(sample_ids, epochs=0):

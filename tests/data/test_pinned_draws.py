@@ -14,7 +14,7 @@ from xdscale.data.draws import draws_hash
 from xdscale.data.hashing import Purpose, random_bits
 from xdscale.data.order import Order
 from xdscale.data.permutation import permute
-from xdscale.recipe import Tasks
+from xdscale.recipes.xdbert.schema import XDBERTObjectives
 
 SEED = 20_261_126
 
@@ -47,19 +47,19 @@ def test_the_samples_of_steps():
 def test_masks_pairs_and_targets_of_a_batch(memory_split):
     split = memory_split(97, 30, 4)
     order = Order(97, seed=SEED, global_batch=32, world_size=1, rank=0, micro_batch=32)
-    arrays = XDBERTCollator(split, seed=SEED, tasks=Tasks())(order.slots(5)[0]).arrays
+    arrays = XDBERTCollator(split, seed=SEED, objectives=XDBERTObjectives())(order.slots(5)[0]).arrays
     assert {name: digest(array) for name, array in sorted(arrays.items())} == PINNED["batch"]
 
 
 def test_the_hash_that_a_checkpoint_holds(memory_split):
-    collate = XDBERTCollator(memory_split(600, 12, 2), seed=SEED, tasks=Tasks())
+    collate = XDBERTCollator(memory_split(600, 12, 2), seed=SEED, objectives=XDBERTObjectives())
     assert draws_hash(collate, np.zeros(600, np.int64), np.arange(600)) == PINNED["draws_hash"]
 
 
 @pytest.mark.parametrize("count", [1, 512, 513])
 def test_every_sample_counts_in_that_hash(memory_split, count):
     """The first and the last one too, and those around the 512 that are hashed at once."""
-    collate = XDBERTCollator(memory_split(600, 12, 2), seed=SEED, tasks=Tasks())
+    collate = XDBERTCollator(memory_split(600, 12, 2), seed=SEED, objectives=XDBERTObjectives())
     epochs, ids = np.zeros(count, np.int64), np.arange(count)
     places = {0, count // 2, count - 2, count - 1} & set(range(count))
     hashes = [draws_hash(collate, epochs, ids)]

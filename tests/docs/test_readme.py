@@ -30,7 +30,7 @@ INSTALLATION = BASH[2:5]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 SMALLER = [
-    "training.steps=2", "training.global_batch=4", "training.eval_samples=4", "model.clip.name=clip-tiny.json",
+    "training.steps=2", "training.global_batch=4", "run.eval_samples=4", "model.clip.name=clip-tiny.json",
     "model.clip.weights=random", "model.language.name=./small-bert",
 ]  # fmt: skip
 

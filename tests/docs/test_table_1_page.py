@@ -19,7 +19,7 @@ PAGE = (ROOT / "docs" / "from-text-to-table-1.md").read_text(encoding="utf-8")
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines() if line.strip()
 ]
-TRAINING = "training.steps=2 training.global_batch=4 training.eval_samples=4 model.language.name=./small-bert"
+TRAINING = "training.steps=2 training.global_batch=4 run.eval_samples=4 model.language.name=./small-bert"
 CLIP = "model.clip.name=clip-tiny.json model.clip.weights=random"
 
 

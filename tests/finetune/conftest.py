@@ -72,19 +72,20 @@ def full_model(cassette_model, tmp_path_factory):
     """A cross-modal model, not adapted, as `xdscale export` lays it out."""
     import torch
 
-    from xdscale import recipe
-    from xdscale.export import _export_full_model
-    from xdscale.tasks.xdbert import build_adaptation
+    from xdscale.recipes.xdbert.schema import XDBERTRecipe
+    from xdscale.systems.stored import save_full_model
+    from xdscale.systems.xdbert import build_adaptation
 
     folder = tmp_path_factory.mktemp("full")
-    spec = recipe.Recipe(
+    spec = XDBERTRecipe(
+        system="xdbert",
         model={"language": {"name": str(cassette_model)}, "clip": {"name": "clip-tiny.json", "weights": "random"}},
         data={"shards": "unused"},
         training={"steps": 1, "global_batch": 4},
         output={"folder": "unused"},
     )
     torch.manual_seed(0)
-    _export_full_model(spec, build_adaptation(spec).state_dict(), folder / "cross_modal")
+    save_full_model(spec, build_adaptation(spec).state_dict(), folder / "cross_modal")
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_bytes((cassette_model / name).read_bytes())
     return folder

@@ -34,8 +34,9 @@ def test_epochs_become_steps(examples, steps, per_epoch, tmp_path):
     """RTE and MRPC have 2,490 and 3,668 training examples: 3 epochs of 32."""
     data = TaskData(find_task("rte"), [Example("0", (("a", "b"),), 0, 1)] * examples, {}, {}, {}, {})
     subject = {"name": "m", "subject": "language", "size": "base", "weights_sha256": None}
-    run = resolve_run(load_settings("paper", []), data, subject=subject, source=tmp_path, seed=3, folder=tmp_path / "r")
-    assert (run.training.steps, run.training.eval_every, run.training.seed) == (steps, per_epoch, 3)
+    of_run = {"subject": subject, "source": tmp_path, "seed": 3, "label": "m", "folder": tmp_path / "r"}
+    run = resolve_run(load_settings("paper", []), data, **of_run)
+    assert (run.training.steps, run.run.eval_every, run.training.seed) == (steps, per_epoch, 3)
     assert run.optim.learning_rate == 1e-4
     assert type(run).model_validate(run.model_dump(mode="json")) == run
 

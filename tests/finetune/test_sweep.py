@@ -67,8 +67,9 @@ def swept(small_tasks, cassette_model, full_model, clip_tiny, tmp_path_factory):
         source = small_tasks / "own" if own else small_tasks
         data = (own.task() if own else find_task(task)).read(source)
         source = source if name != "no-data" else out / "nowhere"
-        recipe = resolve_run(settings, data, subject=identity, source=source, seed=0, folder=out / name, own=own)
-        jobs.append(make_job(recipe, "default", default_ds_config(gpu=False), name, out / f"{name}.log"))
+        of_run = {"subject": identity, "source": source, "seed": 0, "label": name, "folder": out / name, "own": own}
+        recipe = resolve_run(settings, data, **of_run)
+        jobs.append(make_job(recipe, "default", default_ds_config(gpu=False), out / f"{name}.log"))
     said = []
     noise = tmp_path_factory.mktemp("noise")
     (noise / "sitecustomize.py").write_text(NOISE)
@@ -183,7 +184,7 @@ def command(tasks, model, out):
             "--data",
             str(tasks),
         ),
-        *("--out", str(out), "--seeds", "1", "--recipe", "quickstart", "training.checkpoint_every=10"),
+        *("--out", str(out), "--seeds", "1", "--recipe", "quickstart", "run.checkpoint_every=10"),
     ]
 
 

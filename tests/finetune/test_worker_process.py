@@ -11,7 +11,7 @@ from xdscale.errors import EXIT_FAULT, EXIT_STOPPED
 from xdscale.finetune import command, worker_process
 from xdscale.finetune import sweep as sweeps
 from xdscale.finetune.sweep import FinetuneJob, SweepRunner
-from xdscale.recipe import Training
+from xdscale.recipe import load_recipe
 
 # Each is a worker whose task misbehaves in one way; `do` gets the job and returns its exit code.
 FRAME = """
@@ -192,12 +192,13 @@ def test_a_result_that_cannot_be_read_is_a_failed_run(sweep):
 def test_a_run_that_is_to_stop_early_has_no_result_and_has_not_failed(sweep):
     code, said, _ = sweep("def do(job):\n    answer(code=0)", stops_early=True)
     assert code == 0
-    assert "rte seed 0: stopped as training.stop_at_step says" in said
+    assert "rte seed 0: stopped as run.stop_at_step says" in said
 
 
 @pytest.mark.parametrize(("stop_at_step", "early"), [(None, False), (9, True), (10, False), (11, False)])
 def test_only_a_step_before_the_last_stops_early(stop_at_step, early):
-    assert Training(steps=10, global_batch=1, stop_at_step=stop_at_step).stops_early == early
+    recipe = load_recipe("quickstart", ["training.steps=10", f"run.stop_at_step={stop_at_step or 'null'}"])
+    assert recipe.stops_early == early
 
 
 def test_a_signal_before_any_run_ends_the_command_at_once(tmp_path, monkeypatch, capsys):

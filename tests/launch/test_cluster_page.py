@@ -72,7 +72,7 @@ def free_job_number():
 
 
 def smaller(command, free_port):
-    values = "training.global_batch=4 training.eval_samples=4 model.clip.name=clip-tiny.json"
+    values = "training.global_batch=4 run.eval_samples=4 model.clip.name=clip-tiny.json"
     values += " model.clip.weights=random model.language.name=./small-bert-base"
     # A thousand steps where a signal ends them, two where nothing does.
     values += " training.steps=1000" if "--slurm" in command else " training.steps=2"

@@ -83,7 +83,7 @@ def test_a_script_of_awkward_values_hands_them_on_unchanged(tmp_path):
     words, environment, _ = run_script(script)
     expected = values | {"NCCL_DEBUG": "a b", "MASTER_ADDR": "node-1", "TOKENIZERS_PARALLELISM": "false"}
     assert {name: environment.get(name) for name in expected} == expected
-    start = words.index("xdscale.adapt")
+    start = words.index("xdscale.train")
     assert words[start + 1 : start + 5] == ["quickstart", f"output.folder={tmp_path}/a run", *overrides]
 
 

@@ -173,10 +173,10 @@ TWO = [Host("node-1", 1), Host("node-2", 1)]
 @settings(max_examples=60, deadline=None)
 @given(ARGUMENTS)
 def test_arguments_arrive_unchanged_on_the_other_machine(arguments):
-    command = launcher_command(TWO, Path("/hosts"), Rendezvous("node-1", 29500), "xdscale.adapt", tuple(arguments))
+    command = launcher_command(TWO, Path("/hosts"), Rendezvous("node-1", 29500), "xdscale.train", tuple(arguments))
     options = parse_args(command[1:])
     assert (options.hostfile, options.master_addr, options.master_port) == ("/hosts", "node-1", 29500)
-    assert (options.user_script, options.module, options.force_multi) == ("xdscale.adapt", True, True)
+    assert (options.user_script, options.module, options.force_multi) == ("xdscale.train", True, True)
     # What pdsh hands to the remote shell: all arguments, joined by blanks.
     line = through_pdsh(" ".join(pdsh_runner(*options.user_args).user_arguments))
     shell = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)

@@ -66,7 +66,7 @@ def test_the_launcher_gets_the_devices_there_are(started, gpus, capfd, names, ra
     assert command[3:5] == options
     assert re.fullmatch(r"--master_port \d+", " ".join(command[5:7]))
     arguments = ["xdelectra-large-wikitext103", "training.steps=3", "--deepspeed_config", config]
-    assert command[7:] == ["--module", "xdscale.adapt", *arguments]
+    assert command[7:] == ["--module", "xdscale.train", *arguments]
     if not names:
         assert settings == {"DS_ACCELERATOR": "cpu"}
     else:  # the driver's numbers are CUDA's only in this order
@@ -151,7 +151,7 @@ def test_bad_input_that_only_ranks_see_is_one_message_and_exit_code_2(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == EXIT_BAD_INPUT
     started, *messages = done.stderr.splitlines()
-    assert "--module xdscale.adapt quickstart data.shards=empty" in started
+    assert "--module xdscale.train quickstart data.shards=empty" in started
     assert len(messages) == 1
     assert messages[0].startswith("error: empty: ")
 
@@ -187,7 +187,7 @@ def start(tmp_path):
 def test_ctrl_c_and_sigterm_save_and_the_same_command_ends_the_run(short_shards, narrow_model, tmp_path, start):
     run = tmp_path / "run"
     command = [PROGRAM, "train", "quickstart", *narrow_model, f"data.shards={short_shards}", f"output.folder={run}"]
-    command += ["training.eval_samples=4", "training.global_batch=4", "training.checkpoint_every=1000", "--ranks", "2"]
+    command += ["run.eval_samples=4", "training.global_batch=4", "run.checkpoint_every=1000", "--ranks", "2"]
     command += ["training.steps=5000"]
 
     def steps():
@@ -214,7 +214,7 @@ def test_ctrl_c_and_sigterm_save_and_the_same_command_ends_the_run(short_shards,
     assert process.returncode == EXIT_STOPPED, stderr
     assert steps()[-1] == done
 
-    process = start(*command, f"training.stop_at_step={done + 1}")
+    process = start(*command, f"run.stop_at_step={done + 1}")
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 0, stderr
     assert f"continuing after step {done} " in stderr

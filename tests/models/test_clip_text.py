@@ -6,10 +6,10 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
-from xdscale import recipe
 from xdscale.models.clip_text import CausalBlockAttention, CLIPTextEncoder
 from xdscale.models.operations import use_definitions
 from xdscale.pretrained.clip import load_clip_text_tower
+from xdscale.recipes.xdbert.schema import Clip
 
 START, END = 49406, 49407
 
@@ -19,7 +19,7 @@ def encoder():
     """ViT-B/32's text tower at its real size, with random weights."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    return load_clip_text_tower(recipe.Clip(name="ViT-B-32", weights="random")).eval()
+    return load_clip_text_tower(Clip(name="ViT-B-32", weights="random")).eval()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def _stored(reference, text, tmp_path):
     config = tmp_path / "clip.json"
     config.write_text(json.dumps({"embed_dim": 39, "quick_gelu": True, "text_cfg": text}))
     save_file({k: v.contiguous() for k, v in reference.state_dict().items()}, tmp_path / "clip.safetensors")
-    return recipe.Clip(name=str(config), weights=str(tmp_path / "clip.safetensors"))
+    return Clip(name=str(config), weights=str(tmp_path / "clip.safetensors"))
 
 
 @torch.no_grad()

@@ -1,18 +1,19 @@
 import pytest
 
-from xdscale import recipe
 from xdscale.errors import XdscaleError
 from xdscale.params import parameter_table, print_parameters
+from xdscale.recipes.xdbert.schema import XDBERTRecipe
 
 
-def spec(language, *, layers=2, tasks=None):
-    return recipe.Recipe(
+def spec(language, *, layers=2, objectives=None):
+    return XDBERTRecipe(
+        system="xdbert",
         model={
             "language": {"name": str(language), "weights": "pretrained"},
             "clip": {"name": "ViT-B-32", "weights": "openai"},
             "cross_layers": layers,
         },
-        tasks=tasks or {},
+        objectives=objectives or {},
         data={"shards": "unused"},
         training={"steps": 1, "global_batch": 1},
         output={"folder": "unused"},
@@ -55,7 +56,7 @@ def test_electra_base():
 
 
 def test_one_layer_and_fewer_heads():
-    rows = parameter_table(spec("bert-base-uncased", layers=1, tasks={"match": None, "clip_tokens": None}))
+    rows = parameter_table(spec("bert-base-uncased", layers=1, objectives={"match": None, "clip_tokens": None}))
     assert [row.part for row in rows[4:]] == [
         "model with 1 cross-modal layer",
         "masked-LM head",

@@ -13,17 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from xdscale import recipe
 from xdscale.errors import XdscaleError
 from xdscale.kernels.quick_gelu import quick_gelu
 from xdscale.pretrained.clip import clip_config, load_clip_text_tower
 from xdscale.pretrained.language import KNOWN, language_config, load_language_encoder, tokenizer_folder
+from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.xdbert.schema import Clip
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 2}
 
 
 def language(name, weights="pretrained", sha256=None):
-    return recipe.Language(name=str(name), weights=weights, sha256=sha256)
+    return Language(name=str(name), weights=weights, sha256=sha256)
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def clip_file(tmp_path):
         path = tmp_path / name
         state = {key: value.contiguous() for key, value in state.items()}
         save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
-        return recipe.Clip(name=str(config), weights=str(path))
+        return Clip(name=str(config), weights=str(path))
 
     return clip, store
 
@@ -318,13 +319,13 @@ def test_archives_of_other_things_are_refused(clip_file, tmp_path):
 
 def test_clip_tags_and_names():
     with pytest.raises(XdscaleError, match="'opneai': not a file and not a tag of ViT-B-32.*openai, laion400m"):
-        load_clip_text_tower(recipe.Clip(name="ViT-B-32", weights="opneai"))
+        load_clip_text_tower(Clip(name="ViT-B-32", weights="opneai"))
     with pytest.raises(XdscaleError, match="'openai': could not be fetched.*'random'"):
-        load_clip_text_tower(recipe.Clip(name="ViT-B-32", weights="openai"))
+        load_clip_text_tower(Clip(name="ViT-B-32", weights="openai"))
     with pytest.raises(XdscaleError, match="'ViT-Q': not an architecture of open_clip"):
-        clip_config(recipe.Clip(name="ViT-Q", weights="random"))
+        clip_config(Clip(name="ViT-Q", weights="random"))
     with pytest.raises(XdscaleError, match=r"none\.safetensors: no such file"):
-        load_clip_text_tower(recipe.Clip(name="ViT-B-32", weights="none.safetensors"))
+        load_clip_text_tower(Clip(name="ViT-B-32", weights="none.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -342,11 +343,11 @@ def test_clip_tags_and_names():
 )
 def test_activation_is_the_one_of_the_weights(name, weights, quick):
     """Spec xdbert §2.2: x·σ(1.702x) in OpenAI's; LAION's ViT-B-32 was trained with GELU."""
-    assert clip_config(recipe.Clip(name=name, weights=weights)).quick_gelu is quick
+    assert clip_config(Clip(name=name, weights=weights)).quick_gelu is quick
 
 
 def test_the_activation_reaches_the_tower(clip_tiny):
-    encoder = load_clip_text_tower(recipe.Clip(name=str(clip_tiny), weights="random"))
+    encoder = load_clip_text_tower(Clip(name=str(clip_tiny), weights="random"))
     assert [block.mlp.c_proj.activation for block in encoder.tower.transformer.resblocks] == [quick_gelu] * 2
 
 
@@ -363,10 +364,10 @@ def test_the_activation_reaches_the_tower(clip_tiny):
 def test_bad_clip_configurations(tmp_path, values, message):
     (tmp_path / "clip.json").write_text(json.dumps(values))
     with pytest.raises(XdscaleError, match=re.escape(message)):
-        clip_config(recipe.Clip(name=str(tmp_path / "clip.json"), weights="random"))
+        clip_config(Clip(name=str(tmp_path / "clip.json"), weights="random"))
 
 
 @pytest.mark.parametrize("name", ["roberta-ViT-B-32", "ViT-B-16-SigLIP", "coca_ViT-B-32"])
 def test_other_text_towers_are_refused(name):
     with pytest.raises(XdscaleError, match=f"'{name}': its text tower is not a plain CLIP text tower"):
-        clip_config(recipe.Clip(name=name, weights="random"))
+        clip_config(Clip(name=name, weights="random"))

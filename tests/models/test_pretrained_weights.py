@@ -8,26 +8,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
-from xdscale import recipe
 from xdscale.errors import XdscaleError
 from xdscale.params import parameter_table
 from xdscale.plan.shapes import count, model_shape, modules
 from xdscale.pretrained.clip import load_clip_text_tower
 from xdscale.pretrained.language import language_config, language_weights, load_language_encoder, own_tokenizer
 from xdscale.pretrained.weights import weights_sha256
-from xdscale.tasks.xdbert import build_adaptation
+from xdscale.recipes.mlm.schema import Language, MaskedLMRecipe
+from xdscale.recipes.xdbert.schema import Clip
+from xdscale.systems.mlm import build_masked_lm
 
 
 def language(name, weights="pretrained", sha256=None):
-    return recipe.Language(name=str(name), weights=weights, sha256=sha256)
+    return Language(name=str(name), weights=weights, sha256=sha256)
 
 
 def masked_lm_recipe(folder, weights="pretrained"):
-    model = recipe.Model(language=language(folder, weights), clip=None, cross_layers=0)
-    tasks = recipe.Tasks(match=None, clip_tokens=None)
-    training = recipe.Training(steps=1, global_batch=1)
-    return recipe.Recipe(
-        model=model, tasks=tasks, data=recipe.Data(shards="x"), training=training, output=recipe.Output(folder="x")
+    return MaskedLMRecipe(
+        system="mlm",
+        model={"language": language(folder, weights)},
+        data={"shards": "x"},
+        training={"steps": 1, "global_batch": 1},
+        output={"folder": "x"},
     )
 
 
@@ -71,8 +73,8 @@ def test_weights_in_parts_are_the_whole(folder, in_parts, cassette_model, suffix
     assert all(torch.equal(found[name], value) for name, value in wanted.items() if not name.startswith("pooler."))
     with pytest.raises(XdscaleError, match=r"00001-of-00002.*00002-of-00002.*SHA-256 is"):
         load_language_encoder(language(folder, sha256="ab" * 32), dropout=0.1)
-    head = build_adaptation(masked_lm_recipe(folder)).mlm.state_dict()
-    assert torch.equal(head["norm.weight"], build_adaptation(masked_lm_recipe(cassette_model)).mlm.norm.weight)
+    head = build_masked_lm(masked_lm_recipe(folder)).mlm.state_dict()
+    assert torch.equal(head["norm.weight"], build_masked_lm(masked_lm_recipe(cassette_model)).mlm.norm.weight)
     parts[1].unlink()
     with pytest.raises(XdscaleError, match=rf"{index.name}: names .*00002-of-00002.{suffix}', which is missing"):
         load_language_encoder(language(folder), dropout=0.1)
@@ -117,7 +119,7 @@ def test_git_lfs_pointers_are_told(folder, in_parts, tmp_path, clip_tiny):
         language_config(language(folder))
     (tmp_path / "clip.pt").write_text(pointer)
     with pytest.raises(XdscaleError, match=r"clip\.pt: this is a Git LFS pointer"):
-        load_clip_text_tower(recipe.Clip(name=str(clip_tiny), weights=str(tmp_path / "clip.pt")))
+        load_clip_text_tower(Clip(name=str(clip_tiny), weights=str(tmp_path / "clip.pt")))
 
 
 def test_a_run_folder_is_not_an_encoder(tmp_path):
@@ -166,7 +168,7 @@ def published(tmp_path):
 )
 def test_a_published_head_predicts_what_transformers_predicts(published, tmp_path, values):
     theirs = published(**values)
-    ours = build_adaptation(masked_lm_recipe(tmp_path)).eval()
+    ours = build_masked_lm(masked_lm_recipe(tmp_path)).eval()
     ids, labels = torch.arange(12).view(1, 12), torch.arange(3)
     batch = {"language_ids": ids, "masked_lm_positions": torch.tensor([2, 5, 7]), "masked_lm_labels": labels}
     with torch.no_grad():
@@ -178,7 +180,7 @@ def test_a_published_head_predicts_what_transformers_predicts(published, tmp_pat
 def test_an_untied_decoder_is_counted_once_everywhere(published, tmp_path):
     published(tie_word_embeddings=False)
     spec = masked_lm_recipe(tmp_path)
-    module = build_adaptation(spec)
+    module = build_masked_lm(spec)
     rows = {row.part: row.parameters for row in parameter_table(spec)}
     assert rows["masked-LM head"] == sum(p.numel() for p in module.mlm.parameters()) == 64 * 16 + 64 + 17 * 16 + 32
     assert rows["model during adaptation"] == sum(p.numel() for p in module.parameters())
@@ -196,14 +198,14 @@ def test_heads_that_do_not_fit_are_told(published, tmp_path):
         return masked_lm_recipe(tmp_path)
 
     with pytest.raises(XdscaleError, match=r"decoder\.weight is not the word embedding.*tie_word_embeddings"):
-        build_adaptation(spoilt(**{"cls.predictions.decoder.weight": words + 1}))
+        build_masked_lm(spoilt(**{"cls.predictions.decoder.weight": words + 1}))
     with pytest.raises(XdscaleError, match=r"masked-LM head without cls\.predictions\.transform\.LayerNorm\.bias"):
-        build_adaptation(spoilt(**{"cls.predictions.transform.LayerNorm.bias": None}))
+        build_masked_lm(spoilt(**{"cls.predictions.transform.LayerNorm.bias": None}))
     with pytest.raises(XdscaleError, match=r"masked-LM head .* not of its config\.json: decoder_bias \[72\]"):
-        build_adaptation(spoilt(**{"cls.predictions.bias": torch.zeros(72)}))
+        build_masked_lm(spoilt(**{"cls.predictions.bias": torch.zeros(72)}))
     # Some files have the bias under the decoder's name alone.
     bias = torch.arange(64.0)
-    head = build_adaptation(spoilt(**{"cls.predictions.bias": None, "cls.predictions.decoder.bias": bias})).mlm
+    head = build_masked_lm(spoilt(**{"cls.predictions.bias": None, "cls.predictions.decoder.bias": bias})).mlm
     assert torch.equal(head.decoder_bias, bias)
 
 

@@ -2,18 +2,18 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from xdscale import recipe
 from xdscale.models.operations import use_definitions
-from xdscale.tasks.xdbert import build_model
+from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.xdbert.schema import Clip, Model
+from xdscale.systems.xdbert import build_model
 
 
-def spec(language="bert-base-uncased", clip="ViT-B-32", *, weights="random", layers=2, dropout=0.1, kernels="fused"):
-    return recipe.Model(
-        language=recipe.Language(name=str(language), weights=weights),
-        clip=recipe.Clip(name=str(clip), weights="random"),
+def spec(language="bert-base-uncased", clip="ViT-B-32", *, weights="random", layers=2, dropout=0.1):
+    return Model(
+        language=Language(name=str(language), weights=weights),
+        clip=Clip(name=str(clip), weights="random"),
         cross_layers=layers,
         dropout=dropout,
-        kernels=kernels,
     )
 
 
@@ -250,7 +250,7 @@ def test_bf16_stays_near_fp32(small, inputs, cassette_model, clip_tiny):
 def plain_and_thrifty(request, cassette_model, clip_tiny):
     """Twice the same model, the second with activation checkpointing."""
     torch.manual_seed(0)
-    model = spec(cassette_model, clip_tiny, weights="pretrained", kernels=request.param)
+    model = spec(cassette_model, clip_tiny, weights="pretrained")
     plain, thrifty = (build_model(model).train() for _ in range(2))
     if request.param == "plain":
         use_definitions(plain), use_definitions(thrifty)

@@ -82,7 +82,9 @@ def crafted_batches(recipe, module, length, blocks, micro_batch, count, seed):
         arrays["clip_positions"], arrays["clip_labels"] = targets, rng.integers(1, clip_vocabulary, len(targets))
         arrays["match_labels"] = rng.integers(0, 2, micro_batch)
         targets = {"mlm": len(masked), "match": micro_batch, "clip_tokens": len(targets)}
-        batches.append(Batch(arrays, {name: targets[name] for name in recipe.tasks.weights()}, micro_batch * length))
+        batches.append(
+            Batch(arrays, {name: targets[name] for name in recipe.objectives.weights()}, micro_batch * length)
+        )
     return batches
 
 
@@ -142,7 +144,7 @@ def build_case(case, ranks):
     import torch
 
     from xdscale.ds_config import activation_checkpointing, resolve_ds_config
-    from xdscale.tasks.xdbert import build_adaptation
+    from xdscale.systems.xdbert import build_adaptation
     from xdscale.training.engine import build_engine
 
     recipe = load_recipe(case["recipe"], case["overrides"])
@@ -159,7 +161,7 @@ def build_case(case, ranks):
 def build_trainer(recipe, engine, ranks, batches):
     """Returns the real trainer on the same batches at every step."""
     from xdscale.training.loop import Trainer
-    from xdscale.training.protocols import StepData
+    from xdscale.training.prefetch import StepData
     from xdscale.training.signals import StopRequest
     from xdscale.training.skipping import Skipped
     from xdscale.training.watchdog import Watchdog
@@ -175,7 +177,7 @@ def build_trainer(recipe, engine, ranks, batches):
         engine=engine,
         recipe=recipe,
         ranks=ranks,
-        weights=recipe.tasks.weights(),
+        weights=recipe.objectives.weights(),
         source=Source(),
         order=None,  # only asked about steps that are skipped
         validation=[],
@@ -187,7 +189,7 @@ def build_trainer(recipe, engine, ranks, batches):
         monitor=None,
         stop=StopRequest(),
         skipped=Skipped(),
-        watchdog=Watchdog(ranks, Path("unused"), recipe.training.hang_seconds),
+        watchdog=Watchdog(ranks, Path("unused"), recipe.run.hang_seconds),
     )
 
 

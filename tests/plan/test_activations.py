@@ -10,7 +10,7 @@ from xdscale.plan.load import Load
 from xdscale.plan.settings import Settings
 from xdscale.plan.shapes import model_shape
 from xdscale.recipe import load_recipe
-from xdscale.tasks.xdbert import build_adaptation
+from xdscale.systems.xdbert import build_adaptation
 from xdscale.training.engine import to_device
 
 BATCH, LENGTH, BLOCKS = 3, 128, 2

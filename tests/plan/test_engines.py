@@ -58,7 +58,7 @@ def overrides(small_model):
 
 
 def with_overrides(made, overrides):
-    return overrides + ([] if made["match"] else ["tasks.match=null"])
+    return overrides + ([] if made["match"] else ["objectives.match=null"])
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_model_states_are_those_of_the_engine(measured, overrides, made):
 def test_collective_bytes_are_exactly_those_counted(measured, overrides, made):
     spec, found, settings = planned(made, overrides)
     expected = Counter()
-    for each in collectives(found, settings, RANKS, ACCUMULATION, len(spec.tasks.weights())):
+    for each in collectives(found, settings, RANKS, ACCUMULATION, len(spec.objectives.weights())):
         expected[f"{TORCH_NAMES.get(each.operation, each.operation)} {each.dtype}"] += each.payload_bytes
     for result in measured[made["name"]]:
         assert {key: payload for key, (_, payload) in result["collectives"].items()} == dict(expected)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from xdscale.models.flops import language_flops, masked_token_flops
 from xdscale.params import _without_weights
 from xdscale.plan.flops import training_flops
 from xdscale.plan.load import Load, expected_load, largest_load
 from xdscale.plan.shapes import language_shape, model_shape
 from xdscale.recipe import load_recipe
-from xdscale.tasks.flops import language_flops, masked_token_flops
-from xdscale.tasks.xdbert import build_adaptation
+from xdscale.systems.xdbert import build_adaptation
 
 
 @pytest.mark.parametrize(("length", "sequences_per_second", "tflops"), [(128, 272, 64), (512, 52, 53)])
@@ -31,7 +31,7 @@ def test_expected_flops_are_those_of_training_on_such_a_batch(name):
     masked, targets = np.array([3, 17, 90, 101, 140]), np.array([1, 2, 80, 200])
     arrays = {"language_ids": np.zeros((1, 256)), "clip_ids": np.zeros((1, 4, 77)), "clip_lengths": np.full((1, 4), 70)}
     arrays |= {"masked_lm_positions": masked, "clip_positions": targets}
-    on = spec.tasks.weights()
+    on = spec.objectives.weights()
     load = Load(256, 4, 280, 5, int("match" in on), 4 if "clip_tokens" in on else 0)
     assert training_flops(model_shape(spec), load) == pytest.approx(module.flops(arrays), rel=1e-6)
 

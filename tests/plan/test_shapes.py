@@ -7,7 +7,7 @@ from xdscale.errors import XdscaleError
 from xdscale.params import _without_weights, parameter_table
 from xdscale.plan.shapes import clip_shape, count, language_shape, model_shape, modules
 from xdscale.recipe import load_recipe, shipped_recipes
-from xdscale.tasks.xdbert import build_adaptation
+from xdscale.systems.xdbert import build_adaptation
 
 LARGE_BERT = ("xdbert-base-wikitext103", ["model.language.name=bert-large-uncased"])
 ARCHITECTURES = [(name, []) for name in shipped_recipes() if "minilm" not in name] + [LARGE_BERT]

@@ -347,7 +347,7 @@ def test_a_folder_without_locks_is_refused(small_dataset, tmp_path, monkeypatch)
 
     folder = place_manifest(fetch_manifest(f"file://{small_dataset}"), tmp_path)
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(XdscaleError, match=rf"data\.cache: {folder}: nothing can be locked there"):
+    with pytest.raises(XdscaleError, match=rf"run\.cache: {folder}: nothing can be locked there"):
         ShardCache(f"file://{small_dataset}", folder, Manifest.load(folder).shards, budget=10**9, sharers=1)
 
 

@@ -95,7 +95,7 @@ def test_a_cache_without_locks_is_filled_too(server, records, tmp_path, monkeypa
 def test_a_cache_that_takes_no_shard_is_named(server, records, tmp_path):
     folder = place_manifest(fetch_manifest(server.url), tmp_path)
     (folder / f".{records[0].file}.partial").mkdir()
-    with pytest.raises(XdscaleError, match=rf"data\.cache: {folder}: cannot be written: "):
+    with pytest.raises(XdscaleError, match=rf"run\.cache: {folder}: cannot be written: "):
         fetch_shards(server.url, folder, records, verify=False)
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from xdscale import recipe
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order, Slots, validation_slots
 from xdscale.data.task_batches import TaskCollator, encode_examples
 from xdscale.data.task_files import Example
+from xdscale.recipes.xdbert.schema import XDBERTObjectives, XDBERTRecipe
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.table import Table
@@ -26,21 +26,22 @@ def adaptation_spec(cassette_model):
         clip="clip-tiny.json",
         *,
         weights="pretrained",
-        tasks=None,
+        objectives=None,
         dropout=0.0,
         kernels="fused",
         layers=2,
     ):
-        return recipe.Recipe(
+        return XDBERTRecipe(
+            system="xdbert",
             model={
                 "language": {"name": str(language), "weights": weights},
                 "clip": {"name": str(clip), "weights": "random"},
                 "dropout": dropout,
-                "kernels": kernels,
                 "cross_layers": layers,
             },
-            tasks=tasks or {},
+            objectives=objectives or {},
             data={"shards": "unused"},
+            run={"kernels": kernels},
             training={"steps": 1, "global_batch": 4},
             output={"folder": "unused"},
         )
@@ -53,7 +54,7 @@ def arrays(wiki_shards):
     """Four real sequences, as the training loop gets them; the last is padding of the micro-batch."""
     split = Table(wiki_shards, "train")
     order = Order(len(split), seed=1, global_batch=3, world_size=1, rank=0, micro_batch=4)
-    return XDBERTCollator(split, seed=1, tasks=recipe.Tasks())(order.slots(0)[0]).arrays
+    return XDBERTCollator(split, seed=1, objectives=XDBERTObjectives())(order.slots(0)[0]).arrays
 
 
 @pytest.fixture(scope="session")

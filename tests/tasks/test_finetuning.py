@@ -10,10 +10,12 @@ from transformers import (
     ElectraForSequenceClassification,
 )
 
-from xdscale import recipe
 from xdscale.errors import XdscaleError
-from xdscale.export import _export_full_model
 from xdscale.models.xdbert import XDBERT
+from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.xdbert.schema import Clip
+from xdscale.systems.stored import save_full_model
+from xdscale.systems.xdbert import build_adaptation
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import (
     Finetuning,
@@ -21,7 +23,6 @@ from xdscale.tasks.finetuning import (
     build_cross_modal_classifier,
     build_language_classifier,
 )
-from xdscale.tasks.xdbert import build_adaptation
 from xdscale.training.engine import to_device
 
 
@@ -46,7 +47,7 @@ def test_logits_are_those_of_transformers_own_model(cassette_model, electra_fold
     folder = cassette_model if family == "bert" else electra_folder
     torch.manual_seed(1)
     module = Finetuning(
-        build_language_classifier(recipe.Language(name=str(folder)), find_task(task), dropout=0.1), find_task(task)
+        build_language_classifier(Language(name=str(folder)), find_task(task), dropout=0.1), find_task(task)
     ).eval()
     kind = AutoModelForMultipleChoice if task == "swag" else AutoModelForSequenceClassification
     reference = kind.from_pretrained(
@@ -72,7 +73,7 @@ def test_logits_are_those_of_transformers_own_model(cassette_model, electra_fold
 
 def test_parameters_are_the_encoders_and_the_heads(cassette_model):
     """Spec xdbert §10.9: exactly the encoder and its head."""
-    module = build_language_classifier(recipe.Language(name=str(cassette_model)), find_task("mnli"), dropout=0.1)
+    module = build_language_classifier(Language(name=str(cassette_model)), find_task("mnli"), dropout=0.1)
     config = BertConfig.from_pretrained(cassette_model, num_labels=3)
     reference = AutoModelForSequenceClassification.from_config(config)
     assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in reference.parameters())
@@ -83,7 +84,7 @@ def test_any_split_of_a_batch_gives_the_same_gradient(cassette_model, make_batch
     labels = [5.0, 0.25, 3.5, 2.0]
     torch.manual_seed(2)
     module = Finetuning(
-        build_language_classifier(recipe.Language(name=str(cassette_model)), find_task("stsb"), dropout=0.0),
+        build_language_classifier(Language(name=str(cassette_model)), find_task("stsb"), dropout=0.0),
         find_task("stsb"),
     )
     weight = module.subject.model.classifier.weight
@@ -101,7 +102,7 @@ def test_padding_examples_have_no_part_in_the_loss(cassette_model, make_batch):
         spec = find_task(task)
         torch.manual_seed(3)
         module = Finetuning(
-            build_language_classifier(recipe.Language(name=str(cassette_model)), spec, dropout=0.0),
+            build_language_classifier(Language(name=str(cassette_model)), spec, dropout=0.0),
             spec,
         ).eval()
         batch = make_batch(task, labels)
@@ -122,7 +123,7 @@ def export_folder(adaptation_spec, cassette_model, tmp_path_factory):
     spec = adaptation_spec(dropout=0.1)
     torch.manual_seed(4)
     adaptation = build_adaptation(spec)
-    _export_full_model(spec, adaptation.state_dict(), folder / "cross_modal")
+    save_full_model(spec, adaptation.state_dict(), folder / "cross_modal")
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_bytes((cassette_model / name).read_bytes())
     return folder, adaptation
@@ -157,7 +158,7 @@ def test_an_export_without_the_full_model_is_refused(tmp_path):
 def test_clip_alone_is_read_at_the_end_token_and_knows_no_later_padding(clip_tiny, make_batch):
     """Paper §2.2: CLIP's own output, at EOT, projected."""
     torch.manual_seed(5)
-    spec = recipe.Clip(name=str(clip_tiny), weights="random")
+    spec = Clip(name=str(clip_tiny), weights="random")
     subject = build_clip_classifier(spec, find_task("rte"), dropout=0.0).eval()
     batch = make_batch("rte", [1, 0])
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from xdscale.models.cross_modal import SelectedTokens
 from xdscale.models.packed_tokens import PackedTokens
 from xdscale.padding import clip_layout
-from xdscale.tasks.xdbert import build_adaptation
+from xdscale.systems.xdbert import build_adaptation
 from xdscale.training.engine import to_device
 
 
@@ -46,7 +46,7 @@ def own_pooler(module, samples):
 def test_forward_pass(adaptation_spec, arrays, batch, off, layers, kernels):
     """Real texts of different lengths; the last layer at targets only."""
     assert len(set(arrays["clip_lengths"].sum(1).tolist())) > 1
-    spec = adaptation_spec(tasks=dict.fromkeys(off), kernels=kernels, layers=layers)
+    spec = adaptation_spec(objectives=dict.fromkeys(off), kernels=kernels, layers=layers)
     module = build_adaptation(spec).eval()
     with torch.no_grad():
         total = counted(lambda: module(batch)) - own_pooler(module, len(batch["language_ids"]))

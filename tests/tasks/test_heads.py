@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from xdscale.models.heads import MaskedTokenHead, MatchHead
 from xdscale.models.operations import use_definitions
-from xdscale.tasks.heads import MaskedTokenHead, MatchHead
 
 VOCABULARY = 13
 

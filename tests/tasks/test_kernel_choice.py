@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xdscale.tasks.xdbert import build_adaptation
+from xdscale.systems.xdbert import build_adaptation
 
 
 def losses_and_gradients(module, batch, seed):
@@ -11,7 +11,7 @@ def losses_and_gradients(module, batch, seed):
     torch.manual_seed(seed)
     terms = module(batch)
     sum(loss / max(len(batch["match_labels"]), 1) for loss, _ in terms.values()).backward()
-    counts = {name: count.item() for name, (_, count) in terms.items()}
+    counts = {name: term.metrics["accuracy"].item() for name, term in terms.items()}
     gradients = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
     return {name: loss.item() for name, (loss, _) in terms.items()}, counts, gradients
 

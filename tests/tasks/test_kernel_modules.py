@@ -7,17 +7,18 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from xdscale import recipe
-from xdscale.export import _export_full_model
 from xdscale.kernels import DEFINITIONS, packed_attention
 from xdscale.models.operations import use_definitions
+from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.xdbert.schema import Clip
+from xdscale.systems.stored import save_full_model
+from xdscale.systems.xdbert import build_adaptation
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import (
     build_clip_classifier,
     build_cross_modal_classifier,
     build_language_classifier,
 )
-from xdscale.tasks.xdbert import build_adaptation
 
 # A language layer has two sublayers, a cross-modal layer two attentions and a feed-forward for each encoder.
 LANGUAGE_LAYER = {"residual_norm": 2, "activated_linear": 1}
@@ -63,11 +64,11 @@ def test_adaptation(adaptation_spec, small_clip_layers, kernels, cross_layers):
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("task", ["cola", "swag"])
 def test_finetuning_of_each_subject(adaptation_spec, cassette_model, small_clip_layers, tmp_path, plain, task):
-    language = build_language_classifier(recipe.Language(name=str(cassette_model)), find_task(task), dropout=0.1)
-    clip = build_clip_classifier(recipe.Clip(name="clip-tiny.json", weights="random"), find_task(task), dropout=0.1)
+    language = build_language_classifier(Language(name=str(cassette_model)), find_task(task), dropout=0.1)
+    clip = build_clip_classifier(Clip(name="clip-tiny.json", weights="random"), find_task(task), dropout=0.1)
     torch.manual_seed(4)
     spec = adaptation_spec()
-    _export_full_model(spec, build_adaptation(spec).state_dict(), tmp_path / "cross_modal")
+    save_full_model(spec, build_adaptation(spec).state_dict(), tmp_path / "cross_modal")
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((cassette_model / name).read_bytes())
     both = build_cross_modal_classifier(tmp_path, find_task(task), dropout=0.1)

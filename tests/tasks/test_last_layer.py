@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xdscale.tasks.xdbert import build_adaptation
+from xdscale.systems.xdbert import build_adaptation
 
 TASKS = ("mlm", "match", "clip_tokens")
 
@@ -17,7 +17,7 @@ def built(adaptation_spec):
     def make(off):
         if off not in modules:
             torch.manual_seed(0)
-            modules[off] = build_adaptation(adaptation_spec(tasks=dict.fromkeys(off))).double()
+            modules[off] = build_adaptation(adaptation_spec(objectives=dict.fromkeys(off))).double()
         return modules[off]
 
     return make
@@ -39,7 +39,7 @@ def whole_losses(module, batch):
 def gradients(module, terms):
     """By name; None where no loss reaches the parameter."""
     module.zero_grad(set_to_none=True)
-    sum(loss for loss, _ in terms.values()).backward()
+    sum(term[0] for term in terms.values()).backward()
     return {name: p.grad for name, p in module.named_parameters()}
 
 
@@ -77,7 +77,7 @@ def test_losses_and_gradients_are_those_of_the_whole_model(built, batch, off, ba
     assert set(found) == set(TASKS) - set(off)
     for name, (loss, correct) in expected.items():
         assert found[name][0].item() == pytest.approx(loss.item(), rel=1e-10)
-        assert found[name][1] == correct
+        assert found[name].metrics["accuracy"] == correct
     found, expected = gradients(module, found), gradients(module, expected)
     for name, gradient in expected.items():
         reached = gradient is not None and gradient.any()

@@ -7,14 +7,12 @@ from transformers import AutoModel, BertForMaskedLM
 from xdscale.errors import XdscaleError
 from xdscale.params import parameter_table
 from xdscale.recipe import load_recipe
-from xdscale.tasks.xdbert import build_adaptation
-
-WITHOUT_CLIP = ["model.clip=null", "model.cross_layers=0", "tasks.match=null", "tasks.clip_tokens=null"]
+from xdscale.systems.mlm import build_masked_lm
 
 
 @pytest.fixture(scope="module")
 def module(cassette_model):
-    return build_adaptation(load_recipe("quickstart-mlm", [f"model.language.name={cassette_model}"])).eval()
+    return build_masked_lm(load_recipe("quickstart-mlm", [f"model.language.name={cassette_model}"])).eval()
 
 
 def test_the_loss_is_transformers_own(module, cassette_model, batch):
@@ -22,10 +20,10 @@ def test_the_loss_is_transformers_own(module, cassette_model, batch):
     labels = torch.full(batch["language_ids"].shape, -100)
     labels.view(-1)[batch["masked_lm_positions"]] = batch["masked_lm_labels"]
     with torch.no_grad():
-        loss, correct = module(batch)["mlm"]
+        loss, metrics = module(batch)["mlm"]
         wanted = reference(input_ids=batch["language_ids"], labels=labels)
     torch.testing.assert_close(loss / len(batch["masked_lm_labels"]), wanted.loss, atol=1e-4, rtol=1e-5)
-    assert correct == (wanted.logits.argmax(-1) == labels).sum()
+    assert metrics["accuracy"] == (wanted.logits.argmax(-1) == labels).sum()
 
 
 def test_it_is_the_language_encoder_and_nothing_of_clip(module, cassette_model):
@@ -52,14 +50,21 @@ def test_parameters_are_those_of_table_6(name, parameters):
 @pytest.mark.parametrize("size", ["bert-base", "electra-base", "electra-large"])
 def test_the_baseline_differs_from_its_subject_by_clip_alone(size):
     baseline = load_recipe(f"{size}-mlm-wikitext103")
-    subject = load_recipe("xd" + size + "-wikitext103", WITHOUT_CLIP)
-    assert baseline.identity() == subject.identity()
-    assert baseline.data == subject.data
+    subject = load_recipe("xd" + size + "-wikitext103")
+    without = subject.identity() | {"system": "mlm"}
+    del without["model"]["clip"], without["model"]["cross_layers"]
+    del without["objectives"]["match"], without["objectives"]["clip_tokens"]
+    assert baseline.identity() == without
+    assert (baseline.data, baseline.run) == (subject.data, subject.run)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("model.cross_layers=2", "with model.clip: null it is 0"), ("tasks.match={}", "without model.clip only mlm")],
+    [
+        ("model.cross_layers=2", r"unknown key 'model\.cross_layers'"),
+        ("objectives.match={}", r"unknown key 'objectives\.match'; known keys: mlm"),
+        ("objectives.mlm=null", r"objectives\.mlm = None"),
+    ],
 )
 def test_what_needs_clip_is_refused_without_it(override, message):
     with pytest.raises(XdscaleError, match=message):
@@ -71,7 +76,7 @@ def test_it_trains_and_exports_as_any_other(adapt, wiki_shards, cassette_model, 
 
     config = tmp_path / "ds.json"
     config.write_text('{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}')
-    overrides = ("training.steps=2", "training.global_batch=4", "training.eval_samples=4")
+    overrides = ("training.steps=2", "training.global_batch=4", "run.eval_samples=4")
     launch = adapt(
         *("quickstart-mlm", f"data.shards={wiki_shards}", f"output.folder={tmp_path / 'run'}", *overrides),
         *("--deepspeed_config", str(config)),

@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xdscale import recipe
+from xdscale.systems.mlm import build_masked_lm
+from xdscale.systems.xdbert import build_adaptation, build_model
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import Finetuning, build_clip_classifier, build_language_classifier
 from xdscale.tasks.subjects import CrossModalClassifier
-from xdscale.tasks.xdbert import build_adaptation, build_model
 from xdscale.training.engine import to_device
 
 META = torch.device("meta")
@@ -104,7 +105,7 @@ def test_adaptation(adaptation_spec, arrays, launched, name, checkpointing):
 
 def test_masked_lm(cassette_model, arrays, launched):
     spec = recipe.load_recipe("quickstart-mlm", [f"model.language.name={cassette_model}"])
-    assert step(build_adaptation(spec), arrays).keys() == {"mlm"}
+    assert step(build_masked_lm(spec), arrays).keys() == {"mlm"}
     attention = [name for name in launched if name.startswith("attention")]
     assert attention == ["attention_forward"] * 2 + ["attention_backward_query", "attention_backward_key_value"] * 2
     assert launched.count("row_statistics_kernel") == 1

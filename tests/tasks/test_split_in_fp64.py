@@ -6,14 +6,14 @@ from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order
 from xdscale.recipe import load_recipe
 from xdscale.shards.table import Table
-from xdscale.tasks.xdbert import build_adaptation
+from xdscale.systems.xdbert import build_adaptation
 from xdscale.training.engine import to_device
 
 
 def test_split_in_fp64(wiki_shards):
     recipe = load_recipe("quickstart", ["model.dropout=0"])
     split = Table(wiki_shards, "train")
-    collate = XDBERTCollator(split, seed=0, tasks=recipe.tasks)
+    collate = XDBERTCollator(split, seed=0, objectives=recipe.objectives)
     torch.set_num_threads(1)
 
     def gradient(micro_batch):

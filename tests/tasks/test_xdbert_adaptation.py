@@ -3,13 +3,13 @@ import torch
 import torch.nn.functional as F
 from transformers import BertForMaskedLM
 
-from xdscale import recipe
 from xdscale.errors import XdscaleError
 from xdscale.models.cross_modal import CrossModalLayer
 from xdscale.models.xdbert import XDBERT
 from xdscale.pretrained.clip import load_clip_text_tower
+from xdscale.recipes.xdbert.schema import Clip, XDBERTObjectives
 from xdscale.shards.manifest import Manifest
-from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation, check_shards
+from xdscale.systems.xdbert import XDBERTAdaptation, build_adaptation, check_shards
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_losses_are_those_of_the_full_vocabulary(small, batch):
             expected = F.cross_entropy(logits.flatten(0, 1), everything.flatten(), ignore_index=-1, reduction="sum")
             assert len(batch[labels]) > 20
             assert terms[name][0].item() == pytest.approx(expected.item(), rel=1e-5)
-            assert terms[name][1] == (logits.argmax(-1) == everything).sum()
+            assert terms[name].metrics["accuracy"] == (logits.argmax(-1) == everything).sum()
         assert batch["match_labels"].tolist().count(-1) == 1
         expected, _ = small.match(language[:3, 0], batch["match_labels"][:3])
         assert terms["match"][0].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -98,7 +98,7 @@ def test_decoders_are_the_embeddings(small):
 @pytest.mark.parametrize("off", [("match", "clip_tokens"), ("mlm",), ("clip_tokens",)])
 def test_only_heads_of_objectives_that_are_on(adaptation_spec, batch, off):
     """Paper table 3's ablations."""
-    module = build_adaptation(adaptation_spec(tasks=dict.fromkeys(off)))
+    module = build_adaptation(adaptation_spec(objectives=dict.fromkeys(off)))
     on = {"mlm", "match", "clip_tokens"} - set(off)
     targets = {
         "mlm": {"masked_lm_positions", "masked_lm_labels"},
@@ -116,7 +116,7 @@ def test_electra_maps_to_its_embedding_size():
     """Spec xdbert §2.4: ELECTRA's transform maps to embedding_size; here 48 of 64."""
     from transformers import ElectraConfig, ElectraModel
 
-    clip = load_clip_text_tower(recipe.Clip(name="clip-tiny.json", weights="random"))
+    clip = load_clip_text_tower(Clip(name="clip-tiny.json", weights="random"))
     config = ElectraConfig(
         vocab_size=99,
         embedding_size=48,
@@ -126,7 +126,7 @@ def test_electra_maps_to_its_embedding_size():
         intermediate_size=32,
     )
     model = XDBERT(ElectraModel(config), clip, [CrossModalLayer(64, 128, 2, 2, 32, 0.1)])
-    module = XDBERTAdaptation(model, recipe.Tasks())
+    module = XDBERTAdaptation(model, XDBERTObjectives())
     assert module.mlm.transform.weight.shape == (48, 64)
     assert module.mlm.decoder_weight.shape == (99, 48)
     assert module.clip_tokens.transform.weight.shape == (128, 128)

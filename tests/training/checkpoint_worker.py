@@ -51,7 +51,7 @@ def main():
                     zero_stage=stage,
                     precision=precision,
                     data_fingerprint="f",
-                    stream_hash="h",
+                    draws_hash="h",
                     quarantined=[],
                 )
                 ckpt.save_checkpoint(engine, folder, position, ckpt.Retention(newest=1), ranks)

@@ -1,4 +1,4 @@
-"""Runs `xdscale.adapt` with one rank that has a fault from some step on; run by test_watchdog and test_continuing.
+"""Runs `xdscale.train` with one rank that has a fault from some step on; run by test_watchdog and test_continuing.
 
 It gets no data (`blocked`, `failing`); or it is asked to stop (`stopped`), and then cannot write files of more than
 1,000 bytes (`full`).
@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-from xdscale import adapt
+from xdscale import train
 
 
 def main():
@@ -43,7 +43,7 @@ def main():
         Trainer._step = stop
     else:
         XDBERTCollator.__call__ = starve
-    return adapt.main([*arguments, *local_rank])
+    return train.main([*arguments, *local_rank])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs `xdscale.adapt` several times in one launch, with samples that break the loss or the gradient.
+"""Runs `xdscale.train` several times in one launch, with samples that break the loss or the gradient.
 
 Run by test_non_finite_steps on two ranks. A poisoned sample is one whose batch makes the first
 cross-modal layer's output, or the gradient that reaches it, NaN.
@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import torch
 
-from xdscale import adapt
+from xdscale import train
 
 ALL = -1
 
@@ -20,10 +20,10 @@ ALL = -1
 def poison(monkeypatch, *, loss=None, gradient=None):
     """Makes every batch with sample `loss` give a NaN loss, and with sample `gradient` a NaN gradient."""
     import xdscale.data.collate
-    import xdscale.tasks.xdbert
+    import xdscale.systems.xdbert
 
     collate = xdscale.data.collate.XDBERTCollator.__call__
-    build = xdscale.tasks.xdbert.build_adaptation
+    build = xdscale.systems.xdbert.build_adaptation
     kinds = {"loss": loss, "gradient": gradient}
 
     def collate_marked(self, slots):
@@ -53,7 +53,7 @@ def poison(monkeypatch, *, loss=None, gradient=None):
         return module
 
     monkeypatch(xdscale.data.collate.XDBERTCollator, "__call__", collate_marked)
-    monkeypatch(xdscale.tasks.xdbert, "build_adaptation", build_poisoned)
+    monkeypatch(xdscale.systems.xdbert, "build_adaptation", build_poisoned)
 
 
 def leave_out(monkeypatch, steps):
@@ -89,7 +89,7 @@ def main():
 
         poison(change, loss=run.get("loss"), gradient=run.get("gradient"))
         leave_out(change, run.get("absent", []))
-        code = adapt.main(run["arguments"])
+        code = train.main(run["arguments"])
         for owner, name, value in reversed(changed):
             setattr(owner, name, value)
         if code:

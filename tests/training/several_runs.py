@@ -1,4 +1,4 @@
-"""Runs `xdscale.adapt` several times in one launch: importing torch and DeepSpeed takes longer than a short run.
+"""Runs `xdscale.train` several times in one launch: importing torch and DeepSpeed takes longer than a short run.
 
 Run by test_launches on one rank or several. The argument is JSON: {name of run: its arguments}.
 """
@@ -7,14 +7,14 @@ import json
 import os
 import sys
 
-from xdscale import adapt
+from xdscale import train
 
 
 def main():
     for name, arguments in json.loads(sys.argv[-1]).items():
         if os.environ.get("RANK", "0") == "0":
             print(f"== {name}", file=sys.stderr, flush=True)
-        code = adapt.main(arguments)
+        code = train.main(arguments)
         if code:
             return code
     return 0

@@ -48,10 +48,11 @@ def measure(shards, out, micro_batch, stage, ranks):
     from xdscale.data.order import Order
     from xdscale.ds_config import resolve_ds_config
     from xdscale.shards.table import Table
-    from xdscale.tasks.xdbert import build_adaptation
+    from xdscale.systems.contract import open_system
+    from xdscale.systems.xdbert import build_adaptation
     from xdscale.training.engine import build_engine
     from xdscale.training.loop import Trainer
-    from xdscale.training.protocols import StepData
+    from xdscale.training.prefetch import StepData
     from xdscale.training.signals import StopRequest
     from xdscale.training.skipping import Skipped
     from xdscale.training.watchdog import Watchdog
@@ -76,7 +77,7 @@ def measure(shards, out, micro_batch, stage, ranks):
         rank=ranks.rank,
         micro_batch=micro_batch,
     )
-    collate = XDBERTCollator(split, seed=0, tasks=recipe.tasks)
+    collate = XDBERTCollator(split, seed=0, objectives=recipe.objectives)
     batches = [keep_few_targets(collate(slots), slots) for slots in order.slots(0)]
 
     class Source:
@@ -101,7 +102,7 @@ def measure(shards, out, micro_batch, stage, ranks):
         engine=engine,
         recipe=recipe,
         ranks=ranks,
-        weights=recipe.tasks.weights(),
+        objectives=open_system(recipe).objectives(),
         source=Source(),
         order=order,
         validation=[],

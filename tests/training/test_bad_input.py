@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from xdscale.adapt import main
 from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
+from xdscale.train import main
 from xdscale.training.environment import check_precision
 
 
@@ -174,6 +174,6 @@ def test_what_the_first_rank_has_said_the_others_do_not_repeat(monkeypatch, caps
     assert main(arguments) == EXIT_BAD_INPUT
     timer.join()
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("xdscale.adapt._SECONDS_FOR_FIRST_RANK_TO_SPEAK", 0.2)
+    monkeypatch.setattr("xdscale.train._SECONDS_FOR_FIRST_RANK_TO_SPEAK", 0.2)
     assert main(arguments) == EXIT_BAD_INPUT
     assert "quikstart: no such recipe" in capsys.readouterr().err

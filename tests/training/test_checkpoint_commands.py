@@ -15,9 +15,9 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from xdscale.errors import XdscaleError
-from xdscale.export import consolidated_state
 from xdscale.files import file_sha256
 from xdscale.training import checkpoint as ckpt
+from xdscale.training.consolidate import consolidated_state
 from xdscale.training.integrity import CHECKSUMS, check_pickles, checksum_text, file_names, read_pickle
 from xdscale.training.resharding import reshard_ahead
 from xdscale.training.run_folder import RunFolder

@@ -92,7 +92,7 @@ def save(folder, step, *, world_size=1, newest=2, through_python=True):
         zero_stage=1,
         precision="fp32",
         data_fingerprint="f",
-        stream_hash="h",
+        draws_hash="h",
         quarantined=[],
     )
 
@@ -346,9 +346,9 @@ def test_deepspeed_killed_while_saving(adapt, start, short_shards, tmp_path, mon
     zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
     config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero}))
     settings = {"data.shards": short_shards, "output.folder": tmp_path / "run", "training.steps": 6}
-    settings |= {"training.global_batch": 4, "training.eval_samples": 4, "training.checkpoint_every": 1}
+    settings |= {"training.global_batch": 4, "run.eval_samples": 4, "run.checkpoint_every": 1}
     arguments = ["quickstart", *(f"{key}={value}" for key, value in settings.items())]
-    arguments += ["training.keep_checkpoints=2", "--deepspeed_config", str(config)]
+    arguments += ["run.keep_checkpoints=2", "--deepspeed_config", str(config)]
     folder = tmp_path / "run" / "checkpoints"
     process = start(*arguments, ranks=2)
     wanted, delay_seconds = draw.randint(2, 4), draw.uniform(0, 0.3)

@@ -17,10 +17,10 @@ POSITION = ckpt.CheckpointPosition(
     zero_stage=1,
     precision="bf16",
     data_fingerprint="a" * 64,
-    stream_hash="b" * 64,
+    draws_hash="b" * 64,
     quarantined=[],
 )
-NOW = {"zero_stage": 1, "precision": "bf16", "data_fingerprint": "a" * 64, "stream_hash": "b" * 64}
+NOW = {"zero_stage": 1, "precision": "bf16", "data_fingerprint": "a" * 64, "draws_hash": "b" * 64}
 
 
 @pytest.mark.parametrize(("before", "now"), [(1, 1), (1, 2), (2, 1), (3, 3), (0, 0)])
@@ -32,7 +32,7 @@ def test_the_same_run_continues_also_between_stages_1_and_2(tmp_path, before, no
     ("change", "message"),
     [
         ({"data_fingerprint": "c" * 64}, "was trained on other shards .*aaaa…, now cccccccccccc…"),
-        ({"stream_hash": "c" * 64}, "the next batch, number 7, is not the one that would have followed"),
+        ({"draws_hash": "c" * 64}, "the next batch, number 7, is not the one that would have followed"),
         ({"zero_stage": 3}, "written under ZeRO stage 1 in bf16, the DeepSpeed config asks for stage 3 in bf16"),
         ({"zero_stage": 0}, "asks for stage 0 in bf16"),
         ({"precision": "fp16"}, "asks for stage 1 in fp16"),

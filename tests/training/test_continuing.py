@@ -28,7 +28,7 @@ class Run:
         zero = {"stage": stage, "reduce_bucket_size": 1_000_000}
         config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero}))
         settings = {"data.shards": self.shards, "output.folder": self.folder, "training.global_batch": 4}
-        settings |= {"training.steps": 6, "training.eval_every": 1000, "training.eval_samples": 4}
+        settings |= {"training.steps": 6, "run.eval_every": 1000, "run.eval_samples": 4}
         settings |= {key.replace("__", "."): value for key, value in values.items()}
         chosen = [f"{key}={value}" for key, value in settings.items()]
         return ["quickstart", *self.model, *chosen, "--deepspeed_config", str(config)]
@@ -48,14 +48,14 @@ def make_run(short_shards, narrow_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stopped_on_purpose(make_run, adapt):
     run = make_run()
-    done = adapt(*run.command(training__stop_at_step=3))
+    done = adapt(*run.command(run__stop_at_step=3))
     assert done.code == 0, done.stderr[-3000:]
     return run, done
 
 
 def test_the_message_of_stop_at_step_says_how_to_go_on(stopped_on_purpose):
     _, done = stopped_on_purpose
-    assert "stopped after step 3 of 6, as training.stop_at_step = 3 says;" in done.stderr
+    assert "stopped after step 3 of 6, as run.stop_at_step = 3 says;" in done.stderr
     assert "the same command without it, or with a later one, continues" in done.stderr
 
 
@@ -103,10 +103,10 @@ def test_a_run_cannot_be_made_shorter_than_it_is(extended, adapt):
 
 def test_another_recipe_is_refused_once_and_says_what_may_change(extended, launch_ranks):
     run, _ = extended
-    done = launch_ranks("xdscale.adapt", *run.command(optim__learning_rate=0.5), ranks=2)
+    done = launch_ranks("xdscale.train", *run.command(optim__learning_rate=0.5), ranks=2)
     assert done.code == EXIT_BAD_INPUT
     assert done.stderr.count("holds a run of a different recipe (optim.learning_rate was 0.01, now 0.5)") == 1
-    assert "training.{steps,eval_every," in done.stderr
+    assert "only training.steps, where its data lies and the keys of `run` may be other than before" in done.stderr
 
 
 def test_a_run_whose_checkpoints_are_gone_is_left_as_it_is(extended, adapt, tmp_path):
@@ -131,7 +131,12 @@ def test_a_new_run_begins_with_the_weights_and_heads_of_another(extended, adapt,
         export_run(old.folder, tmp_path / "export")
     start = old.folder if source == "run" else tmp_path / "export"
     new = Run(old.shards, old.model, tmp_path)
-    changes = {"model__start": start, "tasks__clip_tokens": "null", "optim__learning_rate": 1e-3, "training__steps": 1}
+    changes = {
+        "model__start": start,
+        "objectives__clip_tokens": "null",
+        "optim__learning_rate": 1e-3,
+        "training__steps": 1,
+    }
     done = adapt(*new.command(**changes))
     assert done.code == 0, done.stderr[-3000:]
     before, after = old.entries("validation")[-1], new.entries("validation")[0]
@@ -185,8 +190,8 @@ def test_a_port_in_use_is_named_with_the_option(make_run, launch_ranks, tmp_path
         port = other.getsockname()[1]
         worker = tmp_path / "worker.py"
         worker.write_text(
-            "import os, sys\nfrom xdscale import adapt\n"
-            f"os.environ['MASTER_PORT'] = '{port}'\nsys.exit(adapt.main(sys.argv[1:]))\n"
+            "import os, sys\nfrom xdscale import train\n"
+            f"os.environ['MASTER_PORT'] = '{port}'\nsys.exit(train.main(sys.argv[1:]))\n"
         )
         done = launch_ranks(worker, *make_run().command(), ranks=2)
     assert done.code == EXIT_BAD_INPUT
@@ -209,10 +214,10 @@ def test_a_run_goes_on_when_nobody_can_read_its_words(make_run, launch_ranks, tm
     run = make_run()
     worker = tmp_path / "worker.py"
     worker.write_text(
-        f"import os, sys\nfrom xdscale import adapt\n{gone}\n"
+        f"import os, sys\nfrom xdscale import train\n{gone}\n"
         "for stream in (1, 2): os.dup2(writer, stream)\n"
         "if reader: os.close(reader)\n"
-        "sys.exit(adapt.main(sys.argv[1:]))\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
     )
     done = launch_ranks(worker, *run.command(training__steps=2))
     assert (done.code, run.checkpoints()) == (0, [2])

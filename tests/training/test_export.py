@@ -71,7 +71,7 @@ def test_the_command_says_what_it_wrote_and_no_more(small_run, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     (line,) = (done.stdout + done.stderr).splitlines()
-    assert line.startswith(f"{tmp_path / 'out'}: language encoder of step-00000002 ")
+    assert line.startswith(f"{tmp_path / 'out'}: step-00000002: language encoder (")
 
 
 def test_a_missing_step_names_those_that_exist(small_run, tmp_path):
@@ -86,7 +86,7 @@ def test_stages_that_deepspeed_cannot_put_together_export_too(adapt, short_shard
     config = tmp_path / "ds.json"
     values = {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": precision == "bf16"}}
     config.write_text(json.dumps(values | {"zero_optimization": {"stage": stage}}))
-    settings = ["training.steps=1", "training.global_batch=4", "training.eval_samples=4", f"data.shards={short_shards}"]
+    settings = ["training.steps=1", "training.global_batch=4", "run.eval_samples=4", f"data.shards={short_shards}"]
     launch = adapt("quickstart", *settings, f"output.folder={tmp_path / 'run'}", "--deepspeed_config", str(config))
     assert launch.code == 0, launch.stderr
     export_run(tmp_path / "run", tmp_path / "out")

@@ -39,9 +39,9 @@ class Runs:
             "output.folder": self.folder / name,
             "training.steps": steps,
             "training.global_batch": 4,
-            "training.eval_every": 1000,
-            "training.eval_samples": 8,
-            "training.checkpoint_every": 1000,
+            "run.eval_every": 1000,
+            "run.eval_samples": 8,
+            "run.checkpoint_every": 1000,
             "model.dropout": 0,
         } | {key.replace("__", "."): value for key, value in values.items()}
         chosen = [f"{key}={value}" for key, value in settings.items()]
@@ -69,13 +69,13 @@ class Runs:
 
 FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 # Few steps: a CPU without bf16 instructions is a hundred times slower in it.
-BF16 = {"micro_batch": 1, "ds": FP32_SUMS, "training__stop_at_step": 4, "training__eval_samples": 2}
-DROPPING = {"micro_batch": 1, "model__dropout": 0.1, "training__checkpoint_every": 2, "training__keep_checkpoints": 9}
+BF16 = {"micro_batch": 1, "ds": FP32_SUMS, "run__stop_at_step": 4, "run__eval_samples": 2}
+DROPPING = {"micro_batch": 1, "model__dropout": 0.1, "run__checkpoint_every": 2, "run__keep_checkpoints": 9}
 WORLDS = {"world-0": (2, 1), "world-1": (2, 1), "world-2": (1, 2), "world-3": (2, 3)}  # ZeRO stage: ranks before, after
 # Another width too: after it each pass has two samples, and on three ranks two of six places are padding.
-BEFORE, AFTER = ({"micro_batch": width, "training__stop_at_step": step} for width, step in ((1, 3), (3, 6)))
-OFTEN = {"micro_batch": 4, "training__checkpoint_every": 2}
-BOARD = OFTEN | {"training__eval_every": 2}
+BEFORE, AFTER = ({"micro_batch": width, "run__stop_at_step": step} for width, step in ((1, 3), (3, 6)))
+OFTEN = {"micro_batch": 4, "run__checkpoint_every": 2}
+BOARD = OFTEN | {"run__eval_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +97,11 @@ def first(short_shards, wiki_shards, damageable_shards, narrow_model, tmp_path_f
     runs.launch(
         1,
         one=(0, 20, {"micro_batch": 4}),
-        plain=(0, 20, {"micro_batch": 4, "model__kernels": "plain"}),
-        kept=(0, 4, {"micro_batch": 4, "training__checkpoint_every": 1, "training__keep_checkpoints": 2}),
-        damaged=(1, 5, OFTEN | {"training__stop_at_step": 4}),
-        board=(1, 6, BOARD | {"training__stop_at_step": 4}),
-        quarantine=(0, 5, OFTEN | {"training__stop_at_step": 2, "shards": damageable_shards}),
+        plain=(0, 20, {"micro_batch": 4, "run__kernels": "plain"}),
+        kept=(0, 4, {"micro_batch": 4, "run__checkpoint_every": 1, "run__keep_checkpoints": 2}),
+        damaged=(1, 5, OFTEN | {"run__stop_at_step": 4}),
+        board=(1, 6, BOARD | {"run__stop_at_step": 4}),
+        quarantine=(0, 5, OFTEN | {"run__stop_at_step": 2, "shards": damageable_shards}),
         world_2=(2, 20, BEFORE),
     )
     runs.launch(
@@ -109,7 +109,7 @@ def first(short_shards, wiki_shards, damageable_shards, narrow_model, tmp_path_f
         **{f"zero_{stage}": (stage, 20, {}) for stage in range(4)},
         **{f"bf16_{stage}": (stage, 20, BF16) for stage in (1, 2, 3)},
         **{f"world_{stage}": (stage, 20, BEFORE) for stage in (0, 1, 3)},
-        recomputing=(2, 20, {"training__stop_at_step": 5, "ds": {"activation_checkpointing": {"enabled": True}}}),
+        recomputing=(2, 20, {"run__stop_at_step": 5, "ds": {"activation_checkpointing": {"enabled": True}}}),
     )
     # In a launch of their own: which bits the same sums end in depends on what a process computed before.
     runs.dropping = DROPPING | {"shards": wiki_shards}
@@ -134,7 +134,7 @@ def second(first, damageable_shards, adapt):
     )
     refused = first.arguments("quarantine", 0, 5, micro_batch=4, shards=damageable_shards)
     first.refused = adapt(*refused)
-    budget = {"micro_batch": 4, "shards": damageable_shards, "data__max_damaged_shards": 1}
+    budget = {"micro_batch": 4, "shards": damageable_shards, "run__max_damaged_shards": 1}
     first.launch(2, **{f"parts_{stage}": (stage, 6, first.dropping) for stage in (2, 3)})
     first.launch(
         2,
@@ -286,7 +286,7 @@ def test_a_shard_damaged_between_two_starts_is_named_and_then_done_without(secon
 
     assert second.refused.code == EXIT_BAD_INPUT
     assert "train-000001.tar: truncated" in second.refused.stderr
-    assert "data.max_damaged_shards=1 or more, now 0" in second.refused.stderr
+    assert "run.max_damaged_shards=1 or more, now 0" in second.refused.stderr
     (entry,) = second.entries("quarantine", "quarantine")
     assert (entry["step"], entry["data/quarantined_shards"], list(entry["shards"])) == (2, 1, ["train-000001.tar"])
     assert len(second.steps("quarantine")) == 5
@@ -300,8 +300,8 @@ def test_a_shard_damaged_between_two_starts_is_named_and_then_done_without(secon
 def test_a_checkpoint_remembers_the_batch_that_comes_next(first):
     checkpoint = first.checkpoint("zero-0", 20)
     position = read_position(checkpoint)
-    assert (len(position.stream_hash), position.quarantined) == (64, [])
+    assert (len(position.draws_hash), position.quarantined) == (64, [])
     stated = {"zero_stage": 0, "precision": "fp32", "data_fingerprint": position.data_fingerprint}
-    check_compatible(checkpoint, position, **stated, stream_hash=position.stream_hash)
+    check_compatible(checkpoint, position, **stated, draws_hash=position.draws_hash)
     with pytest.raises(XdscaleError, match="the next batch, number 20, is not the one that would have followed"):
-        check_compatible(checkpoint, position, **stated, stream_hash="0" * 64)
+        check_compatible(checkpoint, position, **stated, draws_hash="0" * 64)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from xdscale.recipe import Optim, Training
+from xdscale.recipe import Optim, Run, Training
+from xdscale.systems.contract import Objective, Term
 from xdscale.training import loop
 from xdscale.training.evaluation import evaluate
-from xdscale.training.protocols import StepData
+from xdscale.training.prefetch import StepData
 from xdscale.training.skipping import Skipped, describe_skip
 
 
@@ -59,7 +60,10 @@ class FakeEngine(nn.Module):
         for maps in self.recording:
             maps.append(torch.eye(2) * len(batch["values"]))
         total = (batch["values"] * self.scale).sum()
-        return {"first": (total, batch["values"].gt(0).sum()), "second": (total * batch["weight"], torch.tensor(1))}
+        return {
+            "first": Term.scored(total, batch["values"].gt(0).sum()),
+            "second": Term.scored(total * batch["weight"], torch.tensor(1)),
+        }
 
     @contextmanager
     def recorded_attention(self):
@@ -104,6 +108,7 @@ class FakeRanks:
         return [value] * self.world_size
 
 
+OBJECTIVES = {"first": Objective(1.0), "second": Objective(0.5)}
 HELD_OUT = [Micro([1.0, -2.0]), Micro([3.0])]
 
 
@@ -136,13 +141,14 @@ class Steps:
 
 
 def trainer(engine, ranks=None, start_step=0, **training):
-    values = {"steps": 3, "global_batch": 3, "eval_every": 100, "checkpoint_every": 100} | training
+    values = {"steps": 3, "global_batch": 3, "seed": 0, "eval_every": 100, "checkpoint_every": 100} | training
+    length = Training(**{key: values.pop(key) for key in ("steps", "global_batch", "seed")})
     quiet = SimpleNamespace(enter=lambda *_: None)
     return loop.Trainer(
         engine=engine,
-        recipe=SimpleNamespace(training=Training(**values), optim=Optim()),
+        recipe=SimpleNamespace(training=length, optim=Optim(), run=Run(**values)),
         ranks=ranks or FakeRanks(),
-        weights={"first": 1.0, "second": 0.5},
+        objectives=OBJECTIVES,
         source=Steps(),
         order=None,
         validation=HELD_OUT,
@@ -228,10 +234,10 @@ def test_an_objective_without_targets_in_a_step_is_zero_and_not_a_division_by_ze
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_evaluation_is_the_mean_over_all_targets_of_all_ranks(ranks):
-    others = [torch.tensor([[7.0, 2.0, 5.0], [8.0, 3.0, 10.0]]).flatten()] if ranks == 2 else []
+    others = [torch.tensor([7.0, 2.0, 8.0, 3.0, 5.0, 10.0])] if ranks == 2 else []
     engine = FakeEngine()
     engine.train()
-    metrics, maps = evaluate(engine, HELD_OUT, ["first", "second"], FakeRanks(0, ranks, others), lambda number: True)
+    metrics, maps = evaluate(engine, HELD_OUT, OBJECTIVES, FakeRanks(0, ranks, others), lambda number: True)
     more = ranks == 2
     assert metrics["loss/first"] == pytest.approx((2.0 + 7.0 * more) / (3 + 5 * more))
     assert metrics["accuracy/first"] == pytest.approx((2 + 2 * more) / (3 + 5 * more))
@@ -251,7 +257,7 @@ def test_an_evaluation_that_is_broken_off_leaves_the_engine_in_training_mode():
         asked.append(number)
         return number < 1
 
-    assert evaluate(engine, HELD_OUT, ["first"], FakeRanks(), go_on) is None
+    assert evaluate(engine, HELD_OUT, OBJECTIVES, FakeRanks(), go_on) is None
     assert asked == [0, 1]
     assert engine.training
 

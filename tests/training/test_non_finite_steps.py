@@ -26,7 +26,7 @@ LAYOUTS = {
 }
 CONTINUED = "fp32-2"
 # A CPU without instructions for them is a hundred times slower in bf16 and fp16.
-LIGHT = {"model__cross_layers": 1, "tasks__clip_tokens": "null"}
+LIGHT = {"model__cross_layers": 1, "objectives__clip_tokens": "null"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def poisoned(short_shards):
 
 def arguments(shards, model, run, config, **settings):
     values = {"data.shards": shards, "output.folder": run, "training.steps": STEPS, "training.global_batch": 4}
-    values |= {"training.eval_samples": 2, "training.eval_every": 1000, "training.checkpoint_every": 1000}
+    values |= {"run.eval_samples": 2, "run.eval_every": 1000, "run.checkpoint_every": 1000}
     values |= {key.replace("__", "."): value for key, value in settings.items()}
     return [
         "quickstart",
@@ -71,7 +71,7 @@ def folder(short_shards, narrow_model, tmp_path_factory, launch_ranks, poisoned)
     for name, (stage, extra) in LAYOUTS.items():
         config, less = ds_config(folder, name, stage, extra), LIGHT if extra else {}
         for stop in (3, STEPS) if name == CONTINUED else (STEPS,):
-            given = arguments(short_shards, narrow_model, folder / name, config, training__stop_at_step=stop, **less)
+            given = arguments(short_shards, narrow_model, folder / name, config, run__stop_at_step=stop, **less)
             runs.append({"arguments": given} | poisoned)
         given = arguments(short_shards, narrow_model, folder / f"{name}-absent", config, **less)
         runs.append({"arguments": given, "absent": [LOSS_STEP, GRADIENT_STEP]})
@@ -173,10 +173,10 @@ def test_too_many_in_a_row_stop_the_run_and_fp16_overflows_do_not_count(
 ):
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}}
     config = ds_config(tmp_path, "fp16", 1, fp16)
-    limits = {"training__steps": 3, "training__max_skipped_in_row": 2}
+    limits = {"training__steps": 3, "run__max_skipped_in_row": 2}
     scaled = arguments(short_shards, narrow_model, tmp_path / "scaled", config, **limits, **LIGHT)
     plain = ds_config(tmp_path, "fp32", 1, {})
-    broken = arguments(short_shards, narrow_model, tmp_path / "broken", plain, training__max_skipped_in_row=3)
+    broken = arguments(short_shards, narrow_model, tmp_path / "broken", plain, run__max_skipped_in_row=3)
     runs = [{"arguments": scaled}, {"arguments": broken, "loss": -1}]
     done = launch_ranks(WORKER, json.dumps(runs), ranks=2)
     entries = read_log(tmp_path / "scaled" / "log.jsonl")

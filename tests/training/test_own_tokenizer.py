@@ -6,13 +6,13 @@ import shutil
 import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
-from xdscale import recipe
 from xdscale.errors import XdscaleError
-from xdscale.export import save_language_files
 from xdscale.finetune.subject import open_readers
+from xdscale.pretrained.language_files import save_language_files
+from xdscale.recipes.mlm.schema import Language
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.manifest import Manifest
-from xdscale.tasks.xdbert import check_shards
+from xdscale.systems.mlm import check_language
 
 TEXT = "Hello ÉTÉ, naïve 漢字 cats"
 
@@ -32,7 +32,7 @@ def stored(cassette_model):
 
 
 def spec(folder, weights="pretrained"):
-    return recipe.Model(language=recipe.Language(name=str(folder), weights=weights), clip=None, cross_layers=0)
+    return Language(name=str(folder), weights=weights)
 
 
 def write_vocabulary(folder, words):
@@ -41,7 +41,7 @@ def write_vocabulary(folder, words):
 
 def kept(folder, tmp_path):
     """What a run keeps of the folder, and so an export holds."""
-    save_language_files(spec(folder).language, tmp_path / "kept")
+    save_language_files(spec(folder), tmp_path / "kept")
     return tmp_path / "kept"
 
 
@@ -65,12 +65,12 @@ def test_word_pieces_alone(folder, stored, short_shards, tmp_path):
     write_vocabulary(folder, words)
     ids = same_everywhere(folder, tmp_path)
     assert ids[:2] == [vocabulary["hello"], vocabulary["et"]]
-    check_shards(spec(folder), Manifest.load(short_shards))  # which a tokenizer.json of these word pieces built
+    check_language(spec(folder), Manifest.load(short_shards))  # which a tokenizer.json of these word pieces built
     red, blue = words.index("red"), words.index("blue")
     words[red], words[blue] = words[blue], words[red]
     write_vocabulary(folder, words)
     with pytest.raises(XdscaleError, match="has another one.*its word pieces would have other ids"):
-        check_shards(spec(folder), Manifest.load(short_shards))
+        check_language(spec(folder), Manifest.load(short_shards))
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
@@ -84,8 +84,8 @@ def test_a_tokenizer_json_alone_is_taken_as_it_is(folder, stored, tmp_path, lowe
 
 def test_no_tokenizer_at_all(folder, short_shards, tmp_path):
     with pytest.raises(XdscaleError, match=r"the folder has no tokenizer\.json and no vocab\.txt"):
-        check_shards(spec(folder), Manifest.load(short_shards))
+        check_language(spec(folder), Manifest.load(short_shards))
     with pytest.raises(XdscaleError, match=r"the folder has no tokenizer\.json and no vocab\.txt"):
         open_readers(str(folder), "language")
-    check_shards(spec(folder, "random"), Manifest.load(short_shards))  # any tokenizer will do
+    check_language(spec(folder, "random"), Manifest.load(short_shards))  # any tokenizer will do
     assert not list(kept(folder, tmp_path).glob("tokenizer*"))

@@ -18,13 +18,14 @@ from xdscale.training.distributed import Ranks
 def received(short_shards, narrow_model, tmp_path):
     """Writes a run folder that was never trained, as another person might hand it over."""
 
-    def write(**data):
+    def write(shards, **keys):
         run = tmp_path / "received"
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir()
         recipe = load_recipe("quickstart", [*narrow_model, "training.steps=3", "training.global_batch=2"])
         values = recipe.model_dump(mode="json")
-        values["data"] |= data
+        values["data"]["shards"] = shards
+        values["run"] |= keys
         values["output"]["folder"] = str(tmp_path / "elsewhere")
         (run / "recipe.yaml").write_text(yaml.safe_dump(values))
         (run / "ds_config.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 4}))
@@ -48,7 +49,7 @@ def test_a_command_in_a_received_recipe_is_not_run(received, short_shards, tmp_p
     assert len(samples) == 2
     assert names(tmp_path) == before
     # The person's own command is followed, into the person's own folder.
-    typed = [f"data.shards=pipe:touch {marker}; cat {short_shards}", f"data.cache={tmp_path / 'mine'}"]
+    typed = [f"data.shards=pipe:touch {marker}; cat {short_shards}", f"run.cache={tmp_path / 'mine'}"]
     assert replay(run, 2, typed) == samples
     assert marker.exists()
     assert not (tmp_path / "elsewhere").exists()
@@ -59,19 +60,20 @@ def test_shards_from_a_url_are_those_that_the_run_fetched(received, short_shards
     fsspec.filesystem("memory").put(f"{short_shards}/", "/replayed/", recursive=True)
     run = received(shards="memory://replayed", cache=str(tmp_path / "cache"))
     before = names(tmp_path)
-    with pytest.raises(XdscaleError, match=r"name a folder for them: data\.cache=FOLDER on the command line"):
+    with pytest.raises(XdscaleError, match=r"name a folder for them: run\.cache=FOLDER on the command line"):
         replay(run, 1)
     assert names(tmp_path) == before
-    open_shards(load_recipe(str(run / "recipe.yaml")).data, Ranks(0, 1, 0), check=lambda folder: None)
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    open_shards(recipe.data.shards, recipe.run, Ranks(0, 1, 0), check=lambda folder: None)
     fetched = names(tmp_path)
     samples = replay(run, 1)
     assert names(tmp_path) == fetched
-    assert replay(run, 1, [f"data.cache={tmp_path / 'mine'}"]) == samples
+    assert replay(run, 1, [f"run.cache={tmp_path / 'mine'}"]) == samples
     # A run that kept only some of them.
     some = received(shards="memory://replayed", cache=str(tmp_path / "cache"), cache_bytes=10**8)
-    with pytest.raises(XdscaleError, match=r"are not all on this machine; .* data\.cache=FOLDER on the command line"):
+    with pytest.raises(XdscaleError, match=r"are not all on this machine; .* run\.cache=FOLDER on the command line"):
         replay(some, 1)
-    assert replay(some, 1, [f"data.cache={tmp_path / 'new'}"]) == samples
+    assert replay(some, 1, [f"run.cache={tmp_path / 'new'}"]) == samples
     assert replay(some, 1, [f"data.shards={short_shards}"]) == samples
 
 
@@ -81,5 +83,5 @@ def test_a_run_that_may_do_without_shards_is_replayed(received, short_shards):
 
 
 def test_only_where_the_shards_are_may_differ(received, short_shards):
-    with pytest.raises(XdscaleError, match="only data.shards and data.cache may differ"):
+    with pytest.raises(XdscaleError, match="only where its data is and run.cache may differ"):
         replay(received(shards=str(short_shards)), 1, ["training.seed=1"])

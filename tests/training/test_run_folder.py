@@ -121,8 +121,8 @@ def test_a_full_disk_under_the_log_is_one_message(tmp_path):
     ("content", "message"),
     [
         (b"model: \xff", "recipe.yaml: cannot be read: 'utf-8' codec"),
-        (b"", "holds a run of another kind"),
-        (b"steps: 2026-02-30", "holds a run of another kind"),
+        (b"", "holds a run of another system or version"),
+        (b"steps: 2026-02-30", "holds a run of another system or version"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_named(run, content, message):
@@ -138,14 +138,14 @@ def records(run):
 def test_records_tell_of_the_newest_start_and_the_list_of_all(tmp_path):
     run = RunFolder(tmp_path)
     recipe = load_recipe("quickstart")
-    longer = load_recipe("quickstart", ["training.steps=70", "training.eval_every=9"])
+    longer = load_recipe("quickstart", ["training.steps=70", "run.eval_every=9"])
     assert run.write_records(recipe, {"zero_optimization": {"stage": 1}}, 2, 0, continued=False) == []
     assert run.write_records(recipe, {"zero_optimization": {"stage": 1}}, 2, 3, continued=True) == []
     changes = run.write_records(longer, {"zero_optimization": {"stage": 2}}, 4, 5, continued=True)
     assert changes == [
         "ds_config.zero_optimization.stage was 1, now 2",
         "environment.world_size was 2, now 4",
-        f"recipe.training.eval_every was {recipe.training.eval_every}, now 9",
+        f"recipe.run.eval_every was {recipe.run.eval_every}, now 9",
         f"recipe.training.steps was {recipe.training.steps}, now 70",
     ]
     config, environment = records(run)

@@ -42,9 +42,9 @@ class Launched:
 
     def __init__(self, run, shards, config, port, blocked):
         settings = {"data.shards": shards, "output.folder": run, "training.steps": 1000, "training.global_batch": 4}
-        settings |= {"training.eval_every": 3, "training.eval_samples": 48, "training.checkpoint_every": 4}
+        settings |= {"run.eval_every": 3, "run.eval_samples": 48, "run.checkpoint_every": 4}
         launcher = Path(sys.executable).with_name("deepspeed")
-        command = [launcher, "-q", "--num_accelerators", 2, "--master_port", port, "--module", "xdscale.adapt"]
+        command = [launcher, "-q", "--num_accelerators", 2, "--master_port", port, "--module", "xdscale.train"]
         command += ["quickstart", *(f"{key}={value}" for key, value in settings.items()), "--deepspeed_config", config]
         block = ["env", "--block-signal=TERM,USR1"] if blocked else []
         self.run = run

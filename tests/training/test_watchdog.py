@@ -40,10 +40,10 @@ class Launched:
         zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
         config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}))
         values = {"data.shards": shards, "output.folder": self.run, "training.steps": 1000, "training.global_batch": 2}
-        values |= {"training.eval_samples": 2} | {key.replace("__", "."): value for key, value in settings.items()}
+        values |= {"run.eval_samples": 2} | {key.replace("__", "."): value for key, value in settings.items()}
         launcher = Path(sys.executable).with_name("deepspeed")
         command = [launcher, "-q", "--num_accelerators", 2, "--master_port", port]
-        command += [WORKER, fault] if fault else ["--module", "xdscale.adapt"]
+        command += [WORKER, fault] if fault else ["--module", "xdscale.train"]
         command += ["quickstart", *(f"{key}={value}" for key, value in values.items()), "--deepspeed_config", config]
         with self.stderr.open("w") as file:
             self.process = subprocess.Popen(
@@ -124,7 +124,7 @@ def test_a_rank_that_freezes(launch):
 
 
 def test_a_rank_that_gets_no_data(launch, wiki_shards):
-    launched = launch("blocked,1,3", training__hang_seconds=5)
+    launched = launch("blocked,1,3", run__hang_seconds=5)
     launched.wait_for("step", 3)
     seconds, code, lines = launched.end()
     print(f"rank 1 without data: all ended after {seconds:.1f} s: {lines}")
@@ -149,7 +149,7 @@ def test_a_rank_whose_data_fails(launch):
 
 @pytest.mark.proof
 def test_a_rank_that_hangs_in_the_first_step_is_not_taken_for_a_compiler(launch):
-    launched = launch("blocked,1,0", training__hang_seconds=8)
+    launched = launch("blocked,1,0", run__hang_seconds=8)
     launched.wait_for("validation")
     seconds, code, lines = launched.end()
     print(f"rank 1 without data in the first step: all ended after {seconds:.1f} s: {lines}")

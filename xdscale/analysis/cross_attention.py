@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH, pack_clip_blocks
-from xdscale.encoder import Encoder, adapted_recipe, load_cross_modal
+from xdscale.encoder import Encoder, load_cross_modal
 from xdscale.errors import XdscaleError
 from xdscale.shards.clip_bpe import END, START, WORD_END, ClipBPE, describe_clip_tokenizer
+from xdscale.systems.stored import stored_recipe
 
 LANGUAGE_TOKENS = 128
 BLOCKS_PER_SENTENCE = 2
@@ -62,7 +63,7 @@ def cross_attention(folder: Path, sentences: list[str]) -> CrossAttention:
     Raises:
         XdscaleError: as `load_cross_modal`; no tokenizer in `folder`, or a sentence that is empty or too long.
     """
-    recipe = adapted_recipe(folder)
+    recipe = stored_recipe(folder)
     clip_ids, clip_lengths, clip_tokens = clip_input(sentences)
     encoder = load_cross_modal(folder)
     model = encoder.model
@@ -75,7 +76,7 @@ def cross_attention(folder: Path, sentences: list[str]) -> CrossAttention:
     with torch.no_grad(), model.recorded_attention() as maps:
         model(*(torch.as_tensor(array)[None] for array in (language_ids, clip_ids, clip_lengths)))
     weights = [layer.double().numpy() for layer in maps]  # each [language tokens, CLIP tokens]
-    return CrossAttention(tuple(recipe.tasks.weights()), language_tokens, clip_tokens, weights)
+    return CrossAttention(tuple(recipe.objectives.weights()), language_tokens, clip_tokens, weights)
 
 
 def figures(weights: np.ndarray) -> AttentionFigures:

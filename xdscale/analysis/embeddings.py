@@ -104,7 +104,7 @@ def _clip_system(name: str) -> System:
     from tokenizers.decoders import ByteLevel
 
     from xdscale.pretrained.clip import load_clip_text_tower
-    from xdscale.recipe import Clip
+    from xdscale.recipes.xdbert.schema import Clip
     from xdscale.shards.clip_bpe import WORD_END, ClipBPE
 
     parts = _CLIP.fullmatch(name)

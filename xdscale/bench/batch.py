@@ -10,7 +10,7 @@ from xdscale.recipe import Recipe
 from xdscale.shards.manifest import Manifest, TableManifest
 from xdscale.shards.sources.text_build import TEXT, ClipTokenizer, LanguageTokenizer, TextBuild
 from xdscale.shards.table import Ragged, Table
-from xdscale.tasks.xdbert import XDBERTAdaptation, check_shards
+from xdscale.systems.xdbert import XDBERTAdaptation, check_shards
 
 LANGUAGE_TOKENS = 512
 CLIP_TOKENS = 560
@@ -67,4 +67,4 @@ def bench_batch(recipe: Recipe, module: XDBERTAdaptation, sequences: int) -> Bat
         check_shards(recipe.model, split.manifest)
     sample_ids = np.arange(sequences) % len(split)
     slots = Slots(np.zeros_like(sample_ids), sample_ids, np.ones(sequences, bool))
-    return XDBERTCollator(split, seed=recipe.training.seed, tasks=recipe.tasks)(slots)
+    return XDBERTCollator(split, seed=recipe.training.seed, objectives=recipe.objectives)(slots)

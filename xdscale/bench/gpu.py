@@ -37,7 +37,7 @@ from xdscale.kernels import (
 )
 from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe, load_recipe
-from xdscale.tasks.xdbert import build_adaptation
+from xdscale.systems.xdbert import build_adaptation
 from xdscale.training.engine import to_device
 
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "open_clip_torch", "numpy", "liger_kernel")
@@ -188,7 +188,7 @@ class _Step:
         batch = bench_batch(recipe, module, micro)
         self.batch, self.flops = to_device(batch.arrays, device), module.flops(batch.arrays)
         self.tokens = batch.tokens
-        self.scales = {name: w / max(1, batch.targets[name]) for name, w in recipe.tasks.weights().items()}
+        self.scales = {name: w / max(1, batch.targets[name]) for name, w in recipe.objectives.weights().items()}
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.masters = [parameter.detach().float().requires_grad_() for parameter in self.trained]
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, fused=True)

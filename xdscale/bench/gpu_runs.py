@@ -25,7 +25,7 @@ CURVES = {
 }
 FIXED = (
     "model.language.weights=random", "model.language.sha256=null", "model.clip.weights=random",
-    "training.eval_samples=4", "training.eval_every=999", "training.checkpoint_every=2",
+    "run.eval_samples=4", "run.eval_every=999", "run.checkpoint_every=2",
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--killed-as", metavar="RUN", help="run of the same settings to compare with")
     options = parser.parse_intermixed_args(arguments)
     folder = options.scratch / options.name
-    command = [sys.executable, "-m", "xdscale.adapt", *options.recipe, *FIXED, f"output.folder={folder}"]
+    command = [sys.executable, "-m", "xdscale.train", *options.recipe, *FIXED, f"output.folder={folder}"]
     command += ["--deepspeed_config", options.config]
     tell = teller(options.out / "runs.jsonl")
     if options.killed_as:

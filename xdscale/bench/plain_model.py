@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from xdscale.models import flops
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import AttentionSublayer, CrossModalLayer, FeedForward
-from xdscale.tasks import flops
-from xdscale.tasks.heads import MaskedTokenHead, MatchHead
-from xdscale.tasks.xdbert import XDBERTAdaptation
+from xdscale.models.heads import MaskedTokenHead, MatchHead
+from xdscale.systems.xdbert import XDBERTAdaptation
 
 CLIP_BLOCKS = 9
 """Blocks of every text in the released code (spec xdbert §2.2)."""

@@ -29,7 +29,7 @@ from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
 from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe
-from xdscale.tasks.xdbert import XDBERTAdaptation, build_adaptation
+from xdscale.systems.xdbert import XDBERTAdaptation, build_adaptation
 from xdscale.training.engine import to_device
 from xdscale.training.throughput import matmul_flops_per_second
 
@@ -254,7 +254,7 @@ class _Bench:
         self.dropout, self.arrays = recipe.model.dropout, batch.arrays
         self.device = next(module.parameters()).device
         self.batch = to_device(batch.arrays, self.device)
-        self.scales = {name: w / max(1, batch.targets[name]) for name, w in recipe.tasks.weights().items()}
+        self.scales = {name: w / max(1, batch.targets[name]) for name, w in recipe.objectives.weights().items()}
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optim = recipe.optim
         self.optimizer = torch.optim.AdamW(

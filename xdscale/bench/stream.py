@@ -19,7 +19,7 @@ import numpy as np
 
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order
-from xdscale.recipe import Tasks
+from xdscale.recipes.xdbert.schema import XDBERTObjectives
 from xdscale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, Split
 from xdscale.shards.shard import write_shard
 from xdscale.shards.table import Table
@@ -191,7 +191,7 @@ def _child(folder: Path) -> tuple[float, float]:
 
 def _in_child(folder: Path) -> None:
     split = Table(folder, "train")
-    order, collate = _order(split, FIRST_BATCH), XDBERTCollator(split, seed=0, tasks=Tasks())
+    order, collate = _order(split, FIRST_BATCH), XDBERTCollator(split, seed=0, objectives=XDBERTObjectives())
     collate(order.slots(0)[0])
     ready = time.monotonic()
     for step in range(1, 400):
@@ -203,7 +203,7 @@ def _in_child(folder: Path) -> None:
 
 def _seek(folder: Path) -> Promise:
     split = Table(folder, "train")
-    order, collate = _order(split, FIRST_BATCH), XDBERTCollator(split, seed=0, tasks=Tasks())
+    order, collate = _order(split, FIRST_BATCH), XDBERTCollator(split, seed=0, objectives=XDBERTObjectives())
     seconds = []
     for step in np.random.default_rng(0).integers(0, 10**6, SEEKS):
         began = time.process_time()

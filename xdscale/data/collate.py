@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xdscale.data.masking import mask_language_ids, select_clip_targets
+from xdscale.data.masking import drawn_masks, mask_language_ids, select_clip_targets
 from xdscale.data.order import Slots
 from xdscale.data.pairing import PADDING, draw_partners
 from xdscale.padding import clip_layout
-from xdscale.recipe import Tasks
-from xdscale.shards.sources.text_build import TextBuild
+from xdscale.recipes.xdbert.schema import XDBERTObjectives
+from xdscale.shards.sources.text_build import LanguageTokenizer, TextBuild
 from xdscale.shards.table import Table
 
 CLIP_LENGTH = 77
@@ -44,17 +44,17 @@ class XDBERTCollator:
     An objective that is off has no arrays and no entry in `targets`; without MATCH both texts are the same.
     """
 
-    def __init__(self, split: Table, *, seed: int, tasks: Tasks) -> None:
+    def __init__(self, split: Table, *, seed: int, objectives: XDBERTObjectives) -> None:
         """Sets the collator up.
 
         Args:
             split: where the sequences are.
             seed: of all draws, below 2**32.
-            tasks: the objectives that are on, with their rates.
+            objectives: those that are on, with their rates.
         """
         self.split = split
         self.seed = seed
-        self.tasks = tasks
+        self.objectives = objectives
         self.text = TextBuild.of(split.manifest)
         self._language, self._clip = self.text.language_tokenizer, self.text.clip_tokenizer
 
@@ -70,17 +70,10 @@ class XDBERTCollator:
         arrays: dict[str, np.ndarray] = {}
         targets: dict[str, int] = {}
         slots, text_ids, match_labels = self._pair(slots)
-        language_ids = self._language_ids(slots.sample_ids)
-        arrays["language_ids"] = language_ids
-        if self.tasks.mlm is not None:
-            positions, labels = mask_language_ids(
-                language_ids,
-                slots,
-                self.tasks.mlm,
-                seed=self.seed,
-                mask_id=self._language.mask_id,
-                vocab_size=self._language.vocab_size,
-            )
+        ids = language_ids(self.split, self._language, slots.sample_ids)
+        arrays["language_ids"] = ids
+        if self.objectives.mlm is not None:
+            positions, labels = mask_language_ids(ids, slots, self.objectives.mlm, self._language, seed=self.seed)
             arrays["masked_lm_positions"], arrays["masked_lm_labels"] = positions, labels
             targets["mlm"] = len(positions)
         if match_labels is not None:
@@ -90,12 +83,28 @@ class XDBERTCollator:
         clip_ids, clip_lengths = pack_clip_blocks(flat, offsets, start_id=self._clip.start_id, end_id=self._clip.end_id)
         arrays["clip_ids"], arrays["clip_lengths"] = clip_ids, clip_lengths
         arrays |= clip_layout(clip_lengths, CLIP_LENGTH)
-        if self.tasks.clip_tokens is not None:
-            row, token = select_clip_targets(np.diff(offsets), slots, self.tasks.clip_tokens, seed=self.seed)
+        if self.objectives.clip_tokens is not None:
+            row, token = select_clip_targets(np.diff(offsets), slots, self.objectives.clip_tokens, seed=self.seed)
             positions = row * clip_ids[0].size + token + 2 * (token // CLIP_CONTENT) + 1
             arrays["clip_positions"], arrays["clip_labels"] = positions, clip_ids.reshape(-1)[positions]
             targets["clip_tokens"] = len(positions)
-        return Batch(arrays, targets, tokens=int(slots.real.sum()) * language_ids.shape[1])
+        return Batch(arrays, targets, tokens=int(slots.real.sum()) * ids.shape[1])
+
+    def draws(self, slots: Slots) -> list[np.ndarray]:
+        """Returns masked positions and what is put there, whose text each sample is paired with, and CLIP targets.
+
+        No shard is read: language ids count as 0 and texts as the longest that shards hold. So nothing of it depends
+        on world size, rank, micro-batch and padding, nor on shards in quarantine, whose samples keep their places.
+        """
+        build, drawn = self.text, []
+        if self.objectives.mlm is not None:
+            drawn += drawn_masks(build, slots, self.objectives.mlm, seed=self.seed)
+        if self.objectives.match is not None:
+            drawn += draw_partners(slots, len(self.split), self.objectives.match, seed=self.seed)
+        if self.objectives.clip_tokens is not None:
+            longest = np.full(len(slots.sample_ids), build.clip_blocks * CLIP_CONTENT)
+            drawn += select_clip_targets(longest, slots, self.objectives.clip_tokens, seed=self.seed)
+        return drawn
 
     def _pair(self, slots: Slots) -> tuple[Slots, np.ndarray, np.ndarray | None]:
         """Draws whose text goes with each sample, and turns pairs that touch a quarantined shard into padding.
@@ -104,8 +113,8 @@ class XDBERTCollator:
         objective: drawing another partner would favour some samples. What is read in its place does not matter.
         """
         text_ids, labels = slots.sample_ids, None
-        if self.tasks.match is not None:
-            text_ids, labels = draw_partners(slots, len(self.split), self.tasks.match, seed=self.seed)
+        if self.objectives.match is not None:
+            text_ids, labels = draw_partners(slots, len(self.split), self.objectives.match, seed=self.seed)
         usable = self.split.usable(slots.sample_ids) & self.split.usable(text_ids)
         if usable.all():
             return slots, text_ids, labels
@@ -114,13 +123,15 @@ class XDBERTCollator:
         labels = None if labels is None else np.where(usable, labels, PADDING)
         return slots, np.where(usable, text_ids, instead), labels
 
-    def _language_ids(self, sample_ids: np.ndarray) -> np.ndarray:
-        sequences = self.split.read("language", sample_ids)
-        language_ids = np.empty((len(sequences), sequences.shape[1] + 2), np.int64)
-        language_ids[:, 0] = self._language.cls_id
-        language_ids[:, 1:-1] = sequences
-        language_ids[:, -1] = self._language.sep_id
-        return language_ids
+
+def language_ids(split: Table, tokenizer: LanguageTokenizer, sample_ids: np.ndarray) -> np.ndarray:
+    """Reads sequences; returns int64 [b, S]: [CLS] ids [SEP]."""
+    sequences = split.read("language", sample_ids)
+    ids = np.empty((len(sequences), sequences.shape[1] + 2), np.int64)
+    ids[:, 0] = tokenizer.cls_id
+    ids[:, 1:-1] = sequences
+    ids[:, -1] = tokenizer.sep_id
+    return ids
 
 
 def pack_clip_blocks(

@@ -4,17 +4,18 @@ import numpy as np
 
 from xdscale.data.hashing import Purpose, below, random_bits, random_bits_at, scale
 from xdscale.data.order import Slots
-from xdscale.recipe import ClipTokens, MaskedLM
+from xdscale.recipes.mlm.schema import MaskedLM
+from xdscale.recipes.xdbert.schema import ClipTokens
+from xdscale.shards.sources.text_build import LanguageTokenizer, TextBuild
 
 
 def mask_language_ids(
     language_ids: np.ndarray,
     slots: Slots,
     recipe: MaskedLM,
+    tokenizer: LanguageTokenizer,
     *,
     seed: int,
-    mask_id: int,
-    vocab_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Selects positions and overwrites them **in place** by [MASK], a random id, or nothing.
 
@@ -26,9 +27,8 @@ def mask_language_ids(
         language_ids: int64 [n, s], C-contiguous; changed.
         slots: which samples they are; padding samples are left as they are and have no targets.
         recipe: rates; `mask` and `random` are shares of the selected positions.
+        tokenizer: its id of [MASK] and the size of its vocabulary.
         seed: below 2**32.
-        mask_id: id of [MASK].
-        vocab_size: size of the language vocabulary.
 
     Returns:
         (positions int64 [m], flat index into n * s, ascending; original ids int64 [m]).
@@ -44,12 +44,19 @@ def mask_language_ids(
     draws = bits[selected]
     masked = below(draws, recipe.select * recipe.mask)
     replaced = ~masked & below(draws, recipe.select * (recipe.mask + recipe.random))
-    flat_ids[positions[masked]] = mask_id
+    flat_ids[positions[masked]] = tokenizer.mask_id
     spots = positions[replaced]
     row, column = np.divmod(spots, length)
     token_bits = random_bits_at(seed, slots.epochs[row], slots.sample_ids[row], Purpose.RANDOM_TOKEN, column)
-    flat_ids[spots] = scale(token_bits, vocab_size)
+    flat_ids[spots] = scale(token_bits, tokenizer.vocab_size)
     return positions, labels
+
+
+def drawn_masks(build: TextBuild, slots: Slots, recipe: MaskedLM, *, seed: int) -> list[np.ndarray]:
+    """Returns what `mask_language_ids` draws for samples, without reading them: positions, and what is put there."""
+    ids = np.zeros((len(slots.sample_ids), build.sequence_length + 2), np.int64)
+    positions, _ = mask_language_ids(ids, slots, recipe, build.language_tokenizer, seed=seed)
+    return [positions, ids.reshape(-1)[positions]]
 
 
 def select_clip_targets(

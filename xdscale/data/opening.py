@@ -7,14 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xdscale import recipe
+from xdscale.data.order import Order, validation_slots
 from xdscale.errors import XdscaleError
 from xdscale.names import is_url, shards_folder
+from xdscale.recipe import Recipe, Run
 from xdscale.shards.cache import ShardCache
 from xdscale.shards.manifest import Manifest, ShardRecord
 from xdscale.shards.remote import fetch_manifest, fetch_shards, place_manifest
 from xdscale.shards.table import Table
 from xdscale.shards.verify import damaged_shards
+from xdscale.systems.contract import Collator, Data, Place
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -37,27 +39,71 @@ class Shards(NamedTuple):
         return Table(self.folder, split, name, quarantined=self.damaged, cache=self.cache)
 
 
+def open_table(
+    recipe: Recipe,
+    place: Place,
+    table: str,
+    check: Callable[[Manifest], None],
+    collator: Callable[[Table], Collator],
+) -> Data:
+    """Opens the shards of a recipe, training and validation split; every rank calls it.
+
+    Args:
+        recipe: with `data.shards`.
+        place: of this process.
+        table: its name in the dataset.
+        check: refuses a dataset that does not fit the model, before any shard is read.
+        collator: made for each of the two splits.
+
+    Raises:
+        XdscaleError: as `open_shards`.
+    """
+    training, ranks = recipe.training, place.ranks
+    shards = open_shards(
+        recipe.data.shards, recipe.run, ranks, check=lambda folder: check(Manifest.load(folder)), on_shard=place.tick
+    )
+    train, held_out = shards.table("train", table), shards.table("validation", table)
+    order = Order(
+        len(train),
+        seed=training.seed,
+        global_batch=training.global_batch,
+        world_size=ranks.world_size,
+        rank=ranks.rank,
+        micro_batch=place.micro_batch,
+    )
+    slots = validation_slots(len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch)
+    validation = list(map(collator(held_out), slots))
+    remote = shards.cache is not None
+    return Data(order, collator(train), validation, train.manifest.fingerprint, shards.damaged, remote)
+
+
 def open_shards(
-    section: recipe.Data, ranks: Any, *, check: Callable[[Path], None], on_shard: Callable[[], None] | None = None
+    shards: str,
+    run: Run,
+    ranks: Any,
+    *,
+    check: Callable[[Path], None],
+    on_shard: Callable[[], None] | None = None,
 ) -> Shards:
     """Finds, fetches and verifies the shards; every rank calls it and does a share.
 
-    With `data.cache_bytes` shards from a URL are fetched later, when they are needed.
+    With `run.cache_bytes` shards from a URL are fetched later, when they are needed.
 
     Args:
-        section: of the recipe.
+        shards: folder or URL.
+        run: the recipe's section: cache, verification, budget of damaged shards.
         ranks: this process among the others: `rank`, `world_size`, `local_rank`, `is_first`, `gather`, `raise_first`.
         check: called with the folder when its manifest is there, before any shard is read; may refuse it.
         on_shard: called after each shard of this rank's share.
 
     Returns:
-        Where they are, with at most `data.max_damaged_shards` damaged.
+        Where they are, with at most `run.max_damaged_shards` damaged.
 
     Raises:
         XdscaleError: no dataset, one that `check` refuses, or more damaged shards than allowed; names them.
     """
-    remote = is_url(section.shards)
-    folder = _fetch_manifest(section, ranks) if remote else shards_folder(section.shards)
+    remote = is_url(shards)
+    folder = _fetch_manifest(shards, run, ranks) if remote else shards_folder(shards)
     check(folder)
     every = Manifest.load(folder).shards
     problem, mine, cache = None, {}, None
@@ -67,47 +113,47 @@ def open_shards(
             # Every node has a cache of its own, so its ranks alone share the work.
             here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
             part = every[ranks.local_rank % here :: here]
-            if section.cache_bytes is None:
-                mine = fetch_shards(section.shards, folder, part, verify=section.verify, on_progress=progress)
+            if run.cache_bytes is None:
+                mine = fetch_shards(shards, folder, part, verify=run.verify, on_progress=progress)
             else:
-                cache = ShardCache(section.shards, folder, every, budget=section.cache_bytes, sharers=here)
-                mine = cache.damaged(part, verify=section.verify, on_progress=progress)
-        elif section.verify:
+                cache = ShardCache(shards, folder, every, budget=run.cache_bytes, sharers=here)
+                mine = cache.damaged(part, verify=run.verify, on_progress=progress)
+        elif run.verify:
             part = every[ranks.rank :: ranks.world_size]
             mine = damaged_shards(folder, part, every, on_progress=progress)
     except XdscaleError as error:
         problem = str(error)
     ranks.raise_first(problem, "data.shards")
     damaged = {file: text for part in ranks.gather(mine) for file, text in sorted(part.items())}
-    _check_budget(section, damaged, every)
+    _check_budget(shards, run, damaged, every)
     return Shards(folder, damaged, cache)
 
 
-def _fetch_manifest(section: recipe.Data, ranks: Any) -> Path:
+def _fetch_manifest(shards: str, run: Run, ranks: Any) -> Path:
     """Returns this node's folder for the dataset; the first rank fetches the manifest for all."""
     text, problem, folder = None, None, Path()
     try:
-        text = fetch_manifest(section.shards) if ranks.is_first else None
+        text = fetch_manifest(shards) if ranks.is_first else None
     except XdscaleError as error:
         problem = str(error)
     ranks.raise_first(problem, "data.shards")
     text = ranks.gather(text)[0]
     try:
-        folder = place_manifest(text, Path(section.cache))
+        folder = place_manifest(text, Path(run.cache))
     except XdscaleError as error:
         problem = str(error)
-    ranks.raise_first(problem, "data.cache")
+    ranks.raise_first(problem, "run.cache")
     return folder
 
 
-def _check_budget(section: recipe.Data, damaged: dict[str, str], every: list[ShardRecord]) -> None:
-    if len(damaged) > section.max_damaged_shards:
+def _check_budget(shards: str, run: Run, damaged: dict[str, str], every: list[ShardRecord]) -> None:
+    if len(damaged) > run.max_damaged_shards:
         raise XdscaleError(
             "\n".join(
                 [
-                    f"data.shards = {section.shards}: {len(damaged)} of {len(every)} shards damaged; copy them again, "
-                    f"or train without them: data.max_damaged_shards={len(damaged)} or more, "
-                    f"now {section.max_damaged_shards}",
+                    f"data.shards = {shards}: {len(damaged)} of {len(every)} shards damaged; copy them again, "
+                    f"or train without them: run.max_damaged_shards={len(damaged)} or more, "
+                    f"now {run.max_damaged_shards}",
                     *damaged.values(),
                 ]
             )

@@ -4,7 +4,7 @@ import numpy as np
 
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.data.order import Slots
-from xdscale.recipe import Match
+from xdscale.recipes.xdbert.schema import Match
 
 SAME_TEXT = 1
 OTHER_TEXT = 0

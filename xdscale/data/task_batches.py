@@ -154,6 +154,13 @@ class TaskCollator:
         arrays["real"] = slots.real.copy()
         return Batch(arrays, {"task": int(slots.real.sum())}, tokens)
 
+    def prefetch(self, step: list[Slots]) -> None:
+        """Does nothing: the examples are in memory."""
+
+    def draws(self, slots: Slots) -> list[np.ndarray]:
+        """Returns nothing: an example is read as it is."""
+        return []
+
 
 def _language_arrays(
     texts: Texts, pairs: list[list[int]], tokenizer: LanguageTokenizer, max_length: int

@@ -207,13 +207,14 @@ def _plan(
         for seed in numbers:
             folder = request.out / task / f"seed-{seed}"
             data, source, own = sources[task]
-            recipe = resolve_run(settings, data, subject=subject, source=source, seed=seed, folder=folder, own=own)
+            of_run = {"subject": subject, "source": source, "seed": seed, "label": label, "folder": folder}
+            recipe = resolve_run(settings, data, own=own, **of_run)
             RunFolder(folder).check(recipe)
             result = _result(request.out, task, seed)
             if result.is_file():
                 _require_same_files(result, data, source)
             else:
-                jobs.append(make_job(recipe, name, ds_config, label, request.out / "logs" / f"{task}-seed-{seed}.log"))
+                jobs.append(make_job(recipe, name, ds_config, request.out / "logs" / f"{task}-seed-{seed}.log"))
     logs = request.out / "logs"
     for folder in (logs, *(request.out / task for task in seeds)):
         check_output_folder(folder, "--out")
@@ -223,17 +224,16 @@ def _plan(
     return sorted(jobs, key=lambda job: job.message["recipe"]["training"]["seed"])
 
 
-def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], label: str, log: Path) -> FinetuneJob:
+def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], log: Path) -> FinetuneJob:
     """Returns the job of one run, as a worker takes it."""
     message = {
         "recipe": recipe.model_dump(mode="json"),
         "ds_config_name": ds_name,
         "ds_config": ds_config,
-        "label": label,
         "log": str(log),
     }
     folder = Path(recipe.output.folder)
-    name, stops_early = f"{recipe.task.name} seed {recipe.training.seed}", recipe.training.stops_early
+    name, stops_early = f"{recipe.task.name} seed {recipe.training.seed}", recipe.stops_early
     return FinetuneJob(name, message, folder / RESULT, log, stops_early)
 
 

@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,12 +15,12 @@ from xdscale.recipe import (
     NameOrPath,
     Optim,
     Output,
+    Recipe,
+    Run,
     Section,
     Training,
     read_validated,
-    run_identity,
 )
-from xdscale.recipe_yaml import write_yaml
 from xdscale.tasks.contract import Task, TaskData, find_task
 from xdscale.tasks.own import OwnTask
 
@@ -43,7 +43,6 @@ class ModelSettings(Section):
 
     dropout: float = Field(0.1, ge=0, lt=1, description="encoder and head")
     max_length: int = Field(128, ge=8, description="language tokens with [CLS] and [SEP]")
-    kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: to see what they are worth")
     clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
 
@@ -60,10 +59,16 @@ class OptimSettings(Section):
 
 
 class TrainingSettings(Section):
-    """How long, how much at once, and what happens in between."""
+    """How long, and how much at once."""
 
     epochs: float = Field(3, gt=0, description="passes over the training examples; may be a fraction")
     global_batch: int = Field(32, ge=1, description="examples per optimiser step, over all ranks")
+
+
+class RunSettings(Section):
+    """What decides neither the result nor how it is computed."""
+
+    kernels: Literal["fused", "plain"] = Field("fused", description="the kernels, or their readable definitions")
     eval_samples: int = Field(2048, ge=1, description="development examples per validation on the way, at most")
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(1, ge=1, description="while the run lasts; a finished one keeps none")
@@ -78,6 +83,7 @@ class FinetuneSettings(Section):
     model: ModelSettings = ModelSettings()
     optim: OptimSettings
     training: TrainingSettings = TrainingSettings()
+    run: RunSettings = RunSettings()
     seeds: dict[str, int] = Field({OTHERS: 5}, description="seeds per task; the paper reports the median")
 
     def seeds_of(self, task: str) -> int:
@@ -105,7 +111,6 @@ class TaskSection(Section):
     """On what, for how long; `own` describes a task of the user's own."""
 
     name: str
-    data: str
     epochs: float
     own: OwnTask | None = None
 
@@ -118,24 +123,33 @@ class TaskSection(Section):
         return find_task(self.name) if self.own is None else self.own.task()
 
 
-class FinetuneRecipe(Section):
+class TaskFiles(Section):
+    """Where the task's files are; their hashes stand in every checkpoint."""
+
+    folder: NameOrPath
+
+
+class FinetuneRun(Run):
+    """What decides neither the result nor how it is computed."""
+
+    label: str = Field(description="the model's name in tables")
+
+
+class FinetuneRecipe(Recipe):
     """Everything that decides the result of one run: one model, one task, one seed."""
 
+    implementation: ClassVar[str] = "xdscale.finetune.run:FinetuneSystem"
+
+    system: Literal["finetune"] = "finetune"
     model: SubjectSection
+    data: TaskFiles
+    run: FinetuneRun
     task: TaskSection
-    optim: Optim
-    training: Training
-    output: Output
 
-    def identity(self) -> dict[str, Any]:
-        """Returns what must be equal for a run to be continued: all but where, how often and how far at once."""
-        values = run_identity(self.model_dump(mode="json"))
-        del values["task"]["data"]  # the files' hashes stand in every checkpoint
-        return values
 
-    def to_yaml(self) -> str:
-        """Returns the recipe with every default written out."""
-        return write_yaml(self.model_dump(mode="json"))
+def shipped_settings() -> list[Path]:
+    """Returns the finetuning recipes that ship."""
+    return sorted((SHIPPED / "finetune").glob("*.yaml"))
 
 
 def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
@@ -148,7 +162,7 @@ def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
     Raises:
         XdscaleError: no such recipe, not YAML, an unknown key, or a bad value. `check_tasks` checks names of tasks.
     """
-    path = own_or_shipped(name, SHIPPED / "finetune", ".yaml", "finetuning recipe")
+    path = own_or_shipped(name, shipped_settings(), ".yaml", "finetuning recipe")
     settings = read_validated(path, overrides, FinetuneSettings)
     if isinstance(settings.optim.learning_rate, dict):
         for size in {"base", "large"} - settings.optim.learning_rate.keys():
@@ -187,6 +201,7 @@ def resolve_run(
     subject: dict[str, Any],
     source: Path,
     seed: int,
+    label: str,
     folder: Path,
     own: OwnTask | None = None,
 ) -> FinetuneRecipe:
@@ -200,6 +215,7 @@ def resolve_run(
         subject: name, subject, size and weights_sha256 of the model, and more.
         source: the data folder.
         seed: of the new head, the shuffle and dropout.
+        label: the model's name in tables.
         folder: the run folder.
         own: describes a task of the user's own.
     """
@@ -209,14 +225,13 @@ def resolve_run(
     known = {key: subject[key] for key in ("name", "subject", "size", "weights_sha256")}
     return FinetuneRecipe(
         model=SubjectSection(**settings.model.model_dump(), **known),
-        task=TaskSection(name=task, data=str(source), epochs=training.epochs, own=own),
+        task=TaskSection(name=task, epochs=training.epochs, own=own),
+        data=TaskFiles(folder=str(source)),
         optim=Optim(**rates),
         training=Training(
-            **training.model_dump(exclude={"epochs"}),
-            steps=max(1, math.ceil(training.epochs * per_epoch)),
-            eval_every=max(1, round(per_epoch)),
-            seed=seed,
+            steps=max(1, math.ceil(training.epochs * per_epoch)), global_batch=training.global_batch, seed=seed
         ),
+        run=FinetuneRun(**settings.run.model_dump(), eval_every=max(1, round(per_epoch)), label=label),
         output=Output(folder=str(folder)),
     )
 

@@ -1,29 +1,29 @@
-"""One finetuning run: one model, one task, one seed, on the loop, the engine and the checkpoints of adaptation."""
+"""Finetuning as a system: one run is one model, one task, one seed."""
 
 import json
 import shutil
 import time
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xdscale.data.order import Order, sample_hash, validation_slots
+import torch
+from torch import nn
+
+from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_batches import CLIP_BLOCKS, EncodedSplit, TaskCollator, encode_examples
 from xdscale.ds_config import precision
-from xdscale.errors import EXIT_STOPPED
+from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe, TaskSection
 from xdscale.finetune.subject import Readers, build_subject, open_readers
+from xdscale.systems.contract import Data, Objective, Place
 from xdscale.tasks.contract import TaskData
+from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.metrics import METRICS
-from xdscale.training.distributed import Ranks
-from xdscale.training.protocols import StepData
-from xdscale.training.run_folder import RunFolder, read_log
-from xdscale.training.session import RunData, Setup, open_session, train_session
-from xdscale.training.signals import StopRequest
-from xdscale.training.watchdog import Watchdog
+from xdscale.training.run_folder import read_log
+from xdscale.training.session import Setup
 
 
 class Material(NamedTuple):
@@ -36,60 +36,100 @@ class Material(NamedTuple):
     test: dict[str, EncodedSplit]
 
 
-def finetune(
-    recipe: FinetuneRecipe,
-    ds_config: dict[str, Any],
-    label: str,
-    ranks: Ranks,
-    stop: StopRequest,
-    say: Callable[[str], None],
-) -> int:
-    """Trains, predicts, and writes the result.
+class FinetuneSystem:
+    """Finetunes a model on a task and predicts its splits; see `xdscale.systems.contract.System`."""
 
-    Args:
-        recipe: of the run.
-        ds_config: resolved DeepSpeed configuration.
-        label: the model's name in tables.
-        ranks: this process among the others.
-        stop: catches the signals.
-        say: gets what a person should know of the data.
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        self.recipe = recipe
+        self._began = time.monotonic()
 
-    Returns:
-        The exit code: 0 with a result, 75 after a signal with a checkpoint, else the failure's, said on stderr.
-    """
-    began = time.monotonic()
-    run = RunFolder(Path(recipe.output.folder))
-    with Watchdog(ranks, run.folder, recipe.training.hang_seconds) as watchdog:
-        setup = Setup(recipe, ds_config, run, ranks, stop, watchdog)
-        try:
-            ranks.on_first(lambda: run.check(recipe))
-            ranks.on_first(run.claim)
-            material = prepare(recipe.task, recipe.model.name, recipe.model.subject)
-            for note in _notes_on_length(material, recipe.model.max_length):
-                say(note)
-            data = _open_data(setup, material)
-            session = open_session(setup, data, lambda continued: build_subject(recipe, material.data.task))
-            code = train_session(setup, data, session, {"task": 1.0})
-            if code == 0 and not recipe.training.stops_early:
-                code = _finish(setup, label, material, session.engine, began)
-            watchdog.end()
-            session.engine.destroy()
-            return code
-        except Exception as error:
-            return watchdog.report(error, stopping=stop.requested)
-        finally:
-            run.release()
+    @property
+    def _material(self) -> Material:
+        model = self.recipe.model
+        return prepare(self.recipe.task, self.recipe.data.folder, model.name, model.subject)
+
+    def objectives(self) -> dict[str, Objective]:
+        """Returns the task's one loss."""
+        return {"task": Objective(1.0)}
+
+    def open(self, place: Place) -> Data:
+        """Reads and tokenises the task's files."""
+        material, training, ranks = self._material, self.recipe.training, place.ranks
+        order = Order(
+            len(material.train),
+            seed=training.seed,
+            global_batch=training.global_batch,
+            world_size=ranks.world_size,
+            rank=ranks.rank,
+            micro_batch=place.micro_batch,
+        )
+        dev = next(iter(material.dev.values()))
+        slots = validation_slots(
+            len(dev), self.recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
+        )
+        validation = list(map(self._collator(dev), slots))
+        notes = tuple(_notes_on_length(material, self.recipe.model.max_length))
+        return Data(order, self._collator(material.train), validation, material.data.fingerprint(), notes=notes)
+
+    def build(self, *, continued: bool) -> Finetuning:
+        """Builds the subject with the task's loss."""
+        return build_subject(self.recipe, self._material.data.task)
+
+    def parts(self, module: Finetuning) -> dict[str, nn.Module]:
+        """Returns the subject: encoder and head."""
+        return {"subject": module.subject}
+
+    def keep(self, folder: Path) -> None:
+        """Keeps nothing: the model's own folder has all."""
+
+    def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
+        """Refuses: a finetuned model has been measured, and its predictions are written.
+
+        Raises:
+            XdscaleError: always.
+        """
+        raise XdscaleError(f"{run}: holds a finetuning run; what it gives are its predictions and {RESULT}")
+
+    def finish(self, setup: Setup, module: Any) -> int:
+        """Predicts every example of the development and test splits once, and writes the result."""
+        recipe, ranks, material = self.recipe, setup.ranks, self._material
+        task, predicted = material.data.task, {}
+        micro_batch = setup.ds_config["train_micro_batch_size_per_gpu"]
+        for split, encoded in (material.dev | material.test).items():
+            setup.watchdog.enter("prediction", recipe.training.steps)
+            slots = validation_slots(len(encoded), len(encoded), ranks.world_size, ranks.rank, micro_batch)
+            predicted[split] = predict(setup, task, module, slots, self._collator(encoded))
+            if predicted[split] is None:
+                return EXIT_STOPPED
+        if ranks.is_first:
+            self._write(setup, predicted)
+        return 0
+
+    def _write(self, setup: Setup, predicted: dict[str, Predicted]) -> None:
+        material, folder = self._material, setup.run.folder
+        task = material.data.task
+        for split, examples in material.data.dev.items():
+            write_predictions(folder / f"predictions-{split}.jsonl", task, examples, predicted[split])
+        for name, examples in material.data.test.items():
+            write_submission(folder / "predictions" / name, task, examples, predicted[name])
+        result = _result(setup, material, predicted) | {"seconds": time.monotonic() - self._began}
+        write_atomically(folder / RESULT, json.dumps(result, indent=2) + "\n")
+        shutil.rmtree(setup.run.checkpoints, ignore_errors=True)  # the result says it all, and a sweep has many
+
+    def _collator(self, split: EncodedSplit) -> TaskCollator:
+        language, clip = (reader[1] if reader else None for reader in self._material.readers)
+        return TaskCollator(split, language, clip, max_length=self.recipe.model.max_length)
 
 
 @lru_cache(maxsize=1)
-def prepare(section: TaskSection, model: str, subject: str) -> Material:
+def prepare(section: TaskSection, folder: str, model: str, subject: str) -> Material:
     """Reads and tokenises a task, once for all its seeds in this process.
 
     Raises:
         XdscaleError: the task's files or the model's tokenizer are not in order.
     """
     task = section.find()
-    read = task.read(Path(section.data))
+    read = task.read(Path(folder))
     readers = open_readers(model, subject)
 
     def encode(examples: list) -> EncodedSplit:
@@ -105,61 +145,7 @@ def prepare(section: TaskSection, model: str, subject: str) -> Material:
     )
 
 
-def _open_data(setup: Setup, material: Material) -> RunData:
-    recipe, ranks = setup.recipe, setup.ranks
-    training, micro_batch = recipe.training, setup.ds_config["train_micro_batch_size_per_gpu"]
-    order = Order(
-        len(material.train),
-        seed=training.seed,
-        global_batch=training.global_batch,
-        world_size=ranks.world_size,
-        rank=ranks.rank,
-        micro_batch=micro_batch,
-    )
-    collate = _collator(recipe, material, material.train)
-    dev = next(iter(material.dev.values()))
-    slots = validation_slots(len(dev), training.eval_samples, ranks.world_size, ranks.rank, micro_batch)
-    collate_dev = _collator(recipe, material, dev)
-
-    def prepare_step(step: int) -> StepData:
-        return StepData([collate(item) for item in order.slots(step)], stream_hash(step))
-
-    def stream_hash(step: int) -> str:
-        return sample_hash(*order.global_batch_ids(step))
-
-    validation = [collate_dev(item) for item in slots]
-    return RunData(prepare_step, validation, order, stream_hash, material.data.fingerprint(), {})
-
-
-def _collator(recipe: FinetuneRecipe, material: Material, split: EncodedSplit) -> TaskCollator:
-    language, clip = (reader[1] if reader else None for reader in material.readers)
-    return TaskCollator(split, language, clip, max_length=recipe.model.max_length)
-
-
-def _finish(setup: Setup, label: str, material: Material, engine: Any, began: float) -> int:
-    """Predicts every example of the development and test splits once, and writes the result."""
-    recipe, run, ranks = setup.recipe, setup.run, setup.ranks
-    micro_batch = setup.ds_config["train_micro_batch_size_per_gpu"]
-    task, predicted = material.data.task, {}
-    for split, encoded in (material.dev | material.test).items():
-        setup.watchdog.enter("prediction", recipe.training.steps)
-        collate = _collator(recipe, material, encoded)
-        slots = validation_slots(len(encoded), len(encoded), ranks.world_size, ranks.rank, micro_batch)
-        predicted[split] = predict(setup, task, engine, slots, collate)
-        if predicted[split] is None:
-            return EXIT_STOPPED
-    if ranks.is_first:
-        for split, examples in material.data.dev.items():
-            write_predictions(run.folder / f"predictions-{split}.jsonl", task, examples, predicted[split])
-        for name, examples in material.data.test.items():
-            write_submission(run.folder / "predictions" / name, task, examples, predicted[name])
-        result = _result(setup, label, material, predicted) | {"seconds": time.monotonic() - began}
-        write_atomically(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
-        shutil.rmtree(run.checkpoints, ignore_errors=True)  # the result says it all, and a sweep has many
-    return 0
-
-
-def _result(setup: Setup, label: str, material: Material, predicted: dict[str, Predicted]) -> dict[str, Any]:
+def _result(setup: Setup, material: Material, predicted: dict[str, Predicted]) -> dict[str, Any]:
     recipe, task = setup.recipe, material.data.task
     better = METRICS[task.score].higher_is_better
     metrics, (headline, *rest) = {}, material.dev
@@ -172,7 +158,7 @@ def _result(setup: Setup, label: str, material: Material, predicted: dict[str, P
         "task": task.name,
         "title": task.title,
         "subject": recipe.model.subject,
-        "label": label,
+        "label": recipe.run.label,
         "seed": recipe.training.seed,
         "split": headline,
         "metrics": metrics,

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 from torch import nn
 
-from xdscale import recipe as recipes
 from xdscale.errors import XdscaleError
 from xdscale.finetune.recipe import LARGE_FROM, FinetuneRecipe, ModelSettings, Subject
 from xdscale.models.operations import use_definitions
@@ -13,11 +12,13 @@ from xdscale.names import resolve_path
 from xdscale.pretrained.clip import clip_config, clip_weights_path
 from xdscale.pretrained.language import language_config, language_weights, own_tokenizer
 from xdscale.pretrained.weights import weights_sha256
+from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.xdbert.schema import Clip
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.sources.text_build import ClipTokenizer, LanguageTokenizer
+from xdscale.systems.stored import FULL_MODEL
 from xdscale.tasks.contract import Task
 from xdscale.tasks.finetuning import (
-    FULL_MODEL,
     Finetuning,
     build_clip_classifier,
     build_cross_modal_classifier,
@@ -45,13 +46,13 @@ def describe_subject(name: str, subject: Subject, settings: ModelSettings) -> di
         XdscaleError: no such model, its weights or its tokenizer are missing, or it has too few positions.
     """
     if subject == "clip":
-        spec = recipes.Clip(name=name, weights=settings.clip_weights)
+        spec = Clip(name=name, weights=settings.clip_weights)
         text = clip_config(spec).text_cfg
         size, encoder = text.width, f"CLIP text, {text.layers} layers of {text.width}"
         path = clip_weights_path(spec)
         weights = None if path is None else [path]
     else:
-        language = recipes.Language(name=name, weights="pretrained" if subject == "language" else "random")
+        language = Language(name=name, weights="pretrained" if subject == "language" else "random")
         config = language_config(language)
         size = config.hidden_size
         encoder = f"{config.model_type}, {config.num_hidden_layers} layers of {size}"
@@ -91,17 +92,17 @@ def build_subject(recipe: FinetuneRecipe, task: Task) -> Finetuning:
         XdscaleError: the weights cannot be loaded.
     """
     module = Finetuning(_classifier(recipe, task), task)
-    return use_definitions(module) if recipe.model.kernels == "plain" else module
+    return use_definitions(module) if recipe.run.kernels == "plain" else module
 
 
 def _classifier(recipe: FinetuneRecipe, task: Task) -> nn.Module:
     model = recipe.model
     if model.subject == "clip":
         weights = "random" if model.weights == "random" else model.clip_weights
-        return build_clip_classifier(recipes.Clip(name=model.name, weights=weights), task, dropout=model.dropout)
+        return build_clip_classifier(Clip(name=model.name, weights=weights), task, dropout=model.dropout)
     if model.subject == "cross-modal":
         return build_cross_modal_classifier(resolve_path(model.name), task, dropout=model.dropout)
-    spec = recipes.Language(
+    spec = Language(
         name=model.name, weights=model.weights, sha256=model.weights_sha256 if model.weights == "pretrained" else None
     )
     return build_language_classifier(spec, task, dropout=model.dropout)

@@ -29,7 +29,7 @@ _LOG_LINES = 15
 class FinetuneJob:
     """One run: what the worker gets, where the result will stand, and where the run's words go.
 
-    One that `stops_early`, by `training.stop_at_step`, has no result yet.
+    One that `stops_early`, by `run.stop_at_step`, has no result yet.
     """
 
     name: str
@@ -167,7 +167,7 @@ class SweepRunner:
 
 def _describe_end(job: FinetuneJob) -> str:
     if job.stops_early:
-        return "stopped as training.stop_at_step says; the same command without it, or with a later one, continues"
+        return "stopped as run.stop_at_step says; the same command without it, or with a later one, continues"
     result = read_result(job.result)
     return ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()) + f" ({result.seconds:.0f} s)"
 

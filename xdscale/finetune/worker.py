@@ -51,7 +51,8 @@ def main() -> None:
 
 def _work(job: dict[str, Any], ranks: Any, stop: StopRequest, say: Callable[[str], None]) -> int:
     from xdscale.finetune.recipe import FinetuneRecipe
-    from xdscale.finetune.run import finetune
+    from xdscale.finetune.run import FinetuneSystem
+    from xdscale.training.session import train_run
 
     recipe = FinetuneRecipe.model_validate(job["recipe"])
     try:
@@ -61,7 +62,7 @@ def _work(job: dict[str, Any], ranks: Any, stop: StopRequest, say: Callable[[str
         check_sections(job["ds_config_name"], job["ds_config"])
         ds_config = resolve_ds_config(job["ds_config_name"], job["ds_config"], recipe, ranks.world_size)
         check_precision(job["ds_config_name"], ds_config)
-        return finetune(recipe, ds_config, job["label"], ranks, stop, say)
+        return train_run(FinetuneSystem(recipe), ds_config, ranks, stop, say)
     except (XdscaleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAULT

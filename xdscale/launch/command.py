@@ -23,7 +23,7 @@ from xdscale.launch.start import (
     with_environment,
 )
 
-_MODULE = "xdscale.adapt"
+_MODULE = "xdscale.train"
 
 
 def launch_on_hosts(

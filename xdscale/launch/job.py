@@ -20,7 +20,7 @@ class TrainingJob:
     Attributes:
         name: the recipe's file name without its suffix, fit for a folder and a queue.
         recipe: the recipe with its overrides applied.
-        arguments: what `xdscale.adapt` is given.
+        arguments: what `xdscale.train` is given.
         split: of each step over the ranks.
     """
 

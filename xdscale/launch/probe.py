@@ -160,7 +160,7 @@ def _checkpoint_bytes(recipe: Recipe) -> int:
     """Returns the room for all checkpoints that are kept and the one being written."""
     from xdscale.launch.space import checkpoint_bytes
 
-    return (recipe.training.keep_checkpoints + 1) * checkpoint_bytes(recipe)
+    return (recipe.run.keep_checkpoints + 1) * checkpoint_bytes(recipe)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def sbatch_text(
         name: of the job.
         request: machines, GPUs, time.
         python: interpreter, as the machines find it.
-        arguments: of `xdscale.adapt`.
+        arguments: of `xdscale.train`.
         environment: variables that every rank is to have; Triton's cache is one per job unless it stands there.
         run_folder: where its checkpoints lie.
     """
@@ -126,7 +126,7 @@ def sbatch_text(
         most=MOST_REQUEUES_AFTER_FAULTS,
         run=shlex.quote(run_folder),
         ranks=RANKS_FROM_SLURM,
-        command=shlex.join([python, "-u", "-m", "xdscale.adapt", *arguments]),
+        command=shlex.join([python, "-u", "-m", "xdscale.train", *arguments]),
     )
 
 

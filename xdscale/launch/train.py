@@ -71,7 +71,7 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
     options, settings = _devices(chosen, world_size, known)
     # Less than -q: after bad input the launcher's own word would stand beside the one message that names it.
     command = [program("deepspeed"), "--log_level", "critical", *options]
-    command += ["--master_port", str(_free_port()), "--module", "xdscale.adapt", *job.arguments]
+    command += ["--master_port", str(_free_port()), "--module", "xdscale.train", *job.arguments]
     print(shlex.join([*(f"{key}={value}" for key, value in settings.items()), *command]), file=sys.stderr, flush=True)
     log = Path(job.recipe.output.folder, "log.jsonl")
     written = _written(log)
@@ -163,7 +163,7 @@ def _devices(gpus: list[str], world_size: int, known: list[_Gpu]) -> tuple[list[
         raise XdscaleError(
             f"CUDA_VISIBLE_DEVICES={','.join(gpus)}: the deepspeed launcher takes whole GPUs only, and nvidia-smi "
             f"lists no {gpus[numbers.index(None)]}; name GPUs as 'nvidia-smi -L' does, or start one rank without the "
-            "launcher: python -m xdscale.adapt RECIPE --deepspeed_config NAME"
+            "launcher: python -m xdscale.train RECIPE --deepspeed_config NAME"
         )
     return ["--include", f"localhost:{','.join(numbers)}"], {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 

@@ -189,7 +189,7 @@ def _space(evidence: Evidence) -> Iterator[Finding]:
                 "space",
                 "FAIL",
                 f"{free / _GIB:.1f} GiB free at {evidence.output_folder}, checkpoints need "
-                f"{evidence.needed_bytes / _GIB:.1f} GiB; free some, or lower training.keep_checkpoints",
+                f"{evidence.needed_bytes / _GIB:.1f} GiB; free some, or lower run.keep_checkpoints",
             )
 
 

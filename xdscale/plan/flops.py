@@ -1,10 +1,10 @@
-"""FLOPs of forward and backward per sequence, by the definitions of `xdscale.tasks.flops`."""
+"""FLOPs of forward and backward per sequence, by the definitions of `xdscale.models.flops`."""
 
 import numpy as np
 
+from xdscale.models import flops
 from xdscale.plan.load import Load
 from xdscale.plan.shapes import CLIP_CONTEXT, ModelShape
-from xdscale.tasks import flops
 
 
 def training_flops(shape: ModelShape, load: Load, frozen: tuple[str, ...] = ()) -> float:

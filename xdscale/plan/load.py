@@ -66,14 +66,14 @@ def _load(spec: Recipe, shape: ModelShape, length: int, ids_per_piece: float, *,
         )
     ids = min(ids_per_piece * (length - 2), _MOST_BLOCKS * _CONTENT)
     blocks = math.ceil(ids / _CONTENT) if whole_blocks else ids / _CONTENT + _PARTLY_FILLED
-    if spec.model.clip is None:
+    if getattr(spec.model, "clip", None) is None:
         ids = blocks = 0.0
-    tasks = spec.tasks
+    mlm, match, tokens = (getattr(spec.objectives, name, None) for name in ("mlm", "match", "clip_tokens"))
     return Load(
         length=length,
         blocks=blocks,
         clip_tokens=ids + 2 * blocks,
-        masked=tasks.mlm.select * (length - 2) if tasks.mlm else 0.0,
-        matched=int(tasks.match is not None),
-        clip_targets=tasks.clip_tokens.select * ids if tasks.clip_tokens else 0.0,
+        masked=mlm.select * (length - 2) if mlm else 0.0,
+        matched=int(match is not None),
+        clip_targets=tokens.select * ids if tokens else 0.0,
     )

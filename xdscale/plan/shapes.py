@@ -14,6 +14,7 @@ from xdscale.architectures import KNOWN, read_encoder_config
 from xdscale.errors import XdscaleError
 from xdscale.files import read_json
 from xdscale.names import PACKAGE_PREFIX, resolve_path
+from xdscale.recipe import Recipe
 
 CLIP_CONTEXT = 77
 """Positions of one CLIP block."""
@@ -88,7 +89,7 @@ class ModelShape:
     tasks: tuple[str, ...]
 
 
-def model_shape(spec: recipe.Recipe) -> ModelShape:
+def model_shape(spec: Recipe) -> ModelShape:
     """Returns the shape of a recipe's model from configuration files alone.
 
     Raises:
@@ -96,9 +97,9 @@ def model_shape(spec: recipe.Recipe) -> ModelShape:
     """
     return ModelShape(
         language_shape(spec.model.language.name),
-        clip_shape(spec.model.clip.name) if spec.model.clip else NO_CLIP,
-        spec.model.cross_layers,
-        tuple(spec.tasks.weights()),
+        clip_shape(spec.model.clip.name) if spec.system == "xdbert" else NO_CLIP,
+        spec.model.cross_layers if spec.system == "xdbert" else 0,
+        tuple(spec.objectives.weights()),
     )
 
 

@@ -15,6 +15,7 @@ from xdscale.files import one_line, read_json
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.names import PACKAGE_PREFIX, resolve_path
 from xdscale.pretrained.weights import read_state_dict, some
+from xdscale.recipes.xdbert.schema import Clip
 
 CLIP_CONTEXT = 77
 """Positions of one CLIP block; shards are cut for it."""
@@ -42,7 +43,7 @@ class ClipConfig(BaseModel):
     text_cfg: ClipTextConfig
 
 
-def clip_config(spec: recipe.Clip) -> ClipConfig:
+def clip_config(spec: Clip) -> ClipConfig:
     """Returns the shape of CLIP's text tower.
 
     For an open_clip architecture the activation is the one that the weights were trained with. Where the
@@ -70,7 +71,7 @@ def clip_config(spec: recipe.Clip) -> ClipConfig:
     return config
 
 
-def _open_clip_config(spec: recipe.Clip) -> dict[str, Any]:
+def _open_clip_config(spec: Clip) -> dict[str, Any]:
     name = _open_clip_name(spec.name)
     if name not in open_clip.list_models():
         raise XdscaleError(
@@ -89,7 +90,7 @@ def _open_clip_config(spec: recipe.Clip) -> dict[str, Any]:
     return values
 
 
-def build_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
+def build_clip_text_tower(spec: Clip) -> CLIPTextEncoder:
     """Builds CLIP's text tower in fp32 with random weights, shaped for the weights that `spec` names.
 
     Args:
@@ -108,7 +109,7 @@ def build_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
     return CLIPTextEncoder(tower)
 
 
-def load_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
+def load_clip_text_tower(spec: Clip) -> CLIPTextEncoder:
     """Builds CLIP's text tower in fp32, without the vision tower, and loads its weights.
 
     Args:
@@ -125,7 +126,7 @@ def load_clip_text_tower(spec: recipe.Clip) -> CLIPTextEncoder:
     return encoder
 
 
-def clip_weights_path(spec: recipe.Clip) -> Path | None:
+def clip_weights_path(spec: Clip) -> Path | None:
     """Returns the file of CLIP's weights; None when they are random.
 
     Raises:
@@ -134,7 +135,7 @@ def clip_weights_path(spec: recipe.Clip) -> Path | None:
     return None if spec.weights == "random" else _clip_weights_file(spec)
 
 
-def _clip_weights_file(spec: recipe.Clip) -> Path:
+def _clip_weights_file(spec: Clip) -> Path:
     if spec.weights.startswith(PACKAGE_PREFIX) or Path(spec.weights).suffix or Path(spec.weights).is_file():
         return resolve_path(spec.weights)
     name = _open_clip_name(spec.name)

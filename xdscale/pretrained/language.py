@@ -11,12 +11,12 @@ from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel, Pre
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from xdscale import recipe
 from xdscale.architectures import KNOWN, read_encoder_config
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
 from xdscale.names import PACKAGE_PREFIX, resolve_path
 from xdscale.pretrained.weights import WEIGHT_FILES, check_sha256, read_state_dict, reason, some, weight_files
+from xdscale.recipes.mlm.schema import Language
 from xdscale.shards.language import TOKENIZER_FILES, has_tokenizer, load_language_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
 
@@ -26,7 +26,7 @@ _CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
 }
 
 
-def language_config(spec: recipe.Language) -> PretrainedConfig:
+def language_config(spec: Language) -> PretrainedConfig:
     """Returns the encoder's configuration as published, without loading weights.
 
     Raises:
@@ -52,7 +52,7 @@ def language_config(spec: recipe.Language) -> PretrainedConfig:
     return config
 
 
-def load_language_encoder(spec: recipe.Language, *, dropout: float) -> PreTrainedModel:
+def load_language_encoder(spec: Language, *, dropout: float) -> PreTrainedModel:
     """Builds the language encoder in fp32: BERT with its pooler, ELECTRA (which has none) as it is.
 
     Args:
@@ -108,7 +108,7 @@ _HEAD_KEYS = {
 _WORDS = "embeddings.word_embeddings.weight"
 
 
-def masked_lm_head_state(spec: recipe.Language) -> dict[str, torch.Tensor] | None:
+def masked_lm_head_state(spec: Language) -> dict[str, torch.Tensor] | None:
     """Returns the masked-LM head that a pretrained BERT was published with, under `MaskedTokenHead`'s names.
 
     A head that fits its encoder saves adaptation from learning the map to the vocabulary anew. ELECTRA's
@@ -150,7 +150,7 @@ def masked_lm_head_state(spec: recipe.Language) -> dict[str, torch.Tensor] | Non
     return {ours: head[theirs].float() for ours, theirs in keys.items()}
 
 
-def tokenizer_folder(spec: recipe.Language) -> Path | None:
+def tokenizer_folder(spec: Language) -> Path | None:
     """Returns the folder that holds the encoder's own tokenizer; None where there is none, as for a bare architecture.
 
     Raises:
@@ -170,7 +170,7 @@ def own_tokenizer(name: str) -> tuple[Tokenizer, LanguageTokenizer]:
             ids than the encoder has embeddings.
     """
     tokenizer, info = load_language_tokenizer(str(_language_folder(name)))
-    embeddings = language_config(recipe.Language(name=name)).vocab_size
+    embeddings = language_config(Language(name=name)).vocab_size
     if info.vocab_size > embeddings:
         raise XdscaleError(
             f"{name}: its tokenizer has {info.vocab_size} ids, but the encoder has embeddings for {embeddings} "
@@ -179,7 +179,7 @@ def own_tokenizer(name: str) -> tuple[Tokenizer, LanguageTokenizer]:
     return tokenizer, info
 
 
-def language_weights(spec: recipe.Language) -> list[Path] | None:
+def language_weights(spec: Language) -> list[Path] | None:
     """Returns the files of the encoder's weights; None when they are random.
 
     Raises:

@@ -15,19 +15,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from xdscale import recipe
 from xdscale.errors import XdscaleError
-from xdscale.files import read_json
 from xdscale.models.encoders import use_kernels
 from xdscale.pretrained.clip import load_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder
-from xdscale.pretrained.weights import read_state_dict
+from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.xdbert.schema import Clip, Model
+from xdscale.systems.contract import Term
+from xdscale.systems.stored import FULL_MODEL, stored_recipe, stored_state
+from xdscale.systems.xdbert import build_model
 from xdscale.tasks.contract import Task
 from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
-from xdscale.tasks.xdbert import build_model
-
-FULL_MODEL = "cross_modal"
-"""Folder of the full model inside an export."""
 
 _CLASSES: dict[tuple[str, bool], type[PreTrainedModel]] = {
     ("bert", False): BertForSequenceClassification,
@@ -53,25 +51,26 @@ class Finetuning(nn.Module):
         """Trades a second forward pass of the encoder for its activations; the result stays the same."""
         self.subject.enable_activation_checkpointing()
 
-    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Term | torch.Tensor]:
         """Computes the task's summed loss.
 
         Args:
             batch: the arrays of `xdscale.data.task_batches.TaskCollator` as tensors.
 
         Returns:
-            "task": the loss summed over the real examples (fp32 scalar), and how many are right (int64 scalar).
+            "task": its `Term` over the real examples.
             "logits": fp32 [b, outputs], without gradient; for choices [b, choices].
         """
         logits = self.subject(batch).float().view(len(batch["real"]), -1)
-        return {"task": self.task.loss(logits, batch["labels"], batch["real"]), "logits": logits.detach()}
+        loss = self.task.loss(logits, batch["labels"], batch["real"])
+        return {"task": Term.scored(*loss), "logits": logits.detach()}
 
     def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
         """Returns the matrix-multiplication FLOPs of forward and backward for one micro-batch, without the head."""
         return 3 * self.subject.flops(arrays)
 
 
-def build_language_classifier(spec: recipe.Language, task: Task, *, dropout: float) -> LanguageClassifier:
+def build_language_classifier(spec: Language, task: Task, *, dropout: float) -> LanguageClassifier:
     """Builds the language encoder with a new head.
 
     The head takes its values from torch's global generator: seed it before, alike on all ranks.
@@ -108,8 +107,8 @@ def build_cross_modal_classifier(folder: Path, task: Task, *, dropout: float) ->
         XdscaleError: the folder holds no full model.
     """
     spec, state = read_full_model(folder)
-    bare = recipe.Model(
-        language=recipe.Language(name=str(folder), weights="random"),
+    bare = Model(
+        language=Language(name=str(folder), weights="random"),
         clip=spec.clip.model_copy(update={"weights": "random"}),
         cross_layers=spec.cross_layers,
         dropout=dropout,
@@ -123,7 +122,7 @@ def build_cross_modal_classifier(folder: Path, task: Task, *, dropout: float) ->
     return classifier
 
 
-def build_clip_classifier(spec: recipe.Clip, task: Task, *, dropout: float) -> ClipClassifier:
+def build_clip_classifier(spec: Clip, task: Task, *, dropout: float) -> ClipClassifier:
     """Builds CLIP-T with a new classifier.
 
     Raises:
@@ -132,21 +131,15 @@ def build_clip_classifier(spec: recipe.Clip, task: Task, *, dropout: float) -> C
     return ClipClassifier(load_clip_text_tower(spec), task.sentences, task.outputs, dropout=dropout)
 
 
-def read_full_model(folder: Path) -> tuple[recipe.Model, dict[str, torch.Tensor]]:
+def read_full_model(folder: Path) -> tuple[Model, dict[str, torch.Tensor]]:
     """Reads the full cross-modal model of an export: what it was built from, and its fp32 weights with the heads.
 
     Raises:
-        XdscaleError: the folder holds no full model, or one of the language encoder alone.
+        XdscaleError: the folder holds no full model.
     """
-    inner = folder / FULL_MODEL
-    if not (inner / "config.json").is_file():
+    if not (folder / FULL_MODEL / "config.json").is_file():
         raise XdscaleError(
             f"{folder}: holds no {FULL_MODEL}/config.json; the cross-modal subject needs a folder written by "
             "'xdscale export'"
         )
-    config = read_json(inner / "config.json")
-    spec = recipe.Recipe.model_validate(config["recipe"]).model
-    if spec.clip is None:
-        raise XdscaleError(f"{folder}: was adapted without CLIP, so there is no cross-modal model in it")
-    state = read_state_dict(inner / "model.safetensors")
-    return spec, state | {name: state[source] for name, source in config["tied_weights"].items()}
+    return stored_recipe(folder).model, stored_state(folder)

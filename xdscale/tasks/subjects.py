@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from xdscale.models import flops
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.encoders import recompute_layers, valid_tokens
 from xdscale.models.xdbert import XDBERT
-from xdscale.tasks import flops
 
 INITIAL_STD = 0.02
 """Of new heads, as in BERT."""

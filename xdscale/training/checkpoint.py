@@ -50,7 +50,7 @@ class CheckpointPosition:
         zero_stage: ZeRO stage that wrote it.
         precision: `fp32`, `bf16` or `fp16`.
         data_fingerprint: SHA-256 of the shards' manifest.
-        stream_hash: SHA-256 of the samples, masks and pairs of the next step, on all ranks together.
+        draws_hash: SHA-256 of the samples, masks and pairs of the next step, on all ranks together.
         quarantined: shards that the run did without.
     """
 
@@ -61,7 +61,7 @@ class CheckpointPosition:
     zero_stage: int
     precision: str
     data_fingerprint: str
-    stream_hash: str
+    draws_hash: str
     quarantined: list[str]
 
 
@@ -227,7 +227,7 @@ def check_compatible(
     zero_stage: int,
     precision: str,
     data_fingerprint: str,
-    stream_hash: str,
+    draws_hash: str,
 ) -> None:
     """Refuses to continue with other shards, another order, another precision or another way of sharding.
 
@@ -239,10 +239,10 @@ def check_compatible(
             f"{checkpoint}: was trained on other shards (manifest {position.data_fingerprint[:12]}…, "
             f"now {data_fingerprint[:12]}…); point data.shards at the original ones"
         )
-    if position.stream_hash != stream_hash:
+    if position.draws_hash != draws_hash:
         raise XdscaleError(
             f"{checkpoint}: the next batch, number {position.step}, is not the one that would have followed: samples, "
-            f"masks and pairs give {stream_hash[:12]}…, the checkpoint holds {position.stream_hash[:12]}…; continue "
+            f"masks and pairs give {draws_hash[:12]}…, the checkpoint holds {position.draws_hash[:12]}…; continue "
             "with the version of xdscale and the recipe that wrote it"
         )
     same_layout = position.zero_stage == zero_stage or {position.zero_stage, zero_stage} == {1, 2}

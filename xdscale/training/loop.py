@@ -10,15 +10,17 @@ import numpy as np
 import torch
 
 from xdscale.recipe import Recipe
+from xdscale.systems.contract import MicroBatch, Objective, SampleOrder
 from xdscale.training.checkpoint import CheckpointPosition, Retention, save_checkpoint
 from xdscale.training.distributed import Ranks
 from xdscale.training.engine import make_step, plain_gradient_norm, set_learning_rate, to_device
 from xdscale.training.evaluation import evaluate
 from xdscale.training.monitor import Monitor
-from xdscale.training.protocols import MicroBatch, SampleOrder, Source, StepData
+from xdscale.training.prefetch import Prefetcher, StepData
 from xdscale.training.schedule import learning_rate
 from xdscale.training.signals import StopRequest
 from xdscale.training.skipping import Skipped, describe_skip
+from xdscale.training.sums import loss_columns, means, term_sums
 from xdscale.training.throughput import peak_memory_gib
 from xdscale.training.watchdog import Watchdog
 
@@ -28,9 +30,9 @@ class Trainer:
     """Everything one rank trains with.
 
     Attributes:
-        engine: the DeepSpeed engine; its forward maps a batch to `{objective: (loss sum, correct)}`.
-        weights: weight of each objective's mean loss in the total.
-        source: training data.
+        engine: the DeepSpeed engine; its forward maps a batch to a `Term` for each objective.
+        objectives: by name.
+        source: training data, step by step.
         order: which samples a step has.
         validation: this rank's held-out batches; every rank has equally many.
         position: maps steps done to the checkpoint record.
@@ -45,8 +47,8 @@ class Trainer:
     engine: Any
     recipe: Recipe
     ranks: Ranks
-    weights: dict[str, float]
-    source: Source
+    objectives: dict[str, Objective]
+    source: Prefetcher[StepData]
     order: SampleOrder
     validation: list[MicroBatch]
     position: Callable[[int], CheckpointPosition]
@@ -60,7 +62,7 @@ class Trainer:
     watchdog: Watchdog
 
     def train(self, start_step: int, *, validate_first: bool) -> tuple[bool, int]:
-        """Trains from `start_step` to the end, or until a signal or `training.stop_at_step`.
+        """Trains from `start_step` to the end, or until a signal or `run.stop_at_step`.
 
         A request to stop is honoured between steps and between held-out batches. Whatever it interrupts, there is a
         checkpoint of the last finished step afterwards, be it step 0.
@@ -72,8 +74,8 @@ class Trainer:
         Returns:
             Whether a signal ended the run early, and the steps done; a checkpoint of that step is saved.
         """
-        training = self.recipe.training
-        last_step = max(start_step, min(training.steps, training.stop_at_step or training.steps))
+        training, run = self.recipe.training, self.recipe.run
+        last_step = max(start_step, min(training.steps, run.stop_at_step or training.steps))
         done, saved = start_step, start_step or None
         stopped = validate_first and not self._validate(done)
         # transformers hands pretrained encoders over in evaluation mode, without dropout.
@@ -83,9 +85,9 @@ class Trainer:
                 stopped = True
                 break
             done += 1
-            if done % training.eval_every == 0 or done == training.steps:
+            if done % run.eval_every == 0 or done == training.steps:
                 stopped = not self._validate(done)
-            if done % training.checkpoint_every == 0 or done == last_step:
+            if done % run.checkpoint_every == 0 or done == last_step:
                 self._save(done)
                 saved = done
         if stopped and saved != done:
@@ -119,7 +121,7 @@ class Trainer:
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
         overflow = not applied and finite and self.engine.fp16_enabled()
         if not applied and not overflow:
-            self._skip(step, torch.stack(losses)[:, ::2], scalars, norm, data)
+            self._skip(step, torch.stack(losses), scalars, norm, data)
             return True
         self.skipped.in_row = 0
         self.skipped.overflows += overflow
@@ -153,43 +155,44 @@ class Trainer:
         return rate
 
     def _forward_backward(self, step: int, number: int, data: StepData, counts: dict[str, int]) -> torch.Tensor:
-        """Adds one micro-batch's gradient; returns its loss sums and right predictions, in turn, per objective."""
+        """Adds one micro-batch's gradient; returns its sums as `term_sums`."""
         self.watchdog.enter("forward", step, number)
         outputs = self.engine(to_device(data.batches[number].arrays, self.engine.device))
-        terms = [weight * outputs[name][0] / max(1, counts[name]) for name, weight in self.weights.items()]
+        losses = [
+            objective.weight * outputs[name].loss_sum / max(1, counts[name])
+            for name, objective in self.objectives.items()
+        ]
         undo_average = self.ranks.world_size * len(data.batches)
         self.watchdog.enter("backward", step, number)
-        self.engine.backward(torch.stack(terms).sum() * undo_average)
+        self.engine.backward(torch.stack(losses).sum() * undo_average)
         if number < len(data.batches) - 1:
             self.engine.step()  # only counts: the update belongs to the last micro-batch
-        return torch.stack([value.detach().double() for name in self.weights for value in outputs[name]])
+        return term_sums(outputs, self.objectives)
 
     def _agree_on_counts(self, data: StepData) -> tuple[dict[str, int], int, bool]:
         """Sums over ranks, in one exchange: targets per objective, tokens, requests to stop."""
-        mine = [sum(batch.targets[name] for batch in data.batches) for name in self.weights]
+        mine = [sum(batch.targets[name] for batch in data.batches) for name in self.objectives]
         mine += [sum(batch.tokens for batch in data.batches), int(self.stop.requested)]
         *counts, tokens, stop = self.ranks.sum(torch.tensor(mine, device=self.engine.device)).tolist()
-        return dict(zip(self.weights, counts)), tokens, stop > 0
+        return dict(zip(self.objectives, counts)), tokens, stop > 0
 
     def _means(self, sums: torch.Tensor, counts: dict[str, int]) -> dict[str, float]:
-        """Returns losses and accuracies of the global batch; the total is not finite where any loss sum is not."""
-        values = self.ranks.sum(sums).tolist()
-        scalars = {}
-        for index, name in enumerate(self.weights):
-            scalars[f"loss/{name}"] = values[2 * index] / max(1, counts[name])
-            scalars[f"accuracy/{name}"] = values[2 * index + 1] / max(1, counts[name])
-        return {"loss/total": sum(weight * scalars[f"loss/{name}"] for name, weight in self.weights.items())} | scalars
+        """Returns losses and metrics of the global batch; the total is not finite where any loss sum is not."""
+        scalars = means(self.ranks.sum(sums), self.objectives, counts)
+        total = sum(objective.weight * scalars[f"loss/{name}"] for name, objective in self.objectives.items())
+        return {"loss/total": total} | scalars
 
-    def _skip(self, step: int, losses: torch.Tensor, scalars: dict[str, float], norm: float, data: StepData) -> None:
+    def _skip(self, step: int, sums: torch.Tensor, scalars: dict[str, float], norm: float, data: StepData) -> None:
+        losses = sums[:, loss_columns(self.objectives)]
         entry = describe_skip(step, losses, scalars, norm, self.order, self.ranks, self.run)
         if self.monitor:
             self.monitor.skipped(step + 1, entry, data.samples, self.skipped.steps + 1)
-        self.skipped.add(step + 1, self.recipe.training.max_skipped_in_row, entry["replay"])
+        self.skipped.add(step + 1, self.recipe.run.max_skipped_in_row, entry["replay"])
 
     def _validate(self, step: int) -> bool:
         """Measures the held-out losses; returns False when a request to stop came in between."""
         measured = evaluate(
-            self.engine, self.validation, list(self.weights), self.ranks, lambda number: self._go_on(step, number)
+            self.engine, self.validation, self.objectives, self.ranks, lambda number: self._go_on(step, number)
         )
         if measured is None:
             return False
@@ -208,8 +211,8 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.watchdog.enter("saving", step)
-        training = self.recipe.training
-        retention = Retention(newest=training.keep_checkpoints, every=training.keep_every)
+        run = self.recipe.run
+        retention = Retention(newest=run.keep_checkpoints, every=run.keep_every)
         save_checkpoint(self.engine, self.checkpoints, self.position(step), retention, self.ranks)
         if self.monitor:
             self.monitor.checkpoint(step)

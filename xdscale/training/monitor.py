@@ -159,7 +159,7 @@ class Monitor:
         elif step < steps:
             how = "stopped"
             what_next = (
-                f", as training.stop_at_step = {self._recipe.training.stop_at_step} says; the same command without it, "
+                f", as run.stop_at_step = {self._recipe.run.stop_at_step} says; the same command without it, "
                 "or with a later one, continues"
             )
         memory = f"peak memory {max(peaks_gib):.2f} GiB per rank"

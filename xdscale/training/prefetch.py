@@ -5,11 +5,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 HINTS_AHEAD = 8
 """Steps; what a hint sends for is bounded by whoever it is given to."""
+
+
+class StepData(NamedTuple):
+    """What one rank needs for one optimiser step.
+
+    Attributes:
+        batches: its micro-batches.
+        samples: hash of the sample ids of the global batch, the same on every rank.
+    """
+
+    batches: list[Any]
+    samples: str
 
 
 class Prefetcher(Generic[Item]):

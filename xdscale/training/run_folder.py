@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from xdscale import __version__
 from xdscale.errors import XdscaleError, writing
 from xdscale.files import DISKS_OWN, lock, write_atomically
-from xdscale.recipe import MAY_CHANGE, NOT_YAML, Recipe
+from xdscale.recipe import NOT_YAML, Recipe
 from xdscale.recipe_yaml import read_yaml
 from xdscale.version import commit
 
@@ -70,7 +70,7 @@ class RunFolder:
             raise XdscaleError(f"{stored}: cannot be read: {error}; mend it, or choose another folder") from None
         except NOT_YAML:  # or values of another kind, ValueErrors too
             raise XdscaleError(
-                f"output.folder = {self.folder}: holds a run of another kind (adaptation or finetuning) or version; "
+                f"output.folder = {self.folder}: holds a run of another system or version; "
                 "choose another folder, or delete this one"
             ) from None
         differences = _differences(before, recipe.identity())
@@ -80,8 +80,8 @@ class RunFolder:
             raise XdscaleError(
                 f"output.folder = {self.folder}: holds a run of a different recipe ("
                 + "; ".join(differences)
-                + "); choose another folder, or delete this one. When a run continues, only where its data lies and "
-                f"training.{{{','.join(('steps', *MAY_CHANGE))}}} may be other than before"
+                + "); choose another folder, or delete this one. When a run continues, only training.steps, where its "
+                "data lies and the keys of `run` may be other than before"
             )
 
     def check_checkpoints(self, *, found: bool) -> None:

@@ -1,19 +1,23 @@
 """A run on its engine: opened, continued where it stopped, trained to the end or to a signal; whatever is trained."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from xdscale.data.draws import draws_hash
+from xdscale.data.order import sample_hash
 from xdscale.ds_config import activation_checkpointing, precision, split_batch, zero_stage
-from xdscale.errors import EXIT_STOPPED, XdscaleError
+from xdscale.errors import EXIT_STOPPED, XdscaleError, writing
+from xdscale.recipe import Recipe
+from xdscale.systems.contract import Data, Objective, Place, SampleSlots, System
 from xdscale.training import checkpoint as ckpt
 from xdscale.training.distributed import Ranks
 from xdscale.training.engine import build_engine
 from xdscale.training.loop import Trainer
 from xdscale.training.monitor import Monitor
-from xdscale.training.prefetch import Prefetcher
-from xdscale.training.protocols import MicroBatch, SampleOrder, SampleSlots, StepData
+from xdscale.training.prefetch import Prefetcher, StepData
 from xdscale.training.resharding import needs_resharding, reshard
 from xdscale.training.run_folder import RunFolder, read_log
 from xdscale.training.signals import StopRequest
@@ -23,10 +27,10 @@ from xdscale.training.watchdog import Watchdog
 
 
 class Setup(NamedTuple):
-    """What a rank's process has before any data: of a run of adaptation or of finetuning.
+    """What a rank's process has before any data.
 
     Attributes:
-        recipe: with the sections `training`, `optim` and `output`.
+        recipe: of the run.
         ds_config: the resolved DeepSpeed configuration.
         run: the run folder.
         ranks: this process among the others.
@@ -34,34 +38,12 @@ class Setup(NamedTuple):
         watchdog: hears which phase this rank is in.
     """
 
-    recipe: Any
+    recipe: Recipe
     ds_config: dict[str, Any]
     run: RunFolder
     ranks: Ranks
     stop: StopRequest
     watchdog: Watchdog
-
-
-class RunData(NamedTuple):
-    """What a rank reads, and how its place in the data is recorded.
-
-    Attributes:
-        prepare: makes this rank's data of a step.
-        validation: this rank's held-out batches.
-        order: which samples a step has.
-        stream_hash: maps steps done to the hash of what is drawn next, on all ranks together.
-        fingerprint: of the data.
-        damaged: what is wrong with each shard that the run does without, by file name.
-        prefetch: told some steps ahead that a step's data will be asked for; returns at once.
-    """
-
-    prepare: Callable[[int], StepData]
-    validation: list[MicroBatch]
-    order: SampleOrder
-    stream_hash: Callable[[int], str]
-    fingerprint: str
-    damaged: dict[str, str]
-    prefetch: Callable[[int], None] | None = None
 
 
 class Session(NamedTuple):
@@ -74,7 +56,54 @@ class Session(NamedTuple):
     changes: list[str]
 
 
-def open_session(setup: Setup, data: RunData, build: Callable[[bool], Any]) -> Session:
+def train_run(
+    system: System,
+    ds_config: dict[str, Any],
+    ranks: Ranks,
+    stop: StopRequest,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Trains a recipe from its run folder's newest checkpoint, or from the start, and does what follows the last step.
+
+    Args:
+        system: of the recipe.
+        ds_config: resolved DeepSpeed configuration.
+        ranks: this process among the others.
+        stop: catches the signals.
+        say: gets, on the first rank, what a person should know of the data.
+
+    Returns:
+        The exit code: 0 done, 75 after a signal with a checkpoint, else the failure's, said on stderr.
+    """
+    recipe = system.recipe
+    run = RunFolder(Path(recipe.output.folder))
+    with Watchdog(ranks, run.folder, recipe.run.hang_seconds) as watchdog:
+        setup = Setup(recipe, ds_config, run, ranks, stop, watchdog)
+        try:
+            ranks.on_first(lambda: run.check(recipe))
+            data = system.open(Place(ranks, ds_config["train_micro_batch_size_per_gpu"], watchdog.tick))
+            if ranks.is_first:
+                for note in data.notes:
+                    say(note)
+            ranks.on_first(run.claim)
+            run.check_shared(ranks)
+            session = open_session(setup, data, lambda continued: system.build(continued=continued))
+            if session.start_step == 0 and ranks.is_first:
+                with writing("what exporting needs", run.folder):
+                    system.keep(run.folder)
+            code = train_session(setup, data, session, system.objectives())
+            if code == 0 and not recipe.stops_early:
+                code = system.finish(setup, session.engine)
+            watchdog.end()
+            session.engine.destroy()
+            return code
+        except Exception as error:
+            return watchdog.report(error, stopping=stop.requested)
+        finally:
+            run.release()
+
+
+def open_session(setup: Setup, data: Data, build: Callable[[bool], Any]) -> Session:
     """Builds module and engine and continues from the newest undamaged checkpoint, if there is one.
 
     Args:
@@ -102,7 +131,7 @@ def open_session(setup: Setup, data: RunData, build: Callable[[bool], Any]) -> S
             zero_stage=zero_stage(ds_config),
             precision=precision(ds_config),
             data_fingerprint=data.fingerprint,
-            stream_hash=data.stream_hash(position.step),
+            draws_hash=_draws_hash(data, position.step),
         )
     convert = position is not None and needs_resharding(position, ranks.world_size)
     source = reshard(found, ranks) if convert else found
@@ -120,14 +149,14 @@ def open_session(setup: Setup, data: RunData, build: Callable[[bool], Any]) -> S
     return Session(engine, module, step, continued, changes)
 
 
-def train_session(setup: Setup, data: RunData, session: Session, weights: dict[str, float]) -> int:
+def train_session(setup: Setup, data: Data, session: Session, objectives: dict[str, Objective]) -> int:
     """Trains to the end or a signal.
 
     Args:
         setup: of this process.
         data: what is trained on.
         session: where it begins.
-        weights: of each objective's mean loss in the total.
+        objectives: of the system.
 
     Returns:
         The exit code.
@@ -135,17 +164,26 @@ def train_session(setup: Setup, data: RunData, session: Session, weights: dict[s
     recipe, ranks, run = setup.recipe, setup.ranks, setup.run
     engine, start_step = session.engine, session.start_step
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(setup.ds_config)]
-    monitor = _open_monitor(setup, data, session, list(weights)) if ranks.is_first else None
+    monitor = _open_monitor(setup, data, session, list(objectives)) if ranks.is_first else None
     history = read_log(run.log) if monitor else []
     validated = any(entry["kind"] == "validation" and entry["step"] == start_step for entry in history)
-    due = start_step % recipe.training.eval_every == 0 or start_step == recipe.training.steps
+    due = start_step % recipe.run.eval_every == 0 or start_step == recipe.training.steps
     validate_first, skipped = ranks.gather((due and not validated, skipped_so_far(history)))[0]
-    with Prefetcher(data.prepare, range(start_step, recipe.training.steps), hint=data.prefetch) as source:
+
+    def prepare(step: int) -> StepData:
+        batches = [data.collate(slots) for slots in data.order.slots(step)]
+        return StepData(batches, sample_hash(*data.order.global_batch_ids(step)))
+
+    def hint(step: int) -> None:
+        data.collate.prefetch(data.order.slots(step))
+
+    steps = range(start_step, recipe.training.steps)
+    with Prefetcher(prepare, steps, hint=hint if data.remote else None) as source:
         trainer = Trainer(
             engine=engine,
             recipe=recipe,
             ranks=ranks,
-            weights=weights,
+            objectives=objectives,
             source=source,
             order=data.order,
             validation=data.validation,
@@ -166,7 +204,7 @@ def train_session(setup: Setup, data: RunData, session: Session, weights: dict[s
     return EXIT_STOPPED if stopped else 0
 
 
-def _open_monitor(setup: Setup, data: RunData, session: Session, objectives: list[str]) -> Monitor:
+def _open_monitor(setup: Setup, data: Data, session: Session, objectives: list[str]) -> Monitor:
     """Opens the records of a run and says how this start begins."""
     training, step = setup.recipe.training, session.start_step
     monitor = Monitor(setup.run, setup.recipe, step, objectives)
@@ -189,7 +227,12 @@ def _sample_ids(slots: list[SampleSlots], micro_batch: int | None) -> list[int]:
     return [sample for part in chosen for sample in part.sample_ids[part.real].tolist()]
 
 
-def _positions(ds_config: dict[str, Any], data: RunData, ranks: Ranks) -> Callable[[int], ckpt.CheckpointPosition]:
+def _draws_hash(data: Data, step: int) -> str:
+    """Returns the hash of what is drawn next, on all ranks together."""
+    return draws_hash(data.collate, *data.order.global_batch_ids(step))
+
+
+def _positions(ds_config: dict[str, Any], data: Data, ranks: Ranks) -> Callable[[int], ckpt.CheckpointPosition]:
     """Returns the function from steps done to the record that a checkpoint keeps of them."""
 
     def position(step: int) -> ckpt.CheckpointPosition:
@@ -202,7 +245,7 @@ def _positions(ds_config: dict[str, Any], data: RunData, ranks: Ranks) -> Callab
             zero_stage=zero_stage(ds_config),
             precision=precision(ds_config),
             data_fingerprint=data.fingerprint,
-            stream_hash=data.stream_hash(step),
+            draws_hash=_draws_hash(data, step),
             quarantined=sorted(data.damaged),
         )
 

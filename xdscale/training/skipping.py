@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from xdscale.errors import XdscaleError
+from xdscale.systems.contract import SampleOrder
 from xdscale.training.distributed import Ranks
-from xdscale.training.protocols import SampleOrder
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Skipped:
         if self.in_row >= most_in_row:
             raise XdscaleError(
                 f"{self.in_row} steps in a row up to step {step} had no finite loss and gradient "
-                f"(training.max_skipped_in_row = {most_in_row}); the parameters are those of before them. "
+                f"(run.max_skipped_in_row = {most_in_row}); the parameters are those of before them. "
                 f"See why with '{command}'; then lower optim.learning_rate, use bf16 for fp16, or repair the data"
             )
 

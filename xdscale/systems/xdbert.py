@@ -1,32 +1,42 @@
 """XDBERT's adaptation: MLM + MATCH + CLIP token classification, cross-modally (spec xdbert §2.4, §3)."""
 
+import functools
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from xdscale import recipe
+from xdscale.data.collate import XDBERTCollator
+from xdscale.data.opening import open_table
 from xdscale.errors import XdscaleError
+from xdscale.models import flops
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer
 from xdscale.models.encoders import use_kernels
+from xdscale.models.heads import MaskedTokenHead, MatchHead, masked_lm_head
 from xdscale.models.operations import use_definitions
 from xdscale.models.xdbert import XDBERT
+from xdscale.names import resolve_path
 from xdscale.pretrained.clip import clip_config, load_clip_text_tower
-from xdscale.pretrained.language import (
-    language_config,
-    load_language_encoder,
-    masked_lm_head_state,
-    own_tokenizer,
-    tokenizer_folder,
-)
+from xdscale.pretrained.language import load_language_encoder
+from xdscale.pretrained.language_files import export_language, save_language_files
+from xdscale.recipes.xdbert.schema import Model, XDBERTObjectives, XDBERTRecipe
 from xdscale.shards.manifest import Manifest
-from xdscale.shards.sources.text_build import LanguageTokenizer, TextBuild
-from xdscale.tasks import flops
-from xdscale.tasks.heads import MaskedTokenHead, MatchHead, masked_lm_head
-from xdscale.tasks.masked_lm import MaskedLMAdaptation, build_masked_lm
+from xdscale.shards.sources.text_build import TEXT, TextBuild
+from xdscale.systems.contract import Data, Objective, Place, Term
+from xdscale.systems.mlm import check_language, load_published_head
+from xdscale.systems.stored import (
+    FULL_MODEL,
+    LANGUAGE_PREFIX,
+    begin_with,
+    language_folder,
+    part_of,
+    save_full_model,
+)
 
 
 class XDBERTAdaptation(nn.Module):
@@ -39,21 +49,21 @@ class XDBERTAdaptation(nn.Module):
         clip_tokens: CLIP token head, tied to CLIP's token embedding; None when off.
     """
 
-    def __init__(self, model: XDBERT, tasks: recipe.Tasks) -> None:
+    def __init__(self, model: XDBERT, objectives: XDBERTObjectives) -> None:
         super().__init__()
         config, clip = model.language.config, model.clip
         self.model = model
-        self.mlm = masked_lm_head(model.language) if tasks.mlm is not None else None
-        self.match = MatchHead(config.hidden_size) if tasks.match is not None else None
+        self.mlm = masked_lm_head(model.language) if objectives.mlm is not None else None
+        self.match = MatchHead(config.hidden_size) if objectives.match is not None else None
         self.clip_tokens = None
-        if tasks.clip_tokens is not None:
+        if objectives.clip_tokens is not None:
             self.clip_tokens = MaskedTokenHead(clip.output_size, clip.tower.token_embedding.weight)
 
     def enable_activation_checkpointing(self) -> None:
         """Trades a second forward pass of the encoder for its activations; the result stays the same."""
         self.model.enable_activation_checkpointing()
 
-    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Term]:
         """Computes the summed loss of each objective.
 
         The last cross-modal layer is computed only at the positions that a loss reads.
@@ -65,9 +75,7 @@ class XDBERTAdaptation(nn.Module):
                 match_labels [b] (-1: no target), clip_positions and clip_labels [c].
 
         Returns:
-            For each of "mlm", "match", "clip_tokens" that is on: the loss summed over targets (fp32 scalar)
-            and the number of right predictions (int64 scalar). Without targets the loss is 0 and still has
-            (zero) gradients, so every rank runs the same collectives.
+            For each of "mlm", "match", "clip_tokens" that is on its `Term`.
         """
         samples, length = batch["language_ids"].shape
         first = torch.arange(samples, device=batch["language_ids"].device) * length  # [CLS] of each sample
@@ -85,13 +93,13 @@ class XDBERTAdaptation(nn.Module):
         )  # [m + b, H], [c, D]
         rows = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
         masked_rows, first_rows = rows.split([len(masked), len(rows) - len(masked)])
-        terms: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        terms: dict[str, Term] = {}
         if self.mlm is not None:
-            terms["mlm"] = self.mlm(language.index_select(0, masked_rows), batch["masked_lm_labels"])
+            terms["mlm"] = Term.scored(*self.mlm(language.index_select(0, masked_rows), batch["masked_lm_labels"]))
         if self.match is not None:
-            terms["match"] = self.match(language.index_select(0, first_rows), batch["match_labels"])
+            terms["match"] = Term.scored(*self.match(language.index_select(0, first_rows), batch["match_labels"]))
         if self.clip_tokens is not None:
-            terms["clip_tokens"] = self.clip_tokens(clip, batch["clip_labels"])
+            terms["clip_tokens"] = Term.scored(*self.clip_tokens(clip, batch["clip_labels"]))
         return terms
 
     def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
@@ -134,7 +142,57 @@ class XDBERTAdaptation(nn.Module):
         return 3 * total
 
 
-def build_model(spec: recipe.Model) -> XDBERT:
+class XDBERTSystem:
+    """Adapts a language encoder with CLIP's text tower; see `xdscale.systems.contract.System`."""
+
+    def __init__(self, recipe: XDBERTRecipe) -> None:
+        self.recipe = recipe
+
+    def objectives(self) -> dict[str, Objective]:
+        """Returns those of MLM, MATCH and CLIP token classification that are on."""
+        return {name: Objective(weight) for name, weight in self.recipe.objectives.weights().items()}
+
+    def open(self, place: Place) -> Data:
+        """Opens the shards: each row is a text for the language encoder and for CLIP."""
+        recipe = self.recipe
+        return open_table(
+            recipe,
+            place,
+            TEXT,
+            functools.partial(check_shards, recipe.model),
+            lambda table: XDBERTCollator(table, seed=recipe.training.seed, objectives=recipe.objectives),
+        )
+
+    def build(self, *, continued: bool) -> XDBERTAdaptation:
+        """Builds the cross-modal encoder and the heads."""
+        module = build_adaptation(self.recipe)
+        if self.recipe.model.start is not None and not continued:
+            begin_with(module, resolve_path(self.recipe.model.start))
+        return module
+
+    def parts(self, module: XDBERTAdaptation) -> dict[str, nn.Module]:
+        """Returns the two encoders, the layers between them, and the heads that are on."""
+        model = module.model
+        parts = {"language": model.language, "clip": model.clip, "cross_layers": model.layers}
+        heads = {"mlm": module.mlm, "match": module.match, "clip_tokens": module.clip_tokens}
+        return parts | {name: head for name, head in heads.items() if head is not None}
+
+    def keep(self, folder: Path) -> None:
+        """Keeps the language encoder's configuration and tokenizer."""
+        save_language_files(self.recipe.model.language, folder / "language")
+
+    def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
+        """Writes the language encoder as a Hugging Face folder, and the full model in a folder of its own."""
+        said = export_language(language_folder(run), part_of(state, LANGUAGE_PREFIX), out)
+        save_full_model(self.recipe, state, out / FULL_MODEL)
+        return f"{said}; the full model is in {FULL_MODEL}"
+
+    def finish(self, setup: Any, module: Any) -> int:
+        """Leaves the run as it is: its checkpoint is exported on demand."""
+        return 0
+
+
+def build_model(spec: Model) -> XDBERT:
     """Builds the cross-modal encoder of a recipe's `model` section.
 
     Raises:
@@ -144,7 +202,7 @@ def build_model(spec: recipe.Model) -> XDBERT:
     return join_encoders(spec, language, load_clip_text_tower(spec.clip))
 
 
-def join_encoders(spec: recipe.Model, language: PreTrainedModel, clip: CLIPTextEncoder) -> XDBERT:
+def join_encoders(spec: Model, language: PreTrainedModel, clip: CLIPTextEncoder) -> XDBERT:
     """Joins two encoders by fresh cross-modal layers.
 
     Args:
@@ -168,8 +226,8 @@ def join_encoders(spec: recipe.Model, language: PreTrainedModel, clip: CLIPTextE
     return XDBERT(language, clip, layers)
 
 
-def build_adaptation(spec: recipe.Recipe) -> XDBERTAdaptation | MaskedLMAdaptation:
-    """Builds the model and the heads of a recipe; without CLIP, the language encoder with its masked-LM head.
+def build_adaptation(recipe: XDBERTRecipe) -> XDBERTAdaptation:
+    """Builds the model and the heads of a recipe.
 
     New parts take their values from torch's global generator: seed it before, alike on all ranks. A BERT that was
     published with its masked-LM head brings it along.
@@ -177,62 +235,23 @@ def build_adaptation(spec: recipe.Recipe) -> XDBERTAdaptation | MaskedLMAdaptati
     Raises:
         XdscaleError: as `build_model`.
     """
-    if spec.model.clip is None:
-        module = build_masked_lm(spec.model)
-    else:
-        module = XDBERTAdaptation(build_model(spec.model), spec.tasks)
-    head = masked_lm_head_state(spec.model.language) if module.mlm is not None else None
-    if head is not None:
-        own = module.mlm.state_dict()
-        reshaped = [f"{name} {list(value.shape)}" for name, value in head.items() if value.shape != own[name].shape]
-        if reshaped:
-            raise XdscaleError(
-                f"{spec.model.language.name}: the masked-LM head among its weights is not of its config.json: "
-                f"{', '.join(reshaped)}"
-            )
-        # A tied decoder's weight is the encoder's embedding already.
-        module.mlm.load_state_dict(head, strict=False)
-    return use_definitions(module) if spec.model.kernels == "plain" else module
+    model = recipe.model
+    module = XDBERTAdaptation(build_model(model), recipe.objectives)
+    if module.mlm is not None:
+        load_published_head(module.mlm, model.language)
+    return use_definitions(module) if recipe.run.kernels == "plain" else module
 
 
-def check_shards(spec: recipe.Model, manifest: Manifest) -> None:
+def check_shards(spec: Model, manifest: Manifest) -> None:
     """Checks that shards and model fit, before any weights are loaded.
 
     Raises:
-        XdscaleError: no packed text, sequences longer than the encoder's positions, shards made with another tokenizer,
-            or trained weights without one, for which nobody can say what ids mean.
+        XdscaleError: as `check_language`, or shards made with another CLIP tokenizer.
     """
-    build, config = TextBuild.of(manifest), language_config(spec.language)
-    length = build.sequence_length + 2
-    if length > config.max_position_embeddings:
+    check_language(spec.language, manifest)
+    used, known = TextBuild.of(manifest).clip_tokenizer, clip_config(spec.clip).text_cfg.vocab_size
+    if used.vocab_size != known:
         raise XdscaleError(
-            f"the shards hold sequences of {build.sequence_length} tokens, {length} with [CLS] and [SEP], "
-            f"but {spec.language.name} has {config.max_position_embeddings} positions; build shards with "
-            f"--sequence-length {config.max_position_embeddings - 2} or less"
-        )
-    _check_language_tokenizer(spec.language, build.language_tokenizer, config.vocab_size)
-    if spec.clip is None:
-        return
-    clip_vocabulary = clip_config(spec.clip).text_cfg.vocab_size
-    if build.clip_tokenizer.vocab_size != clip_vocabulary:
-        raise XdscaleError(
-            f"the shards were built with {build.clip_tokenizer.name} of {build.clip_tokenizer.vocab_size} "
-            f"ids, but {spec.clip.name} has {clip_vocabulary}; a CLIP text tower with the same tokenizer is needed"
-        )
-
-
-def _check_language_tokenizer(spec: recipe.Language, used: LanguageTokenizer, vocabulary: int) -> None:
-    if used.vocab_size > vocabulary:
-        raise XdscaleError(
-            f"the shards were built with the tokenizer {used.name} of {used.vocab_size} ids, but {spec.name} "
-            f"has embeddings for {vocabulary}; build the shards with the model's own tokenizer"
-        )
-    if spec.weights == "random" and tokenizer_folder(spec) is None:
-        return
-    _, own = own_tokenizer(spec.name)
-    if own.sha256 != used.sha256:
-        raise XdscaleError(
-            f"the shards were built with the tokenizer {used.name} ({used.sha256[:12]}), but {spec.name} has "
-            f"another one ({own.sha256[:12]}): its word pieces would have other ids; build the shards with "
-            f"--language-tokenizer {spec.name}"
+            f"the shards were built with {used.name} of {used.vocab_size} ids, but {spec.clip.name} has {known}; a "
+            "CLIP text tower with the same tokenizer is needed"
         )

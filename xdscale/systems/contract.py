@@ -1,0 +1,184 @@
+"""What the engine asks of a system, and how a recipe's is found."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from xdscale.recipe import Recipe
+from xdscale.registry import load
+
+if TYPE_CHECKING:  # data comes without it
+    import torch
+    from torch import nn
+
+
+class Term(NamedTuple):
+    """What a module's forward gives for an objective: sums over the targets of a micro-batch.
+
+    Attributes:
+        loss_sum: fp32 scalar. Without targets it is 0 and still has (zero) gradients, so that every rank runs the same
+            collectives.
+        metrics: scalars by name, such as the number of right predictions as "accuracy"; means over the targets of all
+            ranks are logged.
+    """
+
+    loss_sum: "torch.Tensor"
+    metrics: "Mapping[str, torch.Tensor]" = {}
+
+    @classmethod
+    def scored(cls, loss_sum: "torch.Tensor", correct: "torch.Tensor") -> "Term":
+        """Returns the term of a classification: its loss, and the number of right predictions."""
+        return cls(loss_sum, {"accuracy": correct})
+
+
+class Objective(NamedTuple):
+    """A loss that is minimised: the weight of its mean in the total, and the names of its metrics."""
+
+    weight: float
+    metrics: tuple[str, ...] = ("accuracy",)
+
+
+class MicroBatch(Protocol):
+    """Arrays for the module, how many targets each objective has in them, and tokens of real samples."""
+
+    arrays: dict[str, np.ndarray]
+    targets: dict[str, int]
+    tokens: int
+
+
+class SampleSlots(Protocol):
+    """Which samples make up a micro-batch; `real` is False where a slot is padding."""
+
+    epochs: np.ndarray
+    sample_ids: np.ndarray
+    real: np.ndarray
+
+
+class Collator(Protocol):
+    """Makes micro-batches; what it draws depends on seed, epoch and sample alone."""
+
+    def __call__(self, slots: SampleSlots) -> MicroBatch:
+        """Reads and prepares samples."""
+
+    def prefetch(self, step: "list[SampleSlots]") -> None:
+        """Says that the samples of a step will be read soon; returns at once."""
+
+    def draws(self, slots: SampleSlots) -> list[np.ndarray]:
+        """Returns all that is drawn for samples, reading nothing: its hash proves that a run goes on as it was."""
+
+
+class SampleOrder(Protocol):
+    """Which samples a step has; steps count from 0."""
+
+    def slots(self, step: int) -> list[SampleSlots]:
+        """Returns this rank's micro-batches."""
+
+    def position(self, step: int) -> Any:
+        """Returns where the order stands before a step, with `epoch` and `index` of the next sample."""
+
+    def global_batch_ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns epochs and sample ids of all ranks together."""
+
+
+class Data(NamedTuple):
+    """What a rank reads.
+
+    Attributes:
+        order: which training samples a step has.
+        collate: makes batches of them.
+        validation: this rank's held-out batches; every rank has equally many.
+        fingerprint: of the data, kept in checkpoints.
+        damaged: what is wrong with each shard that the run does without, by file name.
+        remote: whether shards are fetched as they are needed, so that the collator is told of steps ahead.
+        notes: what a person should know of the data.
+    """
+
+    order: SampleOrder
+    collate: Collator
+    validation: list[MicroBatch]
+    fingerprint: str
+    damaged: dict[str, str] = {}
+    remote: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class Place(NamedTuple):
+    """Where in a run data is opened.
+
+    Attributes:
+        ranks: this process among the others (see `xdscale.training.distributed.Ranks`).
+        micro_batch: samples per forward of one rank.
+        tick: called now and then during long work.
+    """
+
+    ranks: Any
+    micro_batch: int
+    tick: Callable[[], None] = lambda: None
+
+
+class System(Protocol):
+    """A way of training; made from its recipe."""
+
+    recipe: Recipe
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Imports and reads nothing yet."""
+
+    def objectives(self) -> dict[str, Objective]:
+        """Returns the objectives that are on, by name."""
+
+    def open(self, place: Place) -> Data:
+        """Finds and checks the data, on every rank together.
+
+        Raises:
+            XdscaleError: it is missing, damaged or does not fit the model.
+        """
+
+    def build(self, *, continued: bool) -> "nn.Module":
+        """Builds the module: `forward(arrays as tensors) -> {objective: Term}`.
+
+        New parts take their values from torch's global generator, which is seeded before, alike on all ranks.
+
+        Args:
+            continued: whether a checkpoint of the run gives the weights.
+
+        Raises:
+            XdscaleError: weights are missing, damaged or do not fit.
+        """
+
+    def parts(self, module: "nn.Module") -> "dict[str, nn.Module]":
+        """Returns the module's parts by name, for counting, planning and the optimizer's groups."""
+
+    def keep(self, folder: Path) -> None:
+        """Writes into a new run's folder what exporting needs beside the weights: configurations, tokenizers."""
+
+    def export(self, state: "dict[str, torch.Tensor]", run: Path, out: Path) -> str:
+        """Writes a run's weights as folders for others.
+
+        Args:
+            state: the module's fp32 weights.
+            run: the run folder, with what `keep` wrote.
+            out: an empty folder.
+
+        Returns:
+            What was written, in words.
+        """
+
+    def finish(self, setup: Any, module: Any) -> int:
+        """Does what follows the last step, such as predictions; returns the exit code.
+
+        Args:
+            setup: see `xdscale.training.session.Setup`.
+            module: the DeepSpeed engine.
+        """
+
+
+def open_system(recipe: Recipe) -> System:
+    """Returns the system of a recipe.
+
+    Raises:
+        XdscaleError: its module cannot be imported.
+    """
+    return load(recipe.implementation, f"system = {recipe.system!r}")(recipe)

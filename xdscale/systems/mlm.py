@@ -1,0 +1,184 @@
+"""The fair baseline: the language encoder alone, trained on with masked-LM on the same shards (paper §3)."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from xdscale.data.masked_lm import MaskedLMCollator
+from xdscale.data.opening import open_table
+from xdscale.errors import XdscaleError
+from xdscale.models import flops
+from xdscale.models.encoders import recompute_layers, use_kernels
+from xdscale.models.heads import MaskedTokenHead, masked_lm_head
+from xdscale.models.operations import use_definitions
+from xdscale.names import resolve_path
+from xdscale.pretrained.language import (
+    language_config,
+    load_language_encoder,
+    masked_lm_head_state,
+    own_tokenizer,
+    tokenizer_folder,
+)
+from xdscale.pretrained.language_files import export_language, save_language_files
+from xdscale.recipes.mlm.schema import Language, MaskedLMRecipe
+from xdscale.shards.manifest import Manifest
+from xdscale.shards.sources.text_build import TEXT, TextBuild
+from xdscale.systems.contract import Data, Objective, Place, Term
+from xdscale.systems.stored import LANGUAGE_PREFIX, begin_with, language_folder, part_of
+
+
+class MaskedLMAdaptation(nn.Module):
+    """A language encoder with its masked-LM head.
+
+    Attributes:
+        model: holds the encoder as "language", so that its weights have the names they have in XDBERT.
+        mlm: masked-LM head, tied to the encoder's word embedding.
+    """
+
+    def __init__(self, language: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"language": language})
+        self.mlm = masked_lm_head(language)
+        if getattr(language, "pooler", None) is not None:
+            language.pooler.requires_grad_(False)  # no loss reaches it
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recomputes each layer in the backward pass; the result stays the same."""
+        recompute_layers(self.model["language"])
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Term]:
+        """Computes the summed masked-LM loss.
+
+        Args:
+            batch: the arrays of `xdscale.data.masked_lm.MaskedLMCollator` as tensors.
+
+        Returns:
+            "mlm": its `Term`.
+        """
+        states = self.model["language"](input_ids=batch["language_ids"], use_cache=False).last_hidden_state
+        masked = states.flatten(0, 1).index_select(0, batch["masked_lm_positions"])  # [m, H]
+        return {"mlm": Term.scored(*self.mlm(masked, batch["masked_lm_labels"]))}
+
+    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
+        """Returns the matrix-multiplication FLOPs of forward and backward for one micro-batch."""
+        config, labelled = self.model["language"].config, len(arrays["masked_lm_positions"])
+        total = flops.language_flops(config, *arrays["language_ids"].shape)
+        embedding_size = self.mlm.transform.out_features
+        total += flops.masked_token_flops(config.hidden_size, embedding_size, config.vocab_size, labelled)
+        return 3 * total
+
+
+class MaskedLMSystem:
+    """Trains a language encoder on with masked-LM; see `xdscale.systems.contract.System`."""
+
+    def __init__(self, recipe: MaskedLMRecipe) -> None:
+        self.recipe = recipe
+
+    def objectives(self) -> dict[str, Objective]:
+        """Returns MLM alone."""
+        return {name: Objective(weight) for name, weight in self.recipe.objectives.weights().items()}
+
+    def open(self, place: Place) -> Data:
+        """Opens the shards; of their two columns the language encoder's is read."""
+        recipe = self.recipe
+        check = functools.partial(check_language, recipe.model.language)
+        return open_table(
+            recipe,
+            place,
+            TEXT,
+            check,
+            lambda table: MaskedLMCollator(table, seed=recipe.training.seed, objectives=recipe.objectives),
+        )
+
+    def build(self, *, continued: bool) -> MaskedLMAdaptation:
+        """Builds encoder and head."""
+        module = build_masked_lm(self.recipe)
+        if self.recipe.model.start is not None and not continued:
+            begin_with(module, resolve_path(self.recipe.model.start))
+        return module
+
+    def parts(self, module: MaskedLMAdaptation) -> dict[str, nn.Module]:
+        """Returns encoder and head."""
+        return {"language": module.model["language"], "mlm": module.mlm}
+
+    def keep(self, folder: Path) -> None:
+        """Keeps the encoder's configuration and tokenizer."""
+        save_language_files(self.recipe.model.language, folder / "language")
+
+    def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
+        """Writes the language encoder as a Hugging Face folder."""
+        return export_language(language_folder(run), part_of(state, LANGUAGE_PREFIX), out)
+
+    def finish(self, setup: Any, module: Any) -> int:
+        """Leaves the run as it is: its checkpoint is exported on demand."""
+        return 0
+
+
+def build_masked_lm(recipe: MaskedLMRecipe) -> MaskedLMAdaptation:
+    """Builds encoder and head; a BERT that was published with its masked-LM head brings it along.
+
+    Raises:
+        XdscaleError: the encoder cannot be built or its weights cannot be loaded.
+    """
+    model = recipe.model
+    language = load_language_encoder(model.language, dropout=model.dropout)
+    use_kernels(language)
+    module = MaskedLMAdaptation(language)
+    load_published_head(module.mlm, model.language)
+    return use_definitions(module) if recipe.run.kernels == "plain" else module
+
+
+def load_published_head(head: MaskedTokenHead, spec: Language) -> None:
+    """Loads the masked-LM head that an encoder was published with, if it was.
+
+    Raises:
+        XdscaleError: it is not of the encoder's config.json.
+    """
+    published = masked_lm_head_state(spec)
+    if published is None:
+        return
+    own = head.state_dict()
+    reshaped = [f"{name} {list(value.shape)}" for name, value in published.items() if value.shape != own[name].shape]
+    if reshaped:
+        raise XdscaleError(
+            f"{spec.name}: the masked-LM head among its weights is not of its config.json: {', '.join(reshaped)}"
+        )
+    # A tied decoder's weight is the encoder's embedding already.
+    head.load_state_dict(published, strict=False)
+
+
+def check_language(spec: Language, manifest: Manifest) -> None:
+    """Checks that shards and language encoder fit, before any weights are loaded.
+
+    Raises:
+        XdscaleError: no packed text, sequences longer than the encoder's positions, shards made with another tokenizer,
+            or trained weights without one, for which nobody can say what ids mean.
+    """
+    build, config = TextBuild.of(manifest), language_config(spec)
+    used, length = build.language_tokenizer, build.sequence_length + 2
+    if length > config.max_position_embeddings:
+        raise XdscaleError(
+            f"the shards hold sequences of {length - 2} tokens, {length} with [CLS] and [SEP], "
+            f"but {spec.name} has {config.max_position_embeddings} positions; build shards with "
+            f"--sequence-length {config.max_position_embeddings - 2} or less"
+        )
+    if used.vocab_size > config.vocab_size:
+        raise XdscaleError(
+            f"the shards were built with the tokenizer {used.name} of {used.vocab_size} ids, but {spec.name} "
+            f"has embeddings for {config.vocab_size}; build the shards with the model's own tokenizer"
+        )
+    if spec.weights == "random" and tokenizer_folder(spec) is None:
+        return
+    _, own = own_tokenizer(spec.name)
+    if own.sha256 != used.sha256:
+        raise XdscaleError(
+            f"the shards were built with the tokenizer {used.name} ({used.sha256[:12]}), but {spec.name} has "
+            f"another one ({own.sha256[:12]}): its word pieces would have other ids; build the shards with "
+            f"--language-tokenizer {spec.name}"
+        )

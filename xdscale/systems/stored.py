@@ -1,0 +1,126 @@
+"""What a run or an export holds: the recipe that it was made with, and the module's weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xdscale.errors import XdscaleError
+from xdscale.files import one_line, read_json
+from xdscale.pretrained.weights import read_state_dict, some
+from xdscale.recipe import NOT_YAML, Recipe, recipe_file, schema_of, validated
+from xdscale.recipe_yaml import read_yaml
+from xdscale.training.checkpoint import choose_checkpoint
+from xdscale.training.consolidate import consolidated_state
+from xdscale.training.distributed import Ranks
+
+MODEL_PREFIX = "model."
+LANGUAGE_PREFIX = MODEL_PREFIX + "language."
+
+FULL_MODEL = "cross_modal"
+"""Folder of the full model inside an export."""
+
+
+def run_recipe(run: Path) -> Recipe:
+    """Returns the recipe that a run folder was made with.
+
+    Raises:
+        XdscaleError: no run folder, or its recipe is damaged.
+    """
+    path = recipe_file(run)
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except NOT_YAML as error:
+        raise XdscaleError(f"{path}: not YAML: {one_line(error)}") from None
+    return _recipe(values, path)
+
+
+def stored_recipe(folder: Path) -> Recipe:
+    """Returns the recipe that a run or an export was made with.
+
+    Raises:
+        XdscaleError: `folder` is neither, or its recipe is damaged.
+    """
+    if (folder / "recipe.yaml").is_file():
+        return run_recipe(folder)
+    exported = folder / FULL_MODEL / "config.json"
+    if not exported.is_file():
+        raise XdscaleError(
+            f"{folder}: neither a run folder (no recipe.yaml) nor an export of a cross-modal model (no "
+            f"{FULL_MODEL}/config.json)"
+        )
+    return _recipe(read_json(exported).get("recipe"), exported)
+
+
+def stored_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns the fp32 weights of a run (its newest undamaged checkpoint) or an export, heads included.
+
+    Raises:
+        XdscaleError: no checkpoint yet, or damaged weights.
+    """
+    if (folder / "recipe.yaml").is_file():
+        return consolidated_state(choose_checkpoint(folder, None, Ranks(0, 1, 0)))
+    inner = folder / FULL_MODEL
+    state = read_state_dict(inner / "model.safetensors")
+    return state | {name: state[source] for name, source in read_json(inner / "config.json")["tied_weights"].items()}
+
+
+def language_folder(folder: Path) -> Path:
+    """Returns where a run or an export keeps the language encoder's config.json and tokenizer.json."""
+    return folder / "language" if (folder / "recipe.yaml").is_file() else folder
+
+
+def part_of(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Returns the weights whose names begin with a prefix, under the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def save_full_model(recipe: Recipe, state: dict[str, torch.Tensor], out: Path) -> None:
+    """Writes a module's weights (safetensors, fp32; tied ones once) and the recipe that it was built from.
+
+    Args:
+        recipe: of the run.
+        state: the weights; tied ones share storage.
+        out: a folder that does not exist yet.
+    """
+    from safetensors.torch import save_file
+
+    out.mkdir()
+    unique, seen, tied = {}, {}, {}
+    for name, value in state.items():
+        if value.data_ptr() in seen and value.shape == unique[seen[value.data_ptr()]].shape:
+            tied[name] = seen[value.data_ptr()]
+        else:
+            seen[value.data_ptr()] = name
+            unique[name] = value.contiguous()
+    save_file(unique, out / "model.safetensors", metadata={"format": "pt"})
+    config = {"recipe": recipe.model_dump(mode="json"), "tied_weights": tied}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def begin_with(module: torch.nn.Module, folder: Path) -> None:
+    """Gives a newly built module the weights of a run or an export, heads included.
+
+    The head of an objective that was off there keeps the values it was built with.
+
+    Args:
+        module: what a system built.
+        folder: a run folder (its newest undamaged checkpoint is read, checksums verified), or an export.
+
+    Raises:
+        XdscaleError: neither of the two, no checkpoint yet, or the weights do not fit the module.
+    """
+    stored_recipe(folder)
+    state, wanted = stored_state(folder), module.state_dict()
+    wrong = [name for name in wanted if name.startswith(MODEL_PREFIX) and name not in state]
+    wrong += [name for name in wanted.keys() & state.keys() if state[name].shape != wanted[name].shape]
+    if wrong:
+        raise XdscaleError(f"model.start = {folder}: holds no fitting weights for {some(sorted(wrong))} of this recipe")
+    module.load_state_dict({name: state[name] for name in wanted.keys() & state.keys()}, strict=False)
+
+
+def _recipe(values: Any, path: Path) -> Recipe:
+    if not isinstance(values, dict):
+        raise XdscaleError(f"{path}: holds no recipe")
+    return validated(values, schema_of(values, str(path)), str(path))

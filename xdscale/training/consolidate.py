@@ -1,0 +1,43 @@
+"""A checkpoint's fp32 weights, put together from all ranks' files."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from xdscale.devices import uses_gpus
+from xdscale.training.checkpoint import read_position
+from xdscale.training.integrity import check_pickles, read_pickle
+
+
+def consolidated_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns the fp32 weights of a checkpoint, put together from all ranks' files.
+
+    Tied weights appear under each of their names and share storage.
+
+    Args:
+        checkpoint: a published checkpoint of any ZeRO stage, whose checksums have been verified.
+
+    Raises:
+        XdscaleError: a file could run code when DeepSpeed reads it.
+    """
+    if not uses_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says that it found no GPU
+    check_pickles(checkpoint)
+    stage = read_position(checkpoint).zero_stage
+    if stage == 0:
+        # Nothing is sharded, and DeepSpeed's own consolidation does not know this case.
+        saved = read_pickle(checkpoint / "mp_rank_00_model_states.pt")["module"]
+        wide = {value.data_ptr(): value.float() for value in saved.values()}  # ties keep sharing storage
+        return {name: wide[value.data_ptr()] for name, value in saved.items()}
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    # It reports its progress by printing, and with a bar of its own.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if stage == 1:
+        # DeepSpeed forgets parameters that take no gradient here.
+        saved = read_pickle(checkpoint / "mp_rank_00_model_states.pt")["module"]
+        state |= {name: value.float() for name, value in saved.items() if name not in state}
+    return state
