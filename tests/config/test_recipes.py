@@ -311,6 +311,7 @@ def test_what_a_recipe_leaves_out():
         "max_skipped_in_row": 5,
         "hang_seconds": 45,
         "cache": None,
+        "cache_bytes": None,
         "verify": True,
         "max_damaged_shards": 0,
     }

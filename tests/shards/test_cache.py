@@ -284,7 +284,7 @@ def test_damage_is_fetched_again_then_left_out_and_looked_at_again(server, recor
     # At its source: the run stops with its name, and is told what to do.
     server.spoil[records[1].file] = 99
     for _ in range(2):
-        with pytest.raises(XdscaleError, match=rf"{records[1].file}: altered: .*larger data.max_damaged_shards"):
+        with pytest.raises(XdscaleError, match=rf"{records[1].file}: altered: .*larger run.max_damaged_shards"):
             table.read("language", rows[1:])
     assert server.asked.count(records[1].file) == 3
     cache.close()
