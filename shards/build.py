@@ -14,7 +14,7 @@ from xdscale.errors import XdscaleError
 from xdscale.shards.manifest import MANIFEST_NAME, Column, Counts, Manifest, Split, TableManifest, add_counts
 from xdscale.shards.shard import Arrays
 from xdscale.shards.units import Unit, UnitRecord, run_units
-from xdscale.shards.verify import shard_problem, verify_shards
+from xdscale.shards.verify import damaged_shards, verify_shards
 from xdscale.shards.workplace import (
     WHOLE,
     Part,
@@ -213,7 +213,7 @@ def merge_parts(out: Path, *, on_progress: Callable[[int, int], None] | None = N
             return merged[parts[0].table] if parts else next(iter(merged.values()))
         require_all_parts(out, parts)
         with locked_for_merge(out):
-            _verify(out, parts, on_progress or (lambda done, total: None))
+            _verify(out, parts, on_progress)
             units = sorted((numbered for part in parts for numbered in part.numbered()), key=lambda unit: unit[0])
             table = assemble(parts[0], [record for _, record in units])
             if not table.shards:
@@ -225,19 +225,11 @@ def merge_parts(out: Path, *, on_progress: Callable[[int, int], None] | None = N
     return table
 
 
-def _verify(out: Path, parts: list[PartManifest], report: Callable[[int, int], None]) -> None:
-    shards = [(part, split.shard) for part in parts for record in part.records for split in record.splits.values()]
-    done, total = 0, sum(shard.bytes for _, shard in shards)
-    names = {shard.sha256: shard.file for _, shard in shards}
-    problems: list[str] = []
-    damaged: list[str] = []
-    for part, shard in shards:
-        problem = shard_problem(out / shard.file, shard, names)
-        if problem is not None:
-            problems.append(problem)
-            damaged.append(f"{part.index}/{part.of}")
-        done += shard.bytes
-        report(done, total)
+def _verify(out: Path, parts: list[PartManifest], on_progress: Callable[[int, int], None] | None) -> None:
+    found = [(part, split.shard) for part in parts for record in part.records for split in record.splits.values()]
+    shards = [shard for _, shard in found]
+    problems = damaged_shards(out, shards, shards, on_progress=on_progress)
     if problems:
-        again = ", ".join(dict.fromkeys(damaged))
-        raise XdscaleError("\n".join([f"{out}: damaged shards; build or copy again the parts {again}", *problems]))
+        again = dict.fromkeys(f"{part.index}/{part.of}" for part, shard in found if shard.file in problems)
+        hint = f"{out}: damaged shards; build or copy again the parts {', '.join(again)}"
+        raise XdscaleError("\n".join([hint, *problems.values()]))

@@ -8,7 +8,11 @@ import typer
 from xdscale.names import UserPath
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from xdscale.shards.manifest import TableManifest
+    from xdscale.shards.sources.text import TextOptions
+    from xdscale.shards.workplace import Part
 
 shards_app = typer.Typer(help="Build, check and describe tables in tar shards.", no_args_is_help=True)
 
@@ -44,10 +48,7 @@ def build(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
     """Turns text into shards; a build that was stopped goes on when started again."""
-    from xdscale.shards.build import Progress
-    from xdscale.shards.progress import shown_progress
-    from xdscale.shards.sources.text import TextOptions, build_shards
-    from xdscale.shards.sources.text_report import summary, warnings
+    from xdscale.shards.sources.text import TextOptions
     from xdscale.shards.workplace import Part
 
     options = TextOptions(
@@ -62,7 +63,15 @@ def build(
         bad_bytes=bad_bytes,
         line_breaks=line_breaks,
     )
-    which = Part.parse(part)
+    _build(inputs, out, options, workers, Part.parse(part), overwrite)
+
+
+def _build(inputs: list[str], out: "Path", options: "TextOptions", workers: int, part: "Part", overwrite: bool) -> None:
+    from xdscale.shards.build import Progress
+    from xdscale.shards.progress import shown_progress
+    from xdscale.shards.sources.text import build_shards
+    from xdscale.shards.sources.text_report import summary, warnings
+
     started = time.monotonic()
     last: list[Progress] = []
     with shown_progress("building") as advance:
@@ -72,15 +81,15 @@ def build(
             advance(progress.bytes_read, progress.bytes_total, progress.counts["documents"])
 
         table = build_shards(
-            inputs, out, options, workers=workers, part=which, overwrite=overwrite, on_progress=on_progress
+            inputs, out, options, workers=workers, part=part, overwrite=overwrite, on_progress=on_progress
         )
     kept = last[-1].kept_shards if last else 0
     lines = [f"{out}: {len(table.shards)} shards ({kept} kept from an earlier run)", *summary(table)]
     typer.echo("\n".join([*lines, f"seconds: {time.monotonic() - started:.1f}"]))
-    if which.of == 1:
+    if part.of == 1:
         _warn(warnings(table))
     else:
-        typer.echo(f"part {part} is finished; when all are: xdscale shards merge {out}")
+        typer.echo(f"part {part.index}/{part.of} is finished; when all are: xdscale shards merge {out}")
 
 
 @shards_app.command()

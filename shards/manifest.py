@@ -235,6 +235,17 @@ class Manifest(Section):
         """Those of all tables."""
         return [shard for table in self.tables.values() for shard in table.shards]
 
+    def only(self, names: Iterable[str]) -> Self:
+        """Returns the dataset with these tables and all that they link to; others may come and go beside them."""
+        kept: dict[str, TableManifest] = {}
+        waiting = list(names)
+        while waiting:
+            name = waiting.pop()
+            if name not in kept:
+                kept[name] = self.tables[name]
+                waiting += [column.rows_of for column in kept[name].columns if column.rows_of]
+        return type(self)(tables=kept)
+
     def to_json(self) -> str:
         """Returns the text of `dataset.json`: sorted keys, so equal manifests are equal bytes."""
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -124,6 +124,11 @@ class Table:
             for name, kind in self.columns.items()
         }
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex): the identity of the data in this table and in those that it links to."""
+        return self.manifest.only([self.name]).fingerprint
+
     def linked(self, column: str) -> Self:
         """Opens the table whose row numbers a column holds, with the same quarantine and cache.
 

@@ -51,7 +51,7 @@ def damaged_shards(
     problems = {}
     done, total = 0, sum(record.bytes for record in chosen)
     for record in chosen:
-        problem = shard_problem(folder / record.file, record, names)
+        problem = _problem(folder / record.file, record, names)
         if problem is not None:
             problems[record.file] = problem
         done += record.bytes
@@ -60,7 +60,7 @@ def damaged_shards(
     return problems
 
 
-def shard_problem(path: Path, record: ShardRecord, names: dict[str, str]) -> str | None:
+def _problem(path: Path, record: ShardRecord, names: dict[str, str]) -> str | None:
     """Returns what is wrong with a shard, or None. Its size is looked at first: that costs no reading.
 
     Args:

@@ -50,13 +50,13 @@ class ThreadRanks:
                 raise XdscaleError(f"{what}: rank {rank}: {text}")
 
 
-def open_on(world, shards, run, check=lambda folder: None):
+def open_on(world, shards, run, check=lambda folder: None, tables=("text",)):
     """Returns what every rank returned or raised."""
     barrier, board = Barrier(world, timeout=30), [None] * world
 
     def one(rank):
         try:
-            return open_shards(shards, run, ThreadRanks(rank, world, barrier, board), check=check)
+            return open_shards(shards, run, ThreadRanks(rank, world, barrier, board), tables, check=check)
         except XdscaleError as error:
             return str(error)
 
@@ -162,6 +162,11 @@ def test_damage_that_a_run_met_counts_at_the_next_start(torn, tmp_path, monkeypa
         shards.table("train")
 
 
+def test_a_table_that_is_not_there_is_named(wiki_shards):
+    (message,) = open_on(1, str(wiki_shards), Run(), tables=["regions"])
+    assert message == f"{wiki_shards}: no table 'regions'; the dataset has: text"
+
+
 def test_a_cache_that_one_node_cannot_write_stops_every_rank_with_the_reason(wiki_shards, tmp_path, monkeypatch):
     def read_only(text, folder):
         raise XdscaleError(f"{folder}: cannot be written: Read-only file system")
@@ -177,7 +182,9 @@ def test_progress_is_told_shard_by_shard_and_said_only_by_the_first_rank(wiki_sh
     for rank in (0, 1):
         ranks = ThreadRanks(rank, 2, Barrier(1), [None])
         ranks.gather = lambda value: [value]
-        open_shards(str(wiki_shards), Run(), ranks, check=lambda folder: None, on_shard=lambda: ticks.append(1))
+        open_shards(
+            str(wiki_shards), Run(), ranks, ["text"], check=lambda folder: None, on_shard=lambda: ticks.append(1)
+        )
         said = capsys.readouterr().err
         assert ("verifying shards: 100% of this rank's share" in said) == (rank == 0)
     assert len(ticks) == len(Manifest.load(wiki_shards).shards)

@@ -353,3 +353,22 @@ def test_memory_of_writing_is_a_block(sources, tmp_path, monkeypatch):
     assert record.bytes > 33_000_000
     assert record.blocks > 30
     assert peak < 6 << 20
+
+
+def test_a_run_knows_its_tables_by_themselves(dataset, sources, images, tmp_path):
+    """Another table beside them changes nothing for a run; what they link to does."""
+    regions, captions = (
+        open_table(dataset, split, name) for split, name in (("all", "regions"), ("train", "captions"))
+    )
+    assert list(captions.manifest.only(["captions"]).tables) == ["captions", "regions"]
+    assert [shard.file for shard in captions.manifest.only(["regions"]).shards] == sorted(
+        path.name for path in dataset.glob("regions-*.tar")
+    )
+    build_table(sources.RegionSource(images[0]), tmp_path / "alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard, "BLOCK_BYTES", 1000)
+        build_table(sources.RegionSource(images[0]), tmp_path / "same")
+    assert open_table(tmp_path / "same", "all").fingerprint == regions.fingerprint
+    assert open_table(tmp_path / "alone", "all").fingerprint != regions.fingerprint  # in blocks of another size
+    assert captions.fingerprint != regions.fingerprint
+    assert captions.fingerprint == captions.manifest.fingerprint

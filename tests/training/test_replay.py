@@ -64,7 +64,7 @@ def test_shards_from_a_url_are_those_that_the_run_fetched(received, short_shards
         replay(run, 1)
     assert names(tmp_path) == before
     recipe = load_recipe(str(run / "recipe.yaml"))
-    open_shards(recipe.data.shards, recipe.run, Ranks(0, 1, 0), check=lambda folder: None)
+    open_shards(recipe.data.shards, recipe.run, Ranks(0, 1, 0), ["text"], check=lambda folder: None)
     fetched = names(tmp_path)
     samples = replay(run, 1)
     assert names(tmp_path) == fetched

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +60,12 @@ def open_table(
     """
     training, ranks = recipe.training, place.ranks
     shards = open_shards(
-        recipe.data.shards, recipe.run, ranks, check=lambda folder: check(Manifest.load(folder)), on_shard=place.tick
+        recipe.data.shards,
+        recipe.run,
+        ranks,
+        [table],
+        check=lambda folder: check(Manifest.load(folder)),
+        on_shard=place.tick,
     )
     train, held_out = shards.table("train", table), shards.table("validation", table)
     order = Order(
@@ -74,13 +79,14 @@ def open_table(
     slots = validation_slots(len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch)
     validation = list(map(collator(held_out), slots))
     remote = shards.cache is not None
-    return Data(order, collator(train), validation, train.manifest.fingerprint, shards.damaged, remote)
+    return Data(order, collator(train), validation, train.fingerprint, shards.damaged, remote)
 
 
 def open_shards(
     shards: str,
     run: Run,
     ranks: Any,
+    tables: Sequence[str],
     *,
     check: Callable[[Path], None],
     on_shard: Callable[[], None] | None = None,
@@ -93,6 +99,7 @@ def open_shards(
         shards: folder or URL.
         run: the recipe's section: cache, verification, budget of damaged shards.
         ranks: this process among the others: `rank`, `world_size`, `local_rank`, `is_first`, `gather`, `raise_first`.
+        tables: what is read; shards of these tables, and of those that they link to, are fetched and verified.
         check: called with the folder when its manifest is there, before any shard is read; may refuse it.
         on_shard: called after each shard of this rank's share.
 
@@ -105,7 +112,8 @@ def open_shards(
     remote = is_url(shards)
     folder = _fetch_manifest(shards, run, ranks) if remote else shards_folder(shards)
     check(folder)
-    every = Manifest.load(folder).shards
+    manifest = Manifest.load(folder)
+    every = manifest.only(manifest.table(name, folder)[0] for name in tables).shards
     problem, mine, cache = None, {}, None
     progress = _Lines("fetching and verifying" if remote else "verifying", ranks.is_first, on_shard)
     try:
