@@ -160,5 +160,12 @@ def _find_labels(own: OwnTask, train: Path) -> tuple[str, ...]:
         raise XdscaleError(f"{train}: no examples in it")
     if len(found) < 2:
         raise XdscaleError(f"{train}: only {sorted(found)} in {own.label!r}; expected at least two labels")
+    alike: dict[str, str] = {}
+    for label in sorted(found):
+        other = alike.setdefault(label.strip().casefold(), label)
+        if other != label:
+            raise XdscaleError(
+                f"{train}: {own.label} holds {other!r} and {label!r}; make them one, or list both under labels"
+            )
     numbers = all(re.fullmatch(r"-?\d+", label) for label in found)
     return tuple(sorted(found, key=int if numbers else None))
