@@ -254,13 +254,14 @@ def _agree(name: str, values: dict[str, Any], key: str, wanted: float, source: s
 
 def _check_optimizer(name: str, values: dict[str, Any], recipe: Recipe) -> None:
     optimizer = _section(name, values, "optimizer")
-    _agree(name, {"optimizer.type": optimizer.get("type", AUTO)}, "optimizer.type", "AdamW", "optim")
-    wanted = {
-        "lr": ("optim.learning_rate", recipe.optim.learning_rate),
-        "betas": ("optim.betas", list(recipe.optim.betas)),
-        "eps": ("optim.eps", recipe.optim.eps),
-        "weight_decay": ("optim.weight_decay", recipe.optim.weight_decay),
-    }
+    optim = recipe.optim
+    kind = {"adamw": "AdamW", "sgd": "SGD"}[optim.optimizer]
+    _agree(name, {"optimizer.type": optimizer.get("type", AUTO)}, "optimizer.type", kind, "optim.optimizer")
+    wanted = {"lr": ("optim.learning_rate", optim.learning_rate)}
+    own = ("betas", "eps") if optim.optimizer == "adamw" else ("momentum",)
+    for key in (*own, "weight_decay"):
+        value = getattr(optim, key)
+        wanted[key] = (f"optim.{key}", list(value) if isinstance(value, tuple) else value)
     for key, found in optimizer.get("params", {}).items():
         _require_known(name, "optimizer.params.", key, tuple(wanted))
         source, value = wanted[key]

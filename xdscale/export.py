@@ -22,7 +22,7 @@ def export_run(run: str | Path, out: str | Path, *, step: int | None = None) -> 
     Args:
         run: the run folder.
         out: a folder that does not exist yet, or is empty; also a link to one, or where a disk is mounted.
-        step: whose checkpoint; None for the newest undamaged one.
+        step: whose checkpoint; None for the best one, where the run keeps it, else the newest undamaged one.
 
     Returns:
         Some lines that say what was exported.
@@ -33,16 +33,18 @@ def export_run(run: str | Path, out: str | Path, *, step: int | None = None) -> 
     """
     from xdscale.systems.contract import open_system
     from xdscale.systems.stored import run_recipe
+    from xdscale.training.best import final_step
     from xdscale.training.checkpoint import choose_checkpoint
-    from xdscale.training.consolidate import consolidated_state
+    from xdscale.training.consolidate import final_state
     from xdscale.training.distributed import Ranks
 
     run, out = Path(run), Path(out)
-    system = open_system(run_recipe(run))
+    recipe = run_recipe(run)
+    system = open_system(recipe)
     _refuse_used(out)
-    checkpoint = choose_checkpoint(run, step, Ranks(0, 1, 0))
+    checkpoint = choose_checkpoint(run, final_step(run, recipe) if step is None else step, Ranks(0, 1, 0))
     with _published(out) as folder:
-        what = system.export(consolidated_state(checkpoint), run, folder)
+        what = system.export(final_state(checkpoint), run, folder)
     return f"{out}: {checkpoint.name}: {what}"
 
 

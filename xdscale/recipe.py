@@ -6,6 +6,7 @@ micro-batch) stands in a DeepSpeed JSON file: see `xdscale.ds_config`. Each syst
 
 import types
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
@@ -78,15 +79,50 @@ class Data(Section):
 
 
 class Optim(Section):
-    """AdamW, linear warm-up, linear decay to 0 (paper, appendix C.1)."""
+    """Optimizer, and schedule of its learning rate; the defaults are those of XDBERT's paper, appendix C.1."""
 
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd is with momentum")
     learning_rate: float = Field(1e-4, gt=0, description="the largest, at the end of the warm-up")
+    rate_factors: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="factors of the rate for parts of the model, such as {heads: 10}"
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
     eps: float = Field(1e-6, gt=0, description="AdamW's ε, added to the root of the second moment")
-    weight_decay: float = Field(0.01, ge=0, description="on all parameters, as the released code does")
     bias_correction: bool = Field(True, description="of AdamW's moments; false as in the released code's BertAdam")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(0.01, ge=0, description="of the parameters that 'decayed' says")
+    decayed: Literal["all", "weights", "biases_and_norms"] = Field(
+        "all", description="weights are all but biases and norms; all as XDBERT's released code does"
+    )
+    schedule: Literal["linear", "constant", "step"] = Field("linear", description="after the warm-up")
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rate rises from 0")
+    drop_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (), validate_default=True, description="shares of the steps after which a step schedule drops the rate"
+    )
+    drop_factor: float = Field(0.1, gt=0, lt=1, description="of each drop of a step schedule")
     gradient_clipping: float = Field(1.0, gt=0, description="largest global gradient norm")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="of a moving average of the weights, which validation and exports then use"
+    )
+
+    @field_validator("betas", "eps", "bias_correction", "momentum", "drop_factor")
+    @classmethod
+    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        users = {"momentum": ("optimizer", "sgd"), "drop_factor": ("schedule", "step")}
+        key, user = users.get(info.field_name, ("optimizer", "adamw"))
+        if info.data.get(key, user) != user and value != cls.model_fields[info.field_name].default:
+            raise ValueError(f"only optim.{key}={user} uses it, not {info.data[key]}; leave it out")
+        return value
+
+    @field_validator("drop_at")
+    @classmethod
+    def _drops_fit(cls, value: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        schedule = info.data.get("schedule")
+        if schedule is not None and (schedule == "step") != bool(value):
+            raise ValueError(f"optim.schedule={schedule} needs {'shares such as [0.7, 0.9]' if not value else 'none'}")
+        if any(later <= share for share, later in pairwise((info.data.get("warmup_ratio", 0.0), *value))):
+            raise ValueError("expected shares that rise, all of them after optim.warmup_ratio")
+        return value
 
 
 class Training(Section):
@@ -95,6 +131,11 @@ class Training(Section):
     steps: int = Field(ge=1, lt=2**31, description="optimiser steps in all")
     global_batch: int = Field(ge=1, lt=2**31, description="samples per optimiser step, over all ranks")
     seed: int = Field(0, ge=0, lt=2**32, description="of new weights, order, masks, pairs and dropout")
+    best: str | None = Field(
+        None,
+        description="held-out figure whose best checkpoint stays and is exported, such as loss/mlm",
+    )
+    patience: int | None = Field(None, ge=1, description="validations in a row without a better one that end the run")
 
 
 class Run(Section):

@@ -126,6 +126,11 @@ def test_a_config_that_does_not_exist_is_answered_with_the_nearest_name(name, tm
         ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps = 3 contradicts"),
         ({"optimizer": {"params": {"lr": 1e-3}}}, r"optimizer\.params\.lr = 0\.001 contradicts.*optim\.learning_rate"),
         ({"optimizer": {"type": "Lamb"}}, r"optimizer\.type = 'Lamb' contradicts"),
+        (
+            {"optimizer": {"type": "SGD"}},
+            r"optimizer\.type = 'SGD' contradicts the recipe: optim\.optimizer gives AdamW",
+        ),
+        ({"optimizer": {"params": {"momentum": 0.9}}}, r"unknown key 'optimizer\.params\.momentum'"),
         ({"train_micro_batch_size_per_gpu": "auto"}, "expected a whole number"),
         ({"train_micro_batch_size_per_gpu": True}, "expected a whole number"),
     ],

@@ -299,6 +299,8 @@ def test_what_a_recipe_leaves_out():
         "steps": 10,
         "global_batch": 4,
         "seed": 0,
+        "best": None,
+        "patience": None,
     }
     assert left_out.run.model_dump() == {
         "kernels": "fused",
@@ -316,13 +318,21 @@ def test_what_a_recipe_leaves_out():
         "max_damaged_shards": 0,
     }
     assert left_out.optim.model_dump() == {
+        "optimizer": "adamw",
         "learning_rate": 1e-4,
+        "rate_factors": {},
         "betas": (0.9, 0.999),
         "eps": 1e-6,
-        "weight_decay": 0.01,
         "bias_correction": True,
+        "momentum": 0.9,
+        "weight_decay": 0.01,
+        "decayed": "all",
+        "schedule": "linear",
         "warmup_ratio": 0.05,
+        "drop_at": (),
+        "drop_factor": 0.1,
         "gradient_clipping": 1.0,
+        "ema_decay": None,
     }
 
 

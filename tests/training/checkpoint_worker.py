@@ -21,26 +21,36 @@ def main():
         parser.add_argument(name)
     parser.add_argument("--load", action="store_true")
     parser.add_argument("--steps", type=int, default=3, help="before the checkpoint")
+    parser.add_argument("--cases", nargs="*", help="default: all, or those that are converted")
+    parser.add_argument("--optim", type=json.loads, default={}, help="values of the recipe's section")
     options = parser.parse_args()
     calm_environment()
     import torch
 
+    from xdscale.recipe import Optim
     from xdscale.training import checkpoint as ckpt
     from xdscale.training.distributed import start_distributed
     from xdscale.training.resharding import needs_resharding, reshard
+    from xdscale.training.weight_average import WeightAverage
 
     ranks = start_distributed()
     results, tensors = {}, {}
+    optim = Optim(**options.optim)
     for stage, precision in RESHARDED if options.load else CASES:
+        if options.cases and f"{stage}-{precision}" not in options.cases:
+            continue
         folder = Path(options.folder) / f"{stage}-{precision}"
         source = found = ckpt.find_checkpoint(folder, ranks)
         convert = bool(found) and needs_resharding(ckpt.read_position(found), ranks.world_size)
         if convert:
             source = reshard(found, ranks)
-        engine = make_engine(stage, precision, seed=1 if options.load else 0, load_universal=convert)
+        engine = make_engine(stage, precision, optim, seed=1 if options.load else 0, load_universal=convert)
         if source is not None:
             ckpt.load_checkpoint(engine, source, found, ranks)
             ckpt.remove_leftovers(folder, ranks)
+        average = WeightAverage(engine, optim.ema_decay, ranks) if optim.ema_decay else None
+        if average and found:
+            average.load(found)
         for step in range(options.steps if options.load else 0, options.steps + 1):
             if step == options.steps and not options.load:
                 position = ckpt.CheckpointPosition(
@@ -54,10 +64,16 @@ def main():
                     draws_hash="h",
                     quarantined=[],
                 )
-                ckpt.save_checkpoint(engine, folder, position, ckpt.Retention(newest=1), ranks)
+                ckpt.save_checkpoint(engine, folder, position, ckpt.Retention(newest=1), ranks, average)
                 tensors[f"{stage}-{precision} saved"] = whole(engine)
-            make_step(engine, step, precision)
-        tensors[f"{stage}-{precision} after"] = whole(engine)
+            make_step(engine, step, precision, optim)
+            if average:
+                average.update()
+        tensors[f"{stage}-{precision} after"] = after = whole(engine)
+        if average:
+            with average.in_use():
+                tensors[f"{stage}-{precision} average"] = whole(engine)
+            assert all(torch.equal(after[name], value) for name, value in whole(engine).items())
         results[f"{stage}-{precision}"] = {
             "converted": convert,
             "left": sorted(p.name for p in folder.iterdir() if p.suffix != ".py"),
@@ -68,10 +84,9 @@ def main():
     ranks.barrier()
 
 
-def make_engine(stage, precision, seed, load_universal):
+def make_engine(stage, precision, optim, seed, load_universal):
     import torch
 
-    from xdscale.recipe import Optim
     from xdscale.training.engine import build_engine
 
     torch.manual_seed(seed)
@@ -86,16 +101,16 @@ def make_engine(stage, precision, seed, load_universal):
         config |= {"bf16": {"enabled": True}}
         config |= {"data_types": {"grad_accum_dtype": "fp32"}} if stage else {}
     with contextlib.redirect_stdout(None):
-        return build_engine(module, Optim(), config, load_universal=load_universal)
+        parts = {"first": module[0], "others": module[1:]}
+        return build_engine(module, optim, config, load_universal=load_universal, parts=parts)
 
 
-def make_step(engine, step, precision):
+def make_step(engine, step, precision, optim):
     import torch
 
-    from xdscale.recipe import Optim
-    from xdscale.training.engine import set_learning_rate
+    from xdscale.training.optimizer import set_learning_rate
 
-    set_learning_rate(engine, 1e-2 * (step + 1), Optim(), step)
+    set_learning_rate(engine, 1e-2 * (step + 1), optim, step)
     torch.manual_seed(step)
     inputs = torch.randn(4, 7).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine.backward(engine(inputs).float().square().sum())

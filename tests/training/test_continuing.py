@@ -9,6 +9,7 @@ import pytest
 
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED
 from xdscale.export import export_run
+from xdscale.recipe import Optim
 from xdscale.replay import replay
 from xdscale.training.checkpoint import list_checkpoints, step_of
 from xdscale.training.run_folder import read_log
@@ -72,7 +73,7 @@ def test_a_run_is_extended_by_a_larger_number_of_steps(extended):
     """From the step that it continues from on, the rate is that of a run that was meant to be so long."""
     run, done = extended
     rates = [entry["optim/lr"] for entry in run.entries("step")]
-    expected = [learning_rate(step, peak=1e-2, steps=6 if step < 3 else 9, warmup_ratio=0.05) for step in range(9)]
+    expected = [learning_rate(step, Optim(learning_rate=1e-2), 6 if step < 3 else 9) for step in range(9)]
     assert rates == pytest.approx(expected, rel=1e-12)
     assert "continuing after step 3 of 9" in done.stderr
     assert "recipe.training.steps was 6, now 9" in done.stderr

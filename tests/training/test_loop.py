@@ -13,7 +13,9 @@ from torch import nn
 from xdscale.recipe import Optim, Run, Training
 from xdscale.systems.contract import Objective, Term
 from xdscale.training import loop
+from xdscale.training.best import Best
 from xdscale.training.evaluation import evaluate
+from xdscale.training.optimizer import build_optimizer
 from xdscale.training.prefetch import StepData
 from xdscale.training.skipping import Skipped, describe_skip
 
@@ -46,7 +48,7 @@ class FakeEngine(nn.Module):
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
-        self.optimizer = self.basic_optimizer = torch.optim.SGD([self.scale], lr=0.0)
+        self.optimizer = self.basic_optimizer = build_optimizer(nn.ParameterList([self.scale]), Optim(), {})
         self.modes, self.seeds, self.updates = [], [], 0
         self.recording = []
 
@@ -168,7 +170,9 @@ def trainer(engine, ranks=None, start_step=0, **training):
 def saved(monkeypatch):
     """The steps that were saved, with how they are kept, instead of files."""
     calls = []
-    monkeypatch.setattr(loop, "save_checkpoint", lambda engine, folder, step, kept, ranks: calls.append((step, kept)))
+    monkeypatch.setattr(
+        loop, "save_checkpoint", lambda engine, folder, step, kept, ranks, average: calls.append((step, kept))
+    )
     return calls
 
 
@@ -196,6 +200,45 @@ def test_what_is_saved_is_kept_as_the_recipe_says(saved):
     trainer(FakeEngine(), checkpoint_every=2, keep_checkpoints=5, keep_every=4).train(0, validate_first=False)
     assert [step for step, _ in saved] == [2, 3]
     assert {(kept.newest, kept.every) for _, kept in saved} == {(5, 4)}
+
+
+def test_the_checkpoint_of_the_best_figure_is_saved_and_the_run_ends_after_patience(saved, monkeypatch):
+    losses = iter([5.0, 3.0, 4.0, 4.0, 2.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: ({"loss/first": next(losses)}, []))
+    run = trainer(FakeEngine(), steps=9, eval_every=2)
+    run.best = Best("loss/first", 2)
+    assert run.train(0, validate_first=False) == (False, 8)
+    assert [(step, kept.best) for step, kept in saved] == [(2, 2), (4, 4), (8, 4)]
+    assert run.train(8, validate_first=False) == (False, 8)  # as a run that is given again
+
+
+def test_the_average_takes_in_updates_that_were_made_and_is_what_validation_measures(saved):
+    class Average:
+        updates, used = 0, False
+
+        def update(self):
+            self.updates += 1
+
+        @contextmanager
+        def in_use(self):
+            self.used = True
+            yield
+            self.used = False
+
+    class Watching(FakeEngine):
+        def forward(self, batch):
+            assert average.used != self.training
+            return super().forward(batch)
+
+        def was_step_applied(self):
+            return self.updates != 4  # of two micro-batches each: the second update
+
+    average, engine = Average(), Watching()
+    run = trainer(engine, eval_every=1)
+    run.average, run._skip = average, lambda *_: None
+    run.train(0, validate_first=True)
+    assert average.updates == 2
+    assert engine.modes.count(False) == 8
 
 
 def test_the_log_holds_means_over_the_targets_of_all_ranks_and_the_speed(saved, monkeypatch):

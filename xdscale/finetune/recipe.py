@@ -47,15 +47,12 @@ class ModelSettings(Section):
     clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
 
 
-class OptimSettings(Section):
-    """AdamW and its schedule; the learning rate by size and task, or one for all."""
+class OptimSettings(Optim):
+    """Optimizer and schedule; the learning rate by size and task, or one for all."""
 
     learning_rate: float | dict[Size, dict[str, float]] = Field(description="one for all, or by size and task")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
-    eps: float = Field(1e-6, gt=0, description="AdamW's ε, added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="on all parameters")
+    weight_decay: float = Field(0.0, ge=0, description="of the parameters that 'decayed' says")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises from 0")
-    gradient_clipping: float = Field(1.0, gt=0, description="largest global gradient norm")
 
 
 class TrainingSettings(Section):
@@ -63,6 +60,8 @@ class TrainingSettings(Section):
 
     epochs: float = Field(3, gt=0, description="passes over the training examples; may be a fraction")
     global_batch: int = Field(32, ge=1, description="examples per optimiser step, over all ranks")
+    best: str | None = Field(None, description="figure of each epoch whose best weights predict, such as loss/task")
+    patience: int | None = Field(None, ge=1, description="epochs in a row without a better one that end the run")
 
 
 class RunSettings(Section):
@@ -229,7 +228,7 @@ def resolve_run(
         data=TaskFiles(folder=str(source)),
         optim=Optim(**rates),
         training=Training(
-            steps=max(1, math.ceil(training.epochs * per_epoch)), global_batch=training.global_batch, seed=seed
+            steps=max(1, math.ceil(training.epochs * per_epoch)), seed=seed, **training.model_dump(exclude={"epochs"})
         ),
         run=FinetuneRun(**settings.run.model_dump(), eval_every=max(1, round(per_epoch)), label=label),
         output=Output(folder=str(folder)),

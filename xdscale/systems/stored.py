@@ -11,8 +11,9 @@ from xdscale.files import one_line, read_json
 from xdscale.pretrained.weights import read_state_dict, some
 from xdscale.recipe import NOT_YAML, Recipe, recipe_file, schema_of, validated
 from xdscale.recipe_yaml import read_yaml
+from xdscale.training.best import final_step
 from xdscale.training.checkpoint import choose_checkpoint
-from xdscale.training.consolidate import consolidated_state
+from xdscale.training.consolidate import final_state
 from xdscale.training.distributed import Ranks
 
 MODEL_PREFIX = "model."
@@ -54,13 +55,13 @@ def stored_recipe(folder: Path) -> Recipe:
 
 
 def stored_state(folder: Path) -> dict[str, torch.Tensor]:
-    """Returns the fp32 weights of a run (its newest undamaged checkpoint) or an export, heads included.
+    """Returns the fp32 weights of a run (its best checkpoint, if it keeps one, or its newest) or an export, with heads.
 
     Raises:
         XdscaleError: no checkpoint yet, or damaged weights.
     """
     if (folder / "recipe.yaml").is_file():
-        return consolidated_state(choose_checkpoint(folder, None, Ranks(0, 1, 0)))
+        return final_state(choose_checkpoint(folder, final_step(folder, run_recipe(folder)), Ranks(0, 1, 0)))
     inner = folder / FULL_MODEL
     state = read_state_dict(inner / "model.safetensors")
     return state | {name: state[source] for name, source in read_json(inner / "config.json")["tied_weights"].items()}

@@ -30,6 +30,7 @@ from xdscale.training.integrity import (
 if TYPE_CHECKING:  # listing and verifying need no torch
     from xdscale.training.distributed import Ranks
     from xdscale.training.engine_state import EngineState
+    from xdscale.training.weight_average import WeightAverage
 
 POSITION = "position.json"
 LATEST = "latest"
@@ -72,10 +73,12 @@ class Retention:
     Attributes:
         newest: how many of the newest.
         every: those of steps that are multiples of this stay for good; None for no others.
+        best: the step of another one that stays.
     """
 
     newest: int
     every: int | None = None
+    best: int | None = None
 
     def outdated(self, checkpoints: list[Path], step: int) -> list[Path]:
         """Returns those of `checkpoints` (oldest first) that may go now that the one of `step` is published.
@@ -83,7 +86,8 @@ class Retention:
         Later ones are left of a run that was continued from before them: they neither go nor count.
         """
         past = [path for path in checkpoints if step_of(path) <= step]
-        return [path for path in past[: -self.newest] if not self.every or step_of(path) % self.every]
+        older = [path for path in past[: -self.newest] if step_of(path) != self.best]
+        return [path for path in older if not self.every or step_of(path) % self.every]
 
 
 def checkpoint_name(step: int) -> str:
@@ -111,7 +115,12 @@ def read_position(checkpoint: Path) -> CheckpointPosition:
 
 
 def save_checkpoint(
-    engine: Any, folder: Path, position: CheckpointPosition, retention: Retention, ranks: "Ranks"
+    engine: Any,
+    folder: Path,
+    position: CheckpointPosition,
+    retention: Retention,
+    ranks: "Ranks",
+    average: "WeightAverage | None" = None,
 ) -> None:
     """Writes, checksums and publishes a checkpoint; every rank calls it.
 
@@ -123,6 +132,7 @@ def save_checkpoint(
         position: where the run stands.
         retention: which older checkpoints stay.
         ranks: this process among the others.
+        average: of the weights, if the run keeps one.
 
     Raises:
         XdscaleError: the disk is full or not writable on any rank; nothing is published then, what was written is
@@ -137,7 +147,7 @@ def save_checkpoint(
     what = _cannot_write(engine, final)
     try:
         _all(ranks, what, lambda: _start_aside(aside) if ranks.is_first else None)
-        _alone(ranks, what, lambda: _write(engine, aside))
+        _alone(ranks, what, lambda: _write(engine, aside, average))
         checksums = _sync_and_hash(aside, what, ranks)
         _all(ranks, what, lambda: _publish(aside, final, record, checksums) if ranks.is_first else None)
     except XdscaleError:
@@ -276,9 +286,11 @@ def _cannot_write(engine: Any, final: Path) -> str:
     )
 
 
-def _write(engine: Any, aside: Path) -> None:
+def _write(engine: Any, aside: Path, average: "WeightAverage | None") -> None:
     try:
         engine.save_checkpoint(str(aside.parent), tag=aside.name, save_latest=False)
+        if average is not None:
+            average.save(aside)
     except RuntimeError:
         check_room(aside)
         raise
@@ -351,11 +363,16 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _load(engine: Any, source: Path) -> None:
+    from xdscale.training.engine_state import adam_of, place_state
+    from xdscale.training.optimizer import GROUP_KEYS
+
+    groups = adam_of(engine).param_groups
+    kept = [{key: group[key] for key in GROUP_KEYS if key in group} for group in groups]
     path, _ = engine.load_checkpoint(str(source.parent), tag=source.name)
     if path is None:
         raise RuntimeError("DeepSpeed found nothing to load")
-    from xdscale.training.engine_state import adam_of, place_state
-
+    for group, own in zip(adam_of(engine).param_groups, kept):
+        group.update(own)  # from a universal checkpoint, stage 3 gives every group the values of the first one
     place_state(adam_of(engine))
 
 

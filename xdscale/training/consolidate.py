@@ -9,6 +9,23 @@ from typing import Any
 from xdscale.devices import uses_gpus
 from xdscale.training.checkpoint import read_position
 from xdscale.training.integrity import check_pickles, read_pickle
+from xdscale.training.weight_average import saved_pieces
+
+
+def final_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns what a run gives others of a checkpoint: the moving average of the weights where it keeps one.
+
+    Args:
+        checkpoint: as for `consolidated_state`.
+
+    Raises:
+        XdscaleError: as `consolidated_state`.
+    """
+    state = consolidated_state(checkpoint)
+    for name, start, values in saved_pieces(checkpoint):
+        piece = values[:]
+        state[name].view(-1)[start : start + len(piece)] = piece  # in place: tied weights share storage
+    return state
 
 
 def consolidated_state(checkpoint: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The DeepSpeed engine and its optimizer."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -8,61 +10,42 @@ from torch import nn
 
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Optim
+from xdscale.training.optimizer import build_optimizer
 
 
-def build_engine(module: nn.Module, optim: Optim, ds_config: dict[str, Any], *, load_universal: bool) -> Any:
-    """Wraps a module and AdamW in a DeepSpeed engine.
-
-    The optimizer is PyTorch's fused AdamW on every device, so that the same recipe gives the same update
-    everywhere and no first run waits for a compiler. Parameters that take no gradient stay out of it: AdamW would
-    decay them.
+def build_engine(
+    module: nn.Module,
+    optim: Optim,
+    ds_config: dict[str, Any],
+    *,
+    load_universal: bool,
+    parts: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> Any:
+    """Wraps a module and its optimizer in a DeepSpeed engine.
 
     Args:
         module: the trained module; its forward returns sums, not means.
         optim: the recipe's optimizer section.
         ds_config: a resolved DeepSpeed configuration.
         load_universal: whether a converted checkpoint will be loaded.
+        parts: the module's parts by name, which the recipe's rate factors are for.
 
     Returns:
         The engine.
+
+    Raises:
+        XdscaleError: a rate factor is for no part of the module.
     """
     import deepspeed
 
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=optim.learning_rate,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        fused=True,
-    )
+    optimizer = build_optimizer(module, optim, parts)
     # DeepSpeed's timer waits for the GPU twice per micro-batch, to say what our progress line says.
-    config = ds_config | {"timers": {"throughput": {"enabled": False}}}
+    config = ds_config | {"timers": {"throughput": {"enabled": False}}, "zero_allow_untested_optimizer": True}
     config |= {"checkpoint": {"load_universal": True}} if load_universal else {}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    # Under stage 0 in bf16 and fp16 DeepSpeed makes an update of zeros here, which would count for bias correction.
+    optimizer.state.clear()
     return engine
-
-
-def set_learning_rate(engine: Any, rate: float, optim: Optim, update: int) -> None:
-    """Sets the learning rate of the next optimiser step.
-
-    Without bias correction AdamW's step is `rate * (m / (sqrt(v) + eps) + decay * p)` of the bare moments, as in the
-    BertAdam of BERT's release. PyTorch's AdamW divides m by c1 = 1 - beta1^t and v by c2 = 1 - beta2^t. A rate times
-    c1 / sqrt(c2), an eps divided by sqrt(c2) and a decay divided by that factor cancel the division.
-
-    Args:
-        engine: the DeepSpeed engine.
-        rate: of the schedule.
-        optim: the recipe's optimizer section.
-        update: how many updates AdamW has made so far, without skipped ones.
-    """
-    root, factor = 1.0, 1.0
-    if not optim.bias_correction:
-        c1, c2 = (1 - beta ** (update + 1) for beta in optim.betas)
-        root, factor = c2**0.5, c1 / c2**0.5
-    for group in engine.optimizer.param_groups:
-        group.update(lr=rate * factor, eps=optim.eps / root, weight_decay=optim.weight_decay / factor)
 
 
 def make_step(engine: Any, *, skip: bool) -> bool:
@@ -97,6 +80,21 @@ def make_step(engine: Any, *, skip: bool) -> bool:
         if skip:
             del optimizer.step
     return not skip and engine.was_step_applied()
+
+
+def put_weights(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Has the module compute with other weights, under any ZeRO stage; the optimizer keeps its own.
+
+    Args:
+        engine: the DeepSpeed engine, done with training.
+        state: every parameter by its name, whole.
+    """
+    import deepspeed
+
+    for name, parameter in engine.module.named_parameters():
+        sharded = hasattr(parameter, "ds_id")
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=sharded):
+            parameter.data.copy_(state[name])
 
 
 def plain_gradient_norm(engine: Any) -> float | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 
 from xdscale.recipe import Recipe
 from xdscale.systems.contract import MicroBatch, Objective, SampleOrder
+from xdscale.training.best import Best
 from xdscale.training.checkpoint import CheckpointPosition, Retention, save_checkpoint
 from xdscale.training.distributed import Ranks
-from xdscale.training.engine import make_step, plain_gradient_norm, set_learning_rate, to_device
+from xdscale.training.engine import make_step, plain_gradient_norm, to_device
 from xdscale.training.evaluation import evaluate
 from xdscale.training.monitor import Monitor
+from xdscale.training.optimizer import set_learning_rate
 from xdscale.training.prefetch import Prefetcher, StepData
 from xdscale.training.schedule import learning_rate
 from xdscale.training.signals import StopRequest
@@ -23,6 +25,7 @@ from xdscale.training.skipping import Skipped, describe_skip
 from xdscale.training.sums import loss_columns, means, term_sums
 from xdscale.training.throughput import peak_memory_gib
 from xdscale.training.watchdog import Watchdog
+from xdscale.training.weight_average import WeightAverage, using
 
 
 @dataclass(kw_only=True)
@@ -42,6 +45,8 @@ class Trainer:
         monitor: on the first rank only.
         skipped: the non-finite steps so far.
         watchdog: hears which phase this rank is in.
+        best: the best held-out figure so far, whose checkpoint stays.
+        average: of the weights, if the run keeps one; what validation measures then.
     """
 
     engine: Any
@@ -60,9 +65,11 @@ class Trainer:
     stop: StopRequest
     skipped: Skipped
     watchdog: Watchdog
+    best: Best = field(default_factory=Best)
+    average: WeightAverage | None = None
 
     def train(self, start_step: int, *, validate_first: bool) -> tuple[bool, int]:
-        """Trains from `start_step` to the end, or until a signal or `run.stop_at_step`.
+        """Trains from `start_step` to the end, or until a signal, `run.stop_at_step` or `training.patience` ends it.
 
         A request to stop is honoured between steps and between held-out batches. Whatever it interrupts, there is a
         checkpoint of the last finished step afterwards, be it step 0.
@@ -80,14 +87,14 @@ class Trainer:
         stopped = validate_first and not self._validate(done)
         # transformers hands pretrained encoders over in evaluation mode, without dropout.
         self.engine.train()
-        while done < last_step and not stopped:
+        while done < last_step and not stopped and not self.best.ended:
             if not self._step(done):
                 stopped = True
                 break
             done += 1
             if done % run.eval_every == 0 or done == training.steps:
                 stopped = not self._validate(done)
-            if done % run.checkpoint_every == 0 or done == last_step:
+            if done % run.checkpoint_every == 0 or done in (last_step, self.best.step) or self.best.ended:
                 self._save(done)
                 saved = done
         if stopped and saved != done:
@@ -119,6 +126,8 @@ class Trainer:
         finite = np.isfinite(scalars["loss/total"])
         applied = make_step(self.engine, skip=not finite or (norm is not None and not np.isfinite(norm)))
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
+        if applied and self.average is not None:
+            self.average.update()
         overflow = not applied and finite and self.engine.fp16_enabled()
         if not applied and not overflow:
             self._skip(step, torch.stack(losses), scalars, norm, data)
@@ -147,9 +156,7 @@ class Trainer:
 
     def _set_rate(self, step: int) -> float:
         optim = self.recipe.optim
-        rate = learning_rate(
-            step, peak=optim.learning_rate, steps=self.recipe.training.steps, warmup_ratio=optim.warmup_ratio
-        )
+        rate = learning_rate(step, optim, self.recipe.training.steps)
         updates = step - self.skipped.steps - self.skipped.overflows
         set_learning_rate(self.engine, rate, optim, updates)
         return rate
@@ -191,12 +198,14 @@ class Trainer:
 
     def _validate(self, step: int) -> bool:
         """Measures the held-out losses; returns False when a request to stop came in between."""
-        measured = evaluate(
-            self.engine, self.validation, self.objectives, self.ranks, lambda number: self._go_on(step, number)
-        )
+        with using(self.average):
+            measured = evaluate(
+                self.engine, self.validation, self.objectives, self.ranks, lambda number: self._go_on(step, number)
+            )
         if measured is None:
             return False
         metrics, maps = measured
+        self.best.see(step, metrics)
         if self.monitor:
             self.monitor.validation(step, metrics)
             for layer, weights in enumerate(maps):
@@ -212,8 +221,8 @@ class Trainer:
     def _save(self, step: int) -> None:
         self.watchdog.enter("saving", step)
         run = self.recipe.run
-        retention = Retention(newest=run.keep_checkpoints, every=run.keep_every)
-        save_checkpoint(self.engine, self.checkpoints, self.position(step), retention, self.ranks)
+        retention = Retention(newest=run.keep_checkpoints, every=run.keep_every, best=self.best.step)
+        save_checkpoint(self.engine, self.checkpoints, self.position(step), retention, self.ranks, self.average)
         if self.monitor:
             self.monitor.checkpoint(step)
 

@@ -156,6 +156,9 @@ class Monitor:
         how, what_next = "done", ""
         if stopped:
             how, what_next = "stopped by a signal", "; the same command continues"
+        elif step < steps and step != self._recipe.run.stop_at_step:
+            training = self._recipe.training
+            how, what_next = "ended", f": {training.patience} validations in a row had no better {training.best}"
         elif step < steps:
             how = "stopped"
             what_next = (

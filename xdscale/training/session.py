@@ -13,8 +13,10 @@ from xdscale.errors import EXIT_STOPPED, XdscaleError, writing
 from xdscale.recipe import Recipe
 from xdscale.systems.contract import Data, Objective, Place, SampleSlots, System
 from xdscale.training import checkpoint as ckpt
+from xdscale.training.best import best_so_far, check_metric, final_step
+from xdscale.training.consolidate import final_state
 from xdscale.training.distributed import Ranks
-from xdscale.training.engine import build_engine
+from xdscale.training.engine import build_engine, put_weights
 from xdscale.training.loop import Trainer
 from xdscale.training.monitor import Monitor
 from xdscale.training.prefetch import Prefetcher, StepData
@@ -24,6 +26,7 @@ from xdscale.training.signals import StopRequest
 from xdscale.training.skipping import skipped_so_far
 from xdscale.training.throughput import matmul_flops_per_second, peak_memory_gib
 from xdscale.training.watchdog import Watchdog
+from xdscale.training.weight_average import WeightAverage, using
 
 
 class Setup(NamedTuple):
@@ -47,10 +50,11 @@ class Setup(NamedTuple):
 
 
 class Session(NamedTuple):
-    """A module on its engine, the steps done already, and (on the first rank) what changed since the start before."""
+    """A module on its engine, its moving average, the steps done, and (on the first rank) what changed since before."""
 
     engine: Any
     module: Any
+    average: WeightAverage | None
     start_step: int
     continued: bool
     changes: list[str]
@@ -81,19 +85,24 @@ def train_run(
         setup = Setup(recipe, ds_config, run, ranks, stop, watchdog)
         try:
             ranks.on_first(lambda: run.check(recipe))
+            check_metric(recipe.training, system.objectives())
             data = system.open(Place(ranks, ds_config["train_micro_batch_size_per_gpu"], watchdog.tick))
             if ranks.is_first:
                 for note in data.notes:
                     say(note)
             ranks.on_first(run.claim)
             run.check_shared(ranks)
-            session = open_session(setup, data, lambda continued: system.build(continued=continued))
+            session = open_session(setup, data, system)
             if session.start_step == 0 and ranks.is_first:
                 with writing("what exporting needs", run.folder):
                     system.keep(run.folder)
             code = train_session(setup, data, session, system.objectives())
             if code == 0 and not recipe.stops_early:
-                code = system.finish(setup, session.engine)
+                best = ranks.gather(final_step(run.folder, recipe))[0]
+                if best is not None:
+                    put_weights(session.engine, final_state(ckpt.choose_checkpoint(run.folder, best, Ranks(0, 1, 0))))
+                with using(session.average if best is None else None):
+                    code = system.finish(setup, session.engine)
             watchdog.end()
             session.engine.destroy()
             return code
@@ -103,13 +112,13 @@ def train_run(
             run.release()
 
 
-def open_session(setup: Setup, data: Data, build: Callable[[bool], Any]) -> Session:
+def open_session(setup: Setup, data: Data, system: System) -> Session:
     """Builds module and engine and continues from the newest undamaged checkpoint, if there is one.
 
     Args:
         setup: of this process.
         data: what is trained on.
-        build: makes the module; it is told whether a checkpoint gives the weights.
+        system: builds the module.
 
     Raises:
         XdscaleError: checkpoints are missing, damaged or of another run, or their steps are more than the recipe's.
@@ -136,17 +145,22 @@ def open_session(setup: Setup, data: Data, build: Callable[[bool], Any]) -> Sess
     convert = position is not None and needs_resharding(position, ranks.world_size)
     source = reshard(found, ranks) if convert else found
     torch.manual_seed(recipe.training.seed)
-    module = build(position is not None)
+    module = system.build(continued=position is not None)
     if activation_checkpointing(ds_config):
         module.enable_activation_checkpointing()
-    engine = build_engine(module, recipe.optim, ds_config, load_universal=convert)
+    parts = system.parts(module)
+    engine = build_engine(module, recipe.optim, ds_config, load_universal=convert, parts=parts)
     if source is not None:
         ckpt.load_checkpoint(engine, source, found, ranks)
+    average = WeightAverage(engine, recipe.optim.ema_decay, ranks) if recipe.optim.ema_decay else None
+    if source is not None:
+        if average is not None:
+            average.load(found)
         ckpt.remove_leftovers(run.checkpoints, ranks)
     step, continued, changes = position.step if position else 0, position is not None, []
     if ranks.is_first:
         changes = run.write_records(recipe, ds_config, ranks.world_size, step, continued=continued)
-    return Session(engine, module, step, continued, changes)
+    return Session(engine, module, average, step, continued, changes)
 
 
 def train_session(setup: Setup, data: Data, session: Session, objectives: dict[str, Objective]) -> int:
@@ -168,7 +182,8 @@ def train_session(setup: Setup, data: Data, session: Session, objectives: dict[s
     history = read_log(run.log) if monitor else []
     validated = any(entry["kind"] == "validation" and entry["step"] == start_step for entry in history)
     due = start_step % recipe.run.eval_every == 0 or start_step == recipe.training.steps
-    validate_first, skipped = ranks.gather((due and not validated, skipped_so_far(history)))[0]
+    mine = due and not validated, skipped_so_far(history), best_so_far(recipe.training, history)
+    validate_first, skipped, best = ranks.gather(mine)[0]
 
     def prepare(step: int) -> StepData:
         batches = [data.collate(slots) for slots in data.order.slots(step)]
@@ -181,6 +196,7 @@ def train_session(setup: Setup, data: Data, session: Session, objectives: dict[s
     with Prefetcher(prepare, steps, hint=hint if data.remote else None) as source:
         trainer = Trainer(
             engine=engine,
+            average=session.average,
             recipe=recipe,
             ranks=ranks,
             objectives=objectives,
@@ -195,6 +211,7 @@ def train_session(setup: Setup, data: Data, session: Session, objectives: dict[s
             monitor=monitor,
             stop=setup.stop,
             skipped=skipped,
+            best=best,
             watchdog=setup.watchdog,
         )
         stopped, step = trainer.train(start_step, validate_first=validate_first)
