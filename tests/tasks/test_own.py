@@ -83,7 +83,7 @@ def test_choices_with_and_without_a_text_before_them(describe):
 def test_names_and_metrics_are_filled_in_and_files_may_lie_elsewhere(describe, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    write(elsewhere / "test.csv", [{"text": "Unlabelled."} | {"score": "0", "grade": "0"}])
+    (elsewhere / "test.csv").write_text("text\nUnlabelled.\n")
     path = describe("title: My own", "text: text", *LABELS, f"test: {elsewhere}/test.csv", "metrics: [f1, accuracy]")
     task, data = read(path)
     assert (task.name, task.title, task.score, task.metrics) == ("mine", "My own", "f1", ("f1", "accuracy"))

@@ -139,7 +139,7 @@ def _check_file(path: Path, own: OwnTask, key: str, file: Path) -> None:
     if not file.is_file():
         raise XdscaleError(f"{path}: {key} = {file}: no such file; names are relative to the folder of {path.name}")
     wanted = [*own.text, *own.choices, *([own.label or own.target] if key != "test" else [])]
-    next(read_rows(file, [*wanted, *([own.id] if own.id and own.id not in wanted else [])], path.name), None)
+    next(read_rows(file, [*wanted, *([own.id] if own.id else [])], path.name), None)
 
 
 def _find_labels(own: OwnTask, train: Path) -> tuple[str, ...]:

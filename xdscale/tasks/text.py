@@ -180,7 +180,7 @@ class TextTask:
             path,
             columns,
             self.title,
-            optional=[self.id] if self.id and self.id not in columns else [],
+            optional=[self.id] if self.id else [],
             header=self.headerless if labelled else (),
             torn_rows=self.torn_rows,
         )
