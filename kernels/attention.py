@@ -1,4 +1,4 @@
-"""Attention between packed token streams of variable lengths, with dropout on the weights, forward and backward.
+"""Attention between packed tokens of samples of any length, with dropout on the weights, forward and backward.
 
 The plain definition below is the reference. On the CPU `attention_cpu` computes the same in cache-sized blocks, on
 GPUs `attention_launch` in the fused kernels of `attention_triton`; `_backend` chooses. All three drop the same
@@ -38,9 +38,9 @@ def packed_attention(
     The tokens of all samples stand in one row without padding: sample b owns the queries
     `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1`, and the keys likewise. Under autocast the inputs are
     cast as for PyTorch's own attention. With `torch.compile` the call is a graph break. On a GPU nothing
-    waits for the device (fp64 apart), so it can be captured in a CUDA graph; there the offsets' values are
+    waits for the device (fp64 apart), so it can be captured in a CUDA graph; there `cu_seqlens` is
     trusted, and tokens that pad a buffer of fixed size must belong to some sample, for instance a last one. On the
-    meta device the offsets may be on the CPU: then FLOPs are counted of the true lengths, else of equal ones.
+    meta device `cu_seqlens` may be on the CPU: then FLOPs are counted of the true lengths, else of equal ones.
 
     Args:
         query: [Tq, heads, d], fp16, bf16, fp32 or fp64.
@@ -66,7 +66,7 @@ def packed_attention(
     if narrow and query.dtype != torch.float64:
         query, key, value = (tokens.to(narrow) for tokens in (query, key, value))
     _check_tokens(query, key, value)
-    _check_offsets(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _check_packing(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_dropout(dropout, seed, query.device)
     threshold = drop_threshold(dropout)
     backend = _backend(query)
@@ -109,26 +109,6 @@ def plain_packed_attention(
         attended = weights @ value[keys].to(wide).transpose(0, 1)  # [heads, queries, d]; an empty sum without keys
         outputs.append(attended.transpose(0, 1).to(query.dtype))
     return torch.cat(outputs)
-
-
-def packed_attention_probabilities(
-    query: torch.Tensor, key: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
-) -> torch.Tensor:
-    """Returns the first sample's attention weights without dropout, for attention maps.
-
-    Args:
-        query: [Tq, heads, d].
-        key: [Tk, heads, d].
-        cu_seqlens_q: int32 [samples + 1].
-        cu_seqlens_k: int32 [samples + 1].
-
-    Returns:
-        [heads, queries of sample 0, keys of sample 0], in fp32 or wider.
-    """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    rows = query[: int(cu_seqlens_q[1])].to(wide).transpose(0, 1)  # [heads, queries, d]
-    columns = key[: int(cu_seqlens_k[1])].to(wide).permute(1, 2, 0)  # [heads, d, keys]
-    return (rows @ columns * query.shape[-1] ** -0.5).softmax(-1)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -184,7 +164,7 @@ def _check_tokens(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
         raise ValueError(f"value must have {len(key)} tokens like key, not {len(value)}")
 
 
-def _check_offsets(
+def _check_packing(
     query: torch.Tensor,
     key: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
@@ -192,21 +172,21 @@ def _check_offsets(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> None:
-    for side, tokens, offsets, longest in (
+    for side, tokens, cu_seqlens, longest in (
         ("q", query, cu_seqlens_q, max_seqlen_q),
         ("k", key, cu_seqlens_k, max_seqlen_k),
     ):
         name = f"cu_seqlens_{side}"
-        if offsets.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, not {offsets.dtype}")
-        if offsets.ndim != 1 or len(offsets) < 2 or len(offsets) != len(cu_seqlens_q):
+        if cu_seqlens.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, not {cu_seqlens.dtype}")
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or len(cu_seqlens) != len(cu_seqlens_q):
             expected = "[samples + 1], at least 2 and the same for both"
-            raise ValueError(f"{name} must have the shape {expected}, not {list(offsets.shape)}")
-        if offsets.device != query.device and not query.is_meta:
-            raise ValueError(f"{name} must be on {query.device} like query, not on {offsets.device}")
-        if offsets.device.type != "cpu":
+            raise ValueError(f"{name} must have the shape {expected}, not {list(cu_seqlens.shape)}")
+        if cu_seqlens.device != query.device and not query.is_meta:
+            raise ValueError(f"{name} must be on {query.device} like query, not on {cu_seqlens.device}")
+        if cu_seqlens.device.type != "cpu":
             continue  # reading the values would wait for the device
-        bounds = offsets.tolist()
+        bounds = cu_seqlens.tolist()
         lengths = [stop - start for start, stop in zip(bounds, bounds[1:])]
         if bounds[0] != 0 or bounds[-1] != len(tokens) or min(lengths, default=0) < 0:
             raise ValueError(f"{name} must rise from 0 to its {len(tokens)} tokens, not be {bounds}")

@@ -1,4 +1,4 @@
-"""How the token streams of one packed-attention call are laid out, and what its dropout draws from."""
+"""How the tokens of one packed-attention call are laid out, and what its dropout draws from."""
 
 from dataclasses import dataclass
 
@@ -31,9 +31,9 @@ class Packing:
         return len(self.cu_seqlens_q) - 1
 
     def scores(self, query: torch.Tensor, key: torch.Tensor) -> int:
-        """Returns the pairs of a query and a key of one sample, for which offsets on the CPU are read.
+        """Returns the number of pairs of a query and a key of one sample.
 
-        Of offsets without values it takes that each sample has as many queries as any other, or as many keys.
+        Where `cu_seqlens` has no values, every sample has the mean numbers of queries and keys.
         """
         if self.cu_seqlens_q.is_meta or self.cu_seqlens_k.is_meta:
             return len(query) * len(key) // self.samples

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from xdscale.kernels import attention_cpu
 from xdscale.kernels.attention import (
     packed_attention,
-    packed_attention_probabilities,
     plain_packed_attention,
 )
 from xdscale.kernels.attention_launch import compile_cases
@@ -262,19 +261,6 @@ def test_memory_does_not_grow_with_queries_times_keys() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         packed_attention(*inputs, **packing([[2048], [2048]]), dropout=0.1, seed=torch.tensor([1]))
     assert sum(kept) < 1.01 * sum(tokens.nbytes for tokens in inputs)
-
-
-def test_maps_of_the_first_sample() -> None:
-    tensors = draw([[6, 3], [5, 9]], 2, 16, torch.bfloat16)
-    maps = packed_attention_probabilities(tensors["query"], tensors["key"], offsets([6, 3]), offsets([5, 9]))
-    assert maps.shape == (2, 6, 5)
-    assert maps.dtype == torch.float32
-    assert torch.allclose(maps.sum(-1), torch.ones(2, 6))
-    attended = maps @ tensors["value"][:5].float().transpose(0, 1)
-    out = plain_packed_attention(
-        *(tensors[n].float() for n in ("query", "key", "value")), offsets([6, 3]), offsets([5, 9])
-    )
-    assert torch.allclose(attended, out[:6].transpose(0, 1), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from xdscale.models.operations import ResidualNorm, use_definitions
+from xdscale.kernels import plain_packed_attention
+from xdscale.models.operations import ResidualNorm, attention_map, use_definitions
+from xdscale.models.packed_tokens import packed_by_lengths
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -34,3 +36,20 @@ def test_under_autocast_states_keep_the_dtype_of_the_products(plain):
     assert once.dtype == twice.dtype == torch.bfloat16
     twice.float().sum().backward()
     assert {p.grad.dtype for p in (*module.parameters(), *dense.parameters())} == {torch.float32}
+
+
+def test_maps_are_the_weights_of_the_first_sample():
+    """Those that its output is made with, head by head; the map is their mean."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(tokens, 2, 16).bfloat16() for tokens in (9, 14, 14))
+    queries, keys = (packed_by_lengths(torch.tensor(lengths), max(lengths)) for lengths in ([6, 3], [5, 9]))
+    heads = [
+        attention_map(query[:, head, None], key[:, head, None], value[:, head, None], queries, keys) for head in (0, 1)
+    ]
+    maps = torch.stack(heads)
+    assert maps.shape == (2, 6, 5)
+    assert maps.dtype == torch.float32
+    assert torch.allclose(maps.sum(-1), torch.ones(2, 6))
+    out = plain_packed_attention(query.float(), key.float(), value.float(), queries.cu_seqlens, keys.cu_seqlens)
+    assert torch.allclose(maps @ value[:5].float().transpose(0, 1), out[:6].transpose(0, 1), atol=1e-5)
+    assert torch.allclose(attention_map(query, key, value, queries, keys), maps.mean(0))

@@ -5,6 +5,7 @@ not begun. Without a GPU the same parts run on the CPU, to see that they do.
 """
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -24,14 +25,10 @@ from xdscale.bench.batch import bench_batch
 from xdscale.bench.kernels import bench_kernels
 from xdscale.devices import rank_device
 from xdscale.kernels import (
+    DEFINITIONS,
     activated_linear,
     masked_token_loss,
     packed_attention,
-    plain_activated_linear,
-    plain_masked_token_loss,
-    plain_packed_attention,
-    plain_quick_gelu,
-    plain_residual_norm,
     quick_gelu,
     residual_norm,
 )
@@ -99,11 +96,12 @@ def kernels(tell: Tell, _out: Path, _rest: list[str]) -> None:
     device = rank_device(0)
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        for name, ours, plain, shapes in _operations(device):
+        for name, operation, call, shapes in _operations(device):
             try:
                 leaves = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
-                found = _with_gradients(ours, leaves)
-                expected = _with_gradients(plain, [leaf.detach().double().requires_grad_() for leaf in leaves])
+                found = _with_gradients(functools.partial(call, operation), leaves)
+                wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+                expected = _with_gradients(functools.partial(call, DEFINITIONS[operation]), wide)
                 errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected)]
                 passes = all(error <= TOLERANCE[dtype] for error in errors)  # a NaN is not
                 tell(kernel=name, dtype=_short(dtype), output=errors[0], gradients=errors[1:], passes=passes)
@@ -112,42 +110,41 @@ def kernels(tell: Tell, _out: Path, _rest: list[str]) -> None:
 
 
 def _operations(device: torch.device) -> Iterator[tuple[str, Callable, Callable, list[tuple[int, ...]]]]:
-    """Yields kernels: name, itself, its definition, and the shapes of its inputs. Lengths are no multiples of tiles."""
+    """Yields kernels: name, operation, how it or its definition is called, and the shapes of the inputs.
+
+    Lengths are no multiples of tiles.
+    """
     big = device.type == "cuda"
     tokens, size = (5000, 768) if big else (40, 64)
     heads, queries, keys = (12, [512, 77, 300], [693, 1, 427]) if big else (2, [17, 5], [9, 23])
-    offsets = [torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32) for lengths in (queries, keys)]
-    seed = torch.tensor([1], device=device)
+    bounds = [torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32) for lengths in (queries, keys)]
+    longest = {"max_seqlen_q": max(queries), "max_seqlen_k": max(keys)}
     attended = [(sum(queries), heads, 64), (sum(keys), heads, 64), (sum(keys), heads, 64)]
+    rows = [(tokens, size), (tokens, size), (size,), (size,)]
     for dropout in (0.0, 0.1):
-        layout = {"max_seqlen_q": max(queries), "max_seqlen_k": max(keys), "dropout": dropout, "seed": seed}
+        drop = {"dropout": dropout, "seed": torch.tensor([1], device=device)}
         yield (
             f"attention, dropout {dropout}",
-            lambda q, k, v, layout=layout: packed_attention(q, k, v, *offsets, **layout),
-            lambda q, k, v, p=dropout: plain_packed_attention(q, k, v, *offsets, dropout=p, seed=seed),
+            packed_attention,
+            lambda f, *inputs, drop=drop: f(*inputs, *bounds, **longest, **drop),
             attended,
         )
-        options = {"eps": 1e-12, "dropout": dropout, "seed": seed}
         yield (
             f"residual_norm, dropout {dropout}",
-            lambda *leaves, options=options: residual_norm(*leaves, **options),
-            lambda *leaves, options=options: plain_residual_norm(*leaves, **options),
-            [(tokens, size), (tokens, size), (size,), (size,)],
+            residual_norm,
+            lambda f, *inputs, drop=drop: f(*inputs, eps=1e-12, **drop),
+            rows,
         )
-    rows, vocabulary = (2458, 30522) if big else (70, 301)
-    labels = torch.randint(vocabulary, (rows,), device=device)
+    labelled, vocabulary = (2458, 30522) if big else (70, 301)
+    labels = torch.randint(vocabulary, (labelled,), device=device)
     scale = 2.0 ** -round(math.log2(size) / 2)  # exact in every dtype
-    yield (
-        "masked_token_loss",
-        lambda h, w, b: masked_token_loss(h, w * scale, b, labels)[0],
-        lambda h, w, b: plain_masked_token_loss(h, w * scale, b, labels)[0],
-        [(rows, size), (vocabulary, size), (vocabulary,)],
-    )
-    yield "quick_gelu", quick_gelu, plain_quick_gelu, [(tokens, size)]
+    projection = [(labelled, size), (vocabulary, size), (vocabulary,)]
+    yield "masked_token_loss", masked_token_loss, lambda f, h, w, b: f(h, w * scale, b, labels)[0], projection
+    yield "quick_gelu", quick_gelu, lambda f, states: f(states), [(tokens, size)]
     yield (
         "activated_linear",
-        lambda *leaves: activated_linear(*leaves, F.gelu),
-        lambda *leaves: plain_activated_linear(*leaves, F.gelu),
+        activated_linear,
+        lambda f, *inputs: f(*inputs, F.gelu),
         [(tokens, size), (size, size), (size,)],
     )
 

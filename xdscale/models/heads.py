@@ -76,7 +76,7 @@ def masked_lm_head(language: PreTrainedModel) -> MaskedTokenHead:
 
 
 class MatchHead(nn.Module):
-    """BERT's pooler and a 2-way classifier: do both streams carry the same text?"""
+    """BERT's pooler and a 2-way classifier: do both encoders read the same text?"""
 
     def __init__(self, size: int) -> None:
         super().__init__()

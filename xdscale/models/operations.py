@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from xdscale.kernels import DEFINITIONS, activated_linear, packed_attention, residual_norm
 from xdscale.kernels.activated_linear import Activation
-from xdscale.kernels.attention import packed_attention_probabilities
 from xdscale.models.packed_tokens import PackedTokens
 
 ATTENTION, PLAIN_ATTENTION = "xdscale", "xdscale_plain"
@@ -82,7 +81,10 @@ def attention_map(
     Returns:
         [its queries, its keys], averaged over the heads, in fp32 or wider.
     """
-    return packed_attention_probabilities(query, key, queries.cu_seqlens, keys.cu_seqlens).mean(0)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    rows = query[: int(queries.cu_seqlens[1])].to(wide).transpose(0, 1)  # [heads, queries, d]
+    columns = key[: int(keys.cu_seqlens[1])].to(wide).permute(1, 2, 0)  # [heads, d, keys]
+    return (rows @ columns * query.shape[-1] ** -0.5).softmax(-1).mean(0)
 
 
 class ResidualNorm(nn.LayerNorm):

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from xdscale import recipe
-from xdscale.architectures import KNOWN, read_encoder_config
 from xdscale.errors import XdscaleError
 from xdscale.files import read_json
 from xdscale.names import PACKAGE_PREFIX, resolve_path
+from xdscale.pretrained.architectures import KNOWN, read_encoder_config
 from xdscale.recipe import Recipe
 
 CLIP_CONTEXT = 77

@@ -11,10 +11,10 @@ from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel, Pre
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from xdscale.architectures import KNOWN, read_encoder_config
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
 from xdscale.names import PACKAGE_PREFIX, resolve_path
+from xdscale.pretrained.architectures import KNOWN, read_encoder_config
 from xdscale.pretrained.weights import WEIGHT_FILES, check_sha256, read_state_dict, reason, some, weight_files
 from xdscale.recipes.mlm.schema import Language
 from xdscale.shards.language import TOKENIZER_FILES, has_tokenizer, load_language_tokenizer
