@@ -22,17 +22,4 @@ if __name__ == "xdscale.kernels":  # transformers looks for a top-level `kernels
     }
     """Of each operation, the readable function with the same arguments that it is measured by."""
 
-    __all__ = [
-        "activated_linear",
-        "causal_attention",
-        "plain_causal_attention",
-        "masked_token_loss",
-        "packed_attention",
-        "plain_packed_attention",
-        "plain_activated_linear",
-        "plain_masked_token_loss",
-        "plain_quick_gelu",
-        "plain_residual_norm",
-        "quick_gelu",
-        "residual_norm",
-    ]
+    __all__ = [operation.__name__ for pair in DEFINITIONS.items() for operation in pair]

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from xdscale.kernels import DEFINITIONS, packed_attention
-from xdscale.models.operations import ATTENTION, PLAIN_ATTENTION, ActivatedLinear, ResidualNorm, dropout_seed
+from xdscale.models.operations import ATTENTION, PLAIN_ATTENTION, ActivatedLinear, ResidualNorm, attend
 from xdscale.models.packed_tokens import PackedTokens, packed_by_lengths, packed_evenly, unpack
 
 
@@ -97,9 +97,7 @@ def _self_attention(
     else:
         packed, positions = valid or valid_tokens(attention_mask, attention_mask.flatten().nonzero().squeeze(1))
         tokens = [states.index_select(0, positions) for states in tokens]
-    longest = {"max_seqlen_q": packed.max_seqlen, "max_seqlen_k": packed.max_seqlen}
-    seed = dropout_seed(dropout, query.device)
-    attended = function(*tokens, packed.cu_seqlens, packed.cu_seqlens, **longest, dropout=dropout, seed=seed)
+    attended = attend(function, *tokens, packed, packed, dropout)
     if attention_mask is None:
         return attended.unflatten(0, (batch, length)), None
     return unpack(attended.flatten(1), positions, (batch, length)).unflatten(-1, attended.shape[1:]), None

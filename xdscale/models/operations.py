@@ -3,6 +3,8 @@
 A module calls its operation in its own forward because ZeRO-3 gathers a parameter for the module that owns it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -36,6 +38,21 @@ def dropout_seed(rate: float, device: torch.device) -> torch.Tensor | None:
     return torch.randint(2**62, (1,), device=device) if rate else None
 
 
+def attend(
+    function: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    queries: PackedTokens,
+    keys: PackedTokens,
+    dropout: float,
+) -> torch.Tensor:
+    """Calls `packed_attention` or its definition; arguments as of `PackedAttention.forward`."""
+    longest = {"max_seqlen_q": queries.max_seqlen, "max_seqlen_k": keys.max_seqlen}
+    drop = {"dropout": dropout, "seed": dropout_seed(dropout, query.device)}
+    return function(query, key, value, queries.cu_seqlens, keys.cu_seqlens, **longest, **drop)
+
+
 class PackedAttention(nn.Module):
     """Multi-head attention within each sample, with dropout on the weights."""
 
@@ -59,18 +76,7 @@ class PackedAttention(nn.Module):
         Returns:
             [q tokens, heads, d].
         """
-        rate = self.dropout if self.training else 0.0
-        return self.function(
-            query,
-            key,
-            value,
-            queries.cu_seqlens,
-            keys.cu_seqlens,
-            max_seqlen_q=queries.max_seqlen,
-            max_seqlen_k=keys.max_seqlen,
-            dropout=rate,
-            seed=dropout_seed(rate, query.device),
-        )
+        return attend(self.function, query, key, value, queries, keys, self.dropout if self.training else 0.0)
 
 
 def attention_map(
