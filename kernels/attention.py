@@ -6,6 +6,7 @@ scores (`dropout_mask`).
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from types import ModuleType
 
@@ -99,7 +100,7 @@ def plain_packed_attention(
     threshold = drop_threshold(dropout)
     wide = torch.promote_types(query.dtype, torch.float32)
     heads, outputs = query.shape[1], []
-    bounds = zip(itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist()))
+    bounds = zip(_bounds(cu_seqlens_q, len(query)), _bounds(cu_seqlens_k, len(key)))
     for sample, (queries, keys) in enumerate((slice(*rows), slice(*columns)) for rows, columns in bounds):
         rows = query[queries].to(wide).transpose(0, 1)  # [heads, queries, d]
         scores = rows @ key[keys].to(wide).permute(1, 2, 0) * query.shape[-1] ** -0.5  # [heads, queries, keys]
@@ -109,6 +110,13 @@ def plain_packed_attention(
         attended = weights @ value[keys].to(wide).transpose(0, 1)  # [heads, queries, d]; an empty sum without keys
         outputs.append(attended.transpose(0, 1).to(query.dtype))
     return torch.cat(outputs)
+
+
+def _bounds(cu_seqlens: torch.Tensor, tokens: int) -> Iterable[tuple[int, int]]:
+    """Returns where each sample begins and ends; without values, on the meta device, all are equally long."""
+    samples = len(cu_seqlens) - 1
+    ends = [tokens * sample // samples for sample in range(samples + 1)] if cu_seqlens.is_meta else cu_seqlens.tolist()
+    return itertools.pairwise(ends)
 
 
 class _PackedAttention(torch.autograd.Function):

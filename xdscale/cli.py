@@ -149,7 +149,6 @@ def plan(
     sequence_length: Annotated[int | None, typer.Option(min=1, help="Default: the encoder's positions.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 or fp16; default: the GPU's own.")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers going backward.")] = False,
-    freeze: Annotated[list[str] | None, typer.Option(help="Part that is not trained: language or clip.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
     write_configs: Annotated[
         UserPath | None, typer.Option(help="Folder for DeepSpeed configurations that fit.")
@@ -157,7 +156,7 @@ def plan(
     scaling: Annotated[bool, typer.Option("--scaling", help="From 1 to 1,024 GPUs instead.")] = False,
     chart: Annotated[UserPath | None, typer.Option(help="With --scaling: SVG file to write.")] = None,
 ) -> None:
-    """Memory, traffic, time and cost of a recipe for each ZeRO stage: without a GPU, without weights, at once."""
+    """Memory, traffic, time and cost of a recipe for each ZeRO stage: without a GPU and without weights."""
     from xdscale.plan.report import machine_from, run_plan, run_scaling
 
     machine = machine_from(
@@ -173,7 +172,6 @@ def plan(
         sequence_length=sequence_length,
         precision=precision,
         checkpointing=checkpointing,
-        frozen=freeze or [],
         as_json=as_json,
         write_configs=write_configs,
     )

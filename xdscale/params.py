@@ -8,7 +8,6 @@ from rich.table import Table
 from torch import nn
 
 from xdscale.recipe import Recipe
-from xdscale.recipes.xdbert.schema import Model
 from xdscale.systems.contract import open_system
 from xdscale.systems.xdbert import XDBERTAdaptation
 
@@ -27,15 +26,30 @@ class PartCount(NamedTuple):
     total: bool = False
 
 
+def build_on_meta(spec: Recipe) -> nn.Module:
+    """Builds a recipe's module on the meta device: without weights, and with the kernels whatever it says.
+
+    Raises:
+        XdscaleError: an architecture is neither known nor in a local folder, or cannot be built.
+    """
+    encoders = {
+        name: part.model_copy(update={"weights": "random"}) for name, part in spec.model if name in ("language", "clip")
+    }
+    bare = {
+        "model": spec.model.model_copy(update=encoders),
+        "run": spec.run.model_copy(update={"kernels": "fused"}),
+    }
+    with torch.device("meta"):
+        return open_system(spec.model_copy(update=bare)).build(continued=True)
+
+
 def parameter_table(spec: Recipe) -> list[PartCount]:
     """Counts parameters without allocating any: the model is built on the meta device, without weights.
 
     Raises:
         XdscaleError: an architecture is neither known nor in a local folder, or cannot be built.
     """
-    bare = spec.model_copy(deep=True, update={"model": _without_weights(spec.model)})
-    with torch.device("meta"):
-        adaptation = open_system(bare).build(continued=True)
+    adaptation = build_on_meta(spec)
     if spec.system == "mlm":
         return [
             PartCount(f"language model, {spec.model.language.name}", _count(adaptation.model["language"]), total=True),
@@ -69,14 +83,6 @@ def print_parameters(spec: Recipe) -> None:
     for row in parameter_table(spec):
         table.add_row(row.part, f"{row.parameters:,}", style="bold" if row.total else None, end_section=row.total)
     Console().print(table)
-
-
-def _without_weights(model: Model) -> Model:
-    return model.model_copy(
-        update={
-            name: part.model_copy(update={"weights": "random"}) for name, part in model if name in ("language", "clip")
-        }
-    )
 
 
 def _head_rows(adaptation: XDBERTAdaptation) -> list[PartCount]:

@@ -52,7 +52,7 @@ def test_every_shipped_config_is_valid_and_is_what_its_name_says(path):
         resolve_ds_config(str(path), values, recipe, 289)
 
 
-@pytest.mark.parametrize("size", ["bert-base", "bert-large", "electra-base", "electra-large"])
+@pytest.mark.parametrize("size", ["bert-base", "electra-large"])
 @pytest.mark.parametrize("way", ["zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_every_size_and_way_ships_in_16_bits_with_fp32_accumulation(size, way, kind):

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from xdscale.errors import XdscaleError
-from xdscale.params import parameter_table
-from xdscale.plan.shapes import count, model_shape, modules
+from xdscale.params import build_on_meta, parameter_table
+from xdscale.plan.profile import modules
+from xdscale.plan.states import count
 from xdscale.pretrained.clip import load_clip_text_tower
 from xdscale.pretrained.language import language_config, language_weights, load_language_encoder, own_tokenizer
 from xdscale.pretrained.weights import weights_sha256
@@ -184,7 +185,7 @@ def test_an_untied_decoder_is_counted_once_everywhere(published, tmp_path):
     rows = {row.part: row.parameters for row in parameter_table(spec)}
     assert rows["masked-LM head"] == sum(p.numel() for p in module.mlm.parameters()) == 64 * 16 + 64 + 17 * 16 + 32
     assert rows["model during adaptation"] == sum(p.numel() for p in module.parameters())
-    assert count(modules(model_shape(spec))) == rows["model during adaptation"]
+    assert count(modules(build_on_meta(spec))) == rows["model during adaptation"]
 
 
 def test_heads_that_do_not_fit_are_told(published, tmp_path):

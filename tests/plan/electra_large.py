@@ -8,15 +8,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from xdscale.ds_config import read_ds_config
-from xdscale.plan.activations import activations
-from xdscale.plan.load import Load
+import torch
+from engine_worker import crafted_batches
+
+from xdscale.ds_config import precision, read_ds_config
+from xdscale.params import build_on_meta
 from xdscale.plan.planner import GIB
+from xdscale.plan.profile import modules
 from xdscale.plan.settings import read_settings
-from xdscale.plan.shapes import model_shape, modules
 from xdscale.plan.states import model_states
 from xdscale.plan.traffic import collectives
 from xdscale.recipe import load_recipe
+from xdscale.training.tracing import trace
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 RANKS, ACCUMULATION, LENGTH, BLOCKS = 2, 2, 128, 2
@@ -66,17 +69,18 @@ def config(stage: int, fp32: bool) -> dict:
 def report(stage: int, ds_config: dict, measured: list[dict]) -> None:
     """Prints one row per rank."""
     spec = load_recipe("xdelectra-large-wikitext103", OVERRIDES)
-    shape, settings = model_shape(spec), read_settings(ds_config)
-    found = modules(shape)
-    load = Load(LENGTH, BLOCKS, 77 * BLOCKS, LENGTH // 7, 1, 77 * BLOCKS // 7)
-    active = activations(shape, load, settings, spec.model.dropout, mask=settings.parameter_bytes)
+    module, settings = build_on_meta(spec).train(), read_settings(ds_config)
+    module.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision(ds_config)])
+    found = modules(module)
+    (batch,) = crafted_batches(spec, module, LENGTH, BLOCKS, 1, 1, 0)
+    active = trace(module, batch.arrays, spec.objectives.weights()).peak_bytes
     planned = sum(each.payload_bytes for each in collectives(found, settings, RANKS, ACCUMULATION, 3))
     for rank, result in enumerate(measured):
         states = model_states(found, settings, RANKS, rank)
         moments = [result[name] for name in ("accumulating", "boundary")]
         held = max(sum(moment.values()) - moment["buckets"] for moment in moments)
         sent = sum(payload for _, payload in result["collectives"].values())
-        peak = (states.device + states.host + active.total) / GIB
+        peak = (states.device + states.host + active) / GIB
         columns = (
             f"ZeRO-{stage}, rank {rank}, {result['seconds']:.0f} s",
             f"model states planned {states.resident / GIB:.3f} GiB, measured {held / GIB:.3f}",

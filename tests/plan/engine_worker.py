@@ -160,6 +160,7 @@ def build_case(case, ranks):
 
 def build_trainer(recipe, engine, ranks, batches):
     """Returns the real trainer on the same batches at every step."""
+    from xdscale.systems.contract import open_system
     from xdscale.training.loop import Trainer
     from xdscale.training.prefetch import StepData
     from xdscale.training.signals import StopRequest
@@ -177,7 +178,7 @@ def build_trainer(recipe, engine, ranks, batches):
         engine=engine,
         recipe=recipe,
         ranks=ranks,
-        weights=recipe.objectives.weights(),
+        objectives=open_system(recipe).objectives(),
         source=Source(),
         order=None,  # only asked about steps that are skipped
         validation=[],

@@ -4,9 +4,10 @@ from collections import Counter
 
 import pytest
 
+from xdscale.params import build_on_meta
 from xdscale.plan.configs import ds_config
+from xdscale.plan.profile import modules
 from xdscale.plan.settings import read_settings
-from xdscale.plan.shapes import model_shape, modules
 from xdscale.plan.states import model_states
 from xdscale.plan.traffic import collectives
 from xdscale.recipe import load_recipe
@@ -23,7 +24,7 @@ RELEASE = {"stage3_param_persistence_threshold": 1000, "stage3_max_reuse_distanc
 
 
 def case(way, precision, *, match=True, frozen=(), **zero):
-    values = ds_config(way, precision, MICRO_BATCH)
+    values = ds_config(way, precision, MICRO_BATCH, 100_000)
     # Oversized parameters and several buckets per pass, as with a large model.
     values["zero_optimization"] |= {"reduce_bucket_size": 50_000, **zero}
     values.get("fp16", {})["initial_scale_power"] = 4
@@ -73,8 +74,10 @@ def measured(run_engines, overrides):
 
 def planned(made, overrides):
     spec = load_recipe("quickstart", with_overrides(made, overrides))
-    found = modules(model_shape(spec), frozen=tuple(made["frozen"]))
-    return spec, found, read_settings(made["ds_config"])
+    module = build_on_meta(spec)
+    for part in made["frozen"]:
+        module.get_submodule(f"model.{part}").requires_grad_(False)
+    return spec, modules(module), read_settings(made["ds_config"])
 
 
 @pytest.mark.parametrize("made", CASES, ids=NAMES)

@@ -1,39 +1,60 @@
 """The plan as a whole: what fits, what is suggested, what it costs, and how it is said."""
 
+import contextlib
+import functools
+import io
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
+from xdscale.cli import main
 from xdscale.ds_config import resolve_ds_config
 from xdscale.errors import XdscaleError
 from xdscale.plan.cluster import Cluster
 from xdscale.plan.configs import WAYS, ds_config
 from xdscale.plan.hardware import GPUS, find_gpu
 from xdscale.plan.planner import GIB, Machine, make_plan
+from xdscale.plan.profile import profile_model
 from xdscale.plan.report import machine_from
 from xdscale.plan.settings import read_settings
-from xdscale.plan.shapes import model_shape, modules
 from xdscale.plan.states import model_states
 from xdscale.recipe import load_recipe
 
-PROGRAM = Path(sys.executable).with_name("xdscale")
 LARGE = load_recipe("xdelectra-large-wikipedia")
 
 
-def plan(recipe=LARGE, gpu="A100-80G", gpus=8, memory_gib=None, **keywords):
+@functools.cache
+def profile(precision="bf16", **options):
+    return profile_model(LARGE, precision=precision, **options)
+
+
+def plan(recipe=LARGE, gpu="A100-80G", gpus=8, memory_gib=None, **options):
     kind = find_gpu(gpu)
     cluster = Cluster(kind, gpus, -(-gpus // kind.node_gpus))
     machine = Machine(cluster=cluster, memory_gib=memory_gib or kind.memory_gib, price=2.0)
-    return make_plan("large", recipe, machine, **keywords)
+    return make_plan("large", recipe, machine, profile(kind.precision, **options))
 
 
 def run(*arguments):
-    return subprocess.run([PROGRAM, "plan", *arguments], capture_output=True, text=True, check=False)
+    """Runs `xdscale plan` as the command line does, in this process."""
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2)]
+    with (
+        contextlib.redirect_stdout(streams[0]),
+        contextlib.redirect_stderr(streams[1]),
+        mock.patch.object(sys, "argv", ["xdscale", "plan", *arguments]),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    texts = []
+    for stream in streams:
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())
+    return SimpleNamespace(returncode=ended.value.code, stdout=texts[0], stderr=texts[1])
 
 
 @pytest.mark.parametrize(
@@ -49,11 +70,11 @@ def run(*arguments):
 def test_model_states_follow_the_formulas_of_the_zero_paper(way, precision, per_rank, ranks):
     """With gradients summed in fp32 beside bf16 parameters; DeepSpeed's estimator for stage 2 says 2P + 18P / N. Small
     parameters stay whole under stage 3."""
-    found = modules(model_shape(LARGE))
-    settings = read_settings(ds_config(way, precision, 1))
-    parameters = 445_118_524
+    found, parameters = profile().modules, 445_118_524
+    settings = read_settings(ds_config(way, precision, 1, parameters))
     states = model_states(found, settings, ranks)
-    small = 2 * sum(size for module in found for size in module.own if size <= 100_000) * (way == "zero3")
+    kept_whole = settings.persistence_threshold
+    small = 2 * sum(size for module in found for size in module.own if size <= kept_whole) * (way == "zero3")
     assert states.resident == pytest.approx(per_rank(parameters, ranks) + small, rel=1e-3)
 
 
@@ -106,13 +127,6 @@ def test_nothing_fits_and_checkpointing_helps():
     assert recomputed > 3 * kept
 
 
-def test_frozen_clip_takes_no_gradients_and_no_moments():
-    whole, frozen = (plan(frozen=parts).rows[2].states for parts in ((), ("clip",)))
-    clip = 63_165_952 + 262_144
-    assert whole.optimizer - frozen.optimizer == pytest.approx(12 * clip / 8, rel=1e-3)
-    assert whole.parameters - frozen.parameters == pytest.approx(0, abs=100)
-
-
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_gpu_of_the_table_trains_every_model(gpu):
     assert plan(gpu=gpu).best is not None
@@ -159,11 +173,13 @@ def test_a_gpu_of_ones_own_is_planned_for_as_the_table_would():
     known = find_gpu("L40S")
     own = machine_from("Mine", 16, 2, 44.5, 0.4, None, tflops=362, bandwidth=32)
     assert own.cluster.gpu == replace(known, name="Mine", price=None)
-    made, expected = (make_plan("x", LARGE, machine) for machine in (own, machine_from("L40S", 16, 2, None, 0.4, 1)))
+    made, expected = (
+        make_plan("x", LARGE, machine, profile()) for machine in (own, machine_from("L40S", 16, 2, None, 0.4, 1))
+    )
     assert [row.step_seconds for row in made.rows] == [row.step_seconds for row in expected.rows]
     assert {row.cost for row in made.rows} == {None}
     network = machine_from("Mine", 16, 2, 44.5, 0.4, 2, tflops=362, bandwidth=32, network=50)
-    faster = make_plan("x", LARGE, network)
+    faster = make_plan("x", LARGE, network, profile())
     assert all(row.step_seconds < before.step_seconds for row, before in zip(faster.rows, made.rows))
     assert faster.rows[1].cost == pytest.approx(16 * 2 * faster.rows[1].hours)
 
@@ -183,25 +199,35 @@ def test_padding_and_idle_gpus_are_told():
     assert "288 sequences feed at most 288 GPUs, no row for 512, 1,024" in scaled.stderr
 
 
-def test_starts_within_two_seconds_and_prints_a_table():
-    assert run("xdbert-base-wikitext103", "--gpus", "8").returncode == 0  # compiles what a first run compiles
-    began = time.perf_counter()
+def test_prints_tables_and_a_recommendation():
     result = run("xdbert-base-wikitext103", "--gpus", "8", "--gpu-memory", "40", "--nodes", "1", "--gpu", "H100-80G")
-    assert time.perf_counter() - began < 2
+    assert result.returncode == 0
     for words in (
         "202,996,284 trained parameters, 590,593 not trained",
         "zero3-offload",
         "--deepspeed-config bert-base-zero1 ",
+        "a step is 1 micro-batch of 36.",
     ):
         assert words in result.stdout
 
 
+def test_a_mistake_does_not_wait_for_torch():
+    program = "import sys\nfrom xdscale.cli import main\nsys.argv = ['xdscale', *sys.argv[1:]]\ntry:\n    main()\n"
+    program += "finally:\n    print('torch' in sys.modules)"
+    for mistake in (["nobody"], ["xdbert-base-mlm", "--gpu", "potato"], ["xdbert-base-mlm", "--gpus", "512"]):
+        result = subprocess.run(
+            [sys.executable, "-c", program, "plan", *mistake], capture_output=True, text=True, check=False
+        )
+        assert (result.returncode, result.stdout) == (2, "False\n"), result.stderr
+
+
 def test_json_is_the_whole_plan():
-    result = run("xdelectra-large-wikipedia", "--gpu", "V100-32G", "--json", "--freeze", "clip")
+    result = run("xdelectra-large-wikipedia", "--gpu", "V100-32G", "--json")
     values = json.loads(result.stdout)
     assert values["precision"] == "fp16"
     assert [row["way"] for row in values["rows"]] == ["zero0", *WAYS]
-    assert values["frozen"] == 63_165_952 + 262_144 + 1
+    assert (values["trained"], values["frozen"]) == (445_118_524, 1)
+    assert values["rows"][0]["activations"].keys() == {"kept", "working"}
 
 
 def test_says_what_to_do_when_nothing_fits():
@@ -218,7 +244,6 @@ def test_says_what_to_do_when_nothing_fits():
         (["xdbert-base-wikitext103", "--gpus", "512"], "feeds at most 288 ranks, not 512"),
         (["xdbert-base-wikitext103", "--gpu", "Mine", "--gpu-memory", "20"], "needs --gpu-memory, --tflops and"),
         (["xdbert-base-wikitext103", "--tflops", "inf"], "--tflops inf"),
-        (["xdbert-base-wikitext103", "--freeze", "vision"], "--freeze vision: expected one of language, clip"),
         (["xdbert-base-wikitext103", "--gpu", "V100-32G", "--precision", "bf16"], "V100-32G computes in fp16"),
         (["xdbert-base-wikitext103", "--sequence-length", "1024"], "sequence length 1024"),
         (["xdbert-base-wikitext103", "--gpu-memory", "2", "--write-configs", "c"], "nothing fits, nothing written"),
@@ -229,6 +254,8 @@ def test_says_what_to_do_when_nothing_fits():
         (["xdbert-base-wikitext103", "--scaling", "--chart", "."], ".: cannot be written: it is a folder"),
         (["xdbert-base-wikitext103", "--scaling", "--chart", "/dev/full"], "cannot be written: No space left"),
         (["xdbert-bse-wikitext103"], "did you mean 'xdbert-base-wikitext103'"),
+        (["xdbert-base-mlm", "model.language.name=./nowhere"], "./nowhere"),
+        (["xdbert-base-mlm", "model.clip.name=ViT-Z-99"], "ViT-Z-99"),
     ],
 )
 def test_a_mistake_is_one_message(arguments, message, tmp_path, monkeypatch):

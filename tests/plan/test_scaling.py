@@ -1,9 +1,11 @@
 """docs/scaling.md says what the plan says."""
 
+import functools
 from pathlib import Path
 
 import pytest
 
+from xdscale.plan.profile import profile_model
 from xdscale.plan.report import machine_from
 from xdscale.plan.scaling import FEWEST_PER_GPU, chart, markdown, scale
 from xdscale.recipe import load_recipe
@@ -12,11 +14,13 @@ DOCS = Path(__file__).parents[2] / "docs"
 NAME = "xdelectra-large-wikipedia"
 
 
+@functools.cache
 def curves(gpu):
     spec, machine = load_recipe(NAME, ["training.steps=22000"]), machine_from(gpu, 8, None, None, 0.4, None)
+    profile = profile_model(spec, precision="bf16")
     return {
-        "batch of the recipe": scale(NAME, spec, machine, grow=False),
-        "growing batch": scale(NAME, spec, machine, grow=True),
+        "batch of the recipe": scale(NAME, spec, machine, profile, grow=False),
+        "growing batch": scale(NAME, spec, machine, profile, grow=True),
     }
 
 

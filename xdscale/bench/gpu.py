@@ -36,6 +36,7 @@ from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe, load_recipe
 from xdscale.systems.xdbert import build_adaptation
 from xdscale.training.engine import to_device
+from xdscale.training.tracing import on_meta, trace
 
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "open_clip_torch", "numpy", "liger_kernel")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -183,7 +184,8 @@ class _Step:
     def __init__(self, module: nn.Module, recipe: Recipe, micro: int, device: torch.device) -> None:
         self.module, self.device = module, device
         batch = bench_batch(recipe, module, micro)
-        self.batch, self.flops = to_device(batch.arrays, device), module.flops(batch.arrays)
+        self.batch = to_device(batch.arrays, device)
+        self.flops = trace(on_meta(module), batch.arrays, recipe.objectives.weights()).flops
         self.tokens = batch.tokens
         self.scales = {name: w / max(1, batch.targets[name]) for name, w in recipe.objectives.weights().items()}
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

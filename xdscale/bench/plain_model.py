@@ -9,13 +9,11 @@ code but `nn.Linear`, `nn.LayerNorm` and `nn.Embedding`, so that both can be com
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from xdscale.models import flops
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import AttentionSublayer, CrossModalLayer, FeedForward
 from xdscale.models.heads import MaskedTokenHead, MatchHead
@@ -150,25 +148,6 @@ def match_loss(head: MatchHead, states: torch.Tensor, labels: torch.Tensor) -> t
     """Cross-entropy of "same text" from the first position."""
     logits = head.classifier(torch.tanh(head.pooler(states[:, 0])))  # [b, 2]
     return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-
-
-def plain_flops(module: XDBERTAdaptation, arrays: Mapping[str, np.ndarray]) -> int:
-    """Returns the matrix-multiplication FLOPs of forward and backward; what is padding counts."""
-    config, encoder = module.model.language.config, module.model.clip
-    samples, length = arrays["language_ids"].shape
-    blocks = max(CLIP_BLOCKS, arrays["clip_ids"].shape[1])
-    language, clip = np.full(samples, length), np.full(samples, blocks * encoder.context_length)
-    sizes = config.hidden_size, encoder.output_size, config.intermediate_size
-    total = flops.language_flops(config, samples, length) + flops.clip_flops(encoder, samples * blocks)
-    total += len(module.model.layers) * flops.cross_layer_flops(*sizes, language, clip, language, clip)
-    for head, tokens in ((module.mlm, language), (module.clip_tokens, clip)):
-        if head is not None:
-            vocabulary, embedding_size = head.decoder_weight.shape
-            size = head.transform.in_features
-            total += flops.masked_token_flops(size, embedding_size, vocabulary, int(tokens.sum()))
-    if module.match is not None:
-        total += flops.match_flops(config.hidden_size, samples)
-    return 3 * total
 
 
 def _attention_sublayer(

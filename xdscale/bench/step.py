@@ -21,9 +21,10 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
 
 from xdscale.bench.batch import bench_batch
-from xdscale.bench.plain_model import plain_flops, plain_losses
+from xdscale.bench.plain_model import plain_losses
 from xdscale.data.collate import Batch
 from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
@@ -32,6 +33,7 @@ from xdscale.recipe import Recipe
 from xdscale.systems.xdbert import XDBERTAdaptation, build_adaptation
 from xdscale.training.engine import to_device
 from xdscale.training.throughput import matmul_flops_per_second
+from xdscale.training.tracing import on_meta, trace
 
 PLAIN, FAST = "plain fp32", "fast fp32"
 MASTERS, AUTOCAST = "fast bf16, fp32 masters", "fast bf16, autocast"
@@ -146,8 +148,7 @@ def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) ->
         advance("memory of a step")
         bf16_seconds, measured = {}, {}
         for name in [*names, *ways]:
-            flops = plain_flops(module, bench.arrays) if name == PLAIN else module.flops(bench.arrays)
-            measured[name] = Measured(flops, bench.activation_bytes(name))
+            measured[name] = Measured(bench.flops(name), bench.activation_bytes(name))
             advance(f"memory: {name}")
         for name in ways:
             trial = replace(measured[name], seconds=[], cpu_seconds=[], parts=[])
@@ -296,6 +297,16 @@ class _Bench:
         before = torch.cuda.memory_allocated(self.device)
         self._forward_backward(name)
         return torch.cuda.max_memory_allocated(self.device) - before
+
+    def flops(self, name: str) -> int:
+        """Returns the FLOPs of the matrix products in forward and backward, counted without values."""
+        module = on_meta(self.module)
+        if name != PLAIN:
+            return trace(module, self.arrays, self.scales).flops
+        batch = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in self.batch.items()}
+        with FlopCounterMode(display=False) as counter:
+            torch.stack(list(plain_losses(module, batch, dropout=self.dropout).values())).sum().backward()
+        return counter.get_total_flops()
 
     def disagreement(self) -> float:
         """Returns the largest relative difference of a loss between plain and fast fp32, without dropout."""

@@ -6,11 +6,17 @@ from pathlib import Path
 
 from xdscale.ds_config import BatchSplit, read_ds_config, resolve_ds_config, split_batch
 from xdscale.errors import XdscaleError
-from xdscale.plan.shapes import LanguageShape, language_shape
+from xdscale.names import resolve_path
+from xdscale.pretrained.architectures import read_encoder_config
 from xdscale.recipe import Recipe, load_recipe
 
-_SIZES = ("bert-base", "bert-large", "electra-base", "electra-large")
-_LARGE_FROM, _SMALL_TO = 1024, 512
+_SIZES = {
+    "bert-base": "bert-base",
+    "electra-base": "bert-base",
+    "bert-large": "electra-large",
+    "electra-large": "electra-large",
+}
+"""Of encoders by a part of their names; `ds_configs/` has files for these two and the quickstart's."""
 
 
 @dataclass(frozen=True)
@@ -56,29 +62,25 @@ def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str 
 
 
 def shipped_ds_config(recipe: Recipe) -> str:
-    """Returns the name of the shipped ZeRO-2 configuration for a recipe's language model.
+    """Returns the name of the shipped ZeRO-2 configuration for the size of a recipe's language encoder.
 
-    The size stands in the model's name, or is that of the config.json in its folder.
+    The size stands in the encoder's name, or in the config.json in its folder.
 
     Raises:
         XdscaleError: neither says it.
     """
-    language = recipe.model.language.name
-    size = next((size for size in _SIZES if size in language), None)
-    try:
-        return f"{size or _size(language_shape(language))}-zero2"
-    except XdscaleError as error:
-        raise XdscaleError(
-            f"no shipped DeepSpeed config is known to fit: {error}; name one with --deepspeed-config, such as "
-            f"{_SIZES[0]}-zero2"
-        ) from None
-
-
-def _size(shape: LanguageShape) -> str:
-    if shape.hidden_size < _SMALL_TO:
-        return "quickstart"
-    family = "bert" if shape.pooler else "electra"
-    return f"{family}-{'large' if shape.hidden_size >= _LARGE_FROM else 'base'}"
+    name = recipe.model.language.name
+    size = next((size for word, size in _SIZES.items() if word in name), None)
+    if size is None:
+        try:
+            width = read_encoder_config(resolve_path(name)).get("hidden_size", 768)
+        except XdscaleError as error:
+            raise XdscaleError(
+                f"model.language.name = {name!r}: no shipped DeepSpeed config is known to fit: {error}; name one with "
+                "--deepspeed-config, such as bert-base-zero2"
+            ) from None
+        size = "quickstart" if width < 512 else "bert-base" if width < 1024 else "electra-large"
+    return f"{size}-zero2"
 
 
 def path_warnings(recipe: Recipe) -> list[str]:

@@ -2,20 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xdscale.ds_config import split_batch
-from xdscale.plan.activations import Activations, activations
 from xdscale.plan.cluster import REFERENCE_MFU, Cluster, step_time
 from xdscale.plan.configs import WAYS, ds_config, file_name, model_name
-from xdscale.plan.flops import training_flops
 from xdscale.plan.hardware import usable_gib
-from xdscale.plan.load import Load, expected_load, largest_load
 from xdscale.plan.settings import Settings, read_settings
-from xdscale.plan.shapes import ModelShape, Module, count, model_shape, modules
-from xdscale.plan.states import States, model_states, partition
+from xdscale.plan.states import States, count, model_states, partition
 from xdscale.plan.traffic import collectives
 from xdscale.recipe import Recipe
+
+if TYPE_CHECKING:
+    from xdscale.plan.profile import Profile
 
 GIB = 2**30
 
@@ -27,8 +26,6 @@ HOST_MEMORY = 20e9
 
 _ADAMW_TOUCHES = 28
 """Bytes per parameter that AdamW reads and writes: weight, two moments, gradient."""
-
-_MOST = 4096
 
 _NO_DIFFERENCE = 1.05
 """Step times nearer than this are the same: the model of the network is not better."""
@@ -54,6 +51,24 @@ class Machine:
     def usable_bytes(self) -> float:
         """What may be filled."""
         return usable_gib(self.memory_gib) * GIB
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one rank.
+
+    Attributes:
+        kept: by autograd, at the end of the forward pass.
+        working: beyond that at the fullest moment: gradients inside a layer, a chunk of logits.
+    """
+
+    kept: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """Bytes at the fullest moment."""
+        return self.kept + self.working
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,50 +146,31 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(
-    name: str,
-    recipe: Recipe,
-    machine: Machine,
-    *,
-    sequence_length: int | None = None,
-    precision: str | None = None,
-    checkpointing: bool = False,
-    frozen: tuple[str, ...] = (),
-) -> Plan:
-    """Plans a run without torch, weights or a GPU.
+def make_plan(name: str, recipe: Recipe, machine: Machine, profile: "Profile") -> Plan:
+    """Plans a run.
 
     Args:
         name: of the recipe.
         recipe: to be trained.
         machine: to train on.
-        sequence_length: language tokens with [CLS] and [SEP]; default: the encoder's positions.
-        precision: default: the GPU's own 16-bit format.
-        checkpointing: whether to recompute layers in the backward pass.
-        frozen: parts that are not trained, of "language" and "clip".
+        profile: of the recipe's model, in the precision to be trained in.
 
     Raises:
-        XdscaleError: an architecture is not known, the sequence does not fit it, or there are more GPUs than sequences
-            in a step.
+        XdscaleError: there are more GPUs than sequences in a step.
     """
-    shape = model_shape(recipe)
-    length = sequence_length or shape.language.max_position_embeddings
-    found = modules(shape, frozen)
-    precision = precision or machine.cluster.gpu.precision
-    flops = training_flops(shape, expected_load(recipe, shape, length), frozen)
-    maker = _RowMaker(recipe, shape, found, machine, largest_load(recipe, shape, length), flops, frozen)
-    rows = tuple(maker.rows(precision, checkpointing))
+    rows = tuple(_RowMaker(recipe, machine, profile).rows())
     fitting = [row for row in rows if row.step_seconds is not None and row.way in WAYS]
     fastest = min((row.step_seconds for row in fitting), default=0.0)
     best = next((row for row in fitting if row.step_seconds <= _NO_DIFFERENCE * fastest), None)
     return Plan(
         recipe=name,
-        trained=count(found, trained=True),
-        frozen=count(found, trained=False),
-        sequence_length=length,
-        flops_per_sequence=flops,
+        trained=count(profile.modules, trained=True),
+        frozen=count(profile.modules, trained=False),
+        sequence_length=profile.sequence_length,
+        flops_per_sequence=profile.flops_per_sequence,
         machine=machine,
-        precision=precision,
-        checkpointing=checkpointing,
+        precision=profile.precision,
+        checkpointing=profile.checkpointing,
         rows=rows,
         best=best.way if best else None,
     )
@@ -183,25 +179,23 @@ def make_plan(
 @dataclass(frozen=True)
 class _RowMaker:
     recipe: Recipe
-    shape: ModelShape
-    found: list[Module]
     machine: Machine
-    load: Load
-    flops: float
-    frozen: tuple[str, ...]
+    profile: "Profile"
 
-    def rows(self, precision: str, checkpointing: bool) -> Iterator[PlanRow]:
+    def rows(self) -> Iterator[PlanRow]:
         for way in ("zero0", *WAYS):
-            yield self.row(way, read_settings(ds_config(way, precision, 1, checkpointing=checkpointing)))
+            parameters, checkpointing = count(self.profile.modules), self.profile.checkpointing
+            values = ds_config(way, self.profile.precision, 1, parameters, checkpointing=checkpointing)
+            yield self.row(way, read_settings(values))
 
     def row(self, way: str, settings: Settings) -> PlanRow:
         gpus = self.machine.cluster.gpus
-        states = model_states(self.found, settings, gpus)
-        largest = self._largest(states, settings)
+        states = model_states(self.profile.modules, settings, gpus)
+        largest = self._largest(states)
         split = split_batch(self.recipe.training.global_batch, gpus, max(1, largest))
         settings = replace(settings, micro_batch=split.micro_batch)
-        listed = collectives(self.found, settings, gpus, split.accumulation, len(self.shape.tasks))
-        rate = self.machine.mfu * self.machine.cluster.gpu.peak_flops / self.flops
+        listed = collectives(self.profile.modules, settings, gpus, split.accumulation, self.profile.objectives)
+        rate = self.machine.mfu * self.machine.cluster.gpu.peak_flops / self.profile.flops_per_sequence
         step = step_time(self.machine.cluster, split.accumulation * split.micro_batch, rate, listed)
         waiting = step.communicating_seconds + self._host_seconds(settings)
         seconds = step.computing_seconds + waiting if largest else None
@@ -209,7 +203,7 @@ class _RowMaker:
         return PlanRow(
             way=way,
             states=states,
-            activations=self._activations(settings),
+            activations=self._activations(split.micro_batch),
             largest_micro_batch=largest,
             micro_batch=split.micro_batch if largest else 0,
             accumulation=split.accumulation,
@@ -223,20 +217,17 @@ class _RowMaker:
             config=file_name(model_name(self.recipe), way, settings.precision) if way in WAYS else "",
         )
 
-    def _activations(self, settings: Settings) -> Activations:
-        return activations(self.shape, self.load, settings, self.recipe.model.dropout, frozen=self.frozen)
+    def _activations(self, micro_batch: int) -> Activations:
+        kept, peak = self.profile.kept(micro_batch), self.profile.peak(micro_batch)
+        return Activations(kept, peak - kept)
 
-    def _largest(self, states: States, settings: Settings) -> int:
-        low, high = 0, _MOST  # fits, and does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            needed = states.device + self._activations(replace(settings, micro_batch=middle)).total
-            low, high = (middle, high) if needed <= self.machine.usable_bytes else (low, middle)
-        return low
+    def _largest(self, states: States) -> int:
+        room = self.machine.usable_bytes - states.device - self.profile.peak.fixed
+        return max(0, int(room // self.profile.peak.per_sample))
 
     def _host_seconds(self, settings: Settings) -> float:
         """Gradients to the host, AdamW there, parameters back."""
         if not settings.offload_optimizer:
             return 0.0
-        part = partition(count(self.found, trained=True), self.machine.cluster.gpus)
+        part = partition(count(self.profile.modules, trained=True), self.machine.cluster.gpus)
         return part * ((4 + settings.parameter_bytes) / HOST_LINK + _ADAMW_TOUCHES / HOST_MEMORY)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from xdscale.ds_config import SHIPPED
+from xdscale.ds_config import SHIPPED, split_batch
 from xdscale.errors import XdscaleError
 from xdscale.files import write_outputs
 from xdscale.plan.cluster import NETWORK_EFFICIENCY, Cluster
@@ -19,8 +19,6 @@ from xdscale.plan.planner import GIB, Machine, Plan, PlanRow, make_plan
 from xdscale.plan.scaling import COUNTS, markdown, scale
 from xdscale.plan.scaling import chart as chart_text
 from xdscale.recipe import load_recipe
-
-PARTS = ("language", "clip")
 
 _FILE_WIDTH = 140
 """Columns where there is no terminal to ask."""
@@ -82,32 +80,27 @@ def run_plan(
     sequence_length: int | None,
     precision: str | None,
     checkpointing: bool,
-    frozen: list[str],
     as_json: bool,
     write_configs: Path | None,
 ) -> None:
     """Plans, prints and, if asked to, writes the configurations.
 
     Raises:
-        XdscaleError: as `make_plan`; or an unknown part is to be frozen; or files are to be written and nothing fits.
+        XdscaleError: as `profile_model` and `make_plan`; or files are to be written and nothing fits.
     """
-    for part in frozen:
-        if part not in PARTS:
-            raise XdscaleError(f"--freeze {part}: expected one of {', '.join(PARTS)}")
     own = machine.cluster.gpu.precision
     if precision not in (None, "fp16", own):
         raise XdscaleError(
             f"--precision {precision}: {machine.cluster.gpu.name} computes in {own}{' or fp16' * (own != 'fp16')}"
         )
-    plan = make_plan(
-        recipe,
-        load_recipe(recipe, overrides),
-        machine,
-        sequence_length=sequence_length,
-        precision=precision,
-        checkpointing=checkpointing,
-        frozen=tuple(frozen),
+    spec = load_recipe(recipe, overrides)
+    split_batch(spec.training.global_batch, machine.cluster.gpus, 1)  # refuses GPUs that would idle
+    from xdscale.plan.profile import profile_model  # torch, which a mistake need not wait for
+
+    profile = profile_model(
+        spec, precision=precision or own, checkpointing=checkpointing, sequence_length=sequence_length
     )
+    plan = make_plan(recipe, spec, machine, profile)
     if as_json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
@@ -130,9 +123,12 @@ def run_scaling(recipe: str, overrides: list[str], machine: Machine, *, as_json:
             f"batch of the recipe: {batch} sequences feed at most {batch} GPUs, no row for {', '.join(beyond)}",
             file=sys.stderr,
         )
+    from xdscale.plan.profile import profile_model
+
+    profile = profile_model(spec, precision=machine.cluster.gpu.precision)
     curves = {
-        "batch of the recipe": scale(recipe, spec, machine, grow=False),
-        "growing batch": scale(recipe, spec, machine, grow=True),
+        "batch of the recipe": scale(recipe, spec, machine, profile, grow=False),
+        "growing batch": scale(recipe, spec, machine, profile, grow=True),
     }
     if as_json:
         print(json.dumps({name: [asdict(point) for point in points] for name, points in curves.items()}, indent=2))
@@ -163,7 +159,7 @@ def print_plan(plan: Plan) -> None:
 
 def _memory_table(plan: Plan) -> Table:
     table = Table(title="GiB per rank", caption="at the suggested micro-batch; buckets with what stage 3 gathers")
-    for name in ("", "parameters", "gradients", "optimizer", "activations", "logits", "buckets", "sum", "host"):
+    for name in ("", "parameters", "gradients", "optimizer", "activations", "working", "buckets", "sum", "host"):
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for row in plan.rows:
         states, active = row.states, row.activations
@@ -171,8 +167,8 @@ def _memory_table(plan: Plan) -> Table:
             states.parameters,
             states.gradients,
             states.optimizer,
-            active.kept + active.working,
-            active.logits,
+            active.kept,
+            active.working,
             states.buckets + states.gathered,
             row.device_bytes,
             states.host,
@@ -219,7 +215,8 @@ def _verdict(plan: Plan) -> str:
     ships = (SHIPPED / row.config).is_file()
     which = f"--deepspeed-config {Path(row.config).stem}" if ships else row.config
     return (
-        f"Use {which} with micro-batch {row.micro_batch} (--write-configs FOLDER writes it so). "
+        f"Use {which} (--write-configs FOLDER writes it for this GPU): a step is {row.accumulation} micro-batch"
+        f"{'es' * (row.accumulation > 1)} of {row.micro_batch}. "
         f"{RESERVED_GIB:g} GiB for the context and {FRAGMENTED:.0%} for fragmentation are left free."
         f"{_padding(row, plan.machine.cluster.gpus)}"
     )
@@ -238,12 +235,13 @@ def _write(plan: Plan, folder: Path, as_json: bool) -> None:
     rows = [row for row in plan.rows if row.way in WAYS and row.micro_batch]
     if not rows:
         raise XdscaleError(f"--write-configs {folder}: nothing fits, nothing written")
-    texts = {
-        folder / row.config: config_text(
-            ds_config(row.way, plan.precision, row.micro_batch, checkpointing=plan.checkpointing)
-        )
-        for row in rows
-    }
+    texts = {}
+    for row in rows:
+        # No more than a rank's share of a step, or some would idle.
+        most = min(row.largest_micro_batch, row.micro_batch * row.accumulation)
+        parameters = plan.trained + plan.frozen
+        values = ds_config(row.way, plan.precision, most, parameters, checkpointing=plan.checkpointing)
+        texts[folder / row.config] = config_text(values)
     write_outputs(texts)
     if not as_json:
         print("\n".join(f"written: {path}" for path in texts))

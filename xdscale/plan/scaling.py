@@ -3,11 +3,15 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from xdscale.errors import XdscaleError
 from xdscale.plan.cluster import Cluster
 from xdscale.plan.planner import Machine, make_plan
 from xdscale.recipe import Recipe
+
+if TYPE_CHECKING:
+    from xdscale.plan.profile import Profile
 
 COUNTS = tuple(2**power for power in range(11))
 """1, 2, 4, … 1,024."""
@@ -44,7 +48,7 @@ class ScalingPoint:
 
 
 def scale(
-    name: str, recipe: Recipe, machine: Machine, *, grow: bool, counts: Iterable[int] = COUNTS
+    name: str, recipe: Recipe, machine: Machine, profile: "Profile", *, grow: bool, counts: Iterable[int] = COUNTS
 ) -> list[ScalingPoint]:
     """Plans a recipe on each number of GPUs.
 
@@ -52,6 +56,7 @@ def scale(
         name: of the recipe.
         recipe: to be trained.
         machine: the kind of GPU, its memory, utilisation and price; how many is replaced.
+        profile: of the recipe's model.
         grow: whether the global batch grows so that each GPU keeps `FEWEST_PER_GPU` sequences; otherwise it is the
             recipe's, and numbers of GPUs beyond it are left out. A larger batch needs its own learning rate.
         counts: numbers of GPUs.
@@ -70,7 +75,8 @@ def scale(
             update={"training": training.model_copy(update={"global_batch": batch, "steps": steps})}
         )
         gpu = machine.cluster.gpu
-        plan = make_plan(name, sized, replace(machine, cluster=Cluster(gpu, gpus, math.ceil(gpus / gpu.node_gpus))))
+        cluster = Cluster(gpu, gpus, math.ceil(gpus / gpu.node_gpus))
+        plan = make_plan(name, sized, replace(machine, cluster=cluster), profile)
         row = next((row for row in plan.rows if row.way == plan.best), None)
         if row is None:
             continue

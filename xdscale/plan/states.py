@@ -16,12 +16,38 @@ ranks. What one expects from the ZeRO paper holds, with these exceptions:
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 from xdscale.plan.settings import Settings
-from xdscale.plan.shapes import Module
 
 _MASTER, _MOMENTS, _SUM = 4, 8, 4
 """Bytes per parameter of the fp32 master weight, of Adam's two moments, and of a gradient summed in fp32."""
+
+
+class Module(NamedTuple):
+    """A module that holds parameters itself.
+
+    Attributes:
+        name: dotted path, for messages.
+        own: elements of each of its parameters, in order, without those that an earlier module holds as well.
+        trained: whether the optimizer updates them.
+        tied: elements of a parameter that it shares with an earlier module.
+    """
+
+    name: str
+    own: tuple[int, ...]
+    trained: bool = True
+    tied: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Elements of its parameters, those that are tied left out."""
+        return sum(self.own)
+
+
+def count(found: list[Module], *, trained: bool | None = None) -> int:
+    """Returns the number of parameters of all modules, or only of those that are trained or are not."""
+    return sum(module.elements for module in found if trained is None or module.trained == trained)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,7 @@ Stage 2 all-reduces them (`use_multi_rank_bucket_allreduce`), stage 3 scatters.
 from typing import NamedTuple
 
 from xdscale.plan.settings import Settings
-from xdscale.plan.shapes import Module
-from xdscale.plan.states import partition, shard, sizes
+from xdscale.plan.states import Module, partition, shard, sizes
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -148,6 +148,21 @@ class System(Protocol):
             XdscaleError: weights are missing, damaged or do not fit.
         """
 
+    def example(
+        self, module: "nn.Module", samples: int, length: int | None = None, *, longest: bool = False
+    ) -> MicroBatch:
+        """Invents a micro-batch, for plans.
+
+        Args:
+            module: that `build` returned; it may be on the meta device.
+            samples: how many.
+            length: tokens of each; None for as many as the module takes.
+            longest: whether what else varies in length is as long as it gets, instead of average.
+
+        Raises:
+            XdscaleError: the module takes fewer tokens than `length`.
+        """
+
     def parts(self, module: "nn.Module") -> "dict[str, nn.Module]":
         """Returns the module's parts by name, for counting, planning and the optimizer's groups."""
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel
 from xdscale.data.masked_lm import MaskedLMCollator
 from xdscale.data.opening import open_table
 from xdscale.errors import XdscaleError
-from xdscale.models import flops
 from xdscale.models.encoders import recompute_layers, use_kernels
 from xdscale.models.heads import MaskedTokenHead, masked_lm_head
 from xdscale.models.operations import use_definitions
@@ -29,7 +27,8 @@ from xdscale.pretrained.language_files import export_language, save_language_fil
 from xdscale.recipes.mlm.schema import Language, MaskedLMRecipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.sources.text_build import TEXT, TextBuild
-from xdscale.systems.contract import Data, Objective, Place, Term
+from xdscale.systems.contract import Data, MicroBatch, Objective, Place, Term
+from xdscale.systems.invented import InventedText
 from xdscale.systems.stored import LANGUAGE_PREFIX, begin_with, language_folder, part_of
 
 
@@ -65,14 +64,6 @@ class MaskedLMAdaptation(nn.Module):
         masked = states.flatten(0, 1).index_select(0, batch["masked_lm_positions"])  # [m, H]
         return {"mlm": Term.scored(*self.mlm(masked, batch["masked_lm_labels"]))}
 
-    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """Returns the matrix-multiplication FLOPs of forward and backward for one micro-batch."""
-        config, labelled = self.model["language"].config, len(arrays["masked_lm_positions"])
-        total = flops.language_flops(config, *arrays["language_ids"].shape)
-        embedding_size = self.mlm.transform.out_features
-        total += flops.masked_token_flops(config.hidden_size, embedding_size, config.vocab_size, labelled)
-        return 3 * total
-
 
 class MaskedLMSystem:
     """Trains a language encoder on with masked-LM; see `xdscale.systems.contract.System`."""
@@ -102,6 +93,13 @@ class MaskedLMSystem:
         if self.recipe.model.start is not None and not continued:
             begin_with(module, resolve_path(self.recipe.model.start))
         return module
+
+    def example(
+        self, module: MaskedLMAdaptation, samples: int, length: int | None = None, *, longest: bool = False
+    ) -> MicroBatch:
+        """Invents text; all sequences are equally long."""
+        recipe, table = self.recipe, InventedText(module.model["language"].config, samples, length)
+        return MaskedLMCollator(table, seed=recipe.training.seed, objectives=recipe.objectives)(table.slots(samples))
 
     def parts(self, module: MaskedLMAdaptation) -> dict[str, nn.Module]:
         """Returns encoder and head."""

@@ -5,15 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from xdscale.data.collate import XDBERTCollator
+from xdscale.data.collate import Batch, XDBERTCollator
 from xdscale.data.opening import open_table
 from xdscale.errors import XdscaleError
-from xdscale.models import flops
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer
 from xdscale.models.encoders import use_kernels
@@ -27,7 +25,8 @@ from xdscale.pretrained.language_files import export_language, save_language_fil
 from xdscale.recipes.xdbert.schema import Model, XDBERTObjectives, XDBERTRecipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.sources.text_build import TEXT, TextBuild
-from xdscale.systems.contract import Data, Objective, Place, Term
+from xdscale.systems.contract import Data, MicroBatch, Objective, Place, Term
+from xdscale.systems.invented import InventedText, Texts, average_texts, longest_texts
 from xdscale.systems.mlm import check_language, load_published_head
 from xdscale.systems.stored import (
     FULL_MODEL,
@@ -102,45 +101,6 @@ class XDBERTAdaptation(nn.Module):
             terms["clip_tokens"] = Term.scored(*self.clip_tokens(clip, batch["clip_labels"]))
         return terms
 
-    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """Returns the matrix-multiplication FLOPs of forward and backward for one micro-batch.
-
-        Args:
-            arrays: of `xdscale.data.collate.Batch`.
-        """
-        config, encoder = self.model.language.config, self.model.clip
-        samples, length = arrays["language_ids"].shape
-        blocks = arrays["clip_ids"].shape[1]
-        none = np.empty(0, np.int64)
-        masked = arrays["masked_lm_positions"] if self.mlm is not None else none
-        targets = arrays["clip_positions"] if self.clip_tokens is not None else none
-        language = np.full(samples, length)
-        clip = arrays["clip_lengths"].sum(1)
-        wanted_language = np.bincount(masked // length, minlength=samples) + (self.match is not None)
-        wanted_clip = np.bincount(targets // (blocks * encoder.context_length), minlength=samples)
-        total = flops.language_flops(config, samples, length)
-        total += flops.clip_flops(encoder, np.count_nonzero(arrays["clip_lengths"]))
-        for number in range(1, len(self.model.layers) + 1):
-            last = number == len(self.model.layers)
-            total += flops.cross_layer_flops(
-                config.hidden_size,
-                encoder.output_size,
-                config.intermediate_size,
-                language,
-                clip,
-                wanted_language if last else language,
-                wanted_clip if last else clip,
-            )
-        if self.mlm is not None:
-            embedding_size = self.mlm.transform.out_features
-            total += flops.masked_token_flops(config.hidden_size, embedding_size, config.vocab_size, len(masked))
-        if self.match is not None:
-            total += flops.match_flops(config.hidden_size, samples)
-        if self.clip_tokens is not None:
-            tower = encoder.tower
-            total += flops.masked_token_flops(encoder.output_size, tower.width, tower.vocab_size, len(targets))
-        return 3 * total
-
 
 class XDBERTSystem:
     """Adapts a language encoder with CLIP's text tower; see `xdscale.systems.contract.System`."""
@@ -170,6 +130,12 @@ class XDBERTSystem:
             begin_with(module, resolve_path(self.recipe.model.start))
         return module
 
+    def example(
+        self, module: XDBERTAdaptation, samples: int, length: int | None = None, *, longest: bool = False
+    ) -> MicroBatch:
+        """Invents texts whose CLIP ids are as many as those of Wikipedia's, on average or at most."""
+        return example_batch(self.recipe, module, samples, length, longest_texts if longest else average_texts)
+
     def parts(self, module: XDBERTAdaptation) -> dict[str, nn.Module]:
         """Returns the two encoders, the layers between them, and the heads that are on."""
         model = module.model
@@ -190,6 +156,24 @@ class XDBERTSystem:
     def finish(self, setup: Any, module: Any) -> int:
         """Leaves the run as it is: its checkpoint is exported on demand."""
         return 0
+
+
+def example_batch(
+    recipe: XDBERTRecipe,
+    module: XDBERTAdaptation,
+    samples: int,
+    length: int | None = None,
+    texts: Texts = average_texts,
+) -> Batch:
+    """Returns a micro-batch of invented text; arguments as `xdscale.systems.invented.InventedText`.
+
+    Raises:
+        XdscaleError: the encoder has fewer positions than `length`.
+    """
+    clip = module.model.clip.tower.vocab_size
+    # One more, so that every text has another as its partner.
+    table = InventedText(module.model.language.config, samples + 1, length, clip, texts)
+    return XDBERTCollator(table, seed=recipe.training.seed, objectives=recipe.objectives)(table.slots(samples))
 
 
 def build_model(spec: Model) -> XDBERT:

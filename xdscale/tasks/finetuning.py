@@ -4,7 +4,6 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import (
@@ -64,10 +63,6 @@ class Finetuning(nn.Module):
         logits = self.subject(batch).float().view(len(batch["real"]), -1)
         loss = self.task.loss(logits, batch["labels"], batch["real"])
         return {"task": Term.scored(*loss), "logits": logits.detach()}
-
-    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """Returns the matrix-multiplication FLOPs of forward and backward for one micro-batch, without the head."""
-        return 3 * self.subject.flops(arrays)
 
 
 def build_language_classifier(spec: Language, task: Task, *, dropout: float) -> LanguageClassifier:

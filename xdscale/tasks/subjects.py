@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from xdscale.models import flops
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.encoders import recompute_layers, valid_tokens
 from xdscale.models.xdbert import XDBERT
@@ -41,11 +39,6 @@ class LanguageClassifier(nn.Module):
             valid=valid_tokens(_texts(mask, 1), batch["language_valid"]),
         )
         return outputs.logits
-
-    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """Returns those of the forward pass."""
-        ids = _texts(arrays["language_ids"], 1)
-        return flops.language_flops(self.model.config, *ids.shape)
 
 
 class CrossModalClassifier(nn.Module):
@@ -83,26 +76,6 @@ class CrossModalClassifier(nn.Module):
         pooled = torch.tanh(self.pooler(language))
         return self.classifier(self.dropout(pooled))
 
-    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """Returns those of the forward pass."""
-        language_ids, clip_lengths = _texts(arrays["language_ids"], 1), _texts(arrays["clip_lengths"], 1)
-        config, clip = self.encoder.language.config, self.encoder.clip
-        total = flops.language_flops(config, *language_ids.shape)
-        total += flops.clip_flops(clip, np.count_nonzero(clip_lengths))
-        language, tokens = _texts(arrays["language_mask"], 1).sum(1), clip_lengths.sum(1)
-        for number in range(1, len(self.encoder.layers) + 1):
-            last = number == len(self.encoder.layers)
-            total += flops.cross_layer_flops(
-                config.hidden_size,
-                clip.output_size,
-                config.intermediate_size,
-                language,
-                tokens,
-                np.ones_like(language) if last else language,
-                np.zeros_like(tokens) if last else tokens,
-            )
-        return total
-
 
 class ClipClassifier(nn.Module):
     """CLIP-T alone (Table 1, first row), read where CLIP reads it: at the end token, projected (paper §2.2).
@@ -136,10 +109,6 @@ class ClipClassifier(nn.Module):
         features = features.view(texts, self.sentences, -1, states.shape[-1])  # [texts, sentences, 2, size]
         used = (lengths > 0).view(texts, self.sentences, -1).sum(2, keepdim=True)
         return self.classifier(self.dropout((features.sum(2) / used).flatten(1)))
-
-    def flops(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """Returns those of the forward pass."""
-        return flops.clip_flops(self.encoder, np.count_nonzero(arrays["clip_lengths"]))
 
 
 def _segments(segments: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:

@@ -25,6 +25,7 @@ from xdscale.training.run_folder import RunFolder, read_log
 from xdscale.training.signals import StopRequest
 from xdscale.training.skipping import skipped_so_far
 from xdscale.training.throughput import matmul_flops_per_second, peak_memory_gib
+from xdscale.training.tracing import TracedFlops, on_meta
 from xdscale.training.watchdog import Watchdog
 from xdscale.training.weight_average import WeightAverage, using
 
@@ -50,10 +51,13 @@ class Setup(NamedTuple):
 
 
 class Session(NamedTuple):
-    """A module on its engine, its moving average, the steps done, and (on the first rank) what changed since before."""
+    """A module on its engine, its moving average, the steps done, and (on the first rank) what changed since before.
+
+    `shapes` is the module without values, as it was before the engine took it.
+    """
 
     engine: Any
-    module: Any
+    shapes: Any
     average: WeightAverage | None
     start_step: int
     continued: bool
@@ -146,6 +150,7 @@ def open_session(setup: Setup, data: Data, system: System) -> Session:
     source = reshard(found, ranks) if convert else found
     torch.manual_seed(recipe.training.seed)
     module = system.build(continued=position is not None)
+    shapes = on_meta(module)
     if activation_checkpointing(ds_config):
         module.enable_activation_checkpointing()
     parts = system.parts(module)
@@ -160,7 +165,7 @@ def open_session(setup: Setup, data: Data, system: System) -> Session:
     step, continued, changes = position.step if position else 0, position is not None, []
     if ranks.is_first:
         changes = run.write_records(recipe, ds_config, ranks.world_size, step, continued=continued)
-    return Session(engine, module, average, step, continued, changes)
+    return Session(engine, shapes, average, step, continued, changes)
 
 
 def train_session(setup: Setup, data: Data, session: Session, objectives: dict[str, Objective]) -> int:
@@ -204,7 +209,7 @@ def train_session(setup: Setup, data: Data, session: Session, objectives: dict[s
             order=data.order,
             validation=data.validation,
             position=_positions(setup.ds_config, data, ranks),
-            flops=session.module.flops,
+            flops=TracedFlops(session.shapes, objectives),
             matmul_flops_per_second=matmul_flops_per_second(engine.device, dtype),
             run=run.folder,
             checkpoints=run.checkpoints,

@@ -1,0 +1,109 @@
+"""What a plan has to know of a model: its parameters, FLOPs and activations, from the module itself without values."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from xdscale.params import build_on_meta
+from xdscale.plan.states import Module
+from xdscale.recipe import Recipe
+from xdscale.systems.contract import open_system
+from xdscale.training.tracing import trace
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_SAMPLES = 64
+"""Of a traced micro-batch: many, so that the targets drawn are as many as expected."""
+
+
+class Line(NamedTuple):
+    """Bytes as a function of the micro-batch."""
+
+    fixed: float
+    per_sample: float
+
+    def __call__(self, micro_batch: int) -> float:
+        """Returns the bytes of so many samples."""
+        return self.fixed + self.per_sample * micro_batch
+
+
+class Profile(NamedTuple):
+    """A recipe's model.
+
+    Attributes:
+        modules: those that hold parameters, in torch's order.
+        objectives: number of objectives that are on.
+        sequence_length: language tokens with [CLS] and [SEP].
+        flops_per_sequence: forward and backward of average texts; what checkpointing computes again does not count.
+        precision: of parameters and activations.
+        checkpointing: whether layers are recomputed in the backward pass.
+        kept: activations held at the end of the forward pass, of the longest texts.
+        peak: the same at the fullest moment, with gradients inside a layer and scratch.
+    """
+
+    modules: list[Module]
+    objectives: int
+    sequence_length: int
+    flops_per_sequence: float
+    precision: str
+    checkpointing: bool
+    kept: Line
+    peak: Line
+
+
+def profile_model(
+    recipe: Recipe, *, precision: str, checkpointing: bool = False, sequence_length: int | None = None
+) -> Profile:
+    """Builds a recipe's model without values and runs it forward and backward, as it runs on a GPU.
+
+    Args:
+        recipe: to be trained; weights are not read, and the kernels are taken whatever it says.
+        precision: `bf16`, `fp16` or `fp32`.
+        checkpointing: whether layers are recomputed in the backward pass.
+        sequence_length: language tokens with [CLS] and [SEP]; None for as many as the encoder has positions.
+
+    Raises:
+        XdscaleError: an architecture is not known, or the sequence does not fit it.
+    """
+    system, module = open_system(recipe), build_on_meta(recipe).train().to(_DTYPES[precision])
+    objectives = system.objectives()
+    average = system.example(module, _SAMPLES, sequence_length)
+    flops = trace(module, average.arrays, objectives).flops / _SAMPLES
+    if checkpointing:
+        module.enable_activation_checkpointing()
+    # Beyond a few samples both are straight lines: below, gradients of the largest parameter are the fullest moment.
+    few, many = (
+        trace(module, system.example(module, samples, sequence_length, longest=True).arrays, objectives)
+        for samples in (_SAMPLES // 2, _SAMPLES)
+    )
+    return Profile(
+        modules=modules(module),
+        objectives=len(objectives),
+        sequence_length=average.tokens // _SAMPLES,
+        flops_per_sequence=flops,
+        precision=precision,
+        checkpointing=checkpointing,
+        kept=_line(few.kept_bytes, many.kept_bytes),
+        peak=_line(few.peak_bytes, many.peak_bytes),
+    )
+
+
+def modules(module: nn.Module) -> list[Module]:
+    """Returns the modules that hold parameters themselves, in the order in which DeepSpeed lays parameters out."""
+    seen: set[nn.Parameter] = set()
+    found = []
+    for name, part in module.named_modules():
+        held = list(part.parameters(recurse=False))
+        own = [parameter for parameter in held if parameter not in seen]
+        tied = sum(parameter.numel() for parameter in held if parameter in seen)
+        seen.update(own)
+        if held:
+            trained = all(parameter.requires_grad for parameter in own)
+            found.append(Module(name, tuple(parameter.numel() for parameter in own), trained, tied))
+    return found
+
+
+def _line(few: int, many: int) -> Line:
+    """Returns the line through the bytes of half and of all samples."""
+    return Line(2 * few - many, (many - few) / (_SAMPLES // 2))
