@@ -60,7 +60,7 @@ def test_one_layer_and_fewer_heads():
     assert [row.part for row in rows[4:]] == [
         "model with 1 cross-modal layer",
         "masked-LM head",
-        "model during adaptation",
+        "model during training",
     ]
     assert rows[-1].parameters == 202_059_009 - 14_574_336 + 622_650
     assert [row.total for row in rows] == [False] * 4 + [True, False, True]

@@ -184,8 +184,8 @@ def test_an_untied_decoder_is_counted_once_everywhere(published, tmp_path):
     module = build_masked_lm(spec)
     rows = {row.part: row.parameters for row in parameter_table(spec)}
     assert rows["masked-LM head"] == sum(p.numel() for p in module.mlm.parameters()) == 64 * 16 + 64 + 17 * 16 + 32
-    assert rows["model during adaptation"] == sum(p.numel() for p in module.parameters())
-    assert count(modules(build_on_meta(spec))) == rows["model during adaptation"]
+    assert rows["model during training"] == sum(p.numel() for p in module.parameters())
+    assert count(modules(build_on_meta(spec))) == rows["model during training"]
 
 
 def test_heads_that_do_not_fit_are_told(published, tmp_path):

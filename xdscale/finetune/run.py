@@ -7,18 +7,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_batches import CLIP_BLOCKS, EncodedSplit, TaskCollator, encode_examples
 from xdscale.ds_config import precision
-from xdscale.errors import EXIT_STOPPED, XdscaleError
+from xdscale.errors import EXIT_STOPPED
 from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe, TaskSection
 from xdscale.finetune.subject import Readers, build_subject, open_readers
-from xdscale.systems.contract import Data, Objective, Place
+from xdscale.systems.contract import Data, Objective, Place, System
 from xdscale.tasks.contract import TaskData
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.metrics import METRICS
@@ -36,11 +35,13 @@ class Material(NamedTuple):
     test: dict[str, EncodedSplit]
 
 
-class FinetuneSystem:
-    """Finetunes a model on a task and predicts its splits; see `xdscale.systems.contract.System`."""
+class FinetuneSystem(System):
+    """Finetunes a model on a task and predicts its splits."""
+
+    recipe: FinetuneRecipe
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
-        self.recipe = recipe
+        super().__init__(recipe)
         self._began = time.monotonic()
 
     @property
@@ -79,18 +80,7 @@ class FinetuneSystem:
         """Returns the subject: encoder and head."""
         return {"subject": module.subject}
 
-    def keep(self, folder: Path) -> None:
-        """Keeps nothing: the model's own folder has all."""
-
-    def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
-        """Refuses: a finetuned model has been measured, and its predictions are written.
-
-        Raises:
-            XdscaleError: always.
-        """
-        raise XdscaleError(f"{run}: holds a finetuning run; what it gives are its predictions and {RESULT}")
-
-    def finish(self, setup: Setup, module: Any) -> int:
+    def finish(self, setup: Setup, engine: Any) -> int:
         """Predicts every example of the development and test splits once, and writes the result."""
         recipe, ranks, material = self.recipe, setup.ranks, self._material
         task, predicted = material.data.task, {}
@@ -98,7 +88,7 @@ class FinetuneSystem:
         for split, encoded in (material.dev | material.test).items():
             setup.watchdog.enter("prediction", recipe.training.steps)
             slots = validation_slots(len(encoded), len(encoded), ranks.world_size, ranks.rank, micro_batch)
-            predicted[split] = predict(setup, task, module, slots, self._collator(encoded))
+            predicted[split] = predict(setup, task, engine, slots, self._collator(encoded))
             if predicted[split] is None:
                 return EXIT_STOPPED
         if ranks.is_first:

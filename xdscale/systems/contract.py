@@ -1,11 +1,13 @@
 """What the engine asks of a system, and how a recipe's is found."""
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe
 from xdscale.registry import load
 
@@ -118,17 +120,31 @@ class Place(NamedTuple):
     tick: Callable[[], None] = lambda: None
 
 
-class System(Protocol):
-    """A way of training; made from its recipe."""
+class PartCount(NamedTuple):
+    """One line of the table of parameters.
 
-    recipe: Recipe
+    Attributes:
+        part: what is counted.
+        parameters: how many it has; tied decoder weights count once, with the embedding they share.
+        total: whether this line sums up lines above it.
+    """
+
+    part: str
+    parameters: int
+    total: bool = False
+
+
+class System(ABC):
+    """A way of training; made from its recipe. Its constructor reads nothing yet."""
 
     def __init__(self, recipe: Recipe) -> None:
-        """Imports and reads nothing yet."""
+        self.recipe = recipe
 
     def objectives(self) -> dict[str, Objective]:
         """Returns the objectives that are on, by name."""
+        return {name: Objective(weight) for name, weight in self.recipe.objectives.weights().items()}
 
+    @abstractmethod
     def open(self, place: Place) -> Data:
         """Finds and checks the data, on every rank together.
 
@@ -136,6 +152,7 @@ class System(Protocol):
             XdscaleError: it is missing, damaged or does not fit the model.
         """
 
+    @abstractmethod
     def build(self, *, continued: bool) -> "nn.Module":
         """Builds the module: `forward(arrays as tensors) -> {objective: Term}`.
 
@@ -160,17 +177,27 @@ class System(Protocol):
             longest: whether what else varies in length is as long as it gets, instead of average.
 
         Raises:
-            XdscaleError: the module takes fewer tokens than `length`.
+            XdscaleError: the module takes fewer tokens than `length`, or this system invents none.
         """
+        raise XdscaleError(f"a run of {self.recipe.system!r} cannot be planned: its system invents no samples")
 
+    @abstractmethod
     def parts(self, module: "nn.Module") -> "dict[str, nn.Module]":
         """Returns the module's parts by name, for counting, planning and the optimizer's groups."""
 
-    def keep(self, folder: Path) -> None:
+    def count(self, module: "nn.Module") -> list[PartCount]:
+        """Returns the table of parameters, part by part."""
+        rows, before = [], set()
+        for name, part in self.parts(module).items():
+            rows.append(PartCount(name, parameter_count(part, shared=before)))
+            before |= set(part.parameters())
+        return [*rows, PartCount("the whole module", parameter_count(module), total=True)]
+
+    def keep(self, folder: Path) -> None:  # noqa: B027 - most keep nothing
         """Writes into a new run's folder what exporting needs beside the weights: configurations, tokenizers."""
 
     def export(self, state: "dict[str, torch.Tensor]", run: Path, out: Path) -> str:
-        """Writes a run's weights as folders for others.
+        """Writes a run's weights for others to read.
 
         Args:
             state: the module's fp32 weights.
@@ -179,15 +206,25 @@ class System(Protocol):
 
         Returns:
             What was written, in words.
-        """
 
-    def finish(self, setup: Any, module: Any) -> int:
+        Raises:
+            XdscaleError: this system has nothing to export.
+        """
+        raise XdscaleError(f"{run}: a run of {self.recipe.system!r} has nothing to export")
+
+    def finish(self, setup: Any, engine: Any) -> int:
         """Does what follows the last step, such as predictions; returns the exit code.
 
         Args:
             setup: see `xdscale.training.session.Setup`.
-            module: the DeepSpeed engine.
+            engine: the DeepSpeed engine.
         """
+        return 0
+
+
+def parameter_count(module: "nn.Module", *, shared: "Collection[nn.Parameter]" = ()) -> int:
+    """Counts a module's parameters without those that are shared, as a tied decoder's are."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter not in shared)
 
 
 def open_system(recipe: Recipe) -> System:

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +26,7 @@ from xdscale.pretrained.language_files import export_language, save_language_fil
 from xdscale.recipes.mlm.schema import Language, MaskedLMRecipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.sources.text_build import TEXT, TextBuild
-from xdscale.systems.contract import Data, MicroBatch, Objective, Place, Term
+from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, System, Term, parameter_count
 from xdscale.systems.invented import InventedText
 from xdscale.systems.stored import LANGUAGE_PREFIX, begin_with, language_folder, part_of
 
@@ -65,15 +64,10 @@ class MaskedLMAdaptation(nn.Module):
         return {"mlm": Term.scored(*self.mlm(masked, batch["masked_lm_labels"]))}
 
 
-class MaskedLMSystem:
-    """Trains a language encoder on with masked-LM; see `xdscale.systems.contract.System`."""
+class MaskedLMSystem(System):
+    """Trains a language encoder on with masked-LM."""
 
-    def __init__(self, recipe: MaskedLMRecipe) -> None:
-        self.recipe = recipe
-
-    def objectives(self) -> dict[str, Objective]:
-        """Returns MLM alone."""
-        return {name: Objective(weight) for name, weight in self.recipe.objectives.weights().items()}
+    recipe: MaskedLMRecipe
 
     def open(self, place: Place) -> Data:
         """Opens the shards; of their two columns the language encoder's is read."""
@@ -105,6 +99,16 @@ class MaskedLMSystem:
         """Returns encoder and head."""
         return {"language": module.model["language"], "mlm": module.mlm}
 
+    def count(self, module: MaskedLMAdaptation) -> list[PartCount]:
+        """Returns encoder and head."""
+        encoder = module.model["language"]
+        head = parameter_count(module.mlm, shared=set(encoder.parameters()))
+        return [
+            PartCount(f"language model, {self.recipe.model.language.name}", parameter_count(encoder), total=True),
+            PartCount("masked-LM head", head),
+            PartCount("model during training", parameter_count(module), total=True),
+        ]
+
     def keep(self, folder: Path) -> None:
         """Keeps the encoder's configuration and tokenizer."""
         save_language_files(self.recipe.model.language, folder / "language")
@@ -112,10 +116,6 @@ class MaskedLMSystem:
     def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
         """Writes the language encoder as a Hugging Face folder."""
         return export_language(language_folder(run), part_of(state, LANGUAGE_PREFIX), out)
-
-    def finish(self, setup: Any, module: Any) -> int:
-        """Leaves the run as it is: its checkpoint is exported on demand."""
-        return 0
 
 
 def build_masked_lm(recipe: MaskedLMRecipe) -> MaskedLMAdaptation:

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from xdscale.pretrained.language_files import export_language, save_language_fil
 from xdscale.recipes.xdbert.schema import Model, XDBERTObjectives, XDBERTRecipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.sources.text_build import TEXT, TextBuild
-from xdscale.systems.contract import Data, MicroBatch, Objective, Place, Term
+from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, System, Term, parameter_count
 from xdscale.systems.invented import InventedText, Texts, average_texts, longest_texts
 from xdscale.systems.mlm import check_language, load_published_head
 from xdscale.systems.stored import (
@@ -102,15 +101,10 @@ class XDBERTAdaptation(nn.Module):
         return terms
 
 
-class XDBERTSystem:
-    """Adapts a language encoder with CLIP's text tower; see `xdscale.systems.contract.System`."""
+class XDBERTSystem(System):
+    """Adapts a language encoder with CLIP's text tower."""
 
-    def __init__(self, recipe: XDBERTRecipe) -> None:
-        self.recipe = recipe
-
-    def objectives(self) -> dict[str, Objective]:
-        """Returns those of MLM, MATCH and CLIP token classification that are on."""
-        return {name: Objective(weight) for name, weight in self.recipe.objectives.weights().items()}
+    recipe: XDBERTRecipe
 
     def open(self, place: Place) -> Data:
         """Opens the shards: each row is a text for the language encoder and for CLIP."""
@@ -143,6 +137,22 @@ class XDBERTSystem:
         heads = {"mlm": module.mlm, "match": module.match, "clip_tokens": module.clip_tokens}
         return parts | {name: head for name, head in heads.items() if head is not None}
 
+    def count(self, module: XDBERTAdaptation) -> list[PartCount]:
+        """Returns the parts that the paper's Table 6 counts, and the heads (spec xdbert §2.5)."""
+        model, names, layers = module.model, self.recipe.model, len(module.model.layers)
+        tower = parameter_count(model.clip.tower) - model.clip.tower.text_projection.numel()
+        rows = [
+            PartCount(f"language model, {names.language.name}", parameter_count(model.language)),
+            PartCount(f"CLIP text transformer, {names.clip.name}", tower),
+            PartCount("text_projection + logit_scale", parameter_count(model.clip) - tower),
+            PartCount("one cross-modal layer", parameter_count(model.layers[0])),
+            PartCount(f"model with {layers} cross-modal layer{'s' * (layers > 1)}", parameter_count(model), total=True),
+        ]
+        heads = {"masked-LM": module.mlm, "MATCH": module.match, "CLIP token": module.clip_tokens}
+        own = set(model.parameters())
+        rows += [PartCount(f"{n} head", parameter_count(h, shared=own)) for n, h in heads.items() if h is not None]
+        return [*rows, PartCount("model during training", parameter_count(module), total=True)]
+
     def keep(self, folder: Path) -> None:
         """Keeps the language encoder's configuration and tokenizer."""
         save_language_files(self.recipe.model.language, folder / "language")
@@ -152,10 +162,6 @@ class XDBERTSystem:
         said = export_language(language_folder(run), part_of(state, LANGUAGE_PREFIX), out)
         save_full_model(self.recipe, state, out / FULL_MODEL)
         return f"{said}; the full model is in {FULL_MODEL}"
-
-    def finish(self, setup: Any, module: Any) -> int:
-        """Leaves the run as it is: its checkpoint is exported on demand."""
-        return 0
 
 
 def example_batch(
