@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from xdscale.recipe import shipped_recipes
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BASH = [
@@ -141,7 +143,7 @@ def serve(command, folder):
 
 
 def test_the_table_names_every_shipped_recipe():
-    shipped = {path.stem for path in (ROOT / "xdscale" / "recipes").glob("*.yaml")}
+    shipped = {path.stem for path in shipped_recipes()}
     table = README.split("| recipe |")[1].split("\n\n")[0]
     assert set(re.findall(r"`([\w-]+)`", table)) == shipped
 
@@ -155,6 +157,6 @@ def test_linked_files_exist():
 
 def test_published_recipes_use_published_names():
     """What the substitutions replace is what a reader with a network gets."""
-    values = yaml.safe_load((ROOT / "xdscale/recipes/xdbert-base-wikitext103.yaml").read_text())
+    values = yaml.safe_load((ROOT / "xdscale/recipes/xdbert/xdbert-base-wikitext103.yaml").read_text())
     assert values["model"]["language"]["name"] == "bert-base-uncased"
     assert values["model"]["clip"] == {"name": "ViT-B-32", "weights": "openai"}

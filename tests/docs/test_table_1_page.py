@@ -105,4 +105,4 @@ def test_the_page_links_what_exists():
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
     named = re.findall(r"`(xdbert-base-[\w-]+)`", PAGE)
     assert len(named) == 6
-    assert [name for name in named if not (ROOT / "xdscale" / "recipes" / f"{name}.yaml").exists()] == []
+    assert [name for name in named if not (ROOT / "xdscale" / "recipes" / "xdbert" / f"{name}.yaml").exists()] == []
