@@ -64,7 +64,7 @@ def trained(site, launch_ranks, wiki_shards, cassette_model, tmp_path_factory):
     """Run folders by ZeRO stage: stopped after 2 of 4 steps, continued on another number of ranks."""
     folder = tmp_path_factory.mktemp("runs")
     fixed = [f"data.shards={wiki_shards}", f"model.language.name={cassette_model}", "training.global_batch=6"]
-    fixed += ["training.steps=4", "run.eval_samples=6", "run.eval_every=2", "run.checkpoint_every=2"]
+    fixed += ["model.dropout=0", "training.steps=4", "run.eval_samples=6", "run.eval_every=2", "run.checkpoint_every=2"]
     for stage, worlds in {1: (2, 1), 3: (1, 2)}.items():
         config = folder / f"zero{stage}.json"
         config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}))
@@ -81,12 +81,12 @@ def losses(run):
 
 @pytest.mark.slow
 def test_it_trains_and_goes_on_at_another_number_of_ranks(trained):
-    """The losses hang neither on the stage nor on the ranks, up to dropout and the order of sums."""
+    """The losses hang neither on the stage nor on the ranks, up to the order of sums."""
     for run in trained.values():
         assert len(losses(run)) == 4
         entries = read_log(run / "log.jsonl")
         assert [entry["step"] for entry in entries if entry["kind"] == "validation"] == [0, 2, 4]
-    assert losses(trained[1]) == pytest.approx(losses(trained[3]), rel=0.05)
+    assert losses(trained[1]) == pytest.approx(losses(trained[3]), rel=1e-4)
 
 
 @pytest.mark.slow

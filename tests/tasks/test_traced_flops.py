@@ -114,7 +114,7 @@ def test_few_micro_batches_of_a_run_are_traced(adaptation_spec, micro_batches, m
     truth = [trace(on_meta(module), arrays, OBJECTIVES).flops for arrays in micro_batches]
     calls = []
     monkeypatch.setattr(tracing, "trace", lambda *arguments: calls.append(1) or trace(*arguments))
-    flops = TracedFlops(on_meta(module), OBJECTIVES)
+    flops = TracedFlops(on_meta(module), OBJECTIVES, pytest.fail)
     assert [flops(arrays) for arrays in micro_batches] == pytest.approx(truth, rel=0.01)
     assert max(truth) > 1.02 * min(truth)
     assert len(calls) < 10
@@ -129,7 +129,7 @@ def test_a_trace_changes_nothing(adaptation_spec, arrays):
     module = build_adaptation(adaptation_spec(dropout=0.1)).train()
     before = copy.deepcopy(module.state_dict())
     state = torch.get_rng_state()
-    TracedFlops(on_meta(module), OBJECTIVES)(arrays)
+    TracedFlops(on_meta(module), OBJECTIVES, pytest.fail)(arrays)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
@@ -153,10 +153,10 @@ def test_subjects_of_finetuning(adaptation_spec, cassette_model, task_arrays, tm
         (tmp_path / "config.json").write_bytes((cassette_model / "config.json").read_bytes())
     arrays = task_arrays(task, labels)
     module = Finetuning(build(), find_task(task)).train()
-    found = TracedFlops(on_meta(module), ["task"])(arrays)
+    found = TracedFlops(on_meta(module), ["task"], pytest.fail)(arrays)
     expected = counted_step(use_definitions(module), arrays, ["task"])
     assert found == pytest.approx(expected, rel=0.01)
-    assert TracedFlops(on_meta(module), ["task"])(arrays) == pytest.approx(expected, rel=0.01)
+    assert TracedFlops(on_meta(module), ["task"], pytest.fail)(arrays) == pytest.approx(expected, rel=0.01)
 
 
 def offsets(lengths):
@@ -214,3 +214,16 @@ def test_published_sizes(adaptation_spec, name):
     with torch.no_grad():
         total = counted(lambda: run_parts(plain.eval()))
     assert trace(fused, arrays, OBJECTIVES).flops == pytest.approx(3 * total, rel=0.01)
+
+
+def test_a_module_that_needs_values_is_left_out_and_told_once():
+    class Choosy(torch.nn.Linear):
+        def forward(self, batch):
+            rows = batch["rows"].float()
+            return {"task": (super().forward(rows[rows[:, 0] > 0]).sum(),)}
+
+    said = []
+    flops = TracedFlops(on_meta(Choosy(2, 2)), ["task"], said.append)
+    assert [np.isnan(flops({"rows": np.ones((3, 2))})) for _ in range(2)] == [True, True]
+    (line,) = said
+    assert line.startswith("throughput/mfu is left out: the module cannot run without values: ")

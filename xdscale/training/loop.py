@@ -39,7 +39,7 @@ class Trainer:
         order: which samples a step has.
         validation: this rank's held-out batches; every rank has equally many.
         position: maps steps done to the checkpoint record.
-        flops: FLOPs of forward and backward on a batch.
+        flops: FLOPs of forward and backward on a batch; nan where they are not known.
         matmul_flops_per_second: what this rank's device reaches on a plain matrix product, the base of MFU.
         run: the run folder.
         monitor: on the first rank only.
@@ -144,12 +144,12 @@ class Trainer:
                     "optim/lr": rate,
                     "optim/grad_norm": norm,
                     "throughput/tokens_per_second": tokens / seconds,
-                    "throughput/mfu": flops / seconds / self.matmul_flops_per_second,
                     "data/wait_fraction": waited / seconds,
                     "memory/peak_gib": peak_memory_gib(self.engine.device),
                     "health/skipped_steps": self.skipped.steps,
                     "health/loss_scale_overflows": self.skipped.overflows,
-                },
+                }
+                | ({} if np.isnan(flops) else {"throughput/mfu": flops / seconds / self.matmul_flops_per_second}),
                 data.samples,
             )
         return True

@@ -209,7 +209,7 @@ def train_session(setup: Setup, data: Data, session: Session, objectives: dict[s
             order=data.order,
             validation=data.validation,
             position=_positions(setup.ds_config, data, ranks),
-            flops=TracedFlops(session.shapes, objectives),
+            flops=TracedFlops(session.shapes, objectives, monitor.message if monitor else print),
             matmul_flops_per_second=matmul_flops_per_second(engine.device, dtype),
             run=run.folder,
             checkpoints=run.checkpoints,

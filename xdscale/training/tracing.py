@@ -5,8 +5,9 @@ takes and keeps there. Where samples are of different lengths, attention is coun
 """
 
 import copy
+import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from xdscale.files import one_line
 
 _TOLERANCE = 0.05
 """Of a term, relative to the first micro-batch's. Most terms weigh little: FLOPs are off by half a percent at most."""
@@ -81,21 +84,29 @@ class TracedFlops:
     FLOPs; any other one is traced. Few are, as few sizes vary in a run.
     """
 
-    def __init__(self, module: nn.Module, objectives: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, objectives: Iterable[str], say: Callable[[str], None]) -> None:
         """Begins without a trace.
 
         Args:
             module: on the meta device, without activation checkpointing.
             objectives: whose losses are trained.
+            say: told once, if the module cannot be traced.
         """
         self._module = module.train()
         self._objectives = list(objectives)
+        self._say = say
+        self._traceable = True
         self._units: np.ndarray | None = None  # sizes of the first micro-batch
         self._terms: list[np.ndarray] = []
         self._flops: list[float] = []
 
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> float:
-        """Returns the FLOPs of a micro-batch; the first dimension of its first array counts the samples."""
+        """Returns the FLOPs of a micro-batch; nan where the module does what needs values, which a trace has not.
+
+        The first dimension of the first array counts the samples.
+        """
+        if not self._traceable:
+            return math.nan
         samples = len(next(iter(arrays.values())))
         sizes = np.array([1.0, *(array.size / samples for array in arrays.values())])
         self._units = np.maximum(sizes, 1) if self._units is None else self._units
@@ -105,9 +116,15 @@ class TracedFlops:
             shares = np.linalg.lstsq(traced, terms)[0]
             if np.abs(traced @ shares - terms).max() < _TOLERANCE:
                 return samples * float(shares @ self._flops)
+        try:
+            flops = trace(self._module, arrays, self._objectives).flops
+        except Exception as error:  # of a system's or a task's own code: training goes on without this figure
+            self._traceable = False
+            self._say(f"throughput/mfu is left out: the module cannot run without values: {one_line(error)}")
+            return math.nan
         self._terms.append(terms)
-        self._flops.append(trace(self._module, arrays, self._objectives).flops / samples)
-        return samples * self._flops[-1]
+        self._flops.append(flops / samples)
+        return flops
 
 
 class _Watch(TorchDispatchMode):
