@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -66,15 +67,18 @@ def own_or_shipped(name: str, shipped: Sequence[Path], suffix: str, what: str) -
         what: they are, for the message.
 
     Raises:
-        XdscaleError: there is neither; the nearest name that ships is given.
+        XdscaleError: there is neither (the nearest name that ships is given), or several ship under this name.
     """
     path = Path(expand_home(name))
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file also where a name is too long
         return path
     wanted = path.name.removesuffix(suffix)
-    names = {entry.name.removesuffix(suffix): entry for entry in shipped}
+    names = {entry.name.removesuffix(suffix) for entry in shipped}
     if path.parent == Path() and wanted in names:
-        return names[wanted]
+        found = [entry for entry in shipped if entry.name.removesuffix(suffix) == wanted]
+        if len(found) > 1:
+            raise XdscaleError(f"{name}: several ship under this name: {', '.join(map(str, found))}; give one's path")
+        return found[0]
     hint = nearest(wanted, sorted(names), f"those that ship are {', '.join(sorted(names))}")
     raise XdscaleError(f"{name}: no such {what}, neither a file nor the name of one that ships; {hint}")
 

@@ -40,6 +40,7 @@ SYSTEMS = {
 """Those that ship."""
 
 Values = TypeVar("Values", bound=BaseModel)
+Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What reading YAML raises: a number of thousands of digits is a ValueError, as bad UTF-8 is."""
@@ -51,7 +52,7 @@ NameOrPath = Annotated[str, AfterValidator(expand_home)]
 class Section(BaseModel):
     """A group of recipe keys; unknown keys are refused and values are never changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -83,10 +84,10 @@ class Optim(Section):
 
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd is with momentum")
     learning_rate: float = Field(1e-4, gt=0, description="the largest, at the end of the warm-up")
-    rate_factors: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    rate_factors: dict[str, Annotated[float, Field(gt=0, strict=True)]] = Field(
         {}, description="factors of the rate for parts of the model, such as {heads: 10}"
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
     eps: float = Field(1e-6, gt=0, description="AdamW's ε, added to the root of the second moment")
     bias_correction: bool = Field(True, description="of AdamW's moments; false as in the released code's BertAdam")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
@@ -265,7 +266,7 @@ def schema_of(values: dict[str, Any], where: str) -> type[Recipe]:
     """
     if "system" not in values:
         raise XdscaleError(f"{where}: 'system' is missing; it is one of {', '.join(sorted(locate(GROUP, SYSTEMS)))}")
-    return find(GROUP, SYSTEMS, str(values["system"]), f"{where}: system")
+    return find(GROUP, SYSTEMS, str(values["system"]), f"{where}: system", Recipe)
 
 
 def recipe_file(run: Path) -> Path:

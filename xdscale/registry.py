@@ -46,7 +46,7 @@ def locate(group: str, shipped: Mapping[str, str]) -> dict[str, str]:
     return {**shipped, **others}
 
 
-def find(group: str, shipped: Mapping[str, str], name: str, where: str) -> Any:
+def find(group: str, shipped: Mapping[str, str], name: str, where: str, kind: type) -> Any:
     """Imports what stands behind a name.
 
     Args:
@@ -54,6 +54,7 @@ def find(group: str, shipped: Mapping[str, str], name: str, where: str) -> Any:
         shipped: `module:object` by name, of those that come with xdscale.
         name: the name.
         where: how an error begins: the file and the key that hold the name.
+        kind: what stands there is a subclass of it.
 
     Raises:
         XdscaleError: nobody offers the name (the nearest is given), or its module cannot be imported.
@@ -63,27 +64,33 @@ def find(group: str, shipped: Mapping[str, str], name: str, where: str) -> Any:
     known = f"there are {', '.join(sorted(places))}"
     if name not in places:
         raise XdscaleError(f"{where} = {name!r}: no such {what}; {nearest(name, sorted(places), known)}")
-    return load(places[name], f"{where} = {name!r}")
+    return load(places[name], f"{where} = {name!r}", kind)
 
 
-def load(place: str, where: str) -> Any:
+def load(place: str, where: str, kind: type | None = None) -> Any:
     """Imports `module:object`.
 
     Raises:
-        XdscaleError: there is no such module or object; begins with `where`.
+        XdscaleError: there is no such module or object, the module raised anything, or the object is no subclass of
+            `kind`, where that is given; begins with `where`.
     """
     module, _, attribute = place.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise XdscaleError(f"{where}: {place} cannot be imported: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # a package may do anything when it is imported
+        raise XdscaleError(f"{where}: {place} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
+    if kind is not None and not (isinstance(found, type) and issubclass(found, kind)):
+        raise XdscaleError(f"{where}: {place} is {found!r}; expected a subclass of {kind.__module__}.{kind.__name__}")
+    return found
 
 
 def folder_of(place: str) -> Path | None:
-    """Returns the folder of the file of `module:object`, without importing it; None if there is none."""
+    """Returns the folder of the file of `module:object`, importing at most the packages around it; None if none is."""
     try:
         spec = importlib.util.find_spec(place.partition(":")[0])
-    except ImportError:
+    except (Exception, SystemExit):  # of such a package; whoever asks for what it offers is told
         return None
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 

@@ -97,6 +97,22 @@ def test_wrong_type_shows_key_and_value(write):
         load_recipe(write(MINIMAL | {"training": {"steps": "many", "global_batch": 4}}))
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(f"optim.{key}=.inf" for key in ("learning_rate", "eps", "weight_decay", "gradient_clipping")),
+        "objectives.mlm.weight=.inf",
+        *(f"optim.rate_factors={{heads: {value}}}" for value in (".inf", "true", "-1", ".nan")),
+        *(f"optim.betas=[{value}, 0.9]" for value in ("1", "-0.1", ".nan", "true")),
+        "optim.betas=[0.9, 1.0]",
+    ],
+)
+def test_no_rate_weight_or_beta_is_infinite_or_a_switch(write, value):
+    key = value.partition("=")[0]
+    with pytest.raises(XdscaleError, match=rf"^the command line: {re.escape(key)}[^ ]* = [^ ]*: Input should be "):
+        load_recipe(write(MINIMAL), [value])
+
+
 def test_not_yaml_and_not_a_recipe(write):
     with pytest.raises(XdscaleError, match="not a YAML recipe"):
         load_recipe(write("model: [unclosed"))
@@ -119,6 +135,11 @@ def test_the_system_decides_which_keys_there_are(write):
             load_recipe(write(MINIMAL | {"system": wrong}))
     with pytest.raises(XdscaleError, match=r"unknown key 'model\.clip'"):
         load_recipe(write(MINIMAL), ["system=mlm"])
+
+
+def test_a_name_that_no_file_can_have_is_no_recipe():
+    with pytest.raises(XdscaleError, match="no such recipe"):
+        load_recipe("a" * 5000)
 
 
 def test_unknown_recipe_name_suggests_one():

@@ -231,6 +231,12 @@ def open_system(recipe: Recipe) -> System:
     """Returns the system of a recipe.
 
     Raises:
-        XdscaleError: its module cannot be imported.
+        XdscaleError: it does not say where it is, its module cannot be imported, or holds no whole system there.
     """
-    return load(recipe.implementation, f"system = {recipe.system!r}")(recipe)
+    where, place = f"system = {recipe.system!r}", getattr(recipe, "implementation", None)
+    if not isinstance(place, str):
+        raise XdscaleError(f"{where}: {type(recipe).__name__}.implementation = {place!r}; expected module:class")
+    found = load(place, where, System)
+    if missing := sorted(found.__abstractmethods__):
+        raise XdscaleError(f"{where}: {place} does not define {', '.join(missing)}")
+    return found(recipe)
