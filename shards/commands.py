@@ -123,14 +123,22 @@ def info(folder: Folder) -> None:
     """Shows what each table of a dataset holds; of packed text, also how long its texts are for CLIP."""
     from rich.console import Console
 
-    from xdscale.shards.manifest import Manifest
+    from xdscale.errors import XdscaleError
+    from xdscale.files import one_line
+    from xdscale.shards.manifest import MANIFEST_NAME, Manifest
     from xdscale.shards.sources.text_report import description
 
     manifest = Manifest.load(folder)
     # Not wider than its content and without colour when piped, so that scripts can read it.
     console = Console(markup=False, highlight=False, width=None if Console().is_terminal else 200)
     for name, table in manifest.tables.items():
-        title, *more = description(table)
+        try:
+            title, *more = description(table)
+        except (KeyError, TypeError, ValueError) as error:  # what the source wrote is not there, or of another kind
+            raise XdscaleError(
+                f"{folder / MANIFEST_NAME}: tables.{name}: build or counts are not as its source writes them: "
+                f"{one_line(error)}; build the shards again with 'xdscale shards build'"
+            ) from None
         console.print(f"{folder}: {title}" if len(manifest.tables) == 1 else f"{folder}: {name}: {title}")
         console.print(_splits(table))
         console.print(_columns(table))

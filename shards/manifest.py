@@ -92,8 +92,8 @@ class ShardRecord(Section):
     """
 
     file: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*-[0-9]{6,}\.tar$")]
-    rows: Annotated[int, Field(gt=0)]
-    blocks: Annotated[int, Field(gt=0)]
+    rows: Annotated[int, Field(gt=0, lt=2**40)]
+    blocks: Annotated[int, Field(gt=0, lt=2**24)]
     bytes: Annotated[int, Field(gt=0)]
     sha256: Sha256
     elements: dict[str, Count] = {}
@@ -140,6 +140,12 @@ class TableManifest(Section):
     columns: Annotated[list[Column], Field(min_length=1)]
     splits: dict[Name, Split]
 
+    @model_validator(mode="after")
+    def _names_are_single(self) -> Self:
+        if twice := _twice(members(self.columns)):
+            raise ValueError(f"two columns, or a column and what tells rows apart, are named {twice}")
+        return self
+
     @property
     def shards(self) -> list[ShardRecord]:
         """Those of all splits."""
@@ -157,6 +163,12 @@ class Manifest(Section):
 
     format_version: Literal[4] = FORMAT_VERSION
     tables: Annotated[dict[Name, TableManifest], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _shards_are_single(self) -> Self:
+        if twice := _twice([shard.file for shard in self.shards]):
+            raise ValueError(f"{twice} stands twice in it")
+        return self
 
     @model_validator(mode="after")
     def _links_hold(self) -> Self:
@@ -282,6 +294,11 @@ def add_counts(parts: Iterable[Mapping[str, int | list[int]]]) -> Counts:
 def canonical_json(value: object) -> bytes:
     """Returns `value` as UTF-8 JSON with sorted keys and no spaces, for hashing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """Returns the first name that stands more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _missing_message(folder: Path) -> str:

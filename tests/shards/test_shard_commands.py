@@ -1,5 +1,6 @@
 """The commands, as a user runs them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.commands import shards_app
-from xdscale.shards.manifest import Manifest
+from xdscale.shards.manifest import MANIFEST_NAME, Manifest
 
 
 def run(*arguments):
@@ -137,6 +138,17 @@ def test_info_of_a_folder_with_brackets_in_its_name(small_dataset, tmp_path):
     folder.parent.mkdir()
     folder.symlink_to(small_dataset)
     assert run("info", folder).stdout.startswith(f"{folder}: sequences of")
+
+
+@pytest.mark.parametrize("change", [{"build": {}}, {"build": {"source": "text"}}, {"counts": {}}])
+def test_info_names_what_no_source_wrote(small_dataset, tmp_path, change):
+    values = json.loads(Manifest.load(small_dataset).to_json())
+    values["tables"]["text"] |= change
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(values))
+    with pytest.raises(
+        XdscaleError, match=r"dataset\.json: tables\.text: build or counts are not as its source writes"
+    ):
+        run("info", tmp_path)
 
 
 def test_info_shows_documents_by_their_tokens(small_dataset):

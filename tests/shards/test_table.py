@@ -212,6 +212,10 @@ def test_manifest_errors_say_what_to_do(small_dataset, tmp_path):
             r"text\.splits\.train\.shards\.0\.file",
         ),
         ("{", "[", "Invalid JSON"),
+        ('"blocks": 1,', f'"blocks": {10**12},', r"text\.splits\.\w+\.shards\.0\.blocks"),
+        ('"name": "clip"', '"name": "language"', "two columns, or .*, are named language"),
+        ('"offsets": "clip_offsets"', '"offsets": "language"', "two columns, or .*, are named language"),
+        ('"file": "validation-000000.tar"', '"file": "train-000000.tar"', "train-000000.tar stands twice in it"),
     ):
         assert old in good
         (tmp_path / MANIFEST_NAME).write_text(good.replace(old, new, 1))
