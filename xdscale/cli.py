@@ -196,7 +196,7 @@ def finetune(
     out: Annotated[UserPath, typer.Option(help="Folder of the sweep; one that was stopped continues.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     data: Annotated[str | None, typer.Option(help="Folder of RTE/dev.tsv and so on; default: fetched.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many; default: as the recipe says.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=10_000, help="How many; default: as the recipe says.")] = None,
     subject: Annotated[
         Literal["language", "cross-modal", "clip"],
         typer.Option(help="language, cross-modal (full model) or clip (CLIP-T)."),

@@ -38,7 +38,30 @@ def test_epochs_become_steps(examples, steps, per_epoch, tmp_path):
     run = resolve_run(load_settings("paper", []), data, **of_run)
     assert (run.training.steps, run.run.eval_every, run.training.seed) == (steps, per_epoch, 3)
     assert run.optim.learning_rate == 1e-4
+    if examples > 2**31 / 1e6:
+        long = load_settings("paper", ["training.epochs=1e6", "training.global_batch=1"])
+        with pytest.raises(XdscaleError, match=r"^rte: training.epochs = 1e\+06 are [\d,]+,000,000 steps of 1 ex"):
+            resolve_run(long, data, **of_run)
     assert type(run).model_validate(run.model_dump(mode="json")) == run
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        *((f"optim.learning_rate={rate}", "optim.learning_rate") for rate in ("-1", "0", ".nan", ".inf", "true")),
+        ("optim.learning_rate={base: {others: true}, large: {others: 1}}", r"optim.learning_rate.*others = True"),
+        ("optim.learning_rate={base: {others: -1}, large: {others: 1}}", r"optim.learning_rate.*others = -1"),
+        ("seeds={others: true}", "seeds.others = True"),
+        ("seeds={others: 1000000000}", "seeds.others = 1000000000"),
+        *((f"training.epochs={epochs}", "training.epochs = ") for epochs in (".inf", "1e300", "1e12")),
+        ("training.global_batch=99999999999", "training.global_batch = 99999999999"),
+        ("training.best=accuracy", "training.best = 'accuracy': Input should be 'loss/task' or 'accuracy/task'"),
+        ("training.patience=2", "training.patience = 2: .*training.best must name the figure"),
+    ],
+)
+def test_what_no_run_could_be_trained_with_is_refused_before_any(override, problem):
+    with pytest.raises(XdscaleError, match=f"^the command line: {problem}"):
+        load_settings("paper", [override])
 
 
 def test_one_learning_rate_for_all_can_be_given():

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from xdscale.errors import XdscaleError
+from xdscale.finetune.recipe import TaskSection
 from xdscale.tasks.own import read_own_task
 
 ROWS = [
@@ -34,6 +35,12 @@ def write(path, rows):
         lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def write_twice(path):
+    """A parquet file in which two columns have one name."""
+    columns = [pyarrow.array(["A", "B"])] * 3
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "grade", "grade"]), path)
 
 
 @pytest.fixture
@@ -92,9 +99,12 @@ def test_names_and_metrics_are_filled_in_and_files_may_lie_elsewhere(describe, t
     assert data.files["dev.tsv"]["rows"] == 3
 
 
-def test_a_tenth_is_held_out_where_dev_is_the_training_file(describe):
+@pytest.mark.parametrize("dev", ["./train.tsv", "folder/../train.tsv", "link.tsv"])
+def test_a_tenth_is_held_out_where_dev_is_the_training_file(describe, tmp_path, dev):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.tsv").symlink_to("train.tsv")
     rows = [row | {"text": f"{number}"} for number in range(200) for row in ROWS[:2]]
-    task, data = read(describe("dev: ./train.tsv", "text: text", "label: grade", rows=rows))
+    task, data = read(describe(f"dev: {dev}", "text: text", "label: grade", rows=rows))
     assert 15 < len(data.dev["dev"]) < 70
     assert len(data.train) + len(data.dev["dev"]) == 400
     assert {example.id for example in data.train}.isdisjoint(example.id for example in data.dev["dev"])
@@ -120,6 +130,11 @@ def test_a_tenth_is_held_out_where_dev_is_the_training_file(describe):
         (["text: text", "label: grade", "name: My Task"], "name = 'My Task': expected small letters"),
         (["text: text", "label: grade", "name: others"], "name = 'others': expected small letters"),
         (["text: text", "label: grade", "name: cola"], "name = 'cola': there is a task of this name already"),
+        (["text: text", "label: grade", "name: sweep.json"], "name = 'sweep.json': expected at most 100 small letters"),
+        (["text: text", "label: grade", f"name: {'a' * 101}"], "name = 'a+': expected at most 100 small letters"),
+        (["text: text", "label: grade", 'title: "a\\nb"'], r"title = 'a\\nb': expected one line"),
+        (["text: text", "label: ''"], "needs one of label .* and target"),
+        (["text: text", "label: grade", f"dev: {'a' * 5000}.tsv"], r"dev = .*a\.tsv: no such file; names are relative"),
         (["text: text", "lable: grade"], "unknown key 'lable'; did you mean 'label'"),
         (["text: text", "label: grade", "train: 7"], "mine.yaml: train = 7: "),
         (["text: text", "label: grade", "train: no.tsv"], r"train = .*no\.tsv: no such file; names are relative"),
@@ -152,6 +167,9 @@ def test_a_mistake_is_one_message_with_the_file_and_the_value(describe, lines, m
         (".jsonl", lambda path: path.write_text(""), r"train\.jsonl: no examples in it"),
         (".jsonl", lambda path: path.write_text('{"text": "A", "grade": 1}\n{"text": "B"}\n'), r"line 2: no column"),
         (".jsonl", lambda path: path.write_text('{"text": "A", "grade": null}\n'), r"line 1: column 'grade' has no"),
+        (".jsonl", lambda path: path.write_text('{"text": "A", "grade": NaN}\n'), r"line 1: column 'grade' has the"),
+        (".jsonl", lambda path: path.write_text('{"text": 1e999, "grade": 1}\n'), r"line 1: column 'text' has the"),
+        (".jsonl", lambda path: path.write_text('{"text": "A", "text": "B"}\n'), r"line 1: .* key 'text' stands twice"),
         (".jsonl", lambda path: path.write_text('{"text": ["A"], "grade": 1}\n'), r"line 1: column 'text' has a list"),
         (".jsonl", lambda path: path.write_text('{"text": "\\ud800", "grade": 1}\n'), r"'text' is no valid Unicode"),
         (".jsonl", lambda path: path.write_text("\n{text: 1}\n"), r"line 2: not JSON: .*; expected an object"),
@@ -162,6 +180,7 @@ def test_a_mistake_is_one_message_with_the_file_and_the_value(describe, lines, m
             lambda path: write(path, [ROWS[0], ROWS[1] | {"text": None}]),
             r"train\.parquet, row 2: column 'text' has no value",
         ),
+        (".parquet", write_twice, r"train\.parquet: two columns are named 'grade'"),
         (".parquet", lambda path: write(path, [{"score": "0", "grade": "1"}]), r"parquet: no column 'text'; .* found"),
     ],
 )  # fmt: skip
@@ -177,6 +196,19 @@ def test_a_column_of_texts_or_numbers_is_not_taken_for_labels(describe):
     path = describe("text: more", "label: text", rows=rows)
     with pytest.raises(XdscaleError, match=r"line 102: more than 100 labels in 'text', such as '100'; for a number"):
         read(path)
+
+
+def test_labels_of_thousands_of_digits_are_labels(describe):
+    rows = [row | {"grade": digit * 5000} for row, digit in zip(ROWS, "212")]
+    assert read(describe("text: text", "label: grade", rows=rows))[0].labels == ("1" * 5000, "2" * 5000)
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "../../elsewhere"), ("metrics", []), ("label", None)])
+def test_a_description_in_a_run_folder_that_was_changed_is_refused(describe, key, value):
+    own = read_own_task(describe("text: text", "label: grade"))
+    section = TaskSection(name="mine", epochs=1, own=own.model_dump() | {key: value})
+    with pytest.raises(XdscaleError, match=rf"^task\.own: .*{key}"):
+        section.find()
 
 
 def test_a_label_that_only_the_development_file_has_is_refused(describe):

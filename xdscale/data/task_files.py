@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -89,9 +90,7 @@ def _of_cells(
         raise XdscaleError(f"{path}: is empty; expected a header line")
     columns = list(header) if header else first[1]
     _require_columns(f"{path}, line 1", wanted, columns, title)
-    twice = [name for name in wanted if columns.count(name) > 1]
-    if twice:
-        raise XdscaleError(f"{path}, line 1: two columns are named {twice[0]!r}; rename one")
+    _require_single(f"{path}, line 1", wanted, columns)
     places = {name: columns.index(name) for name in (*wanted, *optional) if name in columns}
     torn, whole = [], 0
     for line, row in rows:
@@ -143,7 +142,7 @@ def _of_json_lines(
             if not text.strip():
                 continue
             try:
-                values = json.loads(text)
+                values = json.loads(text, object_pairs_hook=_no_key_twice)
             except (ValueError, RecursionError) as error:
                 raise XdscaleError(f"{place(path, number)}: not JSON: {one_line(error)}; expected an object") from None
             if not isinstance(values, dict):
@@ -162,6 +161,7 @@ def _of_parquet(
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _require_columns(str(path), wanted, names, title)
+            _require_single(str(path), wanted, names)
             columns = [name for name in (*wanted, *optional) if name in names]
             number = 0
             for batch in file.iter_batches(columns=columns):
@@ -175,8 +175,9 @@ def _of_parquet(
 def _checked(path: Path, line: int, name: str, value: Any) -> str:
     """Returns a JSON or parquet value as a TSV file would hold it: `true`, `3`, `0.5`, or the text itself."""
     where = f"{place(path, line)}: column {name!r}"
-    if not isinstance(value, str | bool | int | float):
-        found = "no value" if value is None else f"a {type(value).__name__}"
+    missing = value is None or (isinstance(value, float) and not math.isfinite(value))
+    if missing or not isinstance(value, str | bool | int | float):
+        found = "no value" if value is None else f"the value {value}" if missing else f"a {type(value).__name__}"
         raise XdscaleError(f"{where} has {found}; expected a text, or a number")
     text = value if isinstance(value, str) else json.dumps(value)
     _require_bearable(path, line, name, text)
@@ -194,6 +195,20 @@ def _require_columns(where: str, wanted: Sequence[str], columns: Sequence[str], 
             f"{where}: no column {', '.join(map(repr, missing))}; {title} has {', '.join(wanted)}, "
             f"found {textwrap.shorten(', '.join(map(str, columns)), 300, placeholder=' …')}"
         )
+
+
+def _require_single(where: str, wanted: Sequence[str], columns: Sequence[str]) -> None:
+    twice = [name for name in wanted if columns.count(name) > 1]
+    if twice:
+        raise XdscaleError(f"{where}: two columns are named {twice[0]!r}; rename one")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return values
 
 
 def _require_bearable(path: Path, line: int, name: str, text: str) -> None:

@@ -4,9 +4,9 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from xdscale.errors import XdscaleError
 from xdscale.names import nearest, own_or_shipped
@@ -22,7 +22,7 @@ from xdscale.recipe import (
     read_validated,
 )
 from xdscale.tasks.contract import Task, TaskData, find_task
-from xdscale.tasks.own import OwnTask
+from xdscale.tasks.own import OwnTask, check_values
 
 FORMAT = 1
 """Of the runs: raised when the same settings come to mean another computation."""
@@ -34,6 +34,8 @@ LARGE_FROM = 1024
 """Hidden size from which an encoder is "large-sized" (paper Table 4)."""
 
 OTHERS = "others"
+Rate = Annotated[float, Field(gt=0, strict=True)]
+Seeds = Annotated[int, Field(gt=0, le=10_000, strict=True)]
 Size = Literal["base", "large"]
 Subject = Literal["language", "cross-modal", "clip"]
 
@@ -50,7 +52,7 @@ class ModelSettings(Section):
 class OptimSettings(Optim):
     """Optimizer and schedule; the learning rate by size and task, or one for all."""
 
-    learning_rate: float | dict[Size, dict[str, float]] = Field(description="one for all, or by size and task")
+    learning_rate: Rate | dict[Size, dict[str, Rate]] = Field(description="one for all, or by size and task")
     weight_decay: float = Field(0.0, ge=0, description="of the parameters that 'decayed' says")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises from 0")
 
@@ -58,10 +60,19 @@ class OptimSettings(Optim):
 class TrainingSettings(Section):
     """How long, and how much at once."""
 
-    epochs: float = Field(3, gt=0, description="passes over the training examples; may be a fraction")
-    global_batch: int = Field(32, ge=1, description="examples per optimiser step, over all ranks")
-    best: str | None = Field(None, description="figure of each epoch whose best weights predict, such as loss/task")
+    epochs: float = Field(3, gt=0, le=1_000_000, description="passes over the training examples; may be a fraction")
+    global_batch: int = Field(32, ge=1, lt=2**31, description="examples per optimiser step, over all ranks")
+    best: Literal["loss/task", "accuracy/task"] | None = Field(
+        None, description="figure of each epoch whose best weights predict"
+    )
     patience: int | None = Field(None, ge=1, description="epochs in a row without a better one that end the run")
+
+    @field_validator("patience")
+    @classmethod
+    def _has_a_figure(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("best") is None:
+            raise ValueError("training.best must name the figure to watch")
+        return value
 
 
 class RunSettings(Section):
@@ -83,7 +94,7 @@ class FinetuneSettings(Section):
     optim: OptimSettings
     training: TrainingSettings = TrainingSettings()
     run: RunSettings = RunSettings()
-    seeds: dict[str, int] = Field({OTHERS: 5}, description="seeds per task; the paper reports the median")
+    seeds: dict[str, Seeds] = Field({OTHERS: 5}, description="seeds per task; the paper reports the median")
 
     def seeds_of(self, task: str) -> int:
         """Returns how many seeds a task has."""
@@ -117,9 +128,12 @@ class TaskSection(Section):
         """Returns the task.
 
         Raises:
-            XdscaleError: as `find_task`.
+            XdscaleError: as `find_task`; or the description of the user's own contradicts itself.
         """
-        return find_task(self.name) if self.own is None else self.own.task()
+        if self.own is None:
+            return find_task(self.name)
+        check_values("task.own", self.own)
+        return self.own.task()
 
 
 class TaskFiles(Section):
@@ -169,8 +183,6 @@ def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
     for key, table in _tables(settings).items():
         if OTHERS not in table:
             raise XdscaleError(f"{path}: {key}: no value for {OTHERS!r}")
-        if min(table.values()) <= 0:
-            raise XdscaleError(f"{path}: {key}: values must be greater than 0")
     return settings
 
 
@@ -217,9 +229,18 @@ def resolve_run(
         label: the model's name in tables.
         folder: the run folder.
         own: describes a task of the user's own.
+
+    Raises:
+        XdscaleError: the epochs are too many steps.
     """
     task, training = data.task.name, settings.training
     per_epoch = len(data.train) / training.global_batch
+    steps = max(1, math.ceil(training.epochs * per_epoch))
+    if steps >= 2**31:
+        raise XdscaleError(
+            f"{task}: training.epochs = {training.epochs:g} are {steps:,} steps of {training.global_batch} examples; "
+            "expected fewer than 2**31"
+        )
     rates = settings.optim.model_dump() | {"learning_rate": settings.learning_rate(task, subject["size"])}
     known = {key: subject[key] for key in ("name", "subject", "size", "weights_sha256")}
     return FinetuneRecipe(
@@ -227,9 +248,7 @@ def resolve_run(
         task=TaskSection(name=task, epochs=training.epochs, own=own),
         data=TaskFiles(folder=str(source)),
         optim=Optim(**rates),
-        training=Training(
-            steps=max(1, math.ceil(training.epochs * per_epoch)), seed=seed, **training.model_dump(exclude={"epochs"})
-        ),
+        training=Training(steps=steps, seed=seed, **training.model_dump(exclude={"epochs"})),
         run=FinetuneRun(**settings.run.model_dump(), eval_every=max(1, round(per_epoch)), label=label),
         output=Output(folder=str(folder)),
     )

@@ -1,6 +1,7 @@
 """A user's own task: a YAML file that names files, columns, labels or a target, and metrics."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 MOST_FOUND_LABELS = 100
 """More labels than these are found in no file: they are listed, or the column holds something else."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
-_RESERVED = ("all", "logs", "others")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{,99}")
+_RESERVED = ("all", "logs", "others", "sweep.json")
 
 
 class OwnTask(Section):
@@ -84,10 +85,12 @@ def read_own_task(path: Path) -> OwnTask:
     metrics = own.metrics or ("rmse" if own.target else "accuracy",)
     same = {key: str(Path(getattr(own, key))) for key in ("train", "dev")}  # ./a.tsv and a.tsv are one file
     own = own.model_copy(update={"name": own.name or path.stem, "metrics": metrics, **same})
-    _check(path, own)
+    check_values(str(path), own)
     for key, name in (("train", own.train), ("dev", own.dev), ("test", own.test)):
         if name is not None:
             _check_file(path, own, key, path.parent / name)
+    if (path.parent / own.train).samefile(path.parent / own.dev):  # by a link, say
+        own = own.model_copy(update={"dev": own.train})
     if own.label and not own.labels:
         own = own.model_copy(update={"labels": _find_labels(own, path.parent / own.train)})
     if "f1" in metrics and len(own.labels) != 2:
@@ -98,7 +101,12 @@ def read_own_task(path: Path) -> OwnTask:
     return own
 
 
-def _check(path: Path, own: OwnTask) -> None:
+def check_values(where: str, own: OwnTask) -> None:
+    """Refuses what contradicts itself, with the names filled in: a description that a run folder holds, too.
+
+    Raises:
+        XdscaleError: begins with `where`.
+    """
     fitting = [name for name, metric in METRICS.items() if metric.of == ("numbers" if own.target else "classes")]
     columns = [*own.text, *own.choices, *filter(None, (own.label, own.target))]
     twice = sorted({name for name in columns if columns.count(name) > 1} | {
@@ -108,11 +116,13 @@ def _check(path: Path, own: OwnTask) -> None:
     for wrong, problem in (
         (
             not _NAME.fullmatch(own.name) or own.name in _RESERVED,
-            f"name = {own.name!r}: expected small letters, digits and . _ -, and none of {', '.join(_RESERVED)}",
+            f"name = {own.name!r}: expected at most 100 small letters, digits and . _ -, and none of "
+            f"{', '.join(_RESERVED)}",
         ),
+        (not own.title.isprintable(), f"title = {own.title!r}: expected one line of characters that can be shown"),
         (own.name in task_names(), f"name = {own.name!r}: there is a task of this name already; choose another"),
         (
-            (own.label is None) == (own.target is None),
+            bool(own.label) == bool(own.target),
             "needs one of label (the column of a class, or of the right choice) and target (of a number)",
         ),
         (own.target and (own.labels or own.choices), "labels and choices go with label; target is a number"),
@@ -126,17 +136,18 @@ def _check(path: Path, own: OwnTask) -> None:
             f"labels: {len(own.labels)} of them, but {len(own.choices)} choices; expected one word for each, in order",
         ),
         (twice, f"{', '.join(map(repr, twice))} is named twice"),
+        (not own.metrics, "metrics: none"),
         (unfit, f"metrics: {', '.join(map(repr, unfit))}; with {'target' if own.target else 'label'} they are "
          f"{', '.join(fitting)}"),
     ):  # fmt: skip
         if wrong:
-            raise XdscaleError(f"{path}: {problem}")
+            raise XdscaleError(f"{where}: {problem}")
 
 
 def _check_file(path: Path, own: OwnTask, key: str, file: Path) -> None:
     if file.suffix not in FORMATS:
         raise XdscaleError(f"{path}: {key} = {file.name!r}: expected a name that ends with {', '.join(FORMATS)}")
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path.is_file also where a name is too long
         raise XdscaleError(f"{path}: {key} = {file}: no such file; names are relative to the folder of {path.name}")
     wanted = [*own.text, *own.choices, *([own.label or own.target] if key != "test" else [])]
     next(read_rows(file, [*wanted, *([own.id] if own.id else [])], path.name), None)
@@ -167,5 +178,5 @@ def _find_labels(own: OwnTask, train: Path) -> tuple[str, ...]:
             raise XdscaleError(
                 f"{train}: {own.label} holds {other!r} and {label!r}; make them one, or list both under labels"
             )
-    numbers = all(re.fullmatch(r"-?\d+", label) for label in found)
+    numbers = all(re.fullmatch(r"-?\d{1,99}", label) for label in found)
     return tuple(sorted(found, key=int if numbers else None))
