@@ -41,6 +41,21 @@ def test_of_an_accuracy_more_is_better():
     assert best_so_far(Training(steps=9, global_batch=1), log_of("accuracy/a", [0.9, 0.5])).step is None
 
 
+@pytest.mark.parametrize("line", ["7", "[]", '{"kind": "step"}', '{"step": "a", "kind": "validation"}'])
+def test_a_log_or_recipe_that_no_run_wrote_is_named(tmp_path, line):
+    log = tmp_path / "log.jsonl"
+    log.write_text(f'{{"step": 0, "kind": "step"}}\n{line}\n')
+    with pytest.raises(XdscaleError, match=r"log\.jsonl, line 2: .*: expected an object with its kind and step"):
+        read_log(log)
+    log.write_bytes(b"\xff")
+    with pytest.raises(XdscaleError, match=r"log\.jsonl: cannot be read: .*utf-8"):
+        read_log(log)
+    for value in ({}, {"validation/loss/b": None}, {"validation/loss/b": []}, {"validation/loss/b": "many"}):
+        entry = {"step": 3, "kind": "validation", "validation/loss/a": 1.0} | value
+        with pytest.raises(XdscaleError, match=r"training.best = loss/b: the validation after step 3 has no such .*/a"):
+            best_so_far(Training(steps=9, global_batch=1, best="loss/b"), [entry])
+
+
 def test_its_checkpoint_outlives_newer_ones(tmp_path):
     paths = [tmp_path / checkpoint_name(step) for step in (2, 4, 6, 8, 10)]
     assert [step_of(path) for path in Retention(newest=2, best=4).outdated(paths, 10)] == [2, 6]

@@ -32,7 +32,7 @@ def run_recipe(run: Path) -> Recipe:
     path = recipe_file(run)
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
-    except NOT_YAML as error:
+    except (OSError, *NOT_YAML) as error:
         raise XdscaleError(f"{path}: not YAML: {one_line(error)}") from None
     return _recipe(values, path)
 
@@ -63,8 +63,11 @@ def stored_state(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / "recipe.yaml").is_file():
         return final_state(choose_checkpoint(folder, final_step(folder, run_recipe(folder)), Ranks(0, 1, 0)))
     inner = folder / FULL_MODEL
-    state = read_state_dict(inner / "model.safetensors")
-    return state | {name: state[source] for name, source in read_json(inner / "config.json")["tied_weights"].items()}
+    state, path = read_state_dict(inner / "model.safetensors"), inner / "config.json"
+    tied = read_json(path).get("tied_weights")
+    if not (isinstance(tied, dict) and all(isinstance(name, str) and name in state for name in tied.values())):
+        raise XdscaleError(f"{path}: tied_weights = {tied!r}: expected names of weights that model.safetensors holds")
+    return state | {name: state[source] for name, source in tied.items()}
 
 
 def language_folder(folder: Path) -> Path:

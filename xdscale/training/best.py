@@ -33,10 +33,20 @@ class Best:
     waited: int = 0
 
     def see(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes in a validation after `step` steps; one that is not finite is not better."""
+        """Takes in a validation after `step` steps; one that is not finite is not better.
+
+        Raises:
+            XdscaleError: it has no such figure, as in a run folder whose recipe or log was changed by hand.
+        """
         if self.metric is None or step == 0:
             return
-        value = float(metrics[self.metric])
+        try:
+            value = float(metrics[self.metric])
+        except (KeyError, TypeError, ValueError):
+            known = ", ".join(name for name in metrics if "/" in name)
+            raise XdscaleError(
+                f"training.best = {self.metric}: the validation after step {step} has no such figure, only {known}"
+            ) from None
         gain = self.value - value if self.metric.startswith("loss/") else value - self.value
         if math.isfinite(value) and (self.step is None or gain > 0):
             self.step, self.value, self.waited = step, value, 0

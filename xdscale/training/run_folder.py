@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from xdscale import __version__
 from xdscale.errors import XdscaleError, writing
-from xdscale.files import DISKS_OWN, lock, write_atomically
+from xdscale.files import DISKS_OWN, lock, one_line, write_atomically
 from xdscale.recipe import NOT_YAML, Recipe
 from xdscale.recipe_yaml import read_yaml
 from xdscale.version import commit
@@ -223,11 +223,21 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Returns the entries of a run's `log.jsonl`, oldest first; none where there is no log.
 
     Half of a last line, which a killed run leaves, is passed over.
+
+    Raises:
+        XdscaleError: it cannot be read, or holds something that no run writes.
     """
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            entries.append(json.loads(line))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise XdscaleError(f"{path}: cannot be read: {one_line(error)}") from None
+    for number, line in enumerate(lines, 1):
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            entry = json.loads(line)
+            if not (isinstance(entry, dict) and isinstance(entry.get("step"), int) and "kind" in entry):
+                raise XdscaleError(f"{path}, line {number}: {line[:80]}: expected an object with its kind and step")
+            entries.append(entry)
     return entries
 
 
