@@ -167,6 +167,15 @@ def test_a_broken_file_is_named(write_sweep, tmp_path, file, content, message):
         report([sweep], tmp_path / "out")
 
 
+@pytest.mark.parametrize("task", ["../BERT-b/rte", "link/../rte", "/rte", ".", "..", ""])
+def test_a_task_that_would_write_elsewhere_is_refused(write_sweep, tmp_path, task):
+    """A sweep may come from anywhere, and the report writes a file by each task's name."""
+    sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=2)
+    change(sweep / "sweep.json", tasks={task: {"seeds": [0, 1]}})
+    with pytest.raises(XdscaleError, match=r"sweep\.json: tasks\..*: String should match pattern"):
+        report([sweep], tmp_path / "out")
+
+
 def test_a_changed_prediction_a_lost_line_and_other_examples_are_found(write_sweep, tmp_path):
     sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=2)
     path = sweep / "rte" / "seed-1" / "predictions-dev.jsonl"

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from xdscale.errors import XdscaleError
 from xdscale.report.metrics import measure
@@ -40,7 +40,7 @@ class SweepFile(_Stored):
 
     format: Literal[1]
     model: FinetunedModel
-    tasks: dict[str, Seeds]
+    tasks: dict[Annotated[str, Field(pattern=r"^[^/.\x00][^/\x00]*$")], Seeds]  # they name folders and files
 
 
 class Score(_Stored):
