@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -13,6 +14,9 @@ from typing import IO, Any, BinaryIO
 from xdscale.errors import XdscaleError, writing
 
 _LONGEST_REASON = 400
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST_REASON
+_REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxtuple = 3, 8, 8, 8
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -235,6 +239,11 @@ def refuse_lfs_pointer(path: Path) -> None:
         raise XdscaleError(
             f"{path}: this is a Git LFS pointer, not the file itself; fetch it with 'git lfs pull' in {path.parent}"
         )
+
+
+def shown(value: object) -> str:
+    """Returns a value as Python writes it, of bearable length: a few lines of YAML may stand for billions of values."""
+    return _REPR.repr(value)
 
 
 def one_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line
+from xdscale.files import one_line, shown
 from xdscale.names import check_stated_url, expand_home, is_url, own_or_shipped, unknown_key
 from xdscale.recipe_yaml import read_yaml, write_yaml
 from xdscale.registry import find, folder_of, locate
@@ -266,7 +266,8 @@ def schema_of(values: dict[str, Any], where: str) -> type[Recipe]:
     """
     if "system" not in values:
         raise XdscaleError(f"{where}: 'system' is missing; it is one of {', '.join(sorted(locate(GROUP, SYSTEMS)))}")
-    return find(GROUP, SYSTEMS, str(values["system"]), f"{where}: system", Recipe)
+    name = values["system"]
+    return find(GROUP, SYSTEMS, name if isinstance(name, str) else shown(name), f"{where}: system", Recipe)
 
 
 def recipe_file(run: Path) -> Path:
@@ -301,7 +302,7 @@ def read_values(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     except (OSError, *NOT_YAML) as error:
         raise XdscaleError(f"{path}: not a YAML recipe: {one_line(error)}") from None
     if not isinstance(values, dict):
-        raise XdscaleError(f"{path}: expected sections such as {', '.join(Recipe.model_fields)}, found {values!r}")
+        raise XdscaleError(f"{path}: expected sections such as {', '.join(Recipe.model_fields)}, found {shown(values)}")
     for override in overrides:
         _apply_override(values, override)
     return values
@@ -359,7 +360,7 @@ def describe_validation_error(
             problems.append(f"{where}: {key!r} is missing")
         else:
             quotes = "; write a number that is meant as a text in quotes" if item["type"] == "string_type" else ""
-            problems.append(f"{where}: {key} = {item['input']!r}: {item['msg']}{quotes}")
+            problems.append(f"{where}: {key} = {shown(item['input'])}: {item['msg']}{quotes}")
     return "\n".join(problems)
 
 
@@ -375,8 +376,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = read_yaml(text)
     except NOT_YAML as error:
-        reason = " ".join(str(error).split())
-        raise XdscaleError(f"{override!r}: the value is not valid YAML ({reason}); a text may need quotes") from None
+        raise XdscaleError(f"{override!r}: the value is not valid YAML ({one_line(error)}); quote a text") from None
     *sections, last = key.split(".")
     target = values
     for section in sections:

@@ -1,6 +1,7 @@
 """Recipes: what ships, what is refused, what an override does."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -135,6 +136,16 @@ def test_the_system_decides_which_keys_there_are(write):
             load_recipe(write(MINIMAL | {"system": wrong}))
     with pytest.raises(XdscaleError, match=r"unknown key 'model\.clip'"):
         load_recipe(write(MINIMAL), ["system=mlm"])
+
+
+@pytest.mark.parametrize("form", ["model: *i", "system: *i", "{}"])
+def test_a_few_lines_that_stand_for_billions_of_values_are_refused_at_once(write, form):
+    levels = [f"{name}: &{name} [{', '.join([f'*{below}'] * 9)}]" for below, name in pairwise("abcdefghi")]
+    text = "\n".join(["a: &a [1, 2]", *levels, form if form != "{}" else ""])
+    values = f"system: xdbert\n{text}" if "system" not in form else text
+    with pytest.raises(XdscaleError) as refused:
+        load_recipe(write(values if form != "{}" else re.sub(r"(?m)^(.+)$", r"- {\1}", text)))
+    assert len(str(refused.value)) < 100_000
 
 
 def test_a_name_that_no_file_can_have_is_no_recipe():
