@@ -63,7 +63,7 @@ class TrainingSettings(Section):
     epochs: float = Field(3, gt=0, le=1_000_000, description="passes over the training examples; may be a fraction")
     global_batch: int = Field(32, ge=1, lt=2**31, description="examples per optimiser step, over all ranks")
     best: Literal["loss/task", "accuracy/task"] | None = Field(
-        None, description="figure of each epoch whose best weights predict"
+        None, description="figure of each epoch whose best weights predict: loss/task or accuracy/task"
     )
     patience: int | None = Field(None, ge=1, description="epochs in a row without a better one that end the run")
 
