@@ -80,7 +80,10 @@ def load(place: str, where: str, kind: type | None = None) -> Any:
     except (ImportError, AttributeError) as error:
         raise XdscaleError(f"{where}: {place} cannot be imported: {one_line(error)}") from error
     except (Exception, SystemExit) as error:  # a package may do anything when it is imported
-        raise XdscaleError(f"{where}: {place} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
+        raise XdscaleError(
+            f"{where}: {place} cannot be imported: {type(error).__name__}: {one_line(error)}; "
+            f"python -c 'import {module}' shows where"
+        ) from error
     if kind is not None and not (isinstance(found, type) and issubclass(found, kind)):
         raise XdscaleError(f"{where}: {place} is {found!r}; expected a subclass of {kind.__module__}.{kind.__name__}")
     return found
