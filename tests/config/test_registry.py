@@ -54,8 +54,8 @@ def offer(tmp_path, monkeypatch):
         ("offer_d.s:Toy", {"offer_d/__init__.py": "1 / 0", "offer_d/s.py": ""}, ".* ZeroDivisionError: .*"),
         ("offer_e.s:Toy", {"offer_e/__init__.py": "exit()", "offer_e/s.py": ""}, ".* SystemExit.*"),
         (":Toy", {}, ":Toy cannot be imported: ValueError: Empty module name"),
-        ("offer_f:Toy", {"offer_f.py": "class Toy: pass"}, "offer_f:Toy is <class 'offer_f.Toy'>; expected a subclass "
-         "of xdscale.recipe.Recipe"),
+        ("offer_f:Toy", {"offer_f.py": "class Toy: pass"}, "offer_f:Toy is <class 'offer_f.Toy'>; expected a "
+         "subclass of xdscale.recipe.Recipe"),
         ("offer_g:Toy", {"offer_g.py": "def Toy(): pass"}, "offer_g:Toy is <function Toy .*; expected a subclass .*"),
     ],
 )  # fmt: skip
