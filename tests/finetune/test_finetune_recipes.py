@@ -60,7 +60,7 @@ def test_epochs_become_steps(examples, steps, per_epoch, tmp_path):
     ],
 )
 def test_what_no_run_could_be_trained_with_is_refused_before_any(override, problem):
-    with pytest.raises(XdscaleError, match=f"^the command line: {problem}"):
+    with pytest.raises(XdscaleError, match=f"(?s)^the command line: {problem}"):
         load_settings("paper", [override])
 
 

@@ -116,7 +116,7 @@ def check_values(where: str, own: OwnTask) -> None:
     for wrong, problem in (
         (
             not _NAME.fullmatch(own.name) or own.name in _RESERVED,
-            f"name = {own.name!r}: expected at most 100 small letters, digits and . _ -, and none of "
+            f"name = {own.name!r}: expected small letters, digits and . _ -, at most 100, and none of "
             f"{', '.join(_RESERVED)}",
         ),
         (not own.title.isprintable(), f"title = {own.title!r}: expected one line of characters that can be shown"),
