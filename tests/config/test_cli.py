@@ -2,9 +2,9 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,11 +47,13 @@ def test_the_module_is_the_command(tmp_path):
     "arguments",
     [["--help"], ["recipes"], ["recipes", "quickstart"], ["shards", "--help"], ["shards", "build", "--help"]],
 )
-def test_starts_within_two_seconds_where_it_needs_no_torch(arguments):
+def test_starts_within_a_second_where_it_needs_no_torch(arguments):
+    """Of a core: on a machine that is busy with other tests the clock says nothing."""
     assert run(*arguments).returncode == 0  # compiles what a first run compiles
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run(*arguments)
-    assert time.perf_counter() - began < 2
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 @pytest.mark.parametrize(
