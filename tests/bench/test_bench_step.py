@@ -10,6 +10,7 @@ from xdscale.bench.step import FAST, PARTS, PLAIN, StepReport, activation_bytes,
 from xdscale.data.collate import Batch, XDBERTCollator
 from xdscale.data.order import Order
 from xdscale.errors import XdscaleError
+from xdscale.recipe import load_recipe
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.shards.table import Table
 from xdscale.systems.xdbert import build_adaptation
@@ -198,6 +199,8 @@ def test_wrong_arguments_are_named(tiny_recipe):
         bench_step(tiny_recipe, against="liger")
     with pytest.raises(XdscaleError, match="--pairs 0: expected at least 1"):
         bench_step(tiny_recipe, pairs=0)
+    with pytest.raises(XdscaleError, match="system = 'mlm': the step that is measured.* are XDBERT's"):
+        bench_step(load_recipe("quickstart-mlm"))
 
 
 def test_ratios_are_taken_pair_by_pair():

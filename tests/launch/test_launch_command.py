@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from xdscale.launch.facts import _recipe_facts
 from xdscale.launch.job import check_job
-from xdscale.recipe import shipped_recipes
+from xdscale.plan.configs import model_name
+from xdscale.recipe import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).with_name("xdscale")
@@ -238,3 +240,26 @@ def test_a_model_whose_name_says_nothing_has_the_configuration_of_its_size(tmp_p
         (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "hidden_size": width}))
         arguments = check_job("bert-base-mlm-wikitext103", [f"model.language.name={tmp_path}"], None, 8).arguments
         assert arguments[-1] == f"{size}-zero2"
+
+
+def test_a_system_without_encoder_and_shards_is_launched_with_a_configuration_that_is_named(tmp_path):
+    """Finetuning reads task files, and its section `model` has no `language`: so may systems of others."""
+    values = {
+        "system": "finetune",
+        "model": {"name": "encoder", "subject": "language", "size": "base", "weights_sha256": None},
+        "task": {"name": "rte", "epochs": 1},
+        "data": {"folder": "glue"},
+        "training": {"steps": 4, "global_batch": 4},
+        "run": {"label": "A"},
+        "output": {"folder": "/run"},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(values))
+    found = launch("mine.yaml", "--hosts", "a:1,b:1", cwd=tmp_path)
+    assert (found.returncode, "Traceback" in found.stderr) == (2, False)
+    assert "system = 'finetune': no shipped DeepSpeed config is known to fit it; name one with" in found.stderr
+    found = launch("mine.yaml", "--hosts", "a:1,b:1", "--deepspeed-config", "finetune-zero1", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "data.folder = glue is relative" in found.stderr
+    recipe = load_recipe(str(tmp_path / "mine.yaml"))
+    assert model_name(recipe) == "finetune"
+    assert "shards_problem" not in _recipe_facts(recipe)

@@ -30,6 +30,7 @@ from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
 from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe
+from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.systems.xdbert import XDBERTAdaptation, build_adaptation
 from xdscale.training.engine import to_device
 from xdscale.training.throughput import matmul_flops_per_second
@@ -94,7 +95,7 @@ def bench_step(recipe: Recipe, against: str = "plain", pairs: int = 5, sequences
     """Measures the training step and prints a table; progress goes to stderr.
 
     Args:
-        recipe: its model and tasks are measured, with random weights. The batch comes from its shards; where there
+        recipe: its model and objectives are measured, with random weights. The batch comes from its shards; where there
             are none, ids are drawn at the true shape: 512 language tokens, CLIP text on 560 of 693 positions.
         against: "plain" for the released code's computation, "fp32" to leave that out.
         pairs: how many times each path is measured, in turns.
@@ -128,8 +129,11 @@ def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) ->
             raise XdscaleError(f"--{name} {value}: expected at least 1")
     if against not in AGAINST:
         raise XdscaleError(f"--against {against!r}: expected one of {', '.join(AGAINST)}")
-    if recipe.model.clip is None:
-        raise XdscaleError("model.clip = null: the released code to measure against has CLIP; choose another recipe")
+    if not isinstance(recipe, XDBERTRecipe):
+        raise XdscaleError(
+            f"system = {recipe.system!r}: the step that is measured, and the released code beside it, are XDBERT's; "
+            "choose a recipe of the system xdbert"
+        )
     device = rank_device(0)
     rates = {dtype: _matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     torch.manual_seed(recipe.training.seed)

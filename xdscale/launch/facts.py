@@ -167,7 +167,8 @@ def _address(name: str) -> str:
 def _recipe_facts(recipe: Recipe) -> dict[str, object]:
     facts: dict[str, object] = {}
     try:
-        facts["shards_fingerprint"] = _shards_fingerprint(shards_folder(recipe.data.shards))
+        if hasattr(recipe.data, "shards"):
+            facts["shards_fingerprint"] = _shards_fingerprint(shards_folder(recipe.data.shards))
     except (XdscaleError, OSError) as error:
         facts["shards_problem"] = str(error)
     facts["output_free_bytes"] = shutil.disk_usage(existing_parent(Path(recipe.output.folder))).free

@@ -67,8 +67,13 @@ def shipped_ds_config(recipe: Recipe) -> str:
     The size stands in the encoder's name, or in the config.json in its folder.
 
     Raises:
-        XdscaleError: neither says it.
+        XdscaleError: neither says it, or the recipe's system has no such encoder.
     """
+    if not hasattr(recipe.model, "language"):
+        raise XdscaleError(
+            f"system = {recipe.system!r}: no shipped DeepSpeed config is known to fit it; name one with "
+            "--deepspeed-config, such as bert-base-zero2"
+        )
     name = recipe.model.language.name
     size = next((size for word, size in _SIZES.items() if word in name), None)
     if size is None:
@@ -85,7 +90,8 @@ def shipped_ds_config(recipe: Recipe) -> str:
 
 def path_warnings(recipe: Recipe) -> list[str]:
     """Returns what to know about paths that stand for another place where the working folder is another."""
-    paths = {"data.shards": recipe.data.shards, "output.folder": recipe.output.folder}
+    data = {f"data.{key}": value for key, value in recipe.data if isinstance(value, str)}
+    paths = data | {"output.folder": recipe.output.folder}
     return [
         f"{key} = {value} is relative: every machine takes it from {Path.cwd()}, which must be one shared folder; "
         "an absolute path on a shared file system is safer, and 'xdscale doctor' checks either"

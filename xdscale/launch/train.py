@@ -66,8 +66,9 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
     world_size = len(chosen) or ranks or 1
     known = _known_to_the_driver() if gpus else []
     job = check_job(name, overrides, ds_config or _default(load_recipe(name, overrides), gpus, known), world_size)
-    if not is_url(job.recipe.data.shards):
-        shards_folder(job.recipe.data.shards)  # the launcher and its ranks take most of a minute to find out
+    shards = getattr(job.recipe.data, "shards", None)
+    if shards is not None and not is_url(shards):
+        shards_folder(shards)  # the launcher and its ranks take most of a minute to find out
     options, settings = _devices(chosen, world_size, known)
     # Less than -q: after bad input the launcher's own word would stand beside the one message that names it.
     command = [program("deepspeed"), "--log_level", "critical", *options]

@@ -48,7 +48,9 @@ def ds_config(
 
 
 def model_name(recipe: Recipe) -> str:
-    """Returns the name of a recipe's encoder in file names, such as `electra-large`."""
+    """Returns the name of a recipe's encoder in file names, such as `electra-large`; of its system if it has none."""
+    if not hasattr(recipe.model, "language"):
+        return recipe.system
     name = recipe.model.language.name.rstrip("/").split("/")[-1]
     return name.removesuffix("-uncased").removesuffix("-discriminator")
 
