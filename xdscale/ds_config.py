@@ -19,6 +19,14 @@ _PACKAGED = Path(__file__).with_name("ds_configs")
 SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "ds_configs"
 """Folder of the files that ship: a package of an installed xdscale, in a checkout at its root."""
 
+SIZES = {
+    "bert-base": "bert-base",
+    "electra-base": "bert-base",
+    "bert-large": "electra-large",
+    "electra-large": "electra-large",
+}
+"""Of encoders by a part of their names; there are files for these two and the quickstart's."""
+
 AUTO = "auto"
 
 KNOWN_KEYS = (
@@ -73,7 +81,14 @@ def read_ds_config(name: str) -> dict[str, Any]:
         XdscaleError: no such file (the nearest one that ships is named), not JSON, a key given twice, an unknown key
             (the nearest right one is named) or a key whose job the recipe has.
     """
-    path = own_or_shipped(name, sorted(SHIPPED.glob("*.json")), ".json", "DeepSpeed config")
+    try:
+        path = own_or_shipped(name, sorted(SHIPPED.glob("*.json")), ".json", "DeepSpeed config")
+    except XdscaleError:
+        word, size = next(((word, size) for word, size in SIZES.items() if name.startswith(word)), ("", ""))
+        same = name.replace(word, size).removesuffix(".json")
+        if not (SHIPPED / f"{same}.json").is_file():
+            raise
+        raise XdscaleError(f"{name}: no such file; {size} and {word} have one size: did you mean {same!r}?") from None
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(name))
     except (OSError, ValueError, RecursionError) as error:

@@ -265,7 +265,10 @@ def schema_of(values: dict[str, Any], where: str) -> type[Recipe]:
         XdscaleError: no system is named, or one that nobody offers; begins with `where`.
     """
     if "system" not in values:
-        raise XdscaleError(f"{where}: 'system' is missing; it is one of {', '.join(sorted(locate(GROUP, SYSTEMS)))}")
+        known = ", ".join(sorted(locate(GROUP, SYSTEMS)))
+        raise XdscaleError(
+            f"{where}: 'system' is missing; it is one of {known}; only recipes of 'xdscale finetune' name none"
+        )
     name = values["system"]
     return find(GROUP, SYSTEMS, name if isinstance(name, str) else shown(name), f"{where}: system", Recipe)
 
@@ -354,8 +357,9 @@ def describe_validation_error(
         by_person = any(name.startswith(f"{key}.") or f"{key}.".startswith(name) for name in typed)
         where = "the command line" if by_person else source
         if item["type"] == "extra_forbidden":
-            known = _known_keys(model, location[:-1])
-            problems.append(f"{where}: unknown key {key!r}; {unknown_key(location[-1], known)}")
+            place = _place_of(model, location[-1])
+            hint = f"did you mean {place!r}?" if place else unknown_key(location[-1], _known_keys(model, location[:-1]))
+            problems.append(f"{where}: unknown key {key!r}; {hint}")
         elif item["type"] == "missing":
             problems.append(f"{where}: {key!r} is missing")
         else:
@@ -384,6 +388,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             target[section] = {}
         target = target[section]
     target[last] = value
+
+
+def _place_of(model: type[BaseModel], key: str) -> str | None:
+    """Returns `section.key` where another section has a key of this name."""
+    sections = {name: _model_class(field.annotation) for name, field in model.model_fields.items()}
+    places = (f"{name}.{key}" for name, kind in sections.items() if key in getattr(kind, "model_fields", ()))
+    return next(places, None)
 
 
 def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -119,6 +119,18 @@ def test_a_config_that_does_not_exist_is_answered_with_the_nearest_name(name, tm
 
 
 @pytest.mark.parametrize(
+    ("name", "same"),
+    [("bert-large-zero2", "electra-large-zero2"), ("electra-base-zero3-fp16.json", "bert-base-zero3-fp16")],
+)
+def test_the_name_of_a_model_is_answered_with_the_config_of_its_size(name, same):
+    """Not with one that only looks alike, such as bert-base-zero2 for bert-large-zero2."""
+    with pytest.raises(XdscaleError, match=f"^{name}: no such .*: did you mean '{same}'"):
+        read_ds_config(name)
+    with pytest.raises(XdscaleError, match="bert-large-zero7: no such DeepSpeed config"):
+        read_ds_config("bert-large-zero7")
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"gradient_clipping": 0.5}, r"gradient_clipping = 0\.5 contradicts the recipe: optim\.gradient_clipping"),

@@ -83,6 +83,24 @@ def test_unknown_section_names_the_nearest_right_one(write):
         load_recipe(write(MINIMAL | {"trainin": {}}))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("training.eval_every", "run.eval_every"),
+        ("data.cache", "run.cache"),
+        ("model.language.dropout", "model.dropout"),
+        ("steps", "training.steps"),
+    ],
+)
+def test_a_key_of_another_section_is_told_where_it_belongs(write, wrong, right):
+    message = re.escape(f"unknown key '{wrong}'; did you mean '{right}'?")
+    with pytest.raises(XdscaleError, match=message):
+        load_recipe(write(MINIMAL), [f"{wrong}=5"])
+    if wrong.startswith("training"):
+        with pytest.raises(XdscaleError, match=f"recipe.yaml: {message}"):
+            load_recipe(write(MINIMAL | {"training": MINIMAL["training"] | {"eval_every": 5}}))
+
+
 def test_key_inside_an_optional_section_is_checked(write):
     with pytest.raises(XdscaleError, match=r"unknown key 'objectives\.mlm\.wieght'; did you mean 'weight'\?"):
         load_recipe(write(MINIMAL | {"objectives": {"mlm": {"wieght": 2}}}))
@@ -129,7 +147,10 @@ def test_not_yaml_and_not_a_recipe(write):
 
 
 def test_the_system_decides_which_keys_there_are(write):
-    with pytest.raises(XdscaleError, match=r"recipe\.yaml: 'system' is missing; it is one of finetune, mlm, xdbert"):
+    message = (
+        "recipe.yaml: 'system' is missing; it is one of finetune, mlm, xdbert; only recipes of 'xdscale finetune' "
+    )
+    with pytest.raises(XdscaleError, match=message):
         load_recipe(write({key: value for key, value in MINIMAL.items() if key != "system"}))
     for wrong, hint in (("xdbret", "did you mean 'xdbert'"), (7, "there are finetune, mlm, xdbert")):
         with pytest.raises(XdscaleError, match=rf"recipe\.yaml: system = .*: no such system; {hint}"):

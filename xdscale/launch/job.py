@@ -4,19 +4,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from xdscale.ds_config import BatchSplit, read_ds_config, resolve_ds_config, split_batch
+from xdscale.ds_config import SIZES, BatchSplit, read_ds_config, resolve_ds_config, split_batch
 from xdscale.errors import XdscaleError
 from xdscale.names import resolve_path
 from xdscale.pretrained.architectures import read_encoder_config
 from xdscale.recipe import Recipe, load_recipe
-
-_SIZES = {
-    "bert-base": "bert-base",
-    "electra-base": "bert-base",
-    "bert-large": "electra-large",
-    "electra-large": "electra-large",
-}
-"""Of encoders by a part of their names; `ds_configs/` has files for these two and the quickstart's."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ def shipped_ds_config(recipe: Recipe) -> str:
             "--deepspeed-config, such as bert-base-zero2"
         )
     name = recipe.model.language.name
-    size = next((size for word, size in _SIZES.items() if word in name), None)
+    size = next((size for word, size in SIZES.items() if word in name), None)
     if size is None:
         try:
             width = read_encoder_config(resolve_path(name)).get("hidden_size", 768)
