@@ -181,7 +181,9 @@ def plan(
 def export(
     run: Annotated[UserPath, typer.Argument(help="Run folder.")],
     out: Annotated[UserPath, typer.Argument(help="New folder for the Hugging Face export.")],
-    step: Annotated[int | None, typer.Option(help="Checkpoint to export; default: the newest undamaged one.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Checkpoint to export; default: the best one (training.best), else the newest.")
+    ] = None,
 ) -> None:
     """Write the adapted language encoder as a Hugging Face folder, with the full cross-modal model inside it."""
     from xdscale.export import export_run

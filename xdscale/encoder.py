@@ -125,8 +125,8 @@ def load_encoder(folder: str | Path) -> Encoder:
     """Loads a language encoder.
 
     Args:
-        folder: an export, a run folder (its newest undamaged checkpoint is read), or any BERT or ELECTRA as a local
-            folder, `package:NAME/folder` or hub name.
+        folder: an export, a run folder (the checkpoint is read that an export would take), or any BERT or ELECTRA as a
+            local folder, `package:NAME/folder` or hub name.
 
     Raises:
         XdscaleError: nothing of the kind, damaged, or without a tokenizer.
@@ -148,11 +148,11 @@ def load_cross_modal(folder: str | Path) -> Encoder:
     Neither the original encoders nor a network are needed: all weights come from `folder`.
 
     Args:
-        folder: a run folder (its newest undamaged checkpoint is read, checksums verified), or an export.
+        folder: a run folder (the checkpoint is read that an export would take, checksums verified), or an export.
 
     Raises:
-        XdscaleError: neither of the two, adapted without CLIP, no checkpoint yet, without a tokenizer, or the weights
-            are damaged or not those of the recipe.
+        XdscaleError: neither of the two, of another system than XDBERT, no checkpoint yet, without a tokenizer, or the
+            weights are damaged or not those of the recipe.
     """
     path = Path(expand_home(str(folder)))
     return Encoder(build_adapted(path), *own_tokenizer(str(language_folder(path).resolve())), name=str(folder))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from xdscale.analysis.embeddings import load_system, paired_embeddings
+from xdscale.analysis.embeddings import load_embeddings, paired_embeddings
 from xdscale.analysis.pwcca import pwcca, random_baseline
 from xdscale.cli import app
 from xdscale.errors import XdscaleError
@@ -101,7 +101,7 @@ def test_too_few_words_are_refused():
 
 def test_words_pair_the_rows_of_both_vocabularies():
     """Against the files themselves: ids from tokenizer.json and vocabulary, rows from model.safetensors."""
-    one, other, words = paired_embeddings(load_system(CASSETTE), load_system(MINILM), words=500, seed=3)
+    one, other, words = paired_embeddings(load_embeddings(CASSETTE), load_embeddings(MINILM), words=500, seed=3)
     assert len(words) == 500
     assert all(word.isalpha() and word == word.lower() for word in words)
     for name, embeddings in ((CASSETTE, one), (MINILM, other)):
@@ -116,10 +116,10 @@ def test_clips_words_are_the_entries_that_close_a_word():
     from open_clip.tokenizer import SimpleTokenizer
 
     theirs = SimpleTokenizer()
-    system = load_system(TINY_CLIP)
+    found = load_embeddings(TINY_CLIP)
     for word in ("the", "photograph", "café", "zebra"):
-        assert theirs.encode(word) == [system.rows[word]]
-    assert not {"<start_of_text>", "photogra", "!", "30"} & set(system.rows)
+        assert theirs.encode(word) == [found.rows[word]]
+    assert not {"<start_of_text>", "photogra", "!", "30"} & set(found.rows)
 
 
 def pwcca_command(*arguments):
@@ -169,7 +169,7 @@ def test_the_picture_is_written_whole_and_alike(tmp_path):
     ],
 )
 def test_a_picture_that_could_not_be_written_is_refused_before_the_work(tmp_path, prepare, message, monkeypatch):
-    monkeypatch.setattr("xdscale.analysis.embeddings.load_system", None)
+    monkeypatch.setattr("xdscale.analysis.embeddings.load_embeddings", None)
     prepare(tmp_path / "x.png")
     with pytest.raises(XdscaleError, match=rf"x\.png: {message}"):
         pwcca_command("random:9", "random:9", "--words", "100", "--plot", str(tmp_path / "x.png"))

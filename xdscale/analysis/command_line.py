@@ -19,7 +19,7 @@ def pwcca(
     words: Annotated[int | None, typer.Option(min=1, help="Draw so many of the shared words; default: all.")] = None,
     plot: Annotated[UserPath | None, typer.Option(help=".png or .svg: the correlations beside random ones.")] = None,
 ) -> None:
-    """Compare the word embeddings of two systems (the paper's Table 2)."""
+    """Compare the word embeddings of two models (the paper's Table 2)."""
     from xdscale.analysis.commands import print_pwcca
 
     print_pwcca(first, second, seed=seed, words=words, plot=plot)

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def print_pwcca(first: str, second: str, *, seed: int, words: int | None, plot: Path | None) -> None:
-    """Compares the word embeddings of two systems (Table 2), beside random ones of the same sizes."""
-    from xdscale.analysis.embeddings import load_system, paired_embeddings
+    """Compares the word embeddings of two models (Table 2), beside random ones of the same sizes."""
+    from xdscale.analysis.embeddings import load_embeddings, paired_embeddings
     from xdscale.analysis.pwcca import PUBLISHED, pwcca, random_baseline
 
     pictures.check_picture_path(plot)
-    systems = load_system(first), load_system(second)
-    one, other, shared = paired_embeddings(*systems, words=words, seed=seed)
+    embeddings = load_embeddings(first), load_embeddings(second)
+    one, other, shared = paired_embeddings(*embeddings, words=words, seed=seed)
     found = pwcca(one, other)
     widths = one.shape[1], other.shape[1]
     draws = random_baseline(len(shared), widths, seed)
@@ -40,7 +40,7 @@ def print_pwcca(first: str, second: str, *, seed: int, words: int | None, plot: 
     table.add_row(
         "random embeddings", f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f} ({len(draws)} draws, same sizes)"
     )
-    published = PUBLISHED.get(frozenset(system.label for system in systems))
+    published = PUBLISHED.get(frozenset(each.label for each in embeddings))
     if published is not None:
         table.add_row("published (Table 2)", f"{published:.4f}")
     _print(f"{first} / {second}", table)
@@ -124,12 +124,13 @@ def print_cross_attention(folder: Path, *, sentences: list[str], against: Path |
     pictures.check_picture_path(plot)
     folders = [folder] if against is None else [folder, against]
     results = [cross_attention(each, sentences) for each in folders]
-    table = _table("run", "tasks", "layer", "entropy (nats)", f"share of {MOST_ATTENDED} most attended", "distinct")
+    share = f"share of {MOST_ATTENDED} most attended"
+    table = _table("run", "objectives", "layer", "entropy (nats)", share, "distinct")
     for each, result in zip(folders, results):
         for layer, weights in enumerate(result.maps, 1):
             found = figures(weights)
             cells = f"{found.entropy:.3f}", f"{found.top_share:.1%}", f"{found.distinct}"
-            table.add_row(str(each), " ".join(result.tasks), str(layer), *cells)
+            table.add_row(str(each), " ".join(result.objectives), str(layer), *cells)
     keys = len(results[0].clip_tokens)
     table.add_row("uniform attention", "", "", f"{math.log(keys):.3f}", f"{min(1, MOST_ATTENDED / keys):.1%}", "")
     _print(
@@ -144,7 +145,7 @@ def print_cross_attention(folder: Path, *, sentences: list[str], against: Path |
             most.add_row(token, *(f"{result.clip_tokens[top]} {weight:.3f}" for top, weight in tops))
         _print(f"most attended CLIP token, {each}", most)
     if plot is not None:
-        columns = {f"{each.name or each} ({' '.join(r.tasks)})": r.maps for each, r in zip(folders, results)}
+        columns = {f"{each.name or each} ({' '.join(r.objectives)})": r.maps for each, r in zip(folders, results)}
         tokens = [result.language_tokens for result in results], [result.clip_tokens for result in results]
         pictures.save_picture(pictures.attention_maps(columns, *tokens), plot)
 

@@ -39,13 +39,13 @@ class CrossAttention:
     """The maps of one model for one example.
 
     Attributes:
-        tasks: the objectives it was adapted with.
+        objectives: those it was adapted with.
         language_tokens: [CLS] sentence1 [SEP], or with sentence2 [SEP] after it.
         clip_tokens: start sentence1 end, start sentence2 end; a long sentence has two such blocks.
         maps: for each cross-modal layer [language tokens, CLIP tokens], mean over the heads; rows of sum 1.
     """
 
-    tasks: tuple[str, ...]
+    objectives: tuple[str, ...]
     language_tokens: list[str]
     clip_tokens: list[str]
     maps: list[np.ndarray]

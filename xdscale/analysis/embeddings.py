@@ -1,4 +1,4 @@
-"""Word embeddings of the systems that PWCCA compares, paired by word."""
+"""Word embeddings that PWCCA compares, paired by word."""
 
 import re
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ _PUBLISHED_NAMES = {"bert-base-uncased": "BERT", "electra-base-discriminator": "
 
 
 @dataclass(frozen=True)
-class System:
+class WordEmbeddings:
     """Word embeddings under their words.
 
     Attributes:
         name: as the user gave it.
-        label: the system's name in Table 2, if it is one of those.
-        rows: word → row; None for a random system, which has every word.
-        table: fp32 [rows, width]; empty rows for a random system.
-        width: dimensions; 0 for a random system that takes the other's.
+        label: the model's name in Table 2, if it is one of those.
+        rows: word → row; None for random ones, which have every word.
+        table: fp32 [rows, width]; empty rows for random ones.
+        width: dimensions; 0 for random ones that take the other's.
     """
 
     name: str
@@ -35,7 +35,7 @@ class System:
     width: int
 
 
-def load_system(name: str) -> System:
+def load_embeddings(name: str) -> WordEmbeddings:
     """Loads the embeddings that a name stands for.
 
     Args:
@@ -49,20 +49,20 @@ def load_system(name: str) -> System:
     random = _RANDOM.fullmatch(name)
     if random:
         width = int(random["width"] or 0)
-        return System(name, "RANDOM", None, np.empty((0, width), np.float32), width)
-    return _clip_system(name) if name.startswith(CLIP_PREFIX) else _language_system(name)
+        return WordEmbeddings(name, "RANDOM", None, np.empty((0, width), np.float32), width)
+    return _of_clip(name) if name.startswith(CLIP_PREFIX) else _of_language_model(name)
 
 
 def paired_embeddings(
-    first: System, second: System, *, words: int | None, seed: int
+    first: WordEmbeddings, second: WordEmbeddings, *, words: int | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns the two systems' embeddings of the words they share.
+    """Returns two models' embeddings of the words they share.
 
     A word is an alphabetic lower-case entry that stands for a whole word in both vocabularies.
 
     Args:
-        first: a system.
-        second: another one.
+        first: of one model.
+        second: of another.
         words: so many, drawn from the shared ones; None for all.
         seed: of the draw, and of random embeddings.
 
@@ -72,9 +72,9 @@ def paired_embeddings(
     Raises:
         XdscaleError: fewer shared words than asked for, or sizes that nothing decides.
     """
-    known = [system for system in (first, second) if system.rows is not None]
+    known = [each for each in (first, second) if each.rows is not None]
     if known:
-        shared = sorted(set.intersection(*(set(system.rows) for system in known)))
+        shared = sorted(set.intersection(*(set(each.rows) for each in known)))
     elif words is None:
         raise XdscaleError("random embeddings have any number of words; say how many with --words")
     else:
@@ -85,22 +85,22 @@ def paired_embeddings(
     if words is not None and words < len(shared):
         shared = [shared[place] for place in np.sort(generator.choice(len(shared), words, replace=False))]
     pair = []
-    for system, other in ((first, second), (second, first)):
-        pair.append(_embeddings(system, shared, system.width or other.width, generator))
+    for each, other in ((first, second), (second, first)):
+        pair.append(_embeddings(each, shared, each.width or other.width, generator))
     return pair[0], pair[1], shared
 
 
-def _embeddings(system: System, words: list[str], width: int, generator: np.random.Generator) -> np.ndarray:
+def _embeddings(found: WordEmbeddings, words: list[str], width: int, generator: np.random.Generator) -> np.ndarray:
     from xdscale.analysis.pwcca import random_embeddings
 
-    if system.rows is not None:
-        return system.table[[system.rows[word] for word in words]]
+    if found.rows is not None:
+        return found.table[[found.rows[word] for word in words]]
     if not width:
         raise XdscaleError("random against random: give both their widths, as random:768 random:512")
     return random_embeddings(len(words), width, generator)
 
 
-def _clip_system(name: str) -> System:
+def _of_clip(name: str) -> WordEmbeddings:
     from tokenizers.decoders import ByteLevel
 
     from xdscale.pretrained.clip import load_clip_text_tower
@@ -122,17 +122,17 @@ def _clip_system(name: str) -> System:
         if entry.endswith(WORD_END)
     }
     label = "CLIP" if (spec.name.replace("/", "-"), spec.weights) == ("ViT-B-32", "openai") else None
-    return _system(name, label, entries, tower.token_embedding.weight.detach().numpy())
+    return _embeddings_of_words(name, label, entries, tower.token_embedding.weight.detach().numpy())
 
 
-def _language_system(name: str) -> System:
+def _of_language_model(name: str) -> WordEmbeddings:
     from xdscale.encoder import load_encoder
 
     encoder = load_encoder(name)
     weights = encoder.model.get_input_embeddings().weight.detach().numpy()
-    return _system(name, _PUBLISHED_NAMES.get(Path(name).name), encoder.tokenizer.get_vocab(), weights)
+    return _embeddings_of_words(name, _PUBLISHED_NAMES.get(Path(name).name), encoder.tokenizer.get_vocab(), weights)
 
 
-def _system(name: str, label: str | None, entries: dict[str, int], table: np.ndarray) -> System:
+def _embeddings_of_words(name: str, label: str | None, entries: dict[str, int], table: np.ndarray) -> WordEmbeddings:
     rows = {word: row for word, row in entries.items() if word.isalpha() and word == word.lower()}
-    return System(name, label, rows, table, table.shape[1])
+    return WordEmbeddings(name, label, rows, table, table.shape[1])

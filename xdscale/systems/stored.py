@@ -110,7 +110,7 @@ def begin_with(module: torch.nn.Module, folder: Path) -> None:
 
     Args:
         module: what a system built.
-        folder: a run folder (its newest undamaged checkpoint is read, checksums verified), or an export.
+        folder: a run folder (the checkpoint is read that an export would take, checksums verified), or an export.
 
     Raises:
         XdscaleError: neither of the two, no checkpoint yet, or the weights do not fit the module.
