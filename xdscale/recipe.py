@@ -155,7 +155,7 @@ class Run(Section):
     hang_seconds: int = Field(45, ge=1, description="shortest time without progress after which a rank counts as hung")
     cache: NameOrPath | None = Field(None, description="local folder for shards from a URL; one for each node")
     cache_bytes: int | None = Field(
-        None, ge=1, description="room for shards from a URL, fetched when needed; null fetches all first"
+        None, ge=1, description="bytes for shards from a URL, fetched when needed; null fetches all first"
     )
     verify: bool = Field(True, description="check every shard's SHA-256 before the first step")
     max_damaged_shards: int = Field(0, ge=0, description="train without so many damaged shards; 0 stops instead")

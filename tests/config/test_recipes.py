@@ -327,8 +327,11 @@ def test_the_keys_of_an_objective_that_is_off_are_shown():
 
 def test_the_lines_of_a_finetuning_recipe_are_overrides_too():
     settings = load_settings("paper", [])
-    overrides = [line.split("  ")[0] for line in key_lines(settings) if "=" in line.split("  ")[0]]
+    lines = list(key_lines(settings))
+    overrides = [line.split("  ")[0] for line in lines if "=" in line.split("  ")[0]]
     assert load_settings("quickstart", overrides) == settings
+    (seeds,) = (number for number, line in enumerate(lines) if line.startswith("seeds="))
+    assert lines[seeds - 1] == ""  # of no section
 
 
 @pytest.mark.parametrize("section", [XDBERTRecipe, MaskedLMRecipe, FinetuneSettings])

@@ -105,6 +105,30 @@ def test_commands_treat_it_as_their_own(command, trained):
     assert "| Halves |" in (command.folder / "report" / "report.md").read_text()
 
 
+BEGIN = """
+import sys
+from pathlib import Path
+import torch
+from xdscale.models.operations import PLAIN_ATTENTION
+from xdscale.recipe import load_recipe
+from xdscale.systems.contract import open_system
+from xdscale.systems.stored import stored_state
+
+recipe = load_recipe("halves-small", sys.argv[1:])
+module, stored = open_system(recipe).build(continued=False), stored_state(Path(recipe.model.start))
+assert all(torch.equal(value, stored[name]) for name, value in module.state_dict().items())
+assert module.model["language"].config._attn_implementation == PLAIN_ATTENTION
+"""
+
+
+@pytest.mark.slow
+def test_it_begins_with_the_weights_of_another_run_and_computes_by_the_definitions(site, trained, cassette_model):
+    """`model.start` and `run.kernels` are keys of its recipe: none of them is without effect."""
+    overrides = [f"model.language.name={cassette_model}", f"model.start={trained[3]}", "run.kernels=plain"]
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    subprocess.run([sys.executable, "-c", BEGIN, *overrides], env=environment, check=True)
+
+
 @pytest.mark.slow
 def test_it_is_counted_and_planned_as_its_own(command, cassette_model):
     """BERT's 2 layers of 128, and a classifier of 2 x 128 weights and 2 biases on top."""

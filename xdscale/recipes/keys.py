@@ -28,12 +28,12 @@ def _lines(section: type[BaseModel], values: BaseModel | None, prefix: str) -> I
     for name, field in section.model_fields.items():
         key, inner = prefix + name, _section(field)
         value = getattr(values, name, None)
+        if not prefix:
+            yield ""
         if inner is None:
             shown = f"{key}={_text(value)}" if values is not None else f"{key} (off)"
             yield f"{shown:{_WIDTH}}  {_meaning(field)} ({_default(field, value, values is None)})"
             continue
-        if not prefix:
-            yield ""
         about = (inner.__doc__ or "").split("\n")[0].rstrip(".")
         shown = f"{key}=null" if value is None and values is not None else key
         yield f"{shown:{_WIDTH}}  {about}" + (f" ({field.description})" if field.description else "")
