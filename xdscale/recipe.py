@@ -298,11 +298,13 @@ def read_values(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Reads a YAML file of sections and applies overrides.
 
     Raises:
-        XdscaleError: not YAML, no sections, or an override of another form.
+        XdscaleError: no such file, not YAML, no sections, or an override of another form.
     """
     try:
         values = read_yaml(path.read_text(encoding="utf-8-sig"))
-    except (OSError, *NOT_YAML) as error:
+    except OSError as error:
+        raise XdscaleError(f"{path}: cannot be read: {error.strerror}") from None
+    except NOT_YAML as error:
         raise XdscaleError(f"{path}: not a YAML recipe: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise XdscaleError(f"{path}: expected sections such as {', '.join(Recipe.model_fields)}, found {shown(values)}")

@@ -249,7 +249,7 @@ def request(model, data, out, **changes):
         ({"recipe": "papr"}, "no such finetuning recipe.*did you mean 'paper'"),
         ({"overrides": ["training.epoch=2"]}, "unknown key 'training.epoch'; did you mean 'epochs'"),
         ({"overrides": ["seeds.rtee=2"]}, "seeds: unknown task 'rtee'; did you mean 'rte'"),
-        ({"tasks": ["own.yaml"]}, "own.yaml: not a YAML recipe: .*No such file"),
+        ({"tasks": ["own.yaml"]}, "^own.yaml: cannot be read: No such file or directory$"),
         ({"tasks": ["OWN/person.yaml"]}, "--data .*: nothing is read from there, since .*person.yaml says where its"),
         ({"tasks": ["OWN/person.yaml", "OWN/person.yml"], "data": None}, "are both named 'person'; rename one"),
         ({"model": "/nowhere"}, "/nowhere: no such file or folder"),
