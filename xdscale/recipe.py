@@ -49,6 +49,16 @@ NameOrPath = Annotated[str, AfterValidator(expand_home)]
 """A path, or a name that may be one."""
 
 
+def _watches_a_figure(value: int | None, info: ValidationInfo) -> int | None:
+    if value is not None and info.data.get("best") is None:
+        raise ValueError("training.best must name the figure to watch")
+    return value
+
+
+Patience = Annotated[Annotated[int, Field(ge=1)] | None, AfterValidator(_watches_a_figure)]
+"""Validations in a row without a better figure; the section's key `best`, which stands before it, names the figure."""
+
+
 class Section(BaseModel):
     """A group of recipe keys; unknown keys are refused and values are never changed after loading."""
 
@@ -136,7 +146,7 @@ class Training(Section):
         None,
         description="held-out figure whose best checkpoint stays and is exported, such as loss/mlm",
     )
-    patience: int | None = Field(None, ge=1, description="validations in a row without a better one that end the run")
+    patience: Patience = Field(None, description="validations in a row without a better one that end the run")
 
 
 class Run(Section):
@@ -366,7 +376,8 @@ def describe_validation_error(
             problems.append(f"{where}: {key!r} is missing")
         else:
             quotes = "; write a number that is meant as a text in quotes" if item["type"] == "string_type" else ""
-            problems.append(f"{where}: {key} = {shown(item['input'])}: {item['msg']}{quotes}")
+            said = item["msg"].removeprefix("Value error, ")
+            problems.append(f"{where}: {key} = {shown(item['input'])}: {said}{quotes}")
     return "\n".join(problems)
 
 

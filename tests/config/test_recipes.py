@@ -247,6 +247,17 @@ def test_override_without_equals_sign_is_refused(write):
         load_recipe(write(MINIMAL), ["training.seed"])
 
 
+@pytest.mark.parametrize("load", [load_recipe, load_settings])
+def test_patience_needs_a_figure_to_watch(load):
+    """Said where the recipe is read: not by ranks, after a wait in a queue."""
+    message = "the command line: training.patience = 3: training.best must name the figure to watch"
+    with pytest.raises(XdscaleError, match=message):
+        load("quickstart", ["training.patience=3"])
+    with pytest.raises(XdscaleError, match="training.patience = 0: Input should be greater than or equal to 1"):
+        load("quickstart", ["training.best=loss/a", "training.patience=0"])
+    assert load("quickstart", ["training.best=loss/a", "training.patience=3"]).training.patience == 3
+
+
 def test_what_was_typed_wrongly_is_not_blamed_on_the_file(write):
     for typed, problem in (
         ("trainig.steps=3", "unknown key 'trainig'; did you mean 'training'"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from xdscale.errors import XdscaleError
 from xdscale.names import nearest, own_or_shipped
@@ -15,6 +15,7 @@ from xdscale.recipe import (
     NameOrPath,
     Optim,
     Output,
+    Patience,
     Recipe,
     Run,
     Section,
@@ -65,14 +66,7 @@ class TrainingSettings(Section):
     best: Literal["loss/task", "accuracy/task"] | None = Field(
         None, description="figure of each epoch whose best weights predict: loss/task or accuracy/task"
     )
-    patience: int | None = Field(None, ge=1, description="epochs in a row without a better one that end the run")
-
-    @field_validator("patience")
-    @classmethod
-    def _has_a_figure(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("best") is None:
-            raise ValueError("training.best must name the figure to watch")
-        return value
+    patience: Patience = Field(None, description="epochs in a row without a better one that end the run")
 
 
 class RunSettings(Section):

@@ -78,10 +78,8 @@ def check_metric(training: Training, objectives: Mapping[str, Objective]) -> Non
     """Checks that validations measure what the recipe names.
 
     Raises:
-        XdscaleError: they do not, and what they do; or there is patience, but no figure.
+        XdscaleError: they do not, and what they do.
     """
-    if training.patience is not None and training.best is None:
-        raise XdscaleError(f"training.patience = {training.patience}: training.best must name the figure to watch")
     known = [f"{kind}/{name}" for name, objective in objectives.items() for kind in ("loss", *objective.metrics)]
     if training.best is not None and training.best not in known:
         raise XdscaleError(f"training.best = {training.best}: not measured here; {unknown_key(training.best, known)}")
