@@ -95,7 +95,7 @@ class Optim(Section):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd is with momentum")
     learning_rate: float = Field(1e-4, gt=0, description="the largest, at the end of the warm-up")
     rate_factors: dict[str, Annotated[float, Field(gt=0, strict=True)]] = Field(
-        {}, description="factors of the rate for parts of the model, such as {heads: 10}"
+        {}, description="factors of the rate for parts of the model, such as {language: 0.1}, in finetuning {head: 10}"
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
     eps: float = Field(1e-6, gt=0, description="AdamW's ε, added to the root of the second moment")

@@ -11,11 +11,13 @@ from transformers import (
 )
 
 from xdscale.errors import XdscaleError
+from xdscale.finetune.run import FinetuneSystem
 from xdscale.models.xdbert import XDBERT
+from xdscale.recipe import Optim
 from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import Clip
 from xdscale.systems.stored import save_full_model
-from xdscale.systems.xdbert import build_adaptation
+from xdscale.systems.xdbert import build_adaptation, build_model
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import (
     Finetuning,
@@ -23,7 +25,9 @@ from xdscale.tasks.finetuning import (
     build_cross_modal_classifier,
     build_language_classifier,
 )
+from xdscale.tasks.subjects import CrossModalClassifier
 from xdscale.training.engine import to_device
+from xdscale.training.optimizer import build_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,27 @@ def test_logits_are_those_of_transformers_own_model(cassette_model, electra_fold
         terms = module(batch)
     torch.testing.assert_close(terms["logits"], wanted.logits.view_as(terms["logits"]), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(terms["task"][0] / len(labels), wanted.loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["language", "cross-modal", "clip"])
+def test_the_head_alone_can_have_another_rate(cassette_model, adaptation_spec, tmp_path, kind):
+    """As `xdscale recipes --finetuning paper` says: optim.rate_factors={head: 10}."""
+    task = find_task("cola")
+    if kind == "language":
+        subject = build_language_classifier(Language(name=str(cassette_model)), task, dropout=0.1)
+        head = [subject.model.classifier]
+    elif kind == "clip":
+        subject = build_clip_classifier(Clip(name="clip-tiny.json", weights="random"), task, dropout=0.1)
+        head = [subject.classifier]
+    else:
+        subject = CrossModalClassifier(build_model(adaptation_spec().model), 2, dropout=0.1)
+        head = [subject.pooler, subject.classifier]
+    module = Finetuning(subject, task)
+    parts = FinetuneSystem.parts(None, module)
+    groups = build_optimizer(module, Optim(rate_factors={"head": 10}), parts).param_groups
+    found = {group["rate_factor"]: {id(parameter) for parameter in group["params"]} for group in groups}
+    assert found[10] == {id(parameter) for part in head for parameter in part.parameters()}
+    assert found.keys() == {1, 10}
 
 
 def test_parameters_are_the_encoders_and_the_heads(cassette_model):

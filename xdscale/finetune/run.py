@@ -77,8 +77,8 @@ class FinetuneSystem(System):
         return build_subject(self.recipe, self._material.data.task)
 
     def parts(self, module: Finetuning) -> dict[str, nn.Module]:
-        """Returns the subject: encoder and head."""
-        return {"subject": module.subject}
+        """Returns encoder and head; the head is what the subject has besides its encoder."""
+        return {"encoder": module.subject.encoder, "head": module.subject}
 
     def finish(self, setup: Setup, engine: Any) -> int:
         """Predicts every example of the development and test splits once, and writes the result."""

@@ -25,6 +25,11 @@ class LanguageClassifier(nn.Module):
         super().__init__()
         self.model = model
 
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The encoder; BERT's pooler belongs to it."""
+        return self.model.base_model
+
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each layer in the backward pass."""
         recompute_layers(self.model.base_model)
