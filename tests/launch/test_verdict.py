@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from xdscale.launch.facts import HostFacts, existing_parent, file_system
+from xdscale.launch.probe import _checkpoint_bytes
 from xdscale.launch.verdict import CHECKS, AllReduceTimes, Evidence, judge, table
+from xdscale.recipe import load_recipe
 
 SOUND = HostFacts(
     rank=0,
@@ -133,3 +135,13 @@ def test_the_file_system_is_that_of_the_nearest_mount(path, kind):
 def test_the_existing_parent_of_a_new_folder(tmp_path):
     assert existing_parent(tmp_path / "a" / "b") == tmp_path
     assert existing_parent(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("override", "share"),
+    [("optim.ema_decay=0.999", 20 / 16), ("optim.optimizer=sgd", 12 / 16), ("training.best=loss/mlm", 5 / 4)],
+)
+def test_room_for_checkpoints_is_that_of_what_they_hold(override, share):
+    """Weights twice, moments, the moving average; of three checkpoints, the one being written, and the best."""
+    usual, found = (_checkpoint_bytes(load_recipe("quickstart", overrides)) for overrides in ((), (override,)))
+    assert found == usual * share

@@ -166,6 +166,7 @@ def build_trainer(recipe, engine, ranks, batches):
     from xdscale.training.signals import StopRequest
     from xdscale.training.skipping import Skipped
     from xdscale.training.watchdog import Watchdog
+    from xdscale.training.weight_average import WeightAverage
 
     class Source:
         wait_seconds = 0.0
@@ -174,8 +175,10 @@ def build_trainer(recipe, engine, ranks, batches):
             return 0, StepData(batches, "")
 
     engine.train()
+    decay = recipe.optim.ema_decay
     return Trainer(
         engine=engine,
+        average=WeightAverage(engine, decay, ranks) if decay else None,
         recipe=recipe,
         ranks=ranks,
         objectives=open_system(recipe).objectives(),

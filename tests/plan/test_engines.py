@@ -1,13 +1,14 @@
 """Bytes and traffic of the plan against real DeepSpeed engines on two CPU ranks, at every stage."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from xdscale.params import build_on_meta
 from xdscale.plan.configs import ds_config
 from xdscale.plan.profile import modules
-from xdscale.plan.settings import read_settings
+from xdscale.plan.settings import kept_bytes, read_settings
 from xdscale.plan.states import model_states
 from xdscale.plan.traffic import collectives
 from xdscale.recipe import load_recipe
@@ -23,7 +24,7 @@ KEEP = {"stage3_param_persistence_threshold": 1000, "stage3_max_reuse_distance":
 RELEASE = {"stage3_param_persistence_threshold": 1000, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 
 
-def case(way, precision, *, match=True, frozen=(), **zero):
+def case(way, precision, *, match=True, frozen=(), optim=(), **zero):
     values = ds_config(way, precision, MICRO_BATCH, 100_000)
     # Oversized parameters and several buckets per pass, as with a large model.
     values["zero_optimization"] |= {"reduce_bucket_size": 50_000, **zero}
@@ -31,7 +32,13 @@ def case(way, precision, *, match=True, frozen=(), **zero):
     for place in ("offload_optimizer", "offload_param"):
         values["zero_optimization"].get(place, {})["pin_memory"] = False  # there is no GPU to pin memory for
     words = [way, precision, "" if match else "odd", *frozen]
-    return {"name": " ".join(filter(None, words)), "ds_config": values, "frozen": frozen, "match": match}
+    return {
+        "name": " ".join(filter(None, words)),
+        "ds_config": values,
+        "frozen": frozen,
+        "match": match,
+        "optim": optim,
+    }
 
 
 def named(name, made):
@@ -49,6 +56,10 @@ CASES = [
     case("zero2-offload", "bf16", match=False),
     named("kept", case("zero3-offload", "fp16", **KEEP)),
     case("zero2", "bf16", frozen=["clip"]),
+    named("averaged", case("zero0", "bf16", optim=["optim.ema_decay=0.9"])),
+    named("averaged", case("zero2", "fp32", optim=["optim.ema_decay=0.9"])),
+    named("averaged kept", case("zero3", "bf16", optim=["optim.ema_decay=0.9"], **KEEP)),
+    named("sgd", case("zero1", "bf16", optim=["optim.optimizer=sgd"])),
 ]
 NAMES = [made["name"] for made in CASES]
 
@@ -59,7 +70,7 @@ def overrides(small_model):
 
 
 def with_overrides(made, overrides):
-    return overrides + ([] if made["match"] else ["objectives.match=null"])
+    return overrides + list(made["optim"]) + ([] if made["match"] else ["objectives.match=null"])
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +88,7 @@ def planned(made, overrides):
     module = build_on_meta(spec)
     for part in made["frozen"]:
         module.get_submodule(f"model.{part}").requires_grad_(False)
-    return spec, modules(module), read_settings(made["ds_config"])
+    return spec, modules(module), replace(read_settings(made["ds_config"]), kept_bytes=kept_bytes(spec.optim))
 
 
 @pytest.mark.parametrize("made", CASES, ids=NAMES)

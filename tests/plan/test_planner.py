@@ -78,6 +78,24 @@ def test_model_states_follow_the_formulas_of_the_zero_paper(way, precision, per_
     assert states.resident == pytest.approx(per_rank(parameters, ranks) + small, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "more"),
+    [
+        (["optim.ema_decay=0.999"], 4),
+        (["optim.optimizer=sgd"], -4),
+        (["optim.optimizer=sgd", "optim.ema_decay=0.9"], 0),
+    ],
+)
+def test_states_are_those_of_the_recipes_optimizer_and_moving_average(overrides, more):
+    """AdamW keeps two moments, SGD one; the average is a third fp32 number per trained parameter, cut as those are."""
+    made = plan(load_recipe("xdelectra-large-wikipedia", overrides))
+    for row, usual in zip(made.rows, plan().rows, strict=True):
+        parts = 1 if row.way == "zero0" else 8
+        place = "host" if row.way.endswith("offload") else "optimizer"
+        difference = getattr(row.states, place) - getattr(usual.states, place)
+        assert difference == pytest.approx(more * made.trained / parts, rel=1e-3)
+
+
 def test_offloading_moves_bytes_to_the_host():
     for row, offloaded in zip(plan().rows[2:4], plan().rows[4:]):
         assert offloaded.states.optimizer == 0

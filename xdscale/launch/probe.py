@@ -157,10 +157,11 @@ def _try_collective(store: Any, rank: int, world_size: int, timeout_seconds: int
 
 
 def _checkpoint_bytes(recipe: Recipe) -> int:
-    """Returns the room for all checkpoints that are kept and the one being written."""
+    """Returns the room for all checkpoints that are kept, the best one among them, and the one being written."""
     from xdscale.launch.space import checkpoint_bytes
 
-    return (recipe.run.keep_checkpoints + 1) * checkpoint_bytes(recipe)
+    kept = recipe.run.keep_checkpoints + (recipe.training.best is not None)
+    return (kept + 1) * checkpoint_bytes(recipe)
 
 
 if __name__ == "__main__":

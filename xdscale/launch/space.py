@@ -1,9 +1,10 @@
 """How much room a recipe's checkpoints take."""
 
+from xdscale.plan.settings import kept_bytes
 from xdscale.recipe import Recipe
 
-BYTES_PER_PARAMETER = 16
-"""The parameter as computed with (4 in fp32, 2 in bf16), its fp32 master and AdamW's two moments (12)."""
+_WEIGHTS = 8
+"""Bytes per parameter: as computed with (4 in fp32, 2 in bf16), and its fp32 master (4)."""
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -14,4 +15,4 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     """
     from xdscale.params import parameter_table
 
-    return BYTES_PER_PARAMETER * parameter_table(recipe)[-1].parameters
+    return (_WEIGHTS + kept_bytes(recipe.optim)) * parameter_table(recipe)[-1].parameters

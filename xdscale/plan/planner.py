@@ -8,7 +8,7 @@ from xdscale.ds_config import split_batch
 from xdscale.plan.cluster import REFERENCE_MFU, Cluster, step_time
 from xdscale.plan.configs import WAYS, ds_config, file_name, model_name
 from xdscale.plan.hardware import usable_gib
-from xdscale.plan.settings import Settings, read_settings
+from xdscale.plan.settings import Settings, kept_bytes, read_settings
 from xdscale.plan.states import States, count, model_states, partition
 from xdscale.plan.traffic import collectives
 from xdscale.recipe import Recipe
@@ -186,7 +186,7 @@ class _RowMaker:
         for way in ("zero0", *WAYS):
             parameters, checkpointing = count(self.profile.modules), self.profile.checkpointing
             values = ds_config(way, self.profile.precision, 1, parameters, checkpointing=checkpointing)
-            yield self.row(way, read_settings(values))
+            yield self.row(way, replace(read_settings(values), kept_bytes=kept_bytes(self.recipe.optim)))
 
     def row(self, way: str, settings: Settings) -> PlanRow:
         gpus = self.machine.cluster.gpus

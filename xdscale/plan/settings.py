@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xdscale.ds_config import activation_checkpointing, precision, zero_stage
+from xdscale.recipe import Optim
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of one element, by precision."""
@@ -25,6 +26,7 @@ class Settings:
         persistence_threshold: stage 3 keeps parameters of at most so many elements on every rank.
         reuse_distance: stage 3 keeps a parameter that is needed again within so many elements.
         prefetch_bucket: elements that stage 3 gathers ahead.
+        kept_bytes: per trained parameter, kept beside its fp32 weight: see `kept_bytes`.
     """
 
     stage: int
@@ -38,6 +40,7 @@ class Settings:
     persistence_threshold: int = 100_000
     reuse_distance: int = 1_000_000_000
     prefetch_bucket: int = 50_000_000
+    kept_bytes: int = 8
 
     @property
     def parameter_bytes(self) -> int:
@@ -48,6 +51,11 @@ class Settings:
     def name(self) -> str:
         """Short name of stage and offload, as in the file names of `ds_configs/`."""
         return f"zero{self.stage}" + ("-offload" if self.offload_optimizer else "")
+
+
+def kept_bytes(optim: Optim) -> int:
+    """Returns the bytes that training keeps per trained parameter, beside its weight: moments and average, in fp32."""
+    return (8 if optim.optimizer == "adamw" else 4) + (4 if optim.ema_decay is not None else 0)
 
 
 def read_settings(values: dict[str, Any]) -> Settings:

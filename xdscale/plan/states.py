@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from xdscale.plan.settings import Settings
 
-_MASTER, _MOMENTS, _SUM = 4, 8, 4
-"""Bytes per parameter of the fp32 master weight, of Adam's two moments, and of a gradient summed in fp32."""
+_MASTER, _SUM = 4, 4
+"""Bytes per parameter of the fp32 master weight, and of a gradient summed in fp32."""
 
 
 class Module(NamedTuple):
@@ -57,7 +57,7 @@ class States:
     Attributes:
         parameters: in the precision of the forward pass, on the device.
         gradients: on the device.
-        optimizer: master weights and moments, on the device.
+        optimizer: master weights, moments and the moving average, on the device.
         buckets: buffers through which gradients are reduced, on the device.
         gathered: parameters that stage 3 gathers for computing, at their most.
         host: what offloading moves to the host's memory.
@@ -119,7 +119,7 @@ def _unsharded(found: list[Module], settings: Settings) -> States:
     return States(
         parameters=width * (trained + frozen),
         gradients=width * trained,
-        optimizer=(master + _MOMENTS) * trained,
+        optimizer=(master + settings.kept_bytes) * trained,
         buckets=width * trained,  # flattened copy that is reduced, in pieces of 500 million elements
     )
 
@@ -128,6 +128,7 @@ def _stages_1_and_2(found: list[Module], settings: Settings, ranks: int, rank: i
     trained = list(sizes(found, trained=True))
     part, width = partition(sum(trained), ranks), settings.parameter_bytes
     parameters = width * (part * ranks + sum(sizes(found, trained=False)))
+    state = (_MASTER + settings.kept_bytes) * part
     gradients, buckets = _SUM * part, settings.reduce_bucket * width * (2 if settings.overlap else 1)
     if settings.precision == "fp32":
         gradients = _SUM * sum(_touching(trained, rank * part, (rank + 1) * part))
@@ -139,9 +140,7 @@ def _stages_1_and_2(found: list[Module], settings: Settings, ranks: int, rank: i
         gradients = _SUM * sum(trained)
         buckets *= _SUM // width  # fp32 sums go through it
     if not settings.offload_optimizer:
-        return States(
-            parameters=parameters, gradients=gradients, optimizer=(_MASTER + _MOMENTS) * part, buckets=buckets
-        )
+        return States(parameters=parameters, gradients=gradients, optimizer=state, buckets=buckets)
     longest = max(trained)
     return States(
         parameters=parameters,
@@ -149,7 +148,7 @@ def _stages_1_and_2(found: list[Module], settings: Settings, ranks: int, rank: i
         optimizer=0,
         buckets=buckets + width * longest,
         # Master weights, moments, their gradients, a copy of the partition on its way back, the longest gradient.
-        host=(_MASTER + _MOMENTS + _SUM + width) * part + width * longest,
+        host=state + (_SUM + width) * part + width * longest,
     )
 
 
@@ -159,7 +158,7 @@ def _stage_3(found: list[Module], settings: Settings, ranks: int) -> States:
     shards = sum(shard(size, ranks) for size in everything)
     part = sum(shard(size, ranks) for size in sizes(found, trained=True))
     persistent = sum(shard(size, ranks) * ranks for size in everything if size <= settings.persistence_threshold)
-    state = (_MASTER + _MOMENTS) * part
+    state = (_MASTER + settings.kept_bytes) * part
     return States(
         parameters=width * (persistent + (0 if settings.offload_parameters else shards)),
         gradients=0 if settings.offload_optimizer else _SUM * part,
