@@ -225,6 +225,8 @@ def test_relative_paths_are_warned_about(tmp_path):
     assert f"output.folder = runs/quickstart is relative: every machine takes it from {tmp_path}" in result.stderr
     assert "data.shards" not in result.stderr
     assert (tmp_path / "launch" / "quickstart" / "hostfile").exists()
+    remote = ("data.shards=s3://bucket/q", "run.cache=/disk", "--out", "remote")
+    assert "data.shards" not in launch("quickstart", *remote, "--hosts", "a:1,b:1", cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize("name", [path.stem for path in shipped_recipes()])

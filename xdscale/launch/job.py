@@ -6,7 +6,7 @@ from pathlib import Path
 
 from xdscale.ds_config import SIZES, BatchSplit, read_ds_config, resolve_ds_config, split_batch
 from xdscale.errors import XdscaleError
-from xdscale.names import resolve_path
+from xdscale.names import is_url, resolve_path
 from xdscale.pretrained.architectures import read_encoder_config
 from xdscale.recipe import Recipe, load_recipe
 
@@ -88,5 +88,5 @@ def path_warnings(recipe: Recipe) -> list[str]:
         f"{key} = {value} is relative: every machine takes it from {Path.cwd()}, which must be one shared folder; "
         "an absolute path on a shared file system is safer, and 'xdscale doctor' checks either"
         for key, value in paths.items()
-        if not value.startswith(("/", "package:"))
+        if not value.startswith(("/", "package:")) and not is_url(value)
     ]
