@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from xdscale.launch.facts import HostFacts, existing_parent, file_system
+from xdscale.launch.facts import HostFacts, _recipe_facts, existing_parent, file_system
 from xdscale.launch.probe import _checkpoint_bytes
 from xdscale.launch.verdict import CHECKS, AllReduceTimes, Evidence, judge, table
 from xdscale.recipe import load_recipe
@@ -145,3 +145,16 @@ def test_room_for_checkpoints_is_that_of_what_they_hold(override, share):
     """Weights twice, moments, the moving average; of three checkpoints, the one being written, and the best."""
     usual, found = (_checkpoint_bytes(load_recipe("quickstart", overrides)) for overrides in ((), (override,)))
     assert found == usual * share
+
+
+def test_shards_behind_a_url_are_looked_at_there(wiki_shards, tmp_path, monkeypatch):
+    """As `data.shards=s3://bucket/wiki run.cache=/disk`; they are no folder of this machine."""
+    monkeypatch.setattr("xdscale.shards.remote.PAUSES_SECONDS", ())
+
+    def facts(place):
+        return _recipe_facts(load_recipe("quickstart", [f"data.shards=file://{place}", f"run.cache={tmp_path}"]))
+
+    found = facts(wiki_shards)
+    assert "shards_problem" not in found
+    assert found["shards_fingerprint"]
+    assert "/nowhere/dataset.json: cannot be fetched" in facts("/nowhere")["shards_problem"]

@@ -16,7 +16,7 @@ import xdscale
 from xdscale.devices import asked_for_cpu
 from xdscale.errors import XdscaleError
 from xdscale.launch.environment import is_carried
-from xdscale.names import shards_folder
+from xdscale.names import is_url, shards_folder
 from xdscale.recipe import Recipe
 
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "open_clip_torch", "tokenizers", "numpy")
@@ -41,7 +41,7 @@ class HostFacts:
         open_files: limit of open files.
         shared_memory_gib: size of /dev/shm.
         loopback_name: whether the machine's own name stands for a loopback address, though ranks meet elsewhere.
-        shards_fingerprint: of the recipe's shards; None without a recipe or where they cannot be read.
+        shards_fingerprint: of the recipe's shards, also behind a URL; None without a recipe or if they cannot be read.
         shards_problem: why they cannot be read, or empty.
         output_free_bytes: free space where the run will be written.
     """
@@ -168,16 +168,21 @@ def _recipe_facts(recipe: Recipe) -> dict[str, object]:
     facts: dict[str, object] = {}
     try:
         if hasattr(recipe.data, "shards"):
-            facts["shards_fingerprint"] = _shards_fingerprint(shards_folder(recipe.data.shards))
+            facts["shards_fingerprint"] = _shards_fingerprint(recipe.data.shards)
     except (XdscaleError, OSError) as error:
         facts["shards_problem"] = str(error)
     facts["output_free_bytes"] = shutil.disk_usage(existing_parent(Path(recipe.output.folder))).free
     return facts
 
 
-def _shards_fingerprint(folder: Path) -> str:
+def _shards_fingerprint(name: str) -> str:
+    """Returns what is equal for equal shards; of those behind a URL only `dataset.json` is fetched."""
     from xdscale.shards.manifest import Manifest
+    from xdscale.shards.remote import fetch_manifest
 
+    if is_url(name):
+        return hashlib.sha256(fetch_manifest(name).encode()).hexdigest()
+    folder = shards_folder(name)
     manifest = Manifest.load(folder)
     for shard in manifest.shards:
         path = folder / shard.file
