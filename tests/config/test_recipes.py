@@ -254,8 +254,8 @@ def test_patience_needs_a_figure_to_watch(load):
     with pytest.raises(XdscaleError, match=message):
         load("quickstart", ["training.patience=3"])
     with pytest.raises(XdscaleError, match="training.patience = 0: Input should be greater than or equal to 1"):
-        load("quickstart", ["training.best=loss/a", "training.patience=0"])
-    assert load("quickstart", ["training.best=loss/a", "training.patience=3"]).training.patience == 3
+        load("quickstart", ["training.best=loss/task", "training.patience=0"])
+    assert load("quickstart", ["training.best=loss/task", "training.patience=3"]).training.patience == 3
 
 
 def test_what_was_typed_wrongly_is_not_blamed_on_the_file(write):
