@@ -9,6 +9,7 @@ from xdscale.data.task_files import Example
 from xdscale.errors import XdscaleError
 from xdscale.finetune.command import default_ds_config
 from xdscale.finetune.recipe import check_tasks, load_settings, resolve_run
+from xdscale.finetune.run import _settings
 from xdscale.tasks.contract import SHIPPED, TaskData, find_task
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,15 @@ def test_epochs_become_steps(examples, steps, per_epoch, tmp_path):
 def test_what_no_run_could_be_trained_with_is_refused_before_any(override, problem):
     with pytest.raises(XdscaleError, match=f"(?s)^the command line: {problem}"):
         load_settings("paper", [override])
+
+
+def test_models_of_the_best_and_of_the_last_weights_are_not_comparable(tmp_path):
+    data = TaskData(find_task("rte"), [Example("0", (("a", "b"),), 0, 1)] * 10, {}, {}, {}, {})
+    subject = {"name": "m", "subject": "language", "size": "base", "weights_sha256": None}
+    of_run = {"subject": subject, "source": tmp_path, "seed": 3, "label": "m", "folder": tmp_path / "r"}
+    chosen = ["training.best=accuracy/task", "training.patience=2"]
+    last, best = (_settings(resolve_run(load_settings("paper", more), data, **of_run), {}) for more in ([], chosen))
+    assert best == last | {"best": "accuracy/task", "patience": 2}
 
 
 def test_one_learning_rate_for_all_can_be_given():

@@ -227,3 +227,6 @@ def test_a_module_that_needs_values_is_left_out_and_told_once():
     assert [np.isnan(flops({"rows": np.ones((3, 2))})) for _ in range(2)] == [True, True]
     (line,) = said
     assert line.startswith("throughput/mfu is left out: the module cannot run without values: ")
+    for module, arrays in ((TypeError("cannot pickle a lock"), {"rows": np.ones((3, 2))}), (Choosy(2, 2), {})):
+        assert np.isnan(TracedFlops(module, ["task"], said.append)(arrays))
+    assert "cannot run without values: cannot pickle a lock" in said[1]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -10,11 +11,14 @@ from safetensors.torch import load_file
 
 from xdscale.errors import XdscaleError
 from xdscale.export import export_run
+from xdscale.finetune.run import FinetuneSystem
 from xdscale.recipe import Training, load_recipe
-from xdscale.systems.contract import Objective
+from xdscale.systems.contract import Objective, open_system
+from xdscale.training import session
 from xdscale.training.best import best_so_far, check_metric, final_step
 from xdscale.training.checkpoint import Retention, checkpoint_name, list_checkpoints, step_of
 from xdscale.training.consolidate import consolidated_state
+from xdscale.training.distributed import Ranks
 from xdscale.training.run_folder import read_log
 
 
@@ -69,6 +73,25 @@ def test_a_figure_that_is_not_measured_is_refused():
         check_metric(Training(steps=1, global_batch=1, best=known), objectives)
     with pytest.raises(XdscaleError, match=r"training.best = accuracy/mml: not measured here; .*'accuracy/mlm'"):
         check_metric(Training(steps=1, global_batch=1, best="accuracy/mml"), objectives)
+
+
+def test_no_checkpoint_is_read_for_a_system_that_does_nothing_at_the_end(tmp_path):
+    """Each rank would read all of it, every rank's part of the optimizer too."""
+    (tmp_path / "checkpoints" / checkpoint_name(2)).mkdir(parents=True)
+    lines = [json.dumps(entry) + "\n" for entry in log_of("loss/mlm", [3.0, 2.0, 1.0])]
+    (tmp_path / "log.jsonl").write_text("".join(lines))
+    recipe = load_recipe("quickstart", ["training.best=loss/mlm"])
+    assert final_step(tmp_path, recipe) == 2
+    setup = SimpleNamespace(recipe=recipe, run=SimpleNamespace(folder=tmp_path), ranks=Ranks(0, 1, 0))
+    assert session.finish(open_system(recipe), setup, None) == 0
+    with pytest.raises(XdscaleError, match="step-00000002: damaged"):
+        session.finish(FinetuneSystem(recipe), setup, None)
+
+
+def test_the_log_of_a_run_without_such_a_figure_is_not_read(tmp_path):
+    """Its export needs none of it, and a received one may hold anything."""
+    (tmp_path / "log.jsonl").write_text("null\n")
+    assert final_step(tmp_path, load_recipe("quickstart")) is None
 
 
 @pytest.fixture(scope="module")

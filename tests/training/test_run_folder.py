@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 
 import pytest
 
@@ -104,6 +105,18 @@ def test_a_place_that_takes_no_folder_is_named(tmp_path, place):
     folder.check(load_recipe("quickstart"))
     with pytest.raises(XdscaleError, match=r"cannot write a run in .*make it writable"):
         folder.claim()
+
+
+STOP = "stopped after .* as run.stop_at_step = 5 says"
+
+
+@pytest.mark.parametrize(("step", "why"), [(3, "ended after .*: 2 validations in a row"), (5, STOP), (8, STOP)])
+def test_the_last_line_says_what_ended_the_run(tmp_path, capfd, step, why):
+    """A run that has gone on beyond `run.stop_at_step` before is at its end too."""
+    (tmp_path / "run").mkdir()
+    stated = ["training.steps=20", "run.stop_at_step=5", "training.best=loss/mlm", "training.patience=2"]
+    Monitor(RunFolder(tmp_path / "run"), load_recipe("quickstart", stated), step, ["mlm"]).end(step, [1.0], False)
+    assert re.search(why, capfd.readouterr().err)
 
 
 def test_a_full_disk_under_the_log_is_one_message(tmp_path):

@@ -45,6 +45,12 @@ def test_weights_are_the_runs_own_again_after_an_error():
     assert engine.module["trained"].item() == 2.0
 
 
+def test_whoever_may_read_a_checkpoint_may_read_its_average(tmp_path):
+    WeightAverage(engine_of([1.0]), 0.5, Ranks(0, 1, 0)).save(tmp_path)
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / "average-00000.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_checkpoint_without_all_of_it_is_refused(tmp_path):
     WeightAverage(engine_of([1.0, 2.0]), 0.5, Ranks(0, 1, 0)).save(tmp_path)
     WeightAverage(engine_of([1.0, 2.0]), 0.5, Ranks(0, 1, 0)).load(tmp_path)

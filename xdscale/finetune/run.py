@@ -173,6 +173,7 @@ def _settings(recipe: FinetuneRecipe, ds_config: dict[str, Any]) -> dict[str, An
         "clip_blocks_per_sentence": CLIP_BLOCKS,
         "dropout": recipe.model.dropout,
         "precision": precision(ds_config),
+        **recipe.training.model_dump(include={"best", "patience"}, exclude_none=True),
         **({} if recipe.task.own is None else recipe.task.own.columns()),
     }
 

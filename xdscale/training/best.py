@@ -70,6 +70,8 @@ def best_so_far(training: Training, entries: Iterable[Mapping[str, Any]]) -> Bes
 
 def final_step(run: Path, recipe: Recipe) -> int | None:
     """Returns the step whose checkpoint a run gives others: the best one, or None for the newest."""
+    if recipe.training.best is None:
+        return None
     step = best_so_far(recipe.training, read_log(run / "log.jsonl")).step
     return step if step is not None and (run / "checkpoints" / checkpoint_name(step)).is_dir() else None
 

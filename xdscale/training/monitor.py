@@ -156,15 +156,16 @@ class Monitor:
         how, what_next = "done", ""
         if stopped:
             how, what_next = "stopped by a signal", "; the same command continues"
-        elif step < steps and step != self._recipe.run.stop_at_step:
-            training = self._recipe.training
-            how, what_next = "ended", f": {training.patience} validations in a row had no better {training.best}"
         elif step < steps:
-            how = "stopped"
-            what_next = (
-                f", as run.stop_at_step = {self._recipe.run.stop_at_step} says; the same command without it, "
-                "or with a later one, continues"
-            )
+            stop_at, training = self._recipe.run.stop_at_step, self._recipe.training
+            if stop_at is not None and step >= stop_at:
+                how = "stopped"
+                what_next = (
+                    f", as run.stop_at_step = {stop_at} says; the same command without it, or with a later one, "
+                    "continues"
+                )
+            else:
+                how, what_next = "ended", f": {training.patience} validations in a row had no better {training.best}"
         memory = f"peak memory {max(peaks_gib):.2f} GiB per rank"
         self._say(f"{how} after step {step} of {steps}{what_next}; {memory}; run folder {self._folder}")
         if self._progress:

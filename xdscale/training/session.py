@@ -53,7 +53,7 @@ class Setup(NamedTuple):
 class Session(NamedTuple):
     """A module on its engine, its moving average, the steps done, and (on the first rank) what changed since before.
 
-    `shapes` is the module without values, as it was before the engine took it.
+    `shapes` is the module without values, as it was before the engine took it, or why it has no copy.
     """
 
     engine: Any
@@ -102,11 +102,7 @@ def train_run(
                     system.keep(run.folder)
             code = train_session(setup, data, session, system.objectives())
             if code == 0 and not recipe.stops_early:
-                best = ranks.gather(final_step(run.folder, recipe))[0]
-                if best is not None:
-                    put_weights(session.engine, final_state(ckpt.choose_checkpoint(run.folder, best, Ranks(0, 1, 0))))
-                with using(session.average if best is None else None):
-                    code = system.finish(setup, session.engine)
+                code = finish(system, setup, session)
             watchdog.end()
             session.engine.destroy()
             return code
@@ -150,7 +146,10 @@ def open_session(setup: Setup, data: Data, system: System) -> Session:
     source = reshard(found, ranks) if convert else found
     torch.manual_seed(recipe.training.seed)
     module = system.build(continued=position is not None)
-    shapes = on_meta(module)
+    try:
+        shapes = on_meta(module)
+    except Exception as error:  # such as one that holds a lock: only a figure needs the copy
+        shapes = error.with_traceback(None)  # which would keep all of this frame
     if activation_checkpointing(ds_config):
         module.enable_activation_checkpointing()
     parts = system.parts(module)
@@ -224,6 +223,27 @@ def train_session(setup: Setup, data: Data, session: Session, objectives: dict[s
     if monitor:
         monitor.end(step, peaks_gib, stopped)
     return EXIT_STOPPED if stopped else 0
+
+
+def finish(system: System, setup: Setup, session: Session) -> int:
+    """Has a system do what follows the last step, with the weights that the run gives others.
+
+    Args:
+        system: of the recipe.
+        setup: of this process.
+        session: at its end.
+
+    Returns:
+        The exit code.
+    """
+    if type(system).finish is System.finish:
+        return 0  # nothing follows, for which every rank would read a whole checkpoint
+    run = setup.run.folder
+    best = setup.ranks.gather(final_step(run, setup.recipe))[0]
+    if best is not None:
+        put_weights(session.engine, final_state(ckpt.choose_checkpoint(run, best, Ranks(0, 1, 0))))
+    with using(session.average if best is None else None):
+        return system.finish(setup, session.engine)
 
 
 def _open_monitor(setup: Setup, data: Data, session: Session, objectives: list[str]) -> Monitor:

@@ -84,15 +84,15 @@ class TracedFlops:
     FLOPs; any other one is traced. Few are, as few sizes vary in a run.
     """
 
-    def __init__(self, module: nn.Module, objectives: Iterable[str], say: Callable[[str], None]) -> None:
+    def __init__(self, module: nn.Module | Exception, objectives: Iterable[str], say: Callable[[str], None]) -> None:
         """Begins without a trace.
 
         Args:
-            module: on the meta device, without activation checkpointing.
+            module: on the meta device, without activation checkpointing; or why there is none.
             objectives: whose losses are trained.
             say: told once, if the module cannot be traced.
         """
-        self._module = module.train()
+        self._module = module
         self._objectives = list(objectives)
         self._say = say
         self._traceable = True
@@ -107,6 +107,16 @@ class TracedFlops:
         """
         if not self._traceable:
             return math.nan
+        try:
+            return self._count(arrays)
+        except Exception as error:  # of a system's or a task's own code: training goes on without this figure
+            self._traceable = False
+            self._say(f"throughput/mfu is left out: the module cannot run without values: {one_line(error)}")
+            return math.nan
+
+    def _count(self, arrays: Mapping[str, np.ndarray]) -> float:
+        if isinstance(self._module, Exception):
+            raise self._module
         samples = len(next(iter(arrays.values())))
         sizes = np.array([1.0, *(array.size / samples for array in arrays.values())])
         self._units = np.maximum(sizes, 1) if self._units is None else self._units
@@ -116,12 +126,7 @@ class TracedFlops:
             shares = np.linalg.lstsq(traced, terms)[0]
             if np.abs(traced @ shares - terms).max() < _TOLERANCE:
                 return samples * float(shares @ self._flops)
-        try:
-            flops = trace(self._module, arrays, self._objectives).flops
-        except Exception as error:  # of a system's or a task's own code: training goes on without this figure
-            self._traceable = False
-            self._say(f"throughput/mfu is left out: the module cannot run without values: {one_line(error)}")
-            return math.nan
+        flops = trace(self._module.train(), arrays, self._objectives).flops
         self._terms.append(terms)
         self._flops.append(flops / samples)
         return flops

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from xdscale.errors import XdscaleError
+from xdscale.files import follow_umask
 from xdscale.training.distributed import Ranks
 
 PATTERN = "average-*.safetensors"
@@ -67,10 +68,12 @@ class WeightAverage:
         if self._is_whole and not self._ranks.is_first:
             return
         parts = {f"{name}@{self._pieces[name].start}": average for name, average in self._averages.items()}
+        path = folder / PATTERN.replace("*", f"{self._ranks.rank:05d}")
         try:
-            save_file(parts, folder / PATTERN.replace("*", f"{self._ranks.rank:05d}"))
+            save_file(parts, path)
         except SafetensorError as error:
             raise RuntimeError(str(error)) from None
+        follow_umask(path)
 
     def load(self, folder: Path) -> None:
         """Reads this rank's part from what ranks of any number and stage wrote.
