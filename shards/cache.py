@@ -46,16 +46,26 @@ class ShardCache:
         records: all shards of the dataset.
         budget: bytes that the shards in the folder may take together.
         sharers: processes that share the folder and the budget.
+        on_arrival: called, in other threads, while bytes of shards arrive.
 
     Raises:
         XdscaleError: the folder's file system has no locks, or cannot be written.
     """
 
-    def __init__(self, url: str, folder: Path, records: Iterable[ShardRecord], *, budget: int, sharers: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        folder: Path,
+        records: Iterable[ShardRecord],
+        *,
+        budget: int,
+        sharers: int,
+        on_arrival: Callable[[], None] = lambda: None,
+    ) -> None:
         from filelock import FileLock
 
         self.folder = folder
-        self._url = url
+        self._url, self._on_arrival = url, on_arrival
         self._records = {record.file: record for record in records}
         self._budget, self._sharers, self._share = budget, sharers, budget // sharers
         self._held: OrderedDict[str, _Held] = OrderedDict()  # the least recently used first
@@ -265,7 +275,8 @@ class ShardCache:
                 break
             time.sleep(SECONDS_BETWEEN_LOOKS)
         try:
-            problem = download(address_of(self._url, record.file), partial, record)
+            address = address_of(self._url, record.file)
+            problem = download(address, partial, record, on_arrival=self._on_arrival)
             if problem is not None:
                 marker.write_text(problem, encoding="utf-8")
                 raise self._quarantined(record)

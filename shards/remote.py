@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import os
 import platform
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -134,8 +133,16 @@ def _fetch(address: str, path: Path, record: ShardRecord, verify: bool) -> str |
     return problem
 
 
-def download(address: str, aside: Path, record: ShardRecord) -> str | None:
+def download(
+    address: str, aside: Path, record: ShardRecord, *, on_arrival: Callable[[], None] = lambda: None
+) -> str | None:
     """Fetches a shard into a file and compares its SHA-256; what arrives damaged is fetched again.
+
+    Args:
+        address: its URL.
+        aside: the file.
+        record: what it is to be.
+        on_arrival: called with every MiB that has come.
 
     Returns:
         What is wrong with the source, where the shard is missing there or arrives damaged at every attempt.
@@ -145,7 +152,7 @@ def download(address: str, aside: Path, record: ShardRecord) -> str | None:
         OSError: the file cannot be written.
     """
     for pause in (*PAUSES_SECONDS, None):
-        problem, failure = _attempt(address, aside, record)
+        problem, failure = _attempt(address, aside, record, on_arrival)
         if problem is None and failure is None:
             return None
         time.sleep(pause or 0)
@@ -154,11 +161,15 @@ def download(address: str, aside: Path, record: ShardRecord) -> str | None:
     return problem
 
 
-def _attempt(address: str, aside: Path, record: ShardRecord) -> tuple[str | None, Exception | None]:
+def _attempt(
+    address: str, aside: Path, record: ShardRecord, on_arrival: Callable[[], None]
+) -> tuple[str | None, Exception | None]:
     """Fetches once; returns what is wrong with the shard at its source, and why it could not be fetched."""
     try:
         with _opened(address) as source, aside.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+            while part := source.read(1 << 20):
+                target.write(part)
+                on_arrival()
             target.flush()
             os.fsync(target.fileno())
     except FileNotFoundError:

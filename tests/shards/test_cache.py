@@ -157,6 +157,20 @@ def test_what_is_fetched_ahead_is_not_waited_for(server, records, local, tmp_pat
         rank.close()
 
 
+def test_what_arrives_is_told_while_it_does(server, records, tmp_path):
+    """A watchdog lets a rank wait for a shard that takes long to come, if it comes."""
+    folder = place_manifest(fetch_manifest(server.url), tmp_path)
+    told = []
+    cache = ShardCache(
+        server.url, folder, records, budget=10**9, sharers=1, on_arrival=lambda: told.append(stored(folder))
+    )
+    with cache.opened(records[:1]):
+        pass
+    assert told
+    assert all(list(there) == [f".{records[0].file}.partial"] for there in told)
+    cache.close()
+
+
 def test_a_budget_that_is_too_small_says_how_much_is_needed(small_dataset, records, local, tmp_path):
     largest = max(record.bytes for record in records if record.file.startswith("train"))
     small = open_cache(f"file://{small_dataset}", tmp_path, 2 * largest - 2, sharers=2)

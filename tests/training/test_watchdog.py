@@ -242,6 +242,13 @@ def test_a_slow_phase_that_goes_on_is_no_hang(tmp_path, monkeypatch):
     assert "made no progress for 901 s in phase 'starting'" in judge_for(3600, busy=True)
     watchdog.tick()
     assert "made no progress for 46 s in phase 'starting'" in judge_for(3600)
+    for step in range(3):  # from now on both have been gone through before, in no time
+        watchdog.enter("data", step)
+        watchdog.enter("forward", step)
+    assert "made no progress for 46 s in phase 'forward'" in judge_for(3600, fetching=True)  # for later steps
+    watchdog.enter("data", 3)
+    assert judge_for(3600, fetching=True) is None
+    assert "made no progress for 46 s in phase 'data'" in judge_for(3600)
 
 
 def seconds_busy(work):

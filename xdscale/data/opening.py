@@ -101,7 +101,7 @@ def open_shards(
         ranks: this process among the others: `rank`, `world_size`, `local_rank`, `is_first`, `gather`, `raise_first`.
         tables: what is read; shards of these tables, and of those that they link to, are fetched and verified.
         check: called with the folder when its manifest is there, before any shard is read; may refuse it.
-        on_shard: called after each shard of this rank's share.
+        on_shard: called after each shard of this rank's share, and later as bytes of shards arrive.
 
     Returns:
         Where they are, with at most `run.max_damaged_shards` damaged.
@@ -124,7 +124,8 @@ def open_shards(
             if run.cache_bytes is None:
                 mine = fetch_shards(shards, folder, part, verify=run.verify, on_progress=progress)
             else:
-                cache = ShardCache(shards, folder, every, budget=run.cache_bytes, sharers=here)
+                tick = on_shard or (lambda: None)
+                cache = ShardCache(shards, folder, every, budget=run.cache_bytes, sharers=here, on_arrival=tick)
                 mine = cache.damaged(part, verify=run.verify, on_progress=progress)
         elif run.verify:
             part = every[ranks.rank :: ranks.world_size]

@@ -152,8 +152,12 @@ class Watchdog:
         self._arrivals.pass_by(self._place.arrival())
 
     def tick(self) -> None:
-        """Says that a long phase goes on: fetching or verifying shards may take hours."""
-        self._place.ticks += 1
+        """Says that a long phase goes on: fetching or verifying shards may take hours.
+
+        Shards that are fetched ahead say nothing of a phase that does not wait for them.
+        """
+        if self._place.phase in ("starting", _READING):
+            self._place.ticks += 1
 
     def end(self) -> None:
         """Says that this rank is done, and waits for the others: whoever leaves from now on is not missed."""
