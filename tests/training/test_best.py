@@ -85,7 +85,7 @@ def test_no_checkpoint_is_read_for_a_system_that_does_nothing_at_the_end(tmp_pat
     setup = SimpleNamespace(recipe=recipe, run=SimpleNamespace(folder=tmp_path), ranks=Ranks(0, 1, 0))
     assert session.finish(open_system(recipe), setup, None) == 0
     with pytest.raises(XdscaleError, match="step-00000002: damaged"):
-        session.finish(FinetuneSystem(recipe), setup, None)
+        session.finish(FinetuneSystem(recipe), setup, SimpleNamespace(engine=None))
 
 
 def test_the_log_of_a_run_without_such_a_figure_is_not_read(tmp_path):
