@@ -21,7 +21,7 @@ from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
-from xdscale.systems.stored import LANGUAGE_PREFIX, MODEL_PREFIX, language_folder, stored_recipe, stored_state
+from xdscale.systems.stored import LANGUAGE_PREFIX, MODEL_PREFIX, language_folder, part_of, stored_recipe, stored_state
 from xdscale.systems.xdbert import join_encoders
 
 
@@ -176,7 +176,7 @@ def build_adapted(folder: Path) -> XDBERT:
 
 
 def _load(model: torch.nn.Module, state: dict[str, Any], prefix: str, folder: Path) -> None:
-    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    found = part_of(state, prefix)
     wanted = model.state_dict()
     wrong = sorted(name for name, value in wanted.items() if name not in found or found[name].shape != value.shape)
     if wrong:

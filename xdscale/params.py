@@ -16,7 +16,7 @@ def build_on_meta(spec: Recipe) -> nn.Module:
         XdscaleError: an architecture is neither known nor in a local folder, or cannot be built.
     """
     encoders = {
-        name: part.model_copy(update={"weights": "random"}) for name, part in spec.model if name in ("language", "clip")
+        name: part.model_copy(update={"weights": "random"}) for name, part in spec.model if hasattr(part, "weights")
     }
     bare = {
         "model": spec.model.model_copy(update=encoders),

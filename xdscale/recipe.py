@@ -207,6 +207,10 @@ class Recipe(Section):
         """Whether `run.stop_at_step` ends the run before its last step."""
         return self.run.stop_at_step is not None and self.run.stop_at_step < self.training.steps
 
+    def places(self) -> dict[str, str]:
+        """Returns the folders and URLs that the section `data` names, by their keys."""
+        return {f"data.{key}": value for key, value in self.data if isinstance(value, str)}
+
     def problem(self) -> str | None:
         """Returns what is inconsistent, if anything is: a line that begins with the keys."""
         run = self.run
@@ -215,7 +219,7 @@ class Recipe(Section):
                 f"run.keep_every = {run.keep_every}: must be a multiple of run.checkpoint_every "
                 f"({run.checkpoint_every}), since only those steps have checkpoints"
             )
-        places = {f"data.{key}": value for key, value in self.data if isinstance(value, str)}
+        places = self.places()
         remote = [key for key, value in places.items() if is_url(value)]
         if remote and run.cache is None:
             return f"{remote[0]} = {places[remote[0]]} is a URL: run.cache must name a local folder for them"

@@ -7,12 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xdscale.bench import plain_model, step
 from xdscale.bench.step import FAST, PARTS, PLAIN, StepReport, activation_bytes, bench_step, measure_step
-from xdscale.data.collate import Batch, XDBERTCollator
+from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order
 from xdscale.errors import XdscaleError
 from xdscale.recipe import load_recipe
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.shards.table import Table
+from xdscale.systems.contract import MicroBatch
 from xdscale.systems.xdbert import build_adaptation
 from xdscale.training.engine import to_device
 
@@ -110,7 +111,7 @@ def test_flops_are_those_of_the_products_that_run(real, real_recipe, arrays, bat
     """As torch counts them while the step of the released code runs; the fast one needs less than half."""
     with FlopCounterMode(display=False) as counter:
         gradients(real, list(plain_model.plain_losses(real, batch, dropout=0.0).values()))
-    bench = step._Bench(real, real_recipe, Batch(arrays, Counter(), 0))
+    bench = step._Bench(real, real_recipe, MicroBatch(arrays, Counter(), 0))
     assert bench.flops(PLAIN) == counter.get_total_flops() > 2 * bench.flops(FAST) > 0
 
 

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.data.collate import XDBERTCollator, pack_clip_blocks
-from xdscale.data.order import Order, Slots, validation_slots
+from xdscale.data.order import Order, validation_slots
 from xdscale.data.pairing import draw_partners
 from xdscale.recipes.xdbert.schema import XDBERTObjectives
+from xdscale.systems.contract import Slots
 
 START, END = 49406, 49407
 TASKS = XDBERTObjectives()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from xdscale.data.masking import mask_language_ids, select_clip_targets
-from xdscale.data.order import Slots
 from xdscale.recipes.mlm.schema import MaskedLM
 from xdscale.recipes.xdbert.schema import ClipTokens
+from xdscale.systems.contract import Slots
 
 MASK_ID, VOCAB = 103, 30522
 SAMPLES, LENGTH = 4096, 512

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from xdscale.data.order import Slots
 from xdscale.data.pairing import draw_partners
 from xdscale.recipes.xdbert.schema import Match
+from xdscale.systems.contract import Slots
 
 
 def slots(sample_ids, epochs=0):

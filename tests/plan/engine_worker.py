@@ -61,8 +61,8 @@ class CollectiveCounter:
 
 def crafted_batches(recipe, module, length, blocks, micro_batch, count, seed):
     """Batches of random tokens; every seventh position, about, is a target."""
-    from xdscale.data.collate import Batch
     from xdscale.padding import clip_layout
+    from xdscale.systems.contract import MicroBatch
 
     rng = np.random.default_rng(seed)
     vocabulary, clip_vocabulary = module.model.language.config.vocab_size, module.model.clip.tower.vocab_size
@@ -83,7 +83,7 @@ def crafted_batches(recipe, module, length, blocks, micro_batch, count, seed):
         arrays["match_labels"] = rng.integers(0, 2, micro_batch)
         targets = {"mlm": len(masked), "match": micro_batch, "clip_tokens": len(targets)}
         batches.append(
-            Batch(arrays, {name: targets[name] for name in recipe.objectives.weights()}, micro_batch * length)
+            MicroBatch(arrays, {name: targets[name] for name in recipe.objectives.weights()}, micro_batch * length)
         )
     return batches
 

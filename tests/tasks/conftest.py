@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from xdscale.data.collate import XDBERTCollator
-from xdscale.data.order import Order, Slots, validation_slots
+from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_batches import TaskCollator, encode_examples
 from xdscale.data.task_files import Example
 from xdscale.recipes.xdbert.schema import XDBERTObjectives, XDBERTRecipe
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.table import Table
+from xdscale.systems.contract import Slots
 from xdscale.tasks.contract import find_task
 from xdscale.training.engine import to_device
 

@@ -2,19 +2,19 @@
 
 import numpy as np
 
-from xdscale.data.collate import Batch, XDBERTCollator
-from xdscale.data.order import Slots
+from xdscale.data.collate import XDBERTCollator
 from xdscale.errors import XdscaleError
 from xdscale.names import resolve_path
 from xdscale.recipe import Recipe
 from xdscale.shards.table import Table
+from xdscale.systems.contract import MicroBatch, Slots
 from xdscale.systems.xdbert import XDBERTAdaptation, check_shards, example_batch
 
 CLIP_TOKENS = 560
 """Positions that the invented CLIP texts fill of the 693, start and end tokens of eight blocks counted."""
 
 
-def bench_batch(recipe: Recipe, module: XDBERTAdaptation, sequences: int) -> Batch:
+def bench_batch(recipe: Recipe, module: XDBERTAdaptation, sequences: int) -> MicroBatch:
     """Returns a batch of the recipe's shards, or of invented sequences at the true shape where there are none.
 
     Raises:

@@ -25,12 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xdscale.bench.batch import bench_batch
 from xdscale.bench.plain_model import plain_losses
-from xdscale.data.collate import Batch
 from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
 from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
+from xdscale.systems.contract import MicroBatch
 from xdscale.systems.xdbert import XDBERTAdaptation, build_adaptation
 from xdscale.training.engine import to_device
 from xdscale.training.throughput import matmul_flops_per_second
@@ -254,7 +254,7 @@ class _Clock:
 class _Bench:
     """One set of weights, in fp32 and copied to bf16, and one batch."""
 
-    def __init__(self, module: XDBERTAdaptation, recipe: Recipe, batch: Batch) -> None:
+    def __init__(self, module: XDBERTAdaptation, recipe: Recipe, batch: MicroBatch) -> None:
         self.module, self.narrow = module, copy.deepcopy(module).to(torch.bfloat16)
         self.dropout, self.arrays = recipe.model.dropout, batch.arrays
         self.device = next(module.parameters()).device

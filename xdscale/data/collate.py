@@ -1,34 +1,17 @@
 """Builds XDBERT's batches from packed sequences (spec xdbert §2.2, §3, §4)."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from xdscale.data.masking import drawn_masks, mask_language_ids, select_clip_targets
-from xdscale.data.order import Slots
 from xdscale.data.pairing import PADDING, draw_partners
 from xdscale.padding import clip_layout
 from xdscale.recipes.xdbert.schema import XDBERTObjectives
 from xdscale.shards.sources.text_build import LanguageTokenizer, TextBuild
 from xdscale.shards.table import Table
+from xdscale.systems.contract import MicroBatch, Slots
 
 CLIP_LENGTH = 77
 CLIP_CONTENT = CLIP_LENGTH - 2
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch.
-
-    Attributes:
-        arrays: model inputs and labels by name (see `XDBERTCollator`), int64.
-        targets: number of targets of each objective that is on.
-        tokens: language tokens of real samples, with [CLS] and [SEP].
-    """
-
-    arrays: dict[str, np.ndarray]
-    targets: dict[str, int]
-    tokens: int
 
 
 class XDBERTCollator:
@@ -65,7 +48,7 @@ class XDBERTCollator:
             np.concatenate([rows for slots, text_ids, _ in pairs for rows in (slots.sample_ids, text_ids)])
         )
 
-    def __call__(self, slots: Slots) -> Batch:
+    def __call__(self, slots: Slots) -> MicroBatch:
         """Reads and prepares the samples of one micro-batch."""
         arrays: dict[str, np.ndarray] = {}
         targets: dict[str, int] = {}
@@ -88,7 +71,7 @@ class XDBERTCollator:
             positions = row * clip_ids[0].size + token + 2 * (token // CLIP_CONTENT) + 1
             arrays["clip_positions"], arrays["clip_labels"] = positions, clip_ids.reshape(-1)[positions]
             targets["clip_tokens"] = len(positions)
-        return Batch(arrays, targets, tokens=int(slots.real.sum()) * ids.shape[1])
+        return MicroBatch(arrays, targets, tokens=int(slots.real.sum()) * ids.shape[1])
 
     def draws(self, slots: Slots) -> list[np.ndarray]:
         """Returns masked positions and what is put there, whose text each sample is paired with, and CLIP targets.

@@ -4,8 +4,7 @@ import hashlib
 
 import numpy as np
 
-from xdscale.data.order import Slots
-from xdscale.systems.contract import Collator
+from xdscale.systems.contract import Collator, Slots
 
 ROWS = 512  # samples hashed at once: their masks stay in the cache
 

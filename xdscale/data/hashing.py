@@ -34,7 +34,10 @@ BLOCK_BYTES = 128 << 10  # words scrambled at once: they and their scratch copy 
 
 
 class Purpose(IntEnum):
-    """What a draw is for; draws for different purposes never share a hash value. At most 256 purposes."""
+    """What a draw is for; draws for different purposes never share a hash value.
+
+    A purpose is a number below 256. Systems of other packages take theirs from 128 on.
+    """
 
     PERMUTATION = 0
     MASKED_POSITION = 1
@@ -44,16 +47,14 @@ class Purpose(IntEnum):
     CLIP_TARGET = 5
 
 
-def random_bits(
-    seed: int, epochs: np.ndarray | int, sample_ids: np.ndarray, purpose: Purpose, count: int
-) -> np.ndarray:
+def random_bits(seed: int, epochs: np.ndarray | int, sample_ids: np.ndarray, purpose: int, count: int) -> np.ndarray:
     """Draws `count` uniform 32-bit numbers for each sample.
 
     Args:
         seed: below 2**32.
         epochs: int64 [n] or one number, each below 2**32.
         sample_ids: int64 [n], each below 2**32.
-        purpose: what the numbers are for.
+        purpose: what the numbers are for, as `Purpose`.
         count: draws per sample (counters 0 .. count - 1); a larger count begins with the same numbers.
 
     Returns:
@@ -74,7 +75,7 @@ def random_bits(
 
 
 def random_bits_at(
-    seed: int, epochs: np.ndarray | int, sample_ids: np.ndarray, purpose: Purpose, counters: np.ndarray
+    seed: int, epochs: np.ndarray | int, sample_ids: np.ndarray, purpose: int, counters: np.ndarray
 ) -> np.ndarray:
     """Draws single numbers: element i equals `random_bits(...)[i, counters[i]]`.
 
@@ -82,7 +83,7 @@ def random_bits_at(
         seed: below 2**32.
         epochs: int64 [n] or one number.
         sample_ids: int64 [n].
-        purpose: what the numbers are for.
+        purpose: what the numbers are for, as `Purpose`.
         counters: int64 [n], each below `MAX_COUNTERS`.
 
     Returns:
@@ -104,7 +105,7 @@ def scale(bits: np.ndarray, size: int) -> np.ndarray:
     return ((bits.astype(np.uint64) * np.uint64(size)) >> np.uint64(32)).astype(np.int64)
 
 
-def _spread_starts(seed: int, epochs: np.ndarray | int, sample_ids: np.ndarray, purpose: Purpose) -> np.ndarray:
+def _spread_starts(seed: int, epochs: np.ndarray | int, sample_ids: np.ndarray, purpose: int) -> np.ndarray:
     """Returns (packed sample and purpose + key of seed and epoch) * SPREAD; uint64 [n]."""
     key = np.atleast_1d(np.asarray(epochs)).astype(WORD) | (np.uint64(seed) << np.uint64(32))
     _scramble(key, np.empty_like(key))  # a bijection: different (seed, epoch) always have different keys

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from xdscale.data.collate import Batch, language_ids
+from xdscale.data.collate import language_ids
 from xdscale.data.masking import drawn_masks, mask_language_ids
-from xdscale.data.order import Slots
 from xdscale.recipes.mlm.schema import MaskedLMObjectives
 from xdscale.shards.sources.text_build import TextBuild
 from xdscale.shards.table import Table
+from xdscale.systems.contract import MicroBatch, Slots
 
 
 class MaskedLMCollator:
@@ -31,7 +31,7 @@ class MaskedLMCollator:
         self.objectives = objectives
         self.text = TextBuild.of(split.manifest)
 
-    def __call__(self, slots: Slots) -> Batch:
+    def __call__(self, slots: Slots) -> MicroBatch:
         """Reads and prepares samples; those in quarantine become padding."""
         usable = self.split.usable(slots.sample_ids)
         if not usable.all():
@@ -41,7 +41,7 @@ class MaskedLMCollator:
         ids = language_ids(self.split, tokenizer, slots.sample_ids)
         positions, labels = mask_language_ids(ids, slots, self.objectives.mlm, tokenizer, seed=self.seed)
         arrays = {"language_ids": ids, "masked_lm_positions": positions, "masked_lm_labels": labels}
-        return Batch(arrays, {"mlm": len(positions)}, tokens=int(slots.real.sum()) * ids.shape[1])
+        return MicroBatch(arrays, {"mlm": len(positions)}, tokens=int(slots.real.sum()) * ids.shape[1])
 
     def prefetch(self, step: list[Slots]) -> None:
         """Says that the samples of a step will be read soon; errors as `Table.prefetch`."""

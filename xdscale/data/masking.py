@@ -3,10 +3,10 @@
 import numpy as np
 
 from xdscale.data.hashing import Purpose, below, random_bits, random_bits_at, scale
-from xdscale.data.order import Slots
 from xdscale.recipes.mlm.schema import MaskedLM
 from xdscale.recipes.xdbert.schema import ClipTokens
 from xdscale.shards.sources.text_build import LanguageTokenizer, TextBuild
+from xdscale.systems.contract import Slots
 
 
 def mask_language_ids(

@@ -16,6 +16,7 @@ import numpy as np
 from xdscale.data.hashing import MAX_EPOCH, MAX_SAMPLES
 from xdscale.data.permutation import permute
 from xdscale.errors import XdscaleError
+from xdscale.systems.contract import Slots
 
 VALIDATION_EPOCH = MAX_EPOCH
 """Epoch number of every validation draw: no training epoch has it and the masks of a sample never change."""
@@ -30,21 +31,6 @@ class Position:
 
     epoch: int
     index: int
-
-
-@dataclass(frozen=True)
-class Slots:
-    """One micro-batch of one rank.
-
-    Attributes:
-        epochs: int64 [b].
-        sample_ids: int64 [b].
-        real: bool [b]; False marks a padding slot, which repeats some sample with weight zero.
-    """
-
-    epochs: np.ndarray
-    sample_ids: np.ndarray
-    real: np.ndarray
 
 
 class Order:

@@ -3,8 +3,8 @@
 import numpy as np
 
 from xdscale.data.hashing import Purpose, below, random_bits
-from xdscale.data.order import Slots
 from xdscale.recipes.xdbert.schema import Match
+from xdscale.systems.contract import Slots
 
 SAME_TEXT = 1
 OTHER_TEXT = 0

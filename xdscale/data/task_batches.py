@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH, Batch
-from xdscale.data.order import Slots
+from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH
 from xdscale.data.task_files import NO_LABEL, Example
 from xdscale.padding import clip_layout, language_layout
 from xdscale.shards.clip_bpe import ClipBPE
 from xdscale.shards.sources.text_build import ClipTokenizer, LanguageTokenizer
+from xdscale.systems.contract import MicroBatch, Slots
 
 CLIP_BLOCKS = 2
 """Blocks of 77 per sentence (appendix B: 2 for one sentence, 4 for a pair; two sentences never share a block)."""
@@ -125,7 +125,7 @@ class TaskCollator:
         self._clip = clip
         self._max_length = max_length
 
-    def __call__(self, slots: Slots) -> Batch:
+    def __call__(self, slots: Slots) -> MicroBatch:
         """Prepares the examples of one micro-batch."""
         arrays, tokens = {}, 0
         index = self.split.index[slots.sample_ids]  # [b, choices or 1, sentences]
@@ -152,7 +152,7 @@ class TaskCollator:
         else:
             arrays["labels"] = targets.astype(np.float32)
         arrays["real"] = slots.real.copy()
-        return Batch(arrays, {"task": int(slots.real.sum())}, tokens)
+        return MicroBatch(arrays, {"task": int(slots.real.sum())}, tokens)
 
     def prefetch(self, step: list[Slots]) -> None:
         """Does nothing: the examples are in memory."""

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xdscale.data.order import WINDOW, Position, Slots, check_size, window
+from xdscale.data.order import WINDOW, Position, check_size, window
 from xdscale.errors import XdscaleError
+from xdscale.systems.contract import Slots
 
 
 class TokenSplit(NamedTuple):

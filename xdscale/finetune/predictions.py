@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from xdscale.data.order import Slots
 from xdscale.data.task_batches import TaskCollator
 from xdscale.data.task_files import Example
 from xdscale.errors import writing
 from xdscale.files import write_atomically
+from xdscale.systems.contract import Slots
 from xdscale.tasks.contract import Task
 from xdscale.training.engine import to_device
 from xdscale.training.session import Setup

@@ -82,8 +82,7 @@ def shipped_ds_config(recipe: Recipe) -> str:
 
 def path_warnings(recipe: Recipe) -> list[str]:
     """Returns what to know about paths that stand for another place where the working folder is another."""
-    data = {f"data.{key}": value for key, value in recipe.data if isinstance(value, str)}
-    paths = data | {"output.folder": recipe.output.folder}
+    paths = recipe.places() | {"output.folder": recipe.output.folder}
     return [
         f"{key} = {value} is relative: every machine takes it from {Path.cwd()}, which must be one shared folder; "
         "an absolute path on a shared file system is safer, and 'xdscale doctor' checks either"

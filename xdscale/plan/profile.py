@@ -8,7 +8,7 @@ from torch import nn
 from xdscale.params import build_on_meta
 from xdscale.plan.states import Module
 from xdscale.recipe import Recipe
-from xdscale.systems.contract import open_system
+from xdscale.systems.contract import open_system, recompute_activations
 from xdscale.training.tracing import trace
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +71,7 @@ def profile_model(
     average = system.example(module, _SAMPLES, sequence_length)
     flops = trace(module, average.arrays, objectives).flops / _SAMPLES
     if checkpointing:
-        module.enable_activation_checkpointing()
+        recompute_activations(module)
     # Beyond a few samples both are straight lines: below, gradients of the largest parameter are the fullest moment.
     few, many = (
         trace(module, system.example(module, samples, sequence_length, longest=True).arrays, objectives)

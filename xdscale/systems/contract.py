@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -42,39 +43,57 @@ class Objective(NamedTuple):
     metrics: tuple[str, ...] = ("accuracy",)
 
 
-class MicroBatch(Protocol):
-    """Arrays for the module, how many targets each objective has in them, and tokens of real samples."""
+@dataclass(frozen=True)
+class Slots:
+    """Which samples make up a micro-batch of one rank.
 
-    arrays: dict[str, np.ndarray]
-    targets: dict[str, int]
-    tokens: int
-
-
-class SampleSlots(Protocol):
-    """Which samples make up a micro-batch; `real` is False where a slot is padding."""
+    Attributes:
+        epochs: int64 [b].
+        sample_ids: int64 [b].
+        real: bool [b]; False marks a padding slot, which repeats some sample with weight zero.
+    """
 
     epochs: np.ndarray
     sample_ids: np.ndarray
     real: np.ndarray
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass computes.
+
+    Attributes:
+        arrays: the module's inputs and labels by name. The first dimension of the first one counts the samples; one
+            without dimensions reaches the module as a plain number.
+        targets: how many targets each objective that is on has in them, 0 for none.
+        tokens: of real samples.
+    """
+
+    arrays: dict[str, np.ndarray]
+    targets: dict[str, int]
+    tokens: int
+
+
 class Collator(Protocol):
     """Makes micro-batches; what it draws depends on seed, epoch and sample alone."""
 
-    def __call__(self, slots: SampleSlots) -> MicroBatch:
+    def __call__(self, slots: Slots) -> MicroBatch:
         """Reads and prepares samples."""
 
-    def prefetch(self, step: "list[SampleSlots]") -> None:
+    def prefetch(self, step: list[Slots]) -> None:
         """Says that the samples of a step will be read soon; returns at once."""
 
-    def draws(self, slots: SampleSlots) -> list[np.ndarray]:
-        """Returns all that is drawn for samples, reading nothing: its hash proves that a run goes on as it was."""
+    def draws(self, slots: Slots) -> list[np.ndarray]:
+        """Returns all that is drawn for samples, as integers, reading nothing.
+
+        Its hash proves that a run goes on as it was.
+        """
 
 
 class SampleOrder(Protocol):
     """Which samples a step has; steps count from 0."""
 
-    def slots(self, step: int) -> list[SampleSlots]:
+    def slots(self, step: int) -> list[Slots]:
         """Returns this rank's micro-batches."""
 
     def position(self, step: int) -> Any:
@@ -154,8 +173,9 @@ class System(ABC):
 
     @abstractmethod
     def build(self, *, continued: bool) -> "nn.Module":
-        """Builds the module: `forward(arrays as tensors) -> {objective: Term}`.
+        """Builds the module: `forward(arrays as tensors) -> {objective: Term}`, with a term for each that is on.
 
+        Its `enable_activation_checkpointing()`, if it has one, is called where a DeepSpeed config asks for that.
         New parts take their values from torch's global generator, which is seeded before, alike on all ranks.
 
         Args:
@@ -220,6 +240,20 @@ class System(ABC):
             engine: the DeepSpeed engine.
         """
         return 0
+
+
+def recompute_activations(module: "nn.Module") -> None:
+    """Has a module compute its layers again in the backward pass, instead of keeping their activations.
+
+    Raises:
+        XdscaleError: it cannot.
+    """
+    enable = getattr(module, "enable_activation_checkpointing", None)
+    if enable is None:
+        raise XdscaleError(
+            f"activation_checkpointing: {type(module).__name__} has no enable_activation_checkpointing(); leave it out"
+        )
+    enable()
 
 
 def parameter_count(module: "nn.Module", *, shared: "Collection[nn.Parameter]" = ()) -> int:

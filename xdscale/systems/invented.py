@@ -6,11 +6,11 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from xdscale.data.collate import CLIP_CONTENT
-from xdscale.data.order import Slots
 from xdscale.errors import XdscaleError
 from xdscale.shards.manifest import Manifest, TableManifest
 from xdscale.shards.sources.text_build import TEXT, ClipTokenizer, LanguageTokenizer, TextBuild
 from xdscale.shards.table import Ragged
+from xdscale.systems.contract import Slots
 
 Texts = Callable[[int, int], np.ndarray]
 """Maps a number of texts and of word pieces in each to the CLIP ids of each text, int64."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from xdscale.data.collate import Batch, XDBERTCollator
+from xdscale.data.collate import XDBERTCollator
 from xdscale.data.opening import open_table
 from xdscale.errors import XdscaleError
 from xdscale.models.clip_text import CLIPTextEncoder
@@ -67,7 +67,7 @@ class XDBERTAdaptation(nn.Module):
         The last cross-modal layer is computed only at the positions that a loss reads.
 
         Args:
-            batch: the arrays of `xdscale.data.collate.Batch` as int64 tensors: language_ids [b, S],
+            batch: the arrays of `xdscale.data.collate.XDBERTCollator` as tensors: language_ids [b, S],
                 clip_ids [b, N, 77], clip_lengths [b, N] with its `xdscale.padding.clip_layout` (clip_longest as a
                 plain int), and for the objectives that are on masked_lm_positions and masked_lm_labels [m],
                 match_labels [b] (-1: no target), clip_positions and clip_labels [c].
@@ -170,7 +170,7 @@ def example_batch(
     samples: int,
     length: int | None = None,
     texts: Texts = average_texts,
-) -> Batch:
+) -> MicroBatch:
     """Returns a micro-batch of invented text; arguments as `xdscale.systems.invented.InventedText`.
 
     Raises:

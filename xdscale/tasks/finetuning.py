@@ -21,7 +21,7 @@ from xdscale.pretrained.language import load_language_encoder
 from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import Clip, Model
 from xdscale.systems.contract import Term
-from xdscale.systems.stored import FULL_MODEL, stored_recipe, stored_state
+from xdscale.systems.stored import FULL_MODEL, MODEL_PREFIX, part_of, stored_recipe, stored_state
 from xdscale.systems.xdbert import build_model
 from xdscale.tasks.contract import Task
 from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
@@ -109,9 +109,9 @@ def build_cross_modal_classifier(folder: Path, task: Task, *, dropout: float) ->
         dropout=dropout,
     )
     encoder = build_model(bare)
-    encoder.load_state_dict({name[6:]: value for name, value in state.items() if name.startswith("model.")})
+    encoder.load_state_dict(part_of(state, MODEL_PREFIX))
     classifier = CrossModalClassifier(encoder, task.outputs, dropout=dropout)
-    pooler = {name[13:]: value for name, value in state.items() if name.startswith("match.pooler.")}
+    pooler = part_of(state, "match.pooler.")
     if pooler:
         classifier.pooler.load_state_dict(pooler)
     return classifier

@@ -11,7 +11,7 @@ from xdscale.data.order import sample_hash
 from xdscale.ds_config import activation_checkpointing, precision, split_batch, zero_stage
 from xdscale.errors import EXIT_STOPPED, XdscaleError, writing
 from xdscale.recipe import Recipe
-from xdscale.systems.contract import Data, Objective, Place, SampleSlots, System
+from xdscale.systems.contract import Data, Objective, Place, Slots, System, recompute_activations
 from xdscale.training import checkpoint as ckpt
 from xdscale.training.best import best_so_far, check_metric, final_step
 from xdscale.training.consolidate import final_state
@@ -151,7 +151,7 @@ def open_session(setup: Setup, data: Data, system: System) -> Session:
     except Exception as error:  # such as one that holds a lock: only a figure needs the copy
         shapes = error.with_traceback(None)  # which would keep all of this frame
     if activation_checkpointing(ds_config):
-        module.enable_activation_checkpointing()
+        recompute_activations(module)
     parts = system.parts(module)
     engine = build_engine(module, recipe.optim, ds_config, load_universal=convert, parts=parts)
     if source is not None:
@@ -263,7 +263,7 @@ def _open_monitor(setup: Setup, data: Data, session: Session, objectives: list[s
     return monitor
 
 
-def _sample_ids(slots: list[SampleSlots], micro_batch: int | None) -> list[int]:
+def _sample_ids(slots: list[Slots], micro_batch: int | None) -> list[int]:
     """Returns the real samples of a step's slots, or of one micro-batch of them."""
     chosen = slots if micro_batch is None else [slots[micro_batch]]
     return [sample for part in chosen for sample in part.sample_ids[part.real].tolist()]
