@@ -30,13 +30,13 @@ NAME = "^[a-z][a-z0-9_]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 
 
-class Section(BaseModel):
+class ManifestSection(BaseModel):
     """A part of `dataset.json`: unknown keys are refused, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Column(Section):
+class Column(ManifestSection):
     """What a table holds for each row: an array of one shape, or any number of elements of one shape.
 
     Attributes:
@@ -70,7 +70,7 @@ class Column(Section):
         return self
 
 
-class InputFile(Section):
+class InputFile(ManifestSection):
     """A file that a table was built from, by its content; only the last part of its path is kept."""
 
     name: str
@@ -78,7 +78,7 @@ class InputFile(Section):
     sha256: Sha256
 
 
-class ShardRecord(Section):
+class ShardRecord(ManifestSection):
     """One tar file of a split.
 
     Attributes:
@@ -100,7 +100,7 @@ class ShardRecord(Section):
     largest: dict[str, Count] = {}
 
 
-class Split(Section):
+class Split(ManifestSection):
     """The shards of one split; rows are numbered through them in this order. `counts` are the source's."""
 
     rows: Count
@@ -125,7 +125,7 @@ class Split(Section):
         return self
 
 
-class TableManifest(Section):
+class TableManifest(ManifestSection):
     """One table.
 
     Attributes:
@@ -158,7 +158,7 @@ class TableManifest(Section):
         return sum(column.element_bytes * counts.get(column.offsets, 0) for column in self.columns)
 
 
-class Manifest(Section):
+class Manifest(ManifestSection):
     """The whole of `dataset.json`."""
 
     format_version: Literal[4] = FORMAT_VERSION

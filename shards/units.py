@@ -27,7 +27,7 @@ from xdscale.shards.manifest import (
     WORK_FOLDER,
     Counts,
     Manifest,
-    Section,
+    ManifestSection,
     ShardRecord,
     add_counts,
     canonical_json,
@@ -48,14 +48,14 @@ class Unit:
     bytes_read: int
 
 
-class UnitSplit(Section):
+class UnitSplit(ManifestSection):
     """One split's share of a unit."""
 
     counts: Counts
     shard: ShardRecord
 
 
-class UnitRecord(Section):
+class UnitRecord(ManifestSection):
     """What a finished unit gave. `key` is the hash of everything that went in."""
 
     key: str

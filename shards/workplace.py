@@ -25,7 +25,7 @@ from xdscale.shards.manifest import (
     WORK_FOLDER,
     Column,
     Manifest,
-    Section,
+    ManifestSection,
     TableManifest,
     shard_prefix,
 )
@@ -73,7 +73,7 @@ class Part:
 WHOLE = Part(0, 1)
 
 
-class PartManifest(Section):
+class PartManifest(ManifestSection):
     """What a finished part gave: the records of its units, in order; `units` counts those of all parts."""
 
     index: Annotated[int, Field(ge=0)]

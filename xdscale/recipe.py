@@ -83,7 +83,7 @@ class Objectives(Section):
         return {name: term.weight for name, term in self if term is not None}
 
 
-class Data(Section):
+class ShardsSection(Section):
     """What is read."""
 
     shards: NameOrPath = Field(description="folder written by 'xdscale shards build', or its URL (s3://…, https://…)")
@@ -189,7 +189,7 @@ class Recipe(Section):
     system: str
     model: Section
     objectives: Objectives = Objectives()
-    data: Data
+    data: ShardsSection
     optim: Optim = Optim()
     training: Training
     run: Run = Run()

@@ -21,11 +21,11 @@ from xdscale.shards.sources.corpus import FORMATS, LINE_BREAKS, Document, sort_o
 from xdscale.shards.sources.inputs import describe_inputs, find_inputs
 from xdscale.shards.sources.pack import Packer, is_validation
 from xdscale.shards.sources.recognise import recognise
-from xdscale.shards.sources.text_build import TEXT, Packing, TextBuild, named_problem
+from xdscale.shards.sources.text_build import TEXT, PackingOptions, TextBuild, named_problem
 from xdscale.shards.sources.wrapping import count_words
 
 
-class TextOptions(Packing):
+class TextOptions(PackingOptions):
     """How a corpus is read and packed.
 
     Attributes:
@@ -68,7 +68,7 @@ class TextSource:
             for path in paths:
                 recognise(path, encoding)  # hours before it is that file's turn
         tokenizer, language = load_language_tokenizer(options.language_tokenizer)
-        packing = options.model_dump(include=set(Packing.model_fields)) | {"encoding": encoding}
+        packing = options.model_dump(include=set(PackingOptions.model_fields)) | {"encoding": encoding}
         self._text = TextBuild(
             inputs=describe_inputs(paths),
             language_tokenizer=language,

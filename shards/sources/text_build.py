@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.manifest import Column, Count, InputFile, Manifest, Section, Sha256
+from xdscale.shards.manifest import Column, Count, InputFile, Manifest, ManifestSection, Sha256
 
 TEXT = "text"
 """Name of the table, and of the source."""
@@ -13,7 +13,7 @@ BLOCK_TOKENS = 75
 """Content tokens per CLIP block: a context of 77 less start and end (spec xdbert §4)."""
 
 
-class LanguageTokenizer(Section):
+class LanguageTokenizer(ManifestSection):
     """The language model's tokenizer; equal `sha256` means equal ids for equal text."""
 
     name: str
@@ -25,7 +25,7 @@ class LanguageTokenizer(Section):
     pad_id: Count
 
 
-class ClipTokenizer(Section):
+class ClipTokenizer(ManifestSection):
     """CLIP's BPE."""
 
     name: str
@@ -35,7 +35,7 @@ class ClipTokenizer(Section):
     end_id: Count
 
 
-class Packing(Section):
+class PackingOptions(ManifestSection):
     """How text becomes rows.
 
     Attributes:
@@ -61,7 +61,7 @@ class Packing(Section):
     shard_text_bytes: Annotated[int, Field(gt=0)] = 16 << 20
 
 
-class TextBuild(Packing):
+class TextBuild(PackingOptions):
     """Everything that decides the bytes of the shards."""
 
     source: Literal["text"] = TEXT

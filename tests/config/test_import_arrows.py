@@ -1,9 +1,11 @@
-"""Imports run one way (the contracts stand in pyproject.toml)."""
+"""Imports run one way (the contracts stand in pyproject.toml), and a name is one class."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -23,3 +25,11 @@ def test_arrows_run_one_way(tmp_path):
     )
     assert result.returncode == 0, result.stdout
     assert "2 kept, 0 broken" in result.stdout
+
+
+def test_no_two_public_classes_have_one_name():
+    files = [path for folder in ("xdscale", "kernels", "shards") for path in (ROOT / folder).rglob("*.py")]
+    statements = (each for path in files for each in ast.parse(path.read_text(encoding="utf-8")).body)
+    names = Counter(each.name for each in statements if isinstance(each, ast.ClassDef) and each.name[0] != "_")
+    assert len(names) > 100
+    assert [name for name, homes in names.items() if homes > 1] == []

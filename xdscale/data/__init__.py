@@ -1,1 +1,1 @@
-"""Streams of samples from shards, masking, pairing and collating; numpy only."""
+"""The order of samples, masking, pairing and collating; numpy only."""

@@ -39,7 +39,7 @@ class Shards(NamedTuple):
         return Table(self.folder, split, name, quarantined=self.damaged, cache=self.cache)
 
 
-def open_table(
+def open_data(
     recipe: Recipe,
     place: Place,
     table: str,

@@ -146,7 +146,7 @@ def default_ds_config(*, gpu: bool, bf16: bool = True) -> dict[str, Any]:
     }
 
 
-class Source(NamedTuple):
+class TaskSource(NamedTuple):
     """A task's examples, the folder that they were read from, and what describes a task of the user's own."""
 
     data: TaskData
@@ -154,7 +154,7 @@ class Source(NamedTuple):
     own: OwnTask | None = None
 
 
-def _read_data(request: Request, settings: FinetuneSettings) -> dict[str, Source]:
+def _read_data(request: Request, settings: FinetuneSettings) -> dict[str, TaskSource]:
     """Reads the files of all tasks, by the tasks' names."""
     known = task_names()
     asked = dict.fromkeys(known) if "all" in request.tasks else {}
@@ -176,9 +176,9 @@ def _read_data(request: Request, settings: FinetuneSettings) -> dict[str, Source
     if request.data is None:
         for task in tasks:
             task.fetch(folder)
-    sources = {task.name: Source(task.read(folder), folder) for task in tasks}
+    sources = {task.name: TaskSource(task.read(folder), folder) for task in tasks}
     return sources | {
-        name: Source(described.task().read(path.parent), path.parent, described)
+        name: TaskSource(described.task().read(path.parent), path.parent, described)
         for name, (described, path) in own.items()
     }
 
@@ -186,7 +186,7 @@ def _read_data(request: Request, settings: FinetuneSettings) -> dict[str, Source
 def _plan(
     request: Request,
     settings: FinetuneSettings,
-    sources: dict[str, Source],
+    sources: dict[str, TaskSource],
     seeds: dict[str, list[int]],
     *,
     gpu: bool,
@@ -285,7 +285,7 @@ def _slots(jobs: int, gpus: list[str]) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}] * jobs
 
 
-def _print_table(out: Path, sources: dict[str, Source], seeds: dict[str, list[int]]) -> None:
+def _print_table(out: Path, sources: dict[str, TaskSource], seeds: dict[str, list[int]]) -> None:
     table = Table("task", "metric", "median", "lowest", "highest", "seeds", caption=str(out))
     for name, numbers in seeds.items():
         task = sources[name].data.task

@@ -1,1 +1,1 @@
-"""What a run will take, on paper: memory, traffic, time and cost, computed without torch and without weights."""
+"""What a run will take, on paper: memory, traffic, time and cost, computed without a GPU and without weights."""

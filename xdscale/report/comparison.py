@@ -10,7 +10,7 @@ import numpy as np
 
 from xdscale.errors import XdscaleError
 from xdscale.report.bootstrap import Difference, paired_bootstrap
-from xdscale.report.sweep import Run, Sweep, TaskRuns
+from xdscale.report.sweep import FinetunedRun, Sweep, TaskRuns
 from xdscale.tasks.metrics import METRICS
 
 _NAMED_DIFFERENCES = 5
@@ -161,7 +161,7 @@ def _right(metric: str, mine: TaskRuns, theirs: TaskRuns) -> tuple[np.ndarray, n
     return error < error_there, error_there < error
 
 
-def _differences(run: Run, other: Run) -> list[str]:
+def _differences(run: FinetunedRun, other: FinetunedRun) -> list[str]:
     """Names what differs: rows before hashes, because that is what people recognise."""
     found = []
     if run.score.name != other.score.name:

@@ -94,7 +94,7 @@ class Prediction(_Stored):
 
 
 @dataclass(frozen=True)
-class Run:
+class FinetunedRun:
     """One seed.
 
     Attributes:
@@ -126,7 +126,7 @@ class TaskRuns:
 
     task: str
     planned: tuple[int, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[FinetunedRun, ...]
     ids: tuple[str, ...]
     texts: tuple[tuple[str, str], ...]
 
@@ -220,7 +220,7 @@ def read_result(path: Path) -> Result:
 
 def _read_task(folder: Path, task: str, planned: list[int], metric: str | None) -> TaskRuns | None:
     seeds = [seed for seed in sorted(set(planned)) if (folder / f"seed-{seed}" / "result.json").is_file()]
-    runs: list[Run] = []
+    runs: list[FinetunedRun] = []
     first: list[Prediction] = []
     for seed in seeds:
         place = folder / f"seed-{seed}"
@@ -240,7 +240,7 @@ def _read_task(folder: Path, task: str, planned: list[int], metric: str | None) 
     return TaskRuns(task, tuple(sorted(set(planned))), tuple(runs), ids, tuple(_texts(line) for line in first))
 
 
-def _read_run(folder: Path, result: Result, metric: str | None) -> tuple[Run, list[Prediction]]:
+def _read_run(folder: Path, result: Result, metric: str | None) -> tuple[FinetunedRun, list[Prediction]]:
     name, split, value = result.score.name, result.split, result.score.value
     if metric is not None:
         if metric not in result.metrics:
@@ -265,7 +265,7 @@ def _read_run(folder: Path, result: Result, metric: str | None) -> tuple[Run, li
             f"{path}: its {name} is {found:.6f}, but {folder / 'result.json'} says {value:.6f}; one of them was changed"
         )
     score = Score(name=name, value=value, higher_is_better=METRICS[name].higher_is_better)
-    return Run(folder, result, score, labels, predictions), lines
+    return FinetunedRun(folder, result, score, labels, predictions), lines
 
 
 def _read_predictions(path: Path) -> list[Prediction]:

@@ -12,7 +12,7 @@ from xdscale.shards.sources.text_build import TEXT, ClipTokenizer, LanguageToken
 from xdscale.shards.table import Ragged
 from xdscale.systems.contract import Slots
 
-Texts = Callable[[int, int], np.ndarray]
+TextLengths = Callable[[int, int], np.ndarray]
 """Maps a number of texts and of word pieces in each to the CLIP ids of each text, int64."""
 
 _MOST_CLIP_IDS = 9 * CLIP_CONTENT
@@ -42,7 +42,7 @@ class InventedText:
         samples: int,
         length: int | None = None,
         clip_vocabulary: int = 49_408,
-        texts: Texts = average_texts,
+        texts: TextLengths = average_texts,
     ) -> None:
         """Draws ids.
 

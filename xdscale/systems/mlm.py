@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from xdscale.data.masked_lm import MaskedLMCollator
-from xdscale.data.opening import open_table
+from xdscale.data.opening import open_data
 from xdscale.errors import XdscaleError
 from xdscale.models.encoders import recompute_layers, use_kernels
 from xdscale.models.heads import MaskedTokenHead, masked_lm_head
@@ -73,7 +73,7 @@ class MaskedLMSystem(System):
         """Opens the shards; of their two columns the language encoder's is read."""
         recipe = self.recipe
         check = functools.partial(check_language, recipe.model.language)
-        return open_table(
+        return open_data(
             recipe,
             place,
             TEXT,

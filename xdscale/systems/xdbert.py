@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from xdscale.data.collate import XDBERTCollator
-from xdscale.data.opening import open_table
+from xdscale.data.opening import open_data
 from xdscale.errors import XdscaleError
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer
@@ -25,7 +25,7 @@ from xdscale.recipes.xdbert.schema import Model, XDBERTObjectives, XDBERTRecipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.sources.text_build import TEXT, TextBuild
 from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, System, Term, parameter_count
-from xdscale.systems.invented import InventedText, Texts, average_texts, longest_texts
+from xdscale.systems.invented import InventedText, TextLengths, average_texts, longest_texts
 from xdscale.systems.mlm import check_language, load_published_head
 from xdscale.systems.stored import (
     FULL_MODEL,
@@ -109,7 +109,7 @@ class XDBERTSystem(System):
     def open(self, place: Place) -> Data:
         """Opens the shards: each row is a text for the language encoder and for CLIP."""
         recipe = self.recipe
-        return open_table(
+        return open_data(
             recipe,
             place,
             TEXT,
@@ -169,7 +169,7 @@ def example_batch(
     module: XDBERTAdaptation,
     samples: int,
     length: int | None = None,
-    texts: Texts = average_texts,
+    texts: TextLengths = average_texts,
 ) -> MicroBatch:
     """Returns a micro-batch of invented text; arguments as `xdscale.systems.invented.InventedText`.
 

@@ -1,1 +1,1 @@
-"""Published sets of training objectives, one file each."""
+"""Downstream tasks: files, examples, loss, predictions and metrics."""

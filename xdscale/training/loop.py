@@ -1,4 +1,4 @@
-"""The training loop: one for every task, on the DeepSpeed engine. It knows no model by name."""
+"""The training loop: one for every system, on the DeepSpeed engine. It knows no model by name."""
 
 import time
 from collections.abc import Callable
