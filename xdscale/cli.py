@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from xdscale import __version__
 from xdscale.analysis.command_line import inside_app
 from xdscale.bench.commands import bench_app
-from xdscale.checkpoints import checkpoints_app
+from xdscale.commands.checkpoints import checkpoints_app
 from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
 from xdscale.names import UserPath
 from xdscale.shards.commands import shards_app
@@ -98,7 +98,7 @@ def params(
     from xdscale.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from xdscale.params import print_parameters  # torch, which a mistyped name need not wait for
+    from xdscale.commands.params import print_parameters  # torch, which a mistyped name need not wait for
 
     print_parameters(loaded)
 
@@ -263,7 +263,7 @@ def replay(
     ] = None,
 ) -> None:
     """Repeat a step's global batch sample by sample: losses, gradient norms, what is not finite first."""
-    from xdscale.replay import replay as replay_step
+    from xdscale.commands.replay import replay as replay_step
 
     replay_step(run, step, overrides or [])
 
@@ -347,7 +347,7 @@ def report(
     check: Annotated[UserPath | None, typer.Option(help="Markdown file whose table must be what is measured.")] = None,
 ) -> None:
     """Compile every shipped kernel for every target, without a GPU: registers, spills, shared memory, bytes."""
-    from xdscale.kernel_report import print_report
+    from xdscale.commands.kernel_report import print_report
 
     print_report(write=write, check=check)
 

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from xdscale.errors import XdscaleError
-from xdscale.params import build_on_meta, parameter_table
-from xdscale.plan.profile import modules
+from xdscale.plan.profile import build_on_meta, modules, parameter_table
 from xdscale.plan.states import count
 from xdscale.pretrained.clip import load_clip_text_tower
 from xdscale.pretrained.language import language_config, language_weights, load_language_encoder, own_tokenizer

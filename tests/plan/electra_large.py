@@ -12,9 +12,8 @@ import torch
 from engine_worker import crafted_batches
 
 from xdscale.ds_config import precision, read_ds_config
-from xdscale.params import build_on_meta
 from xdscale.plan.planner import GIB
-from xdscale.plan.profile import modules
+from xdscale.plan.profile import build_on_meta, modules
 from xdscale.plan.settings import read_settings
 from xdscale.plan.states import model_states
 from xdscale.plan.traffic import collectives

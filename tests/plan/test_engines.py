@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from xdscale.params import build_on_meta
 from xdscale.plan.configs import ds_config
-from xdscale.plan.profile import modules
+from xdscale.plan.profile import build_on_meta, modules
 from xdscale.plan.settings import kept_bytes, read_settings
 from xdscale.plan.states import model_states
 from xdscale.plan.traffic import collectives

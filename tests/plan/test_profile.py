@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from xdscale.errors import XdscaleError
-from xdscale.params import build_on_meta, parameter_table
-from xdscale.plan.profile import modules, profile_model
+from xdscale.plan.profile import build_on_meta, modules, parameter_table, profile_model
 from xdscale.plan.states import count
 from xdscale.recipe import load_recipe, shipped_recipes
 from xdscale.systems.contract import open_system

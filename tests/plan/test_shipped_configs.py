@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from xdscale.ds_config import precision, read_ds_config, zero_stage
-from xdscale.params import build_on_meta
 from xdscale.plan.cluster import Cluster
 from xdscale.plan.configs import WAYS, ds_config
 from xdscale.plan.hardware import find_gpu
 from xdscale.plan.planner import GIB, Machine, make_plan
-from xdscale.plan.profile import profile_model
+from xdscale.plan.profile import build_on_meta, profile_model
 from xdscale.plan.report import machine_from, run_plan
 from xdscale.plan.settings import read_settings
 from xdscale.plan.states import model_states

@@ -6,10 +6,10 @@ from typing import ClassVar
 import pytest
 from torch import nn
 
-from xdscale import params
 from xdscale.errors import XdscaleError
 from xdscale.launch.facts import HostFacts
 from xdscale.launch.job import path_warnings, shipped_ds_config
+from xdscale.plan import profile
 from xdscale.plan.configs import model_name
 from xdscale.recipe import Recipe, Section, load_recipe
 from xdscale.systems.contract import recompute_activations
@@ -74,8 +74,8 @@ def test_the_doctor_looks_for_no_folder_of_a_url():
 def test_nothing_is_loaded_to_be_counted(monkeypatch):
     asked = []
     system = SimpleNamespace(build=lambda continued: nn.Identity())
-    monkeypatch.setattr(params, "open_system", lambda recipe: asked.append(recipe) or system)
-    params.build_on_meta(recipe_of("/data"))
+    monkeypatch.setattr(profile, "open_system", lambda recipe: asked.append(recipe) or system)
+    profile.build_on_meta(recipe_of("/data"))
     assert asked[0].model.detector.weights == "random"
     assert asked[0].model.layers == 2
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModel, BertForMaskedLM
 
 from xdscale.errors import XdscaleError
-from xdscale.params import parameter_table
+from xdscale.plan.profile import parameter_table
 from xdscale.recipe import load_recipe
 from xdscale.systems.mlm import build_masked_lm
 

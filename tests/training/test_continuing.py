@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from xdscale.commands.replay import replay
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED
 from xdscale.export import export_run
 from xdscale.recipe import Optim
-from xdscale.replay import replay
 from xdscale.training.checkpoint import list_checkpoints, step_of
 from xdscale.training.run_folder import read_log
 from xdscale.training.schedule import learning_rate

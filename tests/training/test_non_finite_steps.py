@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from xdscale.commands.replay import replay
 from xdscale.data.order import Order
 from xdscale.errors import EXIT_BAD_INPUT
-from xdscale.replay import replay
 from xdscale.shards.table import Table
 from xdscale.training.integrity import read_pickle
 from xdscale.training.run_folder import read_log

@@ -13,6 +13,6 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     Raises:
         XdscaleError: the model cannot be built from the recipe.
     """
-    from xdscale.params import parameter_table
+    from xdscale.plan.profile import parameter_table
 
     return (_WEIGHTS + kept_bytes(recipe.optim)) * parameter_table(recipe)[-1].parameters

@@ -5,10 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from xdscale.params import build_on_meta
 from xdscale.plan.states import Module
 from xdscale.recipe import Recipe
-from xdscale.systems.contract import open_system, recompute_activations
+from xdscale.systems.contract import PartCount, open_system, recompute_activations
 from xdscale.training.tracing import trace
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,6 +86,32 @@ def profile_model(
         kept=_line(few.kept_bytes, many.kept_bytes),
         peak=_line(few.peak_bytes, many.peak_bytes),
     )
+
+
+def build_on_meta(spec: Recipe) -> nn.Module:
+    """Builds a recipe's module on the meta device: without weights, and with the kernels whatever it says.
+
+    Raises:
+        XdscaleError: an architecture is neither known nor in a local folder, or cannot be built.
+    """
+    encoders = {
+        name: part.model_copy(update={"weights": "random"}) for name, part in spec.model if hasattr(part, "weights")
+    }
+    bare = {
+        "model": spec.model.model_copy(update=encoders),
+        "run": spec.run.model_copy(update={"kernels": "fused"}),
+    }
+    with torch.device("meta"):
+        return open_system(spec.model_copy(update=bare)).build(continued=True)
+
+
+def parameter_table(recipe: Recipe) -> list[PartCount]:
+    """Counts parameters without allocating any: the model is built on the meta device, without weights.
+
+    Raises:
+        XdscaleError: an architecture is neither known nor in a local folder, or cannot be built.
+    """
+    return open_system(recipe).count(build_on_meta(recipe))
 
 
 def modules(module: nn.Module) -> list[Module]:

@@ -1,7 +1,8 @@
 import pytest
 
+from xdscale.commands.params import print_parameters
 from xdscale.errors import XdscaleError
-from xdscale.params import parameter_table, print_parameters
+from xdscale.plan.profile import parameter_table
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
 
 

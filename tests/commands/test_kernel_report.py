@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from xdscale.errors import XdscaleError
-from xdscale.kernel_report import (
+from xdscale.commands.kernel_report import (
     BEGIN,
     COLUMNS,
     END,
@@ -25,6 +24,7 @@ from xdscale.kernel_report import (
     shipped_cases,
     verdict,
 )
+from xdscale.errors import XdscaleError
 from xdscale.kernels import masked_token_loss_triton
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_bytes_are_at_most_a_tenth_above_the_least(documented):
 def test_compilers_give_what_the_docs_say(documented):
     by_name = {(row["kernel"], row["target"]): position for position, row in enumerate(documented)}
     positions = [by_name[name] for name in COMPILED_HERE]
-    code = "import json; from xdscale.kernel_report import measure_all; print(json.dumps(measure_all({})))"
+    code = "import json; from xdscale.commands.kernel_report import measure_all; print(json.dumps(measure_all({})))"
     result = python(code.format(positions))
     assert result.returncode == 0, result.stderr
     assert differences([documented[position] for position in positions], json.loads(result.stdout), "docs") == []
@@ -103,7 +103,7 @@ def test_a_configuration_known_to_spill_is_named():
     # 128 x 64 with dropout on sm_80 spills with 4 warps and not with 8: seen with ptxas -v while tiles were chosen.
     result = python(
         "from dataclasses import replace\n"
-        "from xdscale.kernel_report import measure, shipped_cases, verdict\n"
+        "from xdscale.commands.kernel_report import measure, shipped_cases, verdict\n"
         "name = 'forward bf16 d=64 dropout', 'sm_80'\n"
         "case, = (case for case in shipped_cases() if (case.name, case.target) == name)\n"
         "print(verdict([measure(replace(case, num_warps=4))]))"
@@ -122,7 +122,7 @@ def test_launches_take_no_variant_that_the_table_does_not_show():
 
 
 def test_interpreted_kernels_are_refused():
-    code = "from xdscale.kernel_report import measure_all; measure_all([0])"
+    code = "from xdscale.commands.kernel_report import measure_all; measure_all([0])"
     result = python(code, TRITON_INTERPRET="1")
     assert "XdscaleError: TRITON_INTERPRET is set" in result.stderr
 
@@ -222,7 +222,7 @@ def test_gradients_of_logits_are_stored_16_bytes_at_a_time():
     case = next(c for c in shipped_cases() if c.name == "logit_gradients bf16 x bf16, n = 2458" and c.target == "sm_90")
     assert "gradients_stride" in case.divisible_by_16
     code = (
-        "from xdscale import kernel_report as r\n"
+        "from xdscale.commands import kernel_report as r\n"
         "case = [c for c in r.shipped_cases() if c.name == 'logit_gradients bf16 x bf16, n = 2458'][1]\n"
         "assert case.target == 'sm_90'\n"
         "print(r._compiled(case).asm['ptx'])"

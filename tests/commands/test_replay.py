@@ -7,10 +7,10 @@ import fsspec
 import pytest
 import yaml
 
+from xdscale.commands.replay import replay
 from xdscale.data.opening import open_shards
 from xdscale.errors import XdscaleError
 from xdscale.recipe import load_recipe
-from xdscale.replay import replay
 from xdscale.training.distributed import Ranks
 
 

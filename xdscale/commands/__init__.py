@@ -1,0 +1,1 @@
+"""Commands that no other part has, one file each; `xdscale.cli` mounts them."""
