@@ -185,10 +185,7 @@ def _load(model: torch.nn.Module, state: dict[str, Any], prefix: str, folder: Pa
 
 
 def _clip_blocks(bpe: ClipBPE, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns CLIP's ids int64 [texts, blocks, 77] and their numbers int64 [texts, blocks]; 0 for an empty block."""
+    """Returns CLIP's ids int64 [texts, blocks, 77] and their numbers int64 [texts, blocks]."""
     marks, encoded = describe_clip_tokenizer(), bpe.encode(texts)
     offsets = np.cumsum([0, *map(len, encoded)])
-    ids, lengths = pack_clip_blocks(np.concatenate(encoded), offsets, start_id=marks.start_id, end_id=marks.end_id)
-    empty = lengths[:, 0] == 0  # nothing between the marks, as in finetuning
-    ids[empty, 0, :2], lengths[empty, 0] = (marks.start_id, marks.end_id), 2
-    return ids, lengths
+    return pack_clip_blocks(np.concatenate(encoded), offsets, start_id=marks.start_id, end_id=marks.end_id)

@@ -27,19 +27,20 @@ def everything(split, epoch=0, real=None):
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.lists(st.integers(0, 49405), min_size=1, max_size=310), min_size=1, max_size=6))
-def test_clip_blocks_equal_the_plain_definition(texts):
+@given(st.lists(st.lists(st.integers(0, 49405), max_size=310), min_size=1, max_size=6), st.integers(0, 2))
+def test_clip_blocks_equal_the_plain_definition(texts, more):
     """Spec xdbert §4: groups of 75 ids, each start ... end, zeros after the end, missing groups all zero."""
-    blocks = max(-(-len(text) // 75) for text in texts)
+    blocks = max(1, *(-(-len(text) // 75) for text in texts)) + more
     expected = np.zeros((len(texts), blocks, 77), np.int64)
     lengths = np.zeros((len(texts), blocks), np.int64)
     for i, text in enumerate(texts):
-        for k in range(-(-len(text) // 75)):
+        for k in range(max(1, -(-len(text) // 75))):
             block = [START, *text[75 * k : 75 * k + 75], END]
             expected[i, k, : len(block)] = block
             lengths[i, k] = len(block)
     flat = np.concatenate(texts).astype(np.uint16)
-    clip_ids, clip_lengths = pack_clip_blocks(flat, np.cumsum([0, *map(len, texts)]), start_id=START, end_id=END)
+    offsets, asked = np.cumsum([0, *map(len, texts)]), blocks if more else None
+    clip_ids, clip_lengths = pack_clip_blocks(flat, offsets, start_id=START, end_id=END, blocks=asked)
     np.testing.assert_array_equal(clip_ids, expected)
     np.testing.assert_array_equal(clip_lengths, lengths)
     assert clip_ids.dtype == clip_lengths.dtype == np.int64

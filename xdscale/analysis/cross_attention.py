@@ -108,12 +108,8 @@ def clip_input(sentences: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]
                 f"{BLOCKS_PER_SENTENCE * CLIP_CONTENT}"
             )
     offsets = np.cumsum([0, *map(len, encoded)])
-    filled, used = pack_clip_blocks(
-        np.concatenate(encoded), offsets, start_id=marks.start_id, end_id=marks.end_id
-    )  # [sentences, blocks of the longest, 77]
-    ids = np.zeros((len(sentences), BLOCKS_PER_SENTENCE, CLIP_LENGTH), np.int64)
-    lengths = np.zeros((len(sentences), BLOCKS_PER_SENTENCE), np.int64)
-    ids[:, : filled.shape[1]], lengths[:, : used.shape[1]] = filled, used
+    ends = {"start_id": marks.start_id, "end_id": marks.end_id}
+    ids, lengths = pack_clip_blocks(np.concatenate(encoded), offsets, **ends, blocks=BLOCKS_PER_SENTENCE)
     ids, lengths = ids.reshape(-1, CLIP_LENGTH), lengths.reshape(-1)
     entries = {number: entry for entry, number in bpe.vocabulary().items()}
     tokens = [entries[number] for block, length in zip(ids, lengths) for number in block[:length].tolist()]

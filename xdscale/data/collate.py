@@ -118,27 +118,29 @@ def language_ids(split: Table, tokenizer: LanguageTokenizer, sample_ids: np.ndar
 
 
 def pack_clip_blocks(
-    flat: np.ndarray, offsets: np.ndarray, *, start_id: int, end_id: int
+    flat: np.ndarray, offsets: np.ndarray, *, start_id: int, end_id: int, blocks: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lays ragged CLIP texts out in blocks of 77: start, at most 75 ids, end, zeros.
 
     Args:
         flat: uint16 [total], the ids of all texts one after the other; an id 0 among them is a word like any
             other.
-        offsets: int64 [b + 1]; text i is flat[offsets[i]:offsets[i + 1]] and has at least one id.
+        offsets: int64 [b + 1]; text i is flat[offsets[i]:offsets[i + 1]].
         start_id: id of the start token.
         end_id: id of the end token.
+        blocks: for each text; None for as many as the longest one needs.
 
     Returns:
-        (clip_ids int64 [b, N, 77], clip_lengths int64 [b, N]): N blocks hold the longest text; a length
-        counts start and end, and is 0 for the trailing blocks that a text does not need.
+        (clip_ids int64 [b, blocks, 77], clip_lengths int64 [b, blocks]): a length counts start and end, and is 0 for
+        the trailing blocks that a text does not need. An empty text has its first block, with nothing between the two.
     """
     counts = np.diff(offsets)
-    blocks = max(1, -(-int(counts.max(initial=0)) // CLIP_CONTENT))
+    blocks = blocks or max(1, -(-int(counts.max(initial=0)) // CLIP_CONTENT))
     content = np.zeros((len(counts), blocks * CLIP_CONTENT), np.int64)
     content[np.arange(blocks * CLIP_CONTENT) < counts[:, None]] = flat
     inside = np.clip(counts[:, None] - np.arange(blocks) * CLIP_CONTENT, 0, CLIP_CONTENT)  # [b, N]
     used = inside > 0
+    used[:, 0] = True
     clip_ids = np.zeros((len(counts), blocks, CLIP_LENGTH), np.int64)
     clip_ids[:, :, 1:-1] = content.reshape(len(counts), blocks, CLIP_CONTENT)
     clip_ids[:, :, 0] = np.where(used, start_id, 0)

@@ -58,7 +58,7 @@ def open_data(
     Raises:
         XdscaleError: as `open_shards`.
     """
-    training, ranks = recipe.training, place.ranks
+    ranks = place.ranks
     shards = open_shards(
         recipe.data.shards,
         recipe.run,
@@ -68,17 +68,9 @@ def open_data(
         on_shard=place.tick,
     )
     train, held_out = shards.table("train", table), shards.table("validation", table)
-    order = Order(
-        len(train),
-        seed=training.seed,
-        global_batch=training.global_batch,
-        world_size=ranks.world_size,
-        rank=ranks.rank,
-        micro_batch=place.micro_batch,
-    )
     slots = validation_slots(len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch)
     validation = list(map(collator(held_out), slots))
-    remote = shards.cache is not None
+    order, remote = Order.of(recipe, place, len(train)), shards.cache is not None
     return Data(order, collator(train), validation, train.fingerprint, shards.damaged, remote)
 
 

@@ -10,13 +10,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 
 from xdscale.data.hashing import MAX_EPOCH, MAX_SAMPLES
 from xdscale.data.permutation import permute
 from xdscale.errors import XdscaleError
-from xdscale.systems.contract import Slots
+from xdscale.recipe import Recipe
+from xdscale.systems.contract import Place, Slots
 
 VALIDATION_EPOCH = MAX_EPOCH
 """Epoch number of every validation draw: no training epoch has it and the masks of a sample never change."""
@@ -81,6 +83,13 @@ class Order:
         places = np.argsort((within + 0.5) / np.array(self._counts)[tables], kind="stable")
         self._tables, self._within = tables[places], within[places]
         self._slot_index, self._real = _rank_slots(global_batch, world_size, rank, micro_batch)
+
+    @classmethod
+    def of(cls, recipe: Recipe, place: Place, *sizes: int, shares: Sequence[int] = (1,)) -> Self:
+        """Returns a recipe's order as one rank of a run sees it; `sizes`, `shares` and errors as the constructor."""
+        training, ranks = recipe.training, place.ranks
+        split = {"world_size": ranks.world_size, "rank": ranks.rank, "micro_batch": place.micro_batch}
+        return cls(*sizes, shares=shares, seed=training.seed, global_batch=training.global_batch, **split)
 
     def position(self, step: int) -> Position:
         """Returns the position before `step` (steps count from 0), of several tables that of the first one."""

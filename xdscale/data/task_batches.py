@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH
+from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH, pack_clip_blocks
 from xdscale.data.task_files import NO_LABEL, Example
 from xdscale.padding import clip_layout, language_layout
 from xdscale.shards.clip_bpe import ClipBPE
@@ -196,17 +196,10 @@ def cut_longest_first(parts: list[np.ndarray], room: int) -> list[np.ndarray]:
 
 
 def _clip_arrays(texts: Texts, pairs: list[list[int]], tokenizer: ClipTokenizer) -> dict[str, np.ndarray]:
-    blocks = CLIP_BLOCKS * len(pairs[0])
-    clip_ids = np.zeros((len(pairs), blocks, CLIP_LENGTH), np.int64)
-    clip_lengths = np.zeros((len(pairs), blocks), np.int64)
-    for row, pair in enumerate(pairs):
-        for place, index in enumerate(pair):
-            ids = texts[index]
-            for number in range(CLIP_BLOCKS):
-                content = ids[number * CLIP_CONTENT : (number + 1) * CLIP_CONTENT]
-                if number and not len(content):
-                    continue  # an empty sentence still has its first block, with nothing between the markers
-                block = place * CLIP_BLOCKS + number
-                clip_ids[row, block, : len(content) + 2] = [tokenizer.start_id, *content, tokenizer.end_id]
-                clip_lengths[row, block] = len(content) + 2
-    return {"clip_ids": clip_ids, "clip_lengths": clip_lengths}
+    cut = [texts[index][: CLIP_BLOCKS * CLIP_CONTENT] for pair in pairs for index in pair]
+    offsets, ends = np.cumsum([0, *map(len, cut)]), {"start_id": tokenizer.start_id, "end_id": tokenizer.end_id}
+    clip_ids, clip_lengths = pack_clip_blocks(np.concatenate(cut), offsets, **ends, blocks=CLIP_BLOCKS)
+    return {
+        "clip_ids": clip_ids.reshape(len(pairs), -1, CLIP_LENGTH),
+        "clip_lengths": clip_lengths.reshape(len(pairs), -1),
+    }

@@ -55,15 +55,8 @@ class FinetuneSystem(System):
 
     def open(self, place: Place) -> Data:
         """Reads and tokenises the task's files."""
-        material, training, ranks = self._material, self.recipe.training, place.ranks
-        order = Order(
-            len(material.train),
-            seed=training.seed,
-            global_batch=training.global_batch,
-            world_size=ranks.world_size,
-            rank=ranks.rank,
-            micro_batch=place.micro_batch,
-        )
+        material, ranks = self._material, place.ranks
+        order = Order.of(self.recipe, place, len(material.train))
         dev = next(iter(material.dev.values()))
         slots = validation_slots(
             len(dev), self.recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
