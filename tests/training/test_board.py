@@ -10,11 +10,17 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer import event_file_writer
 
+from xdscale.systems.contract import Objective
 from xdscale.training.board import describe
 from xdscale.training.monitor import Monitor
 from xdscale.training.run_folder import RunFolder
 
-OBJECTIVES = {"adaptation": ["mlm", "match", "clip_tokens"], "MLM alone": ["mlm"], "finetuning": ["task"]}
+OBJECTIVES = {
+    "adaptation": {name: Objective(1.0) for name in ("mlm", "match", "clip_tokens")},
+    "MLM alone": {"mlm": Objective(1.0)},
+    "finetuning": {"task": Objective(1.0)},
+    "other figures": {"regions": Objective(1.0, ("iou", "accuracy")), "features": Objective(0.5, ())},
+}
 
 
 class _Recipe:
@@ -43,7 +49,7 @@ def train(folder, objectives, start, stop, recipe=None):
     run = RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     monitor = Monitor(run, recipe or _Recipe(), start, objectives)
-    learned = {f"{kind}/{name}": 0.5 for kind in ("loss", "accuracy") for name in objectives}
+    learned = {f"{kind}/{name}": 0.5 for name, each in objectives.items() for kind in ("loss", *each.metrics)}
     if start == 0:
         monitor.validation(0, learned)
     for step in range(start + 1, stop + 1):
@@ -93,7 +99,7 @@ def test_every_chart_of_the_layout_has_curves_and_every_curve_a_chart(continued,
             shown |= set(chart.multiline.tag)
     assert {tag for tag in written if not tag.startswith("final/")} - shown <= {"loss/total"}
     assert shown - written <= {"data/quarantined_shards"}
-    assert {f"validation/accuracy/{name}" for name in objectives} <= shown
+    assert {f"validation/{kind}/{name}" for name, each in objectives.items() for kind in each.metrics} <= shown
 
 
 def test_every_curve_has_a_title_and_a_description(continued):
@@ -110,15 +116,15 @@ def test_every_curve_has_a_title_and_a_description(continued):
 
 def test_last_figures_stand_in_the_run_itself(continued, objectives):
     multiplexer = read(continued / "tensorboard")
-    name = f"final/accuracy/{objectives[0]}"
+    name = f"final/accuracy/{next(iter(objectives))}"
     assert multiplexer.Tensors("first", name)[-1].step == 6
     assert "_hparams_/session_start_info" in multiplexer.PluginRunToTagToContent("hparams")["first"]
 
 
 def test_settings_are_those_of_the_newest_end(tmp_path, capsys):
     """TensorBoard's HParams show the first settings that a run's files have."""
-    train(tmp_path / "first", ["mlm"], 0, 4)
-    train(tmp_path / "first", ["mlm"], 3, 6, _Recipe(learning_rate=2e-4))
+    train(tmp_path / "first", OBJECTIVES["MLM alone"], 0, 4)
+    train(tmp_path / "first", OBJECTIVES["MLM alone"], 3, 6, _Recipe(learning_rate=2e-4))
     multiplexer = read(tmp_path / "first" / "tensorboard")
     stored = multiplexer.SummaryMetadata("first", "_hparams_/session_start_info").plugin_data.content
     settings = plugin_data_pb2.HParamsPluginData.FromString(stored).session_start_info.hparams
@@ -129,6 +135,7 @@ def test_units_stand_in_titles():
     assert describe("memory/peak_gib")[0] == "peak memory (GiB)"
     assert describe("validation/loss/mlm")[0] == "held-out loss, masked language modelling (per target)"
     assert describe("final/accuracy/task")[0] == "last held-out accuracy, the finetuning task (share)"
+    assert describe("iou/regions") == ("iou, regions (per target)", "Mean over the targets of the global batch.")
 
 
 def test_a_narrow_terminal_shows_the_step_and_every_loss_and_texts_as_they_are(tmp_path, monkeypatch, capsys):

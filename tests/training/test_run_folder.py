@@ -121,7 +121,7 @@ def test_the_last_line_says_what_ended_the_run(tmp_path, capfd, step, why):
 
 def test_a_full_disk_under_the_log_is_one_message(tmp_path):
     (tmp_path / "run").mkdir()
-    monitor = Monitor(RunFolder(tmp_path / "run"), load_recipe("quickstart"), 0, ["mlm"])
+    monitor = Monitor(RunFolder(tmp_path / "run"), load_recipe("quickstart"), 0, {})
     monitor._log.close()
     with open("/dev/full", "ab", buffering=0) as full:
         monitor._log = full

@@ -1,12 +1,15 @@
 """What TensorBoard is told of a run: curves with titles, units and descriptions, and a layout without empty charts."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.scalar.metadata import create_summary_metadata
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from xdscale.systems.contract import Objective
 
 _OBJECTIVES = {
     "mlm": "masked language modelling",
@@ -16,12 +19,13 @@ _OBJECTIVES = {
 }
 _LOSS = "Mean over the targets of the global batch: minus the natural logarithm, or squared error of a regression."
 _ACCURACY = "Share of the targets of the global batch that are predicted right; of a regression, that come near."
+_METRIC = "Mean over the targets of the global batch."
 _HELD_OUT = "Always the same held-out samples with the same masks, without dropout. "
 _LAST = "The last held-out figure of the run, which HParams compares runs by. "
 
 _TITLES = {
     "loss/total": ("total loss", "The objectives' mean losses, times their weights in the recipe, added up."),
-    "optim/lr": ("learning rate", "AdamW's rate in this step, as warm-up and decay give it."),
+    "optim/lr": ("learning rate", "The optimizer's rate in this step, as warm-up and schedule give it."),
     "optim/grad_norm": (
         "gradient norm, before clipping",
         "L2 norm of the global batch's gradient, all ranks together.",
@@ -58,11 +62,11 @@ class Board:
 
     Args:
         folder: of the event files.
-        objectives: names of the losses.
+        objectives: by name.
         start_step: steps already done; what an earlier process wrote after it is dropped.
     """
 
-    def __init__(self, folder: Path, objectives: list[str], start_step: int) -> None:
+    def __init__(self, folder: Path, objectives: Mapping[str, Objective], start_step: int) -> None:
         if start_step == 0:
             shutil.rmtree(folder, ignore_errors=True)
         for settings in folder.glob(f"*{_SETTINGS}"):
@@ -104,20 +108,25 @@ def describe(tag: str) -> tuple[str, str]:
         return _TITLES[tag]
     kind, _, name = tag.partition("/")
     of = _OBJECTIVES.get(name, name)
-    return (f"loss, {of} (per target)", _LOSS) if kind == "loss" else (f"accuracy, {of} (share)", _ACCURACY)
+    known = {"loss": ("per target", _LOSS), "accuracy": ("share", _ACCURACY)}
+    unit, description = known.get(kind, ("per target", _METRIC))
+    return f"{kind}, {of} ({unit})", description
 
 
-def layout(objectives: list[str]) -> dict[str, dict[str, list]]:
+def layout(objectives: Mapping[str, Objective]) -> dict[str, dict[str, list]]:
     """Returns the custom layout for a run with these objectives: categories, charts, and the curves of each."""
-    losses, accuracies = ([f"{kind}/{name}" for name in objectives] for kind in ("loss", "accuracy"))
-    total = ["loss/total"] if len(objectives) > 1 else []
+    figures = {"losses (per target)": [f"loss/{name}" for name in objectives]}
+    for name, objective in objectives.items():
+        for kind in objective.metrics:
+            title = "accuracies (share of targets)" if kind == "accuracy" else f"{kind} (per target)"
+            figures.setdefault(title, []).append(f"{kind}/{name}")
+    learning = {}
+    for title, tags in figures.items():
+        learning |= {title: tags, f"held-out {title}": [f"validation/{tag}" for tag in tags]}
+    if len(objectives) > 1:
+        figures["losses (per target)"].insert(0, "loss/total")
     charts = {
-        "Learning": {
-            "losses (per target)": total + losses,
-            "held-out losses (per target)": [f"validation/{tag}" for tag in losses],
-            "accuracies (share of targets)": accuracies,
-            "held-out accuracies (share of targets)": [f"validation/{tag}" for tag in accuracies],
-        },
+        "Learning": learning,
         "Optimiser": {"learning rate": ["optim/lr"], "gradient norm, before clipping": ["optim/grad_norm"]},
         "Speed": {
             "throughput (language tokens/s)": ["throughput/tokens_per_second"],

@@ -1,4 +1,4 @@
-"""Held-out losses and accuracies."""
+"""Held-out losses and metrics."""
 
 import itertools
 from collections.abc import Callable

@@ -5,6 +5,7 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Column
 from xdscale.ds_config import BatchSplit
 from xdscale.errors import writing
 from xdscale.recipe import Recipe
+from xdscale.systems.contract import Objective
 from xdscale.training.board import Board
 from xdscale.training.run_folder import RunFolder
 
@@ -29,13 +31,13 @@ class Monitor:
         run: the claimed run folder.
         recipe: the resolved recipe, shown as text and as hyper-parameters.
         start_step: steps already done; what an earlier process wrote after it is dropped.
-        objectives: names of the losses.
+        objectives: by name.
 
     Raises:
         XdscaleError: here and in every method, the folder takes no files.
     """
 
-    def __init__(self, run: RunFolder, recipe: Recipe, start_step: int, objectives: list[str]) -> None:
+    def __init__(self, run: RunFolder, recipe: Recipe, start_step: int, objectives: Mapping[str, Objective]) -> None:
         self._folder = run.folder
         self._recipe = recipe
         threading.excepthook = _leave_to_the_writer

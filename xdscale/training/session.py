@@ -182,7 +182,7 @@ def train_session(setup: Setup, data: Data, session: Session, objectives: dict[s
     recipe, ranks, run = setup.recipe, setup.ranks, setup.run
     engine, start_step = session.engine, session.start_step
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(setup.ds_config)]
-    monitor = _open_monitor(setup, data, session, list(objectives)) if ranks.is_first else None
+    monitor = _open_monitor(setup, data, session, objectives) if ranks.is_first else None
     history = read_log(run.log) if monitor else []
     validated = any(entry["kind"] == "validation" and entry["step"] == start_step for entry in history)
     due = start_step % recipe.run.eval_every == 0 or start_step == recipe.training.steps
@@ -246,7 +246,7 @@ def finish(system: System, setup: Setup, session: Session) -> int:
         return system.finish(setup, session.engine)
 
 
-def _open_monitor(setup: Setup, data: Data, session: Session, objectives: list[str]) -> Monitor:
+def _open_monitor(setup: Setup, data: Data, session: Session, objectives: dict[str, Objective]) -> Monitor:
     """Opens the records of a run and says how this start begins."""
     training, step = setup.recipe.training, session.start_step
     monitor = Monitor(setup.run, setup.recipe, step, objectives)
