@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,15 +14,12 @@ from xdscale.errors import XdscaleError
 from xdscale.models.operations import use_definitions
 from xdscale.models.xdbert import XDBERT
 from xdscale.names import expand_home
-from xdscale.pretrained.clip import build_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder, own_tokenizer
-from xdscale.pretrained.weights import some
 from xdscale.recipes.mlm.schema import Language
-from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
-from xdscale.systems.stored import LANGUAGE_PREFIX, MODEL_PREFIX, language_folder, part_of, stored_recipe, stored_state
-from xdscale.systems.xdbert import join_encoders
+from xdscale.systems.stored import LANGUAGE_PREFIX, language_folder, load_part, stored_recipe, stored_state
+from xdscale.systems.xdbert import build_adapted
 
 
 class Encoded(NamedTuple):
@@ -138,7 +135,7 @@ def load_encoder(folder: str | Path) -> Encoder:
         return Encoder(load_language_encoder(spec, dropout=0.0), *own_tokenizer(name), name=name)
     source = str(language_folder(path).resolve())
     model = load_language_encoder(Language(name=source, weights="random"), dropout=0.0)
-    _load(model, stored_state(path), LANGUAGE_PREFIX, path)
+    load_part(model, stored_state(path), LANGUAGE_PREFIX, path)
     return Encoder(model, *own_tokenizer(source), name=name)
 
 
@@ -155,33 +152,10 @@ def load_cross_modal(folder: str | Path) -> Encoder:
             weights are damaged or not those of the recipe.
     """
     path = Path(expand_home(str(folder)))
-    return Encoder(build_adapted(path), *own_tokenizer(str(language_folder(path).resolve())), name=str(folder))
-
-
-def build_adapted(folder: Path) -> XDBERT:
-    """Builds the adapted cross-modal model of a run or an export in fp32, in evaluation mode.
-
-    Raises:
-        XdscaleError: as `load_cross_modal`, but for the tokenizer.
-    """
-    recipe = stored_recipe(folder)
-    if not isinstance(recipe, XDBERTRecipe):
-        raise XdscaleError(f"{folder}: was trained as {recipe.system!r}: there is no cross-modal model in it")
-    spec = recipe.model
-    source = Language(name=str(language_folder(folder).resolve()), weights="random")
-    language = load_language_encoder(source, dropout=spec.dropout)
-    model = join_encoders(spec, language, build_clip_text_tower(spec.clip))
-    _load(model, stored_state(folder), MODEL_PREFIX, folder)
-    return (use_definitions(model) if recipe.run.kernels == "plain" else model).eval()
-
-
-def _load(model: torch.nn.Module, state: dict[str, Any], prefix: str, folder: Path) -> None:
-    found = part_of(state, prefix)
-    wanted = model.state_dict()
-    wrong = sorted(name for name, value in wanted.items() if name not in found or found[name].shape != value.shape)
-    if wrong:
-        raise XdscaleError(f"{folder}: holds no fitting weights for {some(wrong)} of the model in its recipe")
-    model.load_state_dict({name: found[name] for name in wanted})
+    model = build_adapted(path)
+    if stored_recipe(path).run.kernels == "plain":
+        use_definitions(model)
+    return Encoder(model, *own_tokenizer(str(language_folder(path).resolve())), name=str(folder))
 
 
 def _clip_blocks(bpe: ClipBPE, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from xdscale.analysis.cross_attention import clip_input, cross_attention, figures
 from xdscale.cli import app
-from xdscale.encoder import build_adapted
 from xdscale.errors import XdscaleError
 from xdscale.export import export_run
 from xdscale.kernels.quick_gelu import quick_gelu
 from xdscale.pretrained.clip import build_clip_text_tower
 from xdscale.recipes.xdbert.schema import Clip
+from xdscale.systems.xdbert import build_adapted
 
 # The pair of the paper's Table 9, and its tokens as printed there.
 PAIR = [

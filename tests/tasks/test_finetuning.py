@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
@@ -12,12 +14,15 @@ from transformers import (
 
 from xdscale.errors import XdscaleError
 from xdscale.finetune.run import FinetuneSystem
+from xdscale.models.operations import ActivatedLinear
 from xdscale.models.xdbert import XDBERT
+from xdscale.pretrained.clip import build_clip_text_tower
+from xdscale.pretrained.language import load_language_encoder
 from xdscale.recipe import Optim
 from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import Clip
 from xdscale.systems.stored import save_full_model
-from xdscale.systems.xdbert import build_adaptation, build_model
+from xdscale.systems.xdbert import build_adaptation, build_model, join_encoders
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import (
     Finetuning,
@@ -173,6 +178,21 @@ def test_the_full_model_is_the_adapted_one_with_a_bert_pooler_on_its_first_outpu
             )
             pooled = torch.tanh(adaptation.match.pooler(language[:, 0]))
         torch.testing.assert_close(logits, subject.classifier(pooled), atol=2e-5, rtol=1e-5)
+
+
+def test_clips_activation_is_the_one_that_its_weights_were_trained_with(adaptation_spec, cassette_model, tmp_path):
+    """LAION's ViT-B-32 was trained with GELU, OpenAI's with QuickGELU; an export says what it was adapted with."""
+    spec = adaptation_spec(dropout=0.1)
+    clip = spec.model.clip.model_copy(update={"name": "ViT-B-32", "weights": "laion2b_s34b_b79k"})
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"clip": clip})})
+    language = load_language_encoder(spec.model.language, dropout=0.1)
+    model = nn.ModuleDict({"model": join_encoders(spec.model, language, build_clip_text_tower(clip))})
+    save_full_model(spec, model.state_dict(), tmp_path / "cross_modal")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((cassette_model / name).read_bytes())
+    subject = build_cross_modal_classifier(tmp_path, find_task("cola"), dropout=0.1)
+    activations = {part.activation for part in subject.encoder.clip.modules() if isinstance(part, ActivatedLinear)}
+    assert activations == {F.gelu}
 
 
 def test_an_export_without_the_full_model_is_refused(tmp_path):

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import xdscale
-from xdscale.encoder import build_adapted
 from xdscale.errors import XdscaleError
 from xdscale.shards.clip_bpe import ClipBPE
+from xdscale.systems.xdbert import build_adapted
 
 TEXTS = ["A red apple on a wooden table.", "", "Dogs run, and " * 20, "A dog."]
 

@@ -80,6 +80,19 @@ def part_of(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
+def load_part(module: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, folder: Path) -> None:
+    """Loads a module that is a part of what `folder` holds, under names that begin with a prefix.
+
+    Raises:
+        XdscaleError: the weights are not those of the module.
+    """
+    found, wanted = part_of(state, prefix), module.state_dict()
+    wrong = sorted(name for name, value in wanted.items() if name not in found or found[name].shape != value.shape)
+    if wrong:
+        raise XdscaleError(f"{folder}: holds no fitting weights for {some(wrong)} of the model in its recipe")
+    module.load_state_dict({name: found[name] for name in wanted})
+
+
 def save_full_model(recipe: Recipe, state: dict[str, torch.Tensor], out: Path) -> None:
     """Writes a module's weights (safetensors, fp32; tied ones once) and the recipe that it was built from.
 

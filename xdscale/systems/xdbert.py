@@ -18,9 +18,10 @@ from xdscale.models.heads import MaskedTokenHead, MatchHead, masked_lm_head
 from xdscale.models.operations import use_definitions
 from xdscale.models.xdbert import XDBERT
 from xdscale.names import resolve_path
-from xdscale.pretrained.clip import clip_config, load_clip_text_tower
+from xdscale.pretrained.clip import build_clip_text_tower, clip_config, load_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.pretrained.language_files import export_language, save_language_files
+from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import Model, XDBERTObjectives, XDBERTRecipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.sources.text_build import TEXT, TextBuild
@@ -30,10 +31,14 @@ from xdscale.systems.mlm import check_language, load_published_head
 from xdscale.systems.stored import (
     FULL_MODEL,
     LANGUAGE_PREFIX,
+    MODEL_PREFIX,
     begin_with,
     language_folder,
+    load_part,
     part_of,
     save_full_model,
+    stored_recipe,
+    stored_state,
 )
 
 
@@ -214,6 +219,31 @@ def join_encoders(spec: Model, language: PreTrainedModel, clip: CLIPTextEncoder)
         for _ in range(spec.cross_layers)
     ]
     return XDBERT(language, clip, layers)
+
+
+def build_adapted(
+    folder: Path, state: dict[str, torch.Tensor] | None = None, *, dropout: float | None = None
+) -> XDBERT:
+    """Builds the adapted cross-modal model of a run or an export in fp32, in evaluation mode.
+
+    Args:
+        folder: of the run or the export.
+        state: its weights, if they are read already.
+        dropout: in the place of its recipe's.
+
+    Raises:
+        XdscaleError: neither of the two, adapted without CLIP, no checkpoint yet, or the weights are damaged or not
+            those of the recipe.
+    """
+    recipe = stored_recipe(folder)
+    if not isinstance(recipe, XDBERTRecipe):
+        raise XdscaleError(f"{folder}: was trained as {recipe.system!r}: there is no cross-modal model in it")
+    spec = recipe.model if dropout is None else recipe.model.model_copy(update={"dropout": dropout})
+    source = Language(name=str(language_folder(folder).resolve()), weights="random")
+    language = load_language_encoder(source, dropout=spec.dropout)
+    model = join_encoders(spec, language, build_clip_text_tower(spec.clip))
+    load_part(model, stored_state(folder) if state is None else state, MODEL_PREFIX, folder)
+    return model.eval()
 
 
 def build_adaptation(recipe: XDBERTRecipe) -> XDBERTAdaptation:

@@ -19,10 +19,10 @@ from xdscale.models.encoders import use_kernels
 from xdscale.pretrained.clip import load_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.recipes.mlm.schema import Language
-from xdscale.recipes.xdbert.schema import Clip, Model
+from xdscale.recipes.xdbert.schema import Clip
 from xdscale.systems.contract import Term
-from xdscale.systems.stored import FULL_MODEL, MODEL_PREFIX, part_of, stored_recipe, stored_state
-from xdscale.systems.xdbert import build_model
+from xdscale.systems.stored import FULL_MODEL, part_of, stored_state
+from xdscale.systems.xdbert import build_adapted
 from xdscale.tasks.contract import Task
 from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
 
@@ -101,15 +101,8 @@ def build_cross_modal_classifier(folder: Path, task: Task, *, dropout: float) ->
     Raises:
         XdscaleError: the folder holds no full model.
     """
-    spec, state = read_full_model(folder)
-    bare = Model(
-        language=Language(name=str(folder), weights="random"),
-        clip=spec.clip.model_copy(update={"weights": "random"}),
-        cross_layers=spec.cross_layers,
-        dropout=dropout,
-    )
-    encoder = build_model(bare)
-    encoder.load_state_dict(part_of(state, MODEL_PREFIX))
+    state = read_full_model(folder)
+    encoder = build_adapted(folder, state, dropout=dropout)
     classifier = CrossModalClassifier(encoder, task.outputs, dropout=dropout)
     pooler = part_of(state, "match.pooler.")
     if pooler:
@@ -126,8 +119,8 @@ def build_clip_classifier(spec: Clip, task: Task, *, dropout: float) -> ClipClas
     return ClipClassifier(load_clip_text_tower(spec), task.sentences, task.outputs, dropout=dropout)
 
 
-def read_full_model(folder: Path) -> tuple[Model, dict[str, torch.Tensor]]:
-    """Reads the full cross-modal model of an export: what it was built from, and its fp32 weights with the heads.
+def read_full_model(folder: Path) -> dict[str, torch.Tensor]:
+    """Reads the fp32 weights of an export's full cross-modal model, heads included.
 
     Raises:
         XdscaleError: the folder holds no full model.
@@ -137,4 +130,4 @@ def read_full_model(folder: Path) -> tuple[Model, dict[str, torch.Tensor]]:
             f"{folder}: holds no {FULL_MODEL}/config.json; the cross-modal subject needs a folder written by "
             "'xdscale export'"
         )
-    return stored_recipe(folder).model, stored_state(folder)
+    return stored_state(folder)
