@@ -64,7 +64,7 @@ class MicroBatch:
 
     Attributes:
         arrays: the module's inputs and labels by name. The first dimension of the first one counts the samples; one
-            without dimensions reaches the module as a plain number.
+            without dimensions reaches the module as a plain number. Floats keep their dtype, whatever it computes in.
         targets: how many targets each objective that is on has in them, 0 for none.
         tokens: of real samples.
     """
