@@ -1,5 +1,7 @@
 """Subjects and heads, against transformers' own classes with the same weights."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from xdscale.models.xdbert import XDBERT
 from xdscale.pretrained.clip import build_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.recipe import Optim
-from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.mlm.schema import Language, MaskedLMRecipe
 from xdscale.recipes.xdbert.schema import Clip
 from xdscale.systems.stored import save_full_model
 from xdscale.systems.xdbert import build_adaptation, build_model, join_encoders
@@ -214,3 +216,18 @@ def test_clip_alone_is_read_at_the_end_token_and_knows_no_later_padding(clip_tin
         again = subject(batch)
     torch.testing.assert_close(logits, subject.classifier(torch.cat(sentences, 1)), atol=1e-5, rtol=1e-5)
     assert torch.equal(logits, again)
+
+
+def test_an_export_of_another_system_is_no_cross_modal_model(tmp_path):
+    (tmp_path / "cross_modal").mkdir()
+    recipe = MaskedLMRecipe(
+        system="mlm",
+        model={"language": {"name": "bert-base-uncased"}},
+        data={"shards": "d"},
+        training={"steps": 1, "global_batch": 1},
+        output={"folder": "r"},
+    )
+    config = {"recipe": recipe.model_dump(mode="json"), "tied_weights": {}}
+    (tmp_path / "cross_modal" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(XdscaleError, match="was trained as 'mlm': there is no cross-modal model in it"):
+        build_cross_modal_classifier(tmp_path, find_task("rte"), dropout=0.1)

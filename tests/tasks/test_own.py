@@ -59,6 +59,11 @@ def describe(tmp_path):
     return describe
 
 
+def test_files_that_lie_elsewhere_are_named_whole(describe, tmp_path):
+    _, data = read(describe("text: text", *LABELS, f"dev: {tmp_path / 'dev.tsv'}"))
+    assert data.sources == {"train": "train.tsv", "dev": str(tmp_path / "dev.tsv")}
+
+
 def read(path):
     task = read_own_task(path).task()
     return task, task.read(path.parent)

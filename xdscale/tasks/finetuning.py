@@ -19,9 +19,9 @@ from xdscale.models.encoders import use_kernels
 from xdscale.pretrained.clip import load_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.recipes.mlm.schema import Language
-from xdscale.recipes.xdbert.schema import Clip
+from xdscale.recipes.xdbert.schema import Clip, XDBERTRecipe
 from xdscale.systems.contract import Term
-from xdscale.systems.stored import FULL_MODEL, part_of, stored_state
+from xdscale.systems.stored import FULL_MODEL, part_of, stored_recipe, stored_state
 from xdscale.systems.xdbert import build_adapted
 from xdscale.tasks.contract import Task
 from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
@@ -123,11 +123,14 @@ def read_full_model(folder: Path) -> dict[str, torch.Tensor]:
     """Reads the fp32 weights of an export's full cross-modal model, heads included.
 
     Raises:
-        XdscaleError: the folder holds no full model.
+        XdscaleError: the folder holds no full model, or another system's.
     """
     if not (folder / FULL_MODEL / "config.json").is_file():
         raise XdscaleError(
             f"{folder}: holds no {FULL_MODEL}/config.json; the cross-modal subject needs a folder written by "
             "'xdscale export'"
         )
+    recipe = stored_recipe(folder)
+    if not isinstance(recipe, XDBERTRecipe):
+        raise XdscaleError(f"{folder}: was trained as {recipe.system!r}: there is no cross-modal model in it")
     return stored_state(folder)

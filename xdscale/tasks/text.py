@@ -162,7 +162,7 @@ class TextTask:
             dev,
             {out: read(name, "test") for out, name in test.items()},
             files,
-            {split: f"{self.folder}/{name}".lstrip("/") for split, name in names.items()},
+            {split: str(Path(self.folder, name)) for split, name in names.items()},
         )
 
     def read_examples(self, path: Path, *, labelled: bool) -> list[Example]:
