@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
@@ -27,6 +27,14 @@ MOST_TORN_ROWS = 1e-3
 """Share of a file's rows that may lack columns, in a task that is known to have such rows."""
 
 
+class Span(NamedTuple):
+    """Characters `text[start:end]` that name region number `region` of the image; −1 where no region is named."""
+
+    start: int
+    end: int
+    region: int
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One example.
@@ -37,12 +45,18 @@ class Example:
             choices one such tuple for each choice, else a single one.
         label: class number, number of the right choice, or target of a regression; None in an unlabelled split.
         line: of the file, counted from 1.
+        images: ids of its images in the table of regions, in order.
+        spans: for each text of `texts`, the parts of it that stand for regions; empty where nothing is aligned.
+        truth: what the task's targets and metrics need beside the label.
     """
 
     id: str
     texts: tuple[tuple[str, ...], ...]
     label: float | None
     line: int
+    images: tuple[str, ...] = ()
+    spans: tuple[tuple[tuple[Span, ...], ...], ...] = ()
+    truth: Any = None
 
 
 def read_rows(
