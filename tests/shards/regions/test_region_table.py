@@ -1,0 +1,149 @@
+"""The table of image regions: what is put in comes out, in any order, and images are found by their ids."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from xdscale.errors import XdscaleError
+from xdscale.shards.manifest import Manifest
+from xdscale.shards.region_encoding import compand, expand, largest_classes, whole_distributions
+from xdscale.shards.regions import Detector, RegionTable
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
+from xdscale.shards.table import Table
+
+WIDTH, CLASSES = 24, 100
+DETECTOR = Detector(model="a detector", class_count=CLASSES, background=0)
+
+
+def drawn_image(number, regions, **change):
+    """An image like a detector's: features half zeros, boxes inside, distributions of sum 1."""
+    chance = np.random.default_rng(number)
+    width, height = 640 + number, 480
+    corners = np.sort(chance.random((regions, 2, 2)), axis=1).reshape(regions, 4)
+    features = np.maximum(chance.standard_normal((regions, WIDTH)), 0).astype(np.float32)
+    fields = {
+        "image_id": f"image-{number}",
+        "size": (width, height),
+        "boxes": (corners * [width, height, width, height]).astype(np.float32),
+        "features": features,
+        "labels": {"confidences": chance.random(regions), "object_ids": chance.integers(0, CLASSES, regions)},
+        "class_probs": chance.dirichlet(np.full(CLASSES, 0.05), regions).astype(np.float32),
+        "where": f"images.tsv, line {number + 1}",
+    }
+    return RegionImage(**fields | change)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [drawn_image(number, 1 + number % 7) for number in range(23)]
+
+
+@pytest.fixture(scope="module", params=["fp16", "u8"])
+def stored(request, images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("regions") / "out"
+    build_regions(images, out, DETECTOR, encoding=request.param, shard_images=5)
+    return request.param, RegionTable.open(out)
+
+
+def test_regions_come_out_as_they_were_put_in(stored, images):
+    encoding, table = stored
+    order = np.random.default_rng(0).permutation(len(images))
+    found = table.read(order)
+    assert len(table) == 23
+    assert table.width == WIDTH
+    assert found.features.dtype == (np.float16 if encoding == "fp16" else np.float32)
+    for place, number in enumerate(order):
+        regions, image = slice(*found.offsets[place : place + 2]), images[number]
+        assert np.array_equal(found.boxes[regions], image.boxes)
+        assert np.array_equal(found.confidences[regions], image.labels["confidences"].astype(np.float32))
+        if encoding == "fp16":
+            assert np.array_equal(found.features[regions], image.features.astype(np.float16))
+        else:
+            lost = np.linalg.norm(found.features[regions] - image.features, axis=1)
+            assert (lost <= 7e-3 * np.linalg.norm(image.features, axis=1)).all()
+        assert found.sizes[place].tolist() == list(image.size)
+    assert table.image_ids(order[:3]) == [images[number].image_id for number in order[:3]]
+    # The largest 64 of 100 classes are kept, in half precision; the rest is spread.
+    probs = table.class_probs(order)
+    expected = np.concatenate([images[number].class_probs for number in order])
+    assert probs.shape == expected.shape
+    assert np.abs(probs - expected).max() < 1e-3
+    assert np.abs(probs.sum(axis=1) - 1).max() < 1e-3
+
+
+def test_dataset_json_says_where_regions_come_from(stored):
+    encoding, table = stored
+    assert table.build.detector == DETECTOR
+    assert table.build.largest_error == (0.0 if encoding == "fp16" else 7e-3)
+    counts = Manifest.load(table.table.folder).tables["regions"].counts
+    assert counts["images"] == 23
+    if encoding == "u8":
+        assert sum(counts["relative_error_thousandths"]) == counts["regions"]
+    assert len(Table(table.table.folder, "all").manifest.shards) == 5
+
+
+def test_images_are_found_by_id_and_the_message_knows_other_forms(tmp_path):
+    images = [drawn_image(number, 2, image_id=str(393225 + number)) for number in range(9)]
+    build_regions(images, tmp_path / "out", DETECTOR)
+    table = RegionTable.open(tmp_path / "out")
+    assert table.rows(["393230", "393225", "393230"]).tolist() == [5, 0, 5]
+    assert table.rows([]).tolist() == []
+    with pytest.raises(XdscaleError, match=r"no image 'COCO_val2014_000000393225.jpg'; it has '393225' for"):
+        table.rows(["393226", "COCO_val2014_000000393225.jpg"])
+    with pytest.raises(XdscaleError, match=r"no image 'x', 'y', 'z' and 1 more; its ids look like '393225'"):
+        table.rows(["x", "y", "z", "x", "w"])
+
+
+def test_boxes_alone(tmp_path):
+    images = [drawn_image(number, 3, features=None, class_probs=None, labels={}) for number in range(4)]
+    build_regions(images, tmp_path / "out", DETECTOR)
+    found = RegionTable.open(tmp_path / "out").read(np.array([2, 1]))
+    assert found.features.shape == (6, 0)
+    assert np.array_equal(found.boxes[:3], images[2].boxes)
+    assert found.confidences.tolist() == [1] * 6
+
+
+def test_a_table_of_another_kind_is_none_of_regions(small_dataset):
+    with pytest.raises(XdscaleError, match="text is no table of image regions"):
+        RegionTable(Table(small_dataset, "train"))
+    with pytest.raises(XdscaleError, match="no table 'regions'"):
+        RegionTable.open(small_dataset)
+
+
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 40))
+FEATURES = arrays.arrays(np.float32, SHAPES, elements=st.floats(0, 60, width=32))
+
+
+@settings(max_examples=200, deadline=None)
+@given(FEATURES)
+def test_companded_bytes_err_as_told(features):
+    """By no more than half a step of the square root, zeros and the largest stay; the error is the true one."""
+    codes, scales, errors = compand(features)
+    found = expand(codes, scales)
+    steps = np.sqrt(found / np.where(scales > 0, scales, 1)[:, None]) - np.sqrt(
+        features / np.where(scales > 0, scales, 1)[:, None]
+    )
+    assert np.abs(steps).max() <= 0.5 / 255 + 1e-6
+    assert (found[features == 0] == 0).all()
+    assert np.array_equal(found.max(axis=1), features.max(axis=1))
+    lost = np.linalg.norm(found.astype(np.float64) - features, axis=1)
+    norms = np.linalg.norm(features.astype(np.float64), axis=1)
+    assert np.allclose(errors, lost / np.where(norms > 0, norms, 1), atol=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(65, 1700), st.integers(0, 2**32 - 1), st.floats(0.01, 5))
+def test_kept_classes_and_the_rest(classes, seed, spread):
+    probs = np.random.default_rng(seed).dirichlet(np.full(classes, spread), 3).astype(np.float32)
+    probs /= probs.sum(axis=1, keepdims=True)
+    ids, kept = largest_classes(probs)
+    whole = whole_distributions(ids, kept, classes)
+    assert np.abs(whole.sum(axis=1) - 1).max() < 2e-2 if spread > 1 else 1e-2
+    for row, (those, values) in enumerate(zip(ids, kept)):
+        assert len(set(those.tolist())) == 64
+        assert np.array_equal(values, probs[row][those].astype(np.float16))
+        others = np.delete(whole[row], those)
+        assert (others == others[0]).all()
+        assert values.min() >= np.delete(probs[row], those).max().astype(np.float16)
