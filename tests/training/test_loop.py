@@ -243,7 +243,7 @@ def test_the_average_takes_in_updates_that_were_made_and_is_what_validation_meas
 
 def test_the_log_holds_means_over_the_targets_of_all_ranks_and_the_speed(saved, monkeypatch):
     """On two ranks; the other one has losses 7 and 8, 2 and 3 right ones, 5 and 10 targets, 70 tokens."""
-    others = [torch.tensor([5, 10, 70, 0]), torch.tensor([7.0, 2.0, 8.0, 3.0])]
+    others = [torch.tensor([5, 10, 70, 0, 1, 1, 1, 1]), torch.tensor([7.0, 2.0, 8.0, 3.0])]
     ticks = itertools.count(step=4.0)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(ticks))
     run = trainer(FakeEngine(), FakeRanks(0, 2, others), steps=1)
@@ -269,7 +269,7 @@ def test_updates_that_were_skipped_do_not_count_for_bias_correction(saved, monke
 
 
 def test_an_objective_without_targets_in_a_step_is_zero_and_not_a_division_by_zero(saved):
-    others = [torch.tensor([-3, -6, 0, 0])]
+    others = [torch.tensor([-3, -6, 0, 0, 1, 1, 1, 1])]
     run = trainer(FakeEngine(), FakeRanks(0, 2, others), steps=1)
     run._step(0)
     assert run.monitor.steps[0]["loss/first"] == pytest.approx(3.0)

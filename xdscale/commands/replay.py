@@ -19,10 +19,11 @@ from xdscale.names import is_url
 from xdscale.recipe import Recipe, Run, load_recipe, recipe_file
 from xdscale.shards.manifest import MANIFEST_NAME
 from xdscale.shards.remote import cache_folder, fetch_manifest
-from xdscale.systems.contract import Place, open_system
+from xdscale.systems.contract import MicroBatch, Objective, Place, open_system, pass_numbers
 from xdscale.training.consolidate import consolidated_state
 from xdscale.training.distributed import Ranks
 from xdscale.training.engine import to_device
+from xdscale.training.sums import means, term_sums, weighted_loss
 
 _ROWS = 20
 _LEAST_WIDTH = 120
@@ -80,10 +81,10 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
     module.to(device, dtype).eval()
     slots = data.order.slots(step - 1)
     batches = list(map(data.collate, slots))
-    weights = {name: objective.weight for name, objective in system.objectives().items()}
-    counts = {name: sum(batch.targets[name] for batch in batches) for name in weights}
+    objectives = system.objectives()
+    counts = {name: sum(batch.targets.get(name, 0) for batch in batches) for name in objectives}
     found = [
-        _replay_sample(module, int(part.epochs[0]), int(part.sample_ids[0]), batch, weights, counts)
+        _replay_sample(module, int(part.epochs[0]), int(part.sample_ids[0]), batch, objectives, counts)
         for part, batch in zip(slots, batches)
     ]
     found.sort(key=lambda sample: (sample.culprit is None, -sample.gradient_norm))
@@ -146,7 +147,12 @@ def _load_weights(module: nn.Module, checkpoint: Path | None, step: int) -> str:
 
 
 def _replay_sample(
-    module: nn.Module, epoch: int, sample_id: int, batch: Any, weights: dict[str, float], counts: dict[str, int]
+    module: nn.Module,
+    epoch: int,
+    sample_id: int,
+    batch: MicroBatch,
+    objectives: dict[str, Objective],
+    counts: dict[str, int],
 ) -> SampleReplay:
     culprits: list[str] = []
 
@@ -156,19 +162,20 @@ def _replay_sample(
     # Inner modules end before those that contain them: the first one found is the innermost.
     hooks = [part.register_forward_hook(look(name or "losses")) for name, part in module.named_modules()]
     module.zero_grad(set_to_none=True)
-    device = next(module.parameters()).device
-    outputs = module(to_device(batch.arrays, device))
+    arrays, passes = to_device(batch.arrays, next(module.parameters()).device), pass_numbers(module)
+    sums = torch.zeros(())
+    for which in passes:
+        outputs = module(arrays, *which)
+        (weighted_loss(outputs, objectives, counts, batch.targets) / len(passes)).backward()
+        sums = sums + term_sums(outputs, objectives).cpu() / len(passes)
     for hook in hooks:
         hook.remove()
-    sum(weight * outputs[name][0] / max(1, counts[name]) for name, weight in weights.items()).backward()
+    found = means(sums, objectives, {name: count for name, count in batch.targets.items() if count})
+    losses = {name: found.get(f"loss/{name}", math.nan) for name in objectives}
     gradients = {name: part.grad for name, part in module.named_parameters() if part.grad is not None}
     norm = float(torch.nn.utils.get_total_norm([gradient.float() for gradient in gradients.values()]))
     if not culprits and not math.isfinite(norm):
         culprits = [f"gradient of {name}" for name, part in gradients.items() if not _finite(part)][-1:]
-    losses = {
-        name: float(outputs[name][0].detach()) / batch.targets[name] if batch.targets[name] else math.nan
-        for name in weights
-    }
     return SampleReplay(epoch, sample_id, losses, norm, culprits[0] if culprits else None)
 
 

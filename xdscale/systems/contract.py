@@ -21,8 +21,8 @@ class Term(NamedTuple):
     """What a module's forward gives for an objective: sums over the targets of a micro-batch.
 
     Attributes:
-        loss_sum: fp32 scalar. Without targets it is 0 and still has (zero) gradients, so that every rank runs the same
-            collectives.
+        loss_sum: fp32 scalar. Where the micro-batch carries the objective but has no targets it is 0 and still has
+            (zero) gradients, so that every rank runs the same collectives.
         metrics: scalars by name, such as the number of right predictions as "accuracy"; means over the targets of all
             ranks are logged.
     """
@@ -65,7 +65,8 @@ class MicroBatch:
     Attributes:
         arrays: the module's inputs and labels by name. The first dimension of the first one counts the samples; one
             without dimensions reaches the module as a plain number. Floats keep their dtype, whatever it computes in.
-        targets: how many targets each objective that is on has in them, 0 for none.
+        targets: how many targets each objective that it carries has in it, 0 for none. One that it does not carry has
+            neither an entry here nor a term; the micro-batches of one number carry the same ones on all ranks.
         tokens: of real samples.
     """
 
@@ -173,9 +174,12 @@ class System(ABC):
 
     @abstractmethod
     def build(self, *, continued: bool) -> "nn.Module":
-        """Builds the module: `forward(arrays as tensors) -> {objective: Term}`, with a term for each that is on.
+        """Builds the module: `forward(arrays as tensors) -> {objective: Term}`, a term for each that the arrays carry.
 
         Its `enable_activation_checkpointing()`, if it has one, is called where a DeepSpeed config asks for that.
+        With `passes`, a number above 1, training runs forward and backward so often for a micro-batch, as
+        `forward(arrays, number)` from 0 on, and averages gradients and sums. What one pass leaves for the next, such
+        as the gradient of a perturbation, the module keeps itself. Validation calls `forward(arrays)`.
         New parts take their values from torch's global generator, which is seeded before, alike on all ranks.
 
         Args:
@@ -254,6 +258,15 @@ def recompute_activations(module: "nn.Module") -> None:
             f"activation_checkpointing: {type(module).__name__} has no enable_activation_checkpointing(); leave it out"
         )
     enable()
+
+
+def pass_numbers(module: "nn.Module") -> list[tuple[int, ...]]:
+    """Returns what each pass of a training micro-batch is called with behind the arrays: its number if it has several.
+
+    Their length is the number of passes.
+    """
+    passes = getattr(module, "passes", 1)
+    return [(number,) for number in range(passes)] if passes > 1 else [()]
 
 
 def parameter_count(module: "nn.Module", *, shared: "Collection[nn.Parameter]" = ()) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Optim
+from xdscale.systems.contract import pass_numbers
 from xdscale.training.optimizer import build_optimizer
 
 
@@ -42,10 +43,19 @@ def build_engine(
     # DeepSpeed's timer waits for the GPU twice per micro-batch, to say what our progress line says.
     config = ds_config | {"timers": {"throughput": {"enabled": False}}, "zero_allow_untested_optimizer": True}
     config |= {"checkpoint": {"load_universal": True}} if load_universal else {}
+    # To DeepSpeed each pass is a micro-batch: it exchanges gradients behind the last one, and takes their mean.
+    config["gradient_accumulation_steps"] = config.get("gradient_accumulation_steps", 1) * len(pass_numbers(module))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     # Under stage 0 in bf16 and fp16 DeepSpeed makes an update of zeros here, which would count for bias correction.
     optimizer.state.clear()
     return engine
+
+
+def forget_gradients(engine: Any) -> None:
+    """Zeroes the gradients of the step before, which ZeRO-3 would use again for parameters that get none."""
+    buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    if buffer is not None:
+        buffer.zero_()
 
 
 def make_step(engine: Any, *, skip: bool) -> bool:

@@ -32,7 +32,8 @@ def evaluate(
         maps of the first sample, one per cross-modal layer.
     """
     columns = sum(1 + len(objective.metrics) for objective in objectives.values())
-    sums = torch.zeros(columns + len(objectives), dtype=torch.float64, device=engine.device)
+    carried = [name for name in objectives if any(name in batch.targets for batch in batches)]
+    sums = torch.zeros(columns + len(carried), dtype=torch.float64, device=engine.device)
     engine.eval()
     with torch.no_grad(), ExitStack() as recording:
         # Every rank records: under ZeRO-3 a forward is a collective.
@@ -48,9 +49,9 @@ def evaluate(
             outputs = engine(to_device(batch.arrays, engine.device))
             recording.close()  # of the first batch alone
             sums[:columns] += term_sums(outputs, objectives)
-            sums[columns:] += torch.tensor([batch.targets[name] for name in objectives], device=engine.device)
+            sums[columns:] += torch.tensor([batch.targets.get(name, 0) for name in carried], device=engine.device)
     engine.train()
     sums = ranks.sum(sums)
-    counts = dict(zip(objectives, map(int, sums[columns:].tolist())))
+    counts = dict(zip(carried, map(int, sums[columns:].tolist())))
     attention = [weights.float().cpu().numpy() for weights in itertools.chain(*maps)]
     return means(sums[:columns], objectives, counts), attention

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe
-from xdscale.systems.contract import MicroBatch, Objective, SampleOrder
+from xdscale.systems.contract import MicroBatch, Objective, SampleOrder, pass_numbers
 from xdscale.training.best import Best
 from xdscale.training.checkpoint import CheckpointPosition, Retention, save_checkpoint
 from xdscale.training.distributed import Ranks
-from xdscale.training.engine import make_step, plain_gradient_norm, to_device
+from xdscale.training.engine import forget_gradients, make_step, plain_gradient_norm, to_device
 from xdscale.training.evaluation import evaluate
 from xdscale.training.monitor import Monitor
 from xdscale.training.optimizer import set_learning_rate
@@ -22,7 +23,7 @@ from xdscale.training.prefetch import Prefetcher, StepData
 from xdscale.training.schedule import learning_rate
 from xdscale.training.signals import StopRequest
 from xdscale.training.skipping import Skipped, describe_skip
-from xdscale.training.sums import loss_columns, means, term_sums
+from xdscale.training.sums import loss_columns, means, term_sums, weighted_loss
 from xdscale.training.throughput import peak_memory_gib
 from xdscale.training.watchdog import Watchdog
 from xdscale.training.weight_average import WeightAverage, using
@@ -114,11 +115,12 @@ class Trainer:
         _, data = next(self.source)
         waited = self.source.wait_seconds - waited
         self.watchdog.enter("counts", step)
-        counts, tokens, stopped = self._agree_on_counts(data)
+        counts, tokens, stopped = self._agree_on_counts(step, data)
         if stopped:
             return False
         rate = self._set_rate(step)
         _seed_dropout(self.recipe.training.seed, step, self.ranks)
+        forget_gradients(self.engine)
         losses = [self._forward_backward(step, number, data, counts) for number in range(len(data.batches))]
         self.watchdog.enter("optimizer", step)
         scalars = self._means(sum(losses), counts)
@@ -162,31 +164,59 @@ class Trainer:
         return rate
 
     def _forward_backward(self, step: int, number: int, data: StepData, counts: dict[str, int]) -> torch.Tensor:
-        """Adds one micro-batch's gradient; returns its sums as `term_sums`."""
-        self.watchdog.enter("forward", step, number)
-        outputs = self.engine(to_device(data.batches[number].arrays, self.engine.device))
-        losses = [
-            objective.weight * outputs[name].loss_sum / max(1, counts[name])
-            for name, objective in self.objectives.items()
-        ]
-        undo_average = self.ranks.world_size * len(data.batches)
-        self.watchdog.enter("backward", step, number)
-        self.engine.backward(torch.stack(losses).sum() * undo_average)
-        if number < len(data.batches) - 1:
-            self.engine.step()  # only counts: the update belongs to the last micro-batch
-        return term_sums(outputs, self.objectives)
+        """Adds one micro-batch's gradient, the mean of its passes; returns its sums as `term_sums`, their means too."""
+        batch = data.batches[number]
+        arrays = to_device(batch.arrays, self.engine.device)
+        undo_average = self.ranks.world_size * len(data.batches)  # what DeepSpeed divides by, but for the passes
+        passes, sums = pass_numbers(self.engine.module), []
+        for which in passes:
+            self.watchdog.enter("forward", step, number)
+            outputs = self.engine(arrays, *which)
+            loss = weighted_loss(outputs, self.objectives, counts, batch.targets)
+            self.watchdog.enter("backward", step, number)
+            self.engine.backward(loss * undo_average)
+            sums.append(term_sums(outputs, self.objectives))
+            if number < len(data.batches) - 1 or len(sums) < len(passes):
+                self.engine.step()  # only counts: the update belongs to the last pass of the last micro-batch
+        return sum(sums) / len(passes)
 
-    def _agree_on_counts(self, data: StepData) -> tuple[dict[str, int], int, bool]:
-        """Sums over ranks, in one exchange: targets per objective, tokens, requests to stop."""
-        mine = [sum(batch.targets[name] for batch in data.batches) for name in self.objectives]
+    def _agree_on_counts(self, step: int, data: StepData) -> tuple[dict[str, int], int, bool]:
+        """Sums over ranks, in one exchange: targets per objective that the step carries, tokens, requests to stop."""
+        mine = [sum(batch.targets.get(name, 0) for batch in data.batches) for name in self.objectives]
         mine += [sum(batch.tokens for batch in data.batches), int(self.stop.requested)]
-        *counts, tokens, stop = self.ranks.sum(torch.tensor(mine, device=self.engine.device)).tolist()
-        return dict(zip(self.objectives, counts)), tokens, stop > 0
+        size = len(mine)
+        mine += [int(name in batch.targets) for batch in data.batches for name in self.objectives]
+        all_of_them = self.ranks.sum(torch.tensor(mine, device=self.engine.device)).tolist()
+        *counts, tokens, stop = all_of_them[:size]
+        carrying = np.reshape(all_of_them[size:], (len(data.batches), len(self.objectives)))
+        self._check_carried(step, carrying)
+        carried = carrying.any(0)
+        return {name: count for name, count, is_in in zip(self.objectives, counts, carried) if is_in}, tokens, stop > 0
+
+    def _check_carried(self, step: int, carrying: np.ndarray) -> None:
+        """Checks how many ranks carry each objective in each micro-batch, [micro-batches, objectives].
+
+        Raises:
+            XdscaleError: some and not all, so that their exchanges would differ; or none, where the gradients of
+                parameters that get none are not forgotten.
+        """
+        ranks = self.ranks.world_size
+        for number, objective in np.argwhere(carrying < ranks):
+            where, name = f"step {step + 1}, micro-batch {number}", list(self.objectives)[objective]
+            if count := carrying[number, objective]:
+                raise XdscaleError(
+                    f"{where}: {count} of {ranks} ranks have {name!r} in its targets; it must be all of them or none"
+                )
+            if self.engine.zero_offload_optimizer():
+                raise XdscaleError(
+                    f"{where}: {name!r} is not in its targets; with zero_optimization.offload_optimizer DeepSpeed "
+                    "would use an older gradient for it: leave offloading out"
+                )
 
     def _means(self, sums: torch.Tensor, counts: dict[str, int]) -> dict[str, float]:
         """Returns losses and metrics of the global batch; the total is not finite where any loss sum is not."""
         scalars = means(self.ranks.sum(sums), self.objectives, counts)
-        total = sum(objective.weight * scalars[f"loss/{name}"] for name, objective in self.objectives.items())
+        total = sum(self.objectives[name].weight * scalars[f"loss/{name}"] for name in counts)
         return {"loss/total": total} | scalars
 
     def _skip(self, step: int, sums: torch.Tensor, scalars: dict[str, float], norm: float, data: StepData) -> None:

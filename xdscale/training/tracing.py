@@ -20,13 +20,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from xdscale.files import one_line
+from xdscale.systems.contract import pass_numbers
 
 _TOLERANCE = 0.05
 """Of a term, relative to the first micro-batch's. Most terms weigh little: FLOPs are off by half a percent at most."""
 
 
 class Trace(NamedTuple):
-    """One forward and backward pass.
+    """Forward and backward of one micro-batch.
 
     Attributes:
         flops: of matrix products, a multiply-add as two. What kernels compute again in the backward pass is no useful
@@ -41,7 +42,7 @@ class Trace(NamedTuple):
 
 
 def trace(module: nn.Module, arrays: Mapping[str, np.ndarray], objectives: Iterable[str]) -> Trace:
-    """Runs forward and backward without values.
+    """Runs forward and backward without values, as often as the module does for a micro-batch.
 
     Args:
         module: on the meta device; maps a batch to `{objective: (loss sum, …)}`.
@@ -55,12 +56,15 @@ def trace(module: nn.Module, arrays: Mapping[str, np.ndarray], objectives: Itera
         for parameter in module.parameters()
         if parameter.requires_grad
     ]
+    kept = 0
     with _GpuDropout(), _Watch(given) as watch:
-        outputs = module(batch)
-        loss = torch.stack([outputs[name][0] for name in objectives if name in outputs]).sum()
-        del outputs
-        kept = watch.live
-        loss.backward()
+        for which in pass_numbers(module):
+            outputs = module(batch, *which)
+            loss = torch.stack([outputs[name][0] for name in objectives if name in outputs]).sum()
+            del outputs
+            kept = max(kept, watch.live)
+            loss.backward()
+            del loss
     for hook in arrived:
         hook.remove()
     return Trace(watch.flops, kept, watch.peak)
