@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -199,10 +199,15 @@ def finetune(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     data: Annotated[str | None, typer.Option(help="Folder of RTE/dev.tsv and so on; default: fetched.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, max=10_000, help="How many; default: as the recipe says.")] = None,
+    regions: Annotated[
+        str | None, typer.Option(help="Dataset with the image regions of tasks that read images.")
+    ] = None,
     subject: Annotated[
-        Literal["language", "cross-modal", "clip"],
-        typer.Option(help="language, cross-modal (full model) or clip (CLIP-T)."),
-    ] = "language",
+        str | None,
+        typer.Option(
+            help="language, cross-modal (full model), clip (CLIP-T) or visualbert; default: as the folder says."
+        ),
+    ] = None,
     label: Annotated[str | None, typer.Option(help="The model's name in tables.")] = None,
     recipe: Annotated[str, typer.Option(help="Finetuning recipe, file or name.")] = "paper",
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per GPU, or one.")] = None,
@@ -210,7 +215,7 @@ def finetune(
         str | None, typer.Option(help="DeepSpeed JSON; default on GPUs: finetune-zero1.")
     ] = None,
 ) -> None:
-    """Finetune an encoder on GLUE, SWAG, READ or a task of your own, several seeds and tasks side by side."""
+    """Finetune an encoder on GLUE, SWAG, READ, tasks with images or one of your own, seeds and tasks side by side."""
     from xdscale.finetune.command import Request, run_command
 
     request = Request(
@@ -218,6 +223,7 @@ def finetune(
         subject=subject,
         tasks=task,
         data=data,
+        regions=regions,
         out=out,
         seeds=seeds,
         label=label,

@@ -15,9 +15,8 @@ import pytest
 import sklearn.metrics
 
 from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
-from xdscale.finetune.command import Request, default_ds_config, make_job, run_command
+from xdscale.finetune.command import Request, default_ds_config, describe_subject, make_job, run_command
 from xdscale.finetune.recipe import load_settings, resolve_run
-from xdscale.finetune.subject import describe_subject
 from xdscale.finetune.sweep import SweepRunner
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.own import read_own_task

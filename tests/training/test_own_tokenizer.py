@@ -7,12 +7,14 @@ import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
 from xdscale.errors import XdscaleError
-from xdscale.finetune.subject import open_readers
+from xdscale.pretrained.language import own_tokenizer
 from xdscale.pretrained.language_files import save_language_files
 from xdscale.recipes.mlm.schema import Language
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.manifest import Manifest
 from xdscale.systems.mlm import check_language
+from xdscale.tasks.contract import ModelSettings
+from xdscale.tasks.text_subjects import LanguageSubject
 
 TEXT = "Hello ÉTÉ, naïve 漢字 cats"
 
@@ -55,7 +57,7 @@ def same_everywhere(folder, tmp_path):
         assert theirs(TEXT, add_special_tokens=False)["input_ids"] == ids
         assert theirs("x")["input_ids"][0] == theirs.cls_token_id == info.cls_id
         assert (theirs.mask_token_id, theirs.pad_token_id, theirs.model_max_length) == (info.mask_id, info.pad_id, 512)
-    assert open_readers(str(folder), "language").language[1].sha256 == info.sha256
+    assert own_tokenizer(str(folder))[1].sha256 == info.sha256
     return ids
 
 
@@ -86,6 +88,6 @@ def test_no_tokenizer_at_all(folder, short_shards, tmp_path):
     with pytest.raises(XdscaleError, match=r"the folder has no tokenizer\.json and no vocab\.txt"):
         check_language(spec(folder), Manifest.load(short_shards))
     with pytest.raises(XdscaleError, match=r"the folder has no tokenizer\.json and no vocab\.txt"):
-        open_readers(str(folder), "language")
+        LanguageSubject(str(folder), ModelSettings()).describe()
     check_language(spec(folder, "random"), Manifest.load(short_shards))  # any tokenizer will do
     assert not list(kept(folder, tmp_path).glob("tokenizer*"))

@@ -125,6 +125,13 @@ class TaskCollator:
         self._clip = clip
         self._max_length = max_length
 
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def first_cut(self) -> tuple[int, int]:
+        """Returns how many examples are longer than the language encoder reads, and the first one."""
+        return self.split.first_cut(self._max_length)
+
     def __call__(self, slots: Slots) -> MicroBatch:
         """Prepares the examples of one micro-batch."""
         arrays, tokens = {}, 0

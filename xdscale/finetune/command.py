@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,12 @@ from rich.table import Table
 from xdscale.devices import computes_in_bf16, visible_gpus
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import EXIT_STOPPED, XdscaleError
-from xdscale.files import DISKS_OWN, check_output_folder, write_outputs
+from xdscale.files import DISKS_OWN, check_output_folder, read_json, write_outputs
 from xdscale.finetune.recipe import (
     FORMAT,
     RESULT,
     FinetuneRecipe,
     FinetuneSettings,
-    Subject,
     check_tasks,
     load_settings,
     resolve_run,
@@ -30,7 +29,18 @@ from xdscale.finetune.recipe import (
 from xdscale.finetune.sweep import SIGNALS, FinetuneJob, SweepRunner
 from xdscale.names import expand_home, resolve_path
 from xdscale.report.sweep import FinetunedModel, SweepFile, read_result, read_sweep_file
-from xdscale.tasks.contract import TaskData, find_task, task_names
+from xdscale.tasks.contract import (
+    LARGE_FROM,
+    SUBJECT_OF,
+    ModelSettings,
+    Task,
+    TaskData,
+    find_subject,
+    find_task,
+    open_regions,
+    read_task,
+    task_names,
+)
 from xdscale.tasks.own import OwnTask, read_own_task
 from xdscale.training.run_folder import RunFolder
 
@@ -46,9 +56,10 @@ class Request:
 
     Attributes:
         model: folder or name.
-        subject: what of it is finetuned.
+        subject: what of it is finetuned; None for what its config.json says, or else its language encoder.
         tasks: their names, or YAML files that describe them; "all" for every one that has a name.
         data: folder that holds the folders of named tasks; None to fetch them.
+        regions: dataset with the regions of the images that tasks speak of.
         out: folder of the sweep.
         seeds: how many; None as the recipe says.
         label: the model's name in tables; None for the last part of its name.
@@ -59,9 +70,10 @@ class Request:
     """
 
     model: str
-    subject: Subject
+    subject: str | None
     tasks: list[str]
     data: str | None
+    regions: str | None = None
     out: Path
     seeds: int | None
     label: str | None
@@ -157,7 +169,9 @@ class TaskSource(NamedTuple):
 def _read_data(request: Request, settings: FinetuneSettings) -> dict[str, TaskSource]:
     """Reads the files of all tasks, by the tasks' names."""
     known = task_names()
-    asked = dict.fromkeys(known) if "all" in request.tasks else {}
+    asked = {}
+    if "all" in request.tasks:
+        asked = {name: None for name in known if bool(find_task(name).images) == bool(request.regions)}
     asked |= dict.fromkeys(name for name in request.tasks if name != "all")
     own: dict[str, tuple[OwnTask, Path]] = {}
     for path in (Path(expand_home(name)) for name in asked if name.endswith((".yaml", ".yml"))):
@@ -176,9 +190,10 @@ def _read_data(request: Request, settings: FinetuneSettings) -> dict[str, TaskSo
     if request.data is None:
         for task in tasks:
             task.fetch(folder)
-    sources = {task.name: TaskSource(task.read(folder), folder) for task in tasks}
+    regions = open_regions(request.regions)
+    sources = {task.name: TaskSource(read_task(task, folder, regions), folder) for task in tasks}
     return sources | {
-        name: TaskSource(described.task().read(path.parent), path.parent, described)
+        name: TaskSource(read_task(described.task(), path.parent, regions), path.parent, described)
         for name, (described, path) in own.items()
     }
 
@@ -192,9 +207,9 @@ def _plan(
     gpu: bool,
 ) -> list[FinetuneJob]:
     """Checks the model and the folder, writes `sweep.json`, and returns the runs that are still to be done."""
-    from xdscale.finetune.subject import describe_subject
-
-    subject = describe_subject(request.model, request.subject, settings.model)
+    subject = describe_subject(
+        request.model, request.subject, settings.model, [source.data.task for source in sources.values()]
+    )
     label = request.label or request.model.rstrip("/").rpartition("/")[2]
     summary = _summary(request.out, subject, label, seeds)
     name = request.ds_config or "the default DeepSpeed configuration"
@@ -208,7 +223,7 @@ def _plan(
             folder = request.out / task / f"seed-{seed}"
             data, source, own = sources[task]
             of_run = {"subject": subject, "source": source, "seed": seed, "label": label, "folder": folder}
-            recipe = resolve_run(settings, data, own=own, **of_run)
+            recipe = resolve_run(settings, data, own=own, regions=request.regions, **of_run)
             RunFolder(folder).check(recipe)
             result = _result(request.out, task, seed)
             if result.is_file():
@@ -222,6 +237,43 @@ def _plan(
     logs.mkdir(exist_ok=True)
     # Of every task the first seeds first, so that a sweep that is looked at early has something of everything.
     return sorted(jobs, key=lambda job: job.message["recipe"]["training"]["seed"])
+
+
+def describe_subject(
+    model: str, subject: str | None, settings: ModelSettings, tasks: Sequence[Task] = ()
+) -> dict[str, Any]:
+    """Checks a model and returns what identifies it: name, subject, size, encoder (in words), weights_sha256.
+
+    Args:
+        model: folder, hub name or `package:NAME/folder`; for CLIP-T alone an open_clip architecture or its JSON file.
+        subject: what of it is finetuned; None for what its config.json says, or else its language encoder.
+        settings: of the recipe.
+        tasks: on which.
+
+    Raises:
+        XdscaleError: as `Subject.describe`, or it cannot read the input of a task.
+    """
+    from xdscale.pretrained.weights import weights_sha256
+
+    kind = subject or _kind(model)
+    found = find_subject(kind)(model, settings)
+    for task in tasks:
+        found.require_readable(task)
+    facts = found.describe()
+    known = facts.weights is not None and settings.weights == "pretrained"
+    return {
+        "name": model,
+        "subject": kind,
+        "size": "large" if facts.hidden_size >= LARGE_FROM else "base",
+        "encoder": facts.encoder,
+        "weights_sha256": weights_sha256(facts.weights) if known else None,
+    }
+
+
+def _kind(model: str) -> str:
+    """Returns what a model is finetuned as where nobody says."""
+    path = Path(expand_home(model)) / "config.json"
+    return SUBJECT_OF.get(read_json(path).get("model_type"), "language") if path.is_file() else "language"
 
 
 def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], log: Path) -> FinetuneJob:

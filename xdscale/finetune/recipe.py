@@ -22,7 +22,7 @@ from xdscale.recipe import (
     Training,
     read_validated,
 )
-from xdscale.tasks.contract import Task, TaskData, find_task
+from xdscale.tasks.contract import ModelSettings, Task, TaskData, find_task
 from xdscale.tasks.own import OwnTask, check_values
 
 FORMAT = 1
@@ -31,23 +31,10 @@ FORMAT = 1
 RESULT = "result.json"
 """Written last into a run folder: where it stands, the run is finished."""
 
-LARGE_FROM = 1024
-"""Hidden size from which an encoder is "large-sized" (paper Table 4)."""
-
 OTHERS = "others"
 Rate = Annotated[float, Field(gt=0, strict=True)]
 Seeds = Annotated[int, Field(gt=0, le=10_000, strict=True)]
 Size = Literal["base", "large"]
-Subject = Literal["language", "cross-modal", "clip"]
-
-
-class ModelSettings(Section):
-    """How the subject is built and what it reads."""
-
-    dropout: float = Field(0.1, ge=0, lt=1, description="encoder and head")
-    max_length: int = Field(128, ge=8, description="language tokens with [CLS] and [SEP]")
-    weights: Literal["pretrained", "random"] = Field("pretrained", description="random: to see what they are worth")
-    clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
 
 
 class OptimSettings(Optim):
@@ -106,7 +93,7 @@ class SubjectSection(ModelSettings):
     """What is finetuned in one run."""
 
     name: str
-    subject: Subject
+    subject: str
     size: Size
     weights_sha256: str | None
 
@@ -131,9 +118,10 @@ class TaskSection(Section):
 
 
 class TaskFiles(Section):
-    """Where the task's files are; their hashes stand in every checkpoint."""
+    """Where the task's files are, and the dataset with its images' regions; their hashes stand in every checkpoint."""
 
     folder: NameOrPath
+    regions: NameOrPath | None = None
 
 
 class FinetuneRun(Run):
@@ -205,6 +193,7 @@ def resolve_run(
     *,
     subject: dict[str, Any],
     source: Path,
+    regions: str | None = None,
     seed: int,
     label: str,
     folder: Path,
@@ -219,6 +208,7 @@ def resolve_run(
         data: the task.
         subject: name, subject, size and weights_sha256 of the model, and more.
         source: the data folder.
+        regions: dataset with the regions of the images.
         seed: of the new head, the shuffle and dropout.
         label: the model's name in tables.
         folder: the run folder.
@@ -240,7 +230,7 @@ def resolve_run(
     return FinetuneRecipe(
         model=SubjectSection(**settings.model.model_dump(), **known),
         task=TaskSection(name=task, epochs=training.epochs, own=own),
-        data=TaskFiles(folder=str(source)),
+        data=TaskFiles(folder=str(source), regions=regions if data.task.images else None),
         optim=Optim(**rates),
         training=Training(steps=steps, seed=seed, **training.model_dump(exclude={"epochs"})),
         run=FinetuneRun(**settings.run.model_dump(), eval_every=max(1, round(per_epoch)), label=label),

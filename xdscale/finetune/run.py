@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from xdscale.data.order import Order, validation_slots
-from xdscale.data.task_batches import CLIP_BLOCKS, EncodedSplit, TaskCollator, encode_examples
+from xdscale.data.task_batches import CLIP_BLOCKS
 from xdscale.ds_config import precision
 from xdscale.errors import EXIT_STOPPED
 from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
-from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe, TaskSection
-from xdscale.finetune.subject import Readers, build_subject, open_readers
-from xdscale.systems.contract import Data, Objective, Place, System
-from xdscale.tasks.contract import TaskData
+from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
+from xdscale.models.operations import use_definitions
+from xdscale.systems.contract import Data, ExampleCollator, Objective, Place, System
+from xdscale.tasks.contract import Subject, TaskData, find_subject, open_regions, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.metrics import METRICS
 from xdscale.training.run_folder import read_log
@@ -26,13 +26,13 @@ from xdscale.training.session import Setup
 
 
 class Material(NamedTuple):
-    """What the runs of one task share."""
+    """What the runs of one task share: its splits, and what reads them."""
 
     data: TaskData
-    readers: Readers
-    train: EncodedSplit
-    dev: dict[str, EncodedSplit]
-    test: dict[str, EncodedSplit]
+    subject: Subject
+    train: ExampleCollator
+    dev: dict[str, ExampleCollator]
+    test: dict[str, ExampleCollator]
 
 
 class FinetuneSystem(System):
@@ -46,8 +46,7 @@ class FinetuneSystem(System):
 
     @property
     def _material(self) -> Material:
-        model = self.recipe.model
-        return prepare(self.recipe.task, self.recipe.data.folder, model.name, model.subject)
+        return prepare(self.recipe.task, self.recipe.data, self.recipe.model)
 
     def objectives(self) -> dict[str, Objective]:
         """Returns the task's one loss."""
@@ -61,13 +60,14 @@ class FinetuneSystem(System):
         slots = validation_slots(
             len(dev), self.recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
         )
-        validation = list(map(self._collator(dev), slots))
         notes = tuple(_notes_on_length(material, self.recipe.model.max_length))
-        return Data(order, self._collator(material.train), validation, material.data.fingerprint(), notes=notes)
+        return Data(order, material.train, list(map(dev, slots)), material.data.fingerprint(), notes=notes)
 
     def build(self, *, continued: bool) -> Finetuning:
         """Builds the subject with the task's loss."""
-        return build_subject(self.recipe, self._material.data.task)
+        material, sha256 = self._material, self.recipe.model.weights_sha256
+        module = Finetuning(material.subject.build(material.data.task, sha256=sha256), material.data.task)
+        return use_definitions(module) if self.recipe.run.kernels == "plain" else module
 
     def parts(self, module: Finetuning) -> dict[str, nn.Module]:
         """Returns encoder and head; the head is what the subject has besides its encoder."""
@@ -78,10 +78,10 @@ class FinetuneSystem(System):
         recipe, ranks, material = self.recipe, setup.ranks, self._material
         task, predicted = material.data.task, {}
         micro_batch = setup.ds_config["train_micro_batch_size_per_gpu"]
-        for split, encoded in (material.dev | material.test).items():
+        for split, collate in (material.dev | material.test).items():
             setup.watchdog.enter("prediction", recipe.training.steps)
-            slots = validation_slots(len(encoded), len(encoded), ranks.world_size, ranks.rank, micro_batch)
-            predicted[split] = predict(setup, task, engine, slots, self._collator(encoded))
+            slots = validation_slots(len(collate), len(collate), ranks.world_size, ranks.rank, micro_batch)
+            predicted[split] = predict(setup, task, engine, slots, collate)
             if predicted[split] is None:
                 return EXIT_STOPPED
         if ranks.is_first:
@@ -99,32 +99,24 @@ class FinetuneSystem(System):
         write_atomically(folder / RESULT, json.dumps(result, indent=2) + "\n")
         shutil.rmtree(setup.run.checkpoints, ignore_errors=True)  # the result says it all, and a sweep has many
 
-    def _collator(self, split: EncodedSplit) -> TaskCollator:
-        language, clip = (reader[1] if reader else None for reader in self._material.readers)
-        return TaskCollator(split, language, clip, max_length=self.recipe.model.max_length)
-
 
 @lru_cache(maxsize=1)
-def prepare(section: TaskSection, folder: str, model: str, subject: str) -> Material:
+def prepare(section: TaskSection, files: TaskFiles, model: SubjectSection) -> Material:
     """Reads and tokenises a task, once for all its seeds in this process.
 
     Raises:
         XdscaleError: the task's files or the model's tokenizer are not in order.
     """
     task = section.find()
-    read = task.read(Path(folder))
-    readers = open_readers(model, subject)
-
-    def encode(examples: list) -> EncodedSplit:
-        language, clip = (reader[0] if reader else None for reader in readers)
-        return encode_examples(examples, task.targets, language, clip)
-
+    regions = open_regions(files.regions)
+    read = read_task(task, Path(files.folder), regions)
+    subject = find_subject(model.subject)(model.name, model, regions)
     return Material(
         read,
-        readers,
-        encode(read.train),
-        {split: encode(examples) for split, examples in read.dev.items()},
-        {split: encode(examples) for split, examples in read.test.items()},
+        subject,
+        subject.collator(task, read.train),
+        {split: subject.collator(task, examples) for split, examples in read.dev.items()},
+        {split: subject.collator(task, examples) for split, examples in read.test.items()},
     )
 
 
@@ -175,11 +167,11 @@ def _notes_on_length(material: Material, max_length: int) -> list[str]:
     """Returns one line for each file that has examples longer than the model reads."""
     notes = []
     texts = {"train": material.data.train, **material.data.dev, **material.data.test}
-    for split, encoded in {"train": material.train, **material.dev, **material.test}.items():
-        count, first = encoded.first_cut(max_length)
+    for split, collate in {"train": material.train, **material.dev, **material.test}.items():
+        count, first = collate.first_cut()
         if count:
             notes.append(
-                f"{material.data.sources[split]}: {count} of {len(encoded)} examples have more than {max_length} "
+                f"{material.data.sources[split]}: {count} of {len(collate)} examples have more than {max_length} "
                 f"tokens and are cut, the first in line {texts[split][first].line}"
             )
     return notes

@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # data comes without it
     import torch
     from torch import nn
 
+    from xdscale.shards.regions import Regions
+
 
 class Term(NamedTuple):
     """What a module's forward gives for an objective: sums over the targets of a micro-batch.
@@ -68,11 +70,13 @@ class MicroBatch:
         targets: how many targets each objective that it carries has in it, 0 for none. One that it does not carry has
             neither an entry here nor a term; the micro-batches of one number carry the same ones on all ranks.
         tokens: of real samples.
+        regions: of the images that were read, where a task is to make something of them.
     """
 
     arrays: dict[str, np.ndarray]
     targets: dict[str, int]
     tokens: int
+    regions: "Regions | None" = None
 
 
 class Collator(Protocol):
@@ -89,6 +93,16 @@ class Collator(Protocol):
 
         Its hash proves that a run goes on as it was.
         """
+
+
+class ExampleCollator(Collator, Protocol):
+    """Makes micro-batches of a task's examples; the one objective is called "task"."""
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+
+    def first_cut(self) -> tuple[int, int]:
+        """Returns how many examples are longer than the model reads, and the number of the first one."""
 
 
 class SampleOrder(Protocol):

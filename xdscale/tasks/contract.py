@@ -1,21 +1,29 @@
-"""What a downstream task is, and how tasks are found by name."""
+"""What a downstream task is and what is finetuned on it, and how both are found by name."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+from pydantic import Field
 
 from xdscale import registry
 from xdscale.data.task_files import Example
 from xdscale.errors import XdscaleError
-from xdscale.names import nearest
+from xdscale.names import nearest, resolve_path
+from xdscale.recipe import NameOrPath, Section
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import nn
+
+    from xdscale.shards.regions import Regions, RegionTable
+    from xdscale.systems.contract import ExampleCollator
 
 GROUP = "xdscale.tasks"
 """Of the entry points through which installed packages offer tasks."""
@@ -60,8 +68,10 @@ class Task(Protocol):
         name: on the command line and in folders.
         title: head of its column in reports.
         sentences: texts that an encoder is given together: 1 or 2.
+        images: images that an encoder is given with them: 0, 1 or 2.
+        reads: what is asked of it: to judge the whole input, to answer an open question, or to point at a region.
         choices: of which one is right, each judged by itself; 0 for a task that classifies or predicts a number.
-        outputs: numbers that a head gives for each such input.
+        outputs: numbers that a head gives for each such input; 0 where it points, and gives one for each region.
         metrics: names in `xdscale.tasks.metrics.METRICS`, measured on each development split.
         score: the one of them that stands in the column.
     """
@@ -69,6 +79,8 @@ class Task(Protocol):
     name: str
     title: str
     sentences: int
+    images: int
+    reads: Literal["input", "answer", "region"]
     choices: int
     outputs: int
     metrics: tuple[str, ...]
@@ -80,8 +92,14 @@ class Task(Protocol):
     def read(self, data: Path) -> TaskData:
         """Reads all splits from the folder `data`."""
 
-    def targets(self, examples: Sequence[Example]) -> np.ndarray:
-        """Returns what `loss` compares with, [n] or [n, …]: integers, or float64, which `loss` gets as fp32."""
+    def targets(self, examples: Sequence[Example], regions: Regions | None = None) -> np.ndarray:
+        """Returns what `loss` compares with, [n] or [n, …]: integers, or float64, which `loss` gets as fp32.
+
+        Args:
+            examples: some of the task's.
+            regions: of their images, in the order of `Example.images`; None of a task that reads none. A task that
+                points returns as many columns as the image with the most regions has.
+        """
 
     def loss(
         self, logits: torch.Tensor, targets: torch.Tensor, real: torch.Tensor
@@ -89,22 +107,160 @@ class Task(Protocol):
         """Computes a micro-batch's loss and how many examples are right, both summed over the real ones.
 
         Args:
-            logits: fp32 [b, outputs], of choices [b, choices].
+            logits: fp32 [b, outputs], of choices [b, choices]; of regions [b, most regions], -inf beyond an image's.
             targets: int64 or fp32 [b, …]; integers are `NO_LABEL` where `real` is False.
             real: bool [b], False for the examples that fill up the last micro-batch.
         """
 
-    def predict(self, logits: np.ndarray) -> np.ndarray:
-        """Turns logits, [n, outputs] or [n, choices], into predictions, float64 [n]."""
+    def predict(self, logits: np.ndarray, regions: Regions | None = None) -> np.ndarray:
+        """Turns logits, [n, outputs] or [n, choices], into predictions, float64 [n].
+
+        A task that points returns what its measures need of the regions, [n, …] with NaN for what is not there.
+        """
 
     def measure(self, predictions: np.ndarray, examples: Sequence[Example]) -> dict[str, float]:
         """Returns the value of each of `metrics`."""
 
-    def answer(self, example: Example, prediction: float) -> dict[str, Any]:
+    def answer(self, example: Example, prediction: Any) -> dict[str, Any]:
         """Returns "label", "prediction" and whatever else is written down of a labelled example."""
 
     def submission(self, name: str, examples: Sequence[Example], predictions: np.ndarray) -> str:
         """Returns the text of the file `name` with the predictions of an unlabelled split."""
+
+
+def read_task(task: Task, folder: Path, regions: RegionTable | None) -> TaskData:
+    """Reads a task's splits, and finds the images that they speak of.
+
+    Args:
+        task: whose.
+        folder: of its files.
+        regions: where images are looked up; the data's files then count the table as "regions".
+
+    Raises:
+        XdscaleError: as `Task.read`; or it reads images, and there are no regions, or not those of each of its images.
+    """
+    data = task.read(folder)
+    if not task.images:
+        return data
+    if regions is None:
+        raise XdscaleError(f"--task {task.name} reads images: --regions DATASET names the dataset with their regions")
+    for split, examples in {"train": data.train, **data.dev, **data.test}.items():
+        try:
+            regions.rows([image for example in examples for image in example.images])
+        except XdscaleError as error:
+            raise XdscaleError(f"{data.sources[split]}: {error}") from None
+    return replace(data, files=data.files | {"regions": {"sha256": regions.fingerprint, "rows": len(regions)}})
+
+
+def open_regions(name: str | None) -> RegionTable | None:
+    """Opens the table of image regions of a dataset; None where none is named.
+
+    Raises:
+        XdscaleError: no dataset, or it holds no such table.
+    """
+    if name is None:
+        return None
+    from xdscale.shards.regions import RegionTable  # most tasks read none
+
+    return RegionTable.open(resolve_path(name))
+
+
+LARGE_FROM = 1024
+"""Hidden size from which an encoder is "large-sized" (paper Table 4)."""
+
+SUBJECT_GROUP = "xdscale.subjects"
+"""Of the entry points through which installed packages offer what can be finetuned."""
+
+SUBJECTS = {
+    "language": "xdscale.tasks.text_subjects:LanguageSubject",
+    "cross-modal": "xdscale.tasks.text_subjects:CrossModalSubject",
+    "clip": "xdscale.tasks.text_subjects:ClipSubject",
+    "visualbert": "xdscale.tasks.visualbert:VisualBERTSubject",
+}
+"""What can be finetuned and comes with xdscale."""
+
+SUBJECT_OF = {"visual_bert": "visualbert"}
+"""What a folder is finetuned as whose config.json states this `model_type`; any other is a language encoder."""
+
+
+class ModelSettings(Section):
+    """How the subject is built and what it reads."""
+
+    dropout: float = Field(0.1, ge=0, lt=1, description="encoder and head")
+    max_length: int = Field(128, ge=8, description="language tokens with [CLS] and [SEP]")
+    weights: Literal["pretrained", "random"] = Field("pretrained", description="random: to see what they are worth")
+    clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
+
+
+class SubjectFacts(NamedTuple):
+    """What is known of a model before it is built.
+
+    Attributes:
+        hidden_size: of its encoder; decides between the learning rates for base and for large.
+        encoder: what it is, in words.
+        weights: the files whose SHA-256 identifies it; None if its weights are random.
+    """
+
+    hidden_size: int
+    encoder: str
+    weights: list[Path] | None
+
+
+class Subject(ABC):
+    """A model as tasks read it: its input and its head. Its constructor reads nothing yet.
+
+    Args:
+        model: folder or name.
+        settings: how it is built.
+        regions: where its task reads images.
+    """
+
+    def __init__(self, model: str, settings: ModelSettings, regions: RegionTable | None = None) -> None:
+        self.model, self.settings, self.regions = model, settings, regions
+
+    def require_readable(self, task: Task) -> None:
+        """Checks that the model can read a task's input.
+
+        Raises:
+            XdscaleError: it reads no images, and the task has some.
+        """
+        if task.images:
+            raise XdscaleError(f"--task {task.name}: {self.model} as it is finetuned here reads no images")
+
+    @abstractmethod
+    def describe(self) -> SubjectFacts:
+        """Finds and checks the model's files.
+
+        Raises:
+            XdscaleError: no such model, its weights or its tokenizer are missing, or it has too few positions.
+        """
+
+    @abstractmethod
+    def collator(self, task: Task, examples: Sequence[Example]) -> ExampleCollator:
+        """Tokenises a split."""
+
+    @abstractmethod
+    def build(self, task: Task, *, sha256: str | None = None) -> nn.Module:
+        """Builds the model with a new head: `forward(batch)` gives logits; `encoder` is what is not the head.
+
+        The head takes its values from torch's global generator: seed it before, alike on all ranks.
+
+        Args:
+            task: decides the head.
+            sha256: that the weights must have, if it is known.
+
+        Raises:
+            XdscaleError: the weights cannot be loaded.
+        """
+
+
+def find_subject(name: str) -> type[Subject]:
+    """Returns what can be finetuned by its name, importing its module alone.
+
+    Raises:
+        XdscaleError: there is none of that name (the nearest right one is named), or it cannot be imported.
+    """
+    return registry.find(SUBJECT_GROUP, SUBJECTS, name, "--subject", Subject)
 
 
 def task_names() -> list[str]:

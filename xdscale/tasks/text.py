@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -66,6 +66,9 @@ class TextTask:
         score: the metric that stands in the column.
         hub: the same data online; None where it is nowhere free to fetch.
     """
+
+    images: ClassVar[int] = 0
+    reads: ClassVar[str] = "input"
 
     name: str
     title: str
