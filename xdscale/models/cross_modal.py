@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from xdscale.kernels.activated_linear import Activation
 from xdscale.models.operations import ActivatedLinear, PackedAttention, ResidualNorm
 from xdscale.models.packed_tokens import PackedTokens
 
@@ -39,7 +40,9 @@ class AttentionSublayer(nn.Module):
     With a context of the other encoder it is cross-attention, with the sublayer's own input self-attention.
     """
 
-    def __init__(self, size: int, context_size: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self, size: int, context_size: int, heads: int, dropout: float, *, eps: float = LAYER_NORM_EPS
+    ) -> None:
         """Builds the projections, with PyTorch's default initialisation as the released code has.
 
         Args:
@@ -47,6 +50,7 @@ class AttentionSublayer(nn.Module):
             context_size: of the states that keys and values are projected from.
             heads: number of heads; must divide `size`.
             dropout: rate on the attention weights and on the output.
+            eps: of the LayerNorm.
         """
         super().__init__()
         if size % heads:
@@ -57,7 +61,7 @@ class AttentionSublayer(nn.Module):
         self.value = nn.Linear(context_size, size)
         self.output = nn.Linear(size, size)
         self.attention = PackedAttention(dropout)
-        self.norm = ResidualNorm(size, eps=LAYER_NORM_EPS, dropout=dropout)
+        self.norm = ResidualNorm(size, eps=eps, dropout=dropout)
 
     def forward(
         self, states: torch.Tensor, context: torch.Tensor, queries: PackedTokens, keys: PackedTokens
@@ -80,13 +84,21 @@ class AttentionSublayer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (erf), Linear, dropout, LayerNorm(residual)."""
+    """Linear, activation (GELU with erf unless another one is given), Linear, dropout, LayerNorm(residual)."""
 
-    def __init__(self, size: int, intermediate_size: int, dropout: float) -> None:
+    def __init__(
+        self,
+        size: int,
+        intermediate_size: int,
+        dropout: float,
+        *,
+        activation: Activation = F.gelu,
+        eps: float = LAYER_NORM_EPS,
+    ) -> None:
         super().__init__()
         self.intermediate = nn.Linear(size, intermediate_size)
-        self.output = ActivatedLinear(nn.Linear(intermediate_size, size), F.gelu)
-        self.norm = ResidualNorm(size, eps=LAYER_NORM_EPS, dropout=dropout)
+        self.output = ActivatedLinear(nn.Linear(intermediate_size, size), activation)
+        self.norm = ResidualNorm(size, eps=eps, dropout=dropout)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Maps [tokens, size] to the same shape."""

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from xdscale.kernels.masked_token_loss import masked_token_loss
@@ -58,20 +57,20 @@ class MaskedTokenHead(nn.Module):
         return self.function(hidden, self.decoder_weight, self.decoder_bias, labels)
 
 
-def masked_lm_head(language: PreTrainedModel) -> MaskedTokenHead:
+def masked_lm_head(language: nn.Module) -> MaskedTokenHead:
     """Builds the masked-LM head of a language encoder, as transformers' `BertForMaskedLM` and `ElectraForMaskedLM` do.
 
-    BERT's activates as the encoder does (`hidden_act`), ELECTRA's with GELU. Where the configuration says
-    `tie_word_embeddings: false` the decoder is a parameter of its own.
+    BERT's, and VisualBERT's, activates as the encoder does (`hidden_act`), ELECTRA's with GELU. Where the configuration
+    says `tie_word_embeddings: false` the decoder is a parameter of its own.
 
     Args:
-        language: the encoder.
+        language: the encoder, with `config` and `get_input_embeddings()` as transformers has them.
     """
     config, words = language.config, language.get_input_embeddings().weight
     if not config.tie_word_embeddings:
         words = nn.Parameter(torch.empty_like(words))
         nn.init.normal_(words, std=config.initializer_range)
-    activation = ACT2FN[config.hidden_act] if config.model_type == "bert" else None
+    activation = ACT2FN[config.hidden_act] if config.model_type != "electra" else None
     return MaskedTokenHead(config.hidden_size, words, activation=activation, eps=config.layer_norm_eps)
 
 

@@ -97,14 +97,17 @@ def load_language_encoder(spec: Language, *, dropout: float) -> PreTrainedModel:
     return model
 
 
-_HEAD = "cls.predictions."
-_HEAD_KEYS = {
+MASKED_LM_HEAD = "cls.predictions."
+MASKED_LM_KEYS = {
     "transform.weight": "transform.dense.weight",
     "transform.bias": "transform.dense.bias",
     "norm.weight": "transform.LayerNorm.weight",
     "norm.bias": "transform.LayerNorm.bias",
     "decoder_bias": "bias",
 }
+"""Where a published head of masked LM has what `MaskedTokenHead` has."""
+SENTENCE_HEAD = "cls.seq_relationship."
+"""BERT's next-sentence classifier."""
 _WORDS = "embeddings.word_embeddings.weight"
 
 
@@ -127,27 +130,42 @@ def masked_lm_head_state(spec: Language) -> dict[str, torch.Tensor] | None:
     head, words, files = {}, None, weight_files(_language_folder(spec.name))
     for path in files:
         for name, value in read_state_dict(path).items():
-            if name.startswith(_HEAD):
+            if name.startswith(MASKED_LM_HEAD):
                 # BERT's first checkpoints call LayerNorm's parameters gamma and beta.
-                head[name.removeprefix(_HEAD).replace(".gamma", ".weight").replace(".beta", ".bias")] = value
+                head[name.removeprefix(MASKED_LM_HEAD).replace(".gamma", ".weight").replace(".beta", ".bias")] = value
             elif name.endswith(_WORDS):
                 words = value
     if not head:
         return None
-    keys, decoder, tied = _HEAD_KEYS, head.get("decoder.weight"), language_config(spec).tie_word_embeddings
+    keys, decoder, tied = MASKED_LM_KEYS, head.get("decoder.weight"), language_config(spec).tie_word_embeddings
     if "decoder.bias" in head and not (tied and "bias" in head):  # transformers ties the two as it ties the weights
         head["bias"] = head["decoder.bias"]
     if not tied:
         keys = keys | {"decoder_weight": "decoder.weight"}
     elif decoder is not None and (words is None or not torch.equal(decoder, words)):
         raise XdscaleError(
-            f"{files[0].parent}: {_HEAD}decoder.weight is not the word embedding, though config.json does not say so; "
-            'write "tie_word_embeddings": false into it, or leave the decoder out of the weights'
+            f"{files[0].parent}: {MASKED_LM_HEAD}decoder.weight is not the word embedding, though config.json does not "
+            'say so; write "tie_word_embeddings": false into it, or leave the decoder out of the weights'
         )
-    missing = [_HEAD + name for name in keys.values() if name not in head]
+    missing = [MASKED_LM_HEAD + name for name in keys.values() if name not in head]
     if missing:
         raise XdscaleError(f"{files[0].parent}: the weights hold a masked-LM head without {some(missing)}")
     return {ours: head[theirs].float() for ours, theirs in keys.items()}
+
+
+def sentence_head_state(spec: Language) -> dict[str, torch.Tensor] | None:
+    """Returns the next-sentence classifier that a pretrained BERT was published with: weight and bias, in fp32.
+
+    None where the weights are random or hold no such head.
+
+    Raises:
+        XdscaleError: the weights cannot be read.
+    """
+    head: dict[str, torch.Tensor] = {}
+    for path in language_weights(spec) or ():
+        found = read_state_dict(path).items()
+        head |= {name.removeprefix(SENTENCE_HEAD): value for name, value in found if name.startswith(SENTENCE_HEAD)}
+    return {name: value.float() for name, value in head.items()} if {*head} == {"weight", "bias"} else None
 
 
 def tokenizer_folder(spec: Language) -> Path | None:

@@ -1,0 +1,95 @@
+"""Texts and the regions of their images as one row of packed tokens: what models of text and regions read."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from xdscale.shards.regions import Regions
+
+
+def pack(
+    texts: Sequence[np.ndarray],
+    segments: Sequence[np.ndarray],
+    regions: Regions,
+    visual_segments: np.ndarray | None = None,
+    alignments: Sequence[np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """Packs samples, each one's text first and then its regions; all that a device would have to ask for is counted.
+
+    Of a sample i, text token k stands at `cu_seqlens[i] + k` of the row, and region k at
+    `cu_seqlens[i] + text_lengths[i] + k`.
+
+    Args:
+        texts: of b samples: ids int [n], with [CLS] and [SEP].
+        segments: of each: int [n].
+        regions: of each: `regions.offsets` [b + 1] says whose they are, so those of a sample with two images are one.
+        visual_segments: int [total], such as 0 and 1 for the two images of a sample; None for 0.
+        alignments: of each sample: int [m, 2], a region of the sample and the position in its text of a word that names
+            it; None where nothing is aligned.
+
+    Returns:
+        text_lengths int64 [b], cu_seqlens int32 [b + 1], longest int64 [] (tokens of the longest sample); text_ids,
+        text_positions, text_segments int64 [t], the texts one after the other; features [total, D] and region_segments
+        int64 [total]; rows int64 [t + total], of each place in the row the token that stands there, where texts count
+        before regions. With alignments aligned_regions and aligned_positions int64 [a], into `features` and the text's
+        positions, and aligned_counts int64 [a]: how many words are aligned with that region.
+
+    Raises:
+        ValueError: numbers of samples, or of tokens and segments, do not agree.
+    """
+    counts = np.array([len(text) for text in texts], np.int64)
+    region_counts = np.diff(regions.offsets).astype(np.int64)
+    if len(counts) != len(region_counts) or [len(row) for row in segments] != counts.tolist():
+        raise ValueError(f"{len(counts)} texts, {len(segments)} rows of segments and {len(region_counts)} of regions")
+    lengths = counts + region_counts
+    cu_seqlens, text_starts = _starts(lengths), _starts(counts)
+    rows = np.empty(cu_seqlens[-1], np.int64)
+    text_places = np.arange(text_starts[-1]) + np.repeat(cu_seqlens[:-1] - text_starts[:-1], counts)
+    rows[text_places] = np.arange(len(text_places))
+    region_places = np.arange(len(regions.features)) + np.repeat(
+        cu_seqlens[:-1] + counts - regions.offsets[:-1], region_counts
+    )
+    rows[region_places] = len(text_places) + np.arange(len(region_places))
+    none = np.zeros(len(regions.features), np.int64)
+    arrays = {
+        "text_lengths": counts,
+        "cu_seqlens": cu_seqlens.astype(np.int32),
+        "longest": np.array(lengths.max(initial=0)),
+        "text_ids": np.concatenate(texts).astype(np.int64),
+        "text_positions": np.arange(text_starts[-1]) - np.repeat(text_starts[:-1], counts),
+        "text_segments": np.concatenate(segments).astype(np.int64),
+        "features": np.require(regions.features, requirements="CW"),  # torch takes no array that it may not write
+        "region_segments": none if visual_segments is None else visual_segments.astype(np.int64),
+        "rows": rows,
+    }
+    return arrays if alignments is None else arrays | _aligned(alignments, regions.offsets)
+
+
+def spatial(regions: Regions) -> np.ndarray:
+    """Returns of each region x1, y1, x2, y2, width and height, as shares of its image's (spec VisualBERT §3).
+
+    Args:
+        regions: of several images, one entry of `offsets` and `sizes` each.
+
+    Returns:
+        fp32 [total, 6]; (0, 0, 1, 1, 1, 1) is the whole image.
+    """
+    scale = np.repeat(regions.sizes, np.diff(regions.offsets), axis=0).astype(np.float32)  # [total, 2]
+    corners = regions.boxes / np.concatenate([scale, scale], 1)
+    return np.concatenate([corners, corners[:, 2:] - corners[:, :2]], 1).astype(np.float32)
+
+
+def _aligned(alignments: Sequence[np.ndarray], offsets: np.ndarray) -> dict[str, np.ndarray]:
+    pairs = [np.asarray(found, np.int64).reshape(-1, 2) + [start, 0] for found, start in zip(alignments, offsets)]
+    regions, positions = np.concatenate(pairs).T
+    counts = np.bincount(regions, minlength=int(offsets[-1]))
+    return {
+        "aligned_regions": np.ascontiguousarray(regions),
+        "aligned_positions": np.ascontiguousarray(positions),
+        "aligned_counts": counts[regions],
+    }
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """Returns int64 [n + 1]: where rows of some lengths begin, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -1,0 +1,202 @@
+"""VisualBERT: one BERT that reads a text and the regions of its image together (spec VisualBERT §1)."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import VisualBertConfig
+from transformers.activations import ACT2FN
+
+from xdscale.models.cross_modal import AttentionSublayer, FeedForward
+from xdscale.models.packed_tokens import PackedTokens, chosen_tokens, packed_by_lengths
+
+Batch = Mapping[str, torch.Tensor | int]
+
+
+class Encoded(NamedTuple):
+    """What tasks and objectives read.
+
+    Attributes:
+        states: [tokens, H], packed: each sample's text, then its regions; or those that were selected.
+        pooled: [b, H], of the first token of each sample.
+        cu_seqlens: int32 [b + 1]; sample i owns the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1` of the row.
+    """
+
+    states: torch.Tensor
+    pooled: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+class Layer(nn.Module):
+    """A layer of BERT on packed tokens: self-attention and feed-forward."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        """Builds it with the sizes, the activation and the dropout of a configuration."""
+        super().__init__()
+        size, dropout, eps = config.hidden_size, config.hidden_dropout_prob, config.layer_norm_eps
+        self.attention = AttentionSublayer(size, size, config.num_attention_heads, dropout, eps=eps)
+        activation = ACT2FN[config.hidden_act].forward
+        self.feed_forward = FeedForward(size, config.intermediate_size, dropout, activation=activation, eps=eps)
+
+    def forward(
+        self, states: torch.Tensor, packed: PackedTokens, selected: tuple[torch.Tensor, PackedTokens] | None = None
+    ) -> torch.Tensor:
+        """Lets the tokens of each sample read each other.
+
+        Args:
+            states: [tokens, H].
+            packed: which of them belong to which sample.
+            selected: the only tokens whose new states are needed: int64 [n], ascending, and how they are packed.
+
+        Returns:
+            The new states, of all tokens or of the selected ones.
+        """
+        queries, queries_packed = states, packed
+        if selected is not None:
+            rows, queries_packed = selected
+            queries = states.index_select(0, rows)
+        return self.feed_forward(self.attention(queries, states, queries_packed, packed))
+
+
+class Embeddings(nn.Module):
+    """Text and regions as BERT's input, under the names that transformers has.
+
+    All of it passes one LayerNorm. The tables of segments and positions of regions are their own; every region has
+    position 0, and beside it, where words are aligned with it, their positions in the *text's* table.
+    """
+
+    def __init__(self, config: VisualBertConfig, alignment: str) -> None:
+        """Builds the tables.
+
+        Args:
+            config: sizes, and `visual_embedding_dim`, the width of the features.
+            alignment: "sum" (paper) or "mean" (release) of the positions of the words that a region is aligned with.
+        """
+        super().__init__()
+        size, positions, segments = config.hidden_size, config.max_position_embeddings, config.type_vocab_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(positions, size)
+        self.token_type_embeddings = nn.Embedding(segments, size)
+        self.visual_token_type_embeddings = nn.Embedding(segments, size)
+        self.visual_position_embeddings = nn.Embedding(positions, size)
+        self.visual_projection = nn.Linear(config.visual_embedding_dim, size)
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.alignment = alignment
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Embeds the text tokens of all samples, then the regions of all samples; arguments as `VisualBERT`.
+
+        Returns:
+            [text tokens + regions, H].
+        """
+        positions, aligned = batch["text_positions"], batch.get("aligned_positions")
+        count = len(positions)
+        # A table is called once, also where regions read it too: ZeRO-3 gathers it for each call.
+        places = self.position_embeddings(positions if aligned is None else torch.cat([positions, aligned]))
+        words = self.word_embeddings(batch["text_ids"]) + self.token_type_embeddings(batch["text_segments"])
+        features, segments = batch["features"].to(words.dtype), batch["region_segments"]
+        regions = self.visual_projection(features) + self.visual_token_type_embeddings(segments)
+        regions = regions + self.visual_position_embeddings(torch.zeros_like(segments[:1]))
+        if aligned is not None:
+            of_words = places[count:]
+            if self.alignment == "mean":
+                of_words = of_words / batch["aligned_counts"].unsqueeze(1)
+            regions = regions.index_add(0, batch["aligned_regions"], of_words.to(regions.dtype))
+        return self.dropout(self.LayerNorm(torch.cat([words + places[:count], regions])))
+
+
+class VisualBERT(nn.Module):
+    """The encoder, with BERT's pooler.
+
+    Attributes:
+        config: transformers' own, as exports have it.
+        embeddings: of text and regions.
+        layers: BERT's, which read text and regions together; without early fusion the text alone.
+        fusion: without early fusion the one new layer that reads both; else None.
+        pooler: Linear on the first token, before tanh.
+    """
+
+    def __init__(self, config: VisualBertConfig, *, alignment: str = "sum") -> None:
+        """Builds it with BERT's initialisation.
+
+        Args:
+            config: `bypass_transformer` is "without early fusion".
+            alignment: see `Embeddings`.
+        """
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config, alignment)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.fusion = Layer(config) if config.bypass_transformer else None
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self._checkpoint_layers = False
+        self.apply(self._initialise)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Returns the table of words, to which a head's decoder is tied."""
+        return self.embeddings.word_embeddings
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recomputes each layer in the backward pass; the result stays the same."""
+        self._checkpoint_layers = True
+
+    def forward(self, batch: Batch, selected: torch.Tensor | None = None) -> Encoded:
+        """Encodes samples; padding is not computed, for there is none.
+
+        Args:
+            batch: what `xdscale.data.visual_text.pack` returns, as tensors.
+            selected: int64 [n], places in the row, each once, in any order: the only ones whose states are needed. The
+                last layer is computed for these, and for the first token of each sample, alone.
+
+        Returns:
+            States of all tokens, or of the selected ones in their order, and what the pooler makes of the first ones.
+        """
+        packed = PackedTokens(batch["cu_seqlens"], batch["longest"])
+        first = batch["cu_seqlens"][:-1].to(torch.int64)
+        states = self.embeddings(batch)
+        if self.fusion is not None:
+            texts = len(batch["text_ids"])
+            words = self._run(self.layers, states[:texts], packed_by_lengths(batch["text_lengths"], batch["longest"]))
+            states = torch.cat([words, states[texts:]])
+        states = states.index_select(0, batch["rows"])
+        joint = self.layers if self.fusion is None else [self.fusion]
+        if selected is None:
+            states = self._run(joint, states, packed)
+            return Encoded(states, self._pooled(states.index_select(0, first)), batch["cu_seqlens"])
+        rows, order = torch.cat([selected, first]).sort()
+        chosen = chosen_tokens(rows, packed)
+        chosen = PackedTokens(chosen.cu_seqlens, chosen.max_seqlen + 1)  # a first token may be among the selected too
+        states = self._run(joint, states, packed, (rows, chosen))
+        # sorted[k] = wanted[order[k]]: back into the order that was asked for
+        place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        wanted, firsts = place.split([len(selected), len(first)])
+        return Encoded(
+            states.index_select(0, wanted), self._pooled(states.index_select(0, firsts)), batch["cu_seqlens"]
+        )
+
+    def _run(
+        self,
+        layers: nn.ModuleList | list[Layer],
+        states: torch.Tensor,
+        packed: PackedTokens,
+        selected: tuple[torch.Tensor, PackedTokens] | None = None,
+    ) -> torch.Tensor:
+        for number, layer in enumerate(layers, 1):
+            rows = selected if number == len(layers) else None
+            if self._checkpoint_layers and torch.is_grad_enabled():
+                states = checkpoint(layer, states, packed, rows, use_reentrant=False)
+            else:
+                states = layer(states, packed, rows)
+        return states
+
+    def _pooled(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.pooler(states))
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,208 @@
+"""VisualBERT's weights: from a BERT, from what others published, and for transformers to load."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, VisualBertConfig
+
+from xdscale.errors import XdscaleError
+from xdscale.files import one_line, read_json
+from xdscale.models.visualbert import VisualBERT
+from xdscale.pretrained.language import MASKED_LM_HEAD, MASKED_LM_KEYS, SENTENCE_HEAD
+from xdscale.pretrained.weights import read_state_dict, some, weight_files
+
+MODEL_TYPE = "visual_bert"
+ENCODER = "visual_bert."
+"""What the names of the encoder's weights begin with where a file also holds heads."""
+
+_SHARED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size"),
+    *("initializer_range", "layer_norm_eps", "pad_token_id", "tie_word_embeddings"),
+)
+"""What a configuration has from that of its BERT."""
+
+_LAYER = {
+    "attention.query": "attention.self.query",
+    "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value",
+    "attention.output": "attention.output.dense",
+    "attention.norm": "attention.output.LayerNorm",
+    "feed_forward.intermediate": "intermediate.dense",
+    "feed_forward.output": "output.dense",
+    "feed_forward.norm": "output.LayerNorm",
+}
+"""Names in a layer, and those that BERT and transformers' VisualBERT have."""
+
+_RELEASE = (
+    ("bert.bert.", ENCODER),
+    ("bert.cls.", "cls."),
+    ("embeddings.token_type_embeddings_visual.", "embeddings.visual_token_type_embeddings."),
+    ("embeddings.position_embeddings_visual.", "embeddings.visual_position_embeddings."),
+    ("embeddings.projection.", "embeddings.visual_projection."),
+    (".gamma", ".weight"),
+    (".beta", ".bias"),
+)
+"""What the release's checkpoints have in names, and transformers' in its place."""
+
+_HEADS = {
+    **{f"mlm.{ours}": MASKED_LM_HEAD + theirs for ours, theirs in MASKED_LM_KEYS.items()},
+    "mlm.decoder_weight": MASKED_LM_HEAD + "decoder.weight",
+    "match.weight": SENTENCE_HEAD + "weight",
+    "match.bias": SENTENCE_HEAD + "bias",
+}
+"""Names of the heads in training, and in published checkpoints."""
+
+
+def published_name(name: str) -> str:
+    """Returns what transformers' `VisualBertModel` calls a parameter of `VisualBERT`."""
+    stem, _, kind = name.rpartition(".")
+    layer, _, inner = stem.removeprefix("layers.").partition(".")
+    if stem.startswith("layers."):
+        return f"encoder.layer.{layer}.{_LAYER[inner]}.{kind}"
+    if stem.startswith("fusion."):
+        return f"additional_layer.{_LAYER[stem.removeprefix('fusion.')]}.{kind}"
+    return f"pooler.dense.{kind}" if stem == "pooler" else name
+
+
+def from_bert(
+    language: PreTrainedModel, *, region_size: int, early_fusion: bool = True, alignment: str = "sum"
+) -> VisualBERT:
+    """Builds VisualBERT from a BERT: what BERT has is taken over, tables of regions start as copies of the text's.
+
+    Args:
+        language: BERT, with its pooler; it is not to be used afterwards.
+        region_size: width of the features.
+        early_fusion: whether regions enter BERT's layers, or one new layer behind them.
+        alignment: see `xdscale.models.visualbert.Embeddings`.
+
+    Raises:
+        XdscaleError: it is no BERT.
+    """
+    config = language.config
+    if config.model_type != "bert":
+        raise XdscaleError(f"model.language: VisualBERT is made of a BERT, not of {config.model_type!r}")
+    values = {name: getattr(config, name) for name in _SHARED}
+    values |= {"visual_embedding_dim": region_size, "bypass_transformer": not early_fusion}
+    model = VisualBERT(VisualBertConfig(**values), alignment=alignment)
+    bert = language.state_dict()
+    own = model.state_dict()
+    start = {name: bert[published_name(name)] for name in own if published_name(name) in bert}
+    for table in ("token_type_embeddings", "position_embeddings"):
+        start[f"embeddings.visual_{table}.weight"] = bert[f"embeddings.{table}.weight"].clone()
+    model.load_state_dict(start, strict=False)
+    return model.train(language.training)
+
+
+def load_visualbert(
+    place: Path, *, dropout: float | None = None, alignment: str | None = None
+) -> tuple[VisualBERT, dict[str, torch.Tensor]]:
+    """Loads a VisualBERT in fp32: an export, any `visual_bert` folder of transformers, or a checkpoint of the release.
+
+    Args:
+        place: the folder, or the release's `.th` file.
+        dropout: in the place of the configuration's.
+        alignment: "sum" or "mean" (see `xdscale.models.visualbert.Embeddings`); None for what an export says, and for
+            the mean elsewhere, as transformers and the release compute it.
+
+    Returns:
+        The encoder, and the heads that come with it under the names that they have in training.
+
+    Raises:
+        XdscaleError: nothing of the kind, or weights that are damaged or not those of the configuration.
+    """
+    config, state = _read(place)
+    if dropout is not None:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    model = VisualBERT(config, alignment=alignment or getattr(config, "alignment", "mean"))
+    wanted = {name: ENCODER + published_name(name) for name in model.state_dict()}
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = [
+        theirs.removeprefix(ENCODER)
+        for name, theirs in wanted.items()
+        if theirs not in state or state[theirs].shape != shapes[name]
+    ]
+    if wrong:
+        raise XdscaleError(f"{place}: holds no fitting weights for {some(wrong)} of its VisualBERT")
+    model.load_state_dict({name: state[theirs].float() for name, theirs in wanted.items()})
+    heads = {ours: state[theirs].float() for ours, theirs in _HEADS.items() if theirs in state}
+    if config.tie_word_embeddings:
+        heads.pop("mlm.decoder_weight", None)
+    return model.eval(), heads
+
+
+def save_visualbert(config: VisualBertConfig, state: dict[str, torch.Tensor], out: Path, *, alignment: str) -> None:
+    """Writes `config.json` and `model.safetensors` of transformers' `VisualBertModel` or `VisualBertForPreTraining`.
+
+    Args:
+        config: of the model.
+        state: of a module in training, in fp32: `model.…`, and `mlm.…` and `match.…` if it has them.
+        out: an existing folder.
+        alignment: of the model; transformers always computes the mean.
+    """
+    encoder = (name for name in state if name.startswith("model."))
+    names = {name: ENCODER + published_name(name.removeprefix("model.")) for name in encoder}
+    names |= {ours: theirs for ours, theirs in _HEADS.items() if ours in state}
+    if config.tie_word_embeddings:
+        names.pop("mlm.decoder_weight", None)  # it is the word embedding
+    weights = {theirs: state[ours].contiguous() for ours, theirs in names.items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    values = config.to_dict() | {"architectures": ["VisualBertForPreTraining"], "alignment": alignment}
+    (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read(place: Path) -> tuple[VisualBertConfig, dict[str, torch.Tensor]]:
+    """Returns configuration and weights, the latter under transformers' names with the prefix of the encoder."""
+    if not place.exists():
+        raise XdscaleError(f"{place}: no such folder or file; expected a VisualBERT")
+    files = [place] if place.is_file() else weight_files(place)
+    state: dict[str, torch.Tensor] = {}
+    for path in files:
+        for name, value in read_state_dict(path).items():
+            for theirs, ours in _RELEASE:
+                name = name.replace(theirs, ours)
+            state[name if name.startswith((ENCODER, "cls.")) else ENCODER + name] = value
+    return _config_of(state, place) if place.is_file() else _config(place / "config.json"), state
+
+
+def _config(path: Path) -> VisualBertConfig:
+    values = read_json(path)
+    if values.get("model_type") != MODEL_TYPE:
+        raise XdscaleError(f"{path}: model_type is {values.get('model_type')!r}; expected {MODEL_TYPE!r}")
+    try:
+        return VisualBertConfig.from_dict(values)
+    except Exception as error:  # transformers and what it checks values with raise unrelated kinds
+        raise XdscaleError(f"{path}: not a configuration of VisualBERT: {one_line(error)}") from None
+
+
+def _config_of(state: dict[str, torch.Tensor], path: Path) -> VisualBertConfig:
+    """Returns the configuration that the weights of a checkpoint have, with heads of 64 as in every BERT."""
+    try:
+        words, projection, intermediate, segments, positions = (
+            state[ENCODER + name].shape
+            for name in (
+                "embeddings.word_embeddings.weight",
+                "embeddings.visual_projection.weight",
+                "encoder.layer.0.intermediate.dense.weight",
+                "embeddings.token_type_embeddings.weight",
+                "embeddings.position_embeddings.weight",
+            )
+        )
+    except KeyError as error:
+        raise XdscaleError(f"{path}: no checkpoint of VisualBERT: it holds no {error.args[0]}") from None
+    layers = {match[1] for name in state if (match := re.match(rf"{ENCODER}encoder\.layer\.(\d+)\.", name))}
+    return VisualBertConfig(
+        vocab_size=words[0],
+        hidden_size=words[1],
+        num_attention_heads=max(1, words[1] // 64),
+        num_hidden_layers=len(layers),
+        intermediate_size=intermediate[0],
+        visual_embedding_dim=projection[1],
+        type_vocab_size=segments[0],
+        max_position_embeddings=positions[0],
+        bypass_transformer=any(name.startswith(ENCODER + "additional_layer.") for name in state),
+        pad_token_id=0,
+    )
