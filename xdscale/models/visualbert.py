@@ -15,7 +15,7 @@ from xdscale.models.packed_tokens import PackedTokens, chosen_tokens, packed_by_
 Batch = Mapping[str, torch.Tensor | int]
 
 
-class Encoded(NamedTuple):
+class PackedStates(NamedTuple):
     """What tasks and objectives read.
 
     Attributes:
@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
     cu_seqlens: torch.Tensor
 
 
-class Layer(nn.Module):
+class SelfAttentionLayer(nn.Module):
     """A layer of BERT on packed tokens: self-attention and feed-forward."""
 
     def __init__(self, config: VisualBertConfig) -> None:
@@ -60,7 +60,7 @@ class Layer(nn.Module):
         return self.feed_forward(self.attention(queries, states, queries_packed, packed))
 
 
-class Embeddings(nn.Module):
+class VisualTextEmbeddings(nn.Module):
     """Text and regions as BERT's input, under the names that transformers has.
 
     All of it passes one LayerNorm. The tables of segments and positions of regions are their own; every region has
@@ -124,13 +124,13 @@ class VisualBERT(nn.Module):
 
         Args:
             config: `bypass_transformer` is "without early fusion".
-            alignment: see `Embeddings`.
+            alignment: see `VisualTextEmbeddings`.
         """
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config, alignment)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.fusion = Layer(config) if config.bypass_transformer else None
+        self.embeddings = VisualTextEmbeddings(config, alignment)
+        self.layers = nn.ModuleList(SelfAttentionLayer(config) for _ in range(config.num_hidden_layers))
+        self.fusion = SelfAttentionLayer(config) if config.bypass_transformer else None
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self._checkpoint_layers = False
         self.apply(self._initialise)
@@ -143,7 +143,7 @@ class VisualBERT(nn.Module):
         """Recomputes each layer in the backward pass; the result stays the same."""
         self._checkpoint_layers = True
 
-    def forward(self, batch: Batch, selected: torch.Tensor | None = None) -> Encoded:
+    def forward(self, batch: Batch, selected: torch.Tensor | None = None) -> PackedStates:
         """Encodes samples; padding is not computed, for there is none.
 
         Args:
@@ -165,7 +165,7 @@ class VisualBERT(nn.Module):
         joint = self.layers if self.fusion is None else [self.fusion]
         if selected is None:
             states = self._run(joint, states, packed)
-            return Encoded(states, self._pooled(states.index_select(0, first)), batch["cu_seqlens"])
+            return PackedStates(states, self._pooled(states.index_select(0, first)), batch["cu_seqlens"])
         rows, order = torch.cat([selected, first]).sort()
         chosen = chosen_tokens(rows, packed)
         chosen = PackedTokens(chosen.cu_seqlens, chosen.max_seqlen + 1)  # a first token may be among the selected too
@@ -173,13 +173,13 @@ class VisualBERT(nn.Module):
         # sorted[k] = wanted[order[k]]: back into the order that was asked for
         place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
         wanted, firsts = place.split([len(selected), len(first)])
-        return Encoded(
+        return PackedStates(
             states.index_select(0, wanted), self._pooled(states.index_select(0, firsts)), batch["cu_seqlens"]
         )
 
     def _run(
         self,
-        layers: nn.ModuleList | list[Layer],
+        layers: nn.ModuleList | list[SelfAttentionLayer],
         states: torch.Tensor,
         packed: PackedTokens,
         selected: tuple[torch.Tensor, PackedTokens] | None = None,

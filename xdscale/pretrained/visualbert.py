@@ -77,7 +77,7 @@ def from_bert(
         language: BERT, with its pooler; it is not to be used afterwards.
         region_size: width of the features.
         early_fusion: whether regions enter BERT's layers, or one new layer behind them.
-        alignment: see `xdscale.models.visualbert.Embeddings`.
+        alignment: see `xdscale.models.visualbert.VisualTextEmbeddings`.
 
     Raises:
         XdscaleError: it is no BERT.
@@ -105,8 +105,8 @@ def load_visualbert(
     Args:
         place: the folder, or the release's `.th` file.
         dropout: in the place of the configuration's.
-        alignment: "sum" or "mean" (see `xdscale.models.visualbert.Embeddings`); None for what an export says, and for
-            the mean elsewhere, as transformers and the release compute it.
+        alignment: "sum" or "mean" (see `xdscale.models.visualbert.VisualTextEmbeddings`); None for what an export says,
+            and for the mean elsewhere, as transformers and the release compute it.
 
     Returns:
         The encoder, and the heads that come with it under the names that they have in training.
