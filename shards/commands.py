@@ -93,6 +93,60 @@ def _build(inputs: list[str], out: "Path", options: "TextOptions", workers: int,
 
 
 @shards_app.command()
+def captions(
+    inputs: Annotated[list[UserPath], typer.Argument(help="COCO's captions_*.json, or files of that form.")],
+    out: Annotated[UserPath, typer.Option(help="Folder of the dataset, which holds the table of image regions.")],
+    language_tokenizer: Annotated[
+        str, typer.Option(help="tokenizer.json or vocab.txt, folder, package:NAME/folder or hub name.")
+    ],
+    karpathy: Annotated[UserPath | None, typer.Option(help="dataset_coco.json: its splits, without test.")] = None,
+    held_out: Annotated[UserPath | None, typer.Option(help="File of image ids to hold out, one a line.")] = None,
+    validation: Annotated[list[UserPath] | None, typer.Option(help="More files of captions, all held out.")] = None,
+    validation_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Without the three: share of images held out.")
+    ] = 0.01,
+    missing: Annotated[str, typer.Option(help="refuse images without regions, or leave-out.")] = "refuse",
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the captions in the folder.")] = False,
+) -> None:
+    """Turns captions into a table whose rows are linked to the regions of their images."""
+    from xdscale.errors import XdscaleError
+    from xdscale.shards.build import build_table
+    from xdscale.shards.progress import shown_progress
+    from xdscale.shards.sources.caption_build import CaptionOptions
+    from xdscale.shards.sources.captions import CaptionSource
+    from xdscale.shards.sources.text_report import description
+
+    ways = {
+        "karpathy": [karpathy] if karpathy else [],
+        "list": [held_out] if held_out else [],
+        "files": validation or [],
+    }
+    given = [way for way, files in ways.items() if files]
+    if len(given) > 1:
+        raise XdscaleError("--karpathy, --held-out and --validation each say what is held out: give one of them")
+    if missing not in ("refuse", "leave-out"):
+        raise XdscaleError(f"--missing {missing!r}: expected refuse or leave-out")
+    split = given[0] if given else "hash"
+    fraction = {} if given else {"validation_fraction": validation_fraction}
+    options = CaptionOptions(split=split, missing=missing, **fraction)
+    source = CaptionSource(inputs, out, language_tokenizer, options, ways.get(split, []))
+    with shown_progress("building") as advance:
+        table = build_table(
+            source,
+            out,
+            workers=workers,
+            overwrite=overwrite,
+            on_progress=lambda progress: advance(progress.bytes_read, progress.bytes_total),
+        )
+    rows = ", ".join(f"{name} {found.rows:,}" for name, found in table.splits.items())
+    typer.echo("\n".join([f"{out}: captions: {rows}", *description(table)]))
+    for name, found in table.splits.items():
+        if not found.rows:
+            _warn([f"the split {name} is empty; say otherwise what is held out"])
+
+
+@shards_app.command()
 def merge(folder: Annotated[UserPath, typer.Argument(help="Folder that holds all parts.")]) -> None:
     """Joins the parts that 'build --part i/n' made to one dataset, after verifying their shards."""
     from xdscale.shards.build import merge_parts

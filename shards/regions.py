@@ -193,22 +193,27 @@ class RegionTable:
         """SHA-256 (hex): the identity of the data."""
         return self.table.fingerprint
 
-    def rows(self, image_ids: Sequence[str]) -> np.ndarray:
-        """Returns the rows of images: int64 [n].
+    def find(self, image_ids: Sequence[str]) -> np.ndarray:
+        """Returns the rows of images, -1 for those that are not there: int64 [n].
 
         The first call reads the ids of all images, and keeps 16 bytes of each.
+        """
+        hashes, order = self._index
+        wanted = np.array([_hash(name.encode()) for name in image_ids], np.uint64)
+        place = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
+        return np.where(hashes[place] == wanted, order[place], -1)
+
+    def rows(self, image_ids: Sequence[str]) -> np.ndarray:
+        """Returns the rows of images, as `find`: int64 [n].
 
         Raises:
             XdscaleError: images are not in the table: names the first of them, and the form in which it has one.
         """
-        hashes, order = self._index
-        wanted = np.array([_hash(name.encode()) for name in image_ids], np.uint64)
-        place = np.searchsorted(hashes, wanted)
-        found = hashes[np.minimum(place, len(hashes) - 1)] == wanted
-        if not found.all():
-            missing = [name for name, there in zip(image_ids, found) if not there]
+        found = self.find(image_ids)
+        if (found < 0).any():
+            missing = [name for name, row in zip(image_ids, found) if row < 0]
             raise XdscaleError(self._missing(list(dict.fromkeys(missing))))
-        return order[place]
+        return found
 
     def image_ids(self, rows: np.ndarray) -> list[str]:
         """Returns the ids of images."""
