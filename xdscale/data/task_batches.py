@@ -153,12 +153,7 @@ class TaskCollator:
         if self._clip is not None:
             arrays |= clip_layout(arrays["clip_lengths"], CLIP_LENGTH)
         targets = self.split.targets([self.split.examples[sample] for sample in slots.sample_ids.tolist()])
-        if np.issubdtype(targets.dtype, np.integer):
-            arrays["labels"] = targets.astype(np.int64)
-            arrays["labels"][~slots.real] = NO_LABEL
-        else:
-            arrays["labels"] = targets.astype(np.float32)
-        arrays["real"] = slots.real.copy()
+        arrays |= label_arrays(targets, slots.real)
         return MicroBatch(arrays, {"task": int(slots.real.sum())}, tokens)
 
     def prefetch(self, step: list[Slots]) -> None:
@@ -167,6 +162,19 @@ class TaskCollator:
     def draws(self, slots: Slots) -> list[np.ndarray]:
         """Returns nothing: an example is read as it is."""
         return []
+
+
+def label_arrays(targets: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns "real" and "labels": a task's targets, int64 and `NO_LABEL` where not real, or float32.
+
+    Args:
+        targets: [b, …], integers or floats.
+        real: bool [b].
+    """
+    labels = targets.astype(np.int64 if np.issubdtype(targets.dtype, np.integer) else np.float32)
+    if labels.dtype == np.int64:
+        labels[~real] = NO_LABEL
+    return {"real": real.copy(), "labels": labels}
 
 
 def _language_arrays(

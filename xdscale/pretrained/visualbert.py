@@ -165,10 +165,15 @@ def _read(place: Path) -> tuple[VisualBertConfig, dict[str, torch.Tensor]]:
             for theirs, ours in _RELEASE:
                 name = name.replace(theirs, ours)
             state[name if name.startswith((ENCODER, "cls.")) else ENCODER + name] = value
-    return _config_of(state, place) if place.is_file() else _config(place / "config.json"), state
+    return _config_of(state, place) if place.is_file() else visualbert_config(place / "config.json"), state
 
 
-def _config(path: Path) -> VisualBertConfig:
+def visualbert_config(path: Path) -> VisualBertConfig:
+    """Reads a configuration.
+
+    Raises:
+        XdscaleError: unreadable, or of another architecture.
+    """
     values = read_json(path)
     if values.get("model_type") != MODEL_TYPE:
         raise XdscaleError(f"{path}: model_type is {values.get('model_type')!r}; expected {MODEL_TYPE!r}")

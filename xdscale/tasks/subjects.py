@@ -53,9 +53,9 @@ class CrossModalClassifier(nn.Module):
         super().__init__()
         self.encoder = encoder
         size = encoder.language.config.hidden_size
-        self.pooler = _new_linear(size, size)
+        self.pooler = new_linear(size, size)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = _new_linear(size, outputs)
+        self.classifier = new_linear(size, outputs)
 
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each layer in the backward pass."""
@@ -94,7 +94,7 @@ class ClipClassifier(nn.Module):
         self.encoder = encoder
         self.sentences = sentences
         self.dropout = nn.Dropout(dropout)
-        self.classifier = _new_linear(sentences * encoder.output_size, outputs)
+        self.classifier = new_linear(sentences * encoder.output_size, outputs)
 
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each layer in the backward pass."""
@@ -121,7 +121,8 @@ def _segments(segments: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
     return segments if config.type_vocab_size > 1 else torch.zeros_like(segments)
 
 
-def _new_linear(size: int, outputs: int) -> nn.Linear:
+def new_linear(size: int, outputs: int) -> nn.Linear:
+    """Returns a head's layer as BERT begins it; its values come from torch's global generator."""
     linear = nn.Linear(size, outputs)
     nn.init.normal_(linear.weight, std=INITIAL_STD)
     nn.init.zeros_(linear.bias)

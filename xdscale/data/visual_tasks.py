@@ -1,0 +1,204 @@
+"""Builds finetuning batches of texts with image regions for encoders that read both packed (spec VisualBERT §5)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from xdscale.data.task_batches import Texts, cut_longest_first, label_arrays
+from xdscale.data.task_files import Example, Span
+from xdscale.data.visual_text import pack, spatial
+from xdscale.errors import XdscaleError
+from xdscale.shards.regions import Regions, RegionTable
+from xdscale.shards.sources.text_build import LanguageTokenizer
+from xdscale.systems.contract import MicroBatch, Slots
+
+if TYPE_CHECKING:
+    from xdscale.tasks.contract import Task
+
+GEOMETRY = 6
+"""Numbers of `spatial`, which are appended to features where an encoder was trained with them (Flickr30K)."""
+
+
+class VisualTaskCollator:
+    """Turns slots into finetuning batches: one packed row of [CLS] first [SEP] second [SEP] regions for each input.
+
+    Of b examples with c choices (1 where there are none) an encoder gets b × c inputs, those of an example one after
+    the other. Beside what `pack` returns:
+        real bool [b], labels [b, …]: as `xdscale.data.task_batches.TaskCollator`.
+        answer_rows int64 [b]: where an open question is answered: the place in the row of the [MASK] behind it.
+        query_rows int64 [b]: where a region is asked for: the last word piece of the first text's marked words.
+        region_rows int64 [r]: the places of all regions in the row; region_samples int64 [r]: whose they are;
+            region_slots int64 [r]: their flat index into b × most_regions.
+        most_regions int64 []: of the input that has most.
+    """
+
+    def __init__(
+        self,
+        task: "Task",
+        examples: Sequence[Example],
+        tokenizer: tuple[Tokenizer, LanguageTokenizer],
+        regions: RegionTable | None,
+        *,
+        width: int,
+        max_length: int,
+    ) -> None:
+        """Tokenises a split and finds its images.
+
+        Args:
+            task: whose.
+            examples: in file order.
+            tokenizer: of the encoder, set to give plain ids.
+            regions: of the images; None where the task has none.
+            width: numbers that the encoder reads of a region.
+            max_length: word pieces with [CLS], [SEP] and [MASK]; the longer sentence is cut first.
+
+        Raises:
+            XdscaleError: images are missing, or features are of another width.
+        """
+        self._task, self.examples, self._tokens, self._regions = task, examples, tokenizer[1], regions
+        self._width, self._max_length = width, max_length
+        self._specials = 1 + task.sentences + (task.reads == "answer")
+        if task.images and regions.width not in (width, width - GEOMETRY):
+            raise XdscaleError(
+                f"{regions.table.folder}: features of {regions.width} numbers; the encoder reads {width} of each region"
+            )
+        images = [image for example in examples for image in example.images] if task.images else []
+        self._rows = regions.rows(images).reshape(-1, task.images) if images else np.zeros((len(examples), 0), np.int64)
+        numbers: dict[str, int] = {}
+        index = [
+            [[numbers.setdefault(text, len(numbers)) for text in choice] for choice in example.texts]
+            for example in examples
+        ]
+        self._index = np.array(index, np.int64)  # [n, choices or 1, sentences]
+        self._ids, self._begins = _tokenise(list(numbers), tokenizer[0], begins=any(one.spans for one in examples))
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def first_cut(self) -> tuple[int, int]:
+        """Returns how many examples are longer than the encoder reads, and the first one."""
+        longest = self._ids.lengths()[self._index].sum(-1).max(1) + self._specials
+        cut = np.flatnonzero(longest > self._max_length)
+        return len(cut), int(cut[0]) if len(cut) else -1
+
+    def prefetch(self, step: list[Slots]) -> None:
+        """Has the regions of a step fetched."""
+        if self._task.images:
+            self._regions.prefetch(self._rows[np.concatenate([slots.sample_ids for slots in step])].ravel())
+
+    def draws(self, slots: Slots) -> list[np.ndarray]:
+        """Returns nothing: an example is read as it is."""
+        return []
+
+    def __call__(self, slots: Slots) -> MicroBatch:
+        """Prepares the examples of one micro-batch."""
+        samples = slots.sample_ids
+        examples, index = [self.examples[sample] for sample in samples.tolist()], self._index[samples]
+        of_images = self._read(self._rows[samples])
+        choices, per_example = index.shape[1], max(1, self._task.images)
+        regions = _repeated(of_images, per_example, choices)
+        segments = np.repeat(np.arange(len(regions.sizes)) % per_example, np.diff(regions.offsets))
+        joint = regions._replace(offsets=np.ascontiguousarray(regions.offsets[::per_example]))
+        if not self._task.images:  # texts alone: as many inputs, none with a region
+            joint = joint._replace(offsets=np.zeros(index.shape[0] * choices + 1, np.int64))
+        texts, text_segments, alignments, marked = [], [], [], []
+        for place, (example, one) in enumerate(zip(examples, index.tolist())):
+            for choice, texts_of_choice in enumerate(one):
+                spans = example.spans[choice] if example.spans else ()
+                first_region = np.diff(joint.offsets)[place * choices + choice]
+                ids, segment, pairs, mark = self._input(texts_of_choice, spans, first_region)
+                texts.append(ids), text_segments.append(segment), alignments.append(pairs), marked.append(mark)
+        aligned = alignments if any(len(pairs) for pairs in alignments) else None
+        packed = pack(texts, text_segments, joint, segments, aligned)
+        targets = self._task.targets(examples, *([of_images] if self._task.images else []))
+        arrays = label_arrays(targets, slots.real) | packed | self._places(packed, joint.offsets, np.array(marked))
+        lengths = np.diff(packed["cu_seqlens"]).reshape(len(samples), choices).sum(1)
+        return MicroBatch(
+            arrays, {"task": int(slots.real.sum())}, int(lengths[slots.real].sum()),
+            of_images if self._task.images else None,
+        )  # fmt: skip
+
+    def _read(self, rows: np.ndarray) -> Regions:
+        """Returns the regions of images, one after the other, at the width that the encoder reads."""
+        if not self._task.images:
+            none = np.empty((0, self._width), np.float16)
+            empty = np.empty((0, 4), np.float32)
+            return Regions(none, empty, empty[:, 0], np.empty((0, 2), np.uint16), np.zeros(1, np.int64))
+        regions = self._regions.read(rows.ravel())
+        if regions.features.shape[1] == self._width:
+            return regions
+        return regions._replace(
+            features=np.concatenate([regions.features, spatial(regions).astype(regions.features.dtype)], 1)
+        )
+
+    def _input(
+        self, texts: list[int], spans: Sequence[Sequence[Span]], regions: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Returns ids and segments of an input, its alignments, and the position of [MASK] or of the marked words."""
+        tokens, answers = self._tokens, self._task.reads == "answer"
+        parts = cut_longest_first([self._ids[text] for text in texts], self._max_length - self._specials)
+        behind = [tokens.mask_id, tokens.sep_id] if answers else [tokens.sep_id]
+        ids = [np.array([tokens.cls_id])]
+        pairs, mark, begin, segments = [], len(parts[0]) + 1 if answers else 0, 1, [np.zeros(1, np.int64)]
+        for number, part in enumerate(parts):
+            for span in spans[number] if spans else ():
+                first, last = self._pieces(texts[number], span, len(part))
+                if first is None:
+                    continue  # cut off
+                if span.region < 0:
+                    mark = begin + last
+                elif span.region < regions:
+                    pairs.append((span.region, begin + first))
+            ids += [part, np.array(behind if number == 0 else [tokens.sep_id])]
+            segments.append(np.full(len(part) + len(ids[-1]), number))
+            begin += len(part) + len(ids[-1])
+        return np.concatenate(ids), np.concatenate(segments), np.array(pairs, np.int64).reshape(-1, 2), mark
+
+    def _pieces(self, text: int, span: Span, kept: int) -> tuple[int | None, int]:
+        """Returns the first and the last word piece of a part of a text, of those that were kept."""
+        begins = self._begins[text][:kept]
+        inside = np.flatnonzero((begins >= span.start) & (begins < span.end))
+        return (int(inside[0]), int(inside[-1])) if len(inside) else (None, 0)
+
+    def _places(self, packed: dict[str, np.ndarray], offsets: np.ndarray, marked: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns where a task's head looks."""
+        begins = packed["cu_seqlens"][:-1].astype(np.int64)
+        if self._task.reads == "answer":
+            return {"answer_rows": begins + marked}
+        if self._task.reads != "region":
+            return {}
+        counts = np.diff(offsets)
+        samples = np.repeat(np.arange(len(counts)), counts)
+        within = np.arange(offsets[-1]) - offsets[samples]
+        most = counts.max(initial=0)
+        return {
+            "query_rows": begins + marked,
+            "region_rows": begins[samples] + packed["text_lengths"][samples] + within,
+            "region_samples": samples,
+            "region_slots": samples * most + within,
+            "most_regions": np.array(most),
+        }
+
+
+def _tokenise(texts: list[str], tokenizer: Tokenizer, *, begins: bool) -> tuple[Texts, Texts | None]:
+    """Returns the ids of texts and, if they are asked for, the characters at which their word pieces begin."""
+    if not begins:
+        return Texts([one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]), None
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return Texts([one.ids for one in encoded]), Texts([[start for start, _ in one.offsets] for one in encoded])
+
+
+def _repeated(regions: Regions, per_example: int, times: int) -> Regions:
+    """Returns the images of each example several times, once for each choice; they were read once."""
+    if times == 1 or not len(regions.sizes):
+        return regions
+    images = np.arange(len(regions.sizes)).reshape(-1, per_example)
+    order = np.repeat(images[:, None], times, axis=1).ravel()
+    counts = np.diff(regions.offsets)[order]
+    offsets = np.concatenate([[0], counts.cumsum()])
+    rows = np.arange(offsets[-1]) + np.repeat(regions.offsets[order] - offsets[:-1], counts)
+    return Regions(
+        regions.features[rows], regions.boxes[rows], regions.confidences[rows], regions.sizes[order], offsets
+    )
