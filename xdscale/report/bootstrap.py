@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xdscale.report.metrics import measure
+from xdscale.tasks.metrics import METRICS
 
 RESAMPLES = 10_000
 SEED = 20_220_522
@@ -92,6 +93,8 @@ def paired_bootstrap(
     predictions = np.concatenate([ours, baseline], axis=1)
     if metric == "accuracy":  # only right or wrong matters: far fewer kinds of example
         labels, predictions = np.ones_like(labels), (predictions == labels[:, None]).astype(float)
+    elif METRICS[metric].of == "credits":
+        labels = np.ones_like(labels)
     # Examples that all runs answered alike are one kind; how often each kind is drawn is multinomial.
     kinds, counts = np.unique(np.column_stack([labels, predictions]), axis=0, return_counts=True)
 

@@ -28,7 +28,7 @@ class Comparison:
         metric: what is compared.
         difference: ours minus theirs, with its resamples.
         correct_ours: seeds in which our model answered right, int64 [examples]; in a regression, seeds in which it
-            came nearer to the target than the baseline.
+            came nearer to the target than the baseline; where answers earn credits, seeds in which it earned more.
         correct_baseline: the same of the baseline.
     """
 
@@ -157,6 +157,8 @@ def _right(metric: str, mine: TaskRuns, theirs: TaskRuns) -> tuple[np.ndarray, n
     labels = mine.labels[:, None]
     if METRICS[metric].of == "classes":
         return mine.predictions == labels, theirs.predictions == labels
+    if METRICS[metric].of == "credits":
+        return mine.predictions > theirs.predictions, theirs.predictions > mine.predictions
     error, error_there = abs(mine.predictions - labels), abs(theirs.predictions - labels)
     return error < error_there, error_there < error
 

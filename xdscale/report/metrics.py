@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from xdscale.tasks.metrics import METRICS
+
 Array = np.ndarray
 
 
@@ -18,13 +20,18 @@ def measure(name: str, weights: Array, labels: Array, predictions: Array) -> Arr
         name: a key of `xdscale.tasks.metrics.METRICS`.
         weights: float64 [resamples, examples], how often each example counts.
         labels: [examples]: class numbers or targets.
-        predictions: [examples, systems].
+        predictions: [examples, systems]; of a metric of credits, these.
 
     Returns:
         float64 [resamples, systems]: fractions, RMSE in units of the target. What is undefined (a correlation of
         constant values, F1 without a positive) counts as 0.
     """
-    return _FUNCTIONS[name](weights, labels, predictions)
+    function = _mean if METRICS[name].of == "credits" else _FUNCTIONS[name]
+    return function(weights, labels, predictions)
+
+
+def _mean(weights: Array, labels: Array, predictions: Array) -> Array:
+    return weights @ predictions / weights.sum(1, keepdims=True)
 
 
 def _accuracy(weights: Array, labels: Array, predictions: Array) -> Array:

@@ -83,7 +83,7 @@ class Result(_Stored):
 
 
 class Prediction(_Stored):
-    """A line of `predictions-SPLIT.jsonl`."""
+    """A line of `predictions-SPLIT.jsonl`; `credits` by the names of metrics, where the task's answers earn some."""
 
     index: int
     id: str | int
@@ -91,6 +91,7 @@ class Prediction(_Stored):
     sentence2: str | list[str] | None = None
     label: FiniteFloat
     prediction: FiniteFloat
+    credits: dict[str, FiniteFloat] = {}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class FinetunedRun:
         result: its `result.json`.
         score: what is reported of it: the task's headline, or the metric that was asked for.
         labels: float64 [examples].
-        predictions: float64 [examples].
+        predictions: float64 [examples]; the credits, where the score is their mean.
     """
 
     folder: Path
@@ -253,12 +254,17 @@ def _read_run(folder: Path, result: Result, metric: str | None) -> tuple[Finetun
             split = metric.removeprefix(f"{name}_")
     if name not in METRICS:
         raise XdscaleError(f"{folder / 'result.json'}: unknown metric {name!r}; known: {', '.join(METRICS)}")
+    if METRICS[name].of == "groups":
+        raise XdscaleError(
+            f"--metric {result.task}={metric}: {name} is of groups of examples, a report compares single ones; "
+            f"{folder / 'result.json'} has its value"
+        )
     path = folder / f"predictions-{split}.jsonl"
     lines = _read_predictions(path)
     if split == result.split and len(lines) != result.examples:
         raise XdscaleError(f"{path}: has {len(lines)} lines, {folder / 'result.json'} says {result.examples} examples")
     labels = np.array([line.label for line in lines])
-    predictions = np.array([line.prediction for line in lines])
+    predictions = np.array(_credits(path, lines, name) or [line.prediction for line in lines])
     found = float(measure(name, np.ones((1, len(lines))), labels, predictions[:, None])[0, 0])
     if abs(found - value) > AGREEMENT:
         raise XdscaleError(
@@ -266,6 +272,16 @@ def _read_run(folder: Path, result: Result, metric: str | None) -> tuple[Finetun
         )
     score = Score(name=name, value=value, higher_is_better=METRICS[name].higher_is_better)
     return FinetunedRun(folder, result, score, labels, predictions), lines
+
+
+def _credits(path: Path, lines: list[Prediction], metric: str) -> list[float] | None:
+    """Returns what each example earned; None where the metric compares predictions with labels."""
+    if METRICS[metric].of != "credits":
+        return None
+    for number, line in enumerate(lines, 1):
+        if metric not in line.credits:
+            raise XdscaleError(f"{path}, line {number}: credits has no {metric}; finetune this seed anew")
+    return [line.credits[metric] for line in lines]
 
 
 def _read_predictions(path: Path) -> list[Prediction]:

@@ -19,13 +19,14 @@ class Metric:
 
     Attributes:
         title: as in sentences and axes.
-        of: whether it compares class numbers or numbers.
+        of: whether it compares class numbers or numbers, is the mean of what the task itself gives for each answer
+            (its credit), or is measured on groups of examples, of which no report says how sure it is.
         fraction: whether it is shown times 100; else in units of the target.
         higher_is_better: whether more is better.
     """
 
     title: str
-    of: Literal["classes", "numbers"]
+    of: Literal["classes", "numbers", "credits", "groups"]
     fraction: bool = True
     higher_is_better: bool = True
 
@@ -39,6 +40,12 @@ METRICS = {
     "spearman": Metric("Spearman correlation", "numbers"),
     "pearson_spearman": Metric("Pearson–Spearman mean", "numbers"),
     "rmse": Metric("RMSE", "numbers", fraction=False, higher_is_better=False),
+    "vqa_accuracy": Metric("VQA accuracy", "credits"),
+    "recall_at_1": Metric("R@1", "credits"),
+    "recall_at_5": Metric("R@5", "credits"),
+    "recall_at_10": Metric("R@10", "credits"),
+    "upper_bound": Metric("upper bound of recall", "credits"),
+    "consistency": Metric("consistency", "groups"),
 }
 """Metric by name: f1 is of class 1, macro_f1 the mean over classes, pearson_spearman the mean of both correlations."""
 
@@ -47,7 +54,7 @@ def measure(names: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -
     """Measures predictions.
 
     Args:
-        names: keys of `METRICS`.
+        names: keys of `METRICS` that compare classes or numbers.
         predictions: [n], class numbers or regression outputs.
         labels: [n], what they should be.
 

@@ -119,6 +119,22 @@ class TextTask:
 
         fetch_task(self, data)
 
+    def locate(self, data: Path) -> Path:
+        """Returns the folder that holds the task's files: `data`, or the task's own in it.
+
+        Raises:
+            XdscaleError: the training file lies in neither.
+        """
+        folder = data / self.folder
+        if not folder.is_dir():
+            folder = data
+        if self.folder and not (folder / self.train).is_file():
+            raise XdscaleError(
+                f"{data}: has no {self.folder}/{self.train}; --data is the folder that holds {self.folder}/ as it is "
+                "published (GLUE's glue_data, say), with the files under their public names"
+            )
+        return folder
+
     def read(self, data: Path) -> TaskData:
         """Reads all splits.
 
@@ -129,14 +145,7 @@ class TextTask:
             XdscaleError: a split is missing or empty, a column is missing, a label is none of the task's, or a row is
                 torn; with file and line.
         """
-        folder = data / self.folder
-        if not folder.is_dir():
-            folder = data
-        if self.folder and not (folder / self.train).is_file():
-            raise XdscaleError(
-                f"{data}: has no {self.folder}/{self.train}; --data is the folder that holds {self.folder}/ as it is "
-                "published (GLUE's glue_data, say), with the files under their public names"
-            )
+        folder = self.locate(data)
         test = {out: name for out, name in self.test.items() if (folder / name).is_file()}
         files: dict[str, dict[str, str | int]] = {}
 

@@ -1,0 +1,212 @@
+"""VCR from its public files: tags, names, alignment and the leaderboard's columns."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xdscale.errors import XdscaleError
+from xdscale.shards.regions import Regions
+from xdscale.tasks.vcr import NAMES, VCR_QA, VCR_QAR, _render
+
+
+def entry(number=0, **more):
+    """One question in the public form; person 2 is asked about."""
+    return {
+        "movie": "3015_CHARLIE_ST_CLOUD",
+        "objects": ["person", "person", "person", "car"],
+        "img_fn": "lsmdc/0.jpg",
+        "metadata_fn": "lsmdc/0.json",
+        "question": ["Does", [2], "feel", "comfortable", "?"],
+        "answer_choices": [
+            ["Yes", "."],
+            ["No", [0], "does", "not", "."],
+            [[3], "is", "red", "."],
+            [[0, 1], "sit", "."],
+        ],
+        "answer_label": 1,
+        "rationale_choices": [["Snow", "."], [[2], "stands", "."], [[1], "smiles", "."], ["It", "rains", "."]],
+        "rationale_label": 3,
+        "annot_id": f"train-{number}",
+    } | more
+
+
+class World:
+    def __init__(self, folder):
+        self.data, self.folder = folder, folder / "VCR"
+        self.folder.mkdir()
+
+    def write(self, name, *rows):
+        (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def write_metadata(self, **more):
+        path = self.folder / "vcr1images" / "lsmdc" / "0.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = {"names": entry()["objects"], "boxes": [[0, 1.5, 20, 30, 0.9]] * 4, "width": 40, "height": 40}
+        path.write_text(json.dumps(stored | {"segms": [[]] * 4} | more))
+
+
+@pytest.fixture
+def world(tmp_path):
+    world = World(tmp_path)
+    world.write("train.jsonl", entry(0), entry(1))
+    world.write("val.jsonl", entry(2))
+    return world
+
+
+def aligned(example):
+    """What each choice says of which region: [choice][sentence] of (words, region)."""
+    return [
+        [[(text[span.start : span.end], span.region) for span in spans] for text, spans in zip(texts, marked)]
+        for texts, marked in zip(example.texts, example.spans)
+    ]
+
+
+def test_tags_are_rendered_and_aligned_as_in_r2c(world):
+    example = VCR_QA.read(world.data).train[0]
+    assert (example.id, example.label, example.images, example.truth.regions) == ("train-0", 1, ("lsmdc/0.jpg",), 5)
+    assert [texts[0] for texts in example.texts] == ["Does Casey feel comfortable ?"] * 4
+    # A person whom the question does not name is called by the first name again: so r2c and VisualBERT do.
+    assert [texts[1] for texts in example.texts] == [
+        "Yes .",
+        "No Casey does not .",
+        "car is red .",
+        "Casey Riley sit .",
+    ]
+    assert aligned(example) == [
+        [[("Casey", 3)], []], [[("Casey", 3)], [("Casey", 1)]], [[("Casey", 3)], [("car", 4)]],
+        [[("Casey", 3)], [("Casey", 1), ("Riley", 2)]],
+    ]  # fmt: skip
+
+
+def test_a_reason_is_read_after_question_and_right_answer(world):
+    example = VCR_QAR.read(world.data).train[0]
+    assert example.texts[0] == ("Does Casey feel comfortable ? No Riley does not .", "Snow .")
+    assert [texts[1] for texts in example.texts] == ["Snow .", "Casey stands .", "Casey smiles .", "It rains ."]
+    assert (example.label, example.truth.answer) == (3, 1)
+    assert aligned(example)[1] == [[("Casey", 3), ("Riley", 1)], [("Casey", 3)]]
+
+
+def test_both_are_choices_from_four_of_two_sentences(world):
+    for task in (VCR_QA, VCR_QAR):
+        assert (task.choices, task.sentences, task.outputs, task.images) == (4, 2, 1, 1)
+        assert task.targets(task.read(world.data).train).tolist() == [1, 1] if task is VCR_QA else [3, 3]
+
+
+def test_there_are_fifteen_names_and_one_twice():
+    assert (len(NAMES), len(set(NAMES))) == (15, 14)
+    text, _, _ = _render("here", [[n] for n in range(17)], ["person"] * 17, {})
+    assert text.split() == [*NAMES, "Casey", "Riley"]
+
+
+TOKENS = st.lists(st.one_of(st.sampled_from(["it", "is", "?"]), st.lists(st.integers(0, 4), max_size=3)), min_size=1)
+
+
+@given(TOKENS.filter(lambda tokens: any(tokens)))
+def test_spans_cut_out_exactly_the_words_of_tags(tokens):
+    objects = ["person", "car", "dining table", "person", "cat"]
+    text, spans, names = _render("here", tokens, objects, {})
+    tags = [tag for token in tokens if isinstance(token, list) for tag in token]
+    assert [span.region for span in spans] == [tag + 1 for tag in tags]
+    assert [text[span.start : span.end] for span in spans] == [names[tag] for tag in tags]
+    flat = [part for token in tokens for part in (token if isinstance(token, list) else [token])]
+    assert text == " ".join(names[part] if isinstance(part, int) else part for part in flat)
+    assert all(names[tag] == objects[tag] for tag in tags if objects[tag] != "person")
+
+
+def test_the_leaderboards_columns(world):
+    world.write("test.jsonl", *({k: v for k, v in entry(n).items() if not k.endswith("label")} for n in (4, 5)))
+    qa, qar = VCR_QA.read(world.data).test["vcr_qa.csv"], VCR_QAR.read(world.data).test["vcr_qar.csv"]
+    assert [example.id for example in qar[:5]] == ["train-4#0", "train-4#1", "train-4#2", "train-4#3", "train-5#0"]
+    assert qar[2].texts[0][0] == "Does Casey feel comfortable ? car is red ."
+    for task, examples, columns in (
+        (VCR_QA, qa, ["answer"]),
+        (VCR_QAR, qar, [f"rationale_conditioned_on_a{n}" for n in range(4)]),
+    ):
+        logits = np.random.default_rng(1).normal(size=(len(examples), 4)).astype(np.float32)
+        rows = list(csv.reader(io.StringIO(task.submission("x.csv", examples, task.predict(logits)))))
+        assert rows[0] == ["annot_id", *(f"{column}_{n}" for column in columns for n in range(4))]
+        assert [row[0] for row in rows[1:]] == ["train-4", "train-5"]
+        found = np.array([row[1:] for row in rows[1:]], float).reshape(-1, 4)
+        exponents = np.exp(logits.astype(float))
+        np.testing.assert_allclose(found, exponents / exponents.sum(1, keepdims=True), atol=1e-6)
+
+
+def test_accuracy_is_of_the_likeliest_choice(world):
+    examples = VCR_QA.read(world.data).train
+    predictions = VCR_QA.predict(np.array([[0.0, 3, 1, 2], [4.0, 3, 1, 2]]))
+    assert VCR_QA.measure(predictions, examples) == {"accuracy": 0.5}
+    assert VCR_QA.answer(examples[1], predictions[1]) == {"label": 1, "prediction": 0, "correct": False}
+
+
+def test_an_image_with_other_regions_is_refused(world):
+    examples = VCR_QA.read(world.data).train
+
+    def regions(*counts):
+        total = sum(counts)
+        boxes = np.zeros((total, 4), np.float32)
+        sizes = np.ones((len(counts), 2), np.uint16)
+        return Regions(np.zeros((total, 2)), boxes, np.ones(total), sizes, np.cumsum([0, *counts]))
+
+    assert VCR_QA.targets(examples, regions(5, 5)).tolist() == [1, 1]
+    with pytest.raises(
+        XdscaleError, match=r"train-1: image lsmdc/0.jpg has 4 regions in the table, .* needs 5: the whole"
+    ):
+        VCR_QA.targets(examples, regions(5, 4))
+
+
+def test_metadata_are_checked_where_they_are_there(world):
+    world.write_metadata()
+    assert len(VCR_QA.read(world.data).train) == 2
+    world.write_metadata(names=["person", "person", "car", "car"])
+    with pytest.raises(
+        XdscaleError, match=r"train\.jsonl, line 1: objects are person, .*0\.json names person, person, car"
+    ):
+        VCR_QA.read(world.data)
+    world.write_metadata(boxes=[[0, 1, 20, 30, 0.9]] * 3)
+    with pytest.raises(XdscaleError, match=r"0\.json: 3 boxes, but 4 names"):
+        VCR_QA.read(world.data)
+    world.write_metadata(boxes=[[0, 1, 20, 30, 0.9]] * 3 + [[20, 1, 0, 30, 0.9]])
+    with pytest.raises(XdscaleError, match=r"0\.json: boxes\[3\] = \[20.0, 1.0, 0.0, 30.0, 0.9\]; expected x1 < x2"):
+        VCR_QA.read(world.data)
+    world.write("val.jsonl", entry(2, metadata_fn="lsmdc/1.json"))
+    world.write_metadata()
+    with pytest.raises(XdscaleError, match=r"val\.jsonl, line 1: metadata_fn = 'lsmdc/1\.json' is not in "):
+        VCR_QA.read(world.data)
+    world.write("val.jsonl", entry(2, metadata_fn="../val.jsonl"))
+    with pytest.raises(XdscaleError, match=r"metadata_fn = '\.\./val\.jsonl' leads out of "):
+        VCR_QA.read(world.data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": ["Does", [4], "?"]}, "tag 4 names no object; there are 4, counted from 0"),
+        ({"question": ["Does", [-1], "?"]}, "tag -1 names no object"),
+        ({"question": [[]]}, "a question, an answer or a reason has no words"),
+        ({"question": "Does it?"}, "question = 'Does it\\?': expected a valid list"),
+        ({"answer_choices": [["Yes"]] * 3}, "answer_choices has 3 choices, expected 4"),
+        ({"rationale_choices": []}, "rationale_choices has 0 choices, expected 4"),
+        ({"answer_label": 4}, "answer_label = 4; expected 0 to 3"),
+        ({"answer_label": "1"}, "answer_label = '1': expected a valid integer"),
+        ({"annot_id": "train-0"}, "annot_id train-0 stands in line 1 already"),
+        ({"objects": [1]}, r"objects\[0\] = 1: expected a valid string"),
+    ],
+)
+def test_odd_entries_are_named(world, change, message):
+    world.write("train.jsonl", entry(0), entry(1, **change))
+    with pytest.raises(XdscaleError, match=rf"train\.jsonl, line 2: {message}"):
+        VCR_QA.read(world.data)
+
+
+def test_labels_are_needed_but_in_the_test_file(world):
+    unlabelled = entry(3)
+    del unlabelled["answer_label"]
+    world.write("val.jsonl", unlabelled)
+    for task in (VCR_QA, VCR_QAR):
+        with pytest.raises(XdscaleError, match=r"val\.jsonl, line 1: answer_label = None; expected 0 to 3"):
+            task.read(world.data)

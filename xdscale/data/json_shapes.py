@@ -1,0 +1,81 @@
+"""Reads public JSON and JSON Lines files whose entries have a known shape, and says where one has another."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from xdscale.data.task_files import LONGEST_TEXT, place
+from xdscale.errors import XdscaleError
+from xdscale.files import refuse_lfs_pointer, shown
+
+Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
+"""A text that a model reads."""
+
+_Shape = TypeVar("_Shape")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_whole(path: Path, shape: type[_Shape]) -> _Shape:
+    """Reads a JSON file.
+
+    Args:
+        path: the file.
+        shape: what it must hold; a TypedDict keeps the keys that it names.
+
+    Raises:
+        XdscaleError: the file cannot be read, is not JSON, or holds something else; the first place is named, as
+            `annotations[3].answers[0].answer`.
+    """
+    refuse_lfs_pointer(path)
+    try:
+        data = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
+    except OSError as error:
+        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        return TypeAdapter(shape).validate_json(data)
+    except ValidationError as error:
+        raise XdscaleError(f"{path}: {_first_problem(error)}") from None
+
+
+def read_lines(path: Path, shape: type[_Shape]) -> Iterator[tuple[int, _Shape]]:
+    """Yields the entries of a JSON Lines file with their lines, counted from 1; empty lines are none.
+
+    Args:
+        path: the file.
+        shape: of an entry.
+
+    Raises:
+        XdscaleError: the file cannot be read, or a line is not JSON or holds something else.
+    """
+    refuse_lfs_pointer(path)
+    adapter = TypeAdapter(shape)
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                if not line.isspace():
+                    yield number, adapter.validate_json(line)
+    except ValidationError as error:
+        raise XdscaleError(f"{place(path, number)}: {_first_problem(error)}") from None
+    except OSError as error:
+        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Returns where the first problem is, what stands there and what was expected."""
+    problem = error.errors(include_url=False)[0]
+    kind, message = problem["type"], problem["msg"]
+    where = ""
+    for part in problem["loc"]:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+    if kind == "json_invalid":
+        return f"not JSON: {problem['ctx']['error']}"
+    if kind == "missing":
+        return f"{where} is missing; found {', '.join(map(shown, problem['input'])) or 'no key'}"
+    expected = re.sub(r"^(Input should be|[A-Z][a-z]+ should have)", "expected", message)
+    found = shown(problem["input"])
+    return f"{where} = {found}: {expected}" if where else f"{expected}, found {found}"

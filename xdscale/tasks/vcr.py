@@ -1,0 +1,254 @@
+"""VCR, in its public files (`train.jsonl`): which of four answers is right (Q→A), and which of four reasons (QA→R)."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import (
+    Any,
+    NamedTuple,
+    NotRequired,  # pydantic needs this one on Python 3.11
+)
+
+import numpy as np
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from xdscale.data.json_shapes import Text, read_lines, read_whole
+from xdscale.data.task_files import Example, Span, place
+from xdscale.errors import XdscaleError
+from xdscale.tasks.text import TextTask
+
+NAMES = (
+    "Casey", "Riley", "Jessie", "Jackie", "Avery", "Jaime", "Peyton", "Kerry", "Jody", "Kendall", "Peyton", "Skyler",
+    "Frankie", "Pat", "Quinn",
+)  # fmt: skip
+"""Gender-neutral names for persons, as r2c has them; one stands twice there."""
+
+CHOICES = 4
+IMAGES = "vcr1images"
+"""Folder of images and metadata, as its download is unpacked."""
+
+Tokens = list[Text | list[int]]
+"""Words, and lists of numbers of objects that stand for words."""
+
+
+class _Question(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True)
+    annot_id: str
+    img_fn: str
+    metadata_fn: str
+    objects: list[Text]
+    question: Tokens
+    answer_choices: list[Tokens]
+    rationale_choices: list[Tokens]
+    answer_label: NotRequired[int]
+    rationale_label: NotRequired[int]
+
+
+class _Metadata(TypedDict):
+    names: list[str]
+    boxes: list[list[float]]
+    width: int
+    height: int
+
+
+class VCRTruth(NamedTuple):
+    """What is known of a question beside its label.
+
+    Attributes:
+        regions: how many its image has in the table: the whole image, then the objects.
+        answer: the answer that a reason is asked for; None where an answer is asked for.
+    """
+
+    regions: int
+    answer: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonsenseReasoning(TextTask):
+    """A choice from four answers or reasons; `spans` say which words stand for which region, region 0 being the image.
+
+    Attributes:
+        reasons: whether a reason is asked for, given question and right answer; else an answer.
+    """
+
+    reasons: bool
+
+    def read_examples(self, path: Path, *, labelled: bool) -> list[Example]:
+        """Reads one file; of an unlabelled one, a question about reasons is asked for each of the four answers.
+
+        Raises:
+            XdscaleError: a question has not four choices, a label is none of them, a tag names no object, an id
+                stands twice, or the metadata, where they are there, name other objects or boxes that are none.
+        """
+        examples: list[Example] = []
+        seen: dict[str, int] = {}
+        checked: dict[str, list[str]] = {}
+        images = path.parent / IMAGES
+        for line, entry in read_lines(path, _Question):
+            where, identifier = place(path, line), entry["annot_id"]
+            if identifier in seen:
+                raise XdscaleError(f"{where}: annot_id {identifier} stands in line {seen[identifier]} already")
+            seen[identifier] = line
+            if images.is_dir():
+                _check_metadata(where, entry, images, checked)
+            examples += self._examples(where, line, entry, labelled)
+        if not examples:
+            raise XdscaleError(f"{path}: holds no examples")
+        return examples
+
+    def targets(self, examples: Sequence[Example], regions: Any = None) -> np.ndarray:
+        """Returns the numbers of the right choices, int64 [n].
+
+        Raises:
+            XdscaleError: an image has other regions than its question counts on.
+        """
+        if regions is not None:
+            for example, found in zip(examples, np.diff(regions.offsets).tolist()):
+                if found != example.truth.regions:
+                    raise XdscaleError(
+                        f"{example.id}: image {example.images[0]} has {found} regions in the table, its question "
+                        f"needs {example.truth.regions}: the whole image, then the boxes of its metadata in their order"
+                    )
+        return super().targets(examples)
+
+    def predict(self, logits: np.ndarray, regions: Any = None) -> np.ndarray:
+        """Returns the probability of each choice, float64 [n, choices]: the leaderboard asks for all of them."""
+        exponents = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+        return exponents / exponents.sum(1, keepdims=True)
+
+    def measure(self, predictions: np.ndarray, examples: Sequence[Example]) -> dict[str, float]:
+        """Returns the accuracy."""
+        return super().measure(predictions.argmax(1), examples)
+
+    def answer(self, example: Example, prediction: np.ndarray) -> dict[str, Any]:
+        """Returns the right choice, the likeliest one, and whether they are the same."""
+        return super().answer(example, int(np.argmax(prediction)))
+
+    def submission(self, name: str, examples: Sequence[Example], predictions: np.ndarray) -> str:
+        """Returns this task's columns of the leaderboard's file: annot_id and the probability of each choice.
+
+        `xdscale vcr` puts those of both tasks side by side.
+        """
+        rows: dict[str, list[str]] = {}
+        for example, row in zip(examples, predictions):
+            rows.setdefault(example.id.partition("#")[0], []).extend(f"{value:.6g}" for value in row.tolist())
+        columns = [f"rationale_conditioned_on_a{n}" for n in range(CHOICES)] if self.reasons else ["answer"]
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["annot_id", *(f"{column}_{n}" for column in columns for n in range(CHOICES))])
+        writer.writerows([identifier, *row] for identifier, row in rows.items())
+        return file.getvalue()
+
+    def _examples(self, where: str, line: int, entry: _Question, labelled: bool) -> list[Example]:
+        answers, reasons = entry["answer_choices"], entry["rationale_choices"]
+        for key, choices in (("answer_choices", answers), ("rationale_choices", reasons)):
+            if len(choices) != CHOICES:
+                raise XdscaleError(f"{where}: {key} has {len(choices)} choices, expected {CHOICES}")
+        label = _label(where, entry, self.label) if labelled else None
+        regions = 1 + len(entry["objects"])
+
+        def example(identifier: str, context: Tokens, choices: list[Tokens], answer: int | None) -> Example:
+            first, spans, names = _render(where, context, entry["objects"], {})
+            seconds = [_render(where, choice, entry["objects"], names) for choice in choices]
+            return Example(
+                identifier,
+                tuple((first, second) for second, *_ in seconds),
+                label,
+                line,
+                images=(entry["img_fn"],),
+                spans=tuple((spans, others) for _, others, _ in seconds),
+                truth=VCRTruth(regions, answer),
+            )
+
+        question = entry["question"]
+        if not self.reasons:
+            return [example(entry["annot_id"], question, answers, None)]
+        if labelled:
+            right = _label(where, entry, "answer_label")
+            return [example(entry["annot_id"], question + answers[right], reasons, right)]
+        return [example(f"{entry['annot_id']}#{n}", question + answers[n], reasons, n) for n in range(CHOICES)]
+
+
+def _render(
+    where: str, tokens: Tokens, objects: list[str], names: Mapping[int, str]
+) -> tuple[str, tuple[Span, ...], dict[int, str]]:
+    """Puts words for tags, as r2c does.
+
+    A person gets the next name of `NAMES`, another object its class. What `names` knows keeps its name. Persons that it
+    does not know are counted from the first name on, in each text anew, so that a person of an answer may be called as
+    one of the question: so the published models were trained.
+
+    Returns:
+        The text, the spans of its tags, and all names.
+    """
+    names, persons = dict(names), 0
+    text, spans = "", []
+    for token in tokens:
+        for part in token if isinstance(token, list) else [token]:
+            text += " " if text else ""
+            if isinstance(part, str):
+                text += part
+                continue
+            if not 0 <= part < len(objects):
+                raise XdscaleError(f"{where}: tag {part} names no object; there are {len(objects)}, counted from 0")
+            if part not in names:
+                person = objects[part] == "person"
+                names[part] = NAMES[persons % len(NAMES)] if person else objects[part]
+                persons += person
+            spans.append(Span(len(text), len(text) + len(names[part]), part + 1))
+            text += names[part]
+    if not text:
+        raise XdscaleError(f"{where}: a question, an answer or a reason has no words")
+    return text, tuple(spans), names
+
+
+def _label(where: str, entry: _Question, key: str) -> int:
+    label = entry.get(key)
+    if label is None or not 0 <= label < CHOICES:
+        raise XdscaleError(f"{where}: {key} = {label}; expected 0 to {CHOICES - 1}")
+    return label
+
+
+def _check_metadata(where: str, entry: _Question, images: Path, checked: dict[str, list[str]]) -> None:
+    """Refuses metadata that name other objects than the question does, or boxes that are none."""
+    name = entry["metadata_fn"]
+    if name not in checked:
+        path = images / name
+        if not path.resolve().is_relative_to(images.resolve()):
+            raise XdscaleError(f"{where}: metadata_fn = {name!r} leads out of {images}")
+        if not path.is_file():
+            raise XdscaleError(f"{where}: metadata_fn = {name!r} is not in {images}; is the download whole?")
+        metadata = read_whole(path, _Metadata)
+        if len(metadata["boxes"]) != len(metadata["names"]):
+            raise XdscaleError(f"{path}: {len(metadata['boxes'])} boxes, but {len(metadata['names'])} names")
+        for number, box in enumerate(metadata["boxes"]):
+            if len(box) != 5 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+                raise XdscaleError(f"{path}: boxes[{number}] = {box}; expected x1 < x2, y1 < y2 and a score")
+        checked[name] = metadata["names"]
+    if checked[name] != entry["objects"]:
+        raise XdscaleError(
+            f"{where}: objects are {', '.join(entry['objects'])}, but {name} names {', '.join(checked[name])}"
+        )
+
+
+def _task(name: str, title: str, label: str, *, reasons: bool) -> CommonsenseReasoning:
+    return CommonsenseReasoning(
+        name=name,
+        title=title,
+        folder="VCR",
+        train="train.jsonl",
+        dev={"dev": "val.jsonl"},
+        test={f"{name}.csv": "test.jsonl"},
+        first="question",
+        seconds=tuple(f"choice {n}" for n in range(CHOICES)),
+        label=label,
+        labels=tuple(map(str, range(CHOICES))),
+        reasons=reasons,
+    )
+
+
+VCR_QA = _task("vcr_qa", "VCR Q→A", "answer_label", reasons=False)
+VCR_QAR = _task("vcr_qar", "VCR QA→R", "rationale_label", reasons=True)
