@@ -238,7 +238,9 @@ def finetune(
 @app.command("report", rich_help_panel=_FINETUNE)
 def report_command(
     runs: Annotated[list[UserPath], typer.Argument(metavar="RUN...", help="Folders written by 'xdscale finetune'.")],
-    layout: Annotated[str, typer.Option(help="table-1, table-3 or table-8.")] = "table-1",
+    layout: Annotated[
+        str, typer.Option(help="table-1, table-3, table-8, visualbert or visualbert-ablations.")
+    ] = "table-1",
     baseline: Annotated[
         list[str] | None,
         typer.Option(

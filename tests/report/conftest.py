@@ -19,6 +19,7 @@ SCORES = {
         (SCORES["pearson"](labels, predictions) + SCORES["spearman"](labels, predictions)) / 2
     ),
     "rmse": root_mean_squared_error,
+    "vqa_accuracy": lambda labels, predictions: float(credits_of(labels, predictions).mean()),
 }
 METRICS = {
     "rte": ["accuracy"],
@@ -29,8 +30,24 @@ METRICS = {
     "mnli": ["accuracy"],
     "read": ["rmse"],
     "reviews": ["macro_f1", "accuracy"],
+    "vqa": ["vqa_accuracy"],
 }
-EXAMPLES = {"rte": 277, "mrpc": 408, "stsb": 150, "cola": 300, "sst2": 200, "mnli": 250, "read": 120, "reviews": 90}
+EXAMPLES = {
+    "rte": 277,
+    "mrpc": 408,
+    "stsb": 150,
+    "cola": 300,
+    "sst2": 200,
+    "mnli": 250,
+    "read": 120,
+    "reviews": 90,
+    "vqa": 80,
+}
+
+
+def credits_of(labels, predictions):
+    """What an answer earns in these files: 1 if it is the best one, else .3."""
+    return np.where(labels == predictions, 1.0, 0.3)
 
 
 def guesses(task, labels, skill, generator):
@@ -52,6 +69,7 @@ def write_run(folder, task, label, seed, labels, predictions, settings=None):
     with (folder / f"predictions-{split}.jsonl").open("w", encoding="utf-8") as file:
         for index, (right, found) in enumerate(zip(labels.tolist(), predictions.tolist())):
             second = f"Hypothesis, “{index}”." if task in ("rte", "mrpc", "stsb", "mnli") else None
+            credits = {"credits": {name: float(credits_of(right, found)) for name in metrics}} if task == "vqa" else {}
             answer = {"squared_error": (right - found) ** 2} if regression else {"correct": right == found}
             line = {
                 "index": index,
@@ -59,7 +77,9 @@ def write_run(folder, task, label, seed, labels, predictions, settings=None):
                 "sentence1": f"Premise {index}, said\nA.",
                 "sentence2": second,
             }
-            file.write(json.dumps(line | {"label": right, "prediction": found, "scores": [0.0]} | answer) + "\n")
+            file.write(
+                json.dumps(line | {"label": right, "prediction": found, "scores": [0.0]} | answer | credits) + "\n"
+            )
     if task == "mnli":
         metrics["accuracy_mismatched"] = 1.0
         (folder / "predictions-mismatched.jsonl").write_text(

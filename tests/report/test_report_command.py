@@ -283,6 +283,46 @@ def test_without_a_task_of_the_paper_its_table_is_left_out(write_sweep, tmp_path
     assert not (tmp_path / "other").exists()
 
 
+def test_answers_that_earn_credits(write_sweep, tmp_path, capsys):
+    runs = [write_sweep("without-coco", {"vqa": 0.5}), write_sweep("visualbert-base", {"vqa": 0.9})]
+    lines = report(runs, tmp_path / "out", layout="visualbert")
+    ours = lines["visualbert-base", "vqa"]
+    scores = [result["metrics"]["vqa_accuracy"] for result in results(runs[1], "vqa")]
+    assert float(ours["median"]) == pytest.approx(median(scores))
+    assert (ours["metric"], ours["published"], ours["verdict"]) == ("vqa_accuracy", "70.8", "better")
+    assert re.search(r"VQA v2: \+\d+\.\d VQA accuracy \(95 % CI .*\): better than", capsys.readouterr().out)
+    with (tmp_path / "out" / "comparisons" / "vqa-visualbert-base.csv").open(newline="") as file:
+        counts = [(int(row["correct_ours"]), int(row["correct_baseline"])) for row in csv.DictReader(file)]
+    earned = [
+        [
+            json.loads(line)["credits"]["vqa_accuracy"]
+            for line in (sweep / "vqa" / f"seed-{seed}" / "predictions-dev.jsonl").open()
+        ]
+        for sweep in runs
+        for seed in range(5)
+    ]
+    theirs, mine = np.array(earned).reshape(2, 5, -1)
+    assert counts == list(zip((mine > theirs).sum(0), (theirs > mine).sum(0)))
+    with pytest.raises(
+        XdscaleError, match="no seed of a task of Table 1 is finished; --layout visualbert has columns for"
+    ):
+        report(runs, tmp_path / "other")
+
+
+def test_credits_that_are_missing_and_metrics_of_groups_are_named(write_sweep, tmp_path):
+    sweep = write_sweep("visualbert", {"vqa": 0.9}, seeds=1)
+    path = sweep / "vqa" / "seed-0" / "predictions-dev.jsonl"
+    whole = path.read_text()
+    path.write_text(whole.replace("vqa_accuracy", "accuracy", 1))
+    with pytest.raises(XdscaleError, match=r"predictions-dev\.jsonl, line 1: credits has no vqa_accuracy"):
+        report([sweep], tmp_path / "out", layout="visualbert")
+    path.write_text(whole)
+    result = sweep / "vqa" / "seed-0" / "result.json"
+    change(result, metrics=json.loads(result.read_text())["metrics"] | {"consistency": 0.5})
+    with pytest.raises(XdscaleError, match=r"--metric vqa=consistency: consistency is of groups of examples"):
+        report([sweep], tmp_path / "out", layout="visualbert", metrics=["vqa=consistency"])
+
+
 class Page(HTMLParser):
     """Notes tags, whatever would be fetched, ids, and that what is opened is closed."""
 
@@ -347,6 +387,20 @@ def test_published_values_are_those_in_bold_in_the_paper():
     assert [len(row.values) for row in layouts()["table-8"].rows] == [9, 9, 10]
 
 
+def test_visualberts_published_values_say_what_its_text_says():
+    """Each part that is taken away costs something on each task; only VL-BERT and LXMERT are better, on one each."""
+    rows = {row.label: row.values for row in layouts()["visualbert"].rows}
+    whole = rows.pop("VisualBERT")
+    assert len(whole) == 5
+    for label in ("VisualBERT w/o Early Fusion", "VisualBERT w/o COCO Pre-training"):
+        assert all(rows[label][task] < value for task, value in whole.items())
+    better = {label for label, values in rows.items() if any(values[task] > whole[task] for task in values)}
+    assert better == {"VL-BERT", "LXMERT"}
+    ablations = {row.label: row.values["nlvr2"] for row in layouts()["visualbert-ablations"].rows}
+    assert max(ablations, key=ablations.get) == "VisualBERT"
+    assert min(ablations, key=ablations.get) == "w/o Early Fusion"
+
+
 def test_the_command(pair, tmp_path):
     done = subprocess.run(
         [PROGRAM, "report", *pair, "--out", tmp_path / "out"], capture_output=True, text=True, check=False
@@ -356,7 +410,7 @@ def test_the_command(pair, tmp_path):
     assert "XDBERT-b against BERT-b" in done.stdout
     wrong = subprocess.run([PROGRAM, "report", "x", "--layout", "table-2"], capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stderr) == (
-        2, "error: --layout table-2: expected one of table-1, table-3, table-8\n",
+        2, "error: --layout table-2: expected one of table-1, table-3, table-8, visualbert, visualbert-ablations\n",
     )  # fmt: skip
 
 

@@ -68,6 +68,12 @@ def test_numbers_with_ties(seed, count, shift):
             assert found[row, column] == pytest.approx(expected, abs=1e-12)
 
 
+def test_credits_are_averaged_as_often_as_they_are_drawn():
+    weights, credits = np.array([[1.0, 1, 1], [3, 0, 1]]), np.array([[0.3, 1], [0.9, 0], [0.6, 0]])
+    found = measure("vqa_accuracy", weights, np.ones(3), credits)
+    np.testing.assert_allclose(found, [[1.8 / 3, 1 / 3], [(3 * 0.3 + 0.6) / 4, 3 / 4]], atol=1e-12)
+
+
 def test_the_mean_of_both_correlations():
     generator = np.random.default_rng(0)
     labels = generator.normal(size=50)
@@ -77,6 +83,6 @@ def test_the_mean_of_both_correlations():
     assert found[0, 0] == pytest.approx(both / 2, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(METRICS.keys() - {"accuracy", "macro_f1", "rmse"}))
+@pytest.mark.parametrize("name", sorted(METRICS.keys() - {"accuracy", "macro_f1", "rmse", "consistency"}))
 def test_what_is_undefined_counts_as_nothing(name):
     assert measure(name, np.ones((1, 3)), np.zeros(3), np.zeros((3, 1)))[0, 0] == 0

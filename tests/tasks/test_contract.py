@@ -33,8 +33,13 @@ def packages(tmp_path, monkeypatch):
     registry.offered.cache_clear()
 
 
-def test_what_ships_is_table_1_and_keeps_the_contract():
-    assert list(SHIPPED) == ["rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli", "swag", "read"]
+TABLE_1 = ["rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli", "swag", "read"]
+WITH_IMAGES = ["vqa", "vcr_qa", "vcr_qar", "nlvr2", "flickr30k_entities"]
+
+
+def test_what_ships_is_table_1_and_visualberts_and_keeps_the_contract():
+    assert list(SHIPPED) == TABLE_1 + WITH_IMAGES
+    assert [name for name in SHIPPED if find_task(name).images] == WITH_IMAGES
     members = {*Task.__annotations__, *(name for name in vars(Task) if name[0] != "_")}
     assert {"name", "loss", "read"} <= members
     for name in SHIPPED:
@@ -85,6 +90,6 @@ def test_what_a_package_offers_wrongly_is_named(packages, point, name, message):
 
 def test_without_a_near_name_all_are_listed():
     with pytest.raises(
-        XdscaleError, match=r"no such task; known tasks: rte, .*, read; .* a file that ends with \.yaml"
+        XdscaleError, match=r"no such task; known tasks: rte, .*, read, .*; .* a file that ends with \.yaml"
     ):
         find_task("sentiment")

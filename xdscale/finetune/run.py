@@ -107,9 +107,9 @@ def prepare(section: TaskSection, files: TaskFiles, model: SubjectSection) -> Ma
     Raises:
         XdscaleError: the task's files or the model's tokenizer are not in order.
     """
-    task = section.find()
     regions = open_regions(files.regions)
-    read = read_task(task, Path(files.folder), regions)
+    read = read_task(section.find(), Path(files.folder), regions)
+    task = read.task  # which knows what was found in the files
     subject = find_subject(model.subject)(model.name, model, regions)
     return Material(
         read,

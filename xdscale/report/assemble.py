@@ -200,8 +200,11 @@ def _check_labels(sweeps: Sequence[Sweep], layout: Layout, baselines: Sequence[s
         raise XdscaleError(f"--baseline {unknown[0]}: no run has this label; they are {', '.join(seen)}")
     tasks = {column.task for column in layout.columns}
     if not any(tasks & sweep.tasks.keys() for sweep in sweeps):
+        finished = {task for sweep in sweeps for task in sweep.tasks}
+        others = [name for name, other in layouts().items() if any(one.task in finished for one in other.columns)]
         raise XdscaleError(
             f"{', '.join(str(sweep.folder) for sweep in sweeps)}: no seed of a task of {layout.title} is finished"
+            + (f"; --layout {' or '.join(others)} has columns for what is finished" if others else "")
         )
 
 

@@ -1,4 +1,4 @@
-"""What the paper printed (published.yaml)."""
+"""What the papers printed (published.yaml)."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -71,11 +71,15 @@ def layouts() -> dict[str, Layout]:
     tables = {}
     for name, table in stored["tables"].items():
         columns = tuple(
-            TaskColumn(task, known["title"], known["metric"], table.get("seeds", known["seeds"]))
+            TaskColumn(task, known["title"], known["metric"], table.get("seeds", known.get("seeds")))
             for task, known in ((task, stored["tasks"][task]) for task in table["tasks"])
         )
         rows = tuple(
-            PublishedRow(row["label"], tuple(row["also"]), dict(zip(table["tasks"], row["values"])))
+            PublishedRow(
+                row["label"],
+                tuple(row["also"]),
+                {task: value for task, value in zip(table["tasks"], row["values"]) if value is not None},
+            )
             for row in table["rows"]
         )
         tables[name] = Layout(table["title"], table["caption"], table["note"], table["compare"], columns, rows)

@@ -31,8 +31,14 @@ GROUP = "xdscale.tasks"
 SHIPPED = {
     name: f"xdscale.tasks.{name if name in ('swag', 'read') else 'glue'}:{name.upper()}"
     for name in ("rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli", "swag", "read")
+} | {
+    "vqa": "xdscale.tasks.vqa:VQA",
+    "vcr_qa": "xdscale.tasks.vcr:VCR_QA",
+    "vcr_qar": "xdscale.tasks.vcr:VCR_QAR",
+    "nlvr2": "xdscale.tasks.nlvr2:NLVR2",
+    "flickr30k_entities": "xdscale.tasks.flickr30k_entities:FLICKR30K_ENTITIES",
 }
-"""Tasks that come with xdscale, in the order of the paper's Table 1."""
+"""Tasks that come with xdscale: on texts, in the order of XDBERT's Table 1, then on texts with images."""
 
 
 @dataclass(frozen=True)

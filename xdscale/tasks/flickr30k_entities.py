@@ -52,6 +52,10 @@ class PhraseGrounding(TextTask):
     A prediction is its image's regions, best first: number and box.
     """
 
+    images = 1
+    reads = "region"
+    outputs = 0
+
     def read(self, data: Path) -> TaskData:
         """Reads all splits.
 
@@ -85,7 +89,7 @@ class PhraseGrounding(TextTask):
             raise XdscaleError(f"{path}: no phrase of its images has a box")
         return examples
 
-    def targets(self, examples: Sequence[Example], regions: "Regions") -> np.ndarray:
+    def targets(self, examples: Sequence[Example], regions: "Regions | None" = None) -> np.ndarray:
         """Returns equal shares for the regions that match each phrase, float64 [n, most regions]; 0 where none does."""
         matching = [_matches(example, boxes) for example, boxes in zip(examples, _boxes_of(regions), strict=True)]
         targets = np.zeros((len(examples), max(map(len, matching))))
@@ -108,7 +112,7 @@ class PhraseGrounding(TextTask):
         loss = (torch.special.xlogy(targets, targets) - targets * predicted).sum()
         return loss, wanted.gather(1, logits.detach().argmax(-1, keepdim=True)).sum()
 
-    def predict(self, logits: np.ndarray, regions: "Regions") -> np.ndarray:
+    def predict(self, logits: np.ndarray, regions: "Regions | None" = None) -> np.ndarray:
         """Returns number and box of each region, best first, float64 [n, most regions, 5]; of equals the earlier."""
         ranked = np.full((*logits.shape, 5), np.nan)
         for row, scores, boxes in zip(ranked, logits, _boxes_of(regions), strict=True):
@@ -121,7 +125,7 @@ class PhraseGrounding(TextTask):
         credits = [_credits(example, ranked) for example, ranked in zip(examples, predictions, strict=True)]
         return {name: float(np.mean([one[name] for one in credits])) for name in self.metrics}
 
-    def answer(self, example: Example, prediction: np.ndarray) -> dict[str, Any]:
+    def answer(self, example: Example, prediction: Sequence[Sequence[float]]) -> dict[str, Any]:
         """Returns the phrase, its boxes, the first regions with the best one's box, and what they earn.
 
         "label" is 1 and "prediction" whether the best region matches: there are no classes.
@@ -150,13 +154,14 @@ def recall(matches: np.ndarray, first: int) -> float:
     return float(matches[:first].any())
 
 
-def _credits(example: Example, ranked: np.ndarray) -> dict[str, float]:
+def _credits(example: Example, ranked: Sequence[Sequence[float]]) -> dict[str, float]:
     matches = _matches(example, _there(ranked)[:, 1:])
     found = {f"recall_at_{first}": recall(matches, first) for first in RANKS}
     return found | {"upper_bound": recall(matches, len(matches))}
 
 
-def _there(ranked: np.ndarray) -> np.ndarray:
+def _there(ranked: Sequence[Sequence[float]]) -> np.ndarray:
+    ranked = np.asarray(ranked)
     return ranked[~np.isnan(ranked[:, 0])]
 
 

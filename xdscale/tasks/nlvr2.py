@@ -32,6 +32,8 @@ class _Statement(TypedDict):
 class TrueOfTwoImages(TextTask):
     """Whether a sentence is true of a left and a right image; their ids are `train-10171-0-img0` and `…-img1`."""
 
+    images = 2
+
     def read(self, data: Path) -> TaskData:
         """Reads all splits; of the development splits, those after the first one are left out where they are missing.
 

@@ -203,7 +203,7 @@ class TextTask:
         _require_some(path, "it", examples)
         return examples
 
-    def targets(self, examples: Sequence[Example]) -> np.ndarray:
+    def targets(self, examples: Sequence[Example], regions: Any = None) -> np.ndarray:
         """Returns class numbers, int64 [n], or numbers, float64 [n]; `NO_LABEL` where there is none."""
         labels = [NO_LABEL if example.label is None else example.label for example in examples]
         return np.array(labels, np.float64 if self.regression else np.int64)
@@ -220,7 +220,7 @@ class TextTask:
         loss = F.cross_entropy(logits, targets, ignore_index=NO_LABEL, reduction="sum")
         return loss, (logits.detach().argmax(-1) == targets).sum()
 
-    def predict(self, logits: np.ndarray) -> np.ndarray:
+    def predict(self, logits: np.ndarray, regions: Any = None) -> np.ndarray:
         """Returns the number itself, or the class or choice with the largest logit, float64 [n]."""
         return (logits[:, 0] if self.regression else logits.argmax(1)).astype(np.float64)
 

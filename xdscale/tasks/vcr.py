@@ -74,6 +74,8 @@ class CommonsenseReasoning(TextTask):
         reasons: whether a reason is asked for, given question and right answer; else an answer.
     """
 
+    images = 1
+
     reasons: bool
 
     def read_examples(self, path: Path, *, labelled: bool) -> list[Example]:
@@ -123,7 +125,7 @@ class CommonsenseReasoning(TextTask):
         """Returns the accuracy."""
         return super().measure(predictions.argmax(1), examples)
 
-    def answer(self, example: Example, prediction: np.ndarray) -> dict[str, Any]:
+    def answer(self, example: Example, prediction: Sequence[float]) -> dict[str, Any]:
         """Returns the right choice, the likeliest one, and whether they are the same."""
         return super().answer(example, int(np.argmax(prediction)))
 

@@ -77,6 +77,9 @@ class VisualQuestions(TextTask):
     credit of the answers given, and the credits are the targets of training.
     """
 
+    images = 1
+    reads = "answer"
+
     def read(self, data: Path) -> TaskData:
         """Reads all splits; the task of the result knows its answers.
 
