@@ -107,7 +107,7 @@ class RegionBuild(RegionLayout):
         detector: what found the regions.
         box_form: of the source: "xyxy" (left, top, right, bottom) or "xywh" (left, top, width, height).
         box_units: of the source: "pixels", or "shares" of the image's width and height.
-        region_order: of the source, kept: for example "by confidence", or "as in the source" where nobody says it.
+        region_order: the source's, which is kept: "confidence" where that of regions falls, else "source".
         whole_image: "first" where region 0 of each image is the whole image, else "none".
         shard_images: images per shard.
     """
@@ -119,7 +119,7 @@ class RegionBuild(RegionLayout):
     detector: Detector
     box_form: Literal["xyxy", "xywh"] = "xyxy"
     box_units: Literal["pixels", "shares"] = "pixels"
-    region_order: str = "as in the source"
+    region_order: Literal["source", "confidence"] = "source"
     whole_image: Literal["none", "first"] = "none"
     shard_images: Annotated[int, Field(gt=0, lt=2**31)] = 1024
 

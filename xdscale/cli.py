@@ -13,6 +13,7 @@ from xdscale import __version__
 from xdscale.analysis.command_line import inside_app
 from xdscale.bench.commands import bench_app
 from xdscale.commands.checkpoints import checkpoints_app
+from xdscale.commands.regions import regions_app
 from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
 from xdscale.names import UserPath
 from xdscale.shards.commands import shards_app
@@ -61,6 +62,7 @@ def _main(
 
 kernels_app = typer.Typer(help="What the Triton kernels compile to.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards", help="Build, verify and inspect tar shards.", rich_help_panel=_DATA)
+app.add_typer(regions_app, name="regions", rich_help_panel=_DATA)
 app.add_typer(
     checkpoints_app, name="checkpoints", help="List, verify and convert a run's checkpoints.", rich_help_panel=_TRAIN
 )

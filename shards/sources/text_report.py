@@ -3,6 +3,8 @@
 from typing import Any
 
 from xdscale.shards.manifest import Split, TableManifest
+from xdscale.shards.regions import REGIONS
+from xdscale.shards.sources.regions.report import summary as summary_of_regions
 from xdscale.shards.sources.text_build import TEXT, TextBuild
 
 
@@ -70,6 +72,8 @@ def warnings(table: TableManifest) -> list[str]:
 def description(table: TableManifest) -> list[Any]:
     """Returns a title, and for packed text what else there is to show of a table."""
     counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in table.counts.items() if isinstance(count, int)]
+    if table.build["source"] == REGIONS and "detector" in table.build:
+        return [f"image regions, {table.build['format']}", *summary_of_regions(table)]
     if table.build["source"] != TEXT:
         return [", ".join([f"built from {table.build['source']}", *counts])]
     built, found = TextBuild(**table.build), table.counts

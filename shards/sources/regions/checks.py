@@ -33,8 +33,14 @@ def checked_image(image: "RegionImage", build: RegionBuild, regions: int) -> dic
     for name in LABELS:
         if name in build.labels:
             labels[name] = _checked_label(image, build, name, regions)
-    if (image.jpeg is not None) != build.jpeg or image.jpeg == b"":
+    if build.region_order == "confidence":
+        rises = np.flatnonzero(np.diff(labels.get("confidences", [0, 1])) > 0)
+        if rises.size:
+            raise refusal(image, "confidences", f"rise after region {rises[0]}, but were declared to fall (--order)")
+    if (image.jpeg is not None) != build.jpeg:
         raise refusal(image, "jpeg", "some images have their file, others do not")
+    if image.jpeg is not None and not image.jpeg.startswith(b"\xff\xd8"):
+        raise refusal(image, "jpeg", f"the file begins with {image.jpeg[:4]!r}, which no JPEG does")
     return labels
 
 

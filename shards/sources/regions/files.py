@@ -1,0 +1,260 @@
+"""Files of published features as images with regions: an index of what lies where, then units that workers read.
+
+Units are cut by numbers of images, so that shards depend on the inputs alone. The process that cuts them holds
+an index: a place for each image, and while ids are compared a hash.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+
+from xdscale.errors import XdscaleError
+from xdscale.files import file_sha256, read_json, shown
+from xdscale.shards.manifest import InputFile
+from xdscale.shards.sources.regions.source import RegionImage
+
+IDS = ("as-given", "stem", "number")
+_TRAILING_NUMBER = re.compile(r"0*(\d+)$")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read, where the format alone does not say.
+
+    Attributes:
+        columns: of a TSV, in their order; empty for the format's own.
+        sizes: width and height of images by id, for formats that do not hold them; or one size of all.
+        ids: what ids become: "as-given", their "stem" (no folder, no ending), or the "number" that they end with.
+        jpegs: folder of the images themselves, ID.jpg, to be stored too.
+        class_names: of detections whose classes are named.
+        objects: how many classes the detector has, background aside; 0 where that is not known.
+    """
+
+    columns: tuple[str, ...] = ()
+    sizes: "ImageSizes | None" = None
+    ids: Literal["as-given", "stem", "number"] = "as-given"
+    jpegs: Path | None = None
+    class_names: tuple[str, ...] = ()
+    objects: int = 0
+
+
+class RegionFormat(Protocol):
+    """One format of files.
+
+    Attributes:
+        box_units: of its boxes.
+        box_form: of its boxes.
+        background: which class of its distributions is no object.
+    """
+
+    box_units: ClassVar[str]
+    box_form: ClassVar[str]
+    background: ClassVar[int | None]
+
+    def __init__(self, reading: Reading) -> None:
+        """Takes how files are to be read."""
+
+    def files(self, path: Path) -> list[Path]:
+        """Returns all files that are read of one input.
+
+        Raises:
+            XdscaleError: it is no input of this format.
+        """
+
+    def places(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Yields the id of each image of an input, and where it lies; picklable."""
+
+    def read(self, path: Path, places: Sequence[Any]) -> Iterator[RegionImage]:
+        """Yields the images at these places."""
+
+
+@dataclass
+class ImageSizes:
+    """Width and height of images that a format does not state."""
+
+    name: str
+    known: dict[str, tuple[int, int]] = field(repr=False)
+    every: tuple[int, int] | None = None
+    sha256: str = ""
+
+    def of(self, image_id: str, where: str) -> tuple[int, int]:
+        """Returns an image's width and height.
+
+        Raises:
+            XdscaleError: they are not known.
+        """
+        for name in (image_id, PurePosixPath(image_id).stem, trailing_number(image_id)):
+            if name in self.known:
+                return self.known[name]
+        if self.every is not None:
+            return self.every
+        raise XdscaleError(f"{where}: image {shown(image_id)}: its size does not stand in {self.name} (--sizes)")
+
+
+def load_sizes(name: str) -> ImageSizes:
+    """Reads `WIDTHxHEIGHT` of all images, COCO annotations with `images`, or a JSON object of id: [width, height].
+
+    Raises:
+        XdscaleError: it is none of these.
+    """
+    if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", name):
+        return ImageSizes(name, {}, (int(match[1]), int(match[2])))
+    path = Path(name)
+    values = read_json(path)
+    known: dict[str, tuple[int, int]] = {}
+    try:
+        if "images" in values:
+            for image in values["images"]:
+                size = int(image["width"]), int(image["height"])
+                known[str(image["id"])] = size
+                if "file_name" in image:
+                    known[PurePosixPath(image["file_name"]).stem] = size
+        else:
+            known = {str(key): (int(width), int(height)) for key, (width, height) in values.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise XdscaleError(
+            f"{path}: expected COCO's 'images' with id, width and height, or id: [width, height]: {error!r}"
+        ) from None
+    return ImageSizes(path.name, known, sha256=file_sha256(path))
+
+
+def trailing_number(image_id: str) -> str | None:
+    """Returns the number that an id (without its ending) ends with, without zeros before it."""
+    match = _TRAILING_NUMBER.search(PurePosixPath(image_id).stem)
+    return match and match[1]
+
+
+class FileImages:
+    """Images with regions in files of one format.
+
+    Attributes:
+        inputs: as `dataset.json` states them: one for each named file or folder, with all that is read of it.
+        total_bytes: of all.
+
+    Args:
+        paths: files or folders, read in this order.
+        format: of all of them.
+        reading: how.
+        shard_images: images per unit.
+
+    Raises:
+        XdscaleError: a file cannot be read or is of another format, or two images have the same id.
+    """
+
+    def __init__(self, paths: list[Path], format: RegionFormat, reading: Reading, shard_images: int) -> None:
+        self._paths, self._format, self._reading, self._shard_images = paths, format, reading, shard_images
+        try:
+            self.inputs = [describe(path, format.files(path)) for path in paths]
+            if reading.jpegs is not None:
+                self.inputs.append(describe(reading.jpegs, sorted(reading.jpegs.glob("*.jpg"))))
+            self._places = self._index()
+        except OSError as error:
+            raise XdscaleError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
+        self.total_bytes = sum(item.bytes for item in self.inputs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what goes to other processes: not the index."""
+        return {name: value for name, value in vars(self).items() if name != "_places"}
+
+    def first(self) -> RegionImage:
+        """Returns the first image, which shows which columns there are.
+
+        Raises:
+            XdscaleError: there is none.
+        """
+        for number, places in enumerate(self._places):
+            if places:
+                return next(self.images((number, places[:1])))
+        names = ", ".join(path.name for path in self._paths[:3])
+        raise XdscaleError(f"{names}: no images with regions; is the format right?")
+
+    def units(self, threads: int) -> Iterator[tuple[Any, int]]:
+        """Yields (number of the input, places) of up to `shard_images` images."""
+        before = 0
+        for number, (places, item) in enumerate(zip(self._places, self.inputs)):
+            for first in range(0, len(places), self._shard_images):
+                some = places[first : first + self._shard_images]
+                yield (number, some), before + item.bytes * (first + len(some)) // len(places)
+            before += item.bytes
+
+    def digest(self, work: tuple[int, list[Any]]) -> bytes:
+        """Returns the hash of which images are in a unit; what they hold is in `inputs`."""
+        return hashlib.sha256(repr(work).encode()).digest()
+
+    def images(self, work: tuple[int, list[Any]]) -> Iterator[RegionImage]:
+        """Yields the images of a unit, with the ids that were asked for."""
+        number, places = work
+        path = self._paths[number]
+        try:
+            for image in self._format.read(path, places):
+                jpeg = self._jpeg(image)
+                yield image._replace(image_id=self._renamed(image.image_id, image.where), jpeg=jpeg)
+        except OSError as error:
+            raise XdscaleError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
+
+    def _index(self) -> list[list[Any]]:
+        """Returns the places of all images of each input, after comparing their ids."""
+        index: list[list[Any]] = []
+        hashes: list[np.ndarray] = []
+        for path in self._paths:
+            places, found = [], bytearray()
+            for image_id, place in self._format.places(path):
+                name = self._renamed(image_id, f"{path.name}, image {len(places) + 1}")
+                found += hashlib.blake2b(name.encode(), digest_size=8).digest()
+                places.append(place)
+            index.append(places)
+            hashes.append(np.frombuffer(bytes(found), np.uint64))
+        whole = np.concatenate(hashes)
+        order = np.argsort(whole, kind="stable")
+        same = np.flatnonzero(whole[order][1:] == whole[order][:-1])
+        if same.size:
+            self._refuse_twins(order[same[0]], order[same[0] + 1], [len(places) for places in index])
+        return index
+
+    def _refuse_twins(self, first: int, second: int, lengths: list[int]) -> None:
+        ends = np.cumsum(lengths)
+        said = []
+        for image in (first, second):
+            number = int(np.searchsorted(ends, image, side="right"))
+            row = int(image - ends[number] + lengths[number])
+            path = self._paths[number]
+            name = next(name for place, (name, _) in enumerate(self._format.places(path)) if place == row)
+            said.append(f"{path.name}, image {row + 1} ({name})")
+        raise XdscaleError(
+            f"{said[1]}: image id: stands already in {said[0]}; ids must be unique: take one away"
+            + ("" if self._reading.ids == "as-given" else f", or keep ids apart (--ids {self._reading.ids} now)")
+        )
+
+    def _renamed(self, image_id: str, where: str) -> str:
+        if self._reading.ids == "as-given":
+            return image_id
+        name = PurePosixPath(image_id).stem if self._reading.ids == "stem" else trailing_number(image_id)
+        if not name:
+            raise XdscaleError(f"{where}: image id {shown(image_id)} does not end with a number (--ids number)")
+        return name
+
+    def _jpeg(self, image: RegionImage) -> bytes | None:
+        folder = self._reading.jpegs
+        if folder is None:
+            return None
+        name = PurePosixPath(image.image_id).name
+        for path in (folder / name, folder / f"{name}.jpg", folder / f"{PurePosixPath(name).stem}.jpg"):
+            if path.is_file():
+                return path.read_bytes()
+        raise XdscaleError(
+            f"{image.where}: image {shown(image.image_id)}: {folder / name}.jpg does not exist (--jpegs)"
+        )
+
+
+def describe(path: Path, files: Sequence[Path]) -> InputFile:
+    """Returns what `dataset.json` states of an input: of several files one hash of theirs, in their order."""
+    hashes = [file_sha256(file) for file in files]
+    if not files:
+        raise XdscaleError(f"{path}: holds no .jpg files")
+    whole = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return InputFile(name=path.name, bytes=sum(file.stat().st_size for file in files), sha256=whole)

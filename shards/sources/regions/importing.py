@@ -1,0 +1,126 @@
+"""Files of published features to a source of the table: formats by name, what is declared, and what must agree."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from xdscale.errors import XdscaleError
+from xdscale.names import nearest, resolve_path
+from xdscale.shards.regions import RegionBuild
+from xdscale.shards.sources.regions.detectors import load_detector
+from xdscale.shards.sources.regions.files import FileImages, Reading, RegionFormat
+from xdscale.shards.sources.regions.hdf5 import BanHdf5
+from xdscale.shards.sources.regions.json_files import CocoDetections, VlbertJson
+from xdscale.shards.sources.regions.lmdb_files import UniterLmdb, VilbertLmdb
+from xdscale.shards.sources.regions.numpy_files import MilvlgNpz, PythiaNpy
+from xdscale.shards.sources.regions.source import RegionImage, RegionSource, layout_of
+from xdscale.shards.sources.regions.tsv import ButdTsv, LxmertTsv
+from xdscale.shards.sources.regions.vinvl import VinvlTsv
+
+FORMATS: dict[str, type[RegionFormat]] = {
+    "butd": ButdTsv,
+    "lxmert": LxmertTsv,
+    "uniter": UniterLmdb,
+    "vilbert": VilbertLmdb,
+    "vlbert": VlbertJson,
+    "ban": BanHdf5,
+    "pythia": PythiaNpy,
+    "milvlg": MilvlgNpz,
+    "vinvl": VinvlTsv,
+    "coco": CocoDetections,
+}
+"""InterBERT's files are "vilbert"."""
+AS_THE_FORMAT = "format"
+
+
+def region_files(
+    inputs: list[str],
+    format: str,
+    detector: str,
+    *,
+    reading: Reading | None = None,
+    classes: Path | None = None,
+    attributes: Path | None = None,
+    background: str = AS_THE_FORMAT,
+    box_form: str = AS_THE_FORMAT,
+    box_units: str = AS_THE_FORMAT,
+    encoding: str = "fp16",
+    class_probs: str | None = None,
+    shard_images: int = 1024,
+    **declared: Any,
+) -> RegionSource:
+    """Returns the source of a table of regions, made of files of published features.
+
+    Args:
+        inputs: files or folders, in their order.
+        format: one of `FORMATS`.
+        detector: as `load_detector`.
+        reading: how files are read.
+        classes: file of names, as `load_detector`.
+        attributes: file of names, as `load_detector`.
+        background: which class is no object: "format", "none" or a number.
+        box_form: "format", or as `RegionBuild`.
+        box_units: the same.
+        encoding: of features.
+        class_probs: as `layout_of`.
+        shard_images: images per shard.
+        **declared: `region_order` and `whole_image` of `RegionBuild`.
+
+    Raises:
+        XdscaleError: an input is missing or of another format, or what is declared does not agree with the first image.
+    """
+    if format not in FORMATS:
+        raise XdscaleError(f"--format {format}: {nearest(format, list(FORMATS), 'expected ' + ', '.join(FORMATS))}")
+    kind = FORMATS[format]
+    empty = kind.background if background == AS_THE_FORMAT else _background(background)
+    found, width = load_detector(detector, classes=classes, attributes=attributes, background=empty)
+    objects = found.class_count - (found.background is not None)
+    reading = replace(reading or Reading(), class_names=tuple(found.classes), objects=max(objects, 0))
+    paths = [resolve_path(name) for name in inputs]
+    if not paths:
+        raise XdscaleError("no input: name at least one file or folder of regions")
+    images = FileImages(paths, kind(reading), reading, shard_images)
+    layout = layout_of(images.first(), encoding, class_probs)
+    build = RegionBuild(
+        format=format,
+        inputs=images.inputs,
+        options=_options(reading),
+        detector=found,
+        box_form=kind.box_form if box_form == AS_THE_FORMAT else box_form,
+        box_units=kind.box_units if box_units == AS_THE_FORMAT else box_units,
+        shard_images=shard_images,
+        **layout.model_dump(),
+        **declared,
+    )
+    _compare(images.first(), build, width, detector)
+    return RegionSource(images, build)
+
+
+def _background(text: str) -> int | None:
+    if text != "none" and not (text.isdecimal() and len(text) < 6):
+        raise XdscaleError(f"--background {text}: expected a number, or none")
+    return None if text == "none" else int(text)
+
+
+def _options(reading: Reading) -> dict[str, Any]:
+    """Returns what of `reading` decides the bytes."""
+    sizes = reading.sizes
+    stated: dict[str, Any] = {"ids": reading.ids, "columns": list(reading.columns)}
+    if sizes is not None:
+        stated["sizes"] = sizes.name if sizes.every else sizes.sha256
+    return stated
+
+
+def _compare(first: RegionImage, build: RegionBuild, width: int, detector: str) -> None:
+    """Refuses a first image that the detector cannot have made."""
+    if width and build.width not in (0, width):
+        raise XdscaleError(
+            f"{first.where}: features of {build.width} numbers, but the detector {detector!r} gives {width}; "
+            "describe the one that made these in a JSON file (--detector FILE)"
+        )
+    count = build.detector.class_count
+    if first.class_probs is not None and count and first.class_probs.shape[-1] != count:
+        raise XdscaleError(
+            f"{first.where}: distributions over {first.class_probs.shape[-1]} classes, but the detector {detector!r} "
+            f"has {count} with background {build.detector.background}; look at --detector and --background"
+        )

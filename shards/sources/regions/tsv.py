@@ -1,0 +1,132 @@
+"""Tab-separated files, a line an image: bottom-up attention's and LXMERT's. Columns have no header."""
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+from xdscale.errors import XdscaleError
+from xdscale.files import shown
+from xdscale.shards.sources.regions.fields import NAMES, image_of
+from xdscale.shards.sources.regions.files import Reading
+from xdscale.shards.sources.regions.source import RegionImage
+
+LONGEST_LINE = 1 << 28
+"""Bytes of an image's line, at most: a thousand regions of 2,048 are 11 MB."""
+_IDS = ("image_id", "img_id")
+
+
+class Line(NamedTuple):
+    """Where a line lies: its number, counted from 1, and its first byte."""
+
+    number: int
+    at: int
+
+
+def each_line(path: Path, columns: int) -> Iterator[tuple[list[bytes], Line]]:
+    """Yields the first columns of each line that is not empty, and where it lies.
+
+    Raises:
+        XdscaleError: a line is too long to be an image.
+    """
+    at = 0
+    with path.open("rb") as file:
+        for number in count(1):
+            line = file.readline(LONGEST_LINE)
+            if len(line) == LONGEST_LINE:
+                raise XdscaleError(
+                    f"{path.name}, line {number}: longer than {LONGEST_LINE:,} bytes; is it a TSV of regions?"
+                )
+            if not line:
+                return
+            if line.strip():
+                yield line.rstrip(b"\r\n").split(b"\t", columns), Line(number, at)
+            at += len(line)
+
+
+def lines_at(path: Path, places: Sequence[Line]) -> Iterator[tuple[list[bytes], str]]:
+    """Yields all columns of lines, and file and line in words."""
+    with path.open("rb") as file:
+        for line in places:
+            file.seek(line.at)
+            yield file.readline(LONGEST_LINE).rstrip(b"\r\n").split(b"\t"), f"{path.name}, line {line.number}"
+
+
+def text_of(values: list[bytes], where: str) -> str:
+    """Returns the text of a column.
+
+    Raises:
+        XdscaleError: it is not there, empty or no text.
+    """
+    try:
+        if not values or not values[0]:
+            raise XdscaleError(f"{where}: no image id")
+        return values[0].decode()
+    except UnicodeDecodeError:
+        raise XdscaleError(
+            f"{where}: image id: {shown(values[0])} is no text in UTF-8; is it a TSV of regions?"
+        ) from None
+
+
+def existing(path: Path) -> Path:
+    """Returns a path that is a file.
+
+    Raises:
+        XdscaleError: it is none.
+    """
+    if not path.is_file():
+        raise XdscaleError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}; name the files themselves")
+    return path
+
+
+class ButdTsv:
+    """Bottom-up attention: image_id, image_w, image_h, num_boxes, boxes, features."""
+
+    box_units, box_form = "pixels", "xyxy"
+    background: int | None = 0
+    columns: tuple[str, ...] = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
+
+    def __init__(self, reading: Reading) -> None:
+        self.columns = reading.columns or self.columns
+        known = {*_IDS, *(name for names in NAMES.values() for name in names)}
+        for name in self.columns:
+            if name not in known and name != "-":
+                raise XdscaleError(
+                    f"--columns: no column {name!r}; known are {', '.join(sorted(known))}, and - for any other"
+                )
+        if not set(_IDS) & set(self.columns):
+            raise XdscaleError(f"--columns {','.join(self.columns)}: one of them must be image_id")
+        self._id = next(place for place, name in enumerate(self.columns) if name in _IDS)
+
+    def files(self, path: Path) -> list[Path]:
+        """Returns the file itself."""
+        return [existing(path)]
+
+    def places(self, path: Path) -> Iterator[tuple[str, Line]]:
+        """Yields each line's id, and where it lies."""
+        for values, line in each_line(path, self._id + 1):
+            yield text_of(values[self._id : self._id + 1], f"{path.name}, line {line.number}"), line
+
+    def read(self, path: Path, places: Sequence[Line]) -> Iterator[RegionImage]:
+        """Yields the images of lines."""
+        for values, where in lines_at(path, places):
+            yield self._image(values, where)
+
+    def _image(self, values: list[bytes], where: str) -> RegionImage:
+        if len(values) != len(self.columns):
+            raise XdscaleError(
+                f"{where}: {len(values)} columns, expected {len(self.columns)}: {', '.join(self.columns)} "
+                "(--columns says others)"
+            )
+        fields = {name: value for name, value in zip(self.columns, values) if name != "-"}
+        return image_of(fields, text_of([values[self._id]], where), where)
+
+
+class LxmertTsv(ButdTsv):
+    """LXMERT: height before width, and classes and attributes, of which none is background."""
+
+    background = None
+    columns = (
+        "img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf", "num_boxes", "boxes",
+        "features",
+    )  # fmt: skip

@@ -1,0 +1,94 @@
+"""Two tables of the same images side by side."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import box_iou as torchvision_iou
+from typer.testing import CliRunner
+
+from xdscale.commands.regions import regions_app
+from xdscale.errors import XdscaleError
+from xdscale.shards.region_comparison import box_iou, common_images, compare_images, overall
+from xdscale.shards.regions import Detector, RegionTable
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
+
+
+def drawn(number, regions=6):
+    chance = np.random.default_rng(number)
+    corners = np.sort(chance.random((regions, 2, 2)), axis=1).reshape(regions, 4) * [400, 300, 400, 300]
+    labels = {"object_ids": chance.integers(0, 50, regions)}
+    features = chance.random((regions, 16))
+    return RegionImage(f"{number}", (400, 300), corners.astype(np.float32), features, labels)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """One as a detector gives it; another without one image, in another order, with some boxes and classes changed."""
+    folder = tmp_path_factory.mktemp("tables")
+    first = [drawn(number) for number in range(8)]
+    second = []
+    for image in first[1:]:
+        order = np.arange(6)[::-1] if image.image_id == "3" else np.arange(6)
+        moved = image.boxes[order].copy()
+        if image.image_id == "5":
+            moved[:2] = [[0, 0, 1, 1], [2, 2, 3, 3]]
+        ids = image.labels["object_ids"][order] + 1
+        if image.image_id == "7":
+            ids[:3] += 1
+        second.append(image._replace(boxes=moved, features=image.features[order] * 3, labels={"object_ids": ids}))
+    build_regions(first, folder / "first", Detector(model="one", class_count=50))
+    build_regions(second[::-1], folder / "second", Detector(model="other", class_count=52, background=0))
+    return folder / "first", folder / "second"
+
+
+def test_iou_is_torchvisions():
+    chance = np.random.default_rng(0)
+    boxes = np.sort(chance.random((2, 30, 2, 2)), axis=2).reshape(2, 30, 4) * 100
+    expected = torchvision_iou(*map(torch.from_numpy, boxes)).numpy()
+    assert np.allclose(box_iou(*boxes), expected, atol=1e-12)
+    assert box_iou(np.zeros((1, 4)), np.zeros((1, 4))).tolist() == [[0]]
+
+
+def test_boxes_are_paired_whatever_their_order(tables):
+    first, second = map(RegionTable.open, tables)
+    names = common_images(first, second)
+    assert names == [str(number) for number in range(1, 8)]
+    found = {image.image_id: image for image in compare_images(first, second, names)}
+    for name, image in found.items():
+        assert image.boxes == (6, 6)
+        assert image.matched == (4 if name == "5" else 6)
+        assert image.in_place == {"3": 0, "5": 4}.get(name, 6)
+        assert image.same_class == {"5": 4, "7": 3}.get(name, 6)
+        assert image.iou == pytest.approx(1)
+        assert image.cosine == pytest.approx(1, abs=1e-5)
+    whole = overall(list(found.values()), (len(first), len(second)))
+    assert whole.images == 7
+    assert whole.only == (1, 0)
+    assert whole.matched == 40
+    assert whole.in_place == pytest.approx(34 / 40)
+    assert whole.same_class == pytest.approx(37 / 40)
+
+
+def test_the_command_shows_what_differs_most(tables, tmp_path):
+    words = ["compare", *map(str, tables), "--images", "2", "--csv", str(tmp_path / "all.csv")]
+    result = CliRunner().invoke(regions_app, words, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "7 images in both, 1 only in" in result.output
+    assert (
+        "boxes: 42 and 42; 40 match with IoU of 0.5 or more (mean 1.0000), 85.0% of them in the same" in result.output
+    )
+    assert "classes of matching boxes: 92.5% the same" in result.output
+    shown = [line for line in result.output.splitlines() if line.startswith("  ")]
+    assert shown[0].startswith("  5: 4 of 6 and 6 boxes match")
+    assert len(shown) == 2
+    rows = list(csv.DictReader((tmp_path / "all.csv").open()))
+    assert [row["image_id"] for row in rows] == [str(number) for number in range(1, 8)]
+    assert rows[4]["matched"] == "4"
+
+
+def test_tables_without_a_common_image_are_refused(tables, tmp_path):
+    build_regions([drawn(3)._replace(image_id="COCO_3")], tmp_path / "other", Detector(model="one"))
+    with pytest.raises(XdscaleError, match="no image in common: ids look like '0' and 'COCO_3'"):
+        common_images(RegionTable.open(tables[0]), RegionTable.open(tmp_path / "other"))

@@ -1,0 +1,178 @@
+"""Every format is read as its own code would read it: ids, sizes, boxes, features, classes, in the files' order."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from xdscale.commands.regions import regions_app
+from xdscale.errors import XdscaleError
+from xdscale.shards.build import build_table
+from xdscale.shards.regions import RegionTable
+from xdscale.shards.sources.regions.files import Reading, load_sizes
+from xdscale.shards.sources.regions.importing import region_files
+
+sys.path.insert(0, str(Path(__file__).parent))
+import region_files as writers
+
+# Format, what the table holds beside ids, sizes, boxes and features, background of the detector.
+CASES = {
+    "butd": ("butd", set(), 0),
+    "lxmert": ("lxmert", {"conf", "objects", "attributes"}, None),
+    "uniter": ("uniter", {"conf", "probs"}, 0),
+    "uniter_msgpack": ("uniter", {"conf", "probs"}, 0),
+    "vilbert": ("vilbert", set(), 0),
+    "tensorpack": ("vilbert", {"probs"}, 0),
+    "vlbert": ("vlbert", {"probs"}, 0),
+    "vlbert_zip": ("vlbert", {"probs"}, 0),
+    "ban": ("ban", set(), 0),
+    "ban_last_rows": ("ban", set(), 0),
+    "pythia": ("pythia", {"probs"}, 0),
+    "milvlg": ("milvlg", set(), 0),
+    "milvlg_later": ("milvlg", {"conf"}, 0),
+    "vinvl": ("vinvl", {"conf", "objects"}, None),
+    "vinvl_features": ("vinvl", set(), None),
+    "coco": ("coco", {"conf", "objects"}, None),
+}
+WRITE = {
+    "uniter_msgpack": lambda folder, those: writers.uniter(folder, those, packed="msgpack"),
+    "ban_last_rows": lambda folder, those: writers.ban(folder, those, exclusive=False),
+    "milvlg_later": lambda folder, those: writers.milvlg(folder, those, turned=False),
+}
+
+
+def write(name, folder, those):
+    return WRITE.get(name, getattr(writers, name, None))(folder, those)
+
+
+def imported(name, folder, those, **how):
+    """The source of one format's files."""
+    format, _, background = CASES[name]
+    inputs = [str(path) for path in write(name, folder, those)]
+    sizes = load_sizes(str(writers.coco_annotations(folder, those)))
+    needs = format in ("uniter", "coco") or name == "vinvl_features"
+    reading = Reading(sizes=sizes if needs else None)
+    detector = str(writers.detector(folder, background))
+    return region_files(inputs, format, detector, reading=reading, **how)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_written_is_read(name, tmp_path):
+    those = writers.images()
+    build_table(imported(name, tmp_path, those, shard_images=2, class_probs="all"), tmp_path / "out")
+    table = RegionTable.open(tmp_path / "out")
+    _, more, _ = CASES[name]
+    rows = table.rows([i.id for i in those])
+    assert rows.tolist() == list(range(len(those)))
+    found = table.read(rows)
+    half = name.startswith("uniter")  # whose boxes are shares in half precision
+    for i, first, end, size in zip(those, found.offsets, found.offsets[1:], found.sizes):
+        assert size.tolist() == list(i.size)
+        assert np.allclose(found.boxes[first:end], i.boxes, atol=0.2 if half else 1e-3)
+        if name != "coco":
+            assert np.array_equal(found.features[first:end], i.features.astype(np.float16))
+        assert np.allclose(found.confidences[first:end], i.conf if "conf" in more else 1, atol=1e-6)
+    everything = {key: np.concatenate([getattr(i, key) for i in those]) for key in ("probs", "objects", "attributes")}
+    if "probs" in more:
+        assert np.allclose(table.class_probs(rows), everything["probs"], atol=2e-3)
+    if "objects" in more:
+        assert np.array_equal(table.table.read_ragged("object_ids", rows).values, everything["objects"])
+    if "attributes" in more:
+        assert np.array_equal(table.table.read_ragged("attribute_ids", rows).values, everything["attributes"])
+    if name == "pythia":  # whose classes leave the background out; the table's count it
+        expected = everything["probs"][:, 1:].argmax(1) + 1
+        assert np.array_equal(table.table.read_ragged("object_ids", rows).values, expected)
+    if name == "vinvl":
+        assert table.build.detector.classes[3] == "class 3"
+
+
+def test_bytes_are_the_same_for_any_number_of_workers_and_after_a_stop(tmp_path):
+    those = writers.images(9)
+    source = imported("lxmert", tmp_path, those, shard_images=2, encoding="u8")
+    build_table(source, tmp_path / "one")
+    build_table(source, tmp_path / "two", workers=2)
+    # Stopped after some shards: the last line is damaged at first.
+    path = tmp_path / "lxmert.tsv"
+    whole = path.read_bytes()
+    (tmp_path / "stopped").mkdir()
+    damaged = whole[:-100] + whole[-99:]
+    path.write_bytes(damaged)
+    with pytest.raises(XdscaleError, match="lxmert.tsv, line 9: features: damaged or truncated base64"):
+        build_table(imported_again(tmp_path, "lxmert"), tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "dataset.json").exists()
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert len(files[0]) == 6
+
+
+def imported_again(folder, format, **how):
+    detector = str(writers.detector(folder, CASES[format][2]))
+    return region_files([str(folder / f"{format}.tsv")], format, detector, shard_images=2, **how)
+
+
+def run(*words):
+    return CliRunner().invoke(regions_app, [str(word) for word in words])
+
+
+def test_the_command_says_what_came_of_it(tmp_path):
+    (path,) = writers.butd(tmp_path, writers.images())
+    detector = writers.detector(tmp_path)
+    result = run(
+        "import", path, "--format", "butd", "--detector", detector, "--out", tmp_path / "out", "--encoding", "u8"
+    )
+    assert result.exit_code == 0, result.output
+    assert "5 images, 16 regions" in result.output
+    assert "features: 20 numbers, u8, relative error up to 0.007" in result.output
+    build = json.loads((tmp_path / "out" / "dataset.json").read_text())["tables"]["regions"]["build"]
+    assert build["detector"]["classes"][:2] == ["class 0", "class 1"]
+    assert build["detector"]["background"] == 0
+    assert build["inputs"][0]["name"] == "butd.tsv"
+    assert (build["box_form"], build["box_units"], build["whole_image"]) == ("xyxy", "pixels", "none")
+
+
+def test_other_columns_ids_and_boxes_are_declared(tmp_path):
+    those = writers.images()
+    rows = []
+    for i in those:
+        xywh = np.concatenate([i.boxes[:, :2], i.boxes[:, 2:] - i.boxes[:, :2]], axis=1)
+        rows.append(
+            (
+                i.size[1],
+                f"COCO_val2014_{int(i.id):012}",
+                "note",
+                i.size[0],
+                len(i.boxes),
+                writers.b64(xywh),
+                writers.b64(i.features),
+            )
+        )
+    (path,) = writers.text(tmp_path / "other.tsv", rows)
+    words = ["import", path, "--format", "butd", "--detector", writers.detector(tmp_path), "--out", tmp_path / "out"]
+    words += ["--columns", "image_h,image_id,-,image_w,num_boxes,boxes,features", "--boxes", "xywh", "--ids", "number"]
+    assert run(*words).exit_code == 0
+    table = RegionTable.open(tmp_path / "out")
+    found = table.read(table.rows([i.id for i in those]))
+    assert np.allclose(found.boxes, np.concatenate([i.boxes for i in those]), atol=1e-3)
+
+
+def test_jpegs_are_stored_too(tmp_path):
+    those = writers.images(3)
+    (path,) = writers.butd(tmp_path, those)
+    (tmp_path / "images").mkdir()
+    for i in those:
+        (tmp_path / "images" / f"{i.id}.jpg").write_bytes(b"\xff\xd8" + i.id.encode() * int(i.id[-1] + "1"))
+    words = ["import", path, "--format", "butd", "--detector", writers.detector(tmp_path), "--out", tmp_path / "out"]
+    assert run(*words, "--jpegs", tmp_path / "images").exit_code == 0
+    table = RegionTable.open(tmp_path / "out")
+    values, offsets = table.table.read_ragged("jpeg", np.array([2, 0]))
+    assert values[: offsets[1]].tobytes() == (tmp_path / "images" / f"{those[2].id}.jpg").read_bytes()
+    (tmp_path / "images" / f"{those[1].id}.jpg").unlink()
+    with pytest.raises(XdscaleError, match=r"line 2: image '1001': .*1001.jpg does not exist"):
+        run_raising(*words[:-1], tmp_path / "out2", "--jpegs", tmp_path / "images")
+
+
+def run_raising(*words):
+    return CliRunner().invoke(regions_app, [str(word) for word in words], catch_exceptions=False)

@@ -1,0 +1,179 @@
+"""`xdscale regions import | compare`. Heavy imports stand inside the commands: `--help` must be quick."""
+
+import time
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from xdscale.names import UserPath
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from xdscale.shards.build import Source
+    from xdscale.shards.region_comparison import ImageComparison
+    from xdscale.shards.workplace import Part
+
+regions_app = typer.Typer(help="Image regions as a table: from published features, and compared.", no_args_is_help=True)
+
+
+@regions_app.command("import")
+def import_command(
+    inputs: Annotated[list[str], typer.Argument(help="Files or folders of one format, in their order.")],
+    format: Annotated[
+        str,
+        typer.Option(help="butd, lxmert, uniter, vilbert (InterBERT too), vlbert, ban, pythia, milvlg, vinvl, coco."),
+    ],
+    detector: Annotated[
+        str,
+        typer.Option(help="What made the features: butd, pythia, vinvl, mattnet, or a JSON file that describes it."),
+    ],
+    out: Annotated[UserPath, typer.Option(help="Folder of the dataset.")],
+    encoding: Annotated[
+        Literal["fp16", "u8"], typer.Option(help="Of features; u8: half the size, relative error up to 0.007.")
+    ] = "fp16",
+    class_probs: Annotated[
+        Literal["all", "top-64", "none"] | None,
+        typer.Option(help="What is kept of class distributions. Default: top-64 of those with more classes."),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Of a TSV, if not the format's: names with commas between, - for any other.")
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="COCO annotations or JSON of id: [width, height]; or WxH of all images.")
+    ] = None,
+    ids: Annotated[
+        Literal["as-given", "stem", "number"], typer.Option(help="Image ids: their stem, or the number they end with.")
+    ] = "as-given",
+    classes: Annotated[UserPath | None, typer.Option(help="Names of classes, one a line, or COCO annotations.")] = None,
+    attributes: Annotated[UserPath | None, typer.Option(help="Names of attributes, one a line.")] = None,
+    background: Annotated[
+        str, typer.Option(help="Which class is no object: a number or none. Default: as the format has it.")
+    ] = "format",
+    boxes: Annotated[Literal["format", "xyxy", "xywh"], typer.Option(help="Form of boxes.")] = "format",
+    units: Annotated[Literal["format", "pixels", "shares"], typer.Option(help="Of boxes.")] = "format",
+    order: Annotated[
+        Literal["source", "confidence"], typer.Option(help="confidence: regions come with falling confidence.")
+    ] = "source",
+    whole_image: Annotated[
+        Literal["none", "first"], typer.Option(help="first: region 0 of each image is the whole image.")
+    ] = "none",
+    jpegs: Annotated[UserPath | None, typer.Option(help="Folder of the images, ID.jpg, to be stored too.")] = None,
+    shard_images: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1024,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    part: Annotated[str, typer.Option(help="i/n: build part i (from 0) of n, then 'xdscale shards merge'.")] = "0/1",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the table of regions in the folder.")] = False,
+) -> None:
+    """Turns published features into a table; an import that was stopped goes on when started again."""
+    from xdscale.shards.sources.regions.files import Reading, load_sizes
+    from xdscale.shards.sources.regions.importing import region_files
+    from xdscale.shards.workplace import Part
+
+    reading = Reading(
+        columns=tuple(columns.split(",")) if columns else (),
+        sizes=load_sizes(sizes) if sizes else None,
+        ids=ids,
+        jpegs=jpegs,
+    )
+    source = region_files(
+        inputs,
+        format,
+        detector,
+        reading=reading,
+        classes=classes,
+        attributes=attributes,
+        background=background,
+        box_form=boxes,
+        box_units=units,
+        encoding=encoding,
+        class_probs=class_probs,
+        shard_images=shard_images,
+        region_order=order,
+        whole_image=whole_image,
+    )
+    build_and_report(source, out, "importing", workers, Part.parse(part), overwrite)
+
+
+def build_and_report(source: "Source", out: "Path", what: str, workers: int, part: "Part", overwrite: bool) -> None:
+    """Builds a table of regions with progress on stderr, and prints what came of it.
+
+    Args:
+        source: what it is made of.
+        out: folder of the dataset.
+        what: is being done, for the progress.
+        workers: processes.
+        part: of the build.
+        overwrite: replace the table that is there.
+
+    Raises:
+        XdscaleError: as `build_table`.
+    """
+    from xdscale.shards.build import Progress, build_table
+    from xdscale.shards.progress import shown_progress
+    from xdscale.shards.sources.regions.report import summary
+
+    started = time.monotonic()
+    last: list[Progress] = []
+    with shown_progress(what) as advance:
+
+        def on_progress(progress: Progress) -> None:
+            last[:] = [progress]
+            advance(progress.bytes_read, progress.bytes_total, None)
+
+        table = build_table(source, out, workers=workers, part=part, overwrite=overwrite, on_progress=on_progress)
+    kept = last[-1].kept_shards if last else 0
+    typer.echo(f"{out}: {len(table.shards)} shards ({kept} kept from an earlier run)")
+    typer.echo("\n".join([*summary(table), f"seconds: {time.monotonic() - started:.1f}"]))
+    if part.of > 1:
+        typer.echo(f"part {part.index}/{part.of} is finished; when all are: xdscale shards merge {out}")
+
+
+@regions_app.command()
+def compare(
+    first: Annotated[UserPath, typer.Argument(help="Dataset with a table of regions.")],
+    second: Annotated[UserPath, typer.Argument(help="Another.")],
+    least_iou: Annotated[float, typer.Option(min=0.01, max=1, help="Of two boxes that count as the same.")] = 0.5,
+    images: Annotated[int, typer.Option(min=0, help="How many images to show, those that differ most.")] = 5,
+    csv: Annotated[UserPath | None, typer.Option(help="File for all images, a line each.")] = None,
+) -> None:
+    """Compares two tables of the same images: boxes by IoU, features by cosine, classes."""
+    from xdscale.files import check_output_file, write_outputs
+    from xdscale.shards.region_comparison import ImageComparison as Fields
+    from xdscale.shards.region_comparison import common_images, compare_images, overall
+    from xdscale.shards.regions import RegionTable
+
+    if csv is not None:
+        check_output_file(csv)
+    tables = RegionTable.open(first), RegionTable.open(second)
+    found = list(compare_images(*tables, common_images(*tables), least_iou=least_iou))
+    whole = overall(found, (len(tables[0]), len(tables[1])))
+    typer.echo(
+        f"{whole.images:,} images in both, {whole.only[0]:,} only in {first}, {whole.only[1]:,} only in {second}"
+    )
+    typer.echo(
+        f"boxes: {whole.boxes[0]:,} and {whole.boxes[1]:,}; {whole.matched:,} match with IoU of {least_iou:g} or more "
+        f"(mean {whole.iou:.4f}), {whole.in_place:.1%} of them in the same place of their image"
+    )
+    typer.echo(f"features of matching boxes: cosine {whole.cosine:.6f} in the mean, {whole.lowest_cosine:.6f} at least")
+    same = "one of the tables has no classes" if whole.same_class is None else f"{whole.same_class:.1%} the same"
+    typer.echo(f"classes of matching boxes: {same}")
+    for image in sorted(found, key=_likeness)[:images]:
+        classes = "" if image.same_class is None else f", {image.same_class} of the same class"
+        typer.echo(
+            f"  {image.image_id}: {image.matched} of {image.boxes[0]} and {image.boxes[1]} boxes match "
+            f"(IoU {image.iou:.3f}), cosine {image.cosine:.4f}{classes}"
+        )
+    if csv is not None:
+        names = [*Fields._fields[:1], "boxes_first", "boxes_second", *Fields._fields[2:]]
+        lines = [",".join(map(_cell, (image.image_id, *image.boxes, *image[2:]))) for image in found]
+        write_outputs({csv: "\n".join([",".join(names), *lines]) + "\n"})
+
+
+def _likeness(image: "ImageComparison") -> tuple[float, float]:
+    cosine = image.cosine if image.cosine == image.cosine else 0.0
+    return image.matched / max(image.boxes), cosine
+
+
+def _cell(value: object) -> str:
+    text = "" if value is None else str(value)
+    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\n') else text
