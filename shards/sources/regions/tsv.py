@@ -16,14 +16,14 @@ LONGEST_LINE = 1 << 28
 _IDS = ("image_id", "img_id")
 
 
-class Line(NamedTuple):
+class LinePlace(NamedTuple):
     """Where a line lies: its number, counted from 1, and its first byte."""
 
     number: int
     at: int
 
 
-def each_line(path: Path, columns: int) -> Iterator[tuple[list[bytes], Line]]:
+def each_line(path: Path, columns: int) -> Iterator[tuple[list[bytes], LinePlace]]:
     """Yields the first columns of each line that is not empty, and where it lies.
 
     Raises:
@@ -40,11 +40,11 @@ def each_line(path: Path, columns: int) -> Iterator[tuple[list[bytes], Line]]:
             if not line:
                 return
             if line.strip():
-                yield line.rstrip(b"\r\n").split(b"\t", columns), Line(number, at)
+                yield line.rstrip(b"\r\n").split(b"\t", columns), LinePlace(number, at)
             at += len(line)
 
 
-def lines_at(path: Path, places: Sequence[Line]) -> Iterator[tuple[list[bytes], str]]:
+def lines_at(path: Path, places: Sequence[LinePlace]) -> Iterator[tuple[list[bytes], str]]:
     """Yields all columns of lines, and file and line in words."""
     with path.open("rb") as file:
         for line in places:
@@ -102,12 +102,12 @@ class ButdTsv:
         """Returns the file itself."""
         return [existing(path)]
 
-    def places(self, path: Path) -> Iterator[tuple[str, Line]]:
+    def places(self, path: Path) -> Iterator[tuple[str, LinePlace]]:
         """Yields each line's id, and where it lies."""
         for values, line in each_line(path, self._id + 1):
             yield text_of(values[self._id : self._id + 1], f"{path.name}, line {line.number}"), line
 
-    def read(self, path: Path, places: Sequence[Line]) -> Iterator[RegionImage]:
+    def read(self, path: Path, places: Sequence[LinePlace]) -> Iterator[RegionImage]:
         """Yields the images of lines."""
         for values, where in lines_at(path, places):
             yield self._image(values, where)

@@ -12,7 +12,7 @@ from xdscale.shards.sources.regions.decoding import from_base64, from_json
 from xdscale.shards.sources.regions.fields import NAMES, array_of, image_of, whole_number
 from xdscale.shards.sources.regions.files import Reading
 from xdscale.shards.sources.regions.source import RegionImage
-from xdscale.shards.sources.regions.tsv import Line, each_line, existing, lines_at, text_of
+from xdscale.shards.sources.regions.tsv import LinePlace, each_line, existing, lines_at, text_of
 
 GEOMETRY = 6
 """Numbers after a region's features: its box, and its width and height, as shares of the image."""
@@ -34,12 +34,12 @@ class VinvlTsv:
             raise XdscaleError(f"{path}: is the index of a TSV file, which is not needed; name the .tsv file")
         return [existing(path)]
 
-    def places(self, path: Path) -> Iterator[tuple[str, Line]]:
+    def places(self, path: Path) -> Iterator[tuple[str, LinePlace]]:
         """Yields each line's key, and where it lies."""
         for values, line in each_line(path, 1):
             yield text_of(values[:1], f"{path.name}, line {line.number}"), line
 
-    def read(self, path: Path, places: Sequence[Line]) -> Iterator[RegionImage]:
+    def read(self, path: Path, places: Sequence[LinePlace]) -> Iterator[RegionImage]:
         """Yields the images of lines."""
         for values, where in lines_at(path, places):
             yield self._image(values, where)
