@@ -99,3 +99,19 @@ def test_the_default_for_a_gpu_without_bf16_is_fp16():
     values, fp16 = default_ds_config(gpu=True), default_ds_config(gpu=True, bf16=False)
     assert (values.pop("bf16"), fp16.pop("fp16")) == ({"enabled": True}, {"enabled": True})
     assert values == fp16
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch"),
+    [("vqa", 10, 64), ("nlvr2", 10, 64), ("vcr-answer", 8, 32), ("vcr-rationale", 12, 32), ("flickr30k", 5, 32)],
+)
+def test_visualberts_settings_are_those_of_its_release(name, epochs, batch):
+    """Spec VisualBERT §4: BertAdam at 2e-5 with the pooler left out, and the best of at most so many epochs."""
+    settings = load_settings(f"visualbert-{name}", [])
+    optim, training = settings.optim, settings.training
+    assert (training.epochs, training.global_batch, training.patience, training.best) == (
+        epochs, batch, 3, "accuracy/task",
+    )  # fmt: skip
+    assert (optim.learning_rate, optim.bias_correction, optim.eps, optim.betas) == (2e-5, False, 1e-6, (0.9, 0.999))
+    assert (optim.weight_decay, optim.decayed, optim.warmup_ratio) == (0.01, "weights", 0.1)
+    assert not settings.model.train_pooler

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from xdscale.errors import XdscaleError
-from xdscale.finetune.run import FinetuneSystem
+from xdscale.finetune.run import FinetuneSystem, freeze_pooler
 from xdscale.models.operations import ActivatedLinear
 from xdscale.models.xdbert import XDBERT
 from xdscale.pretrained.clip import build_clip_text_tower
@@ -231,3 +231,15 @@ def test_an_export_of_another_system_is_no_cross_modal_model(tmp_path):
     (tmp_path / "cross_modal" / "config.json").write_text(json.dumps(config))
     with pytest.raises(XdscaleError, match="was trained as 'mlm': there is no cross-modal model in it"):
         build_cross_modal_classifier(tmp_path, find_task("rte"), dropout=0.1)
+
+
+def test_a_pooler_that_is_not_trained_stays_as_it_was(cassette_model):
+    module = Finetuning(
+        build_language_classifier(Language(name=str(cassette_model)), find_task("rte"), dropout=0.1), find_task("rte")
+    )
+    freeze_pooler(module)
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"subject.model.bert.pooler.dense.{kind}" for kind in ("weight", "bias")}
+    clip = build_clip_classifier(Clip(name="clip-tiny.json", weights="random"), find_task("rte"), dropout=0.1)
+    with pytest.raises(XdscaleError, match="this model has no pooler"):
+        freeze_pooler(Finetuning(clip, find_task("rte")))

@@ -12,7 +12,7 @@ from torch import nn
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_batches import CLIP_BLOCKS
 from xdscale.ds_config import precision
-from xdscale.errors import EXIT_STOPPED
+from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
@@ -67,6 +67,8 @@ class FinetuneSystem(System):
         """Builds the subject with the task's loss."""
         material, sha256 = self._material, self.recipe.model.weights_sha256
         module = Finetuning(material.subject.build(material.data.task, sha256=sha256), material.data.task)
+        if not self.recipe.model.train_pooler:
+            freeze_pooler(module)
         return use_definitions(module) if self.recipe.run.kernels == "plain" else module
 
     def parts(self, module: Finetuning) -> dict[str, nn.Module]:
@@ -98,6 +100,19 @@ class FinetuneSystem(System):
         result = _result(setup, material, predicted) | {"seconds": time.monotonic() - self._began}
         write_atomically(folder / RESULT, json.dumps(result, indent=2) + "\n")
         shutil.rmtree(setup.run.checkpoints, ignore_errors=True)  # the result says it all, and a sweep has many
+
+
+def freeze_pooler(module: Finetuning) -> None:
+    """Leaves what is called "pooler" in a model as it is.
+
+    Raises:
+        XdscaleError: it has none.
+    """
+    poolers = [parameter for name, parameter in module.named_parameters() if "pooler" in name]
+    if not poolers:
+        raise XdscaleError("model.train_pooler = false: this model has no pooler; leave it out")
+    for parameter in poolers:
+        parameter.requires_grad_(False)
 
 
 @lru_cache(maxsize=1)
@@ -157,6 +172,7 @@ def _settings(recipe: FinetuneRecipe, ds_config: dict[str, Any]) -> dict[str, An
         "max_length": recipe.model.max_length,
         "clip_blocks_per_sentence": CLIP_BLOCKS,
         "dropout": recipe.model.dropout,
+        **({} if recipe.model.train_pooler else {"train_pooler": False}),
         "precision": precision(ds_config),
         **recipe.training.model_dump(include={"best", "patience"}, exclude_none=True),
         **({} if recipe.task.own is None else recipe.task.own.columns()),
