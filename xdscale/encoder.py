@@ -18,8 +18,8 @@ from xdscale.pretrained.language import load_language_encoder, own_tokenizer
 from xdscale.recipes.mlm.schema import Language
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
-from xdscale.systems.stored import LANGUAGE_PREFIX, language_folder, load_part, stored_recipe, stored_state
 from xdscale.systems.xdbert import build_adapted
+from xdscale.training.stored import LANGUAGE_PREFIX, language_folder, load_part, stored_recipe, stored_state
 
 
 class Encoded(NamedTuple):

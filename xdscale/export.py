@@ -32,11 +32,11 @@ def export_run(run: str | Path, out: str | Path, *, step: int | None = None) -> 
             be written; nothing is left in it then.
     """
     from xdscale.systems.contract import open_system
-    from xdscale.systems.stored import run_recipe
     from xdscale.training.best import final_step
     from xdscale.training.checkpoint import choose_checkpoint
     from xdscale.training.consolidate import final_state
     from xdscale.training.distributed import Ranks
+    from xdscale.training.stored import run_recipe
 
     run, out = Path(run), Path(out)
     recipe = run_recipe(run)

@@ -73,8 +73,8 @@ def full_model(cassette_model, tmp_path_factory):
     import torch
 
     from xdscale.recipes.xdbert.schema import XDBERTRecipe
-    from xdscale.systems.stored import save_full_model
     from xdscale.systems.xdbert import build_adaptation
+    from xdscale.training.stored import save_full_model
 
     folder = tmp_path_factory.mktemp("full")
     spec = XDBERTRecipe(

@@ -13,10 +13,10 @@ from xdscale.plan.profile import build_on_meta, modules, parameter_table
 from xdscale.plan.states import count
 from xdscale.pretrained.clip import load_clip_text_tower
 from xdscale.pretrained.language import language_config, language_weights, load_language_encoder, own_tokenizer
-from xdscale.pretrained.weights import weights_sha256
 from xdscale.recipes.mlm.schema import Language, MaskedLMRecipe
 from xdscale.recipes.xdbert.schema import Clip
 from xdscale.systems.mlm import build_masked_lm
+from xdscale.weights import weights_sha256
 
 
 def language(name, weights="pretrained", sha256=None):

@@ -112,10 +112,10 @@ import torch
 from xdscale.models.operations import PLAIN_ATTENTION
 from xdscale.recipe import load_recipe
 from xdscale.systems.contract import open_system
-from xdscale.systems.stored import stored_state
+from xdscale.training.stored import build_module, stored_state
 
 recipe = load_recipe("halves-small", sys.argv[1:])
-module, stored = open_system(recipe).build(continued=False), stored_state(Path(recipe.model.start))
+module, stored = build_module(open_system(recipe), continued=False), stored_state(Path(recipe.model.start))
 assert all(torch.equal(value, stored[name]) for name, value in module.state_dict().items())
 assert module.model["language"].config._attn_implementation == PLAIN_ATTENTION
 """

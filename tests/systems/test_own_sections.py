@@ -11,7 +11,7 @@ from xdscale.launch.facts import HostFacts
 from xdscale.launch.job import path_warnings, shipped_ds_config
 from xdscale.plan import profile
 from xdscale.plan.configs import model_name
-from xdscale.recipe import Recipe, Section, load_recipe
+from xdscale.recipe import Recipe, Section
 from xdscale.systems.contract import recompute_activations
 
 
@@ -66,14 +66,9 @@ def test_the_doctor_looks_for_no_shards_where_there_are_none():
     assert facts.shards_fingerprint is None
 
 
-def test_the_doctor_looks_for_no_folder_of_a_url():
-    recipe = load_recipe("bert-base-mlm-wikitext103", ["data.shards=s3://bucket/here", "run.cache=/tmp"])
-    assert HostFacts.of_this_machine(0, 1, recipe).shards_problem == ""
-
-
 def test_nothing_is_loaded_to_be_counted(monkeypatch):
     asked = []
-    system = SimpleNamespace(build=lambda continued: nn.Identity())
+    system = SimpleNamespace(build=lambda: nn.Identity())
     monkeypatch.setattr(profile, "open_system", lambda recipe: asked.append(recipe) or system)
     profile.build_on_meta(recipe_of("/data"))
     assert asked[0].model.detector.weights == "random"

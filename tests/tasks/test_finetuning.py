@@ -23,7 +23,6 @@ from xdscale.pretrained.language import load_language_encoder
 from xdscale.recipe import Optim
 from xdscale.recipes.mlm.schema import Language, MaskedLMRecipe
 from xdscale.recipes.xdbert.schema import Clip
-from xdscale.systems.stored import save_full_model
 from xdscale.systems.xdbert import build_adaptation, build_model, join_encoders
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import (
@@ -35,6 +34,7 @@ from xdscale.tasks.finetuning import (
 from xdscale.tasks.subjects import CrossModalClassifier
 from xdscale.training.engine import to_device
 from xdscale.training.optimizer import build_optimizer
+from xdscale.training.stored import save_full_model
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from xdscale.systems.xdbert import build_adaptation
+from xdscale.systems.contract import open_system
+from xdscale.training.stored import build_module
 
 
 def losses_and_gradients(module, batch, seed):
@@ -23,7 +24,9 @@ def pair(request, adaptation_spec):
     modules = []
     for kernels in ("fused", "plain"):
         torch.manual_seed(0)
-        modules.append(build_adaptation(adaptation_spec(dropout=request.param, kernels=kernels)).train())
+        modules.append(
+            build_module(open_system(adaptation_spec(dropout=request.param, kernels=kernels)), continued=True).train()
+        )
     return request.param, *modules
 
 

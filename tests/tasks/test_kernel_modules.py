@@ -11,7 +11,7 @@ from xdscale.kernels import DEFINITIONS, packed_attention
 from xdscale.models.operations import use_definitions
 from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import Clip
-from xdscale.systems.stored import save_full_model
+from xdscale.systems.contract import open_system
 from xdscale.systems.xdbert import build_adaptation
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import (
@@ -19,6 +19,7 @@ from xdscale.tasks.finetuning import (
     build_cross_modal_classifier,
     build_language_classifier,
 )
+from xdscale.training.stored import build_module, save_full_model
 
 # A language layer has two sublayers, a cross-modal layer two attentions and a feed-forward for each encoder.
 LANGUAGE_LAYER = {"residual_norm": 2, "activated_linear": 1}
@@ -51,7 +52,8 @@ def small_clip_layers(clip_tiny):
 @pytest.mark.parametrize("cross_layers", [1, 2])
 def test_adaptation(adaptation_spec, small_clip_layers, kernels, cross_layers):
     torch.manual_seed(0)
-    module, plain = build_adaptation(adaptation_spec(kernels=kernels, layers=cross_layers)), kernels == "plain"
+    system, plain = open_system(adaptation_spec(kernels=kernels, layers=cross_layers)), kernels == "plain"
+    module = build_module(system, continued=True)
     assert counted(module) == (
         times(2, LANGUAGE_LAYER, plain)
         + times(cross_layers, CROSS_LAYER, plain)

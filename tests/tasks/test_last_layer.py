@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from xdscale.systems.contract import open_system
 from xdscale.systems.xdbert import build_adaptation
+from xdscale.training.stored import build_module
 
 TASKS = ("mlm", "match", "clip_tokens")
 
@@ -94,7 +96,7 @@ def test_checkpointing_with_dropout_changes_no_gradient(adaptation_spec, batch, 
     results = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        module = build_adaptation(adaptation_spec(dropout=0.1, kernels=kernels)).train()
+        module = build_module(open_system(adaptation_spec(dropout=0.1, kernels=kernels)), continued=True).train()
         if checkpointing:
             module.enable_activation_checkpointing()
         torch.manual_seed(7)

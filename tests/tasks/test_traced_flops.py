@@ -17,7 +17,7 @@ from xdscale.padding import clip_layout
 from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import Clip, XDBERTObjectives
 from xdscale.shards.table import Table
-from xdscale.systems.stored import save_full_model
+from xdscale.systems.contract import open_system
 from xdscale.systems.xdbert import build_adaptation
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import (
@@ -28,6 +28,7 @@ from xdscale.tasks.finetuning import (
 )
 from xdscale.training import tracing
 from xdscale.training.engine import to_device
+from xdscale.training.stored import build_module, save_full_model
 from xdscale.training.tracing import TracedFlops, on_meta, trace
 
 OBJECTIVES = ("mlm", "match", "clip_tokens")
@@ -70,7 +71,9 @@ def test_real_texts_of_different_lengths(adaptation_spec, arrays, off, layers):
     assert len(set(arrays["clip_lengths"].sum(1).tolist())) > 1
     objectives = [name for name in OBJECTIVES if name not in off]
     plain, fused = (
-        build_adaptation(adaptation_spec(objectives=dict.fromkeys(off), kernels=kernels, layers=layers))
+        build_module(
+            open_system(adaptation_spec(objectives=dict.fromkeys(off), kernels=kernels, layers=layers)), continued=True
+        )
         for kernels in ("plain", "fused")
     )
     found = trace(on_meta(fused), arrays, objectives)
@@ -96,7 +99,9 @@ def test_texts_of_equal_length_are_counted_exactly(adaptation_spec, arrays):
     equal["clip_positions"] = np.concatenate([targets + sample * step for sample in range(4)])
     equal["masked_lm_labels"], equal["clip_labels"] = np.full(12, 7), np.full(8, 7)
     equal["match_labels"] = np.ones(4, np.int64)
-    plain, fused = (build_adaptation(adaptation_spec(kernels=kernels)) for kernels in ("plain", "fused"))
+    plain, fused = (
+        build_module(open_system(adaptation_spec(kernels=kernels)), continued=True) for kernels in ("plain", "fused")
+    )
     assert trace(on_meta(fused), equal, OBJECTIVES).flops == counted_step(plain, equal, OBJECTIVES)
 
 
@@ -208,7 +213,9 @@ def test_published_sizes(adaptation_spec, name):
     }
     with torch.device("meta"):
         plain, fused = (
-            build_adaptation(adaptation_spec(name, "ViT-B-32", weights="random", kernels=kernels))
+            build_module(
+                open_system(adaptation_spec(name, "ViT-B-32", weights="random", kernels=kernels)), continued=True
+            )
             for kernels in ("plain", "fused")
         )
     with torch.no_grad():

@@ -10,7 +10,7 @@ from xdscale.data.collate import CLIP_CONTENT, CLIP_LENGTH, pack_clip_blocks
 from xdscale.encoder import Encoder, load_cross_modal
 from xdscale.errors import XdscaleError
 from xdscale.shards.clip_bpe import END, START, WORD_END, ClipBPE, describe_clip_tokenizer
-from xdscale.systems.stored import stored_recipe
+from xdscale.training.stored import stored_recipe
 
 LANGUAGE_TOKENS = 128
 BLOCKS_PER_SENTENCE = 2

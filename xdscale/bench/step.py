@@ -30,9 +30,10 @@ from xdscale.errors import XdscaleError
 from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
-from xdscale.systems.contract import MicroBatch
-from xdscale.systems.xdbert import XDBERTAdaptation, build_adaptation
+from xdscale.systems.contract import MicroBatch, open_system
+from xdscale.systems.xdbert import XDBERTAdaptation
 from xdscale.training.engine import to_device
+from xdscale.training.stored import build_module
 from xdscale.training.throughput import matmul_flops_per_second
 from xdscale.training.tracing import on_meta, trace
 
@@ -137,7 +138,7 @@ def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) ->
     device = rank_device(0)
     rates = {dtype: _matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     torch.manual_seed(recipe.training.seed)
-    module = build_adaptation(_with_random_weights(recipe)).train().to(device)
+    module = build_module(open_system(_with_random_weights(recipe)), continued=True).train().to(device)
     bench = _Bench(module, recipe, bench_batch(recipe, module, sequences))
     names = [PLAIN, FAST] if against == "plain" else [FAST]
     ways = [MASTERS, AUTOCAST] if rates[torch.bfloat16] >= rates[torch.float32] else []

@@ -23,6 +23,7 @@ from xdscale.systems.contract import MicroBatch, Objective, Place, open_system, 
 from xdscale.training.consolidate import consolidated_state
 from xdscale.training.distributed import Ranks
 from xdscale.training.engine import to_device
+from xdscale.training.stored import build_module
 from xdscale.training.sums import means, term_sums, weighted_loss
 
 _ROWS = 20
@@ -73,7 +74,7 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
     data = system.open(Place(Ranks(0, 1, 0), micro_batch=1))
     torch.manual_seed(recipe.training.seed)
     checkpoint = _newest_before(run, step)
-    module = system.build(continued=checkpoint is not None)
+    module = build_module(system, continued=checkpoint is not None)
     source = _load_weights(module, checkpoint, step)
     config = read_json(run / "ds_config.json")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(config)]

@@ -253,7 +253,7 @@ def describe_subject(
     Raises:
         XdscaleError: as `Subject.describe`, or it cannot read the input of a task.
     """
-    from xdscale.pretrained.weights import weights_sha256
+    from xdscale.weights import weights_sha256
 
     kind = subject or _kind(model)
     found = find_subject(kind)(model, settings)

@@ -16,7 +16,6 @@ from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
-from xdscale.models.operations import use_definitions
 from xdscale.systems.contract import Data, ExampleCollator, Objective, Place, System
 from xdscale.tasks.contract import Subject, TaskData, find_subject, open_regions, read_task
 from xdscale.tasks.finetuning import Finetuning
@@ -63,13 +62,13 @@ class FinetuneSystem(System):
         notes = tuple(_notes_on_length(material, self.recipe.model.max_length))
         return Data(order, material.train, list(map(dev, slots)), material.data.fingerprint(), notes=notes)
 
-    def build(self, *, continued: bool) -> Finetuning:
+    def build(self) -> Finetuning:
         """Builds the subject with the task's loss."""
         material, sha256 = self._material, self.recipe.model.weights_sha256
         module = Finetuning(material.subject.build(material.data.task, sha256=sha256), material.data.task)
         if not self.recipe.model.train_pooler:
             freeze_pooler(module)
-        return use_definitions(module) if self.recipe.run.kernels == "plain" else module
+        return module
 
     def parts(self, module: Finetuning) -> dict[str, nn.Module]:
         """Returns encoder and head; the head is what the subject has besides its encoder."""

@@ -97,12 +97,9 @@ def build_on_meta(spec: Recipe) -> nn.Module:
     encoders = {
         name: part.model_copy(update={"weights": "random"}) for name, part in spec.model if hasattr(part, "weights")
     }
-    bare = {
-        "model": spec.model.model_copy(update=encoders),
-        "run": spec.run.model_copy(update={"kernels": "fused"}),
-    }
+    bare = spec.model_copy(update={"model": spec.model.model_copy(update=encoders)})
     with torch.device("meta"):
-        return open_system(spec.model_copy(update=bare)).build(continued=True)
+        return open_system(bare).build()
 
 
 def parameter_table(recipe: Recipe) -> list[PartCount]:

@@ -14,8 +14,8 @@ from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.names import PACKAGE_PREFIX, resolve_path
-from xdscale.pretrained.weights import read_state_dict, some
 from xdscale.recipes.xdbert.schema import Clip
+from xdscale.weights import read_state_dict, some
 
 CLIP_CONTEXT = 77
 """Positions of one CLIP block; shards are cut for it."""

@@ -15,10 +15,10 @@ from xdscale.errors import XdscaleError
 from xdscale.files import one_line
 from xdscale.names import PACKAGE_PREFIX, resolve_path
 from xdscale.pretrained.architectures import KNOWN, read_encoder_config
-from xdscale.pretrained.weights import WEIGHT_FILES, check_sha256, read_state_dict, reason, some, weight_files
 from xdscale.recipes.mlm.schema import Language
 from xdscale.shards.language import TOKENIZER_FILES, has_tokenizer, load_language_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
+from xdscale.weights import WEIGHT_FILES, check_sha256, read_state_dict, reason, some, weight_files
 
 _CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "bert": (BertConfig, BertModel),

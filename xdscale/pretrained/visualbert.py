@@ -12,7 +12,7 @@ from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json
 from xdscale.models.visualbert import VisualBERT
 from xdscale.pretrained.language import MASKED_LM_HEAD, MASKED_LM_KEYS, SENTENCE_HEAD
-from xdscale.pretrained.weights import read_state_dict, some, weight_files
+from xdscale.weights import read_state_dict, some, weight_files
 
 MODEL_TYPE = "visual_bert"
 ENCODER = "visual_bert."

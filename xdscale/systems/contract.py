@@ -187,17 +187,15 @@ class System(ABC):
         """
 
     @abstractmethod
-    def build(self, *, continued: bool) -> "nn.Module":
+    def build(self) -> "nn.Module":
         """Builds the module: `forward(arrays as tensors) -> {objective: Term}`, a term for each that the arrays carry.
 
         Its `enable_activation_checkpointing()`, if it has one, is called where a DeepSpeed config asks for that.
         With `passes`, a number above 1, training runs forward and backward so often for a micro-batch, as
         `forward(arrays, number)` from 0 on, and averages gradients and sums. What one pass leaves for the next, such
         as the gradient of a perturbation, the module keeps itself. Validation calls `forward(arrays)`.
-        New parts take their values from torch's global generator, which is seeded before, alike on all ranks.
-
-        Args:
-            continued: whether a checkpoint of the run gives the weights.
+        New parts take their values from torch's global generator, which is seeded before, alike on all ranks. What
+        `model.start` and `run.kernels` say is done to the module afterwards.
 
         Raises:
             XdscaleError: weights are missing, damaged or do not fit.

@@ -13,8 +13,6 @@ from xdscale.data.opening import open_data
 from xdscale.errors import XdscaleError
 from xdscale.models.encoders import recompute_layers, use_kernels
 from xdscale.models.heads import MaskedTokenHead, masked_lm_head
-from xdscale.models.operations import use_definitions
-from xdscale.names import resolve_path
 from xdscale.pretrained.language import (
     language_config,
     load_language_encoder,
@@ -28,7 +26,7 @@ from xdscale.shards.manifest import Manifest
 from xdscale.shards.sources.text_build import TEXT, TextBuild
 from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, System, Term, parameter_count
 from xdscale.systems.invented import InventedText
-from xdscale.systems.stored import LANGUAGE_PREFIX, begin_with, language_folder, part_of
+from xdscale.training.stored import LANGUAGE_PREFIX, language_folder, part_of
 
 
 class MaskedLMAdaptation(nn.Module):
@@ -81,12 +79,9 @@ class MaskedLMSystem(System):
             lambda table: MaskedLMCollator(table, seed=recipe.training.seed, objectives=recipe.objectives),
         )
 
-    def build(self, *, continued: bool) -> MaskedLMAdaptation:
+    def build(self) -> MaskedLMAdaptation:
         """Builds encoder and head."""
-        module = build_masked_lm(self.recipe)
-        if self.recipe.model.start is not None and not continued:
-            begin_with(module, resolve_path(self.recipe.model.start))
-        return module
+        return build_masked_lm(self.recipe)
 
     def example(
         self, module: MaskedLMAdaptation, samples: int, length: int | None = None, *, longest: bool = False
@@ -129,7 +124,7 @@ def build_masked_lm(recipe: MaskedLMRecipe) -> MaskedLMAdaptation:
     use_kernels(language)
     module = MaskedLMAdaptation(language)
     load_published_head(module.mlm, model.language)
-    return use_definitions(module) if recipe.run.kernels == "plain" else module
+    return module
 
 
 def load_published_head(head: MaskedTokenHead, spec: Language) -> None:

@@ -15,9 +15,7 @@ from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer
 from xdscale.models.encoders import use_kernels
 from xdscale.models.heads import MaskedTokenHead, MatchHead, masked_lm_head
-from xdscale.models.operations import use_definitions
 from xdscale.models.xdbert import XDBERT
-from xdscale.names import resolve_path
 from xdscale.pretrained.clip import build_clip_text_tower, clip_config, load_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.pretrained.language_files import export_language, save_language_files
@@ -28,11 +26,10 @@ from xdscale.shards.sources.text_build import TEXT, TextBuild
 from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, System, Term, parameter_count
 from xdscale.systems.invented import InventedText, TextLengths, average_texts, longest_texts
 from xdscale.systems.mlm import check_language, load_published_head
-from xdscale.systems.stored import (
+from xdscale.training.stored import (
     FULL_MODEL,
     LANGUAGE_PREFIX,
     MODEL_PREFIX,
-    begin_with,
     language_folder,
     load_part,
     part_of,
@@ -122,12 +119,9 @@ class XDBERTSystem(System):
             lambda table: XDBERTCollator(table, seed=recipe.training.seed, objectives=recipe.objectives),
         )
 
-    def build(self, *, continued: bool) -> XDBERTAdaptation:
+    def build(self) -> XDBERTAdaptation:
         """Builds the cross-modal encoder and the heads."""
-        module = build_adaptation(self.recipe)
-        if self.recipe.model.start is not None and not continued:
-            begin_with(module, resolve_path(self.recipe.model.start))
-        return module
+        return build_adaptation(self.recipe)
 
     def example(
         self, module: XDBERTAdaptation, samples: int, length: int | None = None, *, longest: bool = False
@@ -259,7 +253,7 @@ def build_adaptation(recipe: XDBERTRecipe) -> XDBERTAdaptation:
     module = XDBERTAdaptation(build_model(model), recipe.objectives)
     if module.mlm is not None:
         load_published_head(module.mlm, model.language)
-    return use_definitions(module) if recipe.run.kernels == "plain" else module
+    return module
 
 
 def check_shards(spec: Model, manifest: Manifest) -> None:

@@ -21,10 +21,10 @@ from xdscale.pretrained.language import load_language_encoder
 from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import Clip, XDBERTRecipe
 from xdscale.systems.contract import Term
-from xdscale.systems.stored import FULL_MODEL, part_of, stored_recipe, stored_state
 from xdscale.systems.xdbert import build_adapted
 from xdscale.tasks.contract import Task
 from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
+from xdscale.training.stored import FULL_MODEL, part_of, stored_recipe, stored_state
 
 _CLASSES: dict[tuple[str, bool], type[PreTrainedModel]] = {
     ("bert", False): BertForSequenceClassification,

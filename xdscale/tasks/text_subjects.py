@@ -14,7 +14,6 @@ from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import Clip
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.sources.text_build import ClipTokenizer, LanguageTokenizer
-from xdscale.systems.stored import FULL_MODEL
 from xdscale.tasks.contract import ModelSettings, Subject, SubjectFacts, Task
 from xdscale.tasks.finetuning import (
     build_clip_classifier,
@@ -23,6 +22,7 @@ from xdscale.tasks.finetuning import (
     read_full_model,
 )
 from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
+from xdscale.training.stored import FULL_MODEL
 
 
 class LanguageSubject(Subject):

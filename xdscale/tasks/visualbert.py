@@ -13,11 +13,11 @@ from xdscale.errors import XdscaleError
 from xdscale.models.visualbert import VisualBERT
 from xdscale.names import resolve_path
 from xdscale.pretrained.visualbert import load_visualbert, visualbert_config
-from xdscale.pretrained.weights import check_sha256, weight_files
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.tasks.contract import Subject, SubjectFacts, Task
 from xdscale.tasks.subjects import new_linear
+from xdscale.weights import check_sha256, weight_files
 
 POINTING_SIZE = 64
 """Width of query and keys with which a word asks for a region."""

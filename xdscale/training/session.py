@@ -24,6 +24,7 @@ from xdscale.training.resharding import needs_resharding, reshard
 from xdscale.training.run_folder import RunFolder, read_log
 from xdscale.training.signals import StopRequest
 from xdscale.training.skipping import skipped_so_far
+from xdscale.training.stored import build_module
 from xdscale.training.throughput import matmul_flops_per_second, peak_memory_gib
 from xdscale.training.tracing import TracedFlops, on_meta
 from xdscale.training.watchdog import Watchdog
@@ -145,7 +146,7 @@ def open_session(setup: Setup, data: Data, system: System) -> Session:
     convert = position is not None and needs_resharding(position, ranks.world_size)
     source = reshard(found, ranks) if convert else found
     torch.manual_seed(recipe.training.seed)
-    module = system.build(continued=position is not None)
+    module = build_module(system, continued=position is not None)
     try:
         shapes = on_meta(module)
     except Exception as error:  # such as one that holds a lock: only a figure needs the copy

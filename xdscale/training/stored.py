@@ -8,13 +8,16 @@ import torch
 
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json
-from xdscale.pretrained.weights import read_state_dict, some
+from xdscale.models.operations import use_definitions
+from xdscale.names import resolve_path
 from xdscale.recipe import NOT_YAML, Recipe, recipe_file, schema_of, validated
 from xdscale.recipe_yaml import read_yaml
+from xdscale.systems.contract import System
 from xdscale.training.best import final_step
 from xdscale.training.checkpoint import choose_checkpoint
 from xdscale.training.consolidate import final_state
 from xdscale.training.distributed import Ranks
+from xdscale.weights import read_state_dict, some
 
 MODEL_PREFIX = "model."
 LANGUAGE_PREFIX = MODEL_PREFIX + "language."
@@ -114,6 +117,22 @@ def save_full_model(recipe: Recipe, state: dict[str, torch.Tensor], out: Path) -
     save_file(unique, out / "model.safetensors", metadata={"format": "pt"})
     config = {"recipe": recipe.model_dump(mode="json"), "tied_weights": tied}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def build_module(system: System, *, continued: bool) -> torch.nn.Module:
+    """Builds what a recipe trains, with the weights of `model.start` and by the definitions, where it says so.
+
+    Args:
+        system: of the recipe.
+        continued: whether a checkpoint of the run gives the weights.
+
+    Raises:
+        XdscaleError: weights are missing, damaged or do not fit.
+    """
+    module, start = system.build(), getattr(system.recipe.model, "start", None)
+    if start is not None and not continued:
+        begin_with(module, resolve_path(start))
+    return use_definitions(module) if system.recipe.run.kernels == "plain" else module
 
 
 def begin_with(module: torch.nn.Module, folder: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from xdscale.errors import XdscaleError
-from xdscale.systems.stored import FULL_MODEL, run_recipe, stored_recipe, stored_state
+from xdscale.training.stored import FULL_MODEL, run_recipe, stored_recipe, stored_state
 
 
 @pytest.fixture
