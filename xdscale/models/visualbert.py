@@ -1,63 +1,11 @@
 """VisualBERT: one BERT that reads a text and the regions of its image together (spec VisualBERT §1)."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
-
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import VisualBertConfig
-from transformers.activations import ACT2FN
 
-from xdscale.models.cross_modal import AttentionSublayer, FeedForward
-from xdscale.models.packed_tokens import PackedTokens, chosen_tokens, packed_by_lengths
-
-Batch = Mapping[str, torch.Tensor | int]
-
-
-class PackedStates(NamedTuple):
-    """What tasks and objectives read.
-
-    Attributes:
-        states: [tokens, H], packed: each sample's text, then its regions; or those that were selected.
-        pooled: [b, H], of the first token of each sample.
-        cu_seqlens: int32 [b + 1]; sample i owns the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1` of the row.
-    """
-
-    states: torch.Tensor
-    pooled: torch.Tensor
-    cu_seqlens: torch.Tensor
-
-
-class SelfAttentionLayer(nn.Module):
-    """A layer of BERT on packed tokens: self-attention and feed-forward."""
-
-    def __init__(self, config: VisualBertConfig) -> None:
-        """Builds it with the sizes, the activation and the dropout of a configuration."""
-        super().__init__()
-        size, dropout, eps = config.hidden_size, config.hidden_dropout_prob, config.layer_norm_eps
-        self.attention = AttentionSublayer(size, size, config.num_attention_heads, dropout, eps=eps)
-        activation = ACT2FN[config.hidden_act].forward
-        self.feed_forward = FeedForward(size, config.intermediate_size, dropout, activation=activation, eps=eps)
-
-    def forward(
-        self, states: torch.Tensor, packed: PackedTokens, selected: tuple[torch.Tensor, PackedTokens] | None = None
-    ) -> torch.Tensor:
-        """Lets the tokens of each sample read each other.
-
-        Args:
-            states: [tokens, H].
-            packed: which of them belong to which sample.
-            selected: the only tokens whose new states are needed: int64 [n], ascending, and how they are packed.
-
-        Returns:
-            The new states, of all tokens or of the selected ones.
-        """
-        queries, queries_packed = states, packed
-        if selected is not None:
-            rows, queries_packed = selected
-            queries = states.index_select(0, rows)
-        return self.feed_forward(self.attention(queries, states, queries_packed, packed))
+from xdscale.models.packed_tokens import PackedTokens, packed_by_lengths
+from xdscale.models.single_stream import Batch, PackedStates, SelfAttentionLayer, encode_packed, initialise
 
 
 class VisualTextEmbeddings(nn.Module):
@@ -133,7 +81,7 @@ class VisualBERT(nn.Module):
         self.fusion = SelfAttentionLayer(config) if config.bypass_transformer else None
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self._checkpoint_layers = False
-        self.apply(self._initialise)
+        initialise(self.modules(), config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Returns the table of words, to which a head's decoder is tied."""
@@ -156,47 +104,20 @@ class VisualBERT(nn.Module):
         """
         packed = PackedTokens(batch["cu_seqlens"], batch["longest"])
         first = batch["cu_seqlens"][:-1].to(torch.int64)
-        states = self.embeddings(batch)
+        states, recompute = self.embeddings(batch), self._checkpoint_layers
         if self.fusion is not None:
             texts = len(batch["text_ids"])
-            words = self._run(self.layers, states[:texts], packed_by_lengths(batch["text_lengths"], batch["longest"]))
+            packed_texts = packed_by_lengths(batch["text_lengths"], batch["longest"])
+            words = encode_packed(self.layers, states[:texts], packed_texts, recompute=recompute)
             states = torch.cat([words, states[texts:]])
         states = states.index_select(0, batch["rows"])
         joint = self.layers if self.fusion is None else [self.fusion]
+        wanted = None if selected is None else torch.cat([selected, first])
+        states = encode_packed(joint, states, packed, wanted, recompute=recompute)
         if selected is None:
-            states = self._run(joint, states, packed)
             return PackedStates(states, self._pooled(states.index_select(0, first)), batch["cu_seqlens"])
-        rows, order = torch.cat([selected, first]).sort()
-        chosen = chosen_tokens(rows, packed)
-        chosen = PackedTokens(chosen.cu_seqlens, chosen.max_seqlen + 1)  # a first token may be among the selected too
-        states = self._run(joint, states, packed, (rows, chosen))
-        # sorted[k] = wanted[order[k]]: back into the order that was asked for
-        place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-        wanted, firsts = place.split([len(selected), len(first)])
-        return PackedStates(
-            states.index_select(0, wanted), self._pooled(states.index_select(0, firsts)), batch["cu_seqlens"]
-        )
-
-    def _run(
-        self,
-        layers: nn.ModuleList | list[SelfAttentionLayer],
-        states: torch.Tensor,
-        packed: PackedTokens,
-        selected: tuple[torch.Tensor, PackedTokens] | None = None,
-    ) -> torch.Tensor:
-        for number, layer in enumerate(layers, 1):
-            rows = selected if number == len(layers) else None
-            if self._checkpoint_layers and torch.is_grad_enabled():
-                states = checkpoint(layer, states, packed, rows, use_reentrant=False)
-            else:
-                states = layer(states, packed, rows)
-        return states
+        states, firsts = states.split([len(selected), len(first)])
+        return PackedStates(states, self._pooled(firsts), batch["cu_seqlens"])
 
     def _pooled(self, states: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.pooler(states))
-
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, VisualBertConfig
 
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json
+from xdscale.models.single_stream import BERT_NAMES
 from xdscale.models.visualbert import VisualBERT
 from xdscale.pretrained.language import MASKED_LM_HEAD, MASKED_LM_KEYS, SENTENCE_HEAD
 from xdscale.weights import read_state_dict, some, weight_files
@@ -24,18 +25,6 @@ _SHARED = (
     *("initializer_range", "layer_norm_eps", "pad_token_id", "tie_word_embeddings"),
 )
 """What a configuration has from that of its BERT."""
-
-_LAYER = {
-    "attention.query": "attention.self.query",
-    "attention.key": "attention.self.key",
-    "attention.value": "attention.self.value",
-    "attention.output": "attention.output.dense",
-    "attention.norm": "attention.output.LayerNorm",
-    "feed_forward.intermediate": "intermediate.dense",
-    "feed_forward.output": "output.dense",
-    "feed_forward.norm": "output.LayerNorm",
-}
-"""Names in a layer, and those that BERT and transformers' VisualBERT have."""
 
 _RELEASE = (
     ("bert.bert.", ENCODER),
@@ -62,9 +51,9 @@ def published_name(name: str) -> str:
     stem, _, kind = name.rpartition(".")
     layer, _, inner = stem.removeprefix("layers.").partition(".")
     if stem.startswith("layers."):
-        return f"encoder.layer.{layer}.{_LAYER[inner]}.{kind}"
+        return f"encoder.layer.{layer}.{BERT_NAMES[inner]}.{kind}"
     if stem.startswith("fusion."):
-        return f"additional_layer.{_LAYER[stem.removeprefix('fusion.')]}.{kind}"
+        return f"additional_layer.{BERT_NAMES[stem.removeprefix('fusion.')]}.{kind}"
     return f"pooler.dense.{kind}" if stem == "pooler" else name
 
 

@@ -1,0 +1,130 @@
+"""What encoders of text and image regions in one stream share: BERT's layers on packed tokens of both."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from xdscale.models.cross_modal import AttentionSublayer, FeedForward
+from xdscale.models.packed_tokens import PackedTokens, chosen_tokens
+
+Batch = Mapping[str, torch.Tensor | int]
+
+
+class PackedStates(NamedTuple):
+    """What tasks and objectives read.
+
+    Attributes:
+        states: [tokens, H], packed, sample by sample; or those that were selected.
+        pooled: [b, H], of the first token of each sample; None of a model without a pooler.
+        cu_seqlens: int32 [b + 1]; sample i owns the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1` of the row.
+    """
+
+    states: torch.Tensor
+    pooled: torch.Tensor | None
+    cu_seqlens: torch.Tensor
+
+
+class SelfAttentionLayer(nn.Module):
+    """A layer of BERT on packed tokens: self-attention and feed-forward."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        """Builds it with the sizes, the activation and the dropout of a configuration."""
+        super().__init__()
+        size, dropout, eps = config.hidden_size, config.hidden_dropout_prob, config.layer_norm_eps
+        self.attention = AttentionSublayer(size, size, config.num_attention_heads, dropout, eps=eps)
+        activation = ACT2FN[config.hidden_act].forward
+        self.feed_forward = FeedForward(size, config.intermediate_size, dropout, activation=activation, eps=eps)
+
+    def forward(
+        self, states: torch.Tensor, packed: PackedTokens, selected: tuple[torch.Tensor, PackedTokens] | None = None
+    ) -> torch.Tensor:
+        """Lets the tokens of each sample read each other.
+
+        Args:
+            states: [tokens, H].
+            packed: which of them belong to which sample.
+            selected: the only tokens whose new states are needed: int64 [n], ascending, and how they are packed.
+
+        Returns:
+            The new states, of all tokens or of the selected ones.
+        """
+        queries, queries_packed = states, packed
+        if selected is not None:
+            rows, queries_packed = selected
+            queries = states.index_select(0, rows)
+        return self.feed_forward(self.attention(queries, states, queries_packed, packed))
+
+
+BERT_NAMES = {
+    "attention.query": "attention.self.query",
+    "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value",
+    "attention.output": "attention.output.dense",
+    "attention.norm": "attention.output.LayerNorm",
+    "feed_forward.intermediate": "intermediate.dense",
+    "feed_forward.output": "output.dense",
+    "feed_forward.norm": "output.LayerNorm",
+}
+"""Names in a layer, and those that BERT has, as published and in transformers."""
+
+
+def encode_packed(
+    layers: Sequence[SelfAttentionLayer],
+    states: torch.Tensor,
+    packed: PackedTokens,
+    selected: torch.Tensor | None = None,
+    *,
+    recompute: bool = False,
+) -> torch.Tensor:
+    """Runs layers one after the other.
+
+    Args:
+        layers: one or more.
+        states: [tokens, H].
+        packed: which of them belong to which sample.
+        selected: int64 [n], places in the row, in any order: the only ones for which the last layer is computed. A
+            place may be asked for twice where it is the first token of its sample.
+        recompute: whether each layer is computed again in the backward pass.
+
+    Returns:
+        The new states, of all tokens, or of the selected ones in their order.
+    """
+    if selected is None:
+        return _run(layers, states, packed, None, recompute)
+    rows, order = selected.sort()
+    chosen = chosen_tokens(rows, packed)
+    chosen = PackedTokens(chosen.cu_seqlens, chosen.max_seqlen + 1)  # a first token may be among the others too
+    states = _run(layers, states, packed, (rows, chosen), recompute)
+    # sorted[k] = wanted[order[k]]: back into the order that was asked for
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    return states.index_select(0, place)
+
+
+def initialise(modules: Iterable[nn.Module], std: float) -> None:
+    """Gives new modules BERT's first values: weights from a normal distribution, biases 0."""
+    for module in modules:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+def _run(
+    layers: Sequence[SelfAttentionLayer],
+    states: torch.Tensor,
+    packed: PackedTokens,
+    selected: tuple[torch.Tensor, PackedTokens] | None,
+    recompute: bool,
+) -> torch.Tensor:
+    for number, layer in enumerate(layers, 1):
+        rows = selected if number == len(layers) else None
+        if recompute and torch.is_grad_enabled():
+            states = checkpoint(layer, states, packed, rows, use_reentrant=False)
+        else:
+            states = layer(states, packed, rows)
+    return states
