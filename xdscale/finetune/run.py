@@ -123,14 +123,13 @@ def prepare(section: TaskSection, files: TaskFiles, model: SubjectSection) -> Ma
     """
     regions = open_regions(files.regions)
     read = read_task(section.find(), Path(files.folder), regions)
-    task = read.task  # which knows what was found in the files
     subject = find_subject(model.subject)(model.name, model, regions)
     return Material(
         read,
         subject,
-        subject.collator(task, read.train),
-        {split: subject.collator(task, examples) for split, examples in read.dev.items()},
-        {split: subject.collator(task, examples) for split, examples in read.test.items()},
+        subject.collator(read.task, read.train),  # which knows what was found in the files
+        {split: subject.collator(read.task, examples) for split, examples in read.dev.items()},
+        {split: subject.collator(read.task, examples) for split, examples in read.test.items()},
     )
 
 
