@@ -31,6 +31,8 @@ METRICS = {
     "read": ["rmse"],
     "reviews": ["macro_f1", "accuracy"],
     "vqa": ["vqa_accuracy"],
+    "vcr_qa": ["accuracy"],
+    "vcr_qar": ["accuracy"],
 }
 EXAMPLES = {
     "rte": 277,
@@ -42,6 +44,8 @@ EXAMPLES = {
     "read": 120,
     "reviews": 90,
     "vqa": 80,
+    "vcr_qa": 70,
+    "vcr_qar": 70,
 }
 
 

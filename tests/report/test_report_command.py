@@ -309,6 +309,28 @@ def test_answers_that_earn_credits(write_sweep, tmp_path, capsys):
         report(runs, tmp_path / "other")
 
 
+def test_vcrs_q2ar_needs_both_right_on_the_seeds_that_both_have(write_sweep, tmp_path, capsys):
+    sweep = write_sweep("visualbert-base", {"vcr_qa": 0.7, "vcr_qar": 0.8}, seeds=3)
+    shutil.rmtree(sweep / "vcr_qar" / "seed-1")
+    line = report([sweep], tmp_path / "out", layout="visualbert")["visualbert-base", "vcr_q2ar"]
+    scores = []
+    for seed in (0, 2):
+        read = [
+            [json.loads(row) for row in (sweep / part / f"seed-{seed}" / "predictions-dev.jsonl").open()]
+            for part in ("vcr_qa", "vcr_qar")
+        ]
+        both = [all(row["label"] == row["prediction"] for row in rows) for rows in zip(*read, strict=True)]
+        scores.append(sum(both) / len(both))
+    assert float(line["median"]) == pytest.approx(median(scores))
+    assert line["published"] == "52.2"
+    assert "VCR Q→AR: 2 of 3 seeds are finished" in capsys.readouterr().err
+    for seed in (0, 2):
+        path = sweep / "vcr_qar" / f"seed-{seed}" / "predictions-dev.jsonl"
+        path.write_text(path.read_text().replace('"id": "1000"', '"id": "7"'))
+    with pytest.raises(XdscaleError, match=r"vcr_qar/seed-0: holds other examples than .*vcr_qa/seed-0"):
+        report([sweep], tmp_path / "out", layout="visualbert")
+
+
 def test_credits_that_are_missing_and_metrics_of_groups_are_named(write_sweep, tmp_path):
     sweep = write_sweep("visualbert", {"vqa": 0.9}, seeds=1)
     path = sweep / "vqa" / "seed-0" / "predictions-dev.jsonl"
@@ -391,7 +413,7 @@ def test_visualberts_published_values_say_what_its_text_says():
     """Each part that is taken away costs something on each task; only VL-BERT and LXMERT are better, on one each."""
     rows = {row.label: row.values for row in layouts()["visualbert"].rows}
     whole = rows.pop("VisualBERT")
-    assert len(whole) == 5
+    assert len(whole) == 6
     for label in ("VisualBERT w/o Early Fusion", "VisualBERT w/o COCO Pre-training"):
         assert all(rows[label][task] < value for task, value in whole.items())
     better = {label for label, values in rows.items() if any(values[task] > whole[task] for task in values)}

@@ -15,6 +15,10 @@ AGREEMENT = 1e-6
 """Largest difference between a stored score and the one of the stored predictions."""
 
 
+JOINT, PARTS = "vcr_q2ar", ("vcr_qa", "vcr_qar")
+"""VCR's Q→AR, which no model is finetuned on: right are the questions of which answer and reason are both right."""
+
+
 class _Stored(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -198,7 +202,7 @@ def read_sweep(folder: Path, metrics: dict[str, str]) -> Sweep:
         runs = _read_task(folder / task, task, planned.seeds, metrics.get(task))
         if runs is not None:
             tasks[task] = runs
-    return Sweep(folder, stored.model, tasks, tuple(task for task in stored.tasks if task not in tasks))
+    return Sweep(folder, stored.model, tasks | _joint(tasks), tuple(task for task in stored.tasks if task not in tasks))
 
 
 def read_sweep_file(path: Path) -> SweepFile:
@@ -239,6 +243,36 @@ def _read_task(folder: Path, task: str, planned: list[int], metric: str | None) 
         return None
     ids = tuple(str(line.id) for line in first)
     return TaskRuns(task, tuple(sorted(set(planned))), tuple(runs), ids, tuple(_texts(line) for line in first))
+
+
+def _joint(tasks: dict[str, TaskRuns]) -> dict[str, TaskRuns]:
+    """Returns VCR's Q→AR, for the seeds that are finished on both of its parts; nothing where there are none."""
+    answers, reasons = (tasks.get(part) for part in PARTS)
+    if answers is None or reasons is None:
+        return {}
+    if answers.ids != reasons.ids:
+        raise XdscaleError(
+            f"{reasons.runs[0].folder}: holds other examples than {answers.runs[0].folder}; finetune both anew"
+        )
+    others = {run.result.seed: run for run in reasons.runs}
+    runs = tuple(_joint_run(run, others[run.result.seed]) for run in answers.runs if run.result.seed in others)
+    planned = tuple(sorted(set(answers.planned) & set(reasons.planned)))
+    return {JOINT: TaskRuns(JOINT, planned, runs, answers.ids, answers.texts)} if runs else {}
+
+
+def _joint_run(answer: FinetunedRun, reason: FinetunedRun) -> FinetunedRun:
+    right = ((answer.predictions == answer.labels) & (reason.predictions == reason.labels)).astype(float)
+    score = Score(name="accuracy", value=float(right.mean()), higher_is_better=True)
+    settings = {
+        f"{part}: {key}": value
+        for part, run in zip(PARTS, (answer, reason))
+        for key, value in run.result.settings.items()
+    }
+    changed = {
+        "task": JOINT, "title": "VCR Q→AR", "score": score, "metrics": {"accuracy": score.value}, "curve": [],
+        "data": answer.result.data | reason.result.data, "settings": settings,
+    }  # fmt: skip
+    return FinetunedRun(answer.folder, answer.result.model_copy(update=changed), score, np.ones(len(right)), right)
 
 
 def _read_run(folder: Path, result: Result, metric: str | None) -> tuple[FinetunedRun, list[Prediction]]:

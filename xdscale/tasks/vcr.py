@@ -132,7 +132,7 @@ class CommonsenseReasoning(TextTask):
     def submission(self, name: str, examples: Sequence[Example], predictions: np.ndarray) -> str:
         """Returns this task's columns of the leaderboard's file: annot_id and the probability of each choice.
 
-        `xdscale vcr` puts those of both tasks side by side.
+        Those of both tasks side by side are the whole file (docs/visual-tasks.md).
         """
         rows: dict[str, list[str]] = {}
         for example, row in zip(examples, predictions):

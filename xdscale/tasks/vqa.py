@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -171,10 +171,9 @@ class VisualQuestions(TextTask):
 
     def _earned(self, given: list[str]) -> tuple[tuple[int, float], ...]:
         """Returns the numbers of the answers that earn something, and how much; see `vqa_accuracy.credit`."""
-        given = [stripped(answer) for answer in given]
-        alike = len(set(given)) == 1
-        numbers = self._by_text if alike else self._by_normal_form
-        counts = Counter(given if alike else map(normal_form, given))
+        counts, numbers = _merged(Counter(given), stripped), self._by_text
+        if len(counts) > 1:
+            counts, numbers = _merged(counts, normal_form), self._by_normal_form
         return tuple(
             (number, credit_of(count)) for answer, count in counts.items() for number in numbers.get(answer, ())
         )
@@ -193,6 +192,13 @@ class VisualQuestions(TextTask):
             if answer != UNKNOWN:
                 numbers[form].append(number)
         return dict(numbers)
+
+
+def _merged(counts: Mapping[str, int], form: Callable[[str], str]) -> Counter[str]:
+    merged: Counter[str] = Counter()
+    for answer, count in counts.items():
+        merged[form(answer)] += count
+    return merged
 
 
 def _annotations_of(questions: str) -> str:
