@@ -1,10 +1,11 @@
-"""`xdscale regions import | compare`. Heavy imports stand inside the commands: `--help` must be quick."""
+"""`xdscale regions import | extract | compare`. Heavy imports stand inside the commands: `--help` must be quick."""
 
 import time
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from xdscale.commands.regions_extract import extract_command
 from xdscale.names import UserPath
 
 if TYPE_CHECKING:
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
     from xdscale.shards.region_comparison import ImageComparison
     from xdscale.shards.workplace import Part
 
-regions_app = typer.Typer(help="Image regions as a table: from published features, and compared.", no_args_is_help=True)
+regions_app = typer.Typer(
+    help="Image regions as a table: from published features or images, and compared.", no_args_is_help=True
+)
+regions_app.command("extract")(extract_command)
 
 
 @regions_app.command("import")

@@ -1,0 +1,88 @@
+"""Boxes that are given: grids, COCO's instances, VCR's metadata, one's own; wrong ones are refused by name."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xdscale.errors import XdscaleError
+from xdscale.extraction.given_boxes import GivenBoxes
+from xdscale.extraction.pictures import Picture
+
+SIZE = (60, 40)
+PICTURE = Picture(Path("x/17.jpg"), "17", 1)
+
+
+def written(tmp_path, value):
+    (tmp_path / "boxes.json").write_text(json.dumps(value))
+    return str(tmp_path / "boxes.json")
+
+
+def test_a_grid_covers_the_image():
+    boxes, confidences = GivenBoxes("grid:2x3").of(PICTURE, SIZE)
+    assert boxes.tolist()[:4] == [[0, 0, 20, 20], [20, 0, 40, 20], [40, 0, 60, 20], [0, 20, 20, 40]]
+    assert len(boxes) == 6
+    assert confidences is None
+
+
+def test_coco_instances(tmp_path):
+    coco = {
+        "images": [
+            {"id": 3, "file_name": "17.jpg", "width": 60, "height": 40},
+            {"id": 4, "file_name": "18.jpg", "width": 60, "height": 40},
+        ],
+        "annotations": [{"image_id": 3, "bbox": [1, 2, 10, 20]}, {"image_id": 3, "bbox": [50, 30, 11, 10]}],
+    }
+    given = GivenBoxes(written(tmp_path, coco))
+    assert given.of(PICTURE, SIZE).boxes.tolist() == [[1, 2, 11, 22], [50, 30, 60, 40]]  # cut at the edge
+    with pytest.raises(XdscaleError, match="60 × 40 pixels there, but .* has 40 × 60"):
+        given.of(PICTURE, (40, 60))
+    none = Picture(Path("x/18.jpg"), "18", 1)
+    with pytest.raises(XdscaleError, match="has no box .* --whole-image"):
+        given.of(none, SIZE)
+    whole = GivenBoxes(written(tmp_path, coco), whole_image=True)
+    assert whole.of(none, SIZE).boxes.tolist() == [[0, 0, 60, 40]]
+    assert len(whole.of(PICTURE, SIZE).boxes) == 3
+
+
+def test_vcr_metadata_lies_beside_the_image(tmp_path):
+    metadata = {"boxes": [[1.5, 2, 30, 20, 0.75]], "names": ["person"], "segms": [], "width": 60, "height": 40}
+    (tmp_path / "a.json").write_text(json.dumps(metadata))
+    boxes, confidences = GivenBoxes("vcr", whole_image=True).of(Picture(tmp_path / "a.jpg", "a", 1), SIZE)
+    assert boxes.tolist() == [[0, 0, 60, 40], [1.5, 2, 30, 20]]
+    assert confidences.tolist() == [1, 0.75]
+
+
+def test_own_proposals_have_confidences(tmp_path):
+    own = {"17": {"boxes": [[0, 0, 5, 5], [5, 5, 60, 40]], "scores": [0.5, 0.25]}}
+    boxes, confidences = GivenBoxes(written(tmp_path, own)).of(PICTURE, SIZE)
+    assert np.array_equal(boxes, own["17"]["boxes"])
+    assert confidences.tolist() == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"17": {"boxes": [[0, 0, 5]]}}, "there they have the shape"),
+        ({"17": {"boxes": [[0, 0, 5, 5]], "scores": [1, 2]}}, "there they have the shape"),
+        ({"17": {"boxes": "many"}}, "expected 'boxes'"),
+        ({"17": {}}, "expected 'boxes'"),
+        ({"17": 3}, "expected an object"),
+        ({"17": {"boxes": [[5, 0, 0, 5]]}}, r"box 0 is \(5, 0, 0, 5\)"),
+        ({"17": {"boxes": [[0, 0, 5, 5], [0, 0, 70, 5]]}}, r"box 1 is .* within 60 × 40"),
+        ({"17": {"boxes": [[0, 0, float("nan"), 5]]}}, "box 0"),
+        ({"18": {"boxes": [[0, 0, 5, 5]]}}, "no boxes of '17'.* look like '18'"),
+        ({"images": [{}], "annotations": []}, "COCO's instances"),
+        ({"images": [], "annotations": [{"bbox": [1, 2]}]}, "COCO's instances"),
+    ],
+)
+def test_wrong_boxes_are_refused_by_name(tmp_path, value, words):
+    with pytest.raises(XdscaleError, match=words):
+        GivenBoxes(written(tmp_path, value)).of(PICTURE, SIZE)
+
+
+@pytest.mark.parametrize("name", ["grid:0x3", "nowhere.json", "grid:3"])
+def test_an_unknown_source_of_boxes(name):
+    with pytest.raises(XdscaleError, match="--boxes"):
+        GivenBoxes(name)

@@ -1,0 +1,1 @@
+"""Image regions from images: networks that find regions and compute their features, written as the table `regions`."""
