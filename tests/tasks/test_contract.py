@@ -7,7 +7,7 @@ import pytest
 
 from xdscale import registry
 from xdscale.errors import XdscaleError
-from xdscale.tasks.contract import SHIPPED, Task, find_task, task_names
+from xdscale.tasks.contract import SHIPPED, SUBJECTS, ModelSettings, Task, find_subject, find_task, task_names
 
 MODULE = """
 from xdscale.tasks.text import TextTask
@@ -16,13 +16,26 @@ TOY = TextTask(name="toy", title="Toy", folder="TOY", first="text", label="label
 """
 
 
-def install(folder, package, *points, module=MODULE):
+SUBJECT = """
+from xdscale.tasks.contract import Subject
+
+class ToySubject(Subject):
+    def describe(self): ...
+    def collator(self, task, examples): ...
+    def build(self, task, *, sha256=None): ...
+
+class Half(Subject):
+    def describe(self): ...
+"""
+
+
+def install(folder, package, *points, module=MODULE, group="xdscale.tasks"):
     """Lays a package with entry points out as pip does."""
     info = folder / f"{package}-1.0.dist-info"
     info.mkdir(parents=True)
     (folder / f"{package}.py").write_text(module)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[xdscale.tasks]\n" + "".join(f"{point}\n" for point in points))
+    (info / "entry_points.txt").write_text(f"[{group}]\n" + "".join(f"{point}\n" for point in points))
 
 
 @pytest.fixture
@@ -93,3 +106,30 @@ def test_without_a_near_name_all_are_listed():
         XdscaleError, match=r"no such task; known tasks: rte, .*, read, .*; .* a file that ends with \.yaml"
     ):
         find_task("sentiment")
+
+
+def test_a_package_adds_what_can_be_finetuned(packages):
+    install(packages, "toy_subjects", "toy = toy_subjects:ToySubject", module=SUBJECT, group="xdscale.subjects")
+    subject = find_subject("toy")("model", ModelSettings())
+    assert subject.model == "model"
+    with pytest.raises(XdscaleError, match=r"--task vqa: model as it is finetuned here reads no images"):
+        subject.require_readable(find_task("vqa"))
+    subject.require_readable(find_task("rte"))
+
+
+def test_each_subject_that_ships_keeps_the_contract():
+    assert [name for name in SUBJECTS if find_subject(name).__abstractmethods__] == []
+
+
+@pytest.mark.parametrize(
+    ("point", "name", "message"),
+    [
+        ("toy = half:Half", "toy", r"half:Half does not define build, collator"),
+        ("toy = half:SUBJECT", "toy", "half:SUBJECT cannot be imported"),
+        ("toy = half:Half", "lagnuage", "--subject = 'lagnuage': no such subject; did you mean 'language'"),
+    ],
+)
+def test_a_subject_that_is_offered_wrongly_is_named(packages, point, name, message):
+    install(packages, "half", point, module=SUBJECT, group="xdscale.subjects")
+    with pytest.raises(XdscaleError, match=message):
+        find_subject(name)

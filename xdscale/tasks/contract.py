@@ -267,7 +267,12 @@ def find_subject(name: str) -> type[Subject]:
     Raises:
         XdscaleError: there is none of that name (the nearest right one is named), or it cannot be imported.
     """
-    return registry.find(SUBJECT_GROUP, SUBJECTS, name, "--subject", Subject)
+    found = registry.find(SUBJECT_GROUP, SUBJECTS, name, "--subject", Subject)
+    if missing := sorted(found.__abstractmethods__):
+        raise XdscaleError(
+            f"--subject {name}: {found.__module__}:{found.__name__} does not define {', '.join(missing)}"
+        )
+    return found
 
 
 def task_names() -> list[str]:
