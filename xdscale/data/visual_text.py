@@ -41,20 +41,13 @@ def pack(
     region_counts = np.diff(regions.offsets).astype(np.int64)
     if len(counts) != len(region_counts) or [len(row) for row in segments] != counts.tolist():
         raise ValueError(f"{len(counts)} texts, {len(segments)} rows of segments and {len(region_counts)} of regions")
-    lengths = counts + region_counts
-    cu_seqlens, text_starts = _starts(lengths), _starts(counts)
-    rows = np.empty(cu_seqlens[-1], np.int64)
-    text_places = np.arange(text_starts[-1]) + np.repeat(cu_seqlens[:-1] - text_starts[:-1], counts)
-    rows[text_places] = np.arange(len(text_places))
-    region_places = np.arange(len(regions.features)) + np.repeat(
-        cu_seqlens[:-1] + counts - regions.offsets[:-1], region_counts
-    )
-    rows[region_places] = len(text_places) + np.arange(len(region_places))
+    cu_seqlens, rows = interleaved(counts, region_counts)
+    text_starts = _starts(counts)
     none = np.zeros(len(regions.features), np.int64)
     arrays = {
         "text_lengths": counts,
         "cu_seqlens": cu_seqlens.astype(np.int32),
-        "longest": np.array(lengths.max(initial=0)),
+        "longest": np.array(np.diff(cu_seqlens).max(initial=0)),
         "text_ids": np.concatenate(texts).astype(np.int64),
         "text_positions": np.arange(text_starts[-1]) - np.repeat(text_starts[:-1], counts),
         "text_segments": np.concatenate(segments).astype(np.int64),
@@ -77,6 +70,22 @@ def spatial(regions: Regions) -> np.ndarray:
     scale = np.repeat(regions.sizes, np.diff(regions.offsets), axis=0).astype(np.float32)  # [total, 2]
     corners = regions.boxes / np.concatenate([scale, scale], 1)
     return np.concatenate([corners, corners[:, 2:] - corners[:, :2]], 1).astype(np.float32)
+
+
+def interleaved(*counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lays tokens of several kinds out sample by sample, and within a sample kind by kind.
+
+    Args:
+        counts: for each kind int64 [b], how many of its tokens each sample has.
+
+    Returns:
+        cu_seqlens int64 [b + 1]; and int64 [tokens], of each place in the row the token that stands there, where all
+        tokens of a kind count before those of the next.
+    """
+    kinds = np.stack(counts)  # [kinds, b]
+    lengths = kinds.T.ravel()  # of the runs of one sample and kind, in the order of the row
+    run_starts, kind_starts = _starts(lengths)[:-1], _starts(kinds.ravel())[:-1].reshape(kinds.shape).T.ravel()
+    return _starts(kinds.sum(0)), np.arange(lengths.sum()) + np.repeat(kind_starts - run_starts, lengths)
 
 
 def _aligned(alignments: Sequence[np.ndarray], offsets: np.ndarray) -> dict[str, np.ndarray]:

@@ -97,3 +97,43 @@ class MatchHead(nn.Module):
         loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
         correct = (logits.detach().argmax(-1) == labels).sum()
         return loss, correct
+
+
+class RegionClassHead(nn.Module):
+    """Which of the detector's classes is a region? Linear, activation, Linear, against the detector's own distribution.
+
+    Without a LayerNorm (spec VL-BERT §1.5).
+    """
+
+    def __init__(self, size: int, classes: int, *, activation: nn.Module | None = None, std: float = 0.02) -> None:
+        """Builds the head.
+
+        Args:
+            size: of the hidden states that come in.
+            classes: of the detector, with the background if it has one.
+            activation: None for GELU.
+            std: of the normal distribution that weights begin with; biases begin with 0.
+        """
+        super().__init__()
+        self.transform = nn.Linear(size, size)
+        self.activation = activation or nn.GELU()
+        self.classifier = nn.Linear(size, classes)
+        for linear in (self.transform, self.classifier):
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicts distributions.
+
+        Args:
+            states: [n, size], of the regions that are to be predicted; n may be 0.
+            targets: [n, classes], how probable the detector thinks each class.
+
+        Returns:
+            Summed cross-entropy -sum(p log q) (fp32 scalar), and how often the likeliest class is the detector's (int64
+            scalar).
+        """
+        logits = self.classifier(self.activation(self.transform(states)))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = -(targets.to(logits.dtype) * logits.log_softmax(-1)).sum()
+        return loss, (logits.detach().argmax(-1) == targets.argmax(-1)).sum()

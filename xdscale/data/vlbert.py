@@ -1,0 +1,79 @@
+"""What VL-BERT reads: texts, the regions of their images and where these are, packed (spec VL-BERT §1.1, §1.3)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from xdscale.data.visual_text import interleaved
+from xdscale.shards.regions import Regions
+
+
+def pack(
+    texts: Sequence[np.ndarray],
+    segments: Sequence[np.ndarray],
+    regions: Regions,
+    looks_at: Sequence[np.ndarray] | None = None,
+    masked: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Packs samples: each one's text, then its regions, then [END].
+
+    Of a sample i, text token k stands at `cu_seqlens[i] + k` of the row, region k at
+    `cu_seqlens[i] + text_lengths[i] + k`, and [END] at `cu_seqlens[i + 1] - 1`. All regions have the position
+    `text_lengths[i]`, [END] the next one.
+
+    Args:
+        texts: of b samples: ids int [n], with [CLS] and [SEP] where they belong.
+        segments: of each: int [n], 0 and 1.
+        regions: of each; region 0 is the whole image. A sample may have none: its words then see no image.
+        looks_at: of each sample int [n], the region that each word sees; None for the whole image.
+        masked: bool [total], the regions that are masked; None for none.
+
+    Returns:
+        text_lengths int64 [b], cu_seqlens int32 [b + 1], longest int64 [] (tokens of the longest sample); text_ids,
+        text_positions, text_segments int64 [t] and text_visual int64 [t], the region that a word sees among all, or
+        their number for none; features [total, D], places fp32 [total, 4] as `centres`, masked_regions and
+        region_positions int64 [total]; rows int64 [t + total + b], of each place in the row the token that stands
+        there, where texts count before regions, and regions before [END].
+
+    Raises:
+        ValueError: numbers of samples, or of tokens and segments, do not agree; or a word sees a region that its sample
+            has not.
+    """
+    counts = np.array([len(text) for text in texts], np.int64)
+    region_counts = np.diff(regions.offsets).astype(np.int64)
+    if len(counts) != len(region_counts) or [len(row) for row in segments] != counts.tolist():
+        raise ValueError(f"{len(counts)} texts, {len(segments)} rows of segments and {len(region_counts)} of regions")
+    cu_seqlens, rows = interleaved(counts, region_counts, np.ones_like(counts))
+    total, of_words = int(regions.offsets[-1]), np.repeat(np.arange(len(counts)), counts)
+    seen = np.zeros(len(of_words), np.int64) if looks_at is None else np.concatenate(looks_at).astype(np.int64)
+    has_image = region_counts[of_words] > 0
+    if len(seen) != len(of_words) or (has_image & ((seen < 0) | (seen >= region_counts[of_words]))).any():
+        raise ValueError("a word looks at a region that its sample has not")
+    return {
+        "text_lengths": counts,
+        "cu_seqlens": cu_seqlens.astype(np.int32),
+        "longest": np.array(np.diff(cu_seqlens).max(initial=0)),
+        "text_ids": np.concatenate(texts).astype(np.int64),
+        "text_positions": np.arange(len(of_words)) - np.repeat(np.cumsum(counts) - counts, counts),
+        "text_segments": np.concatenate(segments).astype(np.int64),
+        "text_visual": np.where(has_image, regions.offsets[of_words] + seen, total),
+        "features": np.require(regions.features, requirements="CW"),  # torch takes no array that it may not write
+        "places": centres(regions),
+        "masked_regions": np.zeros(total, np.int64) if masked is None else masked.astype(np.int64),
+        "region_positions": np.repeat(counts, region_counts),
+        "rows": rows,
+    }
+
+
+def centres(regions: Regions) -> np.ndarray:
+    """Returns of each region centre x, centre y, width and height, in hundredths of its image's width and height.
+
+    Args:
+        regions: of several images, one entry of `offsets` and `sizes` each.
+
+    Returns:
+        fp32 [total, 4]; (50, 50, 100, 100) is the whole image.
+    """
+    scale = np.repeat(regions.sizes, np.diff(regions.offsets), axis=0).astype(np.float64)  # [total, 2]
+    first, last = regions.boxes[:, :2].astype(np.float64), regions.boxes[:, 2:].astype(np.float64)
+    return (100 * np.concatenate([(first + last) / 2 / scale, (last - first) / scale], 1)).astype(np.float32)

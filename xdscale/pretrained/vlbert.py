@@ -1,0 +1,215 @@
+"""VL-BERT's weights: from a BERT, from the release's `.model` files and back, and in a folder of ours."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from xdscale.errors import XdscaleError
+from xdscale.files import one_line, read_json
+from xdscale.models.single_stream import BERT_NAMES
+from xdscale.models.vlbert import REGION_SEGMENT, VLBERT, VLBertConfig
+from xdscale.pretrained.language import MASKED_LM_KEYS
+from xdscale.weights import read_state_dict, some, weight_files
+
+MODEL_TYPE = VLBertConfig.model_type
+
+_SHARED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "initializer_range"),
+    *("layer_norm_eps", "pad_token_id", "tie_word_embeddings"),
+)
+"""What a configuration has from that of its BERT."""
+
+_RELEASE = {
+    "embeddings.LayerNorm": "vlbert.embedding_LayerNorm",
+    "embeddings.visual_norm_text": "vlbert.visual_ln_text",
+    "embeddings.visual_norm_region": "vlbert.visual_ln_object",
+    "pooler": "vlbert.pooler.dense",
+    "regions.projection": "image_feature_extractor.obj_downsample.1",
+    "regions.mask": "object_mask_visual_embedding",
+    "text_only": "aux_text_visual_embedding",
+}
+"""Modules outside the layers, and what the release calls them; its other embeddings stand in `vlbert` as ours."""
+_REGION_TOKENS = ("object_linguistic_embeddings.weight", "object_mask_word_embedding.weight")
+"""What the two rows of our table of region tokens are in the release."""
+_HEADS = {
+    **{f"mlm.{ours}": f"vlbert.mlm_head.predictions.{theirs}" for ours, theirs in MASKED_LM_KEYS.items()},
+    "mlm.decoder_weight": "vlbert.mlm_head.predictions.decoder.weight",
+    "masked_region.transform.weight": "vlbert.mvrc_head.transform.dense.weight",
+    "masked_region.transform.bias": "vlbert.mvrc_head.transform.dense.bias",
+    "masked_region.classifier.weight": "vlbert.mvrc_head.region_cls_pred.weight",
+    "masked_region.classifier.bias": "vlbert.mvrc_head.region_cls_pred.bias",
+}
+"""Names of the heads in training, and in the release's checkpoints."""
+_PRETRAINING_ALONE = ("aux_text_visual_embedding.weight", _REGION_TOKENS[1], "object_mask_visual_embedding.weight")
+"""What the release's finetuned checkpoints have not."""
+
+
+def published_name(name: str) -> str:
+    """Returns what the release calls a parameter of `VLBERT`; its table of region tokens is two there."""
+    stem, _, kind = name.rpartition(".")
+    layer, _, inner = stem.removeprefix("layers.").partition(".")
+    if stem.startswith("layers."):
+        return f"vlbert.encoder.layer.{layer}.{BERT_NAMES[inner]}.{kind}"
+    return f"{_RELEASE.get(stem, stem.replace('embeddings.', 'vlbert.', 1))}.{kind}"
+
+
+def from_bert(language: PreTrainedModel, *, masks_features: bool, with_pooler: bool = False) -> VLBERT:
+    """Builds VL-BERT from a BERT: what BERT has is taken over; its third segment and all that sees images are new.
+
+    Args:
+        language: BERT; it is not to be used afterwards.
+        masks_features: see `VLBertConfig`.
+        with_pooler: the same.
+
+    Raises:
+        XdscaleError: it is no BERT.
+    """
+    config = language.config
+    if config.model_type != "bert":
+        raise XdscaleError(f"model.language: VL-BERT is made of a BERT, not of {config.model_type!r}")
+    values = {name: getattr(config, name) for name in _SHARED}
+    model = VLBERT(VLBertConfig(**values, masks_features=masks_features, with_pooler=with_pooler))
+    bert, own = language.state_dict(), model.state_dict()
+    for name, value in own.items():
+        inner = published_name(name).removeprefix("vlbert.")
+        theirs = next((theirs for theirs in (inner, name) if theirs in bert), None)
+        if name == "embeddings.token_type_embeddings.weight":
+            value[:REGION_SEGMENT] = bert[name][
+                :REGION_SEGMENT
+            ]  # the one row of a BERT with one segment stands for both
+        elif theirs is not None:
+            own[name] = bert[theirs]
+    model.load_state_dict(own)
+    return model.train(language.training)
+
+
+def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, dict[str, torch.Tensor]]:
+    """Loads a VL-BERT in fp32: an export, or a checkpoint of the release.
+
+    Args:
+        place: the folder, or the release's `.model` file.
+        dropout: in the place of the configuration's.
+
+    Returns:
+        The encoder, and the heads that come with it under the names that they have in training.
+
+    Raises:
+        XdscaleError: nothing of the kind, or weights that are damaged or not those of the configuration.
+    """
+    if not place.exists():
+        raise XdscaleError(f"{place}: no such folder or file; expected a VL-BERT")
+    if place.is_file():
+        config, state = _from_release(place)
+    else:
+        config, state = vlbert_config(place / "config.json"), {}
+        for path in weight_files(place):
+            state |= read_state_dict(path)
+    if dropout is not None:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    model = VLBERT(config)
+    wanted = {name: f"model.{name}" for name in model.state_dict()}
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = [name for name, full in wanted.items() if full not in state or state[full].shape != shapes[name]]
+    if wrong:
+        raise XdscaleError(f"{place}: holds no fitting weights for {some(wrong)} of its VL-BERT")
+    model.load_state_dict({name: state[full].float() for name, full in wanted.items()})
+    heads = {name: state[name].float() for name in _HEADS if name in state}
+    if config.tie_word_embeddings:
+        heads.pop("mlm.decoder_weight", None)
+    return model.eval(), heads
+
+
+def save_vlbert(config: VLBertConfig, state: dict[str, torch.Tensor], out: Path) -> None:
+    """Writes `config.json` and `model.safetensors`, which `load_vlbert` reads.
+
+    Args:
+        config: of the model.
+        state: of a module in training, in fp32: `model.…`, and `mlm.…`, `masked_region.…` and `trunk.…` if it has them.
+        out: an existing folder.
+    """
+    names = [name for name in state if name != "mlm.decoder_weight" or not config.tie_word_embeddings]
+    save_file({name: state[name].contiguous() for name in names}, out / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(config.to_dict() | {"architectures": ["VLBERT"]}, indent=2, sort_keys=True)
+    (out / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def save_release(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a `.model` file that the release loads.
+
+    Args:
+        state: of a module in training, in fp32, as `save_vlbert`.
+        path: of the new file.
+    """
+    model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    found = dict(zip(_REGION_TOKENS, model.pop("region_tokens.weight").split(1)))
+    found |= {published_name(name): value for name, value in model.items()}
+    found |= {theirs: state[ours] for ours, theirs in _HEADS.items() if ours in state}
+    if "mlm.decoder_bias" in state:
+        found.setdefault("vlbert.mlm_head.predictions.decoder.weight", model["embeddings.word_embeddings.weight"])
+    torch.save({"state_dict": {f"module.{name}": value for name, value in found.items()}}, path)
+
+
+def vlbert_config(path: Path) -> VLBertConfig:
+    """Reads a configuration.
+
+    Raises:
+        XdscaleError: unreadable, or of another architecture.
+    """
+    values = read_json(path)
+    if values.get("model_type") != MODEL_TYPE:
+        raise XdscaleError(f"{path}: model_type is {values.get('model_type')!r}; expected {MODEL_TYPE!r}")
+    try:
+        return VLBertConfig.from_dict(values)
+    except Exception as error:  # transformers and what it checks values with raise unrelated kinds
+        raise XdscaleError(f"{path}: not a configuration of VL-BERT: {one_line(error)}") from None
+
+
+def _from_release(path: Path) -> tuple[VLBertConfig, dict[str, torch.Tensor]]:
+    """Returns the configuration and the weights of a checkpoint of the release, the latter under our names.
+
+    What only pretraining needs is 0 where a finetuned checkpoint has it no more.
+    """
+    found = {
+        name.removeprefix("module.").replace("vlbert._module.", "vlbert.", 1): value
+        for name, value in read_state_dict(path).items()
+    }
+    config = _config_of(found, path)
+    size = config.hidden_size
+    for name in _PRETRAINING_ALONE[:2]:
+        found.setdefault(name, torch.zeros(1, size))
+    found["region_tokens.weight"] = torch.cat([found.pop(name, torch.empty(0, size)) for name in _REGION_TOKENS])
+    with torch.device("meta"):
+        names = VLBERT(config).state_dict()
+    state = {f"model.{name}": found[published_name(name)] for name in names if published_name(name) in found}
+    return config, state | {ours: found[theirs] for ours, theirs in _HEADS.items() if theirs in found}
+
+
+def _config_of(found: dict[str, torch.Tensor], path: Path) -> VLBertConfig:
+    """Returns the configuration that the weights of a checkpoint have, with heads of 64 as in every BERT."""
+    try:
+        words, positions, intermediate = (
+            found[name].shape
+            for name in (
+                "vlbert.word_embeddings.weight",
+                "vlbert.position_embeddings.weight",
+                "vlbert.encoder.layer.0.intermediate.dense.weight",
+            )
+        )
+    except KeyError as error:
+        raise XdscaleError(f"{path}: no checkpoint of VL-BERT: it holds no {error.args[0]}") from None
+    layers = {match[1] for name in found if (match := re.match(r"vlbert\.encoder\.layer\.(\d+)\.", name))}
+    return VLBertConfig(
+        vocab_size=words[0],
+        hidden_size=words[1],
+        num_attention_heads=max(1, words[1] // 64),
+        num_hidden_layers=len(layers),
+        intermediate_size=intermediate[0],
+        max_position_embeddings=positions[0],
+        masks_features=_PRETRAINING_ALONE[2] in found,
+        with_pooler="vlbert.pooler.dense.weight" in found,
+    )
