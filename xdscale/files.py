@@ -242,8 +242,8 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 def shown(value: object) -> str:
-    """Returns a value as Python writes it, of bearable length: a few lines of YAML may stand for billions of values."""
-    return _REPR.repr(value)
+    """Returns a value as Python writes it, on one line of bearable length: a little YAML may stand for very much."""
+    return _REPR.repr(value).replace("\n", " ")
 
 
 def one_line(error: Exception) -> str:

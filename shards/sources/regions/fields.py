@@ -48,11 +48,7 @@ def image_of(
     Raises:
         XdscaleError: a field is missing, of another kind, or of a length that is not the number of regions.
     """
-    found = {}
-    for name, names in NAMES.items():
-        value = next((fields[other] for other in names if other in fields), None)
-        if value is not None:
-            found[name] = value
+    found = {name: fields[other] for name, names in NAMES.items() for other in names[::-1] if other in fields}
     if size is None:
         size = whole_number(found, "width", where), whole_number(found, "height", where)
     if "boxes" not in found:

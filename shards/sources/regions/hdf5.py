@@ -186,7 +186,8 @@ def _size_of(boxes: np.ndarray, shares: np.ndarray, where: str) -> tuple[int, in
 
 def _check_shares(boxes: np.ndarray, shares: np.ndarray, size: tuple[int, int], where: str) -> None:
     width, height = size
-    off = np.abs(boxes / [width, height, width, height] - shares[:, :4])
+    with np.errstate(invalid="ignore"):  # of infinite values
+        off = np.abs(boxes / [width, height, width, height] - shares[:, :4])
     wrong = np.flatnonzero(~(off <= _ROUNDED).all(axis=1))
     if wrong.size:
         region = wrong[0]

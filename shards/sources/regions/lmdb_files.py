@@ -57,8 +57,11 @@ class UniterLmdb:
                     "does, such as COCO's annotations, with --sizes (or 1000x1000: boxes are then in thousandths)"
                 )
             fields = {name: array for name, array in fields.items() if isinstance(array, np.ndarray) and array.ndim}
-            if regions is not None:
-                fields = {name: _first(array, regions, name, where) for name, array in fields.items()}
+            rows = {name: len(array) for name, array in fields.items()}
+            if len(set(rows.values())) > 1 or not 0 < (regions or 1) <= min(rows.values()):
+                stated = "" if regions is None else f"; nbb_*.json says {regions} regions"
+                raise XdscaleError(f"{where}: rows of its arrays: {shown(rows)}, expected equally many{stated}")
+            fields = {name: array[:regions] for name, array in fields.items()}
             fields["boxes"] = _checked_shares(fields.pop("norm_bb"), where)
             yield image_of(fields, image_id, where, self._sizes.of(image_id, where))
 
@@ -129,20 +132,15 @@ def _checked_shares(boxes: np.ndarray, where: str) -> np.ndarray:
     if boxes.dtype.kind != "f":
         raise XdscaleError(f"{where}: norm_bb: {boxes.dtype}, expected shares of the image as floats")
     boxes = boxes.astype(np.float64)
-    expected = boxes[:, 2:4] - boxes[:, :2]
-    wrong = np.flatnonzero(~(np.abs(boxes[:, 4:6] - expected) <= _ROUNDED).all(axis=1))
+    with np.errstate(invalid="ignore"):  # of infinite values
+        off = np.abs(boxes[:, 4:6] - (boxes[:, 2:4] - boxes[:, :2]))
+    wrong = np.flatnonzero(~(off <= _ROUNDED).all(axis=1))
     if wrong.size:
         row = boxes[wrong[0]].round(3).tolist()
         raise XdscaleError(
             f"{where}: norm_bb: region {wrong[0]} is {row}; expected left, top, right, bottom, width, height"
         )
     return boxes[:, :4]
-
-
-def _first(array: np.ndarray, regions: int, name: str, where: str) -> np.ndarray:
-    if not 0 < regions <= len(array):
-        raise XdscaleError(f"{where}: {name}: {len(array)} rows, but nbb_*.json says {regions} regions")
-    return array[:regions]
 
 
 def _counts_of(path: Path) -> Path:

@@ -7,6 +7,7 @@ harmless; anything else is refused by name before any of it is called.
 import io
 import pickle
 import re
+import struct
 from collections import OrderedDict
 from typing import Any
 
@@ -41,12 +42,15 @@ def load_plain(data: bytes, where: str) -> Any:
 class _PlainUnpickler(pickle._Unpickler):
     def __init__(self, data: bytes, where: str) -> None:
         super().__init__(io.BytesIO(data), encoding="latin1")  # so Python 2 wrote numpy's arrays
-        self._where = where
+        self._where, self._bytes = where, len(data)
 
-    def _refuse_bytearray(self) -> None:
-        raise ValueError("it holds a bytearray")  # for which memory would be taken before it is read
+    def _bytearray(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        if size > self._bytes:  # the library would take memory for it first
+            raise ValueError(f"it states {size} bytes and has {self._bytes}")
+        self.append(self.read(size))
 
-    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _refuse_bytearray}
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _bytearray}
 
     def find_class(self, module: str, name: str) -> Any:
         found = _KNOWN.get((module.replace("numpy.core", "numpy._core"), name))
@@ -125,6 +129,13 @@ class _Encode(metaclass=_Unchangeable):
         return text.encode("latin1")
 
 
+class _NoBytes(metaclass=_Unchangeable):
+    """Stands for `bytes`, which old protocols call for none at all."""
+
+    def __new__(cls) -> bytes:
+        return b""
+
+
 class _NamedArray(metaclass=_Unchangeable):
     """Stands for `numpy.ndarray`, which is only ever handed on."""
 
@@ -138,6 +149,8 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _Encode,
     ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "bytes"): _NoBytes,
+    ("__builtin__", "bytes"): _NoBytes,
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
     ("builtins", "frozenset"): frozenset,

@@ -1,0 +1,607 @@
+"""Damage and malice: what may be wrong with files of region features, format by format.
+
+An attack is one function that changes an image before it is written, a field, or a file, and is drawn by a seed.
+"""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+
+import h5py
+import lmdb
+import msgpack
+import numpy as np
+import region_files as writers
+
+# Images
+
+
+def _box(value_of):
+    def change(i, chance):
+        row = chance.integers(len(i.boxes))
+        i.boxes[row] = value_of(i.boxes[row].astype(float), i.size, chance)
+
+    return change
+
+
+def _turn(box, size, chance):
+    """A box that ends before it begins, by far."""
+    axis = chance.integers(2)
+    box[axis], box[axis + 2] = size[axis] - 1, 1
+    return box
+
+
+def _out(box, size, chance):
+    side = chance.integers(4)
+    far = chance.uniform(20, 3000)
+    box[side] = size[side % 2] + far if side > 1 else -far
+    return box
+
+
+def _odd(value):
+    def change(box, size, chance):
+        box[chance.integers(4)] = value
+        return box
+
+    return change
+
+
+def _value(field, *values):
+    def change(i, chance):
+        array = getattr(i, field).astype(np.float64 if field not in ("objects", "attributes") else np.int64)
+        array.reshape(-1)[chance.integers(array.size)] = values[chance.integers(len(values))]
+        setattr(i, field, array.astype(getattr(i, field).dtype))
+
+    return change
+
+
+def _swapped(i, chance):
+    i.boxes[0] = [0, 0, *i.size]
+    i.size = i.size[::-1]
+
+
+def _shorter(field):
+    def change(i, chance):
+        setattr(i, field, getattr(i, field)[:-1])
+
+    return change
+
+
+def _sized(*sizes):
+    def change(i, chance):
+        i.size = sizes[chance.integers(len(sizes))]
+
+    return change
+
+
+def _sum_of_three(i, chance):
+    i.probs[chance.integers(len(i.probs))] *= 3
+
+
+ALL = ("butd", "lxmert", "uniter", "uniter_msgpack", "vilbert", "tensorpack", "vlbert", "vlbert_zip", "ban", "pythia",
+       "milvlg", "milvlg_later", "vinvl", "vinvl_features", "coco")  # fmt: skip
+ROWS_APART = tuple(name for name in ALL[:-1] if "vinvl" not in name and name != "ban")
+BOXES_APART = ("butd", "lxmert", "vilbert", "tensorpack", "vlbert", "pythia")
+ODD_SIZES = ((0, 0), (-4, 5), (70000, 10), (10, 70000))
+WITH_FEATURES = ALL[:-1]
+WITH_PROBS = ("uniter", "uniter_msgpack", "tensorpack", "vlbert", "vlbert_zip")
+WITH_CONF = ("lxmert", "uniter", "uniter_msgpack", "milvlg_later", "vinvl", "coco")
+OWN_SIZES = tuple(name for name in ALL if not name.startswith("uniter") and name != "vinvl_features")
+NAN, INF = float("nan"), float("inf")
+
+IMAGES = [
+    *((name, "box NaN", _box(_odd(NAN))) for name in ALL),
+    *((name, "box infinite", _box(_odd(INF))) for name in ALL),
+    *((name, "box before it begins", _box(_turn)) for name in ALL),
+    *((name, "box outside", _box(_out)) for name in ALL),
+    *((name, "width and height swapped", _swapped) for name in OWN_SIZES),
+    *((name, "size of nothing", _sized(*ODD_SIZES)) for name in OWN_SIZES if name != "ban"),
+    *((name, "feature NaN or infinite", _value("features", NAN, INF, -INF)) for name in WITH_FEATURES),
+    *((name, "feature too large", _value("features", 1e5, -1e30)) for name in WITH_FEATURES),
+    *((name, "features of fewer regions", _shorter("features")) for name in ROWS_APART),
+    *((name, "boxes of fewer regions", _shorter("boxes")) for name in BOXES_APART),
+    *((name, "probability wrong", _value("probs", NAN, -0.5, 40.0, INF)) for name in WITH_PROBS),
+    *((name, "probabilities of sum 3", _sum_of_three) for name in WITH_PROBS),
+    *((name, "confidence wrong", _value("conf", NAN, -1, 7.5, INF)) for name in WITH_CONF),
+    ("lxmert", "class that is not there", _value("objects", 2**40, -3, 4000)),
+    ("lxmert", "attribute that is not there", _value("attributes", 2**40, -3, 4000)),
+    ("coco", "class that is not there", _value("objects", 2**40, -3, 4000)),
+    ("vinvl", "class that is not there", _value("objects", 2**40, -3, 4000)),
+    ("lxmert", "fewer confidences", _shorter("conf")),
+    ("lxmert", "fewer classes", _shorter("objects")),
+]  # fmt: skip
+
+# Pickles
+
+
+class _Call:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def malicious(chance, canary, inside=None):
+    """A pickle that would make the file `canary`, take all memory, or call what it must not; `inside` a valid one."""
+    touch = f"touch {canary}"
+    code = f"open({str(canary)!r}, 'w')"
+    calls = [
+        _Call(os.system, touch),
+        _Call(eval, code),
+        _Call(exec, code),
+        _Call(subprocess.Popen, ["touch", str(canary)]),
+        _Call(open, str(canary), "w"),
+        _Call(getattr, "x", "format"),
+        _Call(__import__, "os"),
+        _Call(os.mkdir, str(canary)),
+        _Call(np.save, str(canary), 1),
+        _Call(np.fromfile, "/etc/passwd"),
+        _Call(bytearray, 10**15),
+        _Call(range, 10),
+        _Call(io.BytesIO, b"x"),
+    ]
+    raw = [
+        b"cos\nsystem\n(S'" + touch.encode() + b"'\ntR.",
+        b"(S'" + touch.encode() + b"'\nios\nsystem\n.",
+        b"cbuiltins\neval\n(S'" + code.encode().replace(b"'", b'"') + b"'\ntR.",
+        b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.tofile\x93.",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n}S'x'\nK\x01s\x86b.",
+        b"\x80\x04K\x01r\xff\xff\xff\xff.",
+        b"\x80\x05\x96\x00\x00\x00\x00\x00\x10\x00\x00.",
+        b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7fx.",
+        b"\x80\x02Pa persistent id\n.",
+        b"\x80\x02\x82\x01.",
+        b"\x80\x02" + b"(" * 3000 + b"t" * 2999 + b".",
+        b"\x80\x02cnumpy\ndtype\n(S'O8'\nK\x00K\x01tR.",
+        b"\x80\x02cnumpy\ndtype\n(S'V8'\nK\x00K\x01tR.",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR(K\x01\x8a\x06\xff\xff\xff\xff\xff\x7f\x85"
+        b"cnumpy\ndtype\n(U\x02f8K\x00K\x01tR\x89U\x08abcdefghtb.",
+        b"\x80\x02c__main__\nMissing\n.",
+        b"\x80\x02ccollections\nOrderedDict\n}S'__class__'\nNs\x86b.",
+        b"",
+        b"not a pickle",
+        b"\x80\x63.",
+    ]
+    kind = int(chance.integers(len(calls) + len(raw)))
+    if kind >= len(calls):
+        return raw[kind - len(calls)]
+    protocol = int(chance.integers(6))
+    if inside is None or chance.random() < 0.3:
+        return pickle.dumps(calls[kind], protocol)
+    places = list(inside)
+    return pickle.dumps(inside | {places[chance.integers(len(places))]: calls[kind]}, protocol)
+
+
+# Fields and files
+
+NUMBERS = (-1, 0, 10**11, 2**63, NAN, INF, "x" * 40, "", None, True, [], {}, [1, 2])
+"""What a count or a size may not be."""
+
+
+def _b64_damage(text, chance):
+    """Base64 cut off, with other characters in it, or something else altogether; never whole again."""
+    cut = int(chance.integers(1, len(text) // 2))
+    kinds = [
+        lambda: text[:-cut],
+        lambda: text[:cut] + "*" + text[cut + 1 :],
+        lambda: text[:cut] + " " + text[cut:],
+        lambda: text + "AAAA",
+        lambda: text[:cut] + "é" + text[cut:],
+        lambda: "",
+        lambda: "=" * len(text),
+    ]
+    return kinds[chance.integers(len(kinds))]()
+
+
+def _line(change):
+    """Changes the columns of a line of a TSV."""
+
+    def attack(paths, k, chance, canary):
+        lines = paths[0].read_bytes().split(b"\n")
+        lines[k] = b"\t".join(change(lines[k].split(b"\t"), chance))
+        paths[0].write_bytes(b"\n".join(lines))
+
+    return attack
+
+
+def _tsv_number(values, chance):
+    place = {6: (1, 2, 3), 10: (1, 2, 7)}[len(values)]
+    odd = [b"-1", b"0", b"99999999999", b"1e400", b"nan", b"", b"7" * 50, b"0x10", b"\xff\xfe", b"None", b"1.5"]
+    values[place[chance.integers(3)]] = odd[chance.integers(len(odd))]
+    return values
+
+
+def _tsv_base64(values, chance):
+    place = int(chance.choice([len(values) - 1, len(values) - 2]))
+    values[place] = _b64_damage(values[place].decode(), chance).encode()
+    return values
+
+
+def _tsv_columns(values, chance):
+    one, other = chance.choice(len(values) - 1, 2, replace=False) + 1
+    if len(values[one]) != len(values[other]) and chance.random() < 0.6:
+        values[one], values[other] = values[other], values[one]
+        return values
+    return values[:-1] if chance.random() < 0.5 else [*values, b"more"]
+
+
+def _tsv_line(values, chance):
+    return [[b"\xff\xfe\x00garbage"], [b""] + values[1:], [b"\xff"] + values[1:], [b"PK\x03\x04" * 40]][
+        chance.integers(4)
+    ]
+
+
+def _cut_file(paths, k, chance, canary):
+    path = next(iter(sorted(paths[0].rglob("*.mdb")))) if paths[0].is_dir() else paths[0]
+    os.truncate(path, int(chance.integers(1, path.stat().st_size * 9 // 10)))
+
+
+def _fields_damage(fields, chance):
+    """Damages one of a dict's fields; returns the dict."""
+    fields = dict(fields)
+    numbers = [name for name in ("num_boxes", "image_w", "image_h") if name in fields]
+    texts = [name for name in ("boxes", "features", "classes") if name in fields]
+    kind = chance.integers(4)
+    if kind == 0:
+        fields[numbers[chance.integers(len(numbers))]] = NUMBERS[chance.integers(len(NUMBERS))]
+    elif kind == 1:
+        del fields[[*numbers, *texts[:1]][chance.integers(len(numbers) + 1)]]
+    elif kind == 2:
+        name = texts[chance.integers(len(texts))]
+        text = fields[name]
+        damaged = _b64_damage(text if isinstance(text, str) else text.decode(), chance)
+        fields[name] = damaged if isinstance(text, str) or "é" in damaged else damaged.encode()
+    else:
+        odd = (7, True, {}, [], [[1], [2, 3]], ["x"])
+        fields[texts[chance.integers(len(texts))]] = odd[chance.integers(len(odd))]
+    if fields.get("num_boxes", 0) is None:
+        fields["num_boxes"] = "none"
+    return fields
+
+
+def _json_member(change):
+    def attack(paths, k, chance, canary):
+        path = sorted(paths[0].iterdir())[k]
+        path.write_text(change(path.read_text(), chance), encoding="utf-8")
+
+    return attack
+
+
+def _json_text(text, chance):
+    kinds = [
+        text[: chance.integers(1, len(text))],
+        "[" * 100_000,
+        "[1, 2]",
+        "null",
+        '"text"',
+        "{}",
+        "NaN",
+        "",
+        "\x00",
+        "7" * 5000,
+    ]
+    return kinds[chance.integers(len(kinds))]
+
+
+def _json_fields(text, chance):
+    return json.dumps(_fields_damage(json.loads(text), chance))
+
+
+def _stored(change):
+    """Changes what a key of an environment holds."""
+
+    def attack(paths, k, chance, canary):
+        with lmdb.open(str(paths[0]), map_size=1 << 27) as env, env.begin(write=True) as transaction:
+            keys = [key for key, _ in transaction.cursor() if key not in (b"keys", b"__keys__")]
+            change(transaction, keys[k], transaction.get(keys[k]), chance, canary)
+
+    return attack
+
+
+def _put(make):
+    return _stored(lambda transaction, key, value, chance, canary: transaction.put(key, make(value, chance, canary)))
+
+
+def _listed(name, make):
+    return _stored(lambda transaction, key, value, chance, canary: transaction.put(name, make(chance, canary)))
+
+
+def _other_list(chance, canary):
+    return pickle.dumps([[1, {}, "a"], {"a": 1}, [b""]][chance.integers(3)])
+
+
+def _other_keys(chance, canary):
+    return [b"\xc1", b"\x93\x01\x02\x03", b"[1, 2]", b"["][chance.integers(4)]
+
+
+def _truncated(value, chance, canary):
+    return value[: chance.integers(1, len(value) * 9 // 10)]
+
+
+def _npz_fields(value, chance, canary):
+    with np.load(io.BytesIO(value)) as found:
+        fields = dict(found)
+    return writers.npz(**_arrays_damage(fields, chance, canary))
+
+
+def _arrays_damage(fields, chance, canary):
+    name = list(fields)[chance.integers(len(fields))]
+    array = fields[name]
+    kinds = [
+        lambda: _object_array(malicious(chance, canary)),
+        lambda: array[:-1] if array.ndim else np.array("x"),
+        lambda: array[None, None],
+        lambda: np.array(["text"] * max(len(np.atleast_1d(array)), 1)),
+    ]
+    changed = kinds[chance.integers(len(kinds))]()
+    return {**fields, name: changed}
+
+
+class _Raw(bytes):
+    """A `.npy` file's bytes."""
+
+
+def _object_array(content):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|O", "fortran_order": False, "shape": ()})
+    return _Raw(header.getvalue() + content)
+
+
+def _npy_lies(path, chance, canary):
+    """A header that states a huge or another shape, objects with code, or no header."""
+    header = io.BytesIO()
+    shapes = [(10**9, 2048), (2**62, 2), (3, 7), (0,), (10**18,)]
+    shape = shapes[chance.integers(len(shapes))]
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    kinds = [
+        header.getvalue() + b"abc",
+        bytes(_object_array(malicious(chance, canary))),
+        b"\x93NUMPY\x01\x00\x10\x00{'descr': open}\n",
+        b"\x93NUMPY\x09\x00",
+        b"",
+        path.read_bytes()[:-4],
+        path.read_bytes()[:60],
+        b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535,
+    ]
+    path.write_bytes(kinds[chance.integers(len(kinds))])
+
+
+def _npy_file(suffix):
+    def attack(paths, k, chance, canary):
+        found = sorted(
+            file for file in paths[0].iterdir() if file.name.endswith("_info.npy") == (suffix == "_info.npy")
+        )
+        _npy_lies(found[k], chance, canary)
+
+    return attack
+
+
+def _without_info(paths, k, chance, canary):
+    sorted(paths[0].glob("*_info.npy"))[k].unlink()
+
+
+def _npz_file(paths, k, chance, canary):
+    path = sorted(paths[0].iterdir())[k]
+    if chance.random() < 0.3:
+        path.write_bytes(_truncated(path.read_bytes(), chance, canary))
+        return
+    with np.load(path, allow_pickle=True) as found:
+        fields = {name: found[name] for name in found if name in ("x", "bbox", "num_bbox")}
+        sizes = {name: found[name] for name in found if name in ("image_h", "image_w")}
+    path.write_bytes(_zipped({**_arrays_damage(fields, chance, canary), **sizes}))
+
+
+def _zipped(fields):
+    import zipfile
+
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, array in fields.items():
+            content = io.BytesIO()
+            if not isinstance(array, _Raw):
+                np.save(content, array)
+            archive.writestr(f"{name}.npy", array if isinstance(array, _Raw) else content.getvalue())
+    return stream.getvalue()
+
+
+writers.npz = lambda **arrays: _zipped(arrays)  # the same, and takes raw members
+
+
+def _counts(paths, k, chance, canary):
+    path = next(paths[0].parent.glob("nbb_*.json"))
+    found = json.loads(path.read_text())
+    odd = (0, -1, 10**9, "3", None, 2.5, [1])
+    found[sorted(found)[k]] = odd[chance.integers(len(odd))]
+    path.write_text(json.dumps(found))
+
+
+def _object_in_msgpack(value, chance, canary):
+    held = {b"nd": True, b"type": "|O", b"kind": b"O", b"shape": [1], b"data": malicious(chance, canary)}
+    kinds = [
+        msgpack.packb({"features": held, "norm_bb": held}),
+        msgpack.packb({"norm_bb": {b"nd": True, b"type": "<f4", b"shape": [10**9, 6], b"data": b"abcd"}}),
+        msgpack.packb({"norm_bb": {b"nd": True, b"type": [["x", "<f4"]], b"shape": [1, 6], b"data": b"abcd"}}),
+        msgpack.packb([1, 2, 3]),
+        b"\xdd\xff\xff\xff\xff",
+        b"\x04\x22\x4d\x18abcdef",
+        b"\xc1",
+    ]
+    return kinds[chance.integers(len(kinds))]
+
+
+def _record_damage(value, chance, canary):
+    fields = msgpack.unpackb(value, strict_map_key=False)
+    place = chance.integers(6)
+    fields[place] = NUMBERS[chance.integers(len(NUMBERS) - 4)] if place > 2 else ["x", 7, None][chance.integers(3)]
+    return msgpack.packb(fields if chance.random() < 0.8 else fields[: chance.integers(7)])
+
+
+def _pickled_fields(value, chance, canary):
+    fields = pickle.loads(value)  # noqa: S301 - this test wrote it
+    if chance.random() < 0.5:
+        return malicious(chance, canary, fields)
+    if chance.random() < 0.2:
+        return pickle.dumps(fields | {"image_id": "another"})
+    return pickle.dumps(_fields_damage(fields, chance))
+
+
+def _hdf5(paths, k, chance, canary):
+    with h5py.File(paths[0], "r+") as file:
+        kinds = [
+            lambda: file["pos_boxes"].write_direct(file["pos_boxes"][:] + 1),
+            lambda: file["pos_boxes"].__setitem__((k, 1), 10**9),
+            lambda: file["pos_boxes"].__setitem__((k, 0), -5),
+            lambda: file.__delitem__("image_bb"),
+            lambda: file.__delitem__("image_features"),
+            lambda: _replace(file, "image_bb", file["image_bb"][:-1]),
+            lambda: _replace(file, "image_bb", file["image_bb"][:, :3]),
+            lambda: _replace(file, "spatial_features", file["spatial_features"][:] * 0),
+            lambda: _replace(file, "spatial_features", file["spatial_features"][:] + 0.3),
+            lambda: _replace(file, "pos_boxes", file["pos_boxes"][:-1]),
+            lambda: _replace(file, "pos_boxes", np.zeros((3, 3))),
+            lambda: _replace(file, "image_features", np.array([b"text"] * 4)),
+            lambda: _outside(file, "image_features", h5py.ExternalLink("/etc/passwd", "/x")),
+            lambda: _outside(file, "image_features", h5py.SoftLink("/image_bb")),
+            lambda: _huge(file),
+        ]
+        kinds[chance.integers(len(kinds))]()
+
+
+def _replace(file, name, array):
+    del file[name]
+    file[name] = array
+
+
+def _outside(file, name, link):
+    del file[name]
+    file[name] = link
+
+
+def _huge(file):
+    """Rows that take no room in the file, and terabytes in memory."""
+    del file["pos_boxes"]
+    file.create_dataset("pos_boxes", (10**11, 2), "i8", chunks=(1000, 2))
+
+
+def _ids(paths, k, chance, canary):
+    path = paths[0].with_name("train_imgid2idx.pkl")
+    ids = pickle.loads(path.read_bytes())  # noqa: S301 - this test wrote it
+    kinds = [
+        lambda: malicious(chance, canary, ids),
+        lambda: pickle.dumps({name: 0 for name in ids}),
+        lambda: pickle.dumps({name: number + 1 for name, number in ids.items()}),
+        lambda: pickle.dumps({name: str(number) for name, number in ids.items()}),
+        lambda: pickle.dumps({}),
+        lambda: pickle.dumps(list(ids)),
+        lambda: pickle.dumps({**ids, "more": len(ids)}),
+    ]
+    path.write_bytes(kinds[chance.integers(len(kinds))]())
+
+
+def _detections(paths, k, chance, canary):
+    found = json.loads(paths[0].read_text())
+    one = found[k]
+    kinds = [
+        lambda: one.update(bbox=[1, 2, 3]),
+        lambda: one.update(bbox=[1, 2, NAN, 4]),
+        lambda: one.update(bbox="1 2 3 4"),
+        lambda: one.update(bbox=[0, 0, 10**400, 4]),
+        lambda: one.pop("bbox"),
+        lambda: one.update(category_id="cat"),
+        lambda: one.update(category_id=None),
+        lambda: one.update(image_id=[1]),
+        lambda: one.update(image_id=99999999),
+        lambda: one.pop("image_id"),
+        lambda: one.update(score="high"),
+        lambda: found.__setitem__(k, 7),
+        lambda: found.__setitem__(k, [one]),
+    ]
+    kinds[chance.integers(len(kinds))]()
+    paths[0].write_text(json.dumps(found))
+
+
+def _objects(paths, k, chance, canary):
+    lines = paths[0].read_text().split("\n")
+    key, text = lines[k].split("\t")
+    fields = json.loads(text)
+    one = fields["objects"][0]
+    kinds = [
+        lambda: one.pop("rect"),
+        lambda: one.update(rect=[1, 2, 3]),
+        lambda: one.update(rect={"x": 1}),
+        lambda: one.update(feature=_b64_damage(one["feature"], chance)),
+        lambda: one.update(feature=7),
+        lambda: one.update({"class": 7}),
+        lambda: one.update({"class": "unknown"}),
+        lambda: one.update(conf="high"),
+        lambda: fields.update(objects=[]),
+        lambda: fields.update(objects="none"),
+        lambda: fields.update(objects=[7]),
+        lambda: fields.update(image_h=NUMBERS[chance.integers(len(NUMBERS))]),
+        lambda: fields.pop("image_w"),
+    ]
+    kinds[chance.integers(len(kinds))]()
+    lines[k] = f"{key}\t{json.dumps(fields)}"
+    paths[0].write_text("\n".join(lines))
+
+
+def _json_column(paths, k, chance, canary):
+    lines = paths[0].read_text().split("\n")
+    key, text = lines[k].split("\t")
+    lines[k] = f"{key}\t{_json_text(text, chance)}"
+    paths[0].write_text("\n".join(lines))
+
+
+def _geometry(paths, k, chance, canary):
+    lines = paths[0].read_text().split("\n")
+    key, text = lines[k].split("\t")
+    fields = json.loads(text)
+    if chance.random() < 0.5:
+        fields["num_boxes"] = NUMBERS[chance.integers(len(NUMBERS))]
+    else:
+        fields["features"] = _b64_damage(fields["features"], chance)
+    lines[k] = f"{key}\t{json.dumps(fields)}"
+    paths[0].write_text("\n".join(lines))
+
+
+FILES = [
+    *((name, what, _line(change)) for name in ("butd", "lxmert") for what, change in (
+        ("numbers", _tsv_number), ("base64", _tsv_base64), ("columns", _tsv_columns), ("line", _tsv_line),
+    ) for _ in range(3)),
+    *((name, "cut off", _cut_file) for name in ("uniter", "vilbert", "tensorpack", "ban", "coco", "vlbert_zip")),
+    *(("vlbert", "text", _json_member(_json_text)) for _ in range(3)),
+    *(("vlbert", "fields", _json_member(_json_fields)) for _ in range(3)),
+    *(("vilbert", "fields", _put(_pickled_fields)) for _ in range(6)),
+    ("vilbert", "cut value", _put(_truncated)),
+    ("vilbert", "missing", _stored(lambda transaction, key, *_: transaction.delete(key))),
+    ("vilbert", "list of keys", _listed(b"keys", malicious)),
+    ("vilbert", "list of other things", _listed(b"keys", _other_list)),
+    ("tensorpack", "record", _put(_record_damage)),
+    ("tensorpack", "record", _put(_record_damage)),
+    ("tensorpack", "cut value", _put(_truncated)),
+    ("tensorpack", "list of keys", _listed(b"__keys__", _other_keys)),
+    ("uniter", "arrays", _put(_npz_fields)),
+    ("uniter", "arrays", _put(_npz_fields)),
+    ("uniter", "cut value", _put(_truncated)),
+    ("uniter", "counts", _counts),
+    ("uniter_msgpack", "objects", _put(_object_in_msgpack)),
+    ("uniter_msgpack", "cut value", _put(_truncated)),
+    ("ban", "matrix", _hdf5),
+    ("ban", "matrix", _hdf5),
+    ("ban", "ids", _ids),
+    ("pythia", "info", _npy_file("_info.npy")),
+    ("pythia", "features", _npy_file(".npy")),
+    ("pythia", "no info", _without_info),
+    ("milvlg", "arrays", _npz_file),
+    ("milvlg_later", "arrays", _npz_file),
+    ("coco", "records", _detections),
+    ("coco", "records", _detections),
+    ("vinvl", "objects", _objects),
+    ("vinvl", "objects", _objects),
+    ("vinvl", "text", _json_column),
+    ("vinvl_features", "text", _json_column),
+    ("vinvl_features", "features", _geometry),
+]  # fmt: skip

@@ -1,0 +1,163 @@
+"""What is refused, in which words: file, row, field, what was found and what to do."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xdscale.errors import XdscaleError
+from xdscale.shards.build import build_table
+from xdscale.shards.regions import Detector, RegionBuild, RegionTable
+from xdscale.shards.sources.regions.files import Reading, load_sizes
+from xdscale.shards.sources.regions.importing import region_files
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
+
+sys.path.insert(0, str(Path(__file__).parent))
+import region_files as writers
+
+
+@pytest.fixture
+def those():
+    return writers.images(3)
+
+
+def tsv(folder, those, format="butd", detector=None, **how):
+    paths = getattr(writers, format)(folder, those)
+    background = None if format == "lxmert" else 0
+    source = region_files(
+        [str(path) for path in paths], format, str(detector or writers.detector(folder, background)), **how
+    )
+    return build_table(source, folder / "out")
+
+
+def test_a_box_is_named_with_its_image_and_line(tmp_path, those):
+    those[1].boxes[2] = [10, 20, 5, 30]
+    with pytest.raises(XdscaleError) as caught:
+        tsv(tmp_path, those)
+    assert str(caught.value) == (
+        "butd.tsv, line 2: image '1001': boxes: region 2 is (10.0, 20.0, 5.0, 30.0): its right or lower edge is before "
+        "the other; left, top, width, height would be --boxes xywh"
+    )
+
+
+def test_two_pixels_outside_are_allowed_and_no_more(tmp_path, those):
+    width, height = those[0].size
+    those[0].boxes[0] = [-1.9, -2, width + 1.5, height + 2]
+    tsv(tmp_path, those)
+    assert np.allclose(RegionTable.open(tmp_path / "out").read(np.array([0])).boxes[0], those[0].boxes[0])
+    those[0].boxes[0, 2] = width + 2.1
+    with pytest.raises(XdscaleError, match=r"line 1: .*2\.1 pixels outside the image of 320 × 240 \(allowed: 2\)$"):
+        tsv(tmp_path / "out", those)
+
+
+def test_swapped_sides_are_recognised(tmp_path, those):
+    for i in those:
+        i.boxes[0] = [0, 0, *i.size]
+        i.size = i.size[::-1]
+    with pytest.raises(XdscaleError, match="line 1: .*are width and height swapped.*look at --columns and --format"):
+        tsv(tmp_path, those)
+
+
+def test_shares_and_pixels_are_told_apart(tmp_path, those):
+    for i in those:
+        i.boxes /= [*i.size, *i.size]
+    with pytest.raises(XdscaleError, match="line 1: .*boxes: lie between 0 and 1.*say --units shares"):
+        tsv(tmp_path, those)
+    tsv(tmp_path, those, box_units="shares")
+    assert RegionTable.open(tmp_path / "out").build.box_units == "shares"
+
+
+def test_ids_are_unique_over_all_files(tmp_path, those):
+    (path,) = writers.butd(tmp_path, those)
+    other = path.with_name("other.tsv")
+    other.write_bytes(path.read_bytes().splitlines(keepends=True)[1])
+    with pytest.raises(
+        XdscaleError, match=r"other.tsv, image 1 \(1001\): image id: stands already in butd.tsv, image 2"
+    ):
+        region_files([str(path), str(other)], "butd", str(writers.detector(tmp_path)))
+
+
+def test_a_detector_must_be_known_and_fit(tmp_path, those):
+    with pytest.raises(
+        XdscaleError, match=r"--detector buttd: no such detector; did you mean 'butd'\? Describe another"
+    ):
+        tsv(tmp_path, those, detector="buttd")
+    with pytest.raises(XdscaleError, match="line 1: features of 20 numbers, but the detector 'butd' gives 2048"):
+        tsv(tmp_path, those, detector="butd")
+    vlbert = str(writers.vlbert(tmp_path, those)[0])
+    with pytest.raises(XdscaleError, match=r"over 101 classes, but the detector .* has 100 with background None"):
+        region_files([vlbert], "vlbert", str(writers.detector(tmp_path, None)))
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps({"model": "x", "class_count": 3, "classes": ["a", "b"]}))
+    with pytest.raises(XdscaleError, match=r"bad.json: class_count = 3, but 2 names"):
+        tsv(tmp_path, those, detector=bad)
+
+
+def test_names_of_classes_gain_the_background(tmp_path, those):
+    names = tmp_path / "classes.txt"
+    names.write_text("".join(f"thing {number}\n" for number in range(1600)))
+    wide = [writers.image(number, 3, width=2048) for number in range(2)]
+    tsv(tmp_path, wide, detector="butd", classes=names)
+    detector = RegionTable.open(tmp_path / "out").build.detector
+    assert detector.class_count == 1601
+    assert detector.classes[:2] == ["__background__", "thing 0"]
+    names.write_text("one\ntwo\n")
+    with pytest.raises(XdscaleError, match=r"classes.txt: 2 names, but the detector has 1601"):
+        tsv(tmp_path, wide, detector="butd", classes=names)
+
+
+def test_what_is_declared_of_regions_is_checked(tmp_path, those):
+    with pytest.raises(XdscaleError, match="line 1: .*region 0 is .* but was declared to be the whole image"):
+        tsv(tmp_path, those, whole_image="first")
+    those[1].conf = those[1].conf[::-1]
+    with pytest.raises(XdscaleError, match="line 2: .*confidences: rise after region 0, but were declared to fall"):
+        tsv(tmp_path, those, "lxmert", region_order="confidence")
+    for i in those:
+        i.boxes[0] = [0, 0, i.size[0] - 1, i.size[1] - 1]
+    those[1].conf = those[1].conf[::-1]
+    tsv(tmp_path, those, "lxmert", whole_image="first", region_order="confidence")
+    build = RegionTable.open(tmp_path / "out").build
+    assert (build.whole_image, build.region_order) == ("first", "confidence")
+
+
+def test_sizes_come_from_where_they_are_said_to(tmp_path, those):
+    paths = [str(path) for path in writers.uniter(tmp_path, those)]
+    detector = str(writers.detector(tmp_path))
+    with pytest.raises(
+        XdscaleError, match=r"key '1000.npz': image '1000': UNITER's files do not say how large images are"
+    ):
+        region_files(paths, "uniter", detector)
+    build_table(
+        region_files(paths, "uniter", detector, reading=Reading(sizes=load_sizes("1000x1000"))), tmp_path / "out"
+    )
+    found = RegionTable.open(tmp_path / "out").read(np.array([1]))
+    assert np.allclose(found.boxes, writers.shares(those[1])[:, :4] * 1000, atol=0.6)
+    (tmp_path / "sizes.json").write_text(json.dumps({"1000": [320, 240]}))
+    sizes = load_sizes(str(tmp_path / "sizes.json"))
+    with pytest.raises(XdscaleError, match=r"key '1001.npz': image '1001': its size does not stand in sizes.json"):
+        build_table(region_files(paths, "uniter", detector, reading=Reading(sizes=sizes)), tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
+
+
+def test_bytes_that_would_lose_too_much_are_refused(tmp_path):
+    """One large feature among others that all lie between two steps, as no detector gives them."""
+    features = np.full((2, 2048), (57.5 / 255) ** 2, np.float32)
+    features[1, 0] = 1
+    image = RegionImage("a", (10, 10), np.array([[0, 0, 5, 5]] * 2, np.float32), features, where="x.tsv, line 3")
+    with pytest.raises(
+        XdscaleError, match=r"x.tsv, line 3: image 'a': features of region 1 would change by .* --encoding fp16"
+    ):
+        build_regions([image], tmp_path / "out", Detector(model="test"), encoding="u8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_probabilities_are_scaled_to_one_within_a_tenth(tmp_path, those):
+    for i in those:
+        i.probs *= 0.93
+    paths = [str(path) for path in writers.vlbert(tmp_path, those)]
+    build_table(region_files(paths, "vlbert", str(writers.detector(tmp_path)), class_probs="all"), tmp_path / "out")
+    table = RegionTable.open(tmp_path / "out")
+    assert np.allclose(table.class_probs(np.arange(3)).sum(axis=1), 1, atol=2e-3)
+    assert RegionBuild(**table.build.model_dump()) == table.build
