@@ -14,10 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xdscale.data.boxes import box_iou
-
-MATCH = 0.5
-"""A region is right if its intersection over union with one of the gold boxes is at least this."""
+from xdscale.shards.region_comparison import box_iou
+from xdscale.tasks.flickr30k_entities import MATCH
 
 ACTIVE = np.float32(0.2)
 """A head is active if more than this share of its attention goes to regions, in the mean over all words asked."""

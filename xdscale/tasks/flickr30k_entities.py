@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from xdscale.data.boxes import box_iou
 from xdscale.data.task_files import Example, Span
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
+from xdscale.shards.region_comparison import box_iou
 from xdscale.tasks.contract import TaskData
 from xdscale.tasks.text import TextTask
 
