@@ -35,7 +35,7 @@ def write_weights(out: Path) -> None:
     if [value.shape for value in values] != [value.shape for value in wanted.values()]:
         sys.exit(f"error: {path}: its layers are not those of timm's tf_efficientnet_lite0; install timm as pinned")
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(zip(wanted, values)), out)
+    save_file({name: value.contiguous() for name, value in zip(wanted, values)}, out)
 
 
 if __name__ == "__main__":

@@ -78,15 +78,15 @@ def test_a_bad_image_is_refused_or_left_out(extract, photographs, tmp_path, caps
 
 def test_small_images_and_stored_files(extract, tmp_path):
     (tmp_path / "images").mkdir()
-    Image.new("RGB", (1, 1), (200, 3, 3)).save(tmp_path / "images" / "dot.png")
-    Image.new("L", (500, 2), 77).save(tmp_path / "images" / "line.png")
+    Image.new("RGB", (1, 1), (200, 3, 3)).save(tmp_path / "images" / "dot.jpg")
+    Image.new("L", (500, 2), 77).save(tmp_path / "images" / "line.jpg")
     table = extract(tmp_path / "images", NETWORK, boxes="grid:1x2", store_images=True, ids="name")
-    assert table.image_ids(np.arange(2)) == ["dot.png", "line.png"]
+    assert table.image_ids(np.arange(2)) == ["dot.jpg", "line.jpg"]
     regions = table.read(np.arange(2))
     assert regions.sizes.tolist() == [[1, 1], [500, 2]]
     assert np.isfinite(regions.features).all()
     stored = table.table.read_ragged("jpeg", np.array([1])).values.tobytes()
-    assert stored == (tmp_path / "images" / "line.png").read_bytes()
+    assert stored == (tmp_path / "images" / "line.jpg").read_bytes()
 
 
 def test_another_image_or_box_is_another_table(extract, photographs, tmp_path):

@@ -43,7 +43,9 @@ def extract_command(
     bad_images: Annotated[
         Literal["refuse", "skip"], typer.Option(help="What cannot be read; skip names it and goes on.")
     ] = "refuse",
-    store_images: Annotated[bool, typer.Option("--store-images", help="Keep the image files in the table.")] = False,
+    store_images: Annotated[
+        bool, typer.Option("--store-images", help="Keep the image files, all JPEG, in the table.")
+    ] = False,
     encoding: Annotated[
         Literal["fp16", "u8"], typer.Option(help="Of features; u8: half the size, relative error up to 0.007.")
     ] = "fp16",
