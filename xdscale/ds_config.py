@@ -146,25 +146,30 @@ def resolve_ds_config(name: str, values: dict[str, Any], recipe: Recipe, world_s
 
     Returns:
         The complete DeepSpeed configuration. Its micro-batch is the one that all ranks compute with, at most the
-        file's: see `split_batch`.
+        file's: see `split_batch`. A step that is counted in tokens is split when the samples' lengths are known.
 
     Raises:
         XdscaleError: the micro-batch is missing, the same quantity has different values in both files, or there are
             more ranks than samples in a step.
     """
-    largest, global_batch = values.get("train_micro_batch_size_per_gpu"), recipe.training.global_batch
+    largest, training = values.get("train_micro_batch_size_per_gpu"), recipe.training
     if not isinstance(largest, int) or isinstance(largest, bool) or largest < 1:
         raise XdscaleError(f"{name}: train_micro_batch_size_per_gpu = {largest!r}: expected a whole number >= 1")
-    split = split_batch(global_batch, world_size, largest)
-    needed = f"training.global_batch {global_batch} / ({world_size} ranks × micro-batch {largest})"
-    _agree(name, values, "train_batch_size", global_batch, "training.global_batch")
-    _agree(name, values, "gradient_accumulation_steps", split.accumulation, needed)
+    if training.batch_tokens is None:
+        split = split_batch(training.global_batch, world_size, largest)
+        micro_batch, accumulation = split.micro_batch, split.accumulation
+        needed = f"training.global_batch {training.global_batch} / ({world_size} ranks × micro-batch {largest})"
+        _agree(name, values, "train_batch_size", training.global_batch, "training.global_batch")
+    else:
+        micro_batch, accumulation, needed = largest, AUTO, "training.batch_tokens"
+        _agree(name, values, "train_batch_size", AUTO, needed)
+    _agree(name, values, "gradient_accumulation_steps", accumulation, needed)
     _agree(name, values, "gradient_clipping", recipe.optim.gradient_clipping, "optim.gradient_clipping")
     _check_optimizer(name, values, recipe)
     resolved = {key: value for key, value in values.items() if key not in ("optimizer", "train_batch_size")}
     resolved |= {
-        "train_micro_batch_size_per_gpu": split.micro_batch,
-        "gradient_accumulation_steps": split.accumulation,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optim.gradient_clipping,
         # DeepSpeed's own console line says less than our progress line.
         "steps_per_print": values.get("steps_per_print", 2**31),

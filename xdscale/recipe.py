@@ -140,13 +140,27 @@ class Training(Section):
     """How long, and how much at once."""
 
     steps: int = Field(ge=1, lt=2**31, description="optimiser steps in all")
-    global_batch: int = Field(ge=1, lt=2**31, description="samples per optimiser step, over all ranks")
+    global_batch: int | None = Field(None, ge=1, lt=2**31, description="samples per optimiser step, over all ranks")
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        lt=2**31,
+        validate_default=True,
+        description="most tokens per step, in the place of global_batch; DeepSpeed's micro-batch counts them too",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="of new weights, order, masks, pairs and dropout")
     best: str | None = Field(
         None,
         description="held-out figure whose best checkpoint stays and is exported, such as loss/mlm",
     )
     patience: Patience = Field(None, description="validations in a row without a better one that end the run")
+
+    @field_validator("batch_tokens")
+    @classmethod
+    def _one_of_two(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if "global_batch" in info.data and (value is None) == (info.data["global_batch"] is None):
+            raise ValueError("a step is counted either in samples, training.global_batch, or in tokens; state one")
+        return value
 
 
 class Run(Section):

@@ -365,6 +365,7 @@ def test_what_a_recipe_leaves_out():
     assert left_out.training.model_dump() == {
         "steps": 10,
         "global_batch": 4,
+        "batch_tokens": None,
         "seed": 0,
         "best": None,
         "patience": None,

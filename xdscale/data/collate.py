@@ -107,6 +107,11 @@ class XDBERTCollator:
         return slots, np.where(usable, text_ids, instead), labels
 
 
+def language_lengths(table: Table) -> np.ndarray:
+    """Returns the tokens of each row for a language encoder, with [CLS] and [SEP]: as many in all of them."""
+    return np.full(len(table), TextBuild.of(table.manifest).sequence_length + 2)
+
+
 def language_ids(split: Table, tokenizer: LanguageTokenizer, sample_ids: np.ndarray) -> np.ndarray:
     """Reads sequences; returns int64 [b, S]: [CLS] ids [SEP]."""
     sequences = split.read("language", sample_ids)

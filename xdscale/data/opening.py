@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from xdscale.data.order import Order, validation_slots
+from xdscale.data.token_order import TokenOrder
 from xdscale.errors import XdscaleError
 from xdscale.names import is_url, shards_folder
 from xdscale.recipe import Recipe, Run
@@ -45,6 +48,7 @@ def open_data(
     table: str,
     check: Callable[[Manifest], None],
     collator: Callable[[Table], Collator],
+    lengths: Callable[[Table], np.ndarray] | None = None,
 ) -> Data:
     """Opens the shards of a recipe, training and validation split; every rank calls it.
 
@@ -54,9 +58,10 @@ def open_data(
         table: its name in the dataset.
         check: refuses a dataset that does not fit the model, before any shard is read.
         collator: made for each of the two splits.
+        lengths: tokens of each row, for recipes that state `training.batch_tokens`; None if the system takes none.
 
     Raises:
-        XdscaleError: as `open_shards`.
+        XdscaleError: as `open_shards`, or as the order that the recipe asks for.
     """
     ranks = place.ranks
     shards = open_shards(
@@ -68,10 +73,15 @@ def open_data(
         on_shard=place.tick,
     )
     train, held_out = shards.table("train", table), shards.table("validation", table)
-    slots = validation_slots(len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch)
+    micro_batch = place.micro_batch
+    if recipe.training.batch_tokens is None or lengths is None:
+        order = Order.of(recipe, place, len(train))
+    else:
+        order = TokenOrder.of(recipe, place, lengths(train))
+        micro_batch = max(1, micro_batch // int(lengths(held_out).max()))
+    slots = validation_slots(len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, micro_batch)
     validation = list(map(collator(held_out), slots))
-    order, remote = Order.of(recipe, place, len(train)), shards.cache is not None
-    return Data(order, collator(train), validation, train.fingerprint, shards.damaged, remote)
+    return Data(order, collator(train), validation, train.fingerprint, shards.damaged, shards.cache is not None)
 
 
 def open_shards(

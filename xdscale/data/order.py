@@ -86,8 +86,13 @@ class Order:
 
     @classmethod
     def of(cls, recipe: Recipe, place: Place, *sizes: int, shares: Sequence[int] = (1,)) -> Self:
-        """Returns a recipe's order as one rank of a run sees it; `sizes`, `shares` and errors as the constructor."""
+        """Returns a recipe's order as one rank of a run sees it; `sizes`, `shares` and errors as the constructor.
+
+        Raises:
+            XdscaleError: the recipe counts tokens.
+        """
         training, ranks = recipe.training, place.ranks
+        refuse_tokens(recipe, f"the system {recipe.system!r}")
         split = {"world_size": ranks.world_size, "rank": ranks.rank, "micro_batch": place.micro_batch}
         return cls(*sizes, shares=shares, seed=training.seed, global_batch=training.global_batch, **split)
 
@@ -177,6 +182,19 @@ def window(size: int, seed: int, epoch: int, table: int, number: int) -> np.ndar
     """Returns the sample ids of `WINDOW` positions of an epoch's order, fewer at its end; not to be changed."""
     index = np.arange(number * WINDOW, min(size, (number + 1) * WINDOW))
     return permute(index, size, seed=seed, epoch=epoch, table=table)
+
+
+def refuse_tokens(recipe: Recipe, counter: str) -> None:
+    """Refuses a recipe whose steps are counted in tokens, where samples are counted.
+
+    Raises:
+        XdscaleError: names who counts samples.
+    """
+    if recipe.training.batch_tokens is not None:
+        raise XdscaleError(
+            f"training.batch_tokens = {recipe.training.batch_tokens}: {counter} counts samples; give "
+            "training.batch_tokens=null training.global_batch=N, about as many samples as have these tokens"
+        )
 
 
 def check_size(size: int) -> None:

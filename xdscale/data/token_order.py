@@ -7,25 +7,42 @@ batch depends on the one before. The stretch is shorter than the budget by what 
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from xdscale.data.order import WINDOW, Position, check_size, window
 from xdscale.errors import XdscaleError
-from xdscale.systems.contract import Slots
+from xdscale.recipe import Recipe
+from xdscale.systems.contract import Place, Slots
 
 
 class TokenSplit(NamedTuple):
     """How the tokens of one optimizer step are split.
 
     Attributes:
+        batch_tokens: most tokens over all ranks.
+        ranks: their number.
+        micro_tokens: most tokens of one pass of a rank.
         stretch: tokens in which the samples of a step begin; the mean of a step's tokens.
         accumulation: passes of each rank (gradient accumulation steps).
     """
 
+    batch_tokens: int
+    ranks: int
+    micro_tokens: int
     stretch: int
     accumulation: int
+
+    @property
+    def padding(self) -> float:
+        """Share of what ranks compute that is padding: none."""
+        return 0.0
+
+    def __str__(self) -> str:
+        ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
+        passes = f"{self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of at most {self.micro_tokens}"
+        return f"a step of at most {self.batch_tokens} tokens, {self.stretch} on average: {ranks} × {passes}"
 
 
 def split_tokens(batch_tokens: int, longest: int, ranks: int, micro_tokens: int) -> TokenSplit:
@@ -50,11 +67,16 @@ def split_tokens(batch_tokens: int, longest: int, ranks: int, micro_tokens: int)
         raise XdscaleError(
             f"train_micro_batch_size_per_gpu = {micro_tokens} tokens: the longest sample has {longest}; allow as many"
         )
-    return TokenSplit(stretch, math.ceil(stretch / (ranks * (micro_tokens - longest + 1))))
+    accumulation = math.ceil(stretch / (ranks * (micro_tokens - longest + 1)))
+    return TokenSplit(batch_tokens, ranks, micro_tokens, stretch, accumulation)
 
 
 class TokenOrder:
-    """The order of the training samples, as one rank sees it, in batches of a fixed budget of tokens."""
+    """The order of the training samples, as one rank sees it, in batches of a fixed budget of tokens.
+
+    Attributes:
+        split: of each step.
+    """
 
     def __init__(
         self, lengths: np.ndarray, *, seed: int, batch_tokens: int, world_size: int, rank: int, micro_tokens: int
@@ -76,10 +98,18 @@ class TokenOrder:
         self.seed = seed
         self._lengths = lengths
         self._epoch_tokens = int(lengths.sum(dtype=np.int64))
-        self._stretch, accumulation = split_tokens(batch_tokens, int(lengths.max()), world_size, micro_tokens)
-        self._parts = range(rank, world_size * accumulation, world_size)
-        self._part_count = world_size * accumulation
+        self.split = split_tokens(batch_tokens, int(lengths.max()), world_size, micro_tokens)
+        self._stretch = self.split.stretch
+        self._part_count = world_size * self.split.accumulation
+        self._parts = range(rank, self._part_count, world_size)
         self._windows: dict[int, np.ndarray] = {}
+
+    @classmethod
+    def of(cls, recipe: Recipe, place: Place, lengths: np.ndarray) -> Self:
+        """Returns a recipe's order as one rank of a run sees it; `lengths` and errors as the constructor."""
+        training, ranks = recipe.training, place.ranks
+        split = {"world_size": ranks.world_size, "rank": ranks.rank, "micro_tokens": place.micro_batch}
+        return cls(lengths, seed=training.seed, batch_tokens=training.batch_tokens, **split)
 
     def position(self, step: int) -> Position:
         """Returns the position before `step` (steps count from 0)."""

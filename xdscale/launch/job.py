@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from xdscale.ds_config import SIZES, BatchSplit, read_ds_config, resolve_ds_config, split_batch
+from xdscale.ds_config import SIZES, read_ds_config, resolve_ds_config, split_batch
 from xdscale.errors import XdscaleError
 from xdscale.names import is_url, resolve_path
 from xdscale.pretrained.architectures import read_encoder_config
@@ -19,13 +19,13 @@ class TrainingJob:
         name: the recipe's file name without its suffix, fit for a folder and a queue.
         recipe: the recipe with its overrides applied.
         arguments: what `xdscale.train` is given.
-        split: of each step over the ranks.
+        split: of each step over the ranks, in words.
     """
 
     name: str
     recipe: Recipe
     arguments: tuple[str, ...]
-    split: BatchSplit
+    split: str
 
 
 def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str | None, world_size: int) -> TrainingJob:
@@ -44,7 +44,11 @@ def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str 
     recipe = load_recipe(name, overrides)
     ds_file = ds_config or shipped_ds_config(recipe)
     resolved = resolve_ds_config(ds_file, read_ds_config(ds_file), recipe, world_size)
-    split = split_batch(recipe.training.global_batch, world_size, resolved["train_micro_batch_size_per_gpu"])
+    training, micro_batch = recipe.training, resolved["train_micro_batch_size_per_gpu"]
+    if training.batch_tokens is None:
+        split = str(split_batch(training.global_batch, world_size, micro_batch))
+    else:
+        split = f"a step of at most {training.batch_tokens} tokens, in micro-batches of at most {micro_batch}"
     return TrainingJob(
         name=re.sub(r"[^\w.-]+", "-", Path(name).stem),
         recipe=recipe,

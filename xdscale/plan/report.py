@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from xdscale.data.order import refuse_tokens
 from xdscale.ds_config import SHIPPED, split_batch
 from xdscale.errors import XdscaleError
 from xdscale.files import write_outputs
@@ -94,6 +95,7 @@ def run_plan(
             f"--precision {precision}: {machine.cluster.gpu.name} computes in {own}{' or fp16' * (own != 'fp16')}"
         )
     spec = load_recipe(recipe, overrides)
+    refuse_tokens(spec, "a plan")
     split_batch(spec.training.global_batch, machine.cluster.gpus, 1)  # refuses GPUs that would idle
     from xdscale.plan.profile import profile_model  # torch, which a mistake need not wait for
 
@@ -116,6 +118,7 @@ def run_scaling(recipe: str, overrides: list[str], machine: Machine, *, as_json:
         XdscaleError: as `scale`.
     """
     spec = load_recipe(recipe, overrides)
+    refuse_tokens(spec, "a plan")
     batch = spec.training.global_batch
     beyond = [f"{gpus:,}" for gpus in COUNTS if gpus > batch]
     if beyond:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from xdscale.data.collate import language_lengths
 from xdscale.data.masked_lm import MaskedLMCollator
 from xdscale.data.opening import open_data
 from xdscale.errors import XdscaleError
@@ -77,6 +78,7 @@ class MaskedLMSystem(System):
             TEXT,
             check,
             lambda table: MaskedLMCollator(table, seed=recipe.training.seed, objectives=recipe.objectives),
+            language_lengths,
         )
 
     def build(self) -> MaskedLMAdaptation:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from xdscale.data.collate import XDBERTCollator
+from xdscale.data.collate import XDBERTCollator, language_lengths
 from xdscale.data.opening import open_data
 from xdscale.errors import XdscaleError
 from xdscale.models.clip_text import CLIPTextEncoder
@@ -117,6 +117,7 @@ class XDBERTSystem(System):
             TEXT,
             functools.partial(check_shards, recipe.model),
             lambda table: XDBERTCollator(table, seed=recipe.training.seed, objectives=recipe.objectives),
+            language_lengths,
         )
 
     def build(self) -> XDBERTAdaptation:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from xdscale.data.token_order import TokenSplit
 from xdscale.ds_config import BatchSplit
 from xdscale.errors import writing
 from xdscale.recipe import Recipe
@@ -130,7 +131,7 @@ class Monitor:
         if problems:
             self._say("\n".join([f"shards in quarantine from step {step} on: {len(problems)}", *problems.values()]))
 
-    def split(self, step: int, split: BatchSplit) -> None:
+    def split(self, step: int, split: BatchSplit | TokenSplit) -> None:
         """Records how each step is split over ranks from `step` on."""
         self._write(step, "start", {}, split._asdict() | {"padding": split.padding})
         self._say(str(split))

@@ -87,7 +87,6 @@ def train_run(
     recipe = system.recipe
     run = RunFolder(Path(recipe.output.folder))
     with Watchdog(ranks, run.folder, recipe.run.hang_seconds) as watchdog:
-        setup = Setup(recipe, ds_config, run, ranks, stop, watchdog)
         try:
             ranks.on_first(lambda: run.check(recipe))
             check_metric(recipe.training, system.objectives())
@@ -95,6 +94,8 @@ def train_run(
             if ranks.is_first:
                 for note in data.notes:
                     say(note)
+            ds_config |= {"gradient_accumulation_steps": len(data.order.slots(0))}
+            setup = Setup(recipe, ds_config, run, ranks, stop, watchdog)
             ranks.on_first(run.claim)
             run.check_shared(ranks)
             session = open_session(setup, data, system)
@@ -251,8 +252,11 @@ def _open_monitor(setup: Setup, data: Data, session: Session, objectives: dict[s
     """Opens the records of a run and says how this start begins."""
     training, step = setup.recipe.training, session.start_step
     monitor = Monitor(setup.run, setup.recipe, step, objectives)
-    micro_batch = setup.ds_config["train_micro_batch_size_per_gpu"]
-    monitor.split(step, split_batch(training.global_batch, setup.ranks.world_size, micro_batch))
+    if training.batch_tokens is None:
+        micro_batch = setup.ds_config["train_micro_batch_size_per_gpu"]
+        monitor.split(step, split_batch(training.global_batch, setup.ranks.world_size, micro_batch))
+    else:
+        monitor.split(step, data.order.split)
     if step:
         monitor.message(f"continuing after step {step} of {training.steps}")
     if session.continued and step == 0:
