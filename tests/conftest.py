@@ -92,6 +92,38 @@ def short_shards(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="session")
+def captioned_pictures(cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of 80 images of 1 to 8 regions of 12 numbers, with 3 captions each that say what is in them."""
+    import numpy as np
+
+    from xdscale.shards.build import build_table
+    from xdscale.shards.regions import Detector
+    from xdscale.shards.sources.caption_build import CaptionOptions
+    from xdscale.shards.sources.captions import CaptionSource
+    from xdscale.shards.sources.regions.source import RegionImage, build_regions
+
+    folder, chance = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    things = ["a dog", "two red cars", "an old house", "the sea", "a child with a ball", "some apples"]
+    images, annotations = [], []
+    for number in range(80):
+        shown = chance.integers(0, len(things), 1 + number % 8)
+        corners = np.sort(chance.random((len(shown), 2, 2)) * [60 + number, 50], axis=1)
+        features = np.eye(12, dtype=np.float32)[shown] + 0.1 * chance.random((len(shown), 12), np.float32)
+        boxes = corners.reshape(-1, 4).astype(np.float32)
+        images.append(RegionImage(str(number), (60 + number, 50), boxes, features, where=f"image {number}"))
+        named = " and ".join(things[thing] for thing in shown[:3])
+        captions = (f"{named}.", f"A picture of {named} on a day in May", f"Here I see {named}, and nothing else")
+        annotations += [{"id": len(annotations) + k, "image_id": number, "caption": c} for k, c in enumerate(captions)]
+    build_regions(images, folder / "dataset", Detector(model="drawn"), shard_images=20)
+    listed = {"images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(80)]}
+    (folder / "captions.json").write_text(json.dumps(listed | {"annotations": annotations}))
+    options = CaptionOptions(validation_fraction=0.2, shard_images=20)
+    source = CaptionSource([folder / "captions.json"], folder / "dataset", str(cassette_model), options)
+    build_table(source, folder / "dataset")
+    return folder / "dataset"
+
+
+@pytest.fixture(scope="session")
 def fp32_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped DeepSpeed configurations in fp32: a CPU without bf16 instructions is a hundred times slower in bf16.
 

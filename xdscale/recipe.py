@@ -35,6 +35,7 @@ GROUP = "xdscale.systems"
 SYSTEMS = {
     "finetune": "xdscale.finetune.recipe:FinetuneRecipe",
     "mlm": "xdscale.recipes.mlm.schema:MaskedLMRecipe",
+    "visualbert": "xdscale.recipes.visualbert.schema:VisualBERTRecipe",
     "xdbert": "xdscale.recipes.xdbert.schema:XDBERTRecipe",
 }
 """Those that ship."""

@@ -163,7 +163,7 @@ class CaptionSource:
                 "image": np.repeat(np.array([image.row for image in found], "<u4"), numbers),
                 "siblings": np.repeat(siblings, numbers, axis=0),
             }
-            write(split, arrays)
+            write(split, arrays, lone_captions=numbers.count(1))
             captions += len(texts)
         return counts | {"captions": captions}
 

@@ -16,12 +16,12 @@ def mask_language_ids(
     tokenizer: LanguageTokenizer,
     *,
     seed: int,
+    maskable: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Selects positions and overwrites them **in place** by [MASK], a random id, or nothing.
 
-    The first and the last position ([CLS], [SEP]) are never selected. Random ids are uniform over the whole
-    vocabulary, as in Devlin et al. One draw per position decides both whether it is selected and what
-    happens to it: the interval [0, select) is divided in the recipe's proportions.
+    Random ids are uniform over the whole vocabulary, as in Devlin et al. One draw per position decides both whether it
+    is selected and what happens to it: the interval [0, select) is divided in the recipe's proportions.
 
     Args:
         language_ids: int64 [n, s], C-contiguous; changed.
@@ -29,6 +29,8 @@ def mask_language_ids(
         recipe: rates; `mask` and `random` are shares of the selected positions.
         tokenizer: its id of [MASK] and the size of its vocabulary.
         seed: below 2**32.
+        maskable: bool [n, s], the positions that may be selected; None for all but the first and the last one, which
+            are [CLS] and [SEP].
 
     Returns:
         (positions int64 [m], flat index into n * s, ascending; original ids int64 [m]).
@@ -36,7 +38,10 @@ def mask_language_ids(
     length = language_ids.shape[1]
     bits = random_bits(seed, slots.epochs, slots.sample_ids, Purpose.MASKED_POSITION, length)
     selected = below(bits, recipe.select)
-    selected[:, 0] = selected[:, -1] = False
+    if maskable is None:
+        selected[:, 0] = selected[:, -1] = False
+    else:
+        selected &= maskable
     selected[~slots.real] = False
     positions = np.flatnonzero(selected)
     flat_ids = language_ids.reshape(-1)

@@ -28,11 +28,22 @@ def draw_partners(slots: Slots, size: int, recipe: Match, *, seed: int) -> tuple
     """
     bits = random_bits(seed, slots.epochs, slots.sample_ids, Purpose.MATCH, 1)[:, 0]
     other = below(bits, recipe.mismatch) & (size > 1)
-    halves = random_bits(seed, slots.epochs, slots.sample_ids, Purpose.PARTNER, 2).astype(np.uint64)
-    # (64-bit draw * others) >> 64 in two steps: of 32 bits alone some of millions of partners get more
-    others, shift = np.uint64(size - 1), np.uint64(32)
-    offset = (halves[:, 1] * others + ((halves[:, 0] * others) >> shift)) >> shift
-    partners = (slots.sample_ids + 1 + offset.astype(np.int64)) % size
+    halves = random_bits(seed, slots.epochs, slots.sample_ids, Purpose.PARTNER, 2)
+    partners = (slots.sample_ids + 1 + one_of(size - 1, halves[:, 1], halves[:, 0])) % size
     text_ids = np.where(other, partners, slots.sample_ids)
     labels = np.where(other, OTHER_TEXT, SAME_TEXT)
     return text_ids, np.where(slots.real, labels, PADDING)
+
+
+def one_of(sizes: np.ndarray | int, high: np.ndarray, low: np.ndarray | int = 0) -> np.ndarray:
+    """Maps draws to uniform integers in [0, size), int64 [n]; 0 where a size is 0.
+
+    Args:
+        sizes: below 2**32.
+        high: uint32 [n].
+        low: uint32 [n], further bits of the draws: of 32 bits alone some of millions of choices would get more.
+    """
+    sizes, shift = np.asarray(sizes).astype(np.uint64), np.uint64(32)
+    # (64-bit draw * size) >> 64 in two steps
+    low_part = (np.asarray(low).astype(np.uint64) * sizes) >> shift
+    return ((high.astype(np.uint64) * sizes + low_part) >> shift).astype(np.int64)

@@ -58,6 +58,14 @@ def pack(
     return arrays if alignments is None else arrays | _aligned(alignments, regions.offsets)
 
 
+def first_regions(regions: Regions, most: int) -> Regions:
+    """Returns the first so many regions of each image: where sources order them by confidence, the best ones."""
+    counts = np.diff(regions.offsets)
+    kept = np.arange(len(regions.boxes)) - np.repeat(regions.offsets[:-1], counts) < most
+    features, boxes, confidences = (array[kept] for array in regions[:3])
+    return Regions(features, boxes, confidences, regions.sizes, _starts(np.minimum(counts, most)))
+
+
 def spatial(regions: Regions) -> np.ndarray:
     """Returns of each region x1, y1, x2, y2, width and height, as shares of its image's (spec VisualBERT §3).
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, VisualBertConfig
+from transformers import PretrainedConfig, PreTrainedModel, VisualBertConfig
 
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json
@@ -57,6 +57,25 @@ def published_name(name: str) -> str:
     return f"pooler.dense.{kind}" if stem == "pooler" else name
 
 
+def visual_config(config: PretrainedConfig, *, region_size: int, early_fusion: bool = True) -> VisualBertConfig:
+    """Returns the configuration of a VisualBERT that is made of a BERT.
+
+    Args:
+        config: of the BERT.
+        region_size: width of the features.
+        early_fusion: whether regions enter BERT's layers, or one new layer behind them.
+
+    Raises:
+        XdscaleError: it is no BERT, or has one segment alone.
+    """
+    if config.model_type != "bert":
+        raise XdscaleError(f"model.language: VisualBERT is made of a BERT, not of {config.model_type!r}")
+    if config.type_vocab_size < 2:
+        raise XdscaleError("model.language: VisualBERT tells two captions, or images, by segments: it needs 2, not 1")
+    values = {name: getattr(config, name) for name in _SHARED}
+    return VisualBertConfig(**values, visual_embedding_dim=region_size, bypass_transformer=not early_fusion)
+
+
 def from_bert(
     language: PreTrainedModel, *, region_size: int, early_fusion: bool = True, alignment: str = "sum"
 ) -> VisualBERT:
@@ -64,19 +83,15 @@ def from_bert(
 
     Args:
         language: BERT, with its pooler; it is not to be used afterwards.
-        region_size: width of the features.
-        early_fusion: whether regions enter BERT's layers, or one new layer behind them.
+        region_size: and
+        early_fusion: see `visual_config`.
         alignment: see `xdscale.models.visualbert.VisualTextEmbeddings`.
 
     Raises:
-        XdscaleError: it is no BERT.
+        XdscaleError: as `visual_config`.
     """
-    config = language.config
-    if config.model_type != "bert":
-        raise XdscaleError(f"model.language: VisualBERT is made of a BERT, not of {config.model_type!r}")
-    values = {name: getattr(config, name) for name in _SHARED}
-    values |= {"visual_embedding_dim": region_size, "bypass_transformer": not early_fusion}
-    model = VisualBERT(VisualBertConfig(**values), alignment=alignment)
+    config = visual_config(language.config, region_size=region_size, early_fusion=early_fusion)
+    model = VisualBERT(config, alignment=alignment)
     bert = language.state_dict()
     own = model.state_dict()
     start = {name: bert[published_name(name)] for name in own if published_name(name) in bert}

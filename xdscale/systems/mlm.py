@@ -24,7 +24,7 @@ from xdscale.pretrained.language import (
 from xdscale.pretrained.language_files import export_language, save_language_files
 from xdscale.recipes.mlm.schema import Language, MaskedLMRecipe
 from xdscale.shards.manifest import Manifest
-from xdscale.shards.sources.text_build import TEXT, TextBuild
+from xdscale.shards.sources.text_build import TEXT, LanguageTokenizer, TextBuild
 from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, System, Term, parameter_count
 from xdscale.systems.invented import InventedText
 from xdscale.training.stored import LANGUAGE_PREFIX, language_folder, part_of
@@ -163,6 +163,17 @@ def check_language(spec: Language, manifest: Manifest) -> None:
             f"but {spec.name} has {config.max_position_embeddings} positions; build shards with "
             f"--sequence-length {config.max_position_embeddings - 2} or less"
         )
+    check_tokenizer(spec, used)
+
+
+def check_tokenizer(spec: Language, used: LanguageTokenizer) -> None:
+    """Checks that text was tokenised for a language encoder.
+
+    Raises:
+        XdscaleError: it was with another tokenizer, or the encoder has trained weights and none of its own, so that
+            nobody can say what ids mean.
+    """
+    config = language_config(spec)
     if used.vocab_size > config.vocab_size:
         raise XdscaleError(
             f"the shards were built with the tokenizer {used.name} of {used.vocab_size} ids, but {spec.name} "

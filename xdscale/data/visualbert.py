@@ -1,0 +1,212 @@
+"""VisualBERT's batches: captions with the regions of their image (spec VisualBERT §2)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from xdscale.data.hashing import Purpose, below, random_bits
+from xdscale.data.masking import mask_language_ids
+from xdscale.data.pairing import OTHER_TEXT, PADDING, SAME_TEXT, one_of
+from xdscale.data.visual_text import first_regions, pack, spatial
+from xdscale.recipes.visualbert.schema import VisualBERTRecipe
+from xdscale.shards.regions import Regions, RegionTable
+from xdscale.shards.sources.caption_build import CaptionBuild
+from xdscale.shards.sources.text_build import LanguageTokenizer
+from xdscale.shards.table import Table
+from xdscale.systems.contract import MicroBatch, Slots
+
+
+class VisualBERTCollator:
+    """Turns slots into batches; what is drawn depends on (seed, epoch, sample id) alone.
+
+    A sample is a caption, with another one where `match` is on, and the regions of the first one's image. Arrays, with
+    b samples: those of `xdscale.data.visual_text.pack`, and for the objectives that are on
+        masked_lm_rows [m]: places in the row of packed tokens; masked_lm_labels [m]: the original ids.
+        match_labels [b]: 1 both captions are of the image, 0 the second is of another one, -1 padding sample.
+    """
+
+    def __init__(self, captions: Table, recipe: VisualBERTRecipe) -> None:
+        """Sets the collator up.
+
+        Args:
+            captions: a split of that table.
+            recipe: objectives, lengths, and the seed of all draws.
+        """
+        self.captions, self.recipe = captions, recipe
+        self.regions = RegionTable(captions.linked("image")) if recipe.model.images else None
+        self.tokenizer = CaptionBuild.of(captions.manifest).language_tokenizer
+
+    def __call__(self, slots: Slots) -> MicroBatch:
+        """Reads and prepares the samples of one micro-batch."""
+        slots, second, images, labels = self._pair(slots)
+        texts = [self._words(slots.sample_ids)] + ([] if second is None else [self._words(second)])
+        if self.regions is None:
+            regions = no_regions(len(images), self.recipe.model.region_size)
+        else:
+            regions = self.regions.read(images)
+        return compose(self.recipe, self.tokenizer, slots, texts, labels, regions)
+
+    def prefetch(self, step: list[Slots]) -> None:
+        """Says that the samples of a step, their second captions and their images will be read soon.
+
+        Which these are stands in the captions' own shards: it waits for those.
+        """
+        pairs = [self._pair(slots) for slots in step]
+        rows = [part for slots, second, _, _ in pairs for part in (slots.sample_ids, second) if part is not None]
+        self.captions.prefetch(np.concatenate(rows))
+        if self.regions is not None:
+            self.regions.prefetch(np.concatenate([images for _, _, images, _ in pairs]))
+
+    def draws(self, slots: Slots) -> list[np.ndarray]:
+        """Returns masked positions and what is put there, which pairs mismatch, and what second captions follow from.
+
+        No shard is read: every text counts as the longest, of ids 0.
+        """
+        drawn, model, objectives = [], self.recipe.model, self.recipe.objectives
+        if objectives.mlm is not None:
+            ids = np.zeros((len(slots.sample_ids), model.max_text), np.int64)
+            maskable, seed = np.ones_like(ids, bool), self.recipe.training.seed
+            positions, _ = mask_language_ids(ids, slots, objectives.mlm, self.tokenizer, seed=seed, maskable=maskable)
+            drawn += [positions, ids.reshape(-1)[positions]]
+        if objectives.match is not None:
+            drawn += pair_bits(slots, objectives.match.mismatch, seed=self.recipe.training.seed)
+        return drawn
+
+    def _words(self, rows: np.ndarray) -> list[np.ndarray]:
+        words, bounds = self.captions.read_ragged("words", rows)
+        return [words[start:end] for start, end in zip(bounds, bounds[1:])]
+
+    def _pair(self, slots: Slots) -> tuple[Slots, np.ndarray | None, np.ndarray, np.ndarray | None]:
+        """Finds second captions and images, and turns samples that touch a quarantined shard into padding.
+
+        Such a sample keeps its place in the batch, so that all other draws stay as they are, but has weight zero. What
+        is read in its place does not matter.
+
+        Returns:
+            The slots, the rows of second captions or None, the rows of images, and labels or None.
+        """
+        table, match = self.captions, self.recipe.objectives.match
+        usable, instead = table.usable(slots.sample_ids), table.first_usable()
+        rows = np.where(usable, slots.sample_ids, instead)
+        images = table.read("image", rows).astype(np.int64)
+        second = labels = None
+        if match is not None:
+            bits = pair_bits(slots, match.mismatch, seed=self.recipe.training.seed)
+            second, labels = second_captions(rows, table.read("siblings", rows).astype(np.int64), len(table), *bits)
+            usable &= table.usable(second)
+            second = np.where(table.usable(second), second, instead)
+        if self.regions is not None and not (readable := self.regions.table.usable(images)).all():
+            usable &= readable
+            images = np.where(readable, images, self.regions.table.first_usable())
+        slots = Slots(slots.epochs, rows, slots.real & usable)
+        return slots, second, images, None if labels is None else np.where(slots.real, labels, PADDING)
+
+
+def pair_bits(slots: Slots, mismatch: float, *, seed: int) -> list[np.ndarray]:
+    """Draws what second captions follow from, without reading which captions are of one image.
+
+    Args:
+        slots: the n samples.
+        mismatch: share of the pairs whose second caption is of another image.
+        seed: below 2**32.
+
+    Returns:
+        bool [n]: of another image; uint32 [n, 3]: which caption it is.
+    """
+    other = below(random_bits(seed, slots.epochs, slots.sample_ids, Purpose.MATCH, 1)[:, 0], mismatch)
+    return [other, random_bits(seed, slots.epochs, slots.sample_ids, Purpose.PARTNER, 3)]
+
+
+def second_captions(
+    rows: np.ndarray, siblings: np.ndarray, size: int, other: np.ndarray, bits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the second caption of each sample: another one of the same image, or any one of the other images.
+
+    Captions of one image stand one after the other, so that both are uniform and found at once: nothing is drawn again
+    until it fits.
+
+    Args:
+        rows: int64 [n], of the first captions.
+        siblings: int64 [n, 2]: first row of the captions of that image, and their number.
+        size: captions in the split; where all are of one image, none is of another.
+        other: bool [n] and
+        bits: uint32 [n, 3], as `pair_bits`.
+
+    Returns:
+        (rows int64 [n], labels int64 [n]): 1 = of the same image, 0 = of another one.
+    """
+    first, count = siblings.T
+    other = other & (count < size)
+    same = first + (rows - first + 1 + one_of(count - 1, bits[:, 2])) % count
+    place = one_of(size - count, bits[:, 1], bits[:, 0])
+    elsewhere = place + np.where(place >= first, count, 0)
+    return np.where(other, elsewhere, same), np.where(other, OTHER_TEXT, SAME_TEXT)
+
+
+def compose(
+    recipe: VisualBERTRecipe,
+    tokenizer: LanguageTokenizer,
+    slots: Slots,
+    texts: Sequence[Sequence[np.ndarray]],
+    labels: np.ndarray | None,
+    regions: Regions,
+) -> MicroBatch:
+    """Makes a micro-batch of samples that are read: cuts, masks and packs.
+
+    Args:
+        recipe: objectives and lengths.
+        tokenizer: ids of [CLS], [SEP] and [MASK], and the size of the vocabulary.
+        slots: which samples they are.
+        texts: of each sample the first caption; then, if there is one, the second: ids without [CLS] and [SEP].
+        labels: int64 [b] of the pairs; None without `match`.
+        regions: of each sample's image.
+    """
+    model, mlm = recipe.model, recipe.objectives.mlm
+    pieces = [_cut(list(sample), model.max_text - 1 - len(texts)) for sample in zip(*texts, strict=True)]
+    lengths = np.array([1 + sum(len(text) + 1 for text in sample) for sample in pieces])
+    ids = np.zeros((len(pieces), lengths.max(initial=0)), np.int64)
+    maskable, segments = np.zeros_like(ids, bool), np.zeros_like(ids)
+    for row, sample in enumerate(pieces):
+        ids[row, 0], end = tokenizer.cls_id, 1
+        for segment, text in enumerate(sample):
+            start, end = end, end + len(text) + 1
+            ids[row, start : end - 1], ids[row, end - 1] = text, tokenizer.sep_id
+            maskable[row, start : end - 1], segments[row, start:end] = True, segment
+    arrays: dict[str, np.ndarray] = {}
+    targets: dict[str, int] = {}
+    if mlm is not None:
+        places, arrays["masked_lm_labels"] = mask_language_ids(
+            ids, slots, mlm, tokenizer, seed=recipe.training.seed, maskable=maskable
+        )
+        targets["mlm"] = len(places)
+    if labels is not None:
+        arrays["match_labels"], targets["match"] = labels, int(slots.real.sum())
+    if model.max_regions is not None:
+        regions = first_regions(regions, model.max_regions)
+    if model.spatial:
+        regions = regions._replace(features=np.concatenate([regions.features, spatial(regions)], 1))
+    valid = [slice(0, length) for length in lengths.tolist()]
+    packed = pack(
+        [row[part] for row, part in zip(ids, valid)], [row[part] for row, part in zip(segments, valid)], regions
+    )
+    if mlm is not None:
+        row, column = np.divmod(places, ids.shape[1])
+        arrays["masked_lm_rows"] = packed["cu_seqlens"][row] + column
+    tokens = np.diff(packed["cu_seqlens"])[slots.real].sum()
+    return MicroBatch(packed | arrays, targets, tokens=int(tokens))
+
+
+def no_regions(samples: int, width: int) -> Regions:
+    """Returns the regions of samples that have none."""
+    none = np.zeros((0, 4), np.float32)
+    sizes = np.ones((samples, 2), np.uint16)
+    return Regions(np.zeros((0, width), np.float32), none, none[:, 0], sizes, np.zeros(samples + 1, np.int64))
+
+
+def _cut(texts: list[np.ndarray], room: int) -> list[np.ndarray]:
+    """Cuts the ends of one or two texts so that they have room together, the longer one first."""
+    if len(texts) == 1:
+        return [texts[0][:room]]
+    first, second = map(len, texts)
+    first = min(first, max(room - second, (room + 1) // 2))
+    return [texts[0][:first], texts[1][: room - first]]

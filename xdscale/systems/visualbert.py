@@ -1,0 +1,246 @@
+"""VisualBERT's pretraining on captions: masked words with an image, and do both captions describe it (spec §2)."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import BertConfig
+
+from xdscale.data.opening import open_data
+from xdscale.data.visualbert import VisualBERTCollator, compose, no_regions
+from xdscale.errors import XdscaleError
+from xdscale.models.heads import masked_lm_head
+from xdscale.models.operations import use_definitions
+from xdscale.models.visualbert import VisualBERT
+from xdscale.names import resolve_path
+from xdscale.pretrained.language import language_config, load_language_encoder, sentence_head_state
+from xdscale.pretrained.language_files import save_language_files
+from xdscale.pretrained.visualbert import from_bert, load_visualbert, save_visualbert, visual_config
+from xdscale.pretrained.weights import some
+from xdscale.recipes.visualbert.schema import VisualBERTObjectives, VisualBERTRecipe
+from xdscale.shards.manifest import Manifest
+from xdscale.shards.regions import REGIONS, RegionBuild, Regions
+from xdscale.shards.sources.caption_build import CAPTIONS, CaptionBuild
+from xdscale.shards.sources.text_build import LanguageTokenizer
+from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, Slots, System, Term, parameter_count
+from xdscale.systems.mlm import check_tokenizer, load_published_head
+from xdscale.systems.stored import MODEL_PREFIX, begin_with, language_folder
+
+CAPTION_WORDS = 12
+"""Word pieces of COCO's captions, on average."""
+ADAPTIVE_REGIONS, MOST_REGIONS = 36, 100
+"""Of an image, on average and at most, where a detector takes what it is sure of."""
+
+
+class VisualBERTPretraining(nn.Module):
+    """VisualBERT with the heads of the objectives that are on.
+
+    Attributes:
+        model: the encoder, with its pooler.
+        mlm: masked-LM head, tied to the word embedding; None when off.
+        match: classifier of the pooled first token; None when off.
+    """
+
+    def __init__(self, model: VisualBERT, objectives: VisualBERTObjectives) -> None:
+        super().__init__()
+        self.model = model
+        self.mlm = masked_lm_head(model) if objectives.mlm is not None else None
+        self.match = None
+        if objectives.match is not None:
+            self.match = nn.Linear(model.config.hidden_size, 2)
+            nn.init.normal_(self.match.weight, std=model.config.initializer_range)
+            nn.init.zeros_(self.match.bias)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recomputes each layer in the backward pass; the result stays the same."""
+        self.model.enable_activation_checkpointing()
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Term]:
+        """Computes the summed loss of each objective; the last layer runs at the places that a loss reads alone.
+
+        Args:
+            batch: the arrays of `xdscale.data.visualbert.VisualBERTCollator` as tensors.
+
+        Returns:
+            For each of "mlm", "match" that is on its `Term`.
+        """
+        none = batch["text_ids"][:0]
+        states, pooled, _ = self.model(batch, none if self.mlm is None else batch["masked_lm_rows"])
+        terms: dict[str, Term] = {}
+        if self.mlm is not None:
+            terms["mlm"] = Term.scored(*self.mlm(states, batch["masked_lm_labels"]))
+        if self.match is not None:
+            logits, labels = self.match(pooled), batch["match_labels"]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+            terms["match"] = Term.scored(loss, (logits.detach().argmax(-1) == labels).sum())
+        return terms
+
+
+class VisualBERTSystem(System):
+    """Trains a BERT on with captions and the regions of their images."""
+
+    recipe: VisualBERTRecipe
+
+    def open(self, place: Place) -> Data:
+        """Opens the captions, and the regions that they are linked to."""
+        recipe = self.recipe
+        return open_data(
+            recipe,
+            place,
+            CAPTIONS,
+            lambda manifest: check_captions(recipe, manifest),
+            lambda table: VisualBERTCollator(table, recipe),
+        )
+
+    def build(self, *, continued: bool) -> VisualBERTPretraining:
+        """Builds encoder and heads of a BERT, whose own heads come along where it was published with them."""
+        recipe, spec = self.recipe, self.recipe.model
+        language = load_language_encoder(spec.language, dropout=spec.dropout)
+        model = from_bert(
+            language, region_size=recipe.region_width, early_fusion=spec.early_fusion, alignment=spec.alignment
+        )
+        module = VisualBERTPretraining(model, recipe.objectives)
+        if module.mlm is not None:
+            load_published_head(module.mlm, spec.language)
+        if module.match is not None and (head := sentence_head_state(spec.language)) is not None:
+            module.match.load_state_dict(head)  # its classes are not turned round: spec VisualBERT §9
+        if spec.start is not None and not continued:
+            _begin(module, resolve_path(spec.start))
+        _freeze(module, recipe)
+        return use_definitions(module) if recipe.run.kernels == "plain" else module
+
+    def example(
+        self, module: VisualBERTPretraining, samples: int, length: int | None = None, *, longest: bool = False
+    ) -> MicroBatch:
+        """Invents captions and regions: as many as COCO's on average, or as many as there may be."""
+        return invented(self.recipe, samples, length, longest=longest)
+
+    def parts(self, module: VisualBERTPretraining) -> dict[str, nn.Module]:
+        """Returns the encoder and the heads that are on."""
+        heads = {"mlm": module.mlm, "match": module.match}
+        return {"encoder": module.model} | {name: head for name, head in heads.items() if head is not None}
+
+    def count(self, module: VisualBERTPretraining) -> list[PartCount]:
+        """Returns encoder and heads (spec VisualBERT §1)."""
+        own = set(module.model.parameters())
+        rows = [
+            PartCount(f"VisualBERT of {self.recipe.model.language.name}", parameter_count(module.model), total=True)
+        ]
+        heads = {"masked-LM head": module.mlm, "same-picture head": module.match}
+        rows += [PartCount(name, parameter_count(head, shared=own)) for name, head in heads.items() if head is not None]
+        return [*rows, PartCount("model during training", parameter_count(module), total=True)]
+
+    def keep(self, folder: Path) -> None:
+        """Keeps the BERT's configuration and tokenizer."""
+        save_language_files(self.recipe.model.language, folder / "language")
+
+    def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
+        """Writes a folder that transformers' `VisualBertModel` and `VisualBertForPreTraining` load."""
+        source, spec = language_folder(run), self.recipe.model
+        if not (source / "config.json").is_file():
+            raise XdscaleError(f"{source}: holds no config.json; copy the whole run folder, which has the BERT's files")
+        for path in source.iterdir():
+            if path.name != "config.json":
+                shutil.copyfile(path, out / path.name)
+        config = visual_config(
+            BertConfig.from_pretrained(source), region_size=self.recipe.region_width, early_fusion=spec.early_fusion
+        )
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = spec.dropout
+        save_visualbert(config, state, out, alignment=spec.alignment)
+        count = sum(value.numel() for name, value in state.items() if name.startswith(MODEL_PREFIX))
+        return f"VisualBERT ({count:,} parameters), with the heads of {', '.join(self.objectives())}"
+
+
+def check_captions(recipe: VisualBERTRecipe, manifest: Manifest) -> None:
+    """Checks that captions, regions and model fit, before any weights are loaded.
+
+    Raises:
+        XdscaleError: no captions, of another tokenizer; regions of another width; texts longer than the BERT's
+            positions; or pairs are asked for and images have one caption alone.
+    """
+    spec, match = recipe.model, recipe.objectives.match
+    check_tokenizer(spec.language, CaptionBuild.of(manifest).language_tokenizer)
+    positions = language_config(spec.language).max_position_embeddings
+    if spec.max_text > positions:
+        raise XdscaleError(f"model.max_text = {spec.max_text}: {spec.language.name} has {positions} positions")
+    width = RegionBuild.model_validate(manifest.tables[REGIONS].build).width
+    if spec.images and width != spec.region_size:
+        raise XdscaleError(
+            f"model.region_size = {spec.region_size}, but the regions' features are {width} wide; "
+            f"write model.region_size={width}, or take the regions that the recipe is for"
+        )
+    splits = manifest.tables[CAPTIONS].splits
+    lone = {name: split.counts.get("lone_captions", 0) for name, split in splits.items()}
+    if match is not None and any(lone.values()):
+        told = ", ".join(f"{count:,} in {name}" for name, count in lone.items() if count)
+        raise XdscaleError(
+            f"objectives.match needs two captions of an image, but some images have one alone ({told}): "
+            "leave them out of the captions, or switch it off: objectives.match=null"
+        )
+
+
+def invented(recipe: VisualBERTRecipe, samples: int, length: int | None = None, *, longest: bool = False) -> MicroBatch:
+    """Returns a micro-batch of random captions and regions; arguments as `System.example`.
+
+    Args:
+        recipe: objectives and lengths.
+        samples: how many.
+        length: tokens of each sample, of which the captions take what they have; None for what COCO's images have.
+        longest: whether captions and regions are as many as there may be.
+
+    Raises:
+        XdscaleError: there are fewer than a caption takes.
+    """
+    model, generator = recipe.model, np.random.default_rng(0)
+    captions = 1 if recipe.objectives.match is None else 2
+    words = (model.max_text - 1) // captions - 1 if longest else CAPTION_WORDS
+    text = min(model.max_text, 1 + captions * (words + 1))
+    if length is not None and length < 1 + 2 * captions:
+        raise XdscaleError(f"sequence length {length}: a sample has at least {1 + 2 * captions} tokens")
+    if length is not None and text > length:
+        words, text = (length - 1) // captions - 1, length
+    regions = model.max_regions or (MOST_REGIONS if longest else ADAPTIVE_REGIONS)
+    regions = (regions if length is None else length - text) if model.images else 0
+    vocabulary = 1000  # which ids they are changes no shape
+    ids = {"cls_id": 101, "sep_id": 102, "mask_id": 103, "pad_id": 0}
+    tokenizer = LanguageTokenizer(name="invented", sha256="0" * 64, vocab_size=vocabulary, **ids)
+    texts = [list(generator.integers(0, vocabulary, (samples, words))) for _ in range(captions)]
+    found = no_regions(samples, model.region_size)
+    if regions:
+        boxes = np.zeros((samples * regions, 4), np.float32)
+        features = generator.standard_normal((len(boxes), model.region_size), np.float32).astype(np.float16)
+        found = Regions(features, boxes, boxes[:, 0], found.sizes, np.arange(samples + 1) * regions)
+    slots = Slots(np.zeros(samples, np.int64), np.arange(samples), np.ones(samples, bool))
+    labels = None if recipe.objectives.match is None else np.arange(samples) % 2
+    return compose(recipe, tokenizer, slots, texts, labels, found)
+
+
+def _freeze(module: VisualBERTPretraining, recipe: VisualBERTRecipe) -> None:
+    """Takes from the optimizer what no loss reaches, and the pooler where the recipe says so."""
+    embeddings, spec = module.model.embeddings, recipe.model
+    module.model.pooler.requires_grad_(module.match is not None and not spec.freeze_pooler)
+    if not spec.images:
+        for part in ("visual_projection", "visual_token_type_embeddings", "visual_position_embeddings"):
+            getattr(embeddings, part).requires_grad_(False)
+
+
+def _begin(module: VisualBERTPretraining, folder: Path) -> None:
+    """Gives a module the weights of a run, an export, or anybody's VisualBERT; heads too, where there are some."""
+    if (folder / "recipe.yaml").is_file():
+        begin_with(module, folder)
+        return
+    model, heads = load_visualbert(folder)
+    own, found = module.model.state_dict(), model.state_dict()
+    wrong = [name for name, value in own.items() if name not in found or found[name].shape != value.shape]
+    if wrong or len(own) != len(found):
+        raise XdscaleError(
+            f"model.start = {folder}: holds no fitting weights for {some(sorted(wrong or found.keys() - own.keys()))}"
+        )
+    module.model.load_state_dict(found)
+    names = module.state_dict()
+    module.load_state_dict({name: value for name, value in heads.items() if name in names}, strict=False)
