@@ -147,9 +147,7 @@ def test_not_yaml_and_not_a_recipe(write):
 
 
 def test_the_system_decides_which_keys_there_are(write):
-    message = (
-        "recipe.yaml: 'system' is missing; it is one of finetune, mlm, xdbert; only recipes of 'xdscale finetune' "
-    )
+    message = "recipe.yaml: 'system' is missing; it is one of finetune, mlm, visualbert, xdbert; only recipes of "
     with pytest.raises(XdscaleError, match=message):
         load_recipe(write({key: value for key, value in MINIMAL.items() if key != "system"}))
     for wrong, hint in (("xdbret", "did you mean 'xdbert'"), (7, "there are finetune, mlm, xdbert")):

@@ -26,7 +26,8 @@ def test_every_parameter_of_every_shipped_recipe_in_torchs_order(name, overrides
     assert count(found, trained=True) == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert count(found) == parameter_table(spec)[-1].parameters
     tied = {each.name: each.tied for each in found if each.tied}
-    language, clip = module.model.language.config, getattr(module.model, "clip", None)
+    clip = getattr(module.model, "clip", None)
+    language = getattr(module.model, "language", module.model).config
     expected = {"mlm": language.vocab_size * getattr(language, "embedding_size", language.hidden_size)}
     if "clip_tokens" in spec.objectives.weights():
         expected["clip_tokens"] = clip.tower.vocab_size * clip.tower.width
