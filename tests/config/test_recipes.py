@@ -150,7 +150,7 @@ def test_the_system_decides_which_keys_there_are(write):
     message = "recipe.yaml: 'system' is missing; it is one of finetune, mlm, visualbert, xdbert; only recipes of "
     with pytest.raises(XdscaleError, match=message):
         load_recipe(write({key: value for key, value in MINIMAL.items() if key != "system"}))
-    for wrong, hint in (("xdbret", "did you mean 'xdbert'"), (7, "there are finetune, mlm, xdbert")):
+    for wrong, hint in (("xdbret", "did you mean 'xdbert'"), (7, "there are finetune, mlm, visualbert, xdbert")):
         with pytest.raises(XdscaleError, match=rf"recipe\.yaml: system = .*: no such system; {hint}"):
             load_recipe(write(MINIMAL | {"system": wrong}))
     with pytest.raises(XdscaleError, match=r"unknown key 'model\.clip'"):

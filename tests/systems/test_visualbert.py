@@ -21,6 +21,7 @@ from xdscale.systems.contract import Slots, open_system
 from xdscale.systems.visualbert import check_captions
 from xdscale.training.engine import to_device
 from xdscale.training.run_folder import read_log
+from xdscale.training.stored import build_module
 from xdscale.training.tracing import on_meta, trace
 
 FIXED = ["model.region_size=12", "model.dropout=0", "training.global_batch=6", "training.steps=4"]
@@ -33,7 +34,7 @@ def recipe(*overrides, name="quickstart-visualbert"):
 
 def built(*overrides):
     torch.manual_seed(0)
-    return open_system(recipe(*overrides)).build(continued=False)
+    return build_module(open_system(recipe(*overrides)), continued=False)
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def published_name(name: str) -> str:
     return f"pooler.dense.{kind}" if stem == "pooler" else name
 
 
-def visual_config(config: PretrainedConfig, *, region_size: int, early_fusion: bool = True) -> VisualBertConfig:
+def config_from_bert(config: PretrainedConfig, *, region_size: int, early_fusion: bool = True) -> VisualBertConfig:
     """Returns the configuration of a VisualBERT that is made of a BERT.
 
     Args:
@@ -84,13 +84,13 @@ def from_bert(
     Args:
         language: BERT, with its pooler; it is not to be used afterwards.
         region_size: and
-        early_fusion: see `visual_config`.
+        early_fusion: see `config_from_bert`.
         alignment: see `xdscale.models.visualbert.VisualTextEmbeddings`.
 
     Raises:
-        XdscaleError: as `visual_config`.
+        XdscaleError: as `config_from_bert`.
     """
-    config = visual_config(language.config, region_size=region_size, early_fusion=early_fusion)
+    config = config_from_bert(language.config, region_size=region_size, early_fusion=early_fusion)
     model = VisualBERT(config, alignment=alignment)
     bert = language.state_dict()
     own = model.state_dict()

@@ -248,6 +248,20 @@ class System(ABC):
         """
         raise XdscaleError(f"{run}: a run of {self.recipe.system!r} has nothing to export")
 
+    def published_state(self, folder: Path) -> "dict[str, torch.Tensor] | None":
+        """Returns weights that are published in another form than a run's, by the module's names, to begin with.
+
+        Args:
+            folder: what `model.start` names.
+
+        Returns:
+            None where the folder is a run, or an export that holds the module as it is.
+
+        Raises:
+            XdscaleError: it is neither, nor what the system reads.
+        """
+        return None
+
     def finish(self, setup: Any, engine: Any) -> int:
         """Does what follows the last step, such as predictions; returns the exit code.
 

@@ -14,13 +14,10 @@ from xdscale.data.opening import open_data
 from xdscale.data.visualbert import VisualBERTCollator, compose, no_regions
 from xdscale.errors import XdscaleError
 from xdscale.models.heads import masked_lm_head
-from xdscale.models.operations import use_definitions
 from xdscale.models.visualbert import VisualBERT
-from xdscale.names import resolve_path
 from xdscale.pretrained.language import language_config, load_language_encoder, sentence_head_state
 from xdscale.pretrained.language_files import save_language_files
-from xdscale.pretrained.visualbert import from_bert, load_visualbert, save_visualbert, visual_config
-from xdscale.pretrained.weights import some
+from xdscale.pretrained.visualbert import config_from_bert, from_bert, load_visualbert, save_visualbert
 from xdscale.recipes.visualbert.schema import VisualBERTObjectives, VisualBERTRecipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.regions import REGIONS, RegionBuild, Regions
@@ -28,7 +25,7 @@ from xdscale.shards.sources.caption_build import CAPTIONS, CaptionBuild
 from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, Slots, System, Term, parameter_count
 from xdscale.systems.mlm import check_tokenizer, load_published_head
-from xdscale.systems.stored import MODEL_PREFIX, begin_with, language_folder
+from xdscale.training.stored import MODEL_PREFIX, language_folder
 
 CAPTION_WORDS = 12
 """Word pieces of COCO's captions, on average."""
@@ -97,7 +94,7 @@ class VisualBERTSystem(System):
             lambda table: VisualBERTCollator(table, recipe),
         )
 
-    def build(self, *, continued: bool) -> VisualBERTPretraining:
+    def build(self) -> VisualBERTPretraining:
         """Builds encoder and heads of a BERT, whose own heads come along where it was published with them."""
         recipe, spec = self.recipe, self.recipe.model
         language = load_language_encoder(spec.language, dropout=spec.dropout)
@@ -109,10 +106,15 @@ class VisualBERTSystem(System):
             load_published_head(module.mlm, spec.language)
         if module.match is not None and (head := sentence_head_state(spec.language)) is not None:
             module.match.load_state_dict(head)  # its classes are not turned round: spec VisualBERT §9
-        if spec.start is not None and not continued:
-            _begin(module, resolve_path(spec.start))
         _freeze(module, recipe)
-        return use_definitions(module) if recipe.run.kernels == "plain" else module
+        return module
+
+    def published_state(self, folder: Path) -> dict[str, torch.Tensor] | None:
+        """Returns the weights of an export, of anybody's VisualBERT, or of a checkpoint of the release."""
+        if (folder / "recipe.yaml").is_file():
+            return None
+        model, heads = load_visualbert(folder)
+        return {MODEL_PREFIX + name: value for name, value in model.state_dict().items()} | heads
 
     def example(
         self, module: VisualBERTPretraining, samples: int, length: int | None = None, *, longest: bool = False
@@ -147,7 +149,7 @@ class VisualBERTSystem(System):
         for path in source.iterdir():
             if path.name != "config.json":
                 shutil.copyfile(path, out / path.name)
-        config = visual_config(
+        config = config_from_bert(
             BertConfig.from_pretrained(source), region_size=self.recipe.region_width, early_fusion=spec.early_fusion
         )
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = spec.dropout
@@ -227,20 +229,3 @@ def _freeze(module: VisualBERTPretraining, recipe: VisualBERTRecipe) -> None:
     if not spec.images:
         for part in ("visual_projection", "visual_token_type_embeddings", "visual_position_embeddings"):
             getattr(embeddings, part).requires_grad_(False)
-
-
-def _begin(module: VisualBERTPretraining, folder: Path) -> None:
-    """Gives a module the weights of a run, an export, or anybody's VisualBERT; heads too, where there are some."""
-    if (folder / "recipe.yaml").is_file():
-        begin_with(module, folder)
-        return
-    model, heads = load_visualbert(folder)
-    own, found = module.model.state_dict(), model.state_dict()
-    wrong = [name for name, value in own.items() if name not in found or found[name].shape != value.shape]
-    if wrong or len(own) != len(found):
-        raise XdscaleError(
-            f"model.start = {folder}: holds no fitting weights for {some(sorted(wrong or found.keys() - own.keys()))}"
-        )
-    module.model.load_state_dict(found)
-    names = module.state_dict()
-    module.load_state_dict({name: value for name, value in heads.items() if name in names}, strict=False)

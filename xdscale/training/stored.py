@@ -131,11 +131,12 @@ def build_module(system: System, *, continued: bool) -> torch.nn.Module:
     """
     module, start = system.build(), getattr(system.recipe.model, "start", None)
     if start is not None and not continued:
-        begin_with(module, resolve_path(start))
+        folder = resolve_path(start)
+        begin_with(module, folder, system.published_state(folder))
     return use_definitions(module) if system.recipe.run.kernels == "plain" else module
 
 
-def begin_with(module: torch.nn.Module, folder: Path) -> None:
+def begin_with(module: torch.nn.Module, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Gives a newly built module the weights of a run or an export, heads included.
 
     The head of an objective that was off there keeps the values it was built with.
@@ -143,12 +144,15 @@ def begin_with(module: torch.nn.Module, folder: Path) -> None:
     Args:
         module: what a system built.
         folder: a run folder (the checkpoint is read that an export would take, checksums verified), or an export.
+        state: its weights, where the system has read them.
 
     Raises:
         XdscaleError: neither of the two, no checkpoint yet, or the weights do not fit the module.
     """
-    stored_recipe(folder)
-    state, wanted = stored_state(folder), module.state_dict()
+    if state is None:
+        stored_recipe(folder)
+        state = stored_state(folder)
+    wanted = module.state_dict()
     wrong = [name for name in wanted if name.startswith(MODEL_PREFIX) and name not in state]
     wrong += [name for name in wanted.keys() & state.keys() if state[name].shape != wanted[name].shape]
     if wrong:
