@@ -289,5 +289,5 @@ def test_an_export_is_read_by_transformers_and_begun_with(runs, tmp_path):
             assert torch.equal(begun.model.state_dict()[name], value), name
         for name, value in heads.items():
             assert torch.equal(begun.state_dict()[name], value), name
-    with pytest.raises(XdscaleError, match=r"model\.start = .*: holds no fitting weights for embeddings\.visual_proj"):
+    with pytest.raises(XdscaleError, match=r"model\.start = .*: holds no fitting weights for model\.embeddings\.visual_p"):
         built(f"model.start={out}", "model.spatial=true")
