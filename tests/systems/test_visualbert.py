@@ -289,5 +289,5 @@ def test_an_export_is_read_by_transformers_and_begun_with(runs, tmp_path):
             assert torch.equal(begun.model.state_dict()[name], value), name
         for name, value in heads.items():
             assert torch.equal(begun.state_dict()[name], value), name
-    with pytest.raises(XdscaleError, match=r"model\.start = .*: holds no fitting weights for model\.embeddings\.visual_p"):
+    with pytest.raises(XdscaleError, match=r"start = .*: holds no fitting weights for model\.embeddings\.visual_proj"):
         built(f"model.start={out}", "model.spatial=true")
