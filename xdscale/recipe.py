@@ -251,6 +251,10 @@ class Recipe(Section):
         names = type(self.objectives).model_fields
         if names and not self.objectives.weights():
             return f"objectives: every one is off; keep at least one of {', '.join(names)}"
+        best = self.training.best
+        if best is not None and names and best.partition("/")[2] not in self.objectives.weights():
+            on = ", ".join(f"loss/{name}" for name in self.objectives.weights())
+            return f"training.best = {best}: no figure of an objective that is on; expected one such as {on}"
         return None
 
     def to_yaml(self) -> str:

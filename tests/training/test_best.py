@@ -15,7 +15,7 @@ from xdscale.finetune.run import FinetuneSystem
 from xdscale.recipe import Training, load_recipe
 from xdscale.systems.contract import Objective, open_system
 from xdscale.training import session
-from xdscale.training.best import best_so_far, check_metric, final_step
+from xdscale.training.best import best_so_far, check_held_out, check_metric, final_step
 from xdscale.training.checkpoint import Retention, checkpoint_name, list_checkpoints, step_of
 from xdscale.training.consolidate import consolidated_state
 from xdscale.training.distributed import Ranks
@@ -73,6 +73,42 @@ def test_a_figure_that_is_not_measured_is_refused():
         check_metric(Training(steps=1, global_batch=1, best=known), objectives)
     with pytest.raises(XdscaleError, match=r"training.best = accuracy/mml: not measured here; .*'accuracy/mlm'"):
         check_metric(Training(steps=1, global_batch=1, best="accuracy/mml"), objectives)
+
+
+def held_out(**targets):
+    return SimpleNamespace(targets=targets)
+
+
+class TwoRanks(Ranks):
+    """The other rank has what is given."""
+
+    def __init__(self, *others):
+        super().__init__(0, 2, 0)
+        object.__setattr__(self, "others", list(others))
+
+    def gather(self, value):
+        return [value, self.others.pop(0)]
+
+
+def test_a_figure_without_held_out_targets_is_refused_instead_of_being_best_at_zero():
+    training = Training(steps=1, global_batch=1, best="loss/a")
+    other = [["a", "b"]]
+    check_held_out(training, "ab", [held_out(a=0, b=4)], TwoRanks(other, 1))
+    with pytest.raises(XdscaleError, match=r"training.best = loss/a: the held-out samples have no targets of 'a'; "):
+        check_held_out(training, "ab", [held_out(a=0, b=4)], TwoRanks(other, 0))
+    check_held_out(Training(steps=1, global_batch=1), "ab", [held_out(a=0, b=4)], TwoRanks(other))
+
+
+def test_ranks_that_would_exchange_other_things_are_told():
+    with pytest.raises(XdscaleError, match=r"held-out micro-batch 1: rank 1 has \['a', 'b'\] in its .* 0 \['b'\]"):
+        check_held_out(None, "ab", [held_out(a=1, b=1), held_out(b=1)], TwoRanks([["a", "b"], ["a", "b"]]))
+
+
+def test_a_figure_of_an_objective_that_is_off_is_refused_before_ranks_start():
+    with pytest.raises(XdscaleError, match=r"training.best = loss/mml: no figure of an objective .* such as loss/mlm"):
+        load_recipe("quickstart", ["training.best=loss/mml"])
+    with pytest.raises(XdscaleError, match=r"training.best = loss/match: no figure"):
+        load_recipe("quickstart", ["training.best=loss/match", "objectives.match=null"])
 
 
 def test_no_checkpoint_is_read_for_a_system_that_does_nothing_at_the_end(tmp_path):

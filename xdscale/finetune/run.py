@@ -52,7 +52,16 @@ class FinetuneSystem(System):
         return {"task": Objective(1.0)}
 
     def open(self, place: Place) -> Data:
-        """Reads and tokenises the task's files."""
+        """Reads and tokenises the task's files.
+
+        Raises:
+            XdscaleError: the run is finished; or as `prepare`.
+        """
+        result = Path(self.recipe.output.folder) / RESULT
+        if result.is_file():
+            raise XdscaleError(
+                f"{result}: this run is finished; to run it again, delete its folder or choose another one"
+            )
         material, ranks = self._material, place.ranks
         order = Order.of(self.recipe, place, len(material.train))
         dev = next(iter(material.dev.values()))

@@ -1,7 +1,7 @@
 """The best held-out figure of a run, and whether it is time to stop: worked out from the run's log."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 from xdscale.errors import XdscaleError
 from xdscale.names import unknown_key
 from xdscale.recipe import Recipe, Training
-from xdscale.systems.contract import Objective
+from xdscale.systems.contract import MicroBatch, Objective
 from xdscale.training.checkpoint import checkpoint_name
+from xdscale.training.distributed import Ranks
 from xdscale.training.run_folder import read_log
 
 
@@ -77,11 +78,36 @@ def final_step(run: Path, recipe: Recipe) -> int | None:
 
 
 def check_metric(training: Training, objectives: Mapping[str, Objective]) -> None:
-    """Checks that validations measure what the recipe names.
+    """Checks that a system measures what the recipe names.
 
     Raises:
-        XdscaleError: they do not, and what they do.
+        XdscaleError: it does not, and what it does.
     """
     known = [f"{kind}/{name}" for name, objective in objectives.items() for kind in ("loss", *objective.metrics)]
     if training.best is not None and training.best not in known:
         raise XdscaleError(f"training.best = {training.best}: not measured here; {unknown_key(training.best, known)}")
+
+
+def check_held_out(
+    training: Training, objectives: Iterable[str], validation: Sequence[MicroBatch], ranks: Ranks
+) -> None:
+    """Checks the held-out batches; every rank calls it.
+
+    Raises:
+        XdscaleError: ranks carry unlike objectives in batches of one number, so that their exchanges would differ; or
+            the objective that the recipe names has no targets in any.
+    """
+    carried = ranks.gather([[name for name in objectives if name in batch.targets] for batch in validation])
+    for rank, batches in enumerate(carried):
+        for number, names in enumerate(batches):
+            if names != carried[0][number]:
+                raise XdscaleError(
+                    f"held-out micro-batch {number}: rank {rank} has {names} in its targets, rank 0 "
+                    f"{carried[0][number]}; all ranks must have the same"
+                )
+    name = (training.best or "").partition("/")[2]
+    if name and not sum(ranks.gather(sum(batch.targets.get(name, 0) for batch in validation))):
+        raise XdscaleError(
+            f"training.best = {training.best}: the held-out samples have no targets of {name!r}; name another figure, "
+            "or raise run.eval_samples"
+        )

@@ -13,7 +13,7 @@ from xdscale.errors import EXIT_STOPPED, XdscaleError, writing
 from xdscale.recipe import Recipe
 from xdscale.systems.contract import Data, Objective, Place, Slots, System, recompute_activations
 from xdscale.training import checkpoint as ckpt
-from xdscale.training.best import best_so_far, check_metric, final_step
+from xdscale.training.best import best_so_far, check_held_out, check_metric, final_step
 from xdscale.training.consolidate import final_state
 from xdscale.training.distributed import Ranks
 from xdscale.training.engine import build_engine, put_weights
@@ -94,6 +94,7 @@ def train_run(
             if ranks.is_first:
                 for note in data.notes:
                     say(note)
+            check_held_out(recipe.training, system.objectives(), data.validation, ranks)
             ds_config |= {"gradient_accumulation_steps": len(data.order.slots(0))}
             setup = Setup(recipe, ds_config, run, ranks, stop, watchdog)
             ranks.on_first(run.claim)
