@@ -6,7 +6,6 @@ LARGEST_ERROR = 7e-3
 """Relative L2 error of a region's features as companded bytes, at most: measured on bottom-up features, 6.4e-3."""
 KEPT_CLASSES = 64
 """Classes that are kept of a distribution, the largest; the others share the rest equally (KL divergence 0.004)."""
-_SQUARES = np.square(np.arange(256, dtype=np.float32) / 255)
 
 
 def compand(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -32,7 +31,10 @@ def compand(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def expand(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Returns the features that `compand` stored: float32 [n, width]."""
-    return _SQUARES[codes] * scales[:, None]
+    values = codes.astype(np.float32)
+    np.square(values, out=values)
+    np.divide(values, np.float32(255**2), out=values)
+    return np.multiply(values, scales[:, None], out=values)
 
 
 def largest_classes(distributions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

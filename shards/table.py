@@ -18,6 +18,8 @@ from xdscale.shards.shard import OFFSETS, read_layout
 
 MAX_BOUNDS = 8 << 20
 """Bounds of ragged rows kept in memory, 4 bytes each: more than all of Wikipedia in sequences of 512."""
+LONG_BYTES, LONG_PIECE = 1 << 18, 1 << 13
+"""From so many bytes on, in pieces of so many on average, what is read is not copied again."""
 CLOSED = NOT_KEPT = -1
 
 
@@ -276,8 +278,10 @@ class Table:
         first, last = found.astype(np.int64).reshape(-1, 2).T
         return first, last
 
-    def _read(self, shard: np.ndarray, begin: np.ndarray, sizes: np.ndarray) -> bytes:
+    def _read(self, shard: np.ndarray, begin: np.ndarray, sizes: np.ndarray) -> bytes | memoryview:
         """Returns the bytes of places in shards, one after another; all arguments int64 [n]."""
+        if sizes.sum() >= max(LONG_BYTES, LONG_PIECE * len(sizes)):
+            return self._read_long(shard, begin, sizes)
         pieces: list[bytes] = []
         for first in range(0, len(shard), self._max_open):  # so many places lie in so many shards at most
             part = slice(first, first + self._max_open)
@@ -290,6 +294,23 @@ class Table:
         if len(joined) != sizes.sum():
             short = next(number for number, piece in enumerate(pieces) if len(piece) < sizes[number])
             raise self._damaged(shard[short], f"ends before byte {begin[short] + sizes[short]}")
+        return joined
+
+    def _read_long(self, shard: np.ndarray, begin: np.ndarray, sizes: np.ndarray) -> memoryview:
+        """As `_read`, each place read to where it is wanted: copying long ones would cost as much as reading them."""
+        joined = memoryview(np.empty(sizes.sum(), np.uint8))
+        ends = np.cumsum(sizes)
+        for first in range(0, len(shard), self._max_open):
+            part = slice(first, first + self._max_open)
+            places = zip(begin[part].tolist(), (ends - sizes)[part].tolist(), ends[part].tolist())
+            with self._opened(shard[part]) as descriptors:
+                for number, (descriptor, (at, start, end)) in enumerate(zip(descriptors.tolist(), places), first):
+                    try:
+                        found = os.preadv(descriptor, [joined[start:end]], at)
+                    except OSError as error:
+                        raise self._unreadable(shard[number], error) from None
+                    if found != end - start:
+                        raise self._damaged(shard[number], f"ends before byte {at + end - start}")
         return joined
 
     def _opened(self, shard: np.ndarray) -> AbstractContextManager[np.ndarray]:

@@ -54,6 +54,20 @@ def bench_stream_command(
         bench_stream(shards or build_wikipedia_slice(Path(folder) / "shards"), samples=samples, rounds=rounds)
 
 
+@bench_app.command("regions")
+def bench_regions_command(
+    regions: Annotated[
+        UserPath | None, typer.Option(help="Dataset with a table of regions whose images are taken; default: drawn.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=64, help="Images of the comparison.")] = 400,
+    rounds: Annotated[int, typer.Option(min=3, help="Alternations.")] = 5,
+) -> None:
+    """Read image regions in random order against UNITER's and ViLBERT's LMDB and hdf5; bytes, start, memory."""
+    from xdscale.bench.regions import bench_regions
+
+    bench_regions(regions, images=images, rounds=rounds)
+
+
 @bench_app.command("shards")
 def bench_shards_command(
     inputs: Annotated[list[str], typer.Argument(help="Corpus files, folders or quoted patterns.")],

@@ -98,7 +98,7 @@ def whole_number(fields: Mapping[str, Any], name: str, where: str) -> int:
             if len(text) > 12:
                 raise ValueError
             value = float(text)
-        if isinstance(value, np.ndarray) and value.size == 1:
+        if isinstance(value, np.ndarray) and value.shape == ():
             value = value.item()
         if isinstance(value, bool) or int(value) != value:
             raise ValueError
