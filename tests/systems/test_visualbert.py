@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, VisualBertForPreTraining, VisualBertModel
 
+from xdscale.bench.visualbert_step import padded_inputs
 from xdscale.data.visualbert import VisualBERTCollator
 from xdscale.errors import XdscaleError
 from xdscale.export import export_run
@@ -48,30 +49,6 @@ def batch_of(micro_batch):
     return to_device(micro_batch.arrays, torch.device("cpu"))
 
 
-def padded(arrays):
-    """What a user of transformers would give: padded texts and regions, with labels that are -100 or -1 elsewhere."""
-    counts, texts = arrays["text_lengths"], len(arrays["text_ids"])
-    ends = arrays["cu_seqlens"]
-    regions = np.diff(ends) - counts
-    shapes = (len(counts), counts.max()), (len(counts), regions.max())
-    ids, mask, segments = (torch.zeros(shapes[0], dtype=torch.long) for _ in range(3))
-    features, seen = torch.zeros(*shapes[1], arrays["features"].shape[1]), torch.zeros(shapes[1], dtype=torch.long)
-    labels = torch.full((len(counts), counts.max() + regions.max()), -100)
-    right = dict(zip(arrays["masked_lm_rows"].tolist(), arrays["masked_lm_labels"].tolist()))
-    for row, (start, text) in enumerate(zip(ends, counts)):
-        tokens = arrays["rows"][start : ends[row + 1]]
-        ids[row, :text] = torch.from_numpy(arrays["text_ids"][tokens[:text]])
-        segments[row, :text] = torch.from_numpy(arrays["text_segments"][tokens[:text]])
-        features[row, : regions[row]] = torch.from_numpy(arrays["features"][tokens[text:] - texts]).float()
-        mask[row, :text], seen[row, : regions[row]] = 1, 1
-        for place in range(text):
-            labels[row, place] = right.get(start + place, -100)
-    return {
-        "input_ids": ids, "attention_mask": mask, "token_type_ids": segments, "visual_embeds": features,
-        "visual_attention_mask": seen, "visual_token_type_ids": torch.zeros_like(seen), "labels": labels,
-    }  # fmt: skip
-
-
 def test_losses_are_those_of_transformers(micro_batch, tmp_path):
     """Both objectives, with the heads of an export, which its model for pretraining loads as they are."""
     module = built().eval()
@@ -83,7 +60,7 @@ def test_losses_are_those_of_transformers(micro_batch, tmp_path):
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     theirs.eval()
-    inputs, labels = padded(micro_batch.arrays), torch.from_numpy(micro_batch.arrays["match_labels"])
+    inputs, labels = padded_inputs(micro_batch.arrays), torch.from_numpy(micro_batch.arrays["match_labels"])
     terms = module(batch_of(micro_batch))
     wanted = theirs(**inputs)
     masked = wanted.prediction_logits.flatten(0, 1)

@@ -29,6 +29,7 @@ from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
 from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe
+from xdscale.recipes.visualbert.schema import VisualBERTRecipe
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.systems.contract import MicroBatch, open_system
 from xdscale.systems.xdbert import XDBERTAdaptation
@@ -92,7 +93,7 @@ class StepReport:
         return [a / b for a, b in zip(_seconds(base, without_optimizer), _seconds(path, without_optimizer))]
 
 
-def bench_step(recipe: Recipe, against: str = "plain", pairs: int = 5, sequences: int = 2) -> None:
+def bench_step(recipe: Recipe, against: str = "plain", pairs: int = 5, sequences: int | None = None) -> None:
     """Measures the training step and prints a table; progress goes to stderr.
 
     Args:
@@ -100,12 +101,16 @@ def bench_step(recipe: Recipe, against: str = "plain", pairs: int = 5, sequences
             are none, ids are drawn at the true shape: 512 language tokens, CLIP text on 560 of 693 positions.
         against: "plain" for the released code's computation, "fp32" to leave that out.
         pairs: how many times each path is measured, in turns.
-        sequences: samples per step.
+        sequences: samples per step; None for 2, of VisualBERT 8.
 
     Raises:
         XdscaleError: an argument is out of range, or the model or the shards cannot be read.
     """
-    report = measure_step(recipe, against=against, pairs=pairs, sequences=sequences)
+    if isinstance(recipe, VisualBERTRecipe):
+        from xdscale.bench.visualbert_step import bench_visualbert
+
+        return bench_visualbert(recipe, pairs, 8 if sequences is None else sequences)
+    report = measure_step(recipe, against=against, pairs=pairs, sequences=2 if sequences is None else sequences)
     console = Console()
     console.print(
         f"{recipe.model.language.name} + {recipe.model.clip.name}, {report.shape}; {torch.get_num_threads()} threads, "
@@ -125,18 +130,16 @@ def bench_step(recipe: Recipe, against: str = "plain", pairs: int = 5, sequences
 
 def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) -> StepReport:
     """Does the work of `bench_step`."""
-    for name, value in (("pairs", pairs), ("sequences", sequences)):
-        if value < 1:
-            raise XdscaleError(f"--{name} {value}: expected at least 1")
+    check_counts(pairs, sequences)
     if against not in AGAINST:
         raise XdscaleError(f"--against {against!r}: expected one of {', '.join(AGAINST)}")
     if not isinstance(recipe, XDBERTRecipe):
         raise XdscaleError(
-            f"system = {recipe.system!r}: the step that is measured, and the released code beside it, are XDBERT's; "
-            "choose a recipe of the system xdbert"
+            f"system = {recipe.system!r}: the step that is measured, and what others compute beside it, are XDBERT's "
+            "and VisualBERT's; choose a recipe of one of these systems"
         )
     device = rank_device(0)
-    rates = {dtype: _matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    rates = {dtype: matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     torch.manual_seed(recipe.training.seed)
     module = build_module(open_system(_with_random_weights(recipe)), continued=True).train().to(device)
     bench = _Bench(module, recipe, bench_batch(recipe, module, sequences))
@@ -169,6 +172,13 @@ def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) ->
     paths = {name: measured[name] for name in names}
     card = gpu_of_device(device) if device.type == "cuda" else None
     return StepReport(paths, rates, bf16_seconds, disagreement, bench.shape, card.peak_flops if card else None)
+
+
+def check_counts(pairs: int, sequences: int) -> None:
+    """Refuses numbers below 1."""
+    for name, value in (("pairs", pairs), ("sequences", sequences)):
+        if value < 1:
+            raise XdscaleError(f"--{name} {value}: expected at least 1")
 
 
 def activation_bytes(run: Callable[[], None], parameters: Iterable[nn.Parameter]) -> int:
@@ -350,14 +360,28 @@ class _Bench:
         if name != MASTERS:
             self.optimizer.step()
             return
-        triples = list(zip(self.module.parameters(), self.narrow.parameters(), self._wide_gradients, strict=True))
-        with torch.no_grad():
-            for master, parameter, gradient in triples:
-                if parameter.grad is not None:
-                    master.grad = gradient.copy_(parameter.grad)
-            self.optimizer.step()
-            for master, parameter, _ in triples:
-                parameter.copy_(master)
+        update_masters(self.optimizer, self.module, self.narrow, self._wide_gradients)
+
+
+def update_masters(
+    optimizer: torch.optim.Optimizer, masters: nn.Module, narrow: nn.Module, gradients: list[torch.Tensor]
+) -> None:
+    """Makes a step of the fp32 weights by the gradients of their copy in bf16, and copies them anew.
+
+    Args:
+        optimizer: of the masters.
+        masters: in fp32.
+        narrow: the same module in bf16, with gradients.
+        gradients: one tensor like each master, which are kept: fresh pages would cost more than the copies.
+    """
+    triples = list(zip(masters.parameters(), narrow.parameters(), gradients, strict=True))
+    with torch.no_grad():
+        for master, parameter, gradient in triples:
+            if parameter.grad is not None:
+                master.grad = gradient.copy_(parameter.grad)
+        optimizer.step()
+        for master, parameter, _ in triples:
+            parameter.copy_(master)
 
 
 def _with_random_weights(recipe: Recipe) -> Recipe:
@@ -368,7 +392,8 @@ def _with_random_weights(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model.model_copy(update={"language": language, "clip": clip})})
 
 
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the FLOPs per second of matrix products, the best of three measurements."""
     return max(matmul_flops_per_second(device, dtype) for _ in range(3))
 
 
@@ -386,10 +411,10 @@ def _table(report: StepReport) -> Table:
     for name, path in report.paths.items():
         table.add_column(name, justify="right")
         rate = path.flops / median(path.seconds) / report.rates[DTYPES[name]]
-        rows["seconds"].append(_spread(path.seconds))
-        rows["CPU seconds"].append(_spread(path.cpu_seconds))
-        rows["times as fast"].append(_spread(report.ratios(name)))
-        rows["… without optimizer"].append(_spread(report.ratios(name, without_optimizer=True)))
+        rows["seconds"].append(spread(path.seconds))
+        rows["CPU seconds"].append(spread(path.cpu_seconds))
+        rows["times as fast"].append(spread(report.ratios(name)))
+        rows["… without optimizer"].append(spread(report.ratios(name, without_optimizer=True)))
         rows["TFLOP of products"].append(f"{path.flops / 1e12:.3f}")
         rows["share of matrix rate"].append(f"{rate:.0%}")
         if report.peak:
@@ -404,7 +429,8 @@ def _table(report: StepReport) -> Table:
     return table
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Returns the median of values, and the least and the largest."""
     return f"{median(values):.2f} ({min(values):.2f} – {max(values):.2f})"
 
 

@@ -138,6 +138,21 @@ def load_visualbert(
     return model.eval(), heads
 
 
+def published_weights(config: VisualBertConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns weights under the names of transformers' `VisualBertForPreTraining`, tied ones once.
+
+    Args:
+        config: of the model.
+        state: of a module in training: `model.…`, and `mlm.…` and `match.…` if it has them.
+    """
+    encoder = (name for name in state if name.startswith("model."))
+    names = {name: ENCODER + published_name(name.removeprefix("model.")) for name in encoder}
+    names |= {ours: theirs for ours, theirs in _HEADS.items() if ours in state}
+    if config.tie_word_embeddings:
+        names.pop("mlm.decoder_weight", None)  # it is the word embedding
+    return {theirs: state[ours] for ours, theirs in names.items()}
+
+
 def save_visualbert(config: VisualBertConfig, state: dict[str, torch.Tensor], out: Path, *, alignment: str) -> None:
     """Writes `config.json` and `model.safetensors` of transformers' `VisualBertModel` or `VisualBertForPreTraining`.
 
@@ -147,12 +162,7 @@ def save_visualbert(config: VisualBertConfig, state: dict[str, torch.Tensor], ou
         out: an existing folder.
         alignment: of the model; transformers always computes the mean.
     """
-    encoder = (name for name in state if name.startswith("model."))
-    names = {name: ENCODER + published_name(name.removeprefix("model.")) for name in encoder}
-    names |= {ours: theirs for ours, theirs in _HEADS.items() if ours in state}
-    if config.tie_word_embeddings:
-        names.pop("mlm.decoder_weight", None)  # it is the word embedding
-    weights = {theirs: state[ours].contiguous() for ours, theirs in names.items()}
+    weights = {name: value.contiguous() for name, value in published_weights(config, state).items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     values = config.to_dict() | {"architectures": ["VisualBertForPreTraining"], "alignment": alignment}
     (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
