@@ -1,5 +1,6 @@
-"""`xdscale pwcca | grounded-ratio | cross-attention`. Heavy imports stand inside: `--help` must be quick."""
+"""`xdscale pwcca | grounded-ratio | cross-attention | grounding`. Heavy imports stand inside: help must be quick."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -68,3 +69,18 @@ def cross_attention(
 
     sentences = [sentence1] if sentence2 is None else [sentence1, sentence2]
     print_cross_attention(folder, sentences=sentences, against=against, plot=plot)
+
+
+@inside_app.command(rich_help_panel=_PANEL)
+def grounding(
+    model: Annotated[UserPath, typer.Argument(metavar="EXPORT", help="Exported VisualBERT, with its tokenizer.")],
+    data: Annotated[UserPath, typer.Option(help="Folder of Flickr30K Entities, or the one that holds it.")],
+    regions: Annotated[UserPath, typer.Option(metavar="DATASET", help="Dataset with the images' regions.")],
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "dev",
+    parses: Annotated[UserPath | None, typer.Option(help="The captions' dependencies in CoNLL-U.")] = None,
+    out: Annotated[UserPath, typer.Option(help="Folder for tables and a picture.")] = Path("grounding"),
+) -> None:
+    """Which attention heads ground words in image regions? (VisualBERT's Section 5)."""
+    from xdscale.analysis.commands import print_grounding
+
+    print_grounding(model, data, regions, split=split, parses=parses, out=out)

@@ -1,4 +1,4 @@
-"""What the analyses print: `xdscale pwcca`, `xdscale grounded-ratio`, `xdscale cross-attention`."""
+"""What the analyses print: `xdscale pwcca | grounded-ratio | cross-attention | grounding`."""
 
 import csv
 import io
@@ -14,10 +14,11 @@ from rich.table import Table
 from xdscale.analysis import pictures
 from xdscale.analysis.comparison import CATEGORIES, ComparedExample, read_comparison
 from xdscale.errors import XdscaleError
-from xdscale.files import check_output_file, write_outputs
+from xdscale.files import check_output_file, check_output_folder, write_outputs
 
 if TYPE_CHECKING:
     from xdscale.analysis.grounded_ratio import GroundedWords
+    from xdscale.analysis.grounding import HeadAccuracy
 
 
 def print_pwcca(first: str, second: str, *, seed: int, words: int | None, plot: Path | None) -> None:
@@ -164,6 +165,49 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
     writer.writerow(header)
     writer.writerows(rows)
     write_outputs({path: text.getvalue()})
+
+
+def print_grounding(model: Path, data: Path, regions: Path, *, split: str, parses: Path | None, out: Path) -> None:
+    """Counts what a VisualBERT's heads ground, and writes heads.csv, heads.svg, captions.txt and relations.csv."""
+    from xdscale.analysis.grounding import PUBLISHED_ENTITIES, arcs_csv, head_name, heads_csv
+    from xdscale.analysis.head_grounding import captions_of, ground_heads
+    from xdscale.shards.regions import RegionTable
+
+    check_output_folder(out, "--out")
+    captions = captions_of(data, split)
+    entities, relations = ground_heads(model, data, RegionTable.open(regions), split=split, parses=parses)
+    shown = _table("", "accuracy", "head", "published")
+    for name, active in (("best head", False), ("best active head", True)):
+        best = entities.best(active=active)
+        accuracy, head = ("–", "–") if best is None else (f"{100 * entities.accuracy[best]:.2f}", head_name(*best))
+        shown.add_row(name, accuracy, head, "" if active else str(PUBLISHED_ENTITIES["best head"]))
+    shown.add_row("surest region", f"{100 * entities.baseline:.2f}", "", str(PUBLISHED_ENTITIES["baseline"]))
+    active = f"{int(entities.active.sum())} of {entities.active.size} heads active"
+    _print(f"{model}: {entities.words:,} entities, {active}", shown)
+    files: dict[Path, str | bytes] = {
+        out / "heads.csv": heads_csv(entities),
+        out / "heads.svg": pictures.picture_bytes(pictures.head_dots(entities), ".svg"),
+        out / "captions.txt": "".join(f"{caption}\n" for caption in captions),
+    }
+    if relations is not None:
+        files[out / "relations.csv"] = arcs_csv(relations)
+        _print("", _relations(relations))
+    write_outputs(files)
+    for path in files:
+        print(path)
+
+
+def _relations(relations: "dict[str, HeadAccuracy]") -> Table:
+    """Returns the table of relations: those that the paper has, then the rest."""
+    from xdscale.analysis.grounding import PUBLISHED_ARCS, head_name
+
+    table = _table("relation", "arcs", "surest region", "best active head", "", "published")
+    for relation, one in sorted(relations.items(), key=lambda item: item[0] not in PUBLISHED_ARCS):
+        best, printed = one.best(active=True), PUBLISHED_ARCS.get(relation)
+        accuracy, head = ("–", "–") if best is None else (f"{100 * one.accuracy[best]:.2f}", head_name(*best))
+        paper = f"{printed.baseline} → {printed.accuracy} ({printed.head})" if printed else ""
+        table.add_row(relation, f"{one.words:,}", f"{100 * one.baseline:.2f}", accuracy, head, paper)
+    return table
 
 
 def _table(*columns: str) -> Table:

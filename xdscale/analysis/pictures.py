@@ -13,6 +13,8 @@ from xdscale.files import check_output_file, write_outputs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from xdscale.analysis.grounding import HeadAccuracy
+
 PICTURE_TYPES = (".png", ".svg")
 
 
@@ -85,19 +87,38 @@ def attention_maps(columns: dict[str, list[np.ndarray]], rows: list[list[str]], 
     return figure
 
 
+def head_dots(found: "HeadAccuracy") -> "Figure":
+    """Draws the accuracy of every head over its layer; inactive heads small and light, the baseline as a line."""
+    figure = _figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    layers = np.broadcast_to(np.arange(1, len(found.accuracy) + 1)[:, None], found.accuracy.shape)
+    for active, size, opacity, name in ((True, 36, 1.0, "active"), (False, 12, 0.4, "inactive")):
+        chosen = found.active == active
+        axes.scatter(layers[chosen], 100 * found.accuracy[chosen], s=size, alpha=opacity, color="tab:blue", label=name)
+    axes.axhline(100 * found.baseline, color="tab:gray", linestyle="--", label="surest region")
+    axes.set(xlabel="layer", ylabel="accuracy", title=f"Entity grounding, {found.words:,} entities")
+    axes.legend()
+    return figure
+
+
 def save_picture(figure: "Figure", path: Path) -> None:
-    """Writes a picture, whole or not at all; the same figure gives the same bytes.
+    """Writes a picture, whole or not at all.
 
     Raises:
         XdscaleError: it cannot be written.
     """
+    write_outputs({path: picture_bytes(figure, path.suffix)})
+
+
+def picture_bytes(figure: "Figure", suffix: str) -> bytes:
+    """Returns a picture as a file of that suffix; the same figure gives the same bytes."""
     import matplotlib
 
     file = io.BytesIO()
-    stamp = {"Date": None} if path.suffix == ".svg" else {}
+    stamp = {"Date": None} if suffix == ".svg" else {}
     with matplotlib.rc_context({"svg.hashsalt": "xdscale"}):
-        figure.savefig(file, format=path.suffix[1:], metadata=stamp)
-    write_outputs({path: file.getvalue()})
+        figure.savefig(file, format=suffix[1:], metadata=stamp)
+    return file.getvalue()
 
 
 def _figure(width: float, height: float) -> "Figure":

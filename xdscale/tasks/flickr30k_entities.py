@@ -4,7 +4,7 @@ import hashlib
 import re
 import xml.etree.ElementTree as ET
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,6 +46,22 @@ class Phrase(NamedTuple):
     types: tuple[str, ...]
 
 
+class Caption(NamedTuple):
+    """A caption.
+
+    Attributes:
+        image: id of its image.
+        line: of the image's file of sentences, counted from 1.
+        text: without marks.
+        phrases: where each of its phrases stands, its entity and its types.
+    """
+
+    image: str
+    line: int
+    text: str
+    phrases: list[tuple[Span, int, tuple[str, ...]]]
+
+
 class PhraseGrounding(TextTask):
     """Phrases that have boxes, one example each; a span of the caption marks the phrase.
 
@@ -75,16 +91,16 @@ class PhraseGrounding(TextTask):
     def read_examples(self, path: Path, *, labelled: bool) -> list[Example]:
         """Reads the sentences and boxes of the images whose ids stand in a file, one a line."""
         examples: list[Example] = []
-        seen: dict[str, int] = {}
-        for line, image in enumerate(_lines(path), 1):
-            if not image:
-                continue
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", image):
-                raise XdscaleError(f"{path}, line {line}: {image!r} is no id of an image; expected one, as 1000092795")
-            if image in seen:
-                raise XdscaleError(f"{path}, line {line}: image {image} stands in line {seen[image]} already")
-            seen[image] = line
-            examples += _phrases(path, line, image)
+        image, boxes = "", {}
+        for caption in read_captions(path):
+            if caption.image != image:
+                image, boxes = caption.image, _read_boxes(_files_of(path.parent, caption.image)[1])
+            for place, (span, entity, types) in enumerate(caption.phrases):
+                if entity in boxes:
+                    identifier = f"{image}#{caption.line - 1}#{place}"
+                    texts, spans = ((caption.text,),), (((span,),),)
+                    truth = Phrase(tuple(boxes[entity]), types)
+                    examples.append(Example(identifier, texts, 1, caption.line, (image,), spans, truth))
         if not examples:
             raise XdscaleError(f"{path}: no phrase of its images has a box")
         return examples
@@ -178,25 +194,30 @@ def _files_of(folder: Path, image: str) -> tuple[Path, Path]:
     return folder / "Sentences" / f"{image}.txt", folder / "Annotations" / f"{image}.xml"
 
 
-def _phrases(path: Path, line: int, image: str) -> list[Example]:
-    sentences, annotations = _files_of(path.parent, image)
-    for file in (sentences, annotations):
-        if not file.is_file():
-            raise XdscaleError(
-                f"{path}, line {line}: image {image} has no {file.relative_to(path.parent)}; unpack annotations.zip"
-            )
-    boxes = _read_boxes(annotations)
-    examples = []
-    for number, text in enumerate(_lines(sentences), 1):
-        caption, phrases = _read_sentence(f"{sentences}, line {number}", text)
-        for place, (span, entity, types) in enumerate(phrases):
-            if entity in boxes:
-                truth = Phrase(tuple(boxes[entity]), types)
-                identifier = f"{image}#{number - 1}#{place}"
-                examples.append(
-                    Example(identifier, ((caption,),), 1, number, images=(image,), spans=(((span,),),), truth=truth)
-                )
-    return examples
+def read_captions(path: Path) -> Iterator[Caption]:
+    """Yields all captions of the images whose ids stand in a file, one a line; "Sentences" lies beside it.
+
+    Raises:
+        XdscaleError: as `PhraseGrounding.read`.
+    """
+    seen: dict[str, int] = {}
+    for line, image in enumerate(_lines(path), 1):
+        where = f"{path}, line {line}"
+        if not image:
+            continue
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", image):
+            raise XdscaleError(f"{where}: {image!r} is no id of an image; expected one, as 1000092795")
+        if image in seen:
+            raise XdscaleError(f"{where}: image {image} stands in line {seen[image]} already")
+        seen[image] = line
+        for file in _files_of(path.parent, image):
+            if not file.is_file():
+                name = file.relative_to(path.parent)
+                raise XdscaleError(f"{where}: image {image} has no {name}; unpack annotations.zip")
+        sentences, _ = _files_of(path.parent, image)
+        for number, text in enumerate(_lines(sentences), 1):
+            if text:
+                yield Caption(image, number, *_read_sentence(f"{sentences}, line {number}", text))
 
 
 def _read_sentence(where: str, text: str) -> tuple[str, list[tuple[Span, int, tuple[str, ...]]]]:
