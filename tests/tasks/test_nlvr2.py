@@ -31,6 +31,7 @@ def data(tmp_path):
 
 
 def test_images_are_named_without_the_sentences_digit(data):
+    """Left, then right: which is which matters to an encoder (spec VisualBERT fact 8)."""
     first, second = NLVR2.read(data).train
     assert first.images == ("train-10171-0-img0", "train-10171-0-img1")
     assert (first.id, first.texts, first.label, first.line) == (

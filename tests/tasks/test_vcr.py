@@ -187,7 +187,7 @@ def test_metadata_are_checked_where_they_are_there(world):
     [
         ({"question": ["Does", [4], "?"]}, "tag 4 names no object; there are 4, counted from 0"),
         ({"question": ["Does", [-1], "?"]}, "tag -1 names no object"),
-        ({"question": [[]]}, "a question, an answer or a reason has no words"),
+        ({"question": [[], ""]}, "a question, an answer or a reason has no words"),
         ({"question": "Does it?"}, "question = 'Does it\\?': expected a valid array"),
         ({"answer_choices": [["Yes"]] * 3}, "answer_choices has 3 choices, expected 4"),
         ({"rationale_choices": []}, "rationale_choices has 0 choices, expected 4"),

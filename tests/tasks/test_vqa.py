@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from xdscale.errors import XdscaleError
-from xdscale.tasks.vqa import VQA
+from xdscale.tasks.vqa import VQA, VQA_TRAINVAL
 from xdscale.tasks.vqa_accuracy import credit, normal_form
 
 TRAIN, VAL = "train2014", "val2014"
@@ -188,6 +188,21 @@ def test_the_list_is_made_of_the_commonest_answers_of_both_splits(tmp_path):
     found = data.files["list of answers"]
     assert found == {"sha256": hashlib.sha256(b"no\nbird\nyes").hexdigest(), "rows": 3}
     assert data.files[annotations_file(VAL)]["rows"] == 5
+
+
+def test_joined_validation_images_are_trained_on_but_for_a_tenth(world):
+    world.write(VAL, [(100 + n, 50 + n // 3, "?", ten("red")) for n in range(300)])
+    apart, joined = VQA.read(world.data), VQA_TRAINVAL.read(world.data)
+    assert joined.task.name == "vqa_trainval"
+    assert joined.train[:2] == apart.train
+    seen, measured = ({example.images for example in part} for part in (joined.train[2:], joined.dev["dev"]))
+    assert not seen & measured  # the questions of an image stay together
+    assert len(seen | measured) == 100
+    assert 4 <= len(measured) <= 18
+    assert sorted(map(hash, joined.train[2:] + joined.dev["dev"])) == sorted(map(hash, apart.dev["dev"]))
+    world.write(VAL, [(9, 43, "?", ten("red"))])
+    with pytest.raises(XdscaleError, match=r"val2014_questions\.json: has too few images to hold a tenth of them out"):
+        VQA_TRAINVAL.read(world.data)
 
 
 def test_a_list_may_be_an_object_from_answer_to_number(world):

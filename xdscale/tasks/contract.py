@@ -33,6 +33,7 @@ SHIPPED = {
     for name in ("rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli", "swag", "read")
 } | {
     "vqa": "xdscale.tasks.vqa:VQA",
+    "vqa_trainval": "xdscale.tasks.vqa:VQA_TRAINVAL",
     "vcr_qa": "xdscale.tasks.vcr:VCR_QA",
     "vcr_qar": "xdscale.tasks.vcr:VCR_QAR",
     "nlvr2": "xdscale.tasks.nlvr2:NLVR2",

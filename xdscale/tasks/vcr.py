@@ -30,7 +30,7 @@ CHOICES = 4
 IMAGES = "vcr1images"
 """Folder of images and metadata, as its download is unpacked."""
 
-Tokens = list[Text | list[int]]
+Tokens = list[str | list[int]]
 """Words, and lists of numbers of objects that stand for words."""
 
 
@@ -189,7 +189,7 @@ def _render(
     names, persons = dict(names), 0
     text, spans = "", []
     for token in tokens:
-        for part in token if isinstance(token, list) else [token]:
+        for part in token if isinstance(token, list) else [token] if token else []:
             text += " " if text else ""
             if isinstance(part, str):
                 text += part

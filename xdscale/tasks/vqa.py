@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from xdscale.data.task_files import NO_LABEL, Example
 from xdscale.errors import XdscaleError
 from xdscale.files import file_sha256, shown
 from xdscale.tasks.contract import TaskData
-from xdscale.tasks.text import TextTask
+from xdscale.tasks.text import TextTask, held_out
 from xdscale.tasks.vqa_accuracy import PEOPLE, credit_of, normal_form, stripped
 
 if TYPE_CHECKING:
@@ -70,15 +70,22 @@ class _CommonestAnswers(TypedDict):
     annotations: list[_Commonest]
 
 
+@dataclass(frozen=True, kw_only=True)
 class VisualQuestions(TextTask):
     """Visual question answering as VQA v2 has it; `labels`, the answers, are found in the files.
 
     An example's `truth` holds each answer of the list that earns something, with its credit: VQA accuracy is the mean
     credit of the answers given, and the credits are the targets of training.
+
+    Attributes:
+        join: whether nine tenths of the validation images are trained on too, as for results on the test splits; the
+            rest, by a hash of the image's id, is what is measured.
     """
 
     images = 1
     reads = "answer"
+
+    join: bool = False
 
     def read(self, data: Path) -> TaskData:
         """Reads all splits; the task of the result knows its answers.
@@ -96,7 +103,14 @@ class VisualQuestions(TextTask):
         files = {name: {"sha256": file_sha256(folder / name), "rows": n} for name, n in zip(labelled, counts)}
         digest = hashlib.sha256("\n".join(answers).encode()).hexdigest()
         files["list of answers"] = {"sha256": digest, "rows": len(answers)}
-        return replace(found, files=found.files | files)
+        train, dev = found.train, found.dev
+        if self.join:
+            ((split, joined),) = dev.items()
+            dev = {split: [example for example in joined if held_out(example.images[0])]}
+            train = train + [example for example in joined if not held_out(example.images[0])]
+            if not dev[split]:
+                raise XdscaleError(f"{folder / self.dev[split]}: has too few images to hold a tenth of them out")
+        return replace(found, train=train, dev=dev, files=found.files | files)
 
     def read_examples(self, path: Path, *, labelled: bool) -> list[Example]:
         """Reads a file of questions, and the file of their annotations beside it."""
@@ -298,3 +312,5 @@ VQA = VisualQuestions(
     metrics=("vqa_accuracy",),
     score="vqa_accuracy",
 )
+
+VQA_TRAINVAL = replace(VQA, name="vqa_trainval", title="VQA v2, train + val", join=True)
