@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from xdscale.commands.regions import regions_app
 from xdscale.errors import XdscaleError
-from xdscale.shards.build import build_table
+from xdscale.shards.build import build_table, merge_parts
 from xdscale.shards.regions import RegionTable
 from xdscale.shards.sources.regions.files import Reading, load_sizes
 from xdscale.shards.sources.regions.importing import region_files
+from xdscale.shards.workplace import Part
 
 sys.path.insert(0, str(Path(__file__).parent))
 import region_files as writers
@@ -89,28 +90,40 @@ def test_what_was_written_is_read(name, tmp_path):
         assert table.build.detector.classes[3] == "class 3"
 
 
-def test_bytes_are_the_same_for_any_number_of_workers_and_after_a_stop(tmp_path):
-    those = writers.images(9)
-    source = imported("lxmert", tmp_path, those, shard_images=2, encoding="u8")
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["lxmert", "tensorpack", "ban", "vlbert_zip", "coco"])
+def test_bytes_are_the_same_for_any_number_of_workers_in_parts_and_after_a_stop(name, tmp_path, monkeypatch):
+    source = imported(name, tmp_path, writers.images(9), shard_images=2)
     build_table(source, tmp_path / "one")
-    build_table(source, tmp_path / "two", workers=2)
-    # Stopped after some shards: the last line is damaged at first.
-    path = tmp_path / "lxmert.tsv"
-    whole = path.read_bytes()
-    (tmp_path / "stopped").mkdir()
-    damaged = whole[:-100] + whole[-99:]
-    path.write_bytes(damaged)
-    with pytest.raises(XdscaleError, match="lxmert.tsv, line 9: features: damaged or truncated base64"):
-        build_table(imported_again(tmp_path, "lxmert"), tmp_path / "stopped")
+    expected = files(tmp_path / "one")
+    assert len(expected) == 6
+    if name == "lxmert":  # the one test that starts processes
+        build_table(source, tmp_path / "two", workers=2)
+        assert files(tmp_path / "two") == expected
+    for index in (1, 0):
+        build_table(source, tmp_path / "parts", part=Part(index, 2))
+    merge_parts(tmp_path / "parts")
+    assert files(tmp_path / "parts") == expected
+    # Stopped in its fourth shard: the first three are kept.
+    real = type(source).rows
+
+    def stopped(self, work, write):
+        if len(list((tmp_path / "stopped").glob("*.tar"))) == 3:
+            raise KeyboardInterrupt
+        return real(self, work, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(source), "rows", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            build_table(source, tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "dataset.json").exists()
-    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
-    assert files[0] == files[1]
-    assert len(files[0]) == 6
-
-
-def imported_again(folder, format, **how):
-    detector = str(writers.detector(folder, CASES[format][2]))
-    return region_files([str(folder / f"{format}.tsv")], format, detector, shard_images=2, **how)
+    seen = []
+    build_table(source, tmp_path / "stopped", on_progress=lambda progress: seen.append(progress.kept_shards))
+    assert seen == [1, 2, 3, 3, 3]
+    assert files(tmp_path / "stopped") == expected
 
 
 def run(*words):
