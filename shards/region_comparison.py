@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.regions import RegionTable
+from xdscale.shards.regions import Detector, RegionTable
 
 _AT_ONCE = 64
 
@@ -96,11 +96,14 @@ def compare_images(
         XdscaleError: an image is in only one of them, or a shard is damaged.
     """
     tables = (first, second)
+    translated = _translation(*(table.build.detector for table in tables))
     for start in range(0, len(names), _AT_ONCE):
         some = names[start : start + _AT_ONCE]
         rows = [table.rows(some) for table in tables]
         read = [table.read(these) for table, these in zip(tables, rows)]
         classes = [_classes(table, these) for table, these in zip(tables, rows)]
+        if translated is not None and classes[1] is not None:
+            classes[1] = translated[classes[1]]
         for place, name in enumerate(some):
             parts = [slice(*regions.offsets[place : place + 2]) for regions in read]
             boxes = [regions.boxes[part] for regions, part in zip(read, parts)]
@@ -160,6 +163,18 @@ def _cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     first, second = first.astype(np.float64), second.astype(np.float64)
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     return (first * second).sum(axis=1) / np.where(norms > 0, norms, 1)
+
+
+def _translation(first: Detector, second: Detector) -> np.ndarray | None:
+    """Returns for each class of the second detector, and at the end for background, the first's of the same name.
+
+    It is -2 where that has none. Returns None unless both detectors say names.
+    """
+    lists = [[name for place, name in enumerate(one.classes) if place != one.background] for one in (first, second)]
+    if not all(lists):
+        return None
+    known = {name: place for place, name in enumerate(lists[0])}
+    return np.array([known.get(name, -2) for name in lists[1]] + [-1])
 
 
 def _classes(table: RegionTable, rows: np.ndarray) -> np.ndarray | None:

@@ -102,7 +102,8 @@ def _detection(one: Any, where: str) -> tuple[str, tuple]:
     """Returns an image id, and (box, category, score or None)."""
     if not isinstance(one, dict):
         raise XdscaleError(f"{where}: expected an object, found {shown(one)}")
-    image_id, category, box, score = (one.get(name) for name in ("image_id", "category_id", "bbox", "score"))
+    image_id, category, score = (one.get(name) for name in ("image_id", "category_id", "score"))
+    box = one.get("bbox", one.get("box"))  # as MAttNet calls it
     if not isinstance(image_id, str | int) or isinstance(image_id, bool):
         raise XdscaleError(f"{where}: image_id: expected a number or a text, found {shown(image_id)}")
     if not isinstance(category, int) or isinstance(category, bool) or not 0 <= category < 2**16:

@@ -77,11 +77,10 @@ class VinvlTsv:
         found = fields["objects"]
         if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
             raise XdscaleError(f"{where}: objects: expected a list of objects, found {shown(found)}")
+        used = [name for name in ("rect", "feature", "conf", "class") if name in found[0] or name == "rect"]
         for place, one in enumerate(found):
-            if one.keys() != found[0].keys() or "rect" not in one:
-                raise XdscaleError(
-                    f"{where}: objects: region {place} has {', '.join(one)}, the first {', '.join(found[0])}"
-                )
+            if any(name not in one for name in used):
+                raise XdscaleError(f"{where}: objects: region {place} has {', '.join(one)}, expected {', '.join(used)}")
         rows: dict[str, Any] = {"boxes": [one["rect"] for one in found]}
         if "feature" in found[0]:
             rows["features"] = _stacked([one["feature"] for one in found], where)

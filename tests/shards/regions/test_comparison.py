@@ -88,6 +88,18 @@ def test_the_command_shows_what_differs_most(tables, tmp_path):
     assert rows[4]["matched"] == "4"
 
 
+def test_classes_that_have_names_are_compared_by_name(tables, tmp_path):
+    names = [f"class {number}" for number in range(50)]
+    images = [drawn(number) for number in range(4)]
+    build_regions(images, tmp_path / "first", Detector(model="one", class_count=50, classes=names))
+    turned = ["none", *names[::-1], "class 99"]
+    second = [image._replace(labels={"object_ids": 50 - image.labels["object_ids"]}) for image in images]
+    second[1].labels["object_ids"][:2] = [0, 51]
+    build_regions(second, tmp_path / "second", Detector(model="other", class_count=52, classes=turned, background=0))
+    both = RegionTable.open(tmp_path / "first"), RegionTable.open(tmp_path / "second")
+    assert [image.same_class for image in compare_images(*both, common_images(*both))] == [6, 4, 6, 6]
+
+
 def test_tables_without_a_common_image_are_refused(tables, tmp_path):
     build_regions([drawn(3)._replace(image_id="COCO_3")], tmp_path / "other", Detector(model="one"))
     with pytest.raises(XdscaleError, match="no image in common: ids look like '0' and 'COCO_3'"):
