@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from xdscale.errors import XdscaleError
 from xdscale.names import own_or_shipped, unknown_key
-from xdscale.recipe import Recipe, describe_validation_error
+from xdscale.recipe import Recipe
+from xdscale.recipe_values import describe_validation_error
 
 _PACKAGED = Path(__file__).with_name("ds_configs")
 SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "ds_configs"

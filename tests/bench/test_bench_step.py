@@ -6,7 +6,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from xdscale.bench import plain_model, step
-from xdscale.bench.step import FAST, PARTS, PLAIN, StepReport, activation_bytes, bench_step, measure_step
+from xdscale.bench.step import activation_bytes, bench_step, measure_step
+from xdscale.bench.step_report import FAST, PARTS, PLAIN, Measured, StepReport, step_table
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order
 from xdscale.errors import XdscaleError
@@ -205,8 +206,6 @@ def test_wrong_arguments_are_named(tiny_recipe):
 
 
 def test_ratios_are_taken_pair_by_pair():
-    from xdscale.bench.step import Measured
-
     def measured(*seconds):
         return Measured(1, 1, list(seconds), list(seconds), [{("optimizer", "forward"): 1.0}] * len(seconds))
 
@@ -238,8 +237,8 @@ def test_a_gpus_parts_are_timed_between_events(monkeypatch):
 
 
 def test_the_share_of_the_cards_peak_stands_where_the_card_is_known():
-    measured = step.Measured(50 * 10**12, 1, [0.1], [0.1], [{("optimizer", "forward"): 0.0}])
+    measured = Measured(50 * 10**12, 1, [0.1], [0.1], [{("optimizer", "forward"): 0.0}])
     report = StepReport({FAST: measured}, {torch.float32: 1e15}, {}, 0.0, "", peak=1e15)
-    table = step._table(report)
+    table = step_table(report)
     row = [list(column.cells) for column in table.columns]
     assert dict(zip(*row))["share of the card's bf16 peak"] == "50.0%"

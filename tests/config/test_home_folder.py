@@ -1,4 +1,4 @@
-"""`~` is the home folder wherever a user gives a path: on the command line, in a recipe, in an override."""
+"""Paths of a user: `~` is the home folder on the command line, in a recipe, in an override; no package is imported."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from typer.main import get_command
 from xdscale.cli import app
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import XdscaleError
-from xdscale.names import UserPath, expand_home
+from xdscale.names import UserPath, expand_home, resolve_path
 from xdscale.recipe import load_recipe
 
 
@@ -93,3 +93,14 @@ def test_recipes_and_overrides(home):
 def test_the_type_gives_plain_paths(home):
     assert type(UserPath("~/x")) is type(Path())
     assert get_command(app) is not None
+
+
+def test_a_package_in_a_recipe_is_never_imported(tmp_path, monkeypatch):
+    """Finding `a.b` imports `a`, which may lie in the working folder."""
+    (tmp_path / "received" / "inner").mkdir(parents=True)
+    for folder in ("received", "received/inner"):
+        (tmp_path / folder / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(XdscaleError, match=r"'received\.inner' is not the name of a package"):
+        resolve_path("package:received.inner/shards")
+    assert resolve_path("package:received/inner").name == "inner"

@@ -14,7 +14,7 @@ import pytest
 
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, XdscaleError
 from xdscale.launch import train
-from xdscale.training.checkpoint import list_checkpoints
+from xdscale.training.checkpoint_folder import list_checkpoints
 from xdscale.training.integrity import damage
 
 PROGRAM = Path(sys.executable).with_name("xdscale")

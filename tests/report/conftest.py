@@ -1,12 +1,18 @@
 """Finetuning sweeps as `xdscale finetune` writes them, with scores from scikit-learn and SciPy."""
 
+import csv
 import hashlib
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_mean_squared_error
+
+from xdscale.report.command import make_report
 
 SCORES = {
     "accuracy": accuracy_score,
@@ -135,3 +141,15 @@ def write_sweep(tmp_path):
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def report() -> Callable[..., dict[tuple[str, str], dict[str, str]]]:
+    """Makes a report; returns the lines of its CSV by model and task."""
+
+    def report(runs: list[Path], out: Path, **options: Any) -> dict[tuple[str, str], dict[str, str]]:
+        make_report(runs, **{"layout": "table-1", "baselines": [], "metrics": [], "out": out} | options)
+        with (out / "report.csv").open(newline="", encoding="utf-8") as file:
+            return {(line["model"], line["task"]): line for line in csv.DictReader(file)}
+
+    return report

@@ -29,6 +29,7 @@ def main():
 
     from xdscale.recipe import Optim
     from xdscale.training import checkpoint as ckpt
+    from xdscale.training import checkpoint_folder
     from xdscale.training.distributed import start_distributed
     from xdscale.training.resharding import needs_resharding, reshard
     from xdscale.training.weight_average import WeightAverage
@@ -47,7 +48,7 @@ def main():
         engine = make_engine(stage, precision, optim, seed=1 if options.load else 0, load_universal=convert)
         if source is not None:
             ckpt.load_checkpoint(engine, source, found, ranks)
-            ckpt.remove_leftovers(folder, ranks)
+            checkpoint_folder.remove_leftovers(folder, ranks)
         average = WeightAverage(engine, optim.ema_decay, ranks) if optim.ema_decay else None
         if average and found:
             average.load(found)
@@ -64,7 +65,7 @@ def main():
                     draws_hash="h",
                     quarantined=[],
                 )
-                ckpt.save_checkpoint(engine, folder, position, ckpt.Retention(newest=1), ranks, average)
+                ckpt.save_checkpoint(engine, folder, position, checkpoint_folder.Retention(newest=1), ranks, average)
                 tensors[f"{stage}-{precision} saved"] = whole(engine)
             make_step(engine, step, precision, optim)
             if average:

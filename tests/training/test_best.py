@@ -16,7 +16,7 @@ from xdscale.recipe import Training, load_recipe
 from xdscale.systems.contract import Objective, open_system
 from xdscale.training import session
 from xdscale.training.best import best_so_far, check_held_out, check_metric, final_step
-from xdscale.training.checkpoint import Retention, checkpoint_name, list_checkpoints, step_of
+from xdscale.training.checkpoint_folder import Retention, checkpoint_name, list_checkpoints, step_of
 from xdscale.training.consolidate import consolidated_state
 from xdscale.training.distributed import Ranks
 from xdscale.training.run_folder import read_log

@@ -26,6 +26,7 @@ import torch
 
 from xdscale.errors import XdscaleError
 from xdscale.training import checkpoint as ckpt
+from xdscale.training import checkpoint_folder
 from xdscale.training.integrity import damage
 
 _spec = importlib.util.spec_from_file_location("faulty_files", Path(__file__).with_name("faulty_files.py"))
@@ -98,7 +99,7 @@ def save(folder, step, *, world_size=1, newest=2, through_python=True):
 
     def action(ranks):
         engine = Engine(step, ranks.rank, through_python)
-        ckpt.save_checkpoint(engine, folder, position, ckpt.Retention(newest=newest), ranks)
+        ckpt.save_checkpoint(engine, folder, position, checkpoint_folder.Retention(newest=newest), ranks)
 
     return run_ranks(action, world_size)
 
@@ -111,12 +112,12 @@ def resume(folder, world_size=1):
         found = ckpt.find_checkpoint(folder, ranks)
         engine = Engine(0, ranks.rank)
         ckpt.load_checkpoint(engine, found, found, ranks)
-        ckpt.remove_leftovers(folder, ranks)
-        true = Engine(ckpt.step_of(found))
+        checkpoint_folder.remove_leftovers(folder, ranks)
+        true = Engine(checkpoint_folder.step_of(found))
         for mine, wanted in zip(engine.module.parameters(), true.module.parameters()):
             assert torch.equal(mine, wanted)
             assert torch.equal(engine.optimizer.state[mine]["exp_avg"], true.optimizer.state[wanted]["exp_avg"])
-        steps.append(ckpt.step_of(found))
+        steps.append(checkpoint_folder.step_of(found))
 
     assert run_ranks(action, world_size) == [None] * world_size
     assert len(set(steps)) == 1
@@ -324,10 +325,12 @@ def test_nothing_is_deleted_when_the_new_checkpoint_does_not_read_back(tmp_path,
 
 
 def test_retention_keeps_the_newest_and_every_nth_and_ignores_an_abandoned_future(tmp_path):
-    steps = [Path(ckpt.checkpoint_name(step)) for step in (10, 20, 30, 40, 50, 70)]
+    steps = [Path(checkpoint_folder.checkpoint_name(step)) for step in (10, 20, 30, 40, 50, 70)]
 
     def gone(step, **retention):
-        return [ckpt.step_of(path) for path in ckpt.Retention(**retention).outdated(steps, step)]
+        return [
+            checkpoint_folder.step_of(path) for path in checkpoint_folder.Retention(**retention).outdated(steps, step)
+        ]
 
     assert gone(70, newest=2) == [10, 20, 30, 40]
     assert gone(70, newest=2, every=20) == [10, 30]
@@ -352,17 +355,17 @@ def test_deepspeed_killed_while_saving(adapt, start, short_shards, tmp_path, mon
     folder = tmp_path / "run" / "checkpoints"
     process = start(*arguments, ranks=2)
     wanted, delay_seconds = draw.randint(2, 4), draw.uniform(0, 0.3)
-    while not (folder / f".partial-{ckpt.checkpoint_name(wanted)}").exists():
+    while not (folder / f".partial-{checkpoint_folder.checkpoint_name(wanted)}").exists():
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.002)
     time.sleep(delay_seconds)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    newest = ckpt.step_of(ckpt.list_checkpoints(folder)[-1])
+    newest = checkpoint_folder.step_of(checkpoint_folder.list_checkpoints(folder)[-1])
     assert newest >= wanted - 1
     launch = adapt(*arguments, ranks=2)
     assert launch.code == 0, launch.stderr[-3000:]
     assert f"continuing after step {newest} of 6" in launch.stderr
     assert "damaged" not in launch.stderr
-    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(folder)] == [5, 6]
+    assert [checkpoint_folder.step_of(path) for path in checkpoint_folder.list_checkpoints(folder)] == [5, 6]
     assert not list(folder.glob(".*"))

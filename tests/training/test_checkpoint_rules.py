@@ -7,6 +7,7 @@ import torch
 
 from xdscale.errors import XdscaleError
 from xdscale.training import checkpoint as ckpt
+from xdscale.training import checkpoint_folder
 from xdscale.training.engine_state import unordered_sum, weighted_sum
 
 POSITION = ckpt.CheckpointPosition(
@@ -60,23 +61,25 @@ def test_leftovers_go_when_the_last_rank_has_read_them(tmp_path):
     for path in left:
         path.mkdir()
     seen = []
-    ckpt.remove_leftovers(tmp_path, Ranks(0, 2, lambda: seen.extend(path.exists() for path in left)))
+    checkpoint_folder.remove_leftovers(tmp_path, Ranks(0, 2, lambda: seen.extend(path.exists() for path in left)))
     assert seen == [True] * 3
     assert not any(path.exists() for path in left)
     left[0].mkdir()
-    ckpt.remove_leftovers(tmp_path, Ranks(1, 2))
+    checkpoint_folder.remove_leftovers(tmp_path, Ranks(1, 2))
     assert left[0].exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_each_file_is_read_again_by_another_rank_than_hashed_it(tmp_path, monkeypatch, rank):
     for step in (1, 2):
-        (tmp_path / ckpt.checkpoint_name(step)).mkdir()
+        (tmp_path / checkpoint_folder.checkpoint_name(step)).mkdir()
     parts = []
-    monkeypatch.setattr(ckpt, "damage", lambda folder, part: parts.append(part) or ["altered"])
-    ckpt._prune(tmp_path / ckpt.checkpoint_name(2), ckpt.Retention(newest=1), Ranks(rank, 3))
+    monkeypatch.setattr(checkpoint_folder, "damage", lambda folder, part: parts.append(part) or ["altered"])
+    checkpoint_folder.prune(
+        tmp_path / checkpoint_folder.checkpoint_name(2), checkpoint_folder.Retention(newest=1), Ranks(rank, 3)
+    )
     assert parts == [((rank + 1) % 3, 3)]
-    assert len(ckpt.list_checkpoints(tmp_path)) == 2  # nothing goes while the new one is damaged
+    assert len(checkpoint_folder.list_checkpoints(tmp_path)) == 2  # nothing goes while the new one is damaged
 
 
 def test_checksums_in_checkpoints_are_those_of_earlier_versions():

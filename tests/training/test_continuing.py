@@ -11,7 +11,7 @@ from xdscale.commands.replay import replay
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED
 from xdscale.export import export_run
 from xdscale.recipe import Optim
-from xdscale.training.checkpoint import list_checkpoints, step_of
+from xdscale.training.checkpoint_folder import list_checkpoints, step_of
 from xdscale.training.run_folder import read_log
 from xdscale.training.schedule import learning_rate
 

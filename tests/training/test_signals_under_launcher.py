@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from xdscale.errors import EXIT_STOPPED
-from xdscale.training.checkpoint import list_checkpoints, read_position
+from xdscale.training.checkpoint import read_position
+from xdscale.training.checkpoint_folder import list_checkpoints
 from xdscale.training.integrity import damage
 from xdscale.training.run_folder import read_log
 

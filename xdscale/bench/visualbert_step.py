@@ -27,7 +27,8 @@ from transformers import (
     VisualBertForQuestionAnswering,
 )
 
-from xdscale.bench.step import activation_bytes, check_counts, matmul_rate, spread, update_masters
+from xdscale.bench.step import activation_bytes, check_counts, matmul_rate, update_masters
+from xdscale.bench.step_report import spread
 from xdscale.data.visual_text import pack
 from xdscale.data.visualbert import compose
 from xdscale.devices import rank_device

@@ -21,7 +21,8 @@ def list_command(run: Run) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from xdscale.training.checkpoint import UNIVERSAL, read_position, step_of
+    from xdscale.training.checkpoint import read_position
+    from xdscale.training.checkpoint_folder import UNIVERSAL, step_of
     from xdscale.training.integrity import read_checksums
 
     table = Table(caption="'xdscale checkpoints verify' hashes the files", box=None)
@@ -47,7 +48,7 @@ def list_command(run: Run) -> None:
 @checkpoints_app.command()
 def verify(run: Run) -> None:
     """Hash every file of every checkpoint and name what is damaged; exit code 2 if anything is."""
-    from xdscale.training.checkpoint import UNIVERSAL
+    from xdscale.training.checkpoint_folder import UNIVERSAL
     from xdscale.training.integrity import damage
 
     problems = []
@@ -79,7 +80,7 @@ def reshard_command(run: Run, step: Step = None) -> None:
 
 def _checkpoints(run: Path) -> list[Path]:
     from xdscale.recipe import recipe_file
-    from xdscale.training.checkpoint import list_checkpoints
+    from xdscale.training.checkpoint_folder import list_checkpoints
 
     recipe_file(run)
     found = list_checkpoints(run / "checkpoints")

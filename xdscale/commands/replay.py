@@ -129,7 +129,7 @@ def _fetched(run: Path, url: str, keys: Run) -> Path:
 
 def _newest_before(run: Path, step: int) -> Path | None:
     """Returns the newest undamaged checkpoint before `step`, if any."""
-    from xdscale.training.checkpoint import list_checkpoints, step_of
+    from xdscale.training.checkpoint_folder import list_checkpoints, step_of
     from xdscale.training.integrity import damage
 
     before = [path for path in reversed(list_checkpoints(run / "checkpoints")) if step_of(path) < step]
@@ -138,7 +138,7 @@ def _newest_before(run: Path, step: int) -> Path | None:
 
 def _load_weights(module: nn.Module, checkpoint: Path | None, step: int) -> str:
     """Loads a checkpoint before `step`, if there is one, and says which."""
-    from xdscale.training.checkpoint import step_of
+    from xdscale.training.checkpoint_folder import step_of
 
     if checkpoint is None:
         return "weights of the start" + (f", {step - 1} steps too early" if step > 1 else "")

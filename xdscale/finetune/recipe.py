@@ -20,8 +20,8 @@ from xdscale.recipe import (
     Run,
     Section,
     Training,
-    read_validated,
 )
+from xdscale.recipe_values import read_validated
 from xdscale.tasks.contract import ModelSettings, Task, TaskData, find_task
 from xdscale.tasks.own import OwnTask, check_values
 

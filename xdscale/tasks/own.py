@@ -10,7 +10,8 @@ from pydantic import Field, field_validator
 
 from xdscale.data.task_files import FORMATS, place, read_rows
 from xdscale.errors import XdscaleError
-from xdscale.recipe import NameOrPath, Section, read_validated
+from xdscale.recipe import NameOrPath, Section
+from xdscale.recipe_values import read_validated
 from xdscale.tasks.contract import task_names
 from xdscale.tasks.metrics import METRICS
 

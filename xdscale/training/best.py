@@ -10,7 +10,7 @@ from xdscale.errors import XdscaleError
 from xdscale.names import unknown_key
 from xdscale.recipe import Recipe, Training
 from xdscale.systems.contract import MicroBatch, Objective
-from xdscale.training.checkpoint import checkpoint_name
+from xdscale.training.checkpoint_folder import checkpoint_name
 from xdscale.training.distributed import Ranks
 from xdscale.training.run_folder import read_log
 

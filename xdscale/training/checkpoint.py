@@ -1,13 +1,12 @@
 """Checkpoints: written aside by all ranks, published by one rename, verified before and after every load.
 
 DeepSpeed publishes its `latest` file before all ranks have written and loads flipped bytes without a word, so the
-publishing and the checking are ours; the files inside are DeepSpeed's. `integrity` checks the files, `engine_state`
-what was loaded from them, `resharding` converts them for another number of ranks.
+publishing and the checking are ours; the files inside are DeepSpeed's. `checkpoint_folder` says which stay,
+`integrity` checks the files, `engine_state` what was loaded from them, `resharding` converts them for another number of
+ranks.
 """
 
-import contextlib
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,6 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from xdscale.errors import XdscaleError, free_mib, refusal
 from xdscale.files import file_sha256, one_line, sync, write_atomically
+from xdscale.training.checkpoint_folder import (
+    LATEST,
+    Retention,
+    checkpoint_name,
+    clear,
+    list_checkpoints,
+    prune,
+    remove,
+    step_of,
+)
 from xdscale.training.integrity import (
     CHECKSUMS,
     check_pickles,
@@ -33,10 +42,6 @@ if TYPE_CHECKING:  # listing and verifying need no torch
     from xdscale.training.weight_average import WeightAverage
 
 POSITION = "position.json"
-LATEST = "latest"
-UNIVERSAL = "universal-"
-_NAME = re.compile(r"step-(\d{8})")
-_LEFTOVERS = (".partial-*", ".removed-*", ".universal-*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,45 +69,6 @@ class CheckpointPosition:
     data_fingerprint: str
     draws_hash: str
     quarantined: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retention:
-    """Which checkpoints stay.
-
-    Attributes:
-        newest: how many of the newest.
-        every: those of steps that are multiples of this stay for good; None for no others.
-        best: the step of another one that stays.
-    """
-
-    newest: int
-    every: int | None = None
-    best: int | None = None
-
-    def outdated(self, checkpoints: list[Path], step: int) -> list[Path]:
-        """Returns those of `checkpoints` (oldest first) that may go now that the one of `step` is published.
-
-        Later ones are left of a run that was continued from before them: they neither go nor count.
-        """
-        past = [path for path in checkpoints if step_of(path) <= step]
-        older = [path for path in past[: -self.newest] if step_of(path) != self.best]
-        return [path for path in older if not self.every or step_of(path) % self.every]
-
-
-def checkpoint_name(step: int) -> str:
-    """Returns the folder name of a step's checkpoint."""
-    return f"step-{step:08d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """Returns the step that a checkpoint's folder name states."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Returns the published checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)) if folder.is_dir() else []
 
 
 def read_position(checkpoint: Path) -> CheckpointPosition:
@@ -154,7 +120,7 @@ def save_checkpoint(
         if ranks.is_first:
             shutil.rmtree(aside, ignore_errors=True)  # what fills the disk
         raise
-    _prune(final, retention, ranks)
+    prune(final, retention, ranks)
 
 
 def find_checkpoint(folder: Path, ranks: "Ranks") -> Path | None:
@@ -263,13 +229,6 @@ def check_compatible(
         )
 
 
-def remove_leftovers(folder: Path, ranks: "Ranks") -> None:
-    """Deletes conversions made for one load, and what interrupted saves left, once every rank is here."""
-    ranks.barrier()
-    if ranks.is_first:
-        _remove_leftovers(folder)
-
-
 def _cannot_write(engine: Any, final: Path) -> str:
     """Returns what a failed save begins its message with: what was needed, what was there, what is left."""
     # Parameters as the module computes with them, and fp32 weights and both moments of those that are trained.
@@ -297,7 +256,7 @@ def _write(engine: Any, aside: Path, average: "WeightAverage | None") -> None:
 
 
 def _start_aside(aside: Path) -> None:
-    _remove_leftovers(aside.parent)
+    clear(aside.parent)
     aside.mkdir(parents=True)
 
 
@@ -320,46 +279,10 @@ def _publish(aside: Path, final: Path, record: dict[str, Any], checksums: dict[s
     write_atomically(aside / CHECKSUMS, checksum_text(checksums | {POSITION: file_sha256(aside / POSITION)}))
     sync_tree(aside)
     if final.exists():
-        _remove(final)  # a damaged one: had it been whole, the run would have continued from it
+        remove(final)  # a damaged one: had it been whole, the run would have continued from it
     aside.rename(final)
     sync(final.parent)
     write_atomically(final.parent / LATEST, final.name + "\n")
-
-
-def _prune(final: Path, retention: Retention, ranks: "Ranks") -> None:
-    """Deletes outdated checkpoints, but only if the new one, read back from the disk, verifies.
-
-    Each file is read by another rank than the one that hashed it, on a cluster mostly by another machine.
-    """
-    outdated = ranks.gather(retention.outdated(list_checkpoints(final.parent), step_of(final)))[0]
-    if not outdated:
-        return
-    other = (ranks.rank + 1) % ranks.world_size
-    problems = [line for part in ranks.gather(damage(final, (other, ranks.world_size))) for line in part]
-    if problems and ranks.is_first:
-        print(f"warning: older checkpoints stay, {final.name} is damaged: {'; '.join(problems)}", file=sys.stderr)
-    elif ranks.is_first:
-        outdated += [path.with_name(UNIVERSAL + path.name) for path in outdated]
-        problem = _attempt(lambda: [_remove(path) for path in outdated if path.exists()])
-        if problem:
-            print(f"warning: cannot delete an old checkpoint: {problem}", file=sys.stderr)
-
-
-def _remove(path: Path) -> None:
-    """Deletes a folder so that no moment shows half of it under its name."""
-    hidden = path.with_name(f".removed-{path.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    path.rename(hidden)
-    sync(path.parent)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for pattern in _LEFTOVERS:
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        (folder / f".{LATEST}.partial").unlink(missing_ok=True)
 
 
 def _load(engine: Any, source: Path) -> None:

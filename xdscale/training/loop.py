@@ -13,7 +13,8 @@ from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe
 from xdscale.systems.contract import MicroBatch, Objective, SampleOrder, pass_numbers
 from xdscale.training.best import Best
-from xdscale.training.checkpoint import CheckpointPosition, Retention, save_checkpoint
+from xdscale.training.checkpoint import CheckpointPosition, save_checkpoint
+from xdscale.training.checkpoint_folder import Retention
 from xdscale.training.distributed import Ranks
 from xdscale.training.engine import forget_gradients, make_step, plain_gradient_norm, to_device
 from xdscale.training.evaluation import evaluate

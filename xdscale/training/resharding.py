@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from xdscale.errors import XdscaleError, free_mib, refusal
 from xdscale.files import file_sha256, sync
-from xdscale.training.checkpoint import POSITION, UNIVERSAL, CheckpointPosition
+from xdscale.training.checkpoint import POSITION, CheckpointPosition
+from xdscale.training.checkpoint_folder import UNIVERSAL
 from xdscale.training.integrity import (
     CHECKSUMS,
     check_pickles,

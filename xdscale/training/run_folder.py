@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from xdscale import __version__
 from xdscale.errors import XdscaleError, writing
 from xdscale.files import DISKS_OWN, lock, one_line, write_atomically
-from xdscale.recipe import NOT_YAML, Recipe
+from xdscale.recipe import Recipe
+from xdscale.recipe_values import NOT_YAML
 from xdscale.recipe_yaml import read_yaml
 from xdscale.version import commit
 

@@ -13,6 +13,7 @@ from xdscale.errors import EXIT_STOPPED, XdscaleError, writing
 from xdscale.recipe import Recipe
 from xdscale.systems.contract import Data, Objective, Place, Slots, System, recompute_activations
 from xdscale.training import checkpoint as ckpt
+from xdscale.training import checkpoint_folder
 from xdscale.training.best import best_so_far, check_held_out, check_metric, final_step
 from xdscale.training.consolidate import final_state
 from xdscale.training.distributed import Ranks
@@ -163,7 +164,7 @@ def open_session(setup: Setup, data: Data, system: System) -> Session:
     if source is not None:
         if average is not None:
             average.load(found)
-        ckpt.remove_leftovers(run.checkpoints, ranks)
+        checkpoint_folder.remove_leftovers(run.checkpoints, ranks)
     step, continued, changes = position.step if position else 0, position is not None, []
     if ranks.is_first:
         changes = run.write_records(recipe, ds_config, ranks.world_size, step, continued=continued)

@@ -10,7 +10,8 @@ from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json
 from xdscale.models.operations import use_definitions
 from xdscale.names import resolve_path
-from xdscale.recipe import NOT_YAML, Recipe, recipe_file, schema_of, validated
+from xdscale.recipe import Recipe, recipe_file, schema_of
+from xdscale.recipe_values import NOT_YAML, validated
 from xdscale.recipe_yaml import read_yaml
 from xdscale.systems.contract import System
 from xdscale.training.best import final_step
