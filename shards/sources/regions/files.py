@@ -6,10 +6,11 @@ an index: a place for each image, and while ids are compared a hash.
 
 import hashlib
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -71,6 +72,35 @@ class RegionFormat(Protocol):
 
     def read(self, path: Path, places: Sequence[Any]) -> Iterator[RegionImage]:
         """Yields the images at these places."""
+
+
+class LinePlace(NamedTuple):
+    """Where a line lies: its number, counted from 1, and its first byte. Kept in 16 bytes."""
+
+    number: int
+    at: int
+
+
+class _Places:
+    """Where the images of an input lie. Lines, which are many, are kept as plain numbers."""
+
+    def __init__(self) -> None:
+        self._lines, self._others = array("q"), list[Any]()
+
+    def __len__(self) -> int:
+        return len(self._others) + len(self._lines) // 2
+
+    def append(self, place: Any) -> None:
+        if isinstance(place, LinePlace):
+            self._lines.extend(place)
+        else:
+            self._others.append(place)
+
+    def part(self, first: int, end: int) -> list[Any]:
+        if self._others:
+            return self._others[first:end]
+        numbers = self._lines[2 * first : 2 * end]
+        return list(map(LinePlace, numbers[::2], numbers[1::2]))
 
 
 @dataclass
@@ -169,7 +199,7 @@ class FileImages:
         """
         for number, places in enumerate(self._places):
             if places:
-                return next(self.images((number, places[:1])))
+                return next(self.images((number, places.part(0, 1))))
         names = ", ".join(path.name for path in self._paths[:3])
         raise XdscaleError(f"{names}: no images with regions; is the format right?")
 
@@ -178,7 +208,7 @@ class FileImages:
         before = 0
         for number, (places, item) in enumerate(zip(self._places, self.inputs)):
             for first in range(0, len(places), self._shard_images):
-                some = places[first : first + self._shard_images]
+                some = places.part(first, first + self._shard_images)
                 yield (number, some), before + item.bytes * (first + len(some)) // len(places)
             before += item.bytes
 
@@ -197,12 +227,12 @@ class FileImages:
         except OSError as error:
             raise XdscaleError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
 
-    def _index(self) -> list[list[Any]]:
+    def _index(self) -> list[_Places]:
         """Returns the places of all images of each input, after comparing their ids."""
-        index: list[list[Any]] = []
+        index: list[_Places] = []
         hashes: list[np.ndarray] = []
         for path in self._paths:
-            places, found = [], bytearray()
+            places, found = _Places(), bytearray()
             for image_id, place in self._format.places(path):
                 name = self._renamed(image_id, f"{path.name}, image {len(places) + 1}")
                 found += hashlib.blake2b(name.encode(), digest_size=8).digest()

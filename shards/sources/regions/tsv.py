@@ -3,24 +3,16 @@
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 from xdscale.errors import XdscaleError
 from xdscale.files import shown
 from xdscale.shards.sources.regions.fields import NAMES, image_of
-from xdscale.shards.sources.regions.files import Reading
+from xdscale.shards.sources.regions.files import LinePlace, Reading
 from xdscale.shards.sources.regions.source import RegionImage
 
 LONGEST_LINE = 1 << 28
 """Bytes of an image's line, at most: a thousand regions of 2,048 are 11 MB."""
 _IDS = ("image_id", "img_id")
-
-
-class LinePlace(NamedTuple):
-    """Where a line lies: its number, counted from 1, and its first byte."""
-
-    number: int
-    at: int
 
 
 def each_line(path: Path, columns: int) -> Iterator[tuple[list[bytes], LinePlace]]:

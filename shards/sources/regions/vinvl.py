@@ -10,9 +10,9 @@ from xdscale.errors import XdscaleError
 from xdscale.files import shown
 from xdscale.shards.sources.regions.decoding import from_base64, from_json
 from xdscale.shards.sources.regions.fields import NAMES, array_of, image_of, whole_number
-from xdscale.shards.sources.regions.files import Reading
+from xdscale.shards.sources.regions.files import LinePlace, Reading
 from xdscale.shards.sources.regions.source import RegionImage
-from xdscale.shards.sources.regions.tsv import LinePlace, each_line, existing, lines_at, text_of
+from xdscale.shards.sources.regions.tsv import each_line, existing, lines_at, text_of
 
 GEOMETRY = 6
 """Numbers after a region's features: its box, and its width and height, as shares of the image."""
