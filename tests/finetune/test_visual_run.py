@@ -1,5 +1,6 @@
 """Real runs on texts with images: what stands in the picture alone is learned, from the tasks' public files."""
 
+import csv
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from xdscale.finetune.command import Request, run_command
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.pretrained.visualbert import from_bert, save_visualbert
 from xdscale.recipes.mlm.schema import Language
+from xdscale.report.command import make_report
 from xdscale.shards.regions import Detector
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 
@@ -36,6 +38,9 @@ def regions(pictures, tmp_path_factory):
     for number, colours in enumerate(pictures):
         features = names[colours] + rng.standard_normal((2, WIDTH)).astype(np.float32) * 0.1
         images.append(RegionImage(str(number), size=(100, 100), boxes=boxes, features=features))
+        whole = np.array([[0, 0, 100, 100], *boxes[:1]], np.float32)
+        story = np.stack([np.zeros(WIDTH, np.float32), features[0]])
+        images.append(RegionImage(f"a/{number}.jpg", size=(100, 100), boxes=whole, features=story))
         for side in (0, 1):
             name = f"{_split(number)}-{number}-0-img{side}"
             images.append(RegionImage(name, size=(100, 100), boxes=boxes[:1], features=features[side : side + 1]))
@@ -51,6 +56,10 @@ def _split(number):
 def data(pictures, tmp_path_factory):
     """VQA: both colours, questions alike: which region is first VisualBERT cannot know. The others ask for one."""
     folder = tmp_path_factory.mktemp("data")
+    (folder / "VCR").mkdir()
+    for split, numbers in (("train", range(TRAIN // 2)), ("val", range(TRAIN, len(pictures))), ("test", range(2))):
+        lines = [json.dumps(_story(number, int(pictures[number][0]), split != "test")) for number in numbers]
+        (folder / "VCR" / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     for name in ("VQA", "NLVR2", "Flickr30kEntities/Sentences", "Flickr30kEntities/Annotations"):
         (folder / name).mkdir(parents=True)
     for split, year, numbers in (("train", "train2014", range(TRAIN)), ("dev", "val2014", range(TRAIN, len(pictures)))):
@@ -80,6 +89,17 @@ def data(pictures, tmp_path_factory):
     return folder
 
 
+def _story(number, colour, labelled):
+    """A question of VCR: answers and reasons name a colour each."""
+    of = {
+        "annot_id": f"x-{number}", "img_fn": f"a/{number}.jpg", "metadata_fn": f"a/{number}.json", "objects": ["car"],
+        "question": ["What", "colour", "is", [0], "?"],
+        "answer_choices": [[[0], "is", name, "."] for name in COLOURS],
+        "rationale_choices": [["It", "looks", name, "."] for name in COLOURS],
+    }  # fmt: skip
+    return of | ({"answer_label": colour, "rationale_label": colour} if labelled else {})
+
+
 def _write_phrase(folder, number, first, second):
     lines = [f"There is [/EN#{2 * number + 1}/other a {second} thing] ."] * 2
     (folder / "Sentences" / f"{number}.txt").write_text("\n".join(lines) + "\n")
@@ -106,7 +126,7 @@ def request(model, data, regions, out, /, **changes):
     values = {
         "model": str(model),
         "subject": None,
-        "tasks": ["vqa", "nlvr2", "flickr30k_entities"],
+        "tasks": ["vqa", "nlvr2", "flickr30k_entities", "vcr_qa", "vcr_qar"],
         "data": str(data),
         "regions": str(regions),
         "out": out,
@@ -139,6 +159,30 @@ def test_answers_that_stand_in_the_picture_alone_are_learned(finetuned):
     assert result(finetuned, "nlvr2")["metrics"]["accuracy"] > 0.8
     assert result(finetuned, "flickr30k_entities")["metrics"]["recall_at_1"] > 0.8
     assert result(finetuned, "flickr30k_entities")["metrics"]["upper_bound"] == 1
+    assert result(finetuned, "vcr_qa")["metrics"]["accuracy"] > 0.5  # chance is .25; 100 pictures are few
+    assert result(finetuned, "vcr_qar")["metrics"]["accuracy"] > 0.8  # the answer, which it reads, tells the reason
+
+
+def test_the_report_has_visualberts_columns_and_both_of_vcr_together(finetuned, tmp_path):
+    make_report([finetuned], layout="visualbert", baselines=[], metrics=[], out=tmp_path)
+    with (tmp_path / "report.csv").open(newline="") as file:
+        medians = {row["task"]: float(row["median"]) for row in csv.DictReader(file)}
+    assert set(medians) == {"vqa", "vcr_qa", "vcr_qar", "vcr_q2ar", "nlvr2", "flickr30k_entities"}
+    assert medians["vqa"] == pytest.approx(result(finetuned, "vqa")["metrics"]["vqa_accuracy"])
+    assert medians["vcr_q2ar"] <= min(medians["vcr_qa"], medians["vcr_qar"])
+
+
+def test_predictions_are_written_as_the_servers_take_them(finetuned):
+    qa, qar = (
+        list(csv.reader((finetuned / task / "seed-0" / "predictions" / f"{task}.csv").open(newline="")))
+        for task in ("vcr_qa", "vcr_qar")
+    )
+    assert [row[0] for row in qa] == [row[0] for row in qar] == ["annot_id", "x-0", "x-1"]
+    for row in (*qa[1:], *qar[1:]):
+        np.testing.assert_allclose(np.array(row[1:], float).reshape(-1, 4).sum(1), 1, atol=1e-5)
+    lines = (finetuned / "nlvr2" / "seed-0" / "predictions" / "NLVR2-test1.csv").read_text().splitlines()
+    assert len(lines) == HELD_OUT
+    assert all(line.split(",")[1] in ("True", "False") for line in lines)
 
 
 def test_a_result_names_the_regions_that_it_was_had_with(finetuned, regions):

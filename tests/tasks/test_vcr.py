@@ -162,6 +162,9 @@ def test_an_image_with_other_regions_is_refused(world):
 def test_metadata_are_checked_where_they_are_there(world):
     world.write_metadata()
     assert len(VCR_QA.read(world.data).train) == 2
+    elsewhere = (world.folder / "vcr1images").rename(world.data / "elsewhere")
+    (world.folder / "vcr1images").symlink_to(elsewhere)  # as on a cluster's other disk
+    assert len(VCR_QA.read(world.data).train) == 2
     world.write_metadata(names=["person", "person", "car", "car"])
     with pytest.raises(
         XdscaleError, match=r"train\.jsonl, line 1: objects are person, .*0\.json names person, person, car"

@@ -219,7 +219,7 @@ def _check_metadata(where: str, entry: _Question, images: Path, checked: dict[st
     name = entry["metadata_fn"]
     if name not in checked:
         path = images / name
-        if not path.resolve().is_relative_to(images.resolve()):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise XdscaleError(f"{where}: metadata_fn = {name!r} leads out of {images}")
         if not path.is_file():
             raise XdscaleError(f"{where}: metadata_fn = {name!r} is not in {images}; is the download whole?")
