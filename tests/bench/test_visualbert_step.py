@@ -44,6 +44,7 @@ def test_all_cases_agree_in_fp32(tiny):
         assert len(case.ratio(OURS_MASTERS, THEIRS)) == 2
         ours, theirs = (case.contestants[name] for name in (OURS, THEIRS))
         assert 0 < ours.peak < theirs.peak
+        assert 0 < case.contestants[OURS_MASTERS].peak < ours.peak
         assert ours.module.training
         assert theirs.module.training
 
@@ -53,7 +54,7 @@ def test_what_is_printed(tiny, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "1 threads" in out
     assert "VQA, 100 regions: 2 samples" in out
-    assert "in fp32, without dropout" in out
+    assert "against transformers, fp32; its loss and ours differ by" in out
 
 
 @pytest.mark.parametrize(

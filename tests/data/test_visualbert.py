@@ -5,7 +5,10 @@ import pytest
 
 from xdscale.data.visualbert import VisualBERTCollator, compose, no_regions, second_captions
 from xdscale.recipe import load_recipe
+from xdscale.shards.cache import ShardCache
+from xdscale.shards.manifest import Manifest
 from xdscale.shards.regions import RegionTable
+from xdscale.shards.remote import fetch_manifest, place_manifest
 from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.shards.table import Table
 from xdscale.systems.contract import Slots
@@ -242,3 +245,21 @@ def test_samples_in_quarantine_become_padding(captioned_pictures):
         for row in np.flatnonzero(labels != -1):
             assert all(map(np.array_equal, samples(found)[row], samples(expected)[row]))
         assert all(map(np.array_equal, collate.draws(slots_of(ids)), whole.draws(slots_of(ids))))
+
+
+def test_shards_that_are_fetched_when_they_are_needed_give_the_same_batches(captioned_pictures, tmp_path):
+    """Within a budget that holds the captions and the regions of a batch, but not the dataset."""
+    folder = place_manifest(fetch_manifest(f"file://{captioned_pictures}"), tmp_path / "cache")
+    records = Manifest.load(folder).shards
+    budget = sum(record.bytes for record in records) - max(record.bytes for record in records)
+    cache = ShardCache(f"file://{captioned_pictures}", folder, records, budget=budget, sharers=1)
+    remote = VisualBERTCollator(Table(folder, "train", "captions", cache=cache), recipe())
+    local = VisualBERTCollator(Table(captioned_pictures, "train", "captions"), recipe())
+    ids = np.random.default_rng(3).permutation(len(local.captions))[:40].reshape(-1, 2)
+    steps = [[slots_of(row, 1)] for row in ids]
+    for step, ahead in zip(steps, steps[1:]):
+        remote.prefetch(ahead)
+        found, expected = remote(step[0]), local(step[0])
+        assert found.targets == expected.targets
+        assert all(np.array_equal(found.arrays[name], expected.arrays[name]) for name in expected.arrays)
+    assert 0 < sum(path.stat().st_size for path in folder.glob("*.tar")) <= budget

@@ -4,6 +4,7 @@ The meta device stands for a GPU: its tensors have shapes and no values, so what
 raises.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -11,6 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xdscale import recipe
+from xdscale.data.visualbert import VisualBERTCollator
+from xdscale.plan.profile import build_on_meta
+from xdscale.shards.table import Table
+from xdscale.systems.contract import Slots
 from xdscale.systems.mlm import build_masked_lm
 from xdscale.systems.xdbert import build_adaptation, build_model
 from xdscale.tasks.contract import find_task
@@ -108,6 +113,23 @@ def test_masked_lm(cassette_model, arrays, launched):
     assert step(build_masked_lm(spec), arrays).keys() == {"mlm"}
     attention = [name for name in launched if name.startswith("attention")]
     assert attention == ["attention_forward"] * 2 + ["attention_backward_query", "attention_backward_key_value"] * 2
+    assert launched.count("row_statistics_kernel") == 1
+
+
+@pytest.mark.parametrize(
+    ("early", "checkpointing", "layers"), [("true", False, 12), ("true", True, 12), ("false", False, 13)]
+)
+def test_visualbert(captioned_pictures, launched, early, checkpointing, layers):
+    """Real captions and regions, of any lengths; without early fusion there is one layer more."""
+    spec = recipe.load_recipe("visualbert-vqa-coco", ["model.region_size=12", f"model.early_fusion={early}"])
+    module = build_on_meta(spec)
+    if checkpointing:
+        module.enable_activation_checkpointing()
+    collate = VisualBERTCollator(Table(captioned_pictures, "train", "captions"), spec)
+    batch = collate(Slots(np.zeros(5, int), np.arange(5) * 7, np.arange(5) < 4))
+    assert step(module, batch.arrays).keys() == {"mlm", "match"}
+    assert launched.count("attention_forward") == (1 + checkpointing) * layers
+    assert launched.count("attention_backward_query") == launched.count("attention_backward_key_value") == layers
     assert launched.count("row_statistics_kernel") == 1
 
 
