@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -280,38 +280,26 @@ class Table:
 
     def _read(self, shard: np.ndarray, begin: np.ndarray, sizes: np.ndarray) -> bytes | memoryview:
         """Returns the bytes of places in shards, one after another; all arguments int64 [n]."""
-        if sizes.sum() >= max(LONG_BYTES, LONG_PIECE * len(sizes)):
-            return self._read_long(shard, begin, sizes)
-        pieces: list[bytes] = []
+        ends, total = np.cumsum(sizes), int(sizes.sum())
+        long = total >= max(LONG_BYTES, LONG_PIECE * len(sizes))  # read to where they are wanted
+        joined = memoryview(np.empty(total * long, np.uint8))
+        found: list[Any] = []  # the pieces, or the bytes that each of the long ones got
         for first in range(0, len(shard), self._max_open):  # so many places lie in so many shards at most
             part = slice(first, first + self._max_open)
+            wanted = sizes[part].tolist()
+            if long:
+                wanted = [[joined[end - size : end]] for end, size in zip(ends[part].tolist(), wanted)]
             with self._opened(shard[part]) as descriptors:
                 try:
-                    pieces.extend(map(os.pread, descriptors.tolist(), sizes[part].tolist(), begin[part].tolist()))
+                    read = os.preadv if long else os.pread
+                    found.extend(map(read, descriptors.tolist(), wanted, begin[part].tolist()))
                 except OSError as error:
-                    raise self._unreadable(shard[len(pieces)], error) from None
-        joined = b"".join(pieces)
-        if len(joined) != sizes.sum():
-            short = next(number for number, piece in enumerate(pieces) if len(piece) < sizes[number])
+                    raise self._unreadable(shard[len(found)], error) from None
+        lengths = found if long else list(map(len, found))
+        if sum(lengths) != total:
+            short = next(number for number, length in enumerate(lengths) if length < sizes[number])
             raise self._damaged(shard[short], f"ends before byte {begin[short] + sizes[short]}")
-        return joined
-
-    def _read_long(self, shard: np.ndarray, begin: np.ndarray, sizes: np.ndarray) -> memoryview:
-        """As `_read`, each place read to where it is wanted: copying long ones would cost as much as reading them."""
-        joined = memoryview(np.empty(sizes.sum(), np.uint8))
-        ends = np.cumsum(sizes)
-        for first in range(0, len(shard), self._max_open):
-            part = slice(first, first + self._max_open)
-            places = zip(begin[part].tolist(), (ends - sizes)[part].tolist(), ends[part].tolist())
-            with self._opened(shard[part]) as descriptors:
-                for number, (descriptor, (at, start, end)) in enumerate(zip(descriptors.tolist(), places), first):
-                    try:
-                        found = os.preadv(descriptor, [joined[start:end]], at)
-                    except OSError as error:
-                        raise self._unreadable(shard[number], error) from None
-                    if found != end - start:
-                        raise self._damaged(shard[number], f"ends before byte {at + end - start}")
-        return joined
+        return joined if long else b"".join(found)
 
     def _opened(self, shard: np.ndarray) -> AbstractContextManager[np.ndarray]:
         """Gives a file descriptor for each element, of `max_open_shards` shards at most, to be used in the block."""

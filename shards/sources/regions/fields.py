@@ -59,12 +59,7 @@ def image_of(
         for name, value in found.items()
         if name not in ("width", "height", "regions")
     }
-    boxes = arrays["boxes"]
-    regions = len(boxes) if boxes.ndim == 2 else stated
-    if regions is None:
-        raise XdscaleError(f"{where}: no field of the number of regions; expected one of {', '.join(NAMES['regions'])}")
-    if not 0 < regions < _MOST_REGIONS or stated not in (None, regions):
-        raise XdscaleError(f"{where}: num_boxes: {shown(stated)} regions are stated, boxes are there for {regions}")
+    regions = _count(arrays["boxes"], stated, where)
     for name, array in arrays.items():
         arrays[name] = _rows(array, regions, name, where)
     probs = arrays.pop("class_probs", None)
@@ -119,6 +114,16 @@ def array_of(value: Any, name: str, where: str) -> np.ndarray:
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
         raise XdscaleError(f"{where}: {name}: expected numbers, found {shown(value)}")
     return value
+
+
+def _count(boxes: np.ndarray, stated: int | None, where: str) -> int:
+    """Returns how many regions there are, by their boxes or as is stated."""
+    regions = len(boxes) if boxes.ndim == 2 else stated
+    if regions is None:
+        raise XdscaleError(f"{where}: no field of the number of regions; expected one of {', '.join(NAMES['regions'])}")
+    if not 0 < regions < _MOST_REGIONS or stated not in (None, regions):
+        raise XdscaleError(f"{where}: num_boxes: {shown(stated)} regions are stated, boxes are there for {regions}")
+    return regions
 
 
 def _rows(array: np.ndarray, regions: int, name: str, where: str) -> np.ndarray:

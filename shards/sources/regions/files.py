@@ -9,6 +9,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -253,7 +254,8 @@ class FileImages:
             number = int(np.searchsorted(ends, image, side="right"))
             row = int(image - ends[number] + lengths[number])
             path = self._paths[number]
-            name = next(name for place, (name, _) in enumerate(self._format.places(path)) if place == row)
+            name, place = next(islice(self._format.places(path), row, None))
+            next(self._format.read(path, [place]))  # what is no image at all has a message that says more
             said.append(f"{path.name}, image {row + 1} ({name})")
         raise XdscaleError(
             f"{said[1]}: image id: stands already in {said[0]}; ids must be unique: take one away"

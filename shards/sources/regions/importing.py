@@ -42,8 +42,6 @@ def region_files(
     classes: Path | None = None,
     attributes: Path | None = None,
     background: str = AS_THE_FORMAT,
-    box_form: str = AS_THE_FORMAT,
-    box_units: str = AS_THE_FORMAT,
     encoding: str = "fp16",
     class_probs: str | None = None,
     shard_images: int = 1024,
@@ -59,41 +57,39 @@ def region_files(
         classes: file of names, as `load_detector`.
         attributes: file of names, as `load_detector`.
         background: which class is no object: "format", "none" or a number.
-        box_form: "format", or as `RegionBuild`.
-        box_units: the same.
         encoding: of features.
         class_probs: as `layout_of`.
         shard_images: images per shard.
-        **declared: `region_order` and `whole_image` of `RegionBuild`.
+        **declared: `box_form` and `box_units` ("format", or as `RegionBuild`), `region_order`, `whole_image`.
 
     Raises:
         XdscaleError: an input is missing or of another format, or what is declared does not agree with the first image.
     """
-    if format not in FORMATS:
-        raise XdscaleError(f"--format {format}: {nearest(format, list(FORMATS), 'expected ' + ', '.join(FORMATS))}")
-    kind = FORMATS[format]
+    kind = _format(format)
     empty = kind.background if background == AS_THE_FORMAT else _background(background)
     found, width = load_detector(detector, classes=classes, attributes=attributes, background=empty)
-    objects = found.class_count - (found.background is not None)
-    reading = replace(reading or Reading(), class_names=tuple(found.classes), objects=max(objects, 0))
-    paths = [resolve_path(name) for name in inputs]
-    if not paths:
-        raise XdscaleError("no input: name at least one file or folder of regions")
-    images = FileImages(paths, kind(reading), reading, shard_images)
+    objects = max(found.class_count - (found.background is not None), 0)
+    reading = replace(reading or Reading(), class_names=tuple(found.classes), objects=objects)
+    images = FileImages([resolve_path(name) for name in inputs], kind(reading), reading, shard_images)
     layout = layout_of(images.first(), encoding, class_probs)
     build = RegionBuild(
         format=format,
         inputs=images.inputs,
         options=_options(reading),
         detector=found,
-        box_form=kind.box_form if box_form == AS_THE_FORMAT else box_form,
-        box_units=kind.box_units if box_units == AS_THE_FORMAT else box_units,
         shard_images=shard_images,
         **layout.model_dump(),
-        **declared,
+        **{"box_form": kind.box_form, "box_units": kind.box_units}
+        | {name: value for name, value in declared.items() if value != AS_THE_FORMAT},
     )
     _compare(images.first(), build, width, detector)
     return RegionSource(images, build)
+
+
+def _format(name: str) -> type[RegionFormat]:
+    if name not in FORMATS:
+        raise XdscaleError(f"--format {name}: {nearest(name, list(FORMATS), 'expected ' + ', '.join(FORMATS))}")
+    return FORMATS[name]
 
 
 def _background(text: str) -> int | None:

@@ -17,6 +17,7 @@ from xdscale.shards.sources.regions.plain_pickle import load_plain
 
 sys.path.insert(0, str(Path(__file__).parent))
 import attacks
+import bad_images
 import region_files as writers
 
 WRITE = {
@@ -66,7 +67,7 @@ def attacked(seed, folder, monkeypatch, capsys):
     k = int(chance.integers(1, IMAGES))
     canary = folder / "canary"
     attack_images = chance.random() < 0.5
-    choices = attacks.IMAGES if attack_images else attacks.FILES
+    choices = bad_images.IMAGES if attack_images else attacks.FILES
     name, what, change = choices[chance.integers(len(choices))]
     with np.errstate(all="ignore"):
         if attack_images:
