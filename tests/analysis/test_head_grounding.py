@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel, VisualBertModel
 from typer.testing import CliRunner
 
-from xdscale.analysis.head_grounding import captions_of, ground_heads
+from xdscale.analysis.head_grounding import HeadReader, captions_of
 from xdscale.cli import app
 from xdscale.errors import XdscaleError
 from xdscale.pretrained.language import load_language_encoder
@@ -107,7 +107,7 @@ def bert_of(model):
 
 def test_entities_and_relations_are_asked_from_the_words_that_they_should(model, data, table, parses):
     """Of the words "dog", "cat" and "women"; for relations of what depends on them, with their boxes as gold."""
-    found = ground_heads(model, data, RegionTable.open(table), split="dev", parses=parses)
+    found = HeadReader(model, data, RegionTable.open(table), split="dev", parses=parses).count()
     assert found.entities.words == 3
     assert found.entities.baseline == pytest.approx(1 / 3)  # the surest region is the dog
     assert {relation: one.words for relation, one in found.relations.items()} == {"det": 3, "amod": 1}
@@ -117,7 +117,7 @@ def test_entities_and_relations_are_asked_from_the_words_that_they_should(model,
 
 def test_figures_are_those_of_transformers_on_inputs_made_by_hand(model, data, table):
     """The last word piece of each phrase asks; its row holds words and regions, and sums to 1."""
-    found = ground_heads(model, data, RegionTable.open(table), split="dev", parses=None).entities
+    found = HeadReader(model, data, RegionTable.open(table), split="dev", parses=None).count().entities
     encoder = VisualBertModel.from_pretrained(model, attn_implementation="eager").eval()
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     regions, hits, mass = RegionTable.open(table), [], []
@@ -154,7 +154,7 @@ def test_among_equal_regions_the_first_is_the_most_attended(model, data, table):
     )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model / name, flat)
-    found = ground_heads(flat, data, RegionTable.open(table), split="dev", parses=None)
+    found = HeadReader(flat, data, RegionTable.open(table), split="dev", parses=None).count()
     assert np.allclose(found.entities.accuracy, 1 / 3)  # region 0 is the dog, and in the other image wrong
     assert found.relations is None
     assert (found.entities.mass > 0).all()
@@ -179,6 +179,33 @@ def test_the_command_writes_tables_picture_and_captions(model, data, table, pars
     assert (out / "heads.svg").read_bytes().startswith(b"<?xml")
 
 
+def test_a_map_is_written_by_region_and_by_category(model, data, table, tmp_path):
+    out, categories = tmp_path / "grounding", tmp_path / "categories.json"
+    categories.write_text('{"dog": [0], "all": [0, 1]}')
+    arguments = ["grounding", str(model), "--data", str(data), "--regions", str(table), "--out", str(out)]
+    found = {}
+    for options in ([], ["--categories", str(categories)]):
+        done = CliRunner().invoke(app, [*arguments, "--map", "11#0", *options])
+        assert done.exit_code == 0, done.output
+        with (out / "map-11-0.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        found |= {(row["layer"], row["head"], row["position"], row["region"]): float(row["weight"]) for row in rows}
+        first = [row for row in rows if (row["layer"], row["head"], row["region"]) == ("1", "1", rows[0]["region"])]
+        assert [row["piece"] for row in first] == ["[CLS]", "a", "brown", "dog", "chases", "the", "cat", ".", "[SEP]"]
+        assert (out / "map-11-0.svg").read_bytes().startswith(b"<?xml")
+    for layer, head, position, region in list(found):
+        one, other = (found[layer, head, position, key] for key in ("0", "1"))
+        assert found[layer, head, position, "dog"] == one
+        assert found[layer, head, position, "all"] == pytest.approx(one + other, abs=2e-6)
+        assert region in ("0", "1", "dog", "all")
+    reader = HeadReader(model, data, RegionTable.open(table), split="dev", parses=None)
+    for number in (2, -1):
+        with pytest.raises(XdscaleError, match=f"'dog' has region {number}; the image has 0 to 1"):
+            reader.map("11#0", {"dog": [0, number]})
+    with pytest.raises(XdscaleError, match="--map 11#1: no phrase with boxes in such a caption"):
+        reader.map("11#1")
+
+
 def test_what_does_not_fit_is_named(model, data, table, parses, tmp_path):
     regions = RegionTable.open(table)
     with pytest.raises(XdscaleError, match="--split val: expected train, dev, test"):
@@ -186,11 +213,11 @@ def test_what_does_not_fit_is_named(model, data, table, parses, tmp_path):
     short = tmp_path / "short.conllu"
     short.write_text(parses.read_text().partition("\n\n")[0] + "\n\n")
     with pytest.raises(XdscaleError, match=r"short\.conllu: 1 sentences, expected 3"):
-        ground_heads(model, data, regions, split="dev", parses=short)
+        HeadReader(model, data, regions, split="dev", parses=short).count()
     late = from_bert(bert_of(model), region_size=WIDTH, early_fusion=False)
     folder = tmp_path / "late"
     folder.mkdir()
     state = {f"model.{name}": value for name, value in late.state_dict().items()}
     save_visualbert(late.config, state, folder, alignment="mean")
     with pytest.raises(XdscaleError, match="was trained without early fusion"):
-        ground_heads(folder, data, regions, split="dev", parses=None)
+        HeadReader(folder, data, regions, split="dev", parses=None).count()

@@ -78,9 +78,15 @@ def grounding(
     regions: Annotated[UserPath, typer.Option(metavar="DATASET", help="Dataset with the images' regions.")],
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "dev",
     parses: Annotated[UserPath | None, typer.Option(help="The captions' dependencies in CoNLL-U.")] = None,
-    out: Annotated[UserPath, typer.Option(help="Folder for tables and a picture.")] = Path("grounding"),
+    caption: Annotated[
+        str | None, typer.Option("--map", metavar="IMAGE#NUMBER", help="Also write this caption's map.")
+    ] = None,
+    categories: Annotated[
+        UserPath | None, typer.Option(help="JSON for --map: lists of regions by a name of yours.")
+    ] = None,
+    out: Annotated[UserPath, typer.Option(help="Folder for tables and pictures.")] = Path("grounding"),
 ) -> None:
     """Which attention heads ground words in image regions? (VisualBERT's Section 5)."""
     from xdscale.analysis.commands import print_grounding
 
-    print_grounding(model, data, regions, split=split, parses=parses, out=out)
+    print_grounding(model, data, regions, split=split, parses=parses, caption=caption, categories=categories, out=out)

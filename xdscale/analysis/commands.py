@@ -19,6 +19,7 @@ from xdscale.files import check_output_file, check_output_folder, write_outputs
 if TYPE_CHECKING:
     from xdscale.analysis.grounded_ratio import GroundedWords
     from xdscale.analysis.grounding import HeadAccuracy
+    from xdscale.analysis.head_grounding import AttentionMap
 
 
 def print_pwcca(first: str, second: str, *, seed: int, words: int | None, plot: Path | None) -> None:
@@ -167,15 +168,29 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
     write_outputs({path: text.getvalue()})
 
 
-def print_grounding(model: Path, data: Path, regions: Path, *, split: str, parses: Path | None, out: Path) -> None:
-    """Counts what a VisualBERT's heads ground, and writes heads.csv, heads.svg, captions.txt and relations.csv."""
+def print_grounding(
+    model: Path,
+    data: Path,
+    regions: Path,
+    *,
+    split: str,
+    parses: Path | None,
+    caption: str | None,
+    categories: Path | None,
+    out: Path,
+) -> None:
+    """Counts what a VisualBERT's heads ground; writes heads.csv, heads.svg, captions.txt, relations.csv and a map."""
     from xdscale.analysis.grounding import PUBLISHED_ENTITIES, arcs_csv, head_name, heads_csv
-    from xdscale.analysis.head_grounding import captions_of, ground_heads
+    from xdscale.analysis.head_grounding import HeadReader, captions_of
+    from xdscale.data.json_shapes import read_whole
     from xdscale.shards.regions import RegionTable
 
     check_output_folder(out, "--out")
     captions = captions_of(data, split)
-    entities, relations = ground_heads(model, data, RegionTable.open(regions), split=split, parses=parses)
+    reader = HeadReader(model, data, RegionTable.open(regions), split=split, parses=parses)
+    named = None if categories is None else read_whole(categories, dict[str, list[int]])
+    shown_map = None if caption is None else reader.map(caption, named)
+    entities, relations = reader.count()
     shown = _table("", "accuracy", "head", "published")
     for name, active in (("best head", False), ("best active head", True)):
         best = entities.best(active=active)
@@ -187,14 +202,32 @@ def print_grounding(model: Path, data: Path, regions: Path, *, split: str, parse
     files: dict[Path, str | bytes] = {
         out / "heads.csv": heads_csv(entities),
         out / "heads.svg": pictures.picture_bytes(pictures.head_dots(entities), ".svg"),
-        out / "captions.txt": "".join(f"{caption}\n" for caption in captions),
+        out / "captions.txt": "".join(f"{one}\n" for one in captions),
     }
     if relations is not None:
         files[out / "relations.csv"] = arcs_csv(relations)
         _print("", _relations(relations))
+    if shown_map is not None:
+        name = out / f"map-{caption.replace('#', '-')}"
+        files[name.with_suffix(".csv")] = map_csv(shown_map)
+        # Of each layer the head that grounds entities best.
+        maps = [weights[head] for weights, head in zip(shown_map.weights, entities.accuracy.argmax(1))]
+        picture = pictures.attention_maps({str(model): maps}, [shown_map.pieces], [shown_map.keys])
+        files[name.with_suffix(".svg")] = pictures.picture_bytes(picture, ".svg")
     write_outputs(files)
     for path in files:
         print(path)
+
+
+def map_csv(shown: "AttentionMap") -> str:
+    """Returns one line for each weight: layer, head (from 1), position, word piece, region or category, weight."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["layer", "head", "position", "piece", "region", "weight"])
+    for layer, head, piece, key in np.ndindex(shown.weights.shape):
+        weight = f"{shown.weights[layer, head, piece, key]:.6f}"
+        writer.writerow([layer + 1, head + 1, piece, shown.pieces[piece], shown.keys[key], weight])
+    return file.getvalue()
 
 
 def _relations(relations: "dict[str, HeadAccuracy]") -> Table:

@@ -1,6 +1,6 @@
 """Runs a VisualBERT on captions with their images' regions, and counts what its attention heads ground (spec §7)."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +18,7 @@ from xdscale.errors import XdscaleError
 from xdscale.pretrained.visualbert import load_visualbert, published_name
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.regions import RegionTable
-from xdscale.systems.contract import Slots
+from xdscale.systems.contract import MicroBatch, Slots
 from xdscale.tasks.flickr30k_entities import FLICKR30K_ENTITIES, read_captions
 
 
@@ -32,6 +32,20 @@ class HeadGrounding(NamedTuple):
 
     entities: HeadAccuracy
     relations: dict[str, HeadAccuracy] | None
+
+
+class AttentionMap(NamedTuple):
+    """What one caption's word pieces read in its image's regions.
+
+    Attributes:
+        pieces: with [CLS] and [SEP].
+        keys: numbers of the regions, or names of categories of them.
+        weights: float32 [layers, heads, pieces, keys]; of a category the sum over its regions.
+    """
+
+    pieces: list[str]
+    keys: list[str]
+    weights: np.ndarray
 
 
 class Asked(NamedTuple):
@@ -50,44 +64,104 @@ def captions_of(data: Path, split: str) -> list[str]:
     return [caption.text for caption in read_captions(_list_of(data, split))]
 
 
-def ground_heads(model: Path, data: Path, regions: RegionTable, *, split: str, parses: Path | None) -> HeadGrounding:
-    """Counts over a split of Flickr30K Entities.
+class HeadReader:
+    """A VisualBERT on a split of Flickr30K Entities."""
 
-    Args:
-        model: an export, or another folder that `load_visualbert` reads, with its tokenizer.
-        data: folder of the task's files.
-        regions: of the images, with confidences for the baseline.
-        split: "train", "dev" or "test".
-        parses: the captions' dependencies in CoNLL-U, in the order of `captions_of`.
+    def __init__(self, model: Path, data: Path, regions: RegionTable, *, split: str, parses: Path | None) -> None:
+        """Reads everything.
 
-    Raises:
-        XdscaleError: any of these is missing, broken, or does not fit the others.
-    """
-    asked = _asked(_list_of(data, split), parses)
-    encoder = _eager(model)
-    collate = VisualTaskCollator(
-        FLICKR30K_ENTITIES,
-        [one.example for one in asked],
-        load_language_tokenizer(str(model)),
-        regions,
-        width=encoder.config.visual_embedding_dim,
-        max_length=encoder.config.max_position_embeddings,
-    )
-    entities, relations = HeadCounts(), ArcCounts()
-    captions = groupby(range(len(asked)), key=lambda place: (asked[place].example.images, asked[place].example.line))
-    for places in (list(places) for _, places in captions):
+        Args:
+            model: an export, or another folder that `load_visualbert` reads, with its tokenizer.
+            data: folder of the task's files.
+            regions: of the images, with confidences for the baseline.
+            split: "train", "dev" or "test".
+            parses: the captions' dependencies in CoNLL-U, in the order of `captions_of`.
+
+        Raises:
+            XdscaleError: any of these is missing, broken, or does not fit the others.
+        """
+        self._asked = _asked(_list_of(data, split), parses)
+        self._with_parses = parses is not None
+        self._encoder = _eager(model)
+        self._tokenizer = load_language_tokenizer(str(model))
+        self._collate = VisualTaskCollator(
+            FLICKR30K_ENTITIES,
+            [one.example for one in self._asked],
+            self._tokenizer,
+            regions,
+            width=self._encoder.config.visual_embedding_dim,
+            max_length=self._encoder.config.max_position_embeddings,
+        )
+
+    def count(self) -> HeadGrounding:
+        """Counts over all captions that have a phrase with boxes."""
+        entities, relations = HeadCounts(), ArcCounts()
+        captions = groupby(range(len(self._asked)), key=lambda place: _caption_of(self._asked[place].example))
+        for places in (list(places) for _, places in captions):
+            batch = self._batch(places)
+            found, image = batch.regions, slice(*batch.regions.offsets[:2])
+            attention, length = self._attention(batch.arrays)
+            positions = batch.arrays["query_rows"] - batch.arrays["cu_seqlens"][:-1]
+            for place, position in zip(places, positions):
+                gold, relation = np.array(self._asked[place].example.truth.boxes), self._asked[place].relation
+                counts = entities if relation is None else relations.relations[relation]
+                row = attention[:, :, position, length:]
+                counts.add(row, found.boxes[image], found.confidences[image], gold)
+        return HeadGrounding(entities.result(), relations.result() if self._with_parses else None)
+
+    def map(self, caption: str, categories: Mapping[str, Sequence[int]] | None = None) -> AttentionMap:
+        """Returns the map of one caption.
+
+        Args:
+            caption: as "1000092795#0": its image and its number, counted from 0.
+            categories: numbers of regions by a name that somebody gave them; None for each region by itself.
+
+        Raises:
+            XdscaleError: no phrase of such a caption has boxes, or a category holds a region that is not there.
+        """
+        places = [n for n, one in enumerate(self._asked) if _caption_of(one.example) == caption]
+        if not places:
+            raise XdscaleError(
+                f"--map {caption}: no phrase with boxes in such a caption; expected one, as 1000092795#0"
+            )
+        arrays = self._batch(places[:1]).arrays
+        attention, length = self._attention(arrays)
+        weights = attention[:, :, :length, length:]
+        pieces = [self._tokenizer[0].id_to_token(piece) for piece in arrays["text_ids"][:length].tolist()]
+        count = weights.shape[-1]
+        if categories is None:
+            return AttentionMap(pieces, [str(number) for number in range(count)], weights)
+        for name, members in categories.items():
+            wrong = [number for number in members if not 0 <= number < count]
+            if wrong:
+                raise XdscaleError(f"--categories: {name!r} has region {wrong[0]}; the image has 0 to {count - 1}")
+        sums = [weights[..., list(members)].sum(-1) for members in categories.values()]
+        return AttentionMap(pieces, list(categories), np.stack(sums, -1))
+
+    def _batch(self, places: list[int]) -> MicroBatch:
         ids = np.array(places)
-        batch = collate(Slots(np.zeros_like(ids), ids, np.ones(len(ids), bool)))
-        found = batch.regions
-        image = slice(*found.offsets[:2])
-        for place, attention in zip(places, _attention(encoder, batch.arrays)):
-            gold, relation = np.array(asked[place].example.truth.boxes), asked[place].relation
-            counted = (attention, found.boxes[image], found.confidences[image], gold)
-            if relation is None:
-                entities.add(*counted)
-            else:
-                relations.add(relation, *counted)
-    return HeadGrounding(entities.result(), None if parses is None else relations.result())
+        return self._collate(Slots(np.zeros_like(ids), ids, np.ones(len(ids), bool)))
+
+    def _attention(self, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, int]:
+        """Returns a micro-batch's first input's attention, [layers, heads, positions, positions], and its text's length."""
+        length, whole = int(arrays["text_lengths"][0]), int(arrays["cu_seqlens"][1])
+
+        def rows(name: str, count: int) -> torch.Tensor:
+            return torch.from_numpy(arrays[name][:count]).to(self._encoder.device).unsqueeze(0)
+
+        with torch.no_grad():
+            found = self._encoder(
+                input_ids=rows("text_ids", length),
+                token_type_ids=rows("text_segments", length),
+                visual_embeds=rows("features", whole - length).float(),
+                visual_token_type_ids=rows("region_segments", whole - length),
+                output_attentions=True,
+            ).attentions
+        return torch.stack(found)[:, 0].cpu().numpy(), length
+
+
+def _caption_of(example: Example) -> str:
+    return f"{example.images[0]}#{example.line - 1}"
 
 
 def _list_of(data: Path, split: str) -> Path:
@@ -104,14 +178,14 @@ def _asked(path: Path, parses: Path | None) -> list[Asked]:
         return [Asked(example, None) for example in examples]
     captions = list(read_captions(path))
     found = read_parses(parses, [caption.text for caption in captions])
-    of_caption = {(caption.image, caption.line): parse for caption, parse in zip(captions, found)}
+    of_caption = {f"{caption.image}#{caption.line - 1}": parse for caption, parse in zip(captions, found)}
     asked = []
-    for (image, line), group in groupby(examples, key=lambda example: (example.images[0], example.line)):
+    for caption, group in groupby(examples, key=_caption_of):
         phrases = list(group)
         asked += [Asked(example, None) for example in phrases]
         asked += [
             Asked(replace(arc.example, spans=(((Span(*arc.dependent, -1),),),)), arc.relation)
-            for arc in arcs(of_caption[image, line], phrases)
+            for arc in arcs(of_caption[caption], phrases)
         ]
     return asked
 
@@ -125,27 +199,3 @@ def _eager(folder: Path) -> VisualBertModel:
     encoder = VisualBertModel(model.config)
     encoder.load_state_dict({published_name(name): value for name, value in model.state_dict().items()})
     return encoder.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _attention(encoder: VisualBertModel, arrays: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
-    """Yields what regions get from each marked word of one caption, which all samples of a micro-batch hold.
-
-    Yields:
-        float32 [layers, heads, regions].
-    """
-    length, whole = int(arrays["text_lengths"][0]), int(arrays["cu_seqlens"][1])
-
-    def rows(name: str, count: int) -> torch.Tensor:
-        return torch.from_numpy(arrays[name][:count]).to(encoder.device).unsqueeze(0)
-
-    with torch.no_grad():
-        found = encoder(
-            input_ids=rows("text_ids", length),
-            token_type_ids=rows("text_segments", length),
-            visual_embeds=rows("features", whole - length).float(),
-            visual_token_type_ids=rows("region_segments", whole - length),
-            output_attentions=True,
-        ).attentions
-    stacked = torch.stack(found)[:, 0].cpu().numpy()  # [layers, heads, positions, positions]
-    for position in arrays["query_rows"] - arrays["cu_seqlens"][:-1]:
-        yield stacked[:, :, position, length:]
