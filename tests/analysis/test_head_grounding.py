@@ -1,7 +1,9 @@
 """`xdscale grounding` on a small VisualBERT whose attention is known: what it asks, counts and writes."""
 
 import csv
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,10 +163,15 @@ def test_among_equal_regions_the_first_is_the_most_attended(model, data, table):
     assert (found.entities.mass < 1).all()
 
 
-def test_the_command_writes_tables_picture_and_captions(model, data, table, parses, tmp_path):
+def test_the_command_of_the_documentation_writes_tables_picture_and_captions(
+    model, data, table, parses, tmp_path, monkeypatch
+):
+    page = (Path(__file__).parents[2] / "docs" / "analyses.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^xdscale (grounding .*)$", page, re.MULTILINE)
+    here = {"exports/visualbert-flickr30k": model, "data": data, "data/flickr30k-regions": table, "val.conllu": parses}
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "grounding"
-    arguments = ["grounding", str(model), "--data", str(data), "--regions", str(table), "--out", str(out)]
-    done = CliRunner().invoke(app, [*arguments, "--parses", str(parses)])
+    done = CliRunner().invoke(app, [str(here.get(word, word)) for word in command.split()])
     assert done.exit_code == 0, done.output
     assert "3 entities" in done.output
     assert "50.77" in done.output

@@ -143,7 +143,7 @@ class HeadReader:
         return self._collate(Slots(np.zeros_like(ids), ids, np.ones(len(ids), bool)))
 
     def _attention(self, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, int]:
-        """Returns a micro-batch's first input's attention, [layers, heads, positions, positions], and its text's length."""
+        """Returns the first input's attention, [layers, heads, positions, positions], and the length of its text."""
         length, whole = int(arrays["text_lengths"][0]), int(arrays["cu_seqlens"][1])
 
         def rows(name: str, count: int) -> torch.Tensor:
