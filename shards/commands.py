@@ -139,11 +139,10 @@ def captions(
             overwrite=overwrite,
             on_progress=lambda progress: advance(progress.bytes_read, progress.bytes_total),
         )
-    rows = ", ".join(f"{name} {found.rows:,}" for name, found in table.splits.items())
-    typer.echo("\n".join([f"{out}: captions: {rows}", *description(table)]))
-    for name, found in table.splits.items():
-        if not found.rows:
-            _warn([f"the split {name} is empty; say otherwise what is held out"])
+    rows = {name: found.rows for name, found in table.splits.items()}
+    told = ", ".join(f"{name} {count:,}" for name, count in rows.items())
+    typer.echo("\n".join([f"{out}: captions: {told}", *description(table)]))
+    _warn([f"the split {name} is empty; say otherwise what is held out" for name, count in rows.items() if not count])
 
 
 @shards_app.command()

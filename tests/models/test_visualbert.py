@@ -1,10 +1,12 @@
 """VisualBERT on packed tokens against transformers' own model on padded ones (spec VisualBERT §1, §10)."""
 
+import json
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel, VisualBertConfig, VisualBertModel
 
 from xdscale.data.visual_text import pack
@@ -173,14 +175,13 @@ def test_a_checkpoint_of_the_release_is_the_same_model(folder, inputs, tmp_path)
     [
         (lambda values, state: values.update(model_type="bert"), "model_type is 'bert'; expected 'visual_bert'"),
         (lambda values, state: state.pop("pooler.dense.bias"), r"no fitting weights for pooler\.dense\.bias of its"),
+        (lambda values, state: values.update(num_attention_heads=5), "hidden_size = 48 is not a multiple of num_att"),
+        (lambda values, state: values.update(hidden_act="gelo"), "hidden_act is 'gelo', which transformers does not"),
+        (lambda values, state: values.update(num_hidden_layers="three"), "not a configuration of VisualBERT: "),
         (lambda values, state: values.update(visual_embedding_dim=9), r"for embeddings\.visual_projection\.weight"),
     ],
 )
 def test_what_is_no_visualbert_is_refused(folder, change, message):
-    import json
-
-    from safetensors.torch import load_file, save_file
-
     values, state = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     change(values, state)
     (folder / "config.json").write_text(json.dumps(values))

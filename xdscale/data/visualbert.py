@@ -163,15 +163,7 @@ def compose(
     """
     model, mlm = recipe.model, recipe.objectives.mlm
     pieces = [_cut(list(sample), model.max_text - 1 - len(texts)) for sample in zip(*texts, strict=True)]
-    lengths = np.array([1 + sum(len(text) + 1 for text in sample) for sample in pieces])
-    ids = np.zeros((len(pieces), lengths.max(initial=0)), np.int64)
-    maskable, segments = np.zeros_like(ids, bool), np.zeros_like(ids)
-    for row, sample in enumerate(pieces):
-        ids[row, 0], end = tokenizer.cls_id, 1
-        for segment, text in enumerate(sample):
-            start, end = end, end + len(text) + 1
-            ids[row, start : end - 1], ids[row, end - 1] = text, tokenizer.sep_id
-            maskable[row, start : end - 1], segments[row, start:end] = True, segment
+    ids, segments, maskable, lengths = _padded(pieces, tokenizer)
     arrays: dict[str, np.ndarray] = {}
     targets: dict[str, int] = {}
     if mlm is not None:
@@ -201,6 +193,26 @@ def no_regions(samples: int, width: int) -> Regions:
     none = np.zeros((0, 4), np.float32)
     sizes = np.ones((samples, 2), np.uint16)
     return Regions(np.zeros((0, width), np.float32), none, none[:, 0], sizes, np.zeros(samples + 1, np.int64))
+
+
+def _padded(
+    samples: Sequence[Sequence[np.ndarray]], tokenizer: LanguageTokenizer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Lays texts out as [CLS] first [SEP] second [SEP].
+
+    Returns:
+        ids and segments int64 [b, longest], bool [b, longest] where words stand, and the lengths int64 [b].
+    """
+    lengths = np.array([1 + sum(len(text) + 1 for text in sample) for sample in samples])
+    ids = np.zeros((len(samples), lengths.max(initial=0)), np.int64)
+    words, segments = np.zeros_like(ids, bool), np.zeros_like(ids)
+    for row, sample in enumerate(samples):
+        ids[row, 0], end = tokenizer.cls_id, 1
+        for segment, text in enumerate(sample):
+            start, end = end, end + len(text) + 1
+            ids[row, start : end - 1], ids[row, end - 1] = text, tokenizer.sep_id
+            words[row, start : end - 1], segments[row, start:end] = True, segment
+    return ids, segments, words, lengths
 
 
 def _cut(texts: list[np.ndarray], room: int) -> list[np.ndarray]:

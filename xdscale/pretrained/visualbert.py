@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel, VisualBertConfig
+from transformers.activations import ACT2FN
 
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json
@@ -192,9 +193,17 @@ def visualbert_config(path: Path) -> VisualBertConfig:
     if values.get("model_type") != MODEL_TYPE:
         raise XdscaleError(f"{path}: model_type is {values.get('model_type')!r}; expected {MODEL_TYPE!r}")
     try:
-        return VisualBertConfig.from_dict(values)
+        config = VisualBertConfig.from_dict(values)
     except Exception as error:  # transformers and what it checks values with raise unrelated kinds
         raise XdscaleError(f"{path}: not a configuration of VisualBERT: {one_line(error)}") from None
+    if config.hidden_act not in ACT2FN:
+        raise XdscaleError(f"{path}: hidden_act is {config.hidden_act!r}, which transformers does not know")
+    if config.hidden_size % config.num_attention_heads:
+        raise XdscaleError(
+            f"{path}: hidden_size = {config.hidden_size} is not a multiple of num_attention_heads = "
+            f"{config.num_attention_heads}"
+        )
+    return config
 
 
 def _config_of(state: dict[str, torch.Tensor], path: Path) -> VisualBertConfig:
