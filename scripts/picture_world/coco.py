@@ -22,7 +22,7 @@ ANSWERS: dict[str, Sequence[str]] = {
     "which size": ("big", "small"),
     "what ground": GROUNDS,
     "is there": ("yes", "no"),
-    "how many": ("0", "1", "2", "3"),
+    "how many": ("0", "1", "2"),
 }
 """By kind of question; those of one text are equally frequent in each split."""
 _ANSWER_TYPES = {"is there": "yes/no", "how many": "number"}
@@ -81,7 +81,7 @@ def _instances(ids: Sequence[int], scenes: Sequence[Scene]) -> dict[str, Any]:
 
 
 def _write_questions(folder: Folder, seed: int, year: str, ids: Sequence[int], scenes: Sequence[Scene]) -> None:
-    found = [found for place, scene in enumerate(scenes) for found in _candidates(seed, ids[place], place, scene)]
+    found = [found for place, scene in enumerate(scenes) for found in _candidates(place, scene)]
     asked = balanced(found, ANSWERS)
     numbers: dict[int, int] = {}
     questions, annotations = [], []
@@ -106,8 +106,7 @@ def _write_questions(folder: Folder, seed: int, year: str, ids: Sequence[int], s
     folder.json(f"v2_mscoco_{year}_annotations.json", head | {"annotations": annotations})
 
 
-def _candidates(seed: int, image: int, place: int, scene: Scene) -> Iterator[Candidate]:
-    random = generator(seed, "questions", image)
+def _candidates(place: int, scene: Scene) -> Iterator[Candidate]:
     for thing in scene.things:
         yield Candidate(f"What color is the {thing.kind}?", thing.color, place, "what color")
         yield Candidate(f"What is {thing.color}?", thing.kind, place, "what is")
@@ -115,7 +114,7 @@ def _candidates(seed: int, image: int, place: int, scene: Scene) -> Iterator[Can
         yield Candidate(f"What is the {thing.kind} on?", thing.ground, place, "what ground")
         yield Candidate(f"Is there a {thing.color} {thing.kind}?", "yes", place, "is there")
         # Both words are true of the picture, of different things: each alone says nothing.
-        other = scene.things[(scene.things.index(thing) + int(random.integers(1, 3))) % len(scene.things)]
+        other = next(other for other in scene.things if other != thing)
         yield Candidate(f"Is there a {other.color} {thing.kind}?", "no", place, "is there")
     big = sum(thing.big for thing in scene.things)
     yield Candidate("How many things are big?", str(big), place, "how many")

@@ -10,6 +10,8 @@ KINDS = ("ball", "box", "star", "cup", "tree", "house", "car", "fish", "boat", "
 COLORS = ("red", "yellow", "green", "blue", "purple", "white")
 GROUNDS = ("grass", "sand", "water", "snow")
 COLUMNS, ROWS = 4, 2
+THINGS, TWINS = 2, 4
+"""In a picture, and in one with two things of a kind."""
 BIG, SMALL = (56, 64), (30, 36)
 """Pixels of a side, from and below."""
 
@@ -54,7 +56,7 @@ Wanted = tuple[str | None, str | None]
 def draw_scene(
     random: np.random.Generator, wanted: Sequence[Wanted] = (), *, without: Sequence[str] = (), twins: bool = False
 ) -> Scene:
-    """Returns a scene of three things, no two of a kind or colour; with `twins` of four, two of each of two kinds.
+    """Returns a scene of two things of different kinds and colours; with `twins` of four, two of each of two kinds.
 
     Args:
         random: draws all that is left to chance.
@@ -67,7 +69,7 @@ def draw_scene(
     colors = [str(color) for color in random.permutation(COLORS) if color not in fixed_colors and color not in without]
     if twins:
         kinds[1::2] = kinds[::2][: len(kinds[1::2])]
-    count = 4 if twins else 3
+    count = TWINS if twins else THINGS
     pairs = [*wanted, *[(None, None)] * (count - len(wanted))]
     pairs = [(kind or kinds.pop(0), color or colors.pop(0)) for kind, color in pairs]
     grounds = tuple(str(ground) for ground in random.permutation(GROUNDS)[:2])

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
 
 from xdscale.extraction.extract import ExtractOptions, region_source
 from xdscale.shards.build import build_table
@@ -36,3 +38,23 @@ def extract(tmp_path):
         return RegionTable.open(tmp_path / out)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def yolos(tmp_path_factory):
+    """Folder of a small detector of transformers, with random weights."""
+    folder = tmp_path_factory.mktemp("yolos")
+    torch.manual_seed(1)
+    config = YolosConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=[64, 96],
+        patch_size=16,
+        num_detection_tokens=12,
+        num_labels=5,
+    )
+    YolosForObjectDetection(config).save_pretrained(folder)
+    YolosImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(folder)
+    return folder

@@ -89,6 +89,16 @@ def test_small_images_and_stored_files(extract, tmp_path):
     assert stored == (tmp_path / "images" / "line.jpg").read_bytes()
 
 
+def test_features_of_one_scale(extract, photographs):
+    plain, scaled = (
+        extract(photographs, NETWORK, name, boxes="grid:2x2", unit_rms=name == "scaled") for name in ("plain", "scaled")
+    )
+    one, other = (np.asarray(table.read(np.arange(7)).features, np.float32) for table in (plain, scaled))
+    assert np.allclose(np.sqrt((other**2).mean(1)), 1, atol=1e-3)
+    assert np.allclose(one / np.sqrt((one**2).mean(1, keepdims=True)), other, atol=5e-3)
+    assert scaled.build.detector.settings["unit_rms"]
+
+
 def test_another_image_or_box_is_another_table(extract, photographs, tmp_path):
     boxes = {path.stem: {"boxes": [[0, 0, 30, 40]], "scores": [0.5]} for path in photographs.iterdir()}
     path = tmp_path / "boxes.json"

@@ -9,13 +9,7 @@ import torch
 import torchvision
 from PIL import Image
 from torchvision.ops import box_iou
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForObjectDetection,
-    YolosConfig,
-    YolosForObjectDetection,
-    YolosImageProcessor,
-)
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from xdscale.errors import XdscaleError
 from xdscale.extraction.contract import Choice, state_sha256
@@ -175,25 +169,6 @@ def test_other_backbones_depend_on_what_the_box_shows(extract, photographs, netw
     features = np.asarray(table.read(np.arange(2)).features, np.float32)
     assert features.shape[0] == 8
     assert len(np.unique(features.round(3), axis=0)) == 8
-
-
-@pytest.fixture(scope="module")
-def yolos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("yolos")
-    torch.manual_seed(1)
-    config = YolosConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        image_size=[64, 96],
-        patch_size=16,
-        num_detection_tokens=12,
-        num_labels=5,
-    )
-    YolosForObjectDetection(config).save_pretrained(folder)
-    YolosImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(folder)
-    return folder
 
 
 def test_a_detector_of_transformers(extract, photographs, yolos):

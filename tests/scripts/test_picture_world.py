@@ -29,6 +29,9 @@ def draw(out, *options):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    """Drawn by the command of docs/picture-world.md, but for the numbers."""
+    page = (ROOT / "docs" / "picture-world.md").read_text()
+    assert "\nPYTHONPATH=scripts python -m picture_world data/world --train 800 --val 160\n" in page
     return draw(tmp_path_factory.mktemp("world"), "--train", 96, "--val", 24)
 
 
@@ -64,7 +67,7 @@ def test_who_reads_the_question_alone_stays_at_chance(world, split):
     by_text = collections.defaultdict(list)
     for question, answer in questions(world, split):
         by_text[question["question"]].append(answer["multiple_choice_answer"])
-    possible = {"What color": 6, "What is the": 4, "What is": 10, "Is the": 2, "Is there": 2, "How many": 4}
+    possible = {"What color": 6, "What is the": 4, "What is": 10, "Is the": 2, "Is there": 2, "How many": 3}
     assert len(by_text) > 10
     for text, answers in by_text.items():
         counts = collections.Counter(answers)
@@ -135,7 +138,7 @@ def test_proposals_cover_things_and_say_nothing(world):
         assert (overlap > 0.5).sum() == 1
         scores = boxes[names[entry["image_id"]]]["scores"]
         best.append(scores[int(overlap.argmax())] == max(scores))
-    assert 0.05 < np.mean(best) < 0.4  # five proposals an image: a fifth
+    assert 0.1 < np.mean(best) < 0.4  # four proposals an image: a quarter
 
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "flickr30k_entities", "vcr_qa", "vcr_qar"])

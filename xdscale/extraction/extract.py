@@ -38,6 +38,7 @@ class ExtractOptions:
         whole_image: the whole image is region 0, before given boxes.
         stage: as `Backbone`.
         short_side: as `Backbone`.
+        unit_rms: scale each region's features to a root mean square of 1.
         threshold: as `Choice`.
         fewest: as `Choice`.
         most: as `Choice`.
@@ -54,6 +55,7 @@ class ExtractOptions:
     whole_image: bool = False
     stage: str | None = None
     short_side: int | None = None
+    unit_rms: bool = False
     threshold: float = 0.2
     fewest: int = 10
     most: int = 100
@@ -94,7 +96,8 @@ def region_source(
         raise XdscaleError(f"{', '.join(names)}: none of {len(pictures):,} images can be read")
     detector = images.detector
     layout = layout_of(first, encoding, class_probs)
-    settings = detector.settings | {"given_boxes": options.boxes is not None, "batch": options.batch}
+    how = {"given_boxes": options.boxes is not None, "unit_rms": options.unit_rms, "batch": options.batch}
+    settings = detector.settings | how
     build = RegionBuild(
         format="extracted",
         inputs=[_described(pictures, with_metadata=options.boxes == VCR), *(given.inputs if given else [])],
@@ -193,7 +196,7 @@ class ExtractedImages:
                     image_id=picture.image_id,
                     size=(width, height),
                     boxes=found.boxes if given is None else given[place].boxes,
-                    features=found.features,
+                    features=_unit_rms(found.features) if self._options.unit_rms else found.features,
                     labels={name: values for name, values in labels.items() if values is not None},
                     class_probs=found.class_probs,
                     jpeg=content if self._options.store_images else None,
@@ -206,6 +209,11 @@ class ExtractedImages:
         if self._network is None:
             self._network = open_network(self._options)
         return self._network
+
+
+def _unit_rms(features: np.ndarray) -> np.ndarray:
+    lengths = np.sqrt(np.square(features, dtype=np.float64).mean(axis=1, keepdims=True))
+    return (features / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
 def open_network(options: ExtractOptions) -> Any:
