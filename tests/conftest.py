@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,17 +111,32 @@ def captioned_pictures(cassette_model: Path, tmp_path_factory: pytest.TempPathFa
         corners = np.sort(chance.random((len(shown), 2, 2)) * [60 + number, 50], axis=1)
         features = np.eye(12, dtype=np.float32)[shown] + 0.1 * chance.random((len(shown), 12), np.float32)
         boxes = corners.reshape(-1, 4).astype(np.float32)
-        images.append(RegionImage(str(number), (60 + number, 50), boxes, features, where=f"image {number}"))
+        probs = np.full((len(shown), 7), 0.02) + 0.86 * np.eye(7)[shown]
+        images.append(RegionImage(str(number), (60 + number, 50), boxes, features, {}, probs, where=f"image {number}"))
         named = " and ".join(things[thing] for thing in shown[:3])
         captions = (f"{named}.", f"A picture of {named} on a day in May", f"Here I see {named}, and nothing else")
         annotations += [{"id": len(annotations) + k, "image_id": number, "caption": c} for k, c in enumerate(captions)]
-    build_regions(images, folder / "dataset", Detector(model="drawn"), shard_images=20)
+    build_regions(images, folder / "dataset", Detector(model="drawn", class_count=7), shard_images=20)
     listed = {"images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(80)]}
     (folder / "captions.json").write_text(json.dumps(listed | {"annotations": annotations}))
     options = CaptionOptions(validation_fraction=0.2, shard_images=20)
     source = CaptionSource([folder / "captions.json"], folder / "dataset", str(cassette_model), options)
     build_table(source, folder / "dataset")
     return folder / "dataset"
+
+
+@pytest.fixture(scope="session")
+def grounded_pictures(
+    captioned_pictures: Path, wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same dataset with a table of text, in sequences of 20 ids."""
+    from xdscale.shards.sources.text import TextOptions, build_shards
+
+    folder = tmp_path_factory.mktemp("grounded") / "dataset"
+    shutil.copytree(captioned_pictures, folder)
+    options = TextOptions(language_tokenizer=str(cassette_model), sequence_length=20, validation_fraction=0.1)
+    build_shards([wiki_text], folder, options)
+    return folder
 
 
 @pytest.fixture(scope="session")

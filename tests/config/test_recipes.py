@@ -133,10 +133,15 @@ def test_not_yaml_and_not_a_recipe(write):
 
 
 def test_the_system_decides_which_keys_there_are(write):
-    message = "recipe.yaml: 'system' is missing; it is one of finetune, mlm, visualbert, xdbert; only recipes of "
+    message = (
+        "recipe.yaml: 'system' is missing; it is one of finetune, mlm, visualbert, vlbert, xdbert; only recipes of "
+    )
     with pytest.raises(XdscaleError, match=message):
         load_recipe(write({key: value for key, value in MINIMAL.items() if key != "system"}))
-    for wrong, hint in (("xdbret", "did you mean 'xdbert'"), (7, "there are finetune, mlm, visualbert, xdbert")):
+    for wrong, hint in (
+        ("xdbret", "did you mean 'xdbert'"),
+        (7, "there are finetune, mlm, visualbert, vlbert, xdbert"),
+    ):
         with pytest.raises(XdscaleError, match=rf"recipe\.yaml: system = .*: no such system; {hint}"):
             load_recipe(write(MINIMAL | {"system": wrong}))
     with pytest.raises(XdscaleError, match=r"unknown key 'model\.clip'"):

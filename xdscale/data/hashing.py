@@ -45,6 +45,7 @@ class Purpose(IntEnum):
     MATCH = 3
     PARTNER = 4
     CLIP_TARGET = 5
+    MASKED_REGION = 6
 
 
 def random_bits(seed: int, epochs: np.ndarray | int, sample_ids: np.ndarray, purpose: int, count: int) -> np.ndarray:

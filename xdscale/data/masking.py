@@ -17,6 +17,7 @@ def mask_language_ids(
     *,
     seed: int,
     maskable: np.ndarray | None = None,
+    words: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Selects positions and overwrites them **in place** by [MASK], a random id, or nothing.
 
@@ -31,12 +32,16 @@ def mask_language_ids(
         seed: below 2**32.
         maskable: bool [n, s], the positions that may be selected; None for all but the first and the last one, which
             are [CLS] and [SEP].
+        words: int64 [n, s], which word of its text each position belongs to: one draw decides for all of a word. None
+            where each position is decided by itself.
 
     Returns:
         (positions int64 [m], flat index into n * s, ascending; original ids int64 [m]).
     """
     length = language_ids.shape[1]
     bits = random_bits(seed, slots.epochs, slots.sample_ids, Purpose.MASKED_POSITION, length)
+    if words is not None:
+        bits = np.take_along_axis(bits, words, 1)
     selected = below(bits, recipe.select)
     if maskable is None:
         selected[:, 0] = selected[:, -1] = False

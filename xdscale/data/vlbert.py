@@ -65,6 +65,60 @@ def pack(
     }
 
 
+def objects_of(regions: Regions, whole_image: str) -> tuple[Regions, np.ndarray]:
+    """Leaves the whole image out where a table has it as the first region of each image.
+
+    Args:
+        regions: of several images.
+        whole_image: "first" or "none", as `xdscale.shards.regions.RegionBuild` says it.
+
+    Returns:
+        The other regions; and bool [total], which of the given ones they are.
+    """
+    kept = np.ones(len(regions.boxes), bool)
+    if whole_image == "first":
+        kept[regions.offsets[:-1]] = False
+    return chosen_regions(regions, kept), kept
+
+
+def chosen_regions(regions: Regions, kept: np.ndarray) -> Regions:
+    """Returns some of the regions of each image: those where kept, bool [total], is True."""
+    features, boxes, confidences = (array[kept] for array in regions[:3])
+    before = np.concatenate([[0], np.cumsum(kept)])
+    return Regions(features, boxes, confidences, regions.sizes, before[regions.offsets])
+
+
+def with_whole_image(objects: Regions, seen: np.ndarray | None = None) -> tuple[Regions, np.ndarray]:
+    """Puts the whole image in front of the regions of each image, with the mean of their features.
+
+    Args:
+        objects: of several images.
+        seen: bool [total], the regions that the mean is of, as it must not tell what is masked; None for all.
+
+    Returns:
+        All regions; and bool [total], which of them are the whole image.
+    """
+    images = np.arange(len(objects.sizes))
+    of_image = np.repeat(images, np.diff(objects.offsets))
+    used = of_image if seen is None else of_image[seen]
+    features = objects.features if seen is None else objects.features[seen]
+    sums = np.zeros((len(images), objects.features.shape[1]), np.float32)
+    np.add.at(sums, used, features)
+    means = sums / np.maximum(1, np.bincount(used, minlength=len(images)))[:, None]
+    boxes = np.concatenate([np.zeros_like(objects.sizes, np.float32), objects.sizes.astype(np.float32)], 1)
+    places = objects.offsets[:-1]
+    joined = Regions(
+        np.insert(objects.features, places, means.astype(objects.features.dtype), 0),
+        np.insert(objects.boxes, places, boxes, 0),
+        np.insert(objects.confidences, places, 1, 0),
+        objects.sizes,
+        objects.offsets + np.arange(len(images) + 1),
+    )
+    whole = np.zeros(len(joined.boxes), bool)
+    whole[joined.offsets[:-1]] = True
+    return joined, whole
+
+
 def centres(regions: Regions) -> np.ndarray:
     """Returns of each region centre x, centre y, width and height, in hundredths of its image's width and height.
 

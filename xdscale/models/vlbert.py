@@ -7,8 +7,6 @@ from transformers import BertConfig
 from xdscale.models.packed_tokens import PackedTokens
 from xdscale.models.single_stream import Batch, PackedStates, SelfAttentionLayer, encode_packed, initialise
 
-APPEARANCE = 2048
-"""Numbers of a region's appearance: what Fast R-CNN has before its classifier."""
 WAVES = 256
 LONGEST_WAVE = 1000.0
 GEOMETRY = 4 * 2 * WAVES
@@ -21,6 +19,7 @@ class VLBertConfig(BertConfig):
     """BERT's, with three segments.
 
     Attributes:
+        appearance_size: numbers of a region's appearance: 2,048, what Fast R-CNN has before its classifier.
         masks_features: whether a masked region's appearance is replaced by a learned vector, as where features are
             computed beforehand. Where they are not, its pixels are blank instead.
         with_pooler: whether there is BERT's pooler, as for VCR.
@@ -28,6 +27,7 @@ class VLBertConfig(BertConfig):
 
     model_type = "vl_bert"
     type_vocab_size: int = 3
+    appearance_size: int = 2048
     masks_features: bool = True
     with_pooler: bool = False
 
@@ -49,11 +49,11 @@ class RegionFeatures(nn.Module):
     def __init__(self, config: VLBertConfig) -> None:
         super().__init__()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.projection = nn.Linear(GEOMETRY + APPEARANCE, config.hidden_size)
-        self.mask = nn.Embedding(1, APPEARANCE) if config.masks_features else None
+        self.projection = nn.Linear(GEOMETRY + config.appearance_size, config.hidden_size)
+        self.mask = nn.Embedding(1, config.appearance_size) if config.masks_features else None
 
     def forward(self, features: torch.Tensor, places: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """Maps features [r, 2048], places fp32 [r, 4] and masked int64 [r], 1 where a region is masked, to [r, H]."""
+        """Maps features [r, D], places fp32 [r, 4] and masked int64 [r], 1 where a region is masked, to [r, H]."""
         if self.mask is not None:
             features = torch.where(masked.unsqueeze(1) == 1, self.mask(torch.zeros_like(masked[:1])), features)
         seen = torch.cat([geometry_embedding(places).to(features.dtype), features], 1)

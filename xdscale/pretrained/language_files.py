@@ -49,6 +49,23 @@ def save_language_files(spec: Language, folder: Path) -> None:
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copies the tokenizer's files, all that `save_language_files` wrote but the configuration.
+
+    Args:
+        source: what it wrote.
+        out: an existing folder.
+
+    Raises:
+        XdscaleError: the encoder's files are not there.
+    """
+    if not (source / "config.json").is_file():
+        raise XdscaleError(f"{source}: holds no config.json; copy the whole run folder, which has the BERT's files")
+    for path in source.iterdir():
+        if path.name != "config.json":
+            shutil.copyfile(path, out / path.name)
+
+
 def export_language(source: Path, weights: dict[str, Any], out: Path) -> str:
     """Writes a Hugging Face folder with a language encoder's weights; returns what was written, in words.
 

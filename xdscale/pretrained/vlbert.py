@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json
 from xdscale.models.single_stream import BERT_NAMES
-from xdscale.models.vlbert import REGION_SEGMENT, VLBERT, VLBertConfig
+from xdscale.models.vlbert import GEOMETRY, REGION_SEGMENT, VLBERT, VLBertConfig
 from xdscale.pretrained.language import MASKED_LM_KEYS
 from xdscale.weights import read_state_dict, some, weight_files
 
@@ -58,22 +58,17 @@ def published_name(name: str) -> str:
     return f"{_RELEASE.get(stem, stem.replace('embeddings.', 'vlbert.', 1))}.{kind}"
 
 
-def from_bert(language: PreTrainedModel, *, masks_features: bool, with_pooler: bool = False) -> VLBERT:
+def from_bert(language: PreTrainedModel, **more: bool | int) -> VLBERT:
     """Builds VL-BERT from a BERT: what BERT has is taken over; its third segment and all that sees images are new.
 
     Args:
         language: BERT; it is not to be used afterwards.
-        masks_features: see `VLBertConfig`.
-        with_pooler: the same.
+        more: what `config_from_bert` takes.
 
     Raises:
         XdscaleError: it is no BERT.
     """
-    config = language.config
-    if config.model_type != "bert":
-        raise XdscaleError(f"model.language: VL-BERT is made of a BERT, not of {config.model_type!r}")
-    values = {name: getattr(config, name) for name in _SHARED}
-    model = VLBERT(VLBertConfig(**values, masks_features=masks_features, with_pooler=with_pooler))
+    model = VLBERT(config_from_bert(language.config, **more))
     bert, own = language.state_dict(), model.state_dict()
     for name, value in own.items():
         inner = published_name(name).removeprefix("vlbert.")
@@ -86,6 +81,21 @@ def from_bert(language: PreTrainedModel, *, masks_features: bool, with_pooler: b
             own[name] = bert[theirs]
     model.load_state_dict(own)
     return model.train(language.training)
+
+
+def config_from_bert(bert: PretrainedConfig, **more: bool | int) -> VLBertConfig:
+    """Returns the configuration of the VL-BERT that is made of a BERT.
+
+    Args:
+        bert: its configuration.
+        more: `appearance_size`, `masks_features` and `with_pooler` of `VLBertConfig`.
+
+    Raises:
+        XdscaleError: it is no BERT's.
+    """
+    if bert.model_type != "bert":
+        raise XdscaleError(f"model.language: VL-BERT is made of a BERT, not of {bert.model_type!r}")
+    return VLBertConfig(**{name: getattr(bert, name) for name in _SHARED}, **more)
 
 
 def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, dict[str, torch.Tensor]]:
@@ -192,12 +202,13 @@ def _from_release(path: Path) -> tuple[VLBertConfig, dict[str, torch.Tensor]]:
 def _config_of(found: dict[str, torch.Tensor], path: Path) -> VLBertConfig:
     """Returns the configuration that the weights of a checkpoint have, with heads of 64 as in every BERT."""
     try:
-        words, positions, intermediate = (
+        words, positions, intermediate, projection = (
             found[name].shape
             for name in (
                 "vlbert.word_embeddings.weight",
                 "vlbert.position_embeddings.weight",
                 "vlbert.encoder.layer.0.intermediate.dense.weight",
+                published_name("regions.projection.weight"),
             )
         )
     except KeyError as error:
@@ -210,6 +221,7 @@ def _config_of(found: dict[str, torch.Tensor], path: Path) -> VLBertConfig:
         num_hidden_layers=len(layers),
         intermediate_size=intermediate[0],
         max_position_embeddings=positions[0],
+        appearance_size=projection[1] - GEOMETRY,
         masks_features=_PRETRAINING_ALONE[2] in found,
         with_pooler="vlbert.pooler.dense.weight" in found,
     )

@@ -1,6 +1,5 @@
 """VisualBERT's pretraining on captions: masked words with an image, and do both captions describe it (spec §2)."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from xdscale.errors import XdscaleError
 from xdscale.models.heads import masked_lm_head
 from xdscale.models.visualbert import VisualBERT
 from xdscale.pretrained.language import language_config, load_language_encoder, sentence_head_state
-from xdscale.pretrained.language_files import save_language_files
+from xdscale.pretrained.language_files import copy_tokenizer, save_language_files
 from xdscale.pretrained.visualbert import config_from_bert, from_bert, load_visualbert, save_visualbert
 from xdscale.recipes.visualbert.schema import VisualBERTObjectives, VisualBERTRecipe
 from xdscale.shards.manifest import Manifest
@@ -144,11 +143,7 @@ class VisualBERTSystem(System):
     def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
         """Writes a folder that transformers' `VisualBertModel` and `VisualBertForPreTraining` load."""
         source, spec = language_folder(run), self.recipe.model
-        if not (source / "config.json").is_file():
-            raise XdscaleError(f"{source}: holds no config.json; copy the whole run folder, which has the BERT's files")
-        for path in source.iterdir():
-            if path.name != "config.json":
-                shutil.copyfile(path, out / path.name)
+        copy_tokenizer(source, out)
         config = config_from_bert(
             BertConfig.from_pretrained(source), region_size=self.recipe.region_width, early_fusion=spec.early_fusion
         )

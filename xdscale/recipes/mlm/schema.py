@@ -31,10 +31,10 @@ class MaskedLM(Section):
     mask: float = Field(0.8, ge=0, le=1, description="share of those that the encoder sees as [MASK]")
     random: float = Field(0.1, ge=0, le=1, description="share of those that it sees as another token; the rest is kept")
 
-    def problem(self) -> str | None:
-        """Returns what is inconsistent, if anything is."""
+    def problem(self, name: str = "mlm") -> str | None:
+        """Returns what is inconsistent, if anything is, of the objective of a name."""
         if self.mask + self.random > 1:
-            return f"objectives.mlm: mask {self.mask} + random {self.random} is more than 1"
+            return f"objectives.{name}: mask {self.mask} + random {self.random} is more than 1"
         return None
 
 

@@ -1,0 +1,273 @@
+"""VL-BERT's batches: captions with regions of their image, and texts alone (spec VL-BERT §2)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from xdscale.data.hashing import Purpose, below, random_bits
+from xdscale.data.masking import mask_language_ids
+from xdscale.data.vlbert import chosen_regions, objects_of, pack, with_whole_image
+from xdscale.recipes.vlbert.schema import MaskedRegions, VLBERTRecipe
+from xdscale.shards.regions import Regions, RegionTable
+from xdscale.shards.sources.caption_build import CaptionBuild
+from xdscale.shards.sources.text_build import LanguageTokenizer
+from xdscale.shards.table import Table
+from xdscale.systems.contract import MicroBatch, Slots
+
+SUM_TOLERANCE = 0.1
+"""A region is no target whose distribution sums to further from 1, as in the release."""
+
+
+class Tokens(NamedTuple):
+    """What is known of word pieces.
+
+    Attributes:
+        tokenizer: ids of [CLS], [SEP] and [MASK], and the size of the vocabulary.
+        continues: bool [vocabulary]: whether a piece goes on with the word of the piece before it.
+    """
+
+    tokenizer: LanguageTokenizer
+    continues: np.ndarray
+
+
+class VLBERTCollator:
+    """Turns slots into batches; what is drawn depends on (seed, epoch, sample id) alone.
+
+    Sample ids count captions, then texts. Arrays, with b samples: those of `xdscale.data.vlbert.pack`, and for the
+    objectives that are on
+        mlm_rows [m]: places in the row of packed tokens; mlm_labels [m]: the original ids.
+        text_mlm_rows, text_mlm_labels [m]: the same of texts alone.
+        masked_region_rows [r]: places in the row; masked_region_labels fp32 [r, classes]: the detector's distributions.
+    """
+
+    def __init__(
+        self, captions: Table, texts: Table | None = None, *, recipe: VLBERTRecipe, continues: np.ndarray
+    ) -> None:
+        """Sets the collator up.
+
+        Args:
+            captions: a split of that table.
+            texts: the same split of packed text; None where `text_mlm` is off.
+            recipe: objectives, lengths, and the seed of all draws.
+            continues: see `Tokens`.
+        """
+        self.captions, self.texts, self.recipe = captions, texts, recipe
+        self.regions = RegionTable(captions.linked("image"))
+        self.tokens = Tokens(CaptionBuild.of(captions.manifest).language_tokenizer, continues)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each table."""
+        return (len(self.captions),) if self.texts is None else (len(self.captions), len(self.texts))
+
+    def __call__(self, slots: Slots) -> MicroBatch:
+        """Reads and prepares the samples of one micro-batch."""
+        slots, captions, texts, images = self._find(slots)
+        has_image = self._has_image(slots)
+        words: list[np.ndarray] = [np.empty(0, np.int64)] * len(has_image)
+        found, bounds = self.captions.read_ragged("words", captions)
+        for place, start, end in zip(np.flatnonzero(has_image), bounds, bounds[1:]):
+            words[place] = found[start:end]
+        if self.texts is not None:
+            for place, ids in zip(np.flatnonzero(~has_image), self.texts.read("language", texts)):
+                words[place] = ids
+        objects, kept = objects_of(self.regions.read(images), self.regions.build.whole_image)
+        wanted = self.recipe.objectives.masked_region is not None
+        probabilities = self.regions.class_probs(images)[kept] if wanted else None
+        return compose(self.recipe, self.tokens, slots, words, has_image, objects, probabilities)
+
+    def prefetch(self, step: list[Slots]) -> None:
+        """Says that the samples of a step and their images will be read soon.
+
+        Which images these are stands in the captions' own shards: it waits for those.
+        """
+        parts = [self._find(slots)[1:] for slots in step]
+        captions, texts, images = (np.concatenate(part) for part in zip(*parts))
+        self.captions.prefetch(captions)
+        self.regions.prefetch(images)
+        if self.texts is not None:
+            self.texts.prefetch(texts)
+
+    def draws(self, slots: Slots) -> list[np.ndarray]:
+        """Returns masked positions and what is put there, then which regions are to be predicted and which are masked.
+
+        No shard is read: every text and every image counts as the longest, of ids 0.
+        """
+        has_image, most = self._has_image(slots), self.recipe.model.max_elements
+        drawn = []
+        for which, on in ((has_image, self.recipe.objectives.mlm), (~has_image, self.recipe.objectives.text_mlm)):
+            part = Slots(slots.epochs[which], slots.sample_ids[which], slots.real[which])
+            if on is not None:
+                ids = np.zeros((int(which.sum()), most), np.int64)
+                everywhere, seed = np.ones_like(ids, bool), self.recipe.training.seed
+                positions, _ = mask_language_ids(ids, part, on, self.tokens.tokenizer, seed=seed, maskable=everywhere)
+                drawn += [positions, ids.reshape(-1)[positions]]
+        if (regions := self.recipe.objectives.masked_region) is not None:
+            part = Slots(slots.epochs[has_image], slots.sample_ids[has_image], slots.real[has_image])
+            counts = np.full(len(part.sample_ids), most)
+            drawn += choose_regions(counts, part, regions, seed=self.recipe.training.seed)
+        return drawn
+
+    def alternating(self, slots: Slots) -> Slots:
+        """Returns slots whose even sample ids count captions, and whose odd ones count texts."""
+        if self.texts is None:
+            return slots
+        row, is_text = np.divmod(slots.sample_ids, 2)
+        return Slots(slots.epochs, row + is_text * len(self.captions), slots.real)
+
+    def _has_image(self, slots: Slots) -> np.ndarray:
+        return slots.sample_ids < len(self.captions)
+
+    def _find(self, slots: Slots) -> tuple[Slots, np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the slots, and the rows of captions, texts and images.
+
+        A sample that touches a quarantined shard keeps its place and its draws, but has weight zero. What is read in
+        its place does not matter.
+        """
+        has_image = self._has_image(slots)
+        usable = np.ones(len(has_image), bool)
+        captions, texts = slots.sample_ids[has_image], slots.sample_ids[~has_image] - len(self.captions)
+        usable[has_image], captions = _readable(self.captions, captions)
+        if self.texts is not None:
+            usable[~has_image], texts = _readable(self.texts, texts)
+        readable, images = _readable(self.regions.table, self.captions.read("image", captions).astype(np.int64))
+        usable[has_image] &= readable
+        return Slots(slots.epochs, slots.sample_ids, slots.real & usable), captions, texts, images
+
+
+def choose_regions(counts: np.ndarray, slots: Slots, recipe: MaskedRegions, *, seed: int) -> list[np.ndarray]:
+    """Draws which regions are to be predicted, and which of them are masked; the whole image is not among them.
+
+    Args:
+        counts: int64 [n], regions of each sample's image.
+        slots: the n samples.
+        recipe: rates.
+        seed: below 2**32.
+
+    Returns:
+        Both bool [total].
+    """
+    bits = random_bits(seed, slots.epochs, slots.sample_ids, Purpose.MASKED_REGION, int(counts.max(initial=0)))
+    mine = np.arange(bits.shape[1]) < counts[:, None]
+    real = np.repeat(slots.real, counts)
+    return [below(bits, share)[mine] & real for share in (recipe.select, recipe.select * recipe.mask)]
+
+
+def shares(text: int, regions: int, room: int) -> tuple[int, int]:
+    """Returns how many words and regions are kept, the longer side losing first, and words where both are equal."""
+    regions = min(regions, max(room - text, (room + 1) // 2))
+    return min(text, room - regions), regions
+
+
+def compose(
+    recipe: VLBERTRecipe,
+    tokens: Tokens,
+    slots: Slots,
+    words: Sequence[np.ndarray],
+    has_image: np.ndarray,
+    objects: Regions,
+    probabilities: np.ndarray | None,
+) -> MicroBatch:
+    """Makes a micro-batch of samples that are read: masks, cuts and packs.
+
+    Args:
+        recipe: objectives and lengths.
+        tokens: of the vocabulary.
+        slots: which samples they are.
+        words: of each sample: ids without [CLS] and [SEP].
+        has_image: bool [b]; the others are texts alone.
+        objects: of each sample that has an image, without the whole image.
+        probabilities: [total, classes] of these; None without `masked_region`.
+    """
+    with_image = Slots(slots.epochs[has_image], slots.sample_ids[has_image], slots.real[has_image])
+    on, room, seed = recipe.objectives.masked_region, recipe.model.max_elements, recipe.training.seed
+    chosen = masked = np.zeros(len(objects.boxes), bool)
+    if on is not None:
+        chosen, masked = choose_regions(np.diff(objects.offsets), with_image, on, seed=seed)
+        chosen &= np.abs(probabilities.sum(1) - 1) < SUM_TOLERANCE
+    regions, whole = with_whole_image(objects, ~masked)
+    counts = np.zeros(len(words), np.int64)
+    counts[has_image] = np.diff(regions.offsets)
+    specials = 2 * (has_image | bool(recipe.objectives.text_mlm and recipe.objectives.text_mlm.specials))
+    sizes = [shares(len(ids) + extra, count, room) for ids, extra, count in zip(words, specials, counts.tolist())]
+    lengths, kept_counts = np.array(sizes, np.int64).T
+    kept = np.arange(len(whole)) - np.repeat(regions.offsets[:-1], counts[has_image])
+    kept = kept < np.repeat(kept_counts[has_image], counts[has_image])
+    ids, maskable = _laid_out(words, lengths, specials, tokens.tokenizer)
+    found = _mask(recipe, tokens, slots, ids, maskable, has_image)
+    texts = [row[:length] for row, length in zip(ids, lengths)]
+    inserted, is_target = np.zeros_like(whole), np.zeros_like(whole)
+    inserted[~whole], is_target[~whole] = masked, chosen
+    packed = pack(
+        texts, [np.zeros_like(text) for text in texts], _of_samples(chosen_regions(regions, kept), has_image),
+        masked=inserted[kept],
+    )  # fmt: skip
+    arrays, targets = {}, {}
+    for name, (row, column, labels) in found.items():
+        arrays[f"{name}_rows"], arrays[f"{name}_labels"] = packed["cu_seqlens"][row] + column, labels
+        targets[name] = len(labels)
+    if on is not None:
+        wanted = np.flatnonzero(is_target[kept])
+        sample = np.repeat(np.arange(len(words)), kept_counts)[wanted]
+        within = wanted - (np.cumsum(kept_counts) - kept_counts)[sample]
+        arrays["masked_region_rows"] = packed["cu_seqlens"][sample] + lengths[sample] + within
+        arrays["masked_region_labels"] = probabilities[(is_target & kept)[~whole]].astype(np.float32)
+        targets["masked_region"] = len(wanted)
+    return MicroBatch(packed | arrays, targets, tokens=int(np.diff(packed["cu_seqlens"])[slots.real].sum()))
+
+
+def _mask(
+    recipe: VLBERTRecipe,
+    tokens: Tokens,
+    slots: Slots,
+    ids: np.ndarray,
+    maskable: np.ndarray,
+    has_image: np.ndarray,
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Masks words in place; returns of captions and texts the samples, the positions and the original ids."""
+    begins = maskable & ~tokens.continues[ids]
+    begins[:, 1:] |= maskable[:, 1:] & ~maskable[:, :-1]  # the first piece of a text, whatever it is
+    begins[:, 0] = maskable[:, 0]
+    of_words, found = np.maximum(np.cumsum(begins, 1) - 1, 0), {}
+    for name, which in (("mlm", has_image), ("text_mlm", ~has_image)):
+        on = getattr(recipe.objectives, name)
+        if on is None:
+            continue
+        samples = np.flatnonzero(which)
+        part, mine = Slots(slots.epochs[which], slots.sample_ids[which], slots.real[which]), ids[which]
+        positions, labels = mask_language_ids(
+            mine, part, on, tokens.tokenizer, seed=recipe.training.seed, maskable=maskable[which],
+            words=of_words[which] if on.whole_words else None,
+        )  # fmt: skip
+        ids[which] = mine
+        row, column = np.divmod(positions, ids.shape[1])
+        found[name] = samples[row], column, labels
+    return found
+
+
+def _laid_out(
+    words: Sequence[np.ndarray], lengths: np.ndarray, specials: np.ndarray, tokenizer: LanguageTokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids [b, longest], with [CLS] and [SEP] where they belong, and which of them are words, bool."""
+    ids = np.zeros((len(words), int(lengths.max(initial=1))), np.int64)
+    maskable = np.zeros_like(ids, bool)
+    for row, (text, length, extra) in enumerate(zip(words, lengths.tolist(), specials.tolist())):
+        part = slice(extra // 2, length - extra // 2)
+        ids[row, part], maskable[row, part] = text[: length - extra], True
+        if extra:
+            ids[row, 0], ids[row, length - 1] = tokenizer.cls_id, tokenizer.sep_id
+    return ids, maskable
+
+
+def _of_samples(regions: Regions, has_image: np.ndarray) -> Regions:
+    """Returns the regions of some samples as those of all; the others have none."""
+    counts, sizes = np.zeros(len(has_image), np.int64), np.ones((len(has_image), 2), np.uint16)
+    counts[has_image], sizes[has_image] = np.diff(regions.offsets), regions.sizes
+    return regions._replace(sizes=sizes, offsets=np.concatenate([[0], np.cumsum(counts)]))
+
+
+def _readable(table: Table, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which rows may be read, and the rows with others in the place of those that may not."""
+    usable = table.usable(rows)
+    return usable, rows if usable.all() else np.where(usable, rows, table.first_usable())

@@ -1,0 +1,63 @@
+"""The recipe of VL-BERT: a BERT trained on with captions, image regions and text alone (spec VL-BERT §2, §4)."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from xdscale.recipe import OBJECTIVE_WEIGHT, Objectives, Recipe, Section
+from xdscale.recipes.mlm.schema import LanguageModel, MaskedLM
+
+
+class GroundedModel(LanguageModel):
+    """The BERT that it is made of, and how it reads regions."""
+
+    dropout: float = Field(0.1, ge=0, lt=1, description="everywhere")
+    region_size: int = Field(2048, ge=1, description="width of a region's features in the table")
+    region_classes: int = Field(1601, ge=2, description="of the detector's distributions, with the background")
+    max_elements: int = Field(
+        64, ge=4, description="words, [CLS], [SEP] and regions with the whole image; the longer side is cut first"
+    )
+
+
+class MaskedWords(MaskedLM):
+    """Words that are predicted from the others, and from what is seen of the image."""
+
+    whole_words: bool = Field(True, description="as the release; false decides for each word piece by itself")
+
+
+class MaskedTexts(MaskedWords):
+    """The same on texts without an image."""
+
+    specials: bool = Field(False, description="put [CLS] and [SEP] around these texts, as the paper says")
+
+
+class MaskedRegions(Section):
+    """The detector's distribution for regions that are masked; the whole image never is."""
+
+    weight: float = OBJECTIVE_WEIGHT
+    select: float = Field(0.15, gt=0, lt=1, description="share of the regions to be predicted")
+    mask: float = Field(0.9, gt=0, le=1, description="share of those that are masked; the rest is left to be seen")
+
+
+class GroundedObjectives(Objectives):
+    """Those that are on; without `text_mlm` a batch is captions alone, with it half of it is texts."""
+
+    mlm: MaskedWords | None = MaskedWords()
+    text_mlm: MaskedTexts | None = MaskedTexts()
+    masked_region: MaskedRegions | None = MaskedRegions()
+
+
+class VLBERTRecipe(Recipe):
+    """Everything that decides the result of pretraining; `global_batch` counts captions and texts."""
+
+    implementation: ClassVar[str] = "xdscale.systems.vlbert:VLBERTSystem"
+
+    system: Literal["vlbert"] = Field(description="the system that is trained")
+    model: GroundedModel
+    objectives: GroundedObjectives = GroundedObjectives()
+
+    def problem(self) -> str | None:
+        """Returns what is inconsistent, if anything is."""
+        words = {name: getattr(self.objectives, name) for name in ("mlm", "text_mlm")}
+        wrong = (section.problem(name) for name, section in words.items() if section is not None)
+        return super().problem() or next(filter(None, wrong), None)
