@@ -115,3 +115,31 @@ def test_visualberts_settings_are_those_of_its_release(name, epochs, batch):
     assert (optim.learning_rate, optim.bias_correction, optim.eps, optim.betas) == (2e-5, False, 1e-6, (0.9, 0.999))
     assert (optim.weight_decay, optim.decayed, optim.warmup_ratio) == (0.01, "weights", 0.1)
     assert not settings.model.train_pooler
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "epochs", "batch", "warmup", "examples"),
+    [
+        ("vqa", 6.25e-7 * 256, 5, 256, 500, 658_111),
+        ("vqa-paper", 1e-4, 20, 256, 2000, 443_757),
+        ("vcr-answer", 7e-5 * 64, 20, 64, 1000, 212_923),
+        ("vcr-rationale", 7e-5 * 64, 20, 64, 1000, 212_923),
+        ("vcr-answer-paper", 5e-3, 20, 64, 1000, 212_923),
+        ("vcr-rationale-paper", 5e-3, 20, 64, 1000, 212_923),
+        ("refcoco", 8e-7 * 32, 20, 32, 3750, 120_191),
+        ("refcoco-paper", 1e-4, 20, 256, 500, 120_191),
+    ],
+)
+def test_vlberts_settings_are_those_of_its_release_and_of_its_paper(name, rate, epochs, batch, warmup, examples):
+    """Spec VL-BERT §5 and §5.1: rates per sample, times the samples; SGD for VCR, which drops twice."""
+    settings = load_settings(f"vlbert-{name}", [])
+    optim, training = settings.optim, settings.training
+    assert optim.learning_rate == pytest.approx(rate)
+    assert (training.epochs, training.global_batch) == (epochs, batch)
+    assert optim.warmup_ratio * examples / batch * epochs == pytest.approx(warmup, rel=2e-3)
+    assert (optim.weight_decay, optim.decayed) == (1e-4, "all")
+    if name.startswith("vcr"):
+        assert (optim.optimizer, optim.momentum, optim.gradient_clipping) == ("sgd", 0.9, 10)
+        assert [epochs * share for share in optim.drop_at] == [14, 18]
+    else:
+        assert (optim.optimizer, optim.schedule, optim.gradient_clipping) == ("adamw", "linear", 1)

@@ -1,5 +1,6 @@
 """VL-BERT on padded tensors, as its release computes it, with its parameter names: slow and readable, a reference."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +15,7 @@ def coordinate_embeddings(boxes, sizes):
     places = torch.stack([(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height], 1)
     waves = 1000 ** (torch.arange(256, dtype=boxes.dtype) / 256)
     angles = 100 * places[:, :, None] / waves
-    return torch.cat([angles.sin(), angles.cos()], -1).reshape(len(boxes), -1)
+    return torch.cat([angles.sin(), angles.cos()], -1).reshape(len(boxes), 2048)
 
 
 class Encoder(nn.Module):
@@ -70,16 +71,16 @@ class Encoder(nn.Module):
 class PaddedVLBERT(nn.Module):
     """The release's module of pretraining with precomputed features; without classes its encoder alone."""
 
-    def __init__(self, sizes, classes=0, with_pooler=False):
+    def __init__(self, sizes, classes=0, with_pooler=False, appearance=2048):
         super().__init__()
         config = BertConfig(**sizes, attn_implementation="eager")
         size = config.hidden_size
         self.vlbert = Encoder(config, classes, with_pooler)
-        down = nn.Sequential(nn.Dropout(0.1), nn.Linear(4096, size), nn.ReLU())
+        down = nn.Sequential(nn.Dropout(0.1), nn.Linear(2048 + appearance, size), nn.ReLU())
         self.image_feature_extractor = nn.ModuleDict({"obj_downsample": down})
         self.object_linguistic_embeddings = nn.Embedding(1, size)
         self.object_mask_word_embedding = nn.Embedding(1, size)
-        self.object_mask_visual_embedding = nn.Embedding(1, 2048)
+        self.object_mask_visual_embedding = nn.Embedding(1, appearance)
         self.aux_text_visual_embedding = nn.Embedding(1, size)
 
     def forward(self, batch):
@@ -87,7 +88,7 @@ class PaddedVLBERT(nn.Module):
         masked [b, K]; a sample without boxes is text alone."""
         features = torch.where(batch["masked"][:, :, None], self.object_mask_visual_embedding.weight, batch["features"])
         sizes = batch["sizes"][:, None].expand(-1, features.shape[1], -1).flatten(0, 1)
-        where = coordinate_embeddings(batch["boxes"].flatten(0, 1), sizes).view_as(features)
+        where = coordinate_embeddings(batch["boxes"].flatten(0, 1), sizes).view(*features.shape[:2], 2048)
         objects = self.image_feature_extractor["obj_downsample"](torch.cat([where, features], -1))
         text_visual = objects.gather(1, batch["looks_at"][:, :, None].expand(-1, -1, objects.shape[-1]))
         alone = ~batch["box_mask"].any(1)
@@ -113,3 +114,43 @@ class PaddedVLBERT(nn.Module):
         scores = heads.mvrc_head["region_cls_pred"](hidden)
         regions = (-scores.log_softmax(-1) * batch["class_probs"][valid]).sum(1).mean()
         return with_image, without, regions
+
+
+def loaded(path, config, **options):
+    """The release's module with the weights of a `.model` file, all of which it must have."""
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    sizes = {name: getattr(config, name) for name in names}
+    model = PaddedVLBERT(sizes, appearance=config.appearance_size, with_pooler=config.with_pooler, **options)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    found = model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()}, strict=False)
+    assert not found.unexpected_keys
+    assert set(found.missing_keys) <= {"vlbert.mlm_head.predictions.decoder.bias"}  # another name of a bias
+    return model.eval()
+
+
+def padded(arrays):
+    """A packed row taken apart into what the module reads; boxes are in hundredths of their image."""
+    counts, bounds = arrays["text_lengths"], arrays["cu_seqlens"]
+    regions = np.diff(bounds) - counts - 1
+    samples, words, most = len(counts), counts.max(), max(1, regions.max())
+    names = {"ids": "text_ids", "types": "text_segments", "looks_at": "text_visual"}
+    found = {name: torch.zeros(samples, words, dtype=torch.long) for name in names}
+    text_mask, box_mask, masked = (torch.zeros(samples, n, dtype=bool) for n in (words, most, most))
+    boxes, features = torch.zeros(samples, most, 4), torch.zeros(samples, most, arrays["features"].shape[1])
+    first = 0
+    for row, (start, text, count) in enumerate(zip(bounds.tolist(), counts.tolist(), regions.tolist())):
+        tokens, part = arrays["rows"][start : start + text], slice(first, first + count)
+        for name, source in names.items():
+            found[name][row, :text] = torch.from_numpy(arrays[source][tokens])
+        found["looks_at"][row, :text] -= first
+        text_mask[row, :text], box_mask[row, :count] = True, True
+        x, y, width, height = torch.from_numpy(arrays["places"][part]).unbind(1)
+        boxes[row, :count] = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], 1)
+        features[row, :count] = torch.from_numpy(arrays["features"][part]).float()
+        masked[row, :count] = torch.from_numpy(arrays["masked_regions"][part]) == 1
+        first += count
+    found["looks_at"].clamp_(0, most - 1)  # of texts alone it is not looked at
+    return found | {
+        "text_mask": text_mask, "box_mask": box_mask, "boxes": boxes, "features": features, "masked": masked,
+        "sizes": torch.full((samples, 2), 100.0),
+    }  # fmt: skip

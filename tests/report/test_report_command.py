@@ -242,7 +242,9 @@ def test_the_command(pair, tmp_path):
     assert "XDBERT-b against BERT-b" in done.stdout
     wrong = subprocess.run([PROGRAM, "report", "x", "--layout", "table-2"], capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stderr) == (
-        2, "error: --layout table-2: expected one of table-1, table-3, table-8, visualbert, visualbert-ablations\n",
+        2,
+        "error: --layout table-2: expected one of table-1, table-3, table-8, visualbert, vlbert, "
+        "visualbert-ablations\n",
     )  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def test_answers_that_earn_credits(report, write_sweep, tmp_path, capsys):
     theirs, mine = np.array(earned).reshape(2, 5, -1)
     assert counts == list(zip((mine > theirs).sum(0), (theirs > mine).sum(0)))
     with pytest.raises(
-        XdscaleError, match="no seed of a task of Table 1 is finished; --layout visualbert has columns for"
+        XdscaleError, match="no seed of a task of Table 1 is finished; --layout visualbert or vlbert has columns for"
     ):
         report(runs, tmp_path / "other")
 

@@ -47,7 +47,7 @@ def packages(tmp_path, monkeypatch):
 
 
 TABLE_1 = ["rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli", "swag", "read"]
-WITH_IMAGES = ["vqa", "vqa_trainval", "vcr_qa", "vcr_qar", "nlvr2", "flickr30k_entities"]
+WITH_IMAGES = ["vqa", "vqa_trainval", "vcr_qa", "vcr_qar", "nlvr2", "flickr30k_entities", "refcoco", "refcoco_plus"]
 
 
 def test_what_ships_is_table_1_and_visualberts_and_keeps_the_contract():

@@ -37,7 +37,7 @@ def read_whole(path: Path, shape: type[_Shape]) -> _Shape:
     try:
         return TypeAdapter(shape).validate_json(data)
     except ValidationError as error:
-        raise XdscaleError(f"{path}: {_first_problem(error)}") from None
+        raise XdscaleError(f"{path}: {first_problem(error)}") from None
 
 
 def read_lines(path: Path, shape: type[_Shape]) -> Iterator[tuple[int, _Shape]]:
@@ -60,12 +60,12 @@ def read_lines(path: Path, shape: type[_Shape]) -> Iterator[tuple[int, _Shape]]:
                 if not line.isspace():
                     yield number, adapter.validate_json(line)
     except ValidationError as error:
-        raise XdscaleError(f"{place(path, number)}: {_first_problem(error)}") from None
+        raise XdscaleError(f"{place(path, number)}: {first_problem(error)}") from None
     except OSError as error:
         raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """Returns where the first problem is, what stands there and what was expected."""
     problem = error.errors(include_url=False)[0]
     kind, message = problem["type"], problem["msg"]

@@ -34,6 +34,11 @@ class VisualTaskCollator:
         most_regions int64 []: of the input that has most.
     """
 
+    own_regions = 0
+    """Regions of an input that the encoder has before those of the task."""
+    separates_answers = False
+    """Whether [MASK] stands behind a [SEP], in the second segment; else right behind the question."""
+
     def __init__(
         self,
         task: "Task",
@@ -59,7 +64,7 @@ class VisualTaskCollator:
         """
         self._task, self.examples, self._tokens, self._regions = task, examples, tokenizer[1], regions
         self._width, self._max_length = width, max_length
-        self._specials = 1 + task.sentences + (task.reads == "answer")
+        self._specials = 1 + task.sentences + (task.reads == "answer") * (1 + self.separates_answers)
         if task.images and regions.width not in (width, width - GEOMETRY):
             raise XdscaleError(
                 f"{regions.table.folder}: features of {regions.width} numbers; the encoder reads {width} of each region"
@@ -110,8 +115,7 @@ class VisualTaskCollator:
                 first_region = np.diff(joint.offsets)[place * choices + choice]
                 ids, segment, pairs, mark = self._input(texts_of_choice, spans, first_region)
                 texts.append(ids), text_segments.append(segment), alignments.append(pairs), marked.append(mark)
-        aligned = alignments if any(len(pairs) for pairs in alignments) else None
-        packed = pack(texts, text_segments, joint, segments, aligned)
+        packed = self._pack(texts, text_segments, joint, segments, alignments)
         targets = self._task.targets(examples, *([of_images] if self._task.images else []))
         arrays = label_arrays(targets, slots.real) | packed | self._places(packed, joint.offsets, np.array(marked))
         lengths = np.diff(packed["cu_seqlens"]).reshape(len(samples), choices).sum(1)
@@ -119,6 +123,22 @@ class VisualTaskCollator:
             arrays, {"task": int(slots.real.sum())}, int(lengths[slots.real].sum()),
             of_images if self._task.images else None,
         )  # fmt: skip
+
+    def _pack(
+        self,
+        texts: list[np.ndarray],
+        text_segments: list[np.ndarray],
+        regions: Regions,
+        region_segments: np.ndarray,
+        alignments: list[np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """Packs inputs; alignments are of each int [m, 3]: a region, and the word pieces that name it, first and last.
+
+        Regions follow the text in the row, behind `own_regions` that the encoder has of its own.
+        """
+        first = [pairs[:, :2] for pairs in alignments]
+        aligned = first if any(len(pairs) for pairs in first) else None
+        return pack(texts, text_segments, regions, region_segments, aligned)
 
     def _read(self, rows: np.ndarray) -> Regions:
         """Returns the regions of images, one after the other, at the width that the encoder reads."""
@@ -137,11 +157,11 @@ class VisualTaskCollator:
         self, texts: list[int], spans: Sequence[Sequence[Span]], regions: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """Returns ids and segments of an input, its alignments, and the position of [MASK] or of the marked words."""
-        tokens, answers = self._tokens, self._task.reads == "answer"
+        tokens, answers, apart = self._tokens, self._task.reads == "answer", int(self.separates_answers)
         parts = cut_longest_first([self._ids[text] for text in texts], self._max_length - self._specials)
-        behind = [tokens.mask_id, tokens.sep_id] if answers else [tokens.sep_id]
+        behind = [*[tokens.sep_id] * apart, tokens.mask_id, tokens.sep_id] if answers else [tokens.sep_id]
         ids = [np.array([tokens.cls_id])]
-        pairs, mark, begin, segments = [], len(parts[0]) + 1 if answers else 0, 1, [np.zeros(1, np.int64)]
+        pairs, mark, begin, segments = [], len(parts[0]) + 1 + apart if answers else 0, 1, [np.zeros(1, np.int64)]
         for number, part in enumerate(parts):
             for span in spans[number] if spans else ():
                 first, last = self._pieces(texts[number], span, len(part))
@@ -150,11 +170,13 @@ class VisualTaskCollator:
                 if span.region < 0:
                     mark = begin + last
                 elif span.region < regions:
-                    pairs.append((span.region, begin + first))
+                    pairs.append((span.region, begin + first, begin + last))
             ids += [part, np.array(behind if number == 0 else [tokens.sep_id])]
             segments.append(np.full(len(part) + len(ids[-1]), number))
             begin += len(part) + len(ids[-1])
-        return np.concatenate(ids), np.concatenate(segments), np.array(pairs, np.int64).reshape(-1, 2), mark
+        if answers and apart:
+            segments[-1][-2:] = 1
+        return np.concatenate(ids), np.concatenate(segments), np.array(pairs, np.int64).reshape(-1, 3), mark
 
     def _pieces(self, text: int, span: Span, kept: int) -> tuple[int | None, int]:
         """Returns the first and the last word piece of a part of a text, of those that were kept."""
@@ -175,7 +197,7 @@ class VisualTaskCollator:
         most = counts.max(initial=0)
         return {
             "query_rows": begins + marked,
-            "region_rows": begins[samples] + packed["text_lengths"][samples] + within,
+            "region_rows": begins[samples] + packed["text_lengths"][samples] + self.own_regions + within,
             "region_samples": samples,
             "region_slots": samples * most + within,
             "most_regions": np.array(most),

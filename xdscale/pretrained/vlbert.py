@@ -12,10 +12,13 @@ from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json
 from xdscale.models.single_stream import BERT_NAMES
 from xdscale.models.vlbert import GEOMETRY, REGION_SEGMENT, VLBERT, VLBertConfig
-from xdscale.pretrained.language import MASKED_LM_KEYS
+from xdscale.pretrained.language import MASKED_LM_KEYS, language_weights
+from xdscale.recipes.mlm.schema import Language
 from xdscale.weights import read_state_dict, some, weight_files
 
 MODEL_TYPE = VLBertConfig.model_type
+POOLER = "pooler.safetensors"
+"""The BERT's, in a run's `language` folder and in an export."""
 
 _SHARED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
@@ -162,6 +165,26 @@ def save_release(state: dict[str, torch.Tensor], path: Path) -> None:
     if "mlm.decoder_bias" in state:
         found.setdefault("vlbert.mlm_head.predictions.decoder.weight", model["embeddings.word_embeddings.weight"])
     torch.save({"state_dict": {f"module.{name}": value for name, value in found.items()}}, path)
+
+
+def save_pooler(spec: Language, folder: Path) -> None:
+    """Keeps a pretrained BERT's pooler, which pretraining leaves out and VCR begins with, if it has one.
+
+    Raises:
+        XdscaleError: the weights cannot be read.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for path in language_weights(spec) or ():
+        for name, value in read_state_dict(path).items():
+            if (inner := name.removeprefix("bert.")).startswith("pooler.dense."):
+                found[inner.replace(".dense", "")] = value.float()
+    if found:
+        save_file(found, folder / POOLER)
+
+
+def read_pooler(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns the pooler that was kept, under the names that it has in `VLBERT`; nothing where there is none."""
+    return read_state_dict(folder / POOLER) if (folder / POOLER).is_file() else {}
 
 
 def vlbert_config(path: Path) -> VLBertConfig:

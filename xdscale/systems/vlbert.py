@@ -17,7 +17,7 @@ from xdscale.models.heads import RegionClassHead, masked_lm_head
 from xdscale.models.vlbert import VLBERT
 from xdscale.pretrained.language import language_config, load_language_encoder, own_tokenizer, tokenizer_folder
 from xdscale.pretrained.language_files import copy_tokenizer, save_language_files
-from xdscale.pretrained.vlbert import config_from_bert, from_bert, load_vlbert, save_vlbert
+from xdscale.pretrained.vlbert import config_from_bert, from_bert, load_vlbert, save_pooler, save_vlbert
 from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.vlbert.schema import GroundedObjectives, VLBERTRecipe
 from xdscale.shards.manifest import Manifest
@@ -95,9 +95,7 @@ class VLBERTSystem(System):
         )
         continues = continuations(recipe.model.language)
         train, held_out = (
-            VLBERTCollator(
-                *(shards.table(split, name) for name in tables), *[None] * (2 - len(tables)), recipe, continues
-            )
+            VLBERTCollator(*(shards.table(split, name) for name in tables), recipe=recipe, continues=continues)
             for split in ("train", "validation")
         )
         most = len(tables) * min(held_out.sizes)
@@ -148,8 +146,9 @@ class VLBERTSystem(System):
         return [*rows, PartCount("model during training", parameter_count(module), total=True)]
 
     def keep(self, folder: Path) -> None:
-        """Keeps the BERT's configuration and tokenizer."""
+        """Keeps the BERT's configuration, tokenizer and pooler."""
         save_language_files(self.recipe.model.language, folder / "language")
+        save_pooler(self.recipe.model.language, folder / "language")
 
     def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
         """Writes a folder that `xdscale.pretrained.vlbert.load_vlbert` reads, with the heads."""

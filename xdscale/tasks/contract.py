@@ -38,6 +38,8 @@ SHIPPED = {
     "vcr_qar": "xdscale.tasks.vcr:VCR_QAR",
     "nlvr2": "xdscale.tasks.nlvr2:NLVR2",
     "flickr30k_entities": "xdscale.tasks.flickr30k_entities:FLICKR30K_ENTITIES",
+    "refcoco": "xdscale.tasks.refcoco:REFCOCO",
+    "refcoco_plus": "xdscale.tasks.refcoco:REFCOCO_PLUS",
 }
 """Tasks that come with xdscale: on texts, in the order of XDBERT's Table 1, then on texts with images."""
 
@@ -183,10 +185,11 @@ SUBJECTS = {
     "cross-modal": "xdscale.tasks.text_subjects:CrossModalSubject",
     "clip": "xdscale.tasks.text_subjects:ClipSubject",
     "visualbert": "xdscale.tasks.visualbert:VisualBERTSubject",
+    "vlbert": "xdscale.tasks.vlbert:VLBERTSubject",
 }
 """What can be finetuned and comes with xdscale."""
 
-SUBJECT_OF = {"visual_bert": "visualbert"}
+SUBJECT_OF = {"visual_bert": "visualbert", "vl_bert": "vlbert"}
 """What a folder is finetuned as whose config.json states this `model_type`; any other is a language encoder."""
 
 
@@ -251,7 +254,8 @@ class Subject(ABC):
     def build(self, task: Task, *, sha256: str | None = None) -> nn.Module:
         """Builds the model with a new head: `forward(batch)` gives logits; `encoder` is what is not the head.
 
-        The head takes its values from torch's global generator: seed it before, alike on all ranks.
+        The head takes its values from torch's global generator: seed it before, alike on all ranks. Where the model has
+        a loss of its own for its head, `loss` is asked in the place of the task's, with the same arguments.
 
         Args:
             task: decides the head.

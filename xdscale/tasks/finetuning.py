@@ -61,7 +61,7 @@ class Finetuning(nn.Module):
             "logits": fp32 [b, outputs], without gradient; for choices [b, choices].
         """
         logits = self.subject(batch).float().view(len(batch["real"]), -1)
-        loss = self.task.loss(logits, batch["labels"], batch["real"])
+        loss = getattr(self.subject, "loss", self.task.loss)(logits, batch["labels"], batch["real"])
         return {"task": Term.scored(*loss), "logits": logits.detach()}
 
 

@@ -107,7 +107,7 @@ class PhraseGrounding(TextTask):
 
     def targets(self, examples: Sequence[Example], regions: "Regions | None" = None) -> np.ndarray:
         """Returns equal shares for the regions that match each phrase, float64 [n, most regions]; 0 where none does."""
-        matching = [_matches(example, boxes) for example, boxes in zip(examples, _boxes_of(regions), strict=True)]
+        matching = [self._wanted(example, boxes) for example, boxes in zip(examples, _boxes_of(regions), strict=True)]
         targets = np.zeros((len(examples), max(map(len, matching))))
         for row, match in zip(targets, matching):
             row[: len(match)] = match / max(match.sum(), 1)
@@ -138,7 +138,7 @@ class PhraseGrounding(TextTask):
 
     def measure(self, predictions: np.ndarray, examples: Sequence[Example]) -> dict[str, float]:
         """Returns the recall among the first 1, 5 and 10 regions, and how much all regions could reach."""
-        credits = [_credits(example, ranked) for example, ranked in zip(examples, predictions, strict=True)]
+        credits = [self._credits(example, ranked) for example, ranked in zip(examples, predictions, strict=True)]
         return {name: float(np.mean([one[name] for one in credits])) for name in self.metrics}
 
     def answer(self, example: Example, prediction: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class PhraseGrounding(TextTask):
         "label" is 1 and "prediction" whether the best region matches: there are no classes.
         """
         span, ranked = example.spans[0][0][0], _there(prediction)
-        credits = _credits(example, prediction)
+        credits = self._credits(example, prediction)
         return {
             "label": 1,
             "prediction": int(credits["recall_at_1"]),
@@ -158,6 +158,19 @@ class PhraseGrounding(TextTask):
             "box": ranked[0, 1:].tolist(),
             "credits": credits,
         }
+
+    def _matches(self, example: Example, boxes: np.ndarray) -> np.ndarray:
+        """Returns which boxes match a phrase, bool [regions]."""
+        return (box_iou(boxes, np.array(example.truth.boxes)) >= MATCH).any(1)
+
+    def _wanted(self, example: Example, boxes: np.ndarray) -> np.ndarray:
+        """Returns which boxes are right in training."""
+        return self._matches(example, boxes)
+
+    def _credits(self, example: Example, ranked: Sequence[Sequence[float]]) -> dict[str, float]:
+        matches = self._matches(example, _there(ranked)[:, 1:])
+        found = {f"recall_at_{first}": recall(matches, first) for first in RANKS}
+        return found | {"upper_bound": recall(matches, len(matches))}
 
 
 def recall(matches: np.ndarray, first: int) -> float:
@@ -170,12 +183,6 @@ def recall(matches: np.ndarray, first: int) -> float:
     return float(matches[:first].any())
 
 
-def _credits(example: Example, ranked: Sequence[Sequence[float]]) -> dict[str, float]:
-    matches = _matches(example, _there(ranked)[:, 1:])
-    found = {f"recall_at_{first}": recall(matches, first) for first in RANKS}
-    return found | {"upper_bound": recall(matches, len(matches))}
-
-
 def _there(ranked: Sequence[Sequence[float]]) -> np.ndarray:
     ranked = np.asarray(ranked)
     return ranked[~np.isnan(ranked[:, 0])]
@@ -184,10 +191,6 @@ def _there(ranked: Sequence[Sequence[float]]) -> np.ndarray:
 def _boxes_of(regions: "Regions") -> list[np.ndarray]:
     """Returns the boxes of each image."""
     return np.split(regions.boxes, regions.offsets[1:-1])
-
-
-def _matches(example: Example, boxes: np.ndarray) -> np.ndarray:
-    return (box_iou(boxes, np.array(example.truth.boxes)) >= MATCH).any(1)
 
 
 def _files_of(folder: Path, image: str) -> tuple[Path, Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import nn
+from transformers import PretrainedConfig
 
 from xdscale.data.task_files import Example
 from xdscale.data.visual_tasks import VisualTaskCollator
@@ -31,8 +32,7 @@ class VisualBERTSubject(Subject):
 
     def describe(self) -> SubjectFacts:
         """Checks configuration, tokenizer and weights."""
-        folder = resolve_path(self.model)
-        config = visualbert_config(folder / "config.json")
+        folder, config = self._folder, self._config()
         if self.settings.max_length > config.max_position_embeddings:
             raise XdscaleError(
                 f"model.max_length = {self.settings.max_length}: {self.model} has {config.max_position_embeddings} "
@@ -50,7 +50,7 @@ class VisualBERTSubject(Subject):
             examples,
             self._tokenizer(),
             self.regions,
-            width=visualbert_config(self._folder / "config.json").visual_embedding_dim,
+            width=self._config().visual_embedding_dim,
             max_length=self.settings.max_length,
         )
 
@@ -62,14 +62,17 @@ class VisualBERTSubject(Subject):
                 check_sha256(weight_files(self._folder), sha256)
             encoder, _ = load_visualbert(self._folder, dropout=dropout)
         else:
-            config = visualbert_config(self._folder / "config.json")
+            config = self._config()
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
             encoder = VisualBERT(config)
         return VisualBERTClassifier(encoder.train(), task, dropout=dropout)
 
+    def _config(self) -> PretrainedConfig:
+        return visualbert_config(self._folder / "config.json")
+
     def _tokenizer(self) -> tuple[Tokenizer, LanguageTokenizer]:
         tokenizer, info = load_language_tokenizer(str(self._folder))
-        embeddings = visualbert_config(self._folder / "config.json").vocab_size
+        embeddings = self._config().vocab_size
         if info.vocab_size > embeddings:
             raise XdscaleError(
                 f"{self.model}: its tokenizer has {info.vocab_size} ids, but the encoder has embeddings for "

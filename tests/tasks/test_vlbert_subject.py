@@ -1,0 +1,233 @@
+"""VL-BERT on tasks: what it reads, its heads and its losses against those of its release (spec VL-BERT §5)."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from xdscale.data.task_files import Example, Span
+from xdscale.errors import XdscaleError
+from xdscale.pretrained.language import load_language_encoder
+from xdscale.pretrained.vlbert import from_bert, load_vlbert, save_pooler, save_release, save_vlbert
+from xdscale.recipes.mlm.schema import Language
+from xdscale.shards.language import load_language_tokenizer
+from xdscale.shards.regions import Detector, RegionTable
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
+from xdscale.systems.contract import Slots
+from xdscale.tasks.contract import ModelSettings, find_task
+from xdscale.tasks.finetuning import Finetuning
+from xdscale.tasks.vlbert import VLBERTSubject
+from xdscale.training.engine import to_device
+
+_spec = importlib.util.spec_from_file_location("padded_vlbert", Path(__file__).parents[1] / "models/padded_vlbert.py")
+padded_vlbert = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(padded_vlbert)
+
+WIDTH = 12
+COUNTS = (3, 5, 2, 4)
+
+
+def task_of(reads, **of):
+    """A task whose own loss is 0: the model's takes its place."""
+    values = {"name": "toy", "sentences": 1, "images": 1, "reads": reads, "choices": 0, "outputs": 3} | of
+    none = torch.zeros(())
+    values |= {"loss": lambda logits, targets, real: (none, none), "targets": of.get("targets", labels_of)}
+    return SimpleNamespace(**values)
+
+
+def labels_of(examples, regions=None):
+    return np.array([example.label for example in examples])
+
+
+def example(texts, images=(), spans=(), label=0):
+    return Example("1", texts, label, 1, images, spans)
+
+
+@pytest.fixture(scope="module", params=["none", "first"])
+def table(request, tmp_path_factory):
+    """Four pictures with 3, 5, 2 and 4 regions, of which the first one may be the whole image."""
+    folder, rng = tmp_path_factory.mktemp("data") / "regions", np.random.default_rng(0)
+    images = []
+    for number, count in enumerate(COUNTS):
+        corner = rng.uniform(0, 40, (count, 2))
+        boxes = np.concatenate([corner, corner + rng.uniform(5, 50, (count, 2))], 1).astype(np.float32)
+        if request.param == "first":
+            boxes[0] = 0, 0, 100, 120
+        features = rng.standard_normal((count, WIDTH)).astype(np.float32)
+        images.append(RegionImage(f"picture-{number}", size=(100, 120), boxes=boxes, features=features))
+    build_regions(images, folder, Detector(model="drawn"), whole_image=request.param)
+    return RegionTable.open(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(cassette_model, tmp_path_factory):
+    """A VL-BERT made of the 2-layer BERT, with heads, whose images count."""
+    torch.manual_seed(0)
+    out, spec = tmp_path_factory.mktemp("vlbert"), Language(name=str(cassette_model))
+    model = from_bert(load_language_encoder(spec, dropout=0.1), appearance_size=WIDTH, masks_features=True)
+    for name, parameter in model.named_parameters():
+        if "visual_norm" in name or name.startswith(("regions", "region_tokens", "text_only")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    size, state = model.config.hidden_size, {f"model.{name}": value for name, value in model.state_dict().items()}
+    for name in ("mlm.transform", "masked_region.transform"):
+        state |= {f"{name}.weight": torch.randn(size, size) * 0.1, f"{name}.bias": torch.randn(size) * 0.1}
+    state |= {"mlm.norm.weight": torch.randn(size), "mlm.norm.bias": torch.randn(size)}
+    save_vlbert(model.config, state, out)
+    save_pooler(spec, out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(cassette_model / name, out)
+    return out
+
+
+@pytest.fixture
+def read(folder, table):
+    """Returns a task's first micro-batch, and the module with its head."""
+
+    def of(task, examples, real=None, **settings):
+        subject = VLBERTSubject(str(folder), ModelSettings(dropout=0.0, **settings), table)
+        ids = np.arange(len(examples))
+        batch = subject.collator(task, examples)(
+            Slots(np.zeros_like(ids), ids, np.ones(len(ids), bool) if real is None else np.array(real))
+        )
+        torch.manual_seed(1)
+        return batch, Finetuning(subject.build(task).eval(), task)
+
+    return of
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """Runs the release's module with the weights of ours: states of texts and of regions, and the pooled ones."""
+
+    def of(module, batch):
+        encoder = module.subject.encoder
+        state = {f"model.{name}": value for name, value in encoder.state_dict().items()}
+        save_release(state, tmp_path / "ours.model")
+        with torch.no_grad():
+            texts, regions, _, pooled = padded_vlbert.loaded(tmp_path / "ours.model", encoder.config)(
+                padded_vlbert.padded(batch.arrays)
+            )
+        return texts, regions, pooled
+
+    return of
+
+
+def ours(module, batch):
+    with torch.no_grad():
+        found = module(to_device(batch.arrays, torch.device("cpu")))
+    return found["logits"], found["task"].loss_sum
+
+
+def test_an_open_question_is_answered_at_the_mask_behind_it(read, theirs, folder):
+    """VQA: `[CLS] q [SEP] [MASK] [SEP]`, the masked-LM head's transform, and BCE summed over answers."""
+    credits = np.array([[0, 0.3, 1, 0, 0, 0, 0], [0.6, 0, 0, 0, 0.9, 0, 0], [1, 0, 0, 0, 0, 0, 0]])
+    task = task_of("answer", outputs=7, targets=lambda examples, regions=None: credits[: len(examples)])
+    questions = ("what colour is the dog ?", "where ?", "is it a very large red bird that sits there ?")
+    examples = [example(((text,),), (f"picture-{place}",)) for place, text in enumerate(questions)]
+    batch, module = read(task, examples, real=[True, True, False])
+    texts, _, _ = theirs(module, batch)
+    _, heads = load_vlbert(folder)
+    lengths = torch.from_numpy(batch.arrays["text_lengths"])
+    states = texts[torch.arange(3), lengths - 2]
+    hidden = F.gelu(F.linear(states, heads["mlm.transform.weight"], heads["mlm.transform.bias"]))
+    hidden = F.layer_norm(hidden, hidden.shape[1:], heads["mlm.norm.weight"], heads["mlm.norm.bias"], 1e-12)
+    wanted = F.linear(hidden, module.subject.classifier.weight, module.subject.classifier.bias)
+    logits, loss = ours(module, batch)
+    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    targets = torch.from_numpy(credits).float()
+    by_release = F.binary_cross_entropy_with_logits(wanted[:2], targets[:2]) * 7  # a mean over the batch
+    torch.testing.assert_close(loss / 2, by_release, atol=1e-5, rtol=1e-5)
+    tokens, info = load_language_tokenizer(str(folder))
+    first = batch.arrays["text_ids"][: lengths[0]].tolist()
+    assert [tokens.id_to_token(one) for one in (first[0], *first[-3:])] == ["[CLS]", "[SEP]", "[MASK]", "[SEP]"]
+    assert batch.arrays["text_segments"][: lengths[0]].tolist() == [0] * (len(first) - 2) + [1, 1]
+    assert (batch.arrays["text_ids"] == info.mask_id).sum() == 3
+
+
+def test_each_choice_is_right_or_wrong_by_itself(read, theirs, folder, table):
+    """VCR: words that name an object look at it; per-choice BCE, a mean over the choices; BERT's pooler."""
+    answers = ("jessie is", "no , he is not", "it is a dog", "on the table")
+    about, shift = ("who is near the dog ?", Span(16, 19, 2)), int(table.build.whole_image == "none")
+    spans = tuple((((about[1],), (Span(0, 6, 1),) if answer.startswith("jessie") else ())) for answer in answers)
+    texts = tuple((about[0], answer) for answer in answers)
+    examples = [example(texts, (f"picture-{place}",), spans, label) for place, label in ((1, 3), (3, 0))]
+    batch, module = read(task_of("input", sentences=2, choices=4, outputs=1), examples)
+    assert len(batch.arrays["text_lengths"]) == 8
+    _, _, pooled = theirs(module, batch)
+    wanted = F.linear(pooled, module.subject.classifier.weight, module.subject.classifier.bias).view(2, 4)
+    logits, loss = ours(module, batch)
+    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    right = torch.tensor([[0, 0, 0, 1], [1, 0, 0, 0]]).float()
+    torch.testing.assert_close(loss / 2, F.binary_cross_entropy_with_logits(wanted, right), atol=1e-5, rtol=1e-5)
+    tokens = load_language_tokenizer(str(folder))[0]
+    length = batch.arrays["text_lengths"][0]
+    words = [tokens.id_to_token(one) for one in batch.arrays["text_ids"][:length].tolist()]
+    looks_at = dict(zip(words, batch.arrays["text_visual"][:length].tolist()))
+    assert looks_at["dog"] == 2 + shift
+    assert looks_at["who"] == looks_at["[CLS]"] == looks_at["near"] == 0
+    assert {place for word, place in zip(words, batch.arrays["text_visual"]) if word in ("jessie", "jess", "##ie")} == {
+        1 + shift
+    }
+    encoder = module.subject.encoder
+    assert torch.equal(*encoder.embeddings.token_type_embeddings.weight[:2])
+    bert = load_language_encoder(Language(name="package:cognition/model"), dropout=0.1)
+    assert torch.equal(encoder.pooler.weight, bert.pooler.dense.weight) == (folder / "pooler.safetensors").is_file()
+
+
+def test_a_region_is_pointed_at(read, theirs, folder, table):
+    """RefCOCO+: the region head's transform, one score for each region, BCE over them."""
+    gold = np.array([[0, 0, 1, 0, 0], [0.5, 0.5, 0, 0, 0]])
+    task = task_of("region", outputs=0, targets=lambda examples, regions=None: gold[: len(examples)])
+    examples = [example((("the small dog",),), (f"picture-{place}",)) for place in (1, 2)]
+    batch, module = read(task, examples)
+    _, regions, _ = theirs(module, batch)
+    _, heads = load_vlbert(folder)
+    hidden = F.gelu(F.linear(regions, *(heads[f"masked_region.transform.{kind}"] for kind in ("weight", "bias"))))
+    scores = F.linear(hidden, module.subject.classifier.weight, module.subject.classifier.bias)[:, :, 0]
+    shift = int(table.build.whole_image == "none")
+    assert regions.shape[1] == 5 + shift
+    logits, loss = ours(module, batch)
+    assert torch.isinf(logits[1, 2:]).all()
+    torch.testing.assert_close(logits[0], scores[0, shift:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1, :2], scores[1, shift : 2 + shift], atol=1e-5, rtol=1e-5)
+    right = torch.from_numpy(gold > 0).float()
+    wanted = sum(F.binary_cross_entropy_with_logits(logits[row, :n], right[row, :n]) for row, n in ((0, 5), (1, 2)))
+    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_alone_is_read_without_an_image(read, theirs):
+    """And where there are no choices, the task's own loss counts."""
+    batch, module = read(task_of("input", images=0), [example((("good",),)), example((("not so bad",),))])
+    _, _, pooled = theirs(module, batch)
+    wanted = F.linear(pooled, module.subject.classifier.weight, module.subject.classifier.bias)
+    logits, loss = ours(module, batch)
+    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    assert loss == 0
+    assert batch.regions is None
+
+
+def test_every_trained_parameter_gets_a_gradient(read):
+    for reads, outputs in (("answer", 7), ("region", 0), ("input", 3)):
+        targets = {"answer": np.ones((1, 7)), "region": np.ones((1, 3)), "input": np.zeros(1, np.int64)}[reads]
+        task = task_of(reads, outputs=outputs, targets=lambda examples, regions=None, found=targets: found)
+        if reads == "input":
+            task.loss = lambda logits, labels, real: (F.cross_entropy(logits, labels), labels.sum())
+        batch, module = read(task, [example((("a dog",),), ("picture-0",))])
+        module(to_device(batch.arrays, torch.device("cpu")))["task"].loss_sum.backward()
+        assert not [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_what_does_not_fit_is_refused(read, table, folder, tmp_path):
+    with pytest.raises(XdscaleError, match="--task nlvr2: VL-BERT reads one image, not 2"):
+        VLBERTSubject(str(folder), ModelSettings(), table).require_readable(find_task("nlvr2"))
+    narrow = np.zeros((1, 5), np.float32)
+    image = RegionImage("a", size=(9, 9), boxes=np.array([[0, 0, 5, 5]], np.float32), features=narrow)
+    build_regions([image], tmp_path / "narrow", Detector(model="drawn"))
+    subject = VLBERTSubject(str(folder), ModelSettings(), RegionTable.open(tmp_path / "narrow"))
+    with pytest.raises(XdscaleError, match=r"features of 5 numbers; .* reads 12 of each region"):
+        subject.collator(task_of("input"), [example((("good",),), ("a",))])

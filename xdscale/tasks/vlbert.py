@@ -1,0 +1,138 @@
+"""VL-BERT as tasks read it: what its input, its heads and its losses are (spec VL-BERT §5)."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from xdscale.data.task_files import Example
+from xdscale.data.vlbert_tasks import VLBERTTaskCollator
+from xdscale.errors import XdscaleError
+from xdscale.models.vlbert import VLBERT, VLBertConfig
+from xdscale.pretrained.vlbert import load_vlbert, read_pooler, vlbert_config
+from xdscale.tasks.contract import Task
+from xdscale.tasks.visualbert import VisualBERTSubject
+from xdscale.weights import check_sha256, weight_files
+
+
+class VLBERTSubject(VisualBERTSubject):
+    """A VL-BERT in a folder: an export, with its BERT's tokenizer."""
+
+    def require_readable(self, task: Task) -> None:
+        """Checks that a task has one image at most."""
+        if task.images > 1:
+            raise XdscaleError(f"--task {task.name}: VL-BERT reads one image, not {task.images}")
+
+    def collator(self, task: Task, examples: Sequence[Example]) -> VLBERTTaskCollator:
+        """Tokenises a split; regions are read when they are needed."""
+        width = self._config().appearance_size
+        if task.images and self.regions.width != width:
+            raise XdscaleError(
+                f"{self.regions.table.folder}: features of {self.regions.width} numbers; {self.model} reads {width} of "
+                "each region"
+            )
+        return VLBERTTaskCollator(
+            task, examples, self._tokenizer(), self.regions, width=width, max_length=self.settings.max_length
+        )
+
+    def build(self, task: Task, *, sha256: str | None = None) -> "VLBERTClassifier":
+        """Builds the encoder with a new head, whose first layer is that of a head of pretraining where it comes along.
+
+        For pairs of texts, the second one's segment begins as the first one's: pretraining has one alone.
+        """
+        config, heads = self._config(), {}
+        config.with_pooler = task.reads == "input"
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = self.settings.dropout
+        encoder = VLBERT(config)
+        if self.settings.weights == "pretrained":
+            if sha256 is not None:
+                check_sha256(weight_files(self._folder), sha256)
+            found, heads = load_vlbert(self._folder)
+            state = read_pooler(self._folder) | found.state_dict()
+            encoder.load_state_dict({name: state.get(name, value) for name, value in encoder.state_dict().items()})
+            if task.sentences > 1:
+                segments = encoder.embeddings.token_type_embeddings.weight.data
+                segments[1] = segments[0]
+        module = VLBERTClassifier(encoder.train(), task, dropout=self.settings.dropout)
+        module.begin_with(heads)
+        return module
+
+    def _config(self) -> VLBertConfig:
+        return vlbert_config(self._folder / "config.json")
+
+
+class VLBERTClassifier(nn.Module):
+    """VL-BERT with a task's head and loss.
+
+    A whole input is judged by a Linear on the pooled first token. An open question is answered by the masked-LM head's
+    transform and a Linear on the state of the [MASK] behind it; where a region is asked for, the transform of the
+    region head and a Linear score each region. Answers, choices and regions are each right or wrong by themselves: the
+    losses are binary cross-entropies, summed over answers, and means over choices and over an image's regions.
+    """
+
+    def __init__(self, encoder: VLBERT, task: Task, *, dropout: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.task = task
+        size, eps = encoder.config.hidden_size, encoder.config.layer_norm_eps
+        self.dropout = nn.Dropout(dropout if task.reads != "region" else 0.0)  # as in the release
+        self.transform = nn.Linear(size, size) if task.reads != "input" else None
+        self.norm = nn.LayerNorm(size, eps=eps) if task.reads == "answer" else None
+        self.classifier = nn.Linear(size, max(1, task.outputs))
+        for linear in (self.transform, self.classifier):
+            if linear is not None:
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
+
+    def begin_with(self, heads: Mapping[str, torch.Tensor]) -> None:
+        """Takes over what pretraining's heads have for this one, if they come along."""
+        of_head = {"answer": "mlm.", "region": "masked_region."}.get(self.task.reads)
+        own = self.state_dict()
+        found = {name: heads[f"{of_head}{name}"] for name in own if name.startswith(("transform.", "norm."))
+                 and f"{of_head}{name}" in heads}  # fmt: skip
+        self.load_state_dict(own | found)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recomputes each layer in the backward pass."""
+        self.encoder.enable_activation_checkpointing()
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Computes logits; the last layer is computed only where they come from.
+
+        Args:
+            batch: the arrays of `xdscale.data.vlbert_tasks.VLBERTTaskCollator` as tensors.
+
+        Returns:
+            [inputs, outputs]; where a region is asked for [inputs, most regions], -inf where there is none.
+        """
+        if self.task.reads == "input":
+            none = batch["text_ids"][:0]
+            return self.classifier(self.dropout(self.encoder(batch, none).pooled))
+        name = "answer_rows" if self.task.reads == "answer" else "region_rows"
+        hidden = F.gelu(self.transform(self.encoder(batch, batch[name]).states))
+        if self.task.reads == "answer":
+            return self.classifier(self.dropout(self.norm(hidden)))
+        scores = self.classifier(self.dropout(hidden)).squeeze(1)
+        logits = scores.new_full((len(batch["text_lengths"]) * batch["most_regions"],), -torch.inf)
+        return logits.index_copy(0, batch["region_slots"], scores).view(len(batch["text_lengths"]), -1)
+
+    def loss(
+        self, logits: torch.Tensor, targets: torch.Tensor, real: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes a micro-batch's loss in the place of the task's, and what the task counts as right.
+
+        Arguments and results as `xdscale.tasks.contract.Task.loss`.
+        """
+        loss, correct = self.task.loss(logits, targets, real)
+        if self.task.reads == "input" and not self.task.choices:
+            return loss, correct
+        if self.task.choices:
+            targets = F.one_hot(targets.clamp(min=0), logits.shape[1]).to(logits.dtype)
+        there = real[:, None] & (logits > -torch.inf)
+        wanted = (targets > 0).to(logits.dtype) if self.task.reads == "region" else targets
+        errors = F.binary_cross_entropy_with_logits(logits.masked_fill(~there, 0.0), wanted, reduction="none")
+        errors = errors.masked_fill(~there, 0.0).sum(1)
+        if self.task.reads != "answer":
+            errors = errors / there.sum(1).clamp(min=1)
+        return errors.sum(), correct
