@@ -126,7 +126,8 @@ class Data(NamedTuple):
         collate: makes batches of them.
         validation: this rank's held-out batches; every rank has equally many.
         fingerprint: of the data, kept in checkpoints.
-        damaged: what is wrong with each shard that the run does without, by file name.
+        damaged: what is wrong with each shard that the run does without, by file name; of several datasets by folder
+            and file name.
         remote: whether shards are fetched as they are needed, so that the collator is told of steps ahead.
         notes: what a person should know of the data.
     """
