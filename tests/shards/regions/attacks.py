@@ -13,6 +13,7 @@ import lmdb
 import msgpack
 import numpy as np
 import region_files as writers
+from bad_arrays import arrays_damage, npy_lies, truncated, zipped
 from bad_images import INF, NAN
 from malicious import malicious
 
@@ -156,56 +157,10 @@ def _other_keys(chance, canary):
     return [b"\xc1", b"\x93\x01\x02\x03", b"[1, 2]", b"["][chance.integers(4)]
 
 
-def _truncated(value, chance, canary):
-    return value[: chance.integers(1, len(value) * 9 // 10)]
-
-
 def _npz_fields(value, chance, canary):
     with np.load(io.BytesIO(value)) as found:
         fields = dict(found)
-    return writers.npz(**_arrays_damage(fields, chance, canary))
-
-
-def _arrays_damage(fields, chance, canary):
-    name = list(fields)[chance.integers(len(fields))]
-    array = fields[name]
-    kinds = [
-        lambda: _object_array(malicious(chance, canary)),
-        lambda: array[:-1] if array.ndim else np.array("x"),
-        lambda: array[None, None],
-        lambda: np.array(["text"] * max(len(np.atleast_1d(array)), 1)),
-    ]
-    changed = kinds[chance.integers(len(kinds))]()
-    return {**fields, name: changed}
-
-
-class _Raw(bytes):
-    """A `.npy` file's bytes."""
-
-
-def _object_array(content):
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|O", "fortran_order": False, "shape": ()})
-    return _Raw(header.getvalue() + content)
-
-
-def _npy_lies(path, chance, canary):
-    """A header that states a huge or another shape, objects with code, or no header."""
-    header = io.BytesIO()
-    shapes = [(10**9, 2048), (2**62, 2), (3, 7), (0,), (10**18,)]
-    shape = shapes[chance.integers(len(shapes))]
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    kinds = [
-        header.getvalue() + b"abc",
-        bytes(_object_array(malicious(chance, canary))),
-        b"\x93NUMPY\x01\x00\x10\x00{'descr': open}\n",
-        b"\x93NUMPY\x09\x00",
-        b"",
-        path.read_bytes()[:-4],
-        path.read_bytes()[:60],
-        b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535,
-    ]
-    path.write_bytes(kinds[chance.integers(len(kinds))])
+    return writers.npz(**arrays_damage(fields, chance, canary))
 
 
 def _npy_file(suffix):
@@ -213,7 +168,7 @@ def _npy_file(suffix):
         found = sorted(
             file for file in paths[0].iterdir() if file.name.endswith("_info.npy") == (suffix == "_info.npy")
         )
-        _npy_lies(found[k], chance, canary)
+        npy_lies(found[k], chance, canary)
 
     return attack
 
@@ -225,28 +180,12 @@ def _without_info(paths, k, chance, canary):
 def _npz_file(paths, k, chance, canary):
     path = sorted(paths[0].iterdir())[k]
     if chance.random() < 0.3:
-        path.write_bytes(_truncated(path.read_bytes(), chance, canary))
+        path.write_bytes(truncated(path.read_bytes(), chance, canary))
         return
     with np.load(path, allow_pickle=True) as found:
         fields = {name: found[name] for name in found if name in ("x", "bbox", "num_bbox")}
         sizes = {name: found[name] for name in found if name in ("image_h", "image_w")}
-    path.write_bytes(_zipped({**_arrays_damage(fields, chance, canary), **sizes}))
-
-
-def _zipped(fields):
-    import zipfile
-
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        for name, array in fields.items():
-            content = io.BytesIO()
-            if not isinstance(array, _Raw):
-                np.save(content, array)
-            archive.writestr(f"{name}.npy", array if isinstance(array, _Raw) else content.getvalue())
-    return stream.getvalue()
-
-
-writers.npz = lambda **arrays: _zipped(arrays)  # the same, and takes raw members
+    path.write_bytes(zipped({**arrays_damage(fields, chance, canary), **sizes}))
 
 
 def _counts(paths, k, chance, canary):
@@ -414,20 +353,20 @@ FILES = [
     *(("vlbert", "text", _json_member(_json_text)) for _ in range(3)),
     *(("vlbert", "fields", _json_member(_json_fields)) for _ in range(3)),
     *(("vilbert", "fields", _put(_pickled_fields)) for _ in range(6)),
-    ("vilbert", "cut value", _put(_truncated)),
+    ("vilbert", "cut value", _put(truncated)),
     ("vilbert", "missing", _stored(lambda transaction, key, *_: transaction.delete(key))),
     ("vilbert", "list of keys", _listed(b"keys", malicious)),
     ("vilbert", "list of other things", _listed(b"keys", _other_list)),
     ("tensorpack", "record", _put(_record_damage)),
     ("tensorpack", "record", _put(_record_damage)),
-    ("tensorpack", "cut value", _put(_truncated)),
+    ("tensorpack", "cut value", _put(truncated)),
     ("tensorpack", "list of keys", _listed(b"__keys__", _other_keys)),
     ("uniter", "arrays", _put(_npz_fields)),
     ("uniter", "arrays", _put(_npz_fields)),
-    ("uniter", "cut value", _put(_truncated)),
+    ("uniter", "cut value", _put(truncated)),
     ("uniter", "counts", _counts),
     ("uniter_msgpack", "objects", _put(_object_in_msgpack)),
-    ("uniter_msgpack", "cut value", _put(_truncated)),
+    ("uniter_msgpack", "cut value", _put(truncated)),
     ("ban", "matrix", _hdf5),
     ("ban", "matrix", _hdf5),
     ("ban", "ids", _ids),
