@@ -46,6 +46,7 @@ def npy_lies(path, chance, canary):
         bytes(object_array(malicious(chance, canary))),
         b"\x93NUMPY\x01\x00\x10\x00{'descr': open}\n",
         b"\x93NUMPY\x09\x00",
+        b"\x93NUMPY\x01\x00\x08\x00{'descr'",
         b"",
         path.read_bytes()[:-4],
         path.read_bytes()[:60],
