@@ -114,7 +114,7 @@ def test_visualberts_settings_are_those_of_its_release(name, epochs, batch):
     )  # fmt: skip
     assert (optim.learning_rate, optim.bias_correction, optim.eps, optim.betas) == (2e-5, False, 1e-6, (0.9, 0.999))
     assert (optim.weight_decay, optim.decayed, optim.warmup_ratio) == (0.01, "weights", 0.1)
-    assert not settings.model.train_pooler
+    assert settings.model.freeze_pooler
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ class FinetuneSystem(System):
         """Builds the subject with the task's loss."""
         material, sha256 = self._material, self.recipe.model.weights_sha256
         module = Finetuning(material.subject.build(material.data.task, sha256=sha256), material.data.task)
-        if not self.recipe.model.train_pooler:
+        if self.recipe.model.freeze_pooler:
             freeze_pooler(module)
         return module
 
@@ -118,7 +118,7 @@ def freeze_pooler(module: Finetuning) -> None:
     """
     poolers = [parameter for name, parameter in module.named_parameters() if "pooler" in name]
     if not poolers:
-        raise XdscaleError("model.train_pooler = false: this model has no pooler; leave it out")
+        raise XdscaleError("model.freeze_pooler = true: this model has no pooler; leave it out")
     for parameter in poolers:
         parameter.requires_grad_(False)
 
@@ -179,7 +179,7 @@ def _settings(recipe: FinetuneRecipe, ds_config: dict[str, Any]) -> dict[str, An
         "max_length": recipe.model.max_length,
         "clip_blocks_per_sentence": CLIP_BLOCKS,
         "dropout": recipe.model.dropout,
-        **({} if recipe.model.train_pooler else {"train_pooler": False}),
+        **({"freeze_pooler": True} if recipe.model.freeze_pooler else {}),
         "precision": precision(ds_config),
         **recipe.training.model_dump(include={"best", "patience"}, exclude_none=True),
         **({} if recipe.task.own is None else recipe.task.own.columns()),

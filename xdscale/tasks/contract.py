@@ -199,7 +199,7 @@ class ModelSettings(Section):
     dropout: float = Field(0.1, ge=0, lt=1, description="encoder and head")
     max_length: int = Field(128, ge=8, description="language tokens with [CLS] and [SEP]")
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: to see what they are worth")
-    train_pooler: bool = Field(True, description="false leaves it as it was, as VisualBERT's release does")
+    freeze_pooler: bool = Field(False, description="leave it as it was pretrained, as VisualBERT's release does")
     clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
 
 
