@@ -1,0 +1,145 @@
+"""VisualBERT's second phase: masked words, and the task's true or false, on a task's own texts (spec VisualBERT §2)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xdscale.data.order import Order, validation_slots
+from xdscale.data.task_batches import Texts
+from xdscale.data.task_files import NO_LABEL, Example, Span
+from xdscale.data.visualbert import compose, drawn_masks
+from xdscale.data.visual_tasks import pieces_of, tokenise
+from xdscale.errors import XdscaleError
+from xdscale.pretrained.language import own_tokenizer
+from xdscale.recipes.visualbert.task_schema import VisualBERTTaskRecipe
+from xdscale.shards.regions import RegionTable
+from xdscale.systems.contract import Data, MicroBatch, Place, Slots
+from xdscale.systems.visualbert import VisualBERTSystem, check_regions
+from xdscale.tasks.contract import Task, find_task, open_regions, read_task
+
+
+class VisualBERTTaskSystem(VisualBERTSystem):
+    """Trains VisualBERT on with what a task's training examples say of their images."""
+
+    recipe: VisualBERTTaskRecipe
+
+    def open(self, place: Place) -> Data:
+        """Reads the task's files, and finds the regions of its images."""
+        recipe, ranks = self.recipe, place.ranks
+        task, regions = find_task(recipe.task), open_regions(recipe.data.regions)
+        if not task.images:
+            raise XdscaleError(f"task = {recipe.task!r}: has no images; expected one that has")
+        check_regions(recipe, regions.width)
+        data = read_task(task, Path(recipe.data.folder), regions)
+        train, held_out = (
+            TaskTextCollator(recipe, data.task, examples, regions)
+            for examples in (data.train, next(iter(data.dev.values())))
+        )
+        slots = validation_slots(
+            len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
+        )
+        order = Order.of(recipe, place, len(train))
+        return Data(order, train, list(map(held_out, slots)), data.fingerprint())
+
+
+class TaskTextCollator:
+    """Turns slots into batches as `xdscale.data.visualbert.VisualBERTCollator` does; the sentences are a task's.
+
+    What a sample is depends on what the task asks:
+        to answer a question: the question, then its commonest answer if that is on the list;
+        to point at a region: a caption, once for all of its phrases;
+        to judge a sentence: the sentence, and with `match` on whether it is true;
+        to choose: the right choice, or with `match` on each of the choices and whether it is right.
+    """
+
+    def __init__(
+        self, recipe: VisualBERTTaskRecipe, task: Task, examples: Sequence[Example], regions: RegionTable
+    ) -> None:
+        """Tokenises the texts.
+
+        Raises:
+            XdscaleError: `match` is on, and the task has nothing that is true or false.
+        """
+        self._recipe, self._regions, self._images = recipe, regions, task.images
+        if recipe.objectives.match is not None and task.reads != "input":
+            raise XdscaleError(
+                f"objectives.match: {recipe.task} has nothing that is true or false; write objectives.match=null"
+            )
+        samples = _samples(task, examples, labelled=recipe.objectives.match is not None)
+        numbers: dict[str, int] = {}
+        self._texts = [[numbers.setdefault(text, len(numbers)) for text in texts] for texts, *_ in samples]
+        self._spans = [spans for _, spans, _, _ in samples]
+        self._labels = np.array([label for *_, label in samples], np.int64)
+        self._rows = regions.rows([name for _, _, images, _ in samples for name in images]).reshape(-1, task.images)
+        tokenizer, self._tokens = own_tokenizer(recipe.model.language.name)
+        self._ids, self._begins = tokenise(list(numbers), tokenizer, begins=any(self._spans))
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def prefetch(self, step: list[Slots]) -> None:
+        """Has the regions of a step fetched."""
+        self._regions.prefetch(self._rows[np.concatenate([slots.sample_ids for slots in step])].ravel())
+
+    def draws(self, slots: Slots) -> list[np.ndarray]:
+        """Returns masked positions and what is put there, reading nothing: every text counts as the longest."""
+        return drawn_masks(self._recipe, self._tokens, slots)
+
+    def __call__(self, slots: Slots) -> MicroBatch:
+        """Reads and prepares the samples of one micro-batch."""
+        samples = slots.sample_ids.tolist()
+        regions = self._regions.read(self._rows[slots.sample_ids].ravel())
+        per_image, images = np.diff(regions.offsets), self._images
+        segments = np.repeat(np.arange(len(per_image)) % images, per_image)
+        labels = None
+        if self._recipe.objectives.match is not None:
+            labels = np.where(slots.real, self._labels[slots.sample_ids], NO_LABEL)
+        texts = [[self._ids[text] for text in self._texts[sample]] for sample in samples]
+        aligned = [self._aligned(sample, count) for sample, count in zip(samples, per_image[::images])]
+        return compose(
+            self._recipe,
+            self._tokens,
+            slots,
+            texts,
+            labels,
+            regions,
+            images=images,
+            visual_segments=segments,
+            alignments=aligned if any(map(len, aligned)) else None,
+        )
+
+    def _aligned(self, sample: int, regions: int) -> list[tuple[int, int, int]]:
+        """Returns regions, the number of the text that names each, and the word piece there at which its name begins."""
+        found = []
+        for number, (text, spans) in enumerate(zip(self._texts[sample], self._spans[sample])):
+            for span in spans:
+                place, _ = pieces_of(self._begins[text], span)
+                if place is not None and 0 <= span.region < regions:
+                    found.append((span.region, number, place))
+        return found
+
+
+_Sample = tuple[tuple[str, ...], tuple[tuple[Span, ...], ...], tuple[str, ...], int]
+"""Texts, the spans of each, images, and 1, 0 or `NO_LABEL`."""
+
+
+def _samples(task: Task, examples: Sequence[Example], *, labelled: bool) -> list[_Sample]:
+    if task.reads == "region":
+        captions = dict.fromkeys((example.texts[0], example.images) for example in examples)
+        return [(texts, (), images, NO_LABEL) for texts, images in captions]
+    samples: list[_Sample] = []
+    for example in examples:
+        known = example.label is not None and example.label != NO_LABEL
+        if task.reads == "answer":
+            answer = (task.labels[int(example.label)],) if known else ()
+            samples.append((example.texts[0] + answer, (), example.images, NO_LABEL))
+        elif not task.choices:
+            samples.append((example.texts[0], (), example.images, int(example.label)))
+        else:
+            for choice, texts in enumerate(example.texts):
+                right = choice == example.label
+                if labelled or right:
+                    spans = example.spans[choice] if example.spans else ()
+                    samples.append((texts, spans, example.images, int(right)))
+    return samples
