@@ -34,6 +34,7 @@ SYSTEMS = {
     "finetune": "xdscale.finetune.recipe:FinetuneRecipe",
     "mlm": "xdscale.recipes.mlm.schema:MaskedLMRecipe",
     "visualbert": "xdscale.recipes.visualbert.schema:VisualBERTRecipe",
+    "visualbert_task": "xdscale.recipes.visualbert.task_schema:VisualBERTTaskRecipe",
     "vlbert": "xdscale.recipes.vlbert.schema:VLBERTRecipe",
     "xdbert": "xdscale.recipes.xdbert.schema:XDBERTRecipe",
 }

@@ -226,7 +226,7 @@ def test_the_longer_caption_is_cut_first(lengths, kept):
         (first if len(first) > len(second) else second).pop()
     assert (len(first), len(second)) == kept
     few = recipe("model.max_text=10", "objectives.mlm=null")
-    batch = compose(few, TOKENIZER, slots_of([0]), texts, np.array([1]), no_regions(1, 12))
+    batch = compose(few, TOKENIZER, slots_of([0]), list(zip(*texts)), np.array([1]), no_regions(1, 12))
     assert batch.arrays["text_ids"].tolist() == [CLS, *first, SEP, *second, SEP]
 
 

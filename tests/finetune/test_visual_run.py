@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from xdscale.errors import XdscaleError
+from xdscale.export import export_run
 from xdscale.finetune.command import Request, run_command
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.pretrained.visualbert import from_bert, save_visualbert
@@ -16,6 +17,7 @@ from xdscale.recipes.mlm.schema import Language
 from xdscale.report.command import make_report
 from xdscale.shards.regions import Detector
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
+from xdscale.training.run_folder import read_log
 
 WIDTH = 16
 COLOURS = ("red", "green", "blue", "black")
@@ -193,6 +195,24 @@ def test_a_result_names_the_regions_that_it_was_had_with(finetuned, regions):
     assert entry == {"sha256": table.fingerprint, "rows": len(table)}
     lines = (finetuned / "vqa" / "seed-0" / "predictions-dev.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["images"] == [str(TRAIN)]
+
+
+def test_the_second_phase_learns_what_is_true_of_the_images(adapt, cassette_model, data, regions, tmp_path):
+    """Spec VisualBERT §2: on NLVR2 masked words, and whether the statement is true; stopped, continued."""
+    values = [f"model.language.name={cassette_model}", f"model.region_size={WIDTH}", "model.max_regions=null"]
+    values += ["model.start=null", "model.freeze_pooler=false", f"data.folder={data}", f"data.regions={regions}"]
+    values += ["training.steps=60", "training.global_batch=16", "optim.learning_rate=1e-3", "run.eval_every=30"]
+    values += ["run.eval_samples=60", "run.checkpoint_every=30", f"output.folder={tmp_path / 'run'}"]
+    config = tmp_path / "zero2.json"
+    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}))
+    for stop in (["run.stop_at_step=30"], []):
+        done = adapt("visualbert-nlvr2-task", *values, *stop, "--deepspeed_config", str(config), ranks=2)
+        assert done.code == 0, done.stderr[-3000:]
+    last = [entry for entry in read_log(tmp_path / "run" / "log.jsonl") if entry["kind"] == "validation"][-1]
+    assert last["step"] == 60
+    assert last["accuracy/match"] > 0.8
+    export_run(tmp_path / "run", tmp_path / "exported")
+    assert run_command(request(tmp_path / "exported", data, regions, tmp_path / "out", tasks=["nlvr2"])) == 0
 
 
 @pytest.mark.parametrize(

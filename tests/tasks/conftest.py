@@ -1,5 +1,6 @@
 """The small model as a recipe, and micro-batches: real ones of adaptation, small ones of finetuning."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,8 @@ from xdscale.data.task_files import Example
 from xdscale.recipes.xdbert.schema import XDBERTObjectives, XDBERTRecipe
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.language import load_language_tokenizer
+from xdscale.shards.regions import Detector, RegionTable
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.shards.table import Table
 from xdscale.systems.contract import Slots
 from xdscale.tasks.contract import find_task
@@ -88,3 +91,17 @@ def task_arrays(cassette_model):
         return TaskCollator(split, ids, clip_ids, max_length=64)(slots).arrays
 
     return make
+
+
+@pytest.fixture(scope="session")
+def region_table(tmp_path_factory):
+    """Four pictures with 3, 5, 2 and 4 regions."""
+    folder, rng = tmp_path_factory.mktemp("data") / "regions", np.random.default_rng(0)
+    images = []
+    for number, count in enumerate((3, 5, 2, 4)):
+        corner = rng.uniform(0, 40, (count, 2))
+        boxes = np.concatenate([corner, corner + rng.uniform(5, 50, (count, 2))], 1).astype(np.float32)
+        features = rng.standard_normal((count, 12)).astype(np.float32)
+        images.append(RegionImage(f"picture-{number}", size=(100, 120), boxes=boxes, features=features))
+    build_regions(images, folder, Detector(model="drawn", class_count=0))
+    return RegionTable.open(folder)

@@ -29,7 +29,6 @@ from xdscale.tasks.visualbert import VisualBERTClassifier, VisualBERTSubject
 from xdscale.training.engine import to_device
 
 WIDTH = 12
-COUNTS = (3, 5, 2, 4)
 
 
 def task_of(reads, **of):
@@ -40,20 +39,6 @@ def task_of(reads, **of):
 
 def example(texts, images=(), spans=(), name="1"):
     return Example(name, texts, 0, 1, images, spans)
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """Four pictures with 3, 5, 2 and 4 regions."""
-    folder, rng = tmp_path_factory.mktemp("data") / "regions", np.random.default_rng(0)
-    images = []
-    for number, count in enumerate(COUNTS):
-        corner = rng.uniform(0, 40, (count, 2))
-        boxes = np.concatenate([corner, corner + rng.uniform(5, 50, (count, 2))], 1).astype(np.float32)
-        features = rng.standard_normal((count, WIDTH)).astype(np.float32)
-        images.append(RegionImage(f"picture-{number}", size=(100, 120), boxes=boxes, features=features))
-    build_regions(images, folder, Detector(model="drawn", class_count=0))
-    return RegionTable.open(folder)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +55,11 @@ def folder(cassette_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def read(folder, table):
+def read(folder, region_table):
     """Returns a task's first micro-batch as arrays, and the module of VisualBERT with its head."""
 
     def of(task, examples, real=None, **settings):
-        subject = VisualBERTSubject(str(folder), ModelSettings(dropout=0.0, **settings), table)
+        subject = VisualBERTSubject(str(folder), ModelSettings(dropout=0.0, **settings), region_table)
         collate = subject.collator(task, examples)
         ids = np.arange(len(examples))
         batch = collate(Slots(np.zeros_like(ids), ids, np.ones(len(ids), bool) if real is None else np.array(real)))
@@ -230,7 +215,7 @@ def test_padding_examples_count_for_nothing(read):
     assert batch.tokens == batch.arrays["cu_seqlens"][1]
 
 
-def test_images_and_features_that_do_not_fit_are_refused(read, table, folder, tmp_path):
+def test_images_and_features_that_do_not_fit_are_refused(read, folder, tmp_path):
     with pytest.raises(XdscaleError, match="the table of regions has no image 'picture-9'"):
         read(task_of("input"), [example((("good",),), ("picture-9",))])
     narrow = np.zeros((1, 5), np.float32)

@@ -77,7 +77,7 @@ class VisualTaskCollator:
             for example in examples
         ]
         self._index = np.array(index, np.int64)  # [n, choices or 1, sentences]
-        self._ids, self._begins = _tokenise(list(numbers), tokenizer[0], begins=any(one.spans for one in examples))
+        self._ids, self._begins = tokenise(list(numbers), tokenizer[0], begins=any(one.spans for one in examples))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -164,7 +164,7 @@ class VisualTaskCollator:
         pairs, mark, begin, segments = [], len(parts[0]) + 1 + apart if answers else 0, 1, [np.zeros(1, np.int64)]
         for number, part in enumerate(parts):
             for span in spans[number] if spans else ():
-                first, last = self._pieces(texts[number], span, len(part))
+                first, last = pieces_of(self._begins[texts[number]][: len(part)], span)
                 if first is None:
                     continue  # cut off
                 if span.region < 0:
@@ -177,12 +177,6 @@ class VisualTaskCollator:
         if answers and apart:
             segments[-1][-2:] = 1
         return np.concatenate(ids), np.concatenate(segments), np.array(pairs, np.int64).reshape(-1, 3), mark
-
-    def _pieces(self, text: int, span: Span, kept: int) -> tuple[int | None, int]:
-        """Returns the first and the last word piece of a part of a text, of those that were kept."""
-        begins = self._begins[text][:kept]
-        inside = np.flatnonzero((begins >= span.start) & (begins < span.end))
-        return (int(inside[0]), int(inside[-1])) if len(inside) else (None, 0)
 
     def _places(self, packed: dict[str, np.ndarray], offsets: np.ndarray, marked: np.ndarray) -> dict[str, np.ndarray]:
         """Returns where a task's head looks."""
@@ -204,7 +198,18 @@ class VisualTaskCollator:
         }
 
 
-def _tokenise(texts: list[str], tokenizer: Tokenizer, *, begins: bool) -> tuple[Texts, Texts | None]:
+def pieces_of(begins: np.ndarray, span: Span) -> tuple[int | None, int]:
+    """Returns the first and the last word piece that begins in a part of a text; None if none does.
+
+    Args:
+        begins: int [n], the characters at which the text's word pieces begin.
+        span: the part.
+    """
+    inside = np.flatnonzero((begins >= span.start) & (begins < span.end))
+    return (int(inside[0]), int(inside[-1])) if len(inside) else (None, 0)
+
+
+def tokenise(texts: list[str], tokenizer: Tokenizer, *, begins: bool) -> tuple[Texts, Texts | None]:
     """Returns the ids of texts and, if they are asked for, the characters at which their word pieces begin."""
     if not begins:
         return Texts([one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]), None

@@ -44,7 +44,7 @@ class VisualBERTCollator:
             regions = no_regions(len(images), self.recipe.model.region_size)
         else:
             regions = self.regions.read(images)
-        return compose(self.recipe, self.tokenizer, slots, texts, labels, regions)
+        return compose(self.recipe, self.tokenizer, slots, list(zip(*texts)), labels, regions)
 
     def prefetch(self, step: list[Slots]) -> None:
         """Says that the samples of a step, their second captions and their images will be read soon.
@@ -62,15 +62,8 @@ class VisualBERTCollator:
 
         No shard is read: every text counts as the longest, of ids 0.
         """
-        drawn, model, objectives = [], self.recipe.model, self.recipe.objectives
-        if objectives.mlm is not None:
-            ids = np.zeros((len(slots.sample_ids), model.max_text), np.int64)
-            maskable, seed = np.ones_like(ids, bool), self.recipe.training.seed
-            positions, _ = mask_language_ids(ids, slots, objectives.mlm, self.tokenizer, seed=seed, maskable=maskable)
-            drawn += [positions, ids.reshape(-1)[positions]]
-        if objectives.match is not None:
-            drawn += pair_bits(slots, objectives.match.mismatch, seed=self.recipe.training.seed)
-        return drawn
+        drawn, match = drawn_masks(self.recipe, self.tokenizer, slots), self.recipe.objectives.match
+        return drawn if match is None else drawn + pair_bits(slots, match.mismatch, seed=self.recipe.training.seed)
 
     def _words(self, rows: np.ndarray) -> list[np.ndarray]:
         words, bounds = self.captions.read_ragged("words", rows)
@@ -100,6 +93,16 @@ class VisualBERTCollator:
             images = np.where(readable, images, self.regions.table.first_usable())
         slots = Slots(slots.epochs, rows, slots.real & usable)
         return slots, second, images, None if labels is None else np.where(slots.real, labels, PADDING)
+
+
+def drawn_masks(recipe: VisualBERTRecipe, tokenizer: LanguageTokenizer, slots: Slots) -> list[np.ndarray]:
+    """Returns masked positions and what is put there, without reading samples: texts count as the longest, of ids 0."""
+    if recipe.objectives.mlm is None:
+        return []
+    ids = np.zeros((len(slots.sample_ids), recipe.model.max_text), np.int64)
+    maskable, seed = np.ones_like(ids, bool), recipe.training.seed
+    positions, _ = mask_language_ids(ids, slots, recipe.objectives.mlm, tokenizer, seed=seed, maskable=maskable)
+    return [positions, ids.reshape(-1)[positions]]
 
 
 def pair_bits(slots: Slots, mismatch: float, *, seed: int) -> list[np.ndarray]:
@@ -150,6 +153,9 @@ def compose(
     texts: Sequence[Sequence[np.ndarray]],
     labels: np.ndarray | None,
     regions: Regions,
+    *,
+    images: int = 1,
+    alignments: Sequence[Sequence[tuple[int, int, int]]] | None = None,
 ) -> MicroBatch:
     """Makes a micro-batch of samples that are read: cuts, masks and packs.
 
@@ -157,12 +163,15 @@ def compose(
         recipe: objectives and lengths.
         tokenizer: ids of [CLS], [SEP] and [MASK], and the size of the vocabulary.
         slots: which samples they are.
-        texts: of each sample the first caption; then, if there is one, the second: ids without [CLS] and [SEP].
+        texts: of each sample its texts, one or two: ids without [CLS] and [SEP].
         labels: int64 [b] of the pairs; None without `match`.
-        regions: of each sample's image.
+        regions: of each sample's images.
+        images: of a sample; of several, each has a visual segment of its own.
+        alignments: of each sample a region, the text that names it (0 or 1), and where in that text; what was cut off
+            is aligned with nothing.
     """
     model, mlm = recipe.model, recipe.objectives.mlm
-    pieces = [_cut(list(sample), model.max_text - 1 - len(texts)) for sample in zip(*texts, strict=True)]
+    pieces = [_cut(sample, model.max_text - 1 - len(sample)) for sample in texts]
     ids, segments, maskable, lengths = _padded(pieces, tokenizer)
     arrays: dict[str, np.ndarray] = {}
     targets: dict[str, int] = {}
@@ -179,7 +188,11 @@ def compose(
         regions = regions._replace(features=np.concatenate([regions.features, spatial(regions)], 1))
     valid = [slice(0, length) for length in lengths.tolist()]
     packed = pack(
-        [row[part] for row, part in zip(ids, valid)], [row[part] for row, part in zip(segments, valid)], regions
+        [row[part] for row, part in zip(ids, valid)],
+        [row[part] for row, part in zip(segments, valid)],
+        regions._replace(offsets=np.ascontiguousarray(regions.offsets[::images])),
+        np.repeat(np.arange(len(regions.sizes)) % images, np.diff(regions.offsets)),
+        None if alignments is None else [_kept(*sample) for sample in zip(pieces, alignments, strict=True)],
     )
     if mlm is not None:
         row, column = np.divmod(places, ids.shape[1])
@@ -215,7 +228,14 @@ def _padded(
     return ids, segments, words, lengths
 
 
-def _cut(texts: list[np.ndarray], room: int) -> list[np.ndarray]:
+def _kept(texts: Sequence[np.ndarray], aligned: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Returns regions and positions, behind [CLS] and the [SEP] between texts, of the words that were not cut off."""
+    begins = (1, 2 + len(texts[0]))
+    pairs = [(region, begins[text] + place) for region, text, place in aligned if place < len(texts[text])]
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def _cut(texts: Sequence[np.ndarray], room: int) -> list[np.ndarray]:
     """Cuts the ends of one or two texts so that they have room together, the longer one first."""
     if len(texts) == 1:
         return [texts[0][:room]]

@@ -162,15 +162,7 @@ def check_captions(recipe: VisualBERTRecipe, manifest: Manifest) -> None:
     """
     spec, match = recipe.model, recipe.objectives.match
     check_tokenizer(spec.language, CaptionBuild.of(manifest).language_tokenizer)
-    positions = language_config(spec.language).max_position_embeddings
-    if spec.max_text > positions:
-        raise XdscaleError(f"model.max_text = {spec.max_text}: {spec.language.name} has {positions} positions")
-    width = RegionBuild.model_validate(manifest.tables[REGIONS].build).width
-    if spec.images and width != spec.region_size:
-        raise XdscaleError(
-            f"model.region_size = {spec.region_size}, but the regions' features are {width} wide; "
-            f"write model.region_size={width}, or take the regions that the recipe is for"
-        )
+    check_inputs(recipe, RegionBuild.model_validate(manifest.tables[REGIONS].build).width)
     splits = manifest.tables[CAPTIONS].splits
     lone = {name: split.counts.get("lone_captions", 0) for name, split in splits.items()}
     if match is not None and any(lone.values()):
@@ -178,6 +170,23 @@ def check_captions(recipe: VisualBERTRecipe, manifest: Manifest) -> None:
         raise XdscaleError(
             f"objectives.match needs two captions of an image, but some images have one alone ({told}): "
             "leave them out of the captions, or switch it off: objectives.match=null"
+        )
+
+
+def check_inputs(recipe: VisualBERTRecipe, width: int) -> None:
+    """Checks that features and lengths are those that the model reads.
+
+    Raises:
+        XdscaleError: features of another width, or texts longer than the BERT's positions.
+    """
+    spec = recipe.model
+    positions = language_config(spec.language).max_position_embeddings
+    if spec.max_text > positions:
+        raise XdscaleError(f"model.max_text = {spec.max_text}: {spec.language.name} has {positions} positions")
+    if spec.images and width != spec.region_size:
+        raise XdscaleError(
+            f"model.region_size = {spec.region_size}, but the regions' features are {width} wide; "
+            f"write model.region_size={width}, or take the regions that the recipe is for"
         )
 
 
@@ -214,7 +223,7 @@ def invented(recipe: VisualBERTRecipe, samples: int, length: int | None = None, 
         found = Regions(features, boxes, boxes[:, 0], found.sizes, np.arange(samples + 1) * regions)
     slots = Slots(np.zeros(samples, np.int64), np.arange(samples), np.ones(samples, bool))
     labels = None if recipe.objectives.match is None else np.arange(samples) % 2
-    return compose(recipe, tokenizer, slots, texts, labels, found)
+    return compose(recipe, tokenizer, slots, list(zip(*texts)), labels, found)
 
 
 def _freeze(module: VisualBERTPretraining, recipe: VisualBERTRecipe) -> None:

@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from xdscale.data.order import Order, validation_slots
-from xdscale.data.task_batches import Texts
 from xdscale.data.task_files import NO_LABEL, Example, Span
-from xdscale.data.visualbert import compose, drawn_masks
 from xdscale.data.visual_tasks import pieces_of, tokenise
+from xdscale.data.visualbert import compose, drawn_masks
 from xdscale.errors import XdscaleError
 from xdscale.pretrained.language import own_tokenizer
 from xdscale.recipes.visualbert.task_schema import VisualBERTTaskRecipe
 from xdscale.shards.regions import RegionTable
 from xdscale.systems.contract import Data, MicroBatch, Place, Slots
-from xdscale.systems.visualbert import VisualBERTSystem, check_regions
+from xdscale.systems.visualbert import VisualBERTSystem, check_inputs
 from xdscale.tasks.contract import Task, find_task, open_regions, read_task
 
 
@@ -30,7 +29,7 @@ class VisualBERTTaskSystem(VisualBERTSystem):
         task, regions = find_task(recipe.task), open_regions(recipe.data.regions)
         if not task.images:
             raise XdscaleError(f"task = {recipe.task!r}: has no images; expected one that has")
-        check_regions(recipe, regions.width)
+        check_inputs(recipe, regions.width)
         data = read_task(task, Path(recipe.data.folder), regions)
         train, held_out = (
             TaskTextCollator(recipe, data.task, examples, regions)
@@ -90,13 +89,12 @@ class TaskTextCollator:
         """Reads and prepares the samples of one micro-batch."""
         samples = slots.sample_ids.tolist()
         regions = self._regions.read(self._rows[slots.sample_ids].ravel())
-        per_image, images = np.diff(regions.offsets), self._images
-        segments = np.repeat(np.arange(len(per_image)) % images, per_image)
         labels = None
         if self._recipe.objectives.match is not None:
             labels = np.where(slots.real, self._labels[slots.sample_ids], NO_LABEL)
         texts = [[self._ids[text] for text in self._texts[sample]] for sample in samples]
-        aligned = [self._aligned(sample, count) for sample, count in zip(samples, per_image[::images])]
+        counts = np.diff(regions.offsets)[:: self._images]
+        aligned = [self._aligned(sample, count) for sample, count in zip(samples, counts)]
         return compose(
             self._recipe,
             self._tokens,
@@ -104,13 +102,12 @@ class TaskTextCollator:
             texts,
             labels,
             regions,
-            images=images,
-            visual_segments=segments,
+            images=self._images,
             alignments=aligned if any(map(len, aligned)) else None,
         )
 
     def _aligned(self, sample: int, regions: int) -> list[tuple[int, int, int]]:
-        """Returns regions, the number of the text that names each, and the word piece there at which its name begins."""
+        """Returns regions, which text names each, and the word piece there at which its name begins."""
         found = []
         for number, (text, spans) in enumerate(zip(self._texts[sample], self._spans[sample])):
             for span in spans:
