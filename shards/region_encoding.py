@@ -3,7 +3,7 @@
 import numpy as np
 
 LARGEST_ERROR = 7e-3
-"""Relative L2 error of a region's features as companded bytes, at most: measured on bottom-up features, 6.4e-3."""
+"""Relative L2 error that companding may make of a region's features: on bottom-up features it made up to 6.4e-3."""
 KEPT_CLASSES = 64
 """Classes that are kept of a distribution, the largest; the others share the rest equally (KL divergence 0.004)."""
 

@@ -66,7 +66,9 @@ class RegionLayout(ManifestSection):
 
     width: Count
     encoding: Literal["fp16", "u8"] = "fp16"
-    largest_error: float = Field(default_factory=lambda known: LARGEST_ERROR * (known.get("encoding") == "u8"))
+    largest_error: Annotated[float, Field(ge=0, le=1)] = Field(
+        default_factory=lambda known: LARGEST_ERROR * (known.get("encoding") == "u8")
+    )
     class_probs: Literal["none", "all", "top-64"] = "none"
     probabilities: Annotated[int, Field(ge=0, le=2**16)] = 0
     labels: tuple[Literal["confidences", "object_ids", "attribute_ids", "attribute_confidences"], ...] = ()

@@ -34,8 +34,11 @@ def import_command(
     ],
     out: Annotated[UserPath, typer.Option(help="Folder of the dataset.")],
     encoding: Annotated[
-        Literal["fp16", "u8"], typer.Option(help="Of features; u8: half the size, relative error up to 0.007.")
+        Literal["fp16", "u8"], typer.Option(help="Of features; u8: half the size, with an error.")
     ] = "fp16",
+    largest_error: Annotated[
+        float, typer.Option(min=0.001, max=0.1, help="Relative, that u8 may make of a region's features.")
+    ] = 0.007,
     class_probs: Annotated[
         Literal["all", "top-64", "none"] | None,
         typer.Option(help="What is kept of class distributions. Default: top-64 of those with more classes."),
@@ -90,6 +93,7 @@ def import_command(
         box_form=boxes,
         box_units=units,
         encoding=encoding,
+        largest_error=largest_error,
         class_probs=class_probs,
         shard_images=shard_images,
         region_order=order,

@@ -6,6 +6,7 @@ from typing import Any
 
 from xdscale.errors import XdscaleError
 from xdscale.names import nearest, resolve_path
+from xdscale.shards.region_encoding import LARGEST_ERROR
 from xdscale.shards.regions import RegionBuild
 from xdscale.shards.sources.regions.detectors import load_detector
 from xdscale.shards.sources.regions.files import FileImages, Reading, RegionFormat
@@ -44,6 +45,7 @@ def region_files(
     background: str = AS_THE_FORMAT,
     encoding: str = "fp16",
     class_probs: str | None = None,
+    largest_error: float = LARGEST_ERROR,
     shard_images: int = 1024,
     **declared: Any,
 ) -> RegionSource:
@@ -59,6 +61,7 @@ def region_files(
         background: which class is no object: "format", "none" or a number.
         encoding: of features.
         class_probs: as `layout_of`.
+        largest_error: as `layout_of`.
         shard_images: images per shard.
         **declared: `box_form` and `box_units` ("format", or as `RegionBuild`), `region_order`, `whole_image`.
 
@@ -71,7 +74,7 @@ def region_files(
     objects = max(found.class_count - (found.background is not None), 0)
     reading = replace(reading or Reading(), class_names=tuple(found.classes), objects=objects)
     images = FileImages([resolve_path(name) for name in inputs], kind(reading), reading, shard_images)
-    layout = layout_of(images.first(), encoding, class_probs)
+    layout = layout_of(images.first(), encoding, class_probs, largest_error)
     build = RegionBuild(
         format=format,
         inputs=images.inputs,

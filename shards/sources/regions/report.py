@@ -1,5 +1,7 @@
 """What the commands say of a table of image regions."""
 
+from typing import Any
+
 from xdscale.shards.manifest import TableManifest
 from xdscale.shards.regions import RegionBuild
 
@@ -17,6 +19,10 @@ def summary(table: TableManifest) -> list[str]:
     if build.width:
         error = f", relative error up to {build.largest_error:g}" if build.largest_error else ""
         lines.append(f"features: {build.width} numbers, {build.encoding}{error}")
+    found: Any = table.counts.get("relative_error_thousandths", [])
+    if any(found):
+        shares = [f"{place}: {count / sum(found):.0%}" for place, count in enumerate(found) if count]
+        lines.append(f"regions by their error in whole thousandths: {', '.join(shares)}")
     if build.class_probs != "none":
         lines.append(f"class distributions: {build.class_probs} of {build.probabilities}")
     more = [*build.labels, *(["the image files"] if build.jpeg else [])]

@@ -18,7 +18,6 @@ from xdscale.shards.sources.regions.checks import checked_boxes, checked_feature
 
 _AT_ONCE = 16
 """Images that are packed together: their features are some MiB."""
-_ERROR_STEPS = np.arange(0, LARGEST_ERROR + 1e-9, 1e-3)
 
 
 class RegionImage(NamedTuple):
@@ -97,7 +96,7 @@ class RegionSource:
             relative L2 error is k to k + 1 thousandths.
         """
         counts: Counts = {"images": 0, "regions": 0}
-        errors = np.zeros(len(_ERROR_STEPS), np.int64)
+        errors = np.zeros(int(1000 * self._build.largest_error) + 1, np.int64)
         images = self._images.images(work)
         while some := list(islice(images, _AT_ONCE)):
             packed = [self._packed(image, errors) for image in some]
@@ -123,7 +122,7 @@ class RegionSource:
         if build.width:
             features = checked_features(image, build, len(boxes))
             if build.encoding == "u8":
-                packed["features"], packed["scales"] = _companded(image, features, errors)
+                packed["features"], packed["scales"] = _companded(image, features, errors, build.largest_error)
             else:
                 packed["features"] = features.astype("<f2")
         if build.class_probs != "none":
@@ -139,16 +138,20 @@ class RegionSource:
         return packed
 
 
-def _companded(image: RegionImage, features: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _companded(
+    image: RegionImage, features: np.ndarray, errors: np.ndarray, most: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns bytes and scales, and counts the errors by whole thousandths."""
     codes, scales, lost = compand(features)
     worst = int(lost.argmax())
-    if lost[worst] > LARGEST_ERROR:
+    if lost[worst] > most:
         negative = " (some are negative)" if (features[worst] < 0).any() else ""
         raise XdscaleError(
             f"{image.where}: image {image.image_id!r}: features of region {worst} would change by {lost[worst]:.1e}"
-            f"{negative} as companded bytes, allowed are {LARGEST_ERROR:.0e}; store them with --encoding fp16"
+            f"{negative} as companded bytes, allowed are {most:.1e}; store them with --encoding fp16, or allow more "
+            "with --largest-error"
         )
-    np.add.at(errors, np.searchsorted(_ERROR_STEPS, lost, side="right") - 1, 1)
+    np.add.at(errors, np.minimum((1000 * lost).astype(np.int64), len(errors) - 1), 1)
     return codes, scales.astype("<f4")
 
 
@@ -215,19 +218,23 @@ def build_regions(
             raise XdscaleError(f"{image.where}: image id {image.image_id!r} is there twice; ids must be unique")
         seen.add(image.image_id)
     content = InputFile(name="given", bytes=0, sha256=content_hash(images).hexdigest())
-    layout = layout_of(images[0], how.pop("encoding", "fp16"), how.pop("class_probs", None))
+    chosen = {name: how.pop(name) for name in ("encoding", "class_probs", "largest_error") if name in how}
+    layout = layout_of(images[0], **chosen)
     build = RegionBuild(format=format, inputs=[content], detector=detector, **layout.model_dump(), **how)
     source = RegionSource(_Given(images, build.shard_images), build)
     return build_table(source, out, workers=workers, overwrite=overwrite)
 
 
-def layout_of(image: RegionImage, encoding: str = "fp16", class_probs: str | None = None) -> RegionLayout:
+def layout_of(
+    image: RegionImage, encoding: str = "fp16", class_probs: str | None = None, largest_error: float = LARGEST_ERROR
+) -> RegionLayout:
     """Returns the columns that a table of images like this one has.
 
     Args:
         image: one of them.
         encoding: of features.
         class_probs: "all", "top-64" or "none" of its distributions; by default "top-64" of those that are larger.
+        largest_error: that companding may make.
     """
     probabilities = 0 if image.class_probs is None else image.class_probs.shape[-1]
     if class_probs is None:
@@ -237,6 +244,7 @@ def layout_of(image: RegionImage, encoding: str = "fp16", class_probs: str | Non
     return RegionLayout(
         width=0 if image.features is None else image.features.shape[-1],
         encoding=encoding,
+        largest_error=largest_error if encoding == "u8" else 0.0,
         class_probs=class_probs,
         probabilities=0 if class_probs == "none" else probabilities,
         labels=tuple(name for name in LABELS if name in image.labels),

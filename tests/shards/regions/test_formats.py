@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from xdscale.commands.regions import regions_app
 from xdscale.errors import XdscaleError
 from xdscale.shards.build import build_table, merge_parts
+from xdscale.shards.commands import shards_app
 from xdscale.shards.regions import RegionTable
 from xdscale.shards.sources.regions.files import Reading, load_sizes
 from xdscale.shards.sources.regions.importing import region_files
@@ -139,6 +140,15 @@ def test_the_command_says_what_came_of_it(tmp_path):
     assert result.exit_code == 0, result.output
     assert "5 images, 16 regions" in result.output
     assert "features: 20 numbers, u8, relative error up to 0.007" in result.output
+    shown = CliRunner().invoke(shards_app, ["info", str(tmp_path / "out")]).output
+    assert f"{tmp_path / 'out'}: image regions, butd" in shown
+    for line in (
+        "16 regions",
+        "detector: test (weights not stated); 101 classes, named, background is 0",
+        "thousandths: ",
+    ):
+        assert line in result.output
+        assert line in shown
     build = json.loads((tmp_path / "out" / "dataset.json").read_text())["tables"]["regions"]["build"]
     assert build["detector"]["classes"][:2] == ["class 0", "class 1"]
     assert build["detector"]["background"] == 0

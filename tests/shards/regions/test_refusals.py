@@ -151,6 +151,10 @@ def test_bytes_that_would_lose_too_much_are_refused(tmp_path):
     ):
         build_regions([image], tmp_path / "out", Detector(model="test"), encoding="u8")
     assert not (tmp_path / "out").exists()
+    build_regions([image], tmp_path / "out", Detector(model="test"), encoding="u8", largest_error=0.02)
+    table = RegionTable.open(tmp_path / "out")
+    assert table.build.largest_error == 0.02
+    assert table.table.manifest.tables["regions"].counts["relative_error_thousandths"] == [1, *[0] * 15, 1, *[0] * 4]
 
 
 def test_probabilities_are_scaled_to_one_within_a_tenth(tmp_path, those):
