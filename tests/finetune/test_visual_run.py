@@ -228,6 +228,8 @@ def test_the_second_phase_learns_what_is_true_of_the_images(adapt, cassette_mode
         ({"subject": "language"}, "reads no images|supported are 'bert', 'electra'"),
         ({"subject": "visual-bert"}, "no such subject; did you mean 'visualbert'"),
         ({"tasks": ["all"], "regions": None}, r"has no RTE/train\.tsv"),
+        ({"tasks": ["rte"]}, r"--regions .*: rte has no images; leave --regions out"),
+        ({"tasks": ["vqa"], "data": None}, "--data"),
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_trained(model, data, regions, tmp_path, changes, message):
