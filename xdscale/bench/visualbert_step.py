@@ -210,7 +210,7 @@ def padded_inputs(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 def _pretraining(recipe: VisualBERTRecipe, device: torch.device, samples: int, narrow: bool) -> Case:
     """Two captions and 36 to 100 regions, against `VisualBertForPreTraining`."""
     chance = np.random.default_rng(0)
-    texts = [[_words(chance, CAPTION_WORDS) for _ in range(samples)] for _ in range(2)]
+    texts = [[_words(chance, CAPTION_WORDS) for _ in range(2)] for _ in range(samples)]
     regions = _regions(chance, samples, 36, 100, recipe.model.region_size)
     slots = Slots(np.zeros(samples, np.int64), np.arange(samples), np.ones(samples, bool))
     ours = build_module(open_system(recipe), continued=True).train().to(device)
