@@ -14,6 +14,7 @@ from .wording import captions, text
 
 SPLITS = {"train": "train2014", "val": "val2014"}
 FIRST_ID = {"train": 1, "val": 500_001}
+FIRST_REFERRED = 800_001
 _LICENSES = [{"id": 1, "name": "made by a program", "url": ""}]
 _CATEGORIES = [{"supercategory": "thing", "id": number, "name": kind} for number, kind in enumerate(KINDS, 1)]
 ANSWERS: dict[str, Sequence[str]] = {
@@ -143,7 +144,7 @@ def _write_refcoco(folder: Folder, seed: int, counts: dict[str, int]) -> None:
     wanted = {"train": counts["train"]} | dict.fromkeys(("val", "testA", "testB"), counts["val"])
     splits = [split for split, count in wanted.items() for _ in range(count)]
     scenes = [draw_scene(generator(seed, "refcoco", number), twins=True) for number in range(len(splits))]
-    ids = list(range(1, len(scenes) + 1))
+    ids = [FIRST_REFERRED + number for number in range(len(scenes))]
     names = [f"COCO_train2014_{image:012}.jpg" for image in ids]
     refs: list[dict[str, Any]] = []
     for image, name, split, scene in zip(ids, names, splits, scenes):

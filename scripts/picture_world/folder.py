@@ -50,6 +50,7 @@ class Folder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Writes the proposed boxes of all pictures."""
-        if self._boxes:
-            self.json(BOXES, self._boxes)
+        """Adds the proposed boxes of all pictures to those of other benchmarks."""
+        path = self.path.parent / BOXES
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(found | self._boxes, sort_keys=True), encoding="utf-8")

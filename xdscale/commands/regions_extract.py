@@ -33,8 +33,8 @@ def extract_command(
     short_side: Annotated[
         int | None, typer.Option(min=8, help="Of a backbone: scale images so that their shorter side has these pixels.")
     ] = None,
-    unit_rms: Annotated[
-        bool, typer.Option("--unit-rms", help="Scale each region's features to a root mean square of 1.")
+    standardize: Annotated[
+        bool, typer.Option("--standardize", help="Give each feature mean 0 and variance 1 over 64 of the images.")
     ] = False,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Least confidence of what is found.")] = 0.2,
     fewest: Annotated[int, typer.Option(min=1, help="Regions of an image even below it.")] = 10,
@@ -77,7 +77,7 @@ def extract_command(
         whole_image=whole_image,
         stage=stage,
         short_side=short_side,
-        unit_rms=unit_rms,
+        standardize=standardize,
         threshold=threshold,
         fewest=fewest,
         most=most,

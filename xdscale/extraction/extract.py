@@ -23,6 +23,8 @@ from xdscale.shards.regions import Detector, RegionBuild
 from xdscale.shards.sources.regions.source import RegionImage, RegionSource, layout_of
 
 LIBRARIES = ("timm", "torchvision", "transformers")
+SAMPLE = 64
+"""Images whose regions say what is usual."""
 WINDOW_BATCHES = 4
 """So many batches of images are decoded at a time, to be put together by size."""
 
@@ -38,7 +40,7 @@ class ExtractOptions:
         whole_image: the whole image is region 0, before given boxes.
         stage: as `Backbone`.
         short_side: as `Backbone`.
-        unit_rms: scale each region's features to a root mean square of 1.
+        standardize: give each feature mean 0 and variance 1 over the regions of some images.
         threshold: as `Choice`.
         fewest: as `Choice`.
         most: as `Choice`.
@@ -55,7 +57,7 @@ class ExtractOptions:
     whole_image: bool = False
     stage: str | None = None
     short_side: int | None = None
-    unit_rms: bool = False
+    standardize: bool = False
     threshold: float = 0.2
     fewest: int = 10
     most: int = 100
@@ -91,12 +93,14 @@ def region_source(
     if given is None and options.whole_image:
         raise XdscaleError("--whole-image: the whole image can be a region before given boxes alone (--boxes)")
     images = ExtractedImages(pictures, options, given, shard_images)
+    if options.standardize:
+        images.standardize()
     first = next((image for picture in pictures for image in images.images([picture])), None)
     if first is None:
         raise XdscaleError(f"{', '.join(names)}: none of {len(pictures):,} images can be read")
     detector = images.detector
     layout = layout_of(first, encoding, class_probs)
-    how = {"given_boxes": options.boxes is not None, "unit_rms": options.unit_rms, "batch": options.batch}
+    how = {"given_boxes": options.boxes is not None, "standardized": images.standardized, "batch": options.batch}
     settings = detector.settings | how
     build = RegionBuild(
         format="extracted",
@@ -116,6 +120,7 @@ class ExtractedImages:
 
     Attributes:
         total_bytes: of all files.
+        standardized: SHA-256 of means and deviations of features; None where they are as the network gives them.
 
     Args:
         pictures: the files.
@@ -129,6 +134,9 @@ class ExtractedImages:
     ) -> None:
         self._pictures, self._options, self._given, self._shard_images = pictures, options, given, shard_images
         self._network: Any = None
+        self._mean: np.ndarray | float = 0.0
+        self._deviation: np.ndarray | float = 1.0
+        self.standardized: str | None = None
         self.total_bytes = sum(picture.bytes for picture in pictures)
 
     def __getstate__(self) -> dict[str, Any]:  # worker processes get their units, and build the network themselves
@@ -138,6 +146,19 @@ class ExtractedImages:
     def detector(self) -> Detector:
         """What `dataset.json` says of the network."""
         return self._opened().detector
+
+    def standardize(self) -> None:
+        """Takes means and deviations from regions of images that lie evenly among all, and applies them from now on.
+
+        Raises:
+            XdscaleError: as `images`.
+        """
+        count = len(self._pictures)
+        some = [self._pictures[place * count // min(count, SAMPLE)] for place in range(min(count, SAMPLE))]
+        features = np.concatenate([image.features for image in self.images(some)]).astype(np.float64)
+        mean, deviation = features.mean(0), features.std(0)
+        self._mean, self._deviation = mean, np.where(deviation > 0, deviation, 1)
+        self.standardized = hashlib.sha256(np.stack([mean, deviation]).tobytes()).hexdigest()
 
     def units(self, threads: int) -> Iterator[tuple[list[Picture], int]]:
         """Yields as many images as a shard has."""
@@ -196,7 +217,7 @@ class ExtractedImages:
                     image_id=picture.image_id,
                     size=(width, height),
                     boxes=found.boxes if given is None else given[place].boxes,
-                    features=_unit_rms(found.features) if self._options.unit_rms else found.features,
+                    features=((found.features - self._mean) / self._deviation).astype(np.float32),
                     labels={name: values for name, values in labels.items() if values is not None},
                     class_probs=found.class_probs,
                     jpeg=content if self._options.store_images else None,
@@ -209,11 +230,6 @@ class ExtractedImages:
         if self._network is None:
             self._network = open_network(self._options)
         return self._network
-
-
-def _unit_rms(features: np.ndarray) -> np.ndarray:
-    lengths = np.sqrt(np.square(features, dtype=np.float64).mean(axis=1, keepdims=True))
-    return (features / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
 def open_network(options: ExtractOptions) -> Any:
