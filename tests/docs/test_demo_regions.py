@@ -1,4 +1,4 @@
-"""The demo of docs/picture-world.md, as a newcomer runs it: pictures decide the answers, and the model looks at them."""
+"""The demo of docs/picture-world.md, as a newcomer runs it: the model answers from the pictures."""
 
 import json
 import os
