@@ -290,11 +290,13 @@ def _rows_of(
     form = max(found, key=lambda form: int((found[form] >= 0).sum()))  # the first of those that find most
     rows = found[form]
     missing = np.flatnonzero(wanted & (rows < 0))
-    if len(missing) == wanted.sum() or (len(missing) and options.missing == "refuse"):
+    none = len(missing) == wanted.sum()
+    if none or (len(missing) and options.missing == "refuse"):
         try:  # names the first ones, and what the table's ids look like
             regions.rows([IMAGE_NAMES[form](images[place]) for place in missing])
         except XdscaleError as error:
-            raise XdscaleError(f"{error}; or leave such images out: --missing leave-out") from None
+            hint = "it has none of the captions' images" if none else "or leave such images out: --missing leave-out"
+            raise XdscaleError(f"{error}; {hint}") from None
     return form, rows
 
 
