@@ -57,5 +57,5 @@ answer blank "$pictures-blank"
 wait "$images"
 
 say "6/6  report"
-xdscale report "$finetuned/blank" "$finetuned/shuffled" "$finetuned/images" --out "$run/report"
+xdscale report "$finetuned/images" --layout visualbert --out "$run/report"
 "$PYTHON" scripts/demo_regions.py report "$run" "$finetuned" --seconds "$(($(date +%s) - started))"
