@@ -13,7 +13,7 @@ from tensorboard.summary.writer import event_file_writer
 from xdscale.systems.contract import Objective
 from xdscale.training.board import describe
 from xdscale.training.monitor import Monitor
-from xdscale.training.run_folder import RunFolder
+from xdscale.training.run_folder import RunFolder, read_log
 
 OBJECTIVES = {
     "adaptation": {name: Objective(1.0) for name in ("mlm", "match", "clip_tokens")},
@@ -78,6 +78,20 @@ def continued(tmp_path, objectives, capsys):
     train(folder, objectives, 0, 4)
     train(folder, objectives, 3, 6)
     return folder
+
+
+def test_the_log_of_a_start_at_step_0_holds_nothing_of_before_and_a_later_one_all_up_to_its_step(tmp_path, capsys):
+    def logged():
+        entries = read_log(tmp_path / "log.jsonl")
+        return [(entry["step"], entry["kind"]) for entry in entries]
+
+    objectives = next(iter(OBJECTIVES.values()))
+    train(tmp_path, objectives, 0, 4)
+    train(tmp_path, objectives, 0, 1)
+    first = [(0, "validation"), (1, "step"), (1, "validation"), (1, "end")]
+    assert logged() == first
+    train(tmp_path, objectives, 1, 2)
+    assert logged() == [*first, (2, "step"), (2, "validation"), (2, "end")]
 
 
 def test_a_run_that_was_continued_is_one_run_with_a_name(continued):
