@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from xdscale.bench.stream import Promise
+from xdscale.bench.promises import Promise, print_promises
 from xdscale.shards.manifest import MANIFEST_NAME, Manifest, Split
 from xdscale.shards.regions import REGIONS, Detector, RegionTable
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
@@ -58,7 +58,7 @@ def bench_regions(regions: Path | None, *, images: int = 400, rounds: int = 5) -
         rows += _in_bytes(work, sizes)
         rows += _fresh_process(work, those[:FIRST_BATCH])
     regions_each = sum(len(image.boxes) for image in those) / images
-    _print(rows, f"{images} images of {regions_each:.0f} regions of {those[0].features.shape[1]} numbers")
+    print_promises(rows, f"{images} images of {regions_each:.0f} regions of {those[0].features.shape[1]} numbers")
     return rows
 
 
@@ -275,18 +275,6 @@ def _in_child(folder: Path) -> None:
         table.read(chance.integers(0, len(table), FIRST_BATCH))
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(json.dumps({"ready": ready, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}))
-
-
-def _print(rows: list[Promise], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("measured", title=title)
-    for column in ("figure", "goal", "reached"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(row.name, row.figure, row.goal, ("yes" if row.reached else "NO") if row.goal else "")
-    Console(highlight=False, width=None if Console().is_terminal else 120).print(table)
 
 
 if __name__ == "__main__":

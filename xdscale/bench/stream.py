@@ -12,11 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from xdscale.bench.promises import Promise, print_promises
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order
 from xdscale.recipes.xdbert.schema import XDBERTObjectives
@@ -33,16 +33,6 @@ BUFFER = 1000
 FIRST_BATCH = 32
 SEEKS = 200
 MANY_SHARDS, FEW_SHARDS = 10_000, 500
-
-
-@dataclass(frozen=True)
-class Promise:
-    """One promise: the figure, what it must reach, and whether it does."""
-
-    name: str
-    figure: str
-    goal: str
-    reached: bool
 
 
 def bench_stream(shards: Path, *, samples: int = 20_000, rounds: int = 3) -> list[Promise]:
@@ -62,7 +52,9 @@ def bench_stream(shards: Path, *, samples: int = 20_000, rounds: int = 3) -> lis
         rows = _against_webdataset(source, work, samples, rounds)
         many, few = (_many_shards(source, work / str(count), count) for count in (MANY_SHARDS, FEW_SHARDS))
         rows += [*_fresh_process(many, few), _seek(many)]
-    _print(rows, source)
+    clip_tokens = source.manifest.tables[source.name].splits["train"].elements["clip_offsets"] / len(source)
+    length = source.columns["language"].shape[0]
+    print_promises(rows, f"sequences of {length} language ids and {clip_tokens:.0f} CLIP ids")
     return rows
 
 
@@ -212,21 +204,6 @@ def _seek(folder: Path) -> Promise:
     worst, usual = 1000 * max(seconds), 1000 * statistics.median(seconds)
     name = f"any of {SEEKS} positions to its batch, CPU time, worst (median)"
     return Promise(name, f"{worst:.0f} ms ({usual:.1f} ms)", "< 50 ms", worst < 50)
-
-
-def _print(rows: list[Promise], source: Table) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    split = source.manifest.tables[source.name].splits["train"]
-    clip_tokens = split.elements["clip_offsets"] / len(source)
-    title = f"sequences of {source.columns['language'].shape[0]} language ids and {clip_tokens:.0f} CLIP ids"
-    table = Table("measured", title=title)
-    for column in ("figure", "goal", "reached"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(row.name, row.figure, row.goal, ("yes" if row.reached else "NO") if row.goal else "")
-    Console(highlight=False, width=None if Console().is_terminal else 120).print(table)
 
 
 if __name__ == "__main__":
