@@ -127,8 +127,7 @@ def captions(
         raise XdscaleError("--karpathy, --held-out and --validation each say what is held out: give one of them")
     if missing not in ("refuse", "leave-out"):
         raise XdscaleError(f"--missing {missing!r}: expected refuse or leave-out")
-    split = given[0] if given else "hash"
-    fraction = {} if given else {"validation_fraction": validation_fraction}
+    split, fraction = (given[0], {}) if given else ("hash", {"validation_fraction": validation_fraction})
     options = CaptionOptions(split=split, missing=missing, **fraction)
     source = CaptionSource(inputs, out, language_tokenizer, options, ways.get(split, []))
     with shown_progress("building") as advance:
