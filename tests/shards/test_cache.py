@@ -133,6 +133,22 @@ def test_the_least_recently_used_goes_first(server, records, local, tmp_path):
     cache.close()
 
 
+def test_what_was_read_stays_when_a_step_asks_for_it_again(server, records, tmp_path):
+    """It must not make room for what a later step needs."""
+    budget = records[0].bytes + max(records[1].bytes, records[2].bytes)
+    cache = open_cache(server.url, tmp_path, budget)
+    table = Table(cache.folder, "train", cache=cache)
+    rows = first_rows(table, 3)
+    table.read("language", rows[[0]])
+    for step in ([0], [1], [2]):
+        table.prefetch(rows[step])
+    table.read("language", rows[[1]])
+    server.asked.clear()
+    table.read("language", rows[[0]])
+    assert server.asked == []
+    cache.close()
+
+
 def test_what_is_fetched_ahead_is_not_waited_for(server, records, local, tmp_path):
     """And is fetched once, though two ranks ask for it."""
     budget = 2 * sum(record.bytes for record in records)
