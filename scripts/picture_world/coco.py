@@ -122,8 +122,8 @@ def _candidates(place: int, scene: Scene) -> Iterator[Candidate]:
 
 
 def _ten_answers(random: np.random.Generator, answer: str) -> list[dict[str, Any]]:
-    """Ten annotators agree, but in a third of the questions one or two are not sure."""
-    unsure = int(random.integers(1, 3)) if random.random() < 1 / 3 else 0
+    """Ten annotators agree, but in an eighth of the questions one or two are not sure."""
+    unsure = int(random.integers(1, 3)) if random.random() < 1 / 8 else 0
     said = [(answer, "yes")] * (ANNOTATORS - unsure) + [("not sure", "no")] * unsure
     return [
         {"answer": said[place][0], "answer_confidence": said[place][1], "answer_id": number}
