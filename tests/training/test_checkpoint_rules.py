@@ -1,13 +1,14 @@
 """What a checkpoint may be continued with, what is cleared away and by whom it is read again; without an engine."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from xdscale.errors import XdscaleError
 from xdscale.training import checkpoint as ckpt
-from xdscale.training import checkpoint_folder
+from xdscale.training import checkpoint_folder, engine_state
 from xdscale.training.engine_state import unordered_sum, weighted_sum
 
 POSITION = ckpt.CheckpointPosition(
@@ -88,6 +89,13 @@ def test_checksums_in_checkpoints_are_those_of_earlier_versions():
     assert int(weighted_sum(values, "encoder.weight", 2**20 - 300)) == WEIGHTED
     assert int(weighted_sum(values.bfloat16(), "encoder.weight", 0)) == WEIGHTED_BF16
     assert int(unordered_sum(values)) == UNORDERED
+    weights = torch.nn.ParameterList([torch.nn.Parameter(values)])
+    state = {"exp_avg": values + 1, "exp_avg_sq": values**2}
+    engine = SimpleNamespace(device=values.device, module=weights, optimizer=None)
+    optimizer = SimpleNamespace(state={weights[0]: state})
+    parts = [int(unordered_sum(part)) for part in (values, *state.values())]
+    expected = f"{(parts[0] + 3 * parts[1] + 5 * parts[2]) % 2**64:016x}"
+    assert engine_state._moments(engine, optimizer, SimpleNamespace(gather=lambda mine: [mine])) == expected
 
 
 WEIGHTED = 1618271123851750662
