@@ -196,6 +196,9 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(grounded_pictures,
         ("vlbert-large-precomputed", 1e-7 * 256, 16_000, 10 * 3_300_000 // 128),
         ("vlbert-base-precomputed-no-text", 1e-7 * 256, 8_000, 10 * 3_300_000 // 256),
         ("vlbert-base-precomputed-paper", 2e-5, 8_000, 250_000),
+        ("vlbert-base-e2e", 1e-7 * 256, 16_000, 10 * 3_300_000 // 128),
+        ("vlbert-large-e2e", 1e-7 * 256, 16_000, 10 * 3_300_000 // 128),
+        ("vlbert-base-e2e-paper", 2e-5, 8_000, 250_000),
     ],
 )
 def test_published_runs(name, rate, warmup, steps):
@@ -209,14 +212,16 @@ def test_published_runs(name, rate, warmup, steps):
 
 
 @pytest.mark.parametrize(
-    ("letter", "off"), [("a", ("text_mlm", "masked_region")), ("b", ("text_mlm",)), ("d", ())]
+    ("letter", "off"), [("a", ("text_mlm", "masked_region")), ("b", ("text_mlm",)), ("d", ()), ("full", ())]
 )  # fmt: skip
 def test_ablations_leave_objectives_out_and_take_half_of_the_epochs(letter, off):
     """Spec VL-BERT §6."""
     full, found = load_recipe("vlbert-base-precomputed"), load_recipe(f"vlbert-ablation-{letter}")
     wanted = full.identity()
     wanted["objectives"] |= dict.fromkeys(off)
-    captions = 128 if letter == "d" else 256
+    if letter == "full":
+        wanted["model"]["pixels"] = load_recipe("vlbert-base-e2e").identity()["model"]["pixels"]
+    captions = 256 if "text_mlm" in off else 128
     wanted["training"]["steps"] = 3_300_000 // captions * 5
     assert found.identity() == wanted
 

@@ -1,6 +1,7 @@
 """VL-BERT on tasks: what it reads, its heads and its losses against those of its release (spec VL-BERT §5)."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +210,24 @@ def test_a_text_alone_is_read_without_an_image(read, theirs):
     torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
     assert loss == 0
     assert batch.regions is None
+
+
+def test_an_encoder_of_pixels_takes_what_a_table_says_of_the_whole_image(folder, table, tmp_path):
+    """As its pretraining did; one of features takes the mean of the others, as its own did (spec §1.3)."""
+    stored = table.read(np.array([1])).features
+    for masks_features in (True, False):
+        config = json.loads((folder / "config.json").read_text()) | {"masks_features": masks_features}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(folder / name, tmp_path)
+        subject = VLBERTSubject(str(tmp_path), ModelSettings(weights="random"), table)
+        collate = subject.collator(task_of("input"), [example((("good",),), ("picture-1",))])
+        found = collate(Slots(np.zeros(1, int), np.zeros(1, int), np.ones(1, bool))).arrays["features"]
+        whole, others = (stored[0], stored[1:]) if table.build.whole_image == "first" else (None, stored)
+        np.testing.assert_array_equal(found[1:], others)
+        if masks_features or whole is None:
+            whole = others.astype(np.float32).mean(0)
+        np.testing.assert_allclose(found[0], whole, atol=2e-3)
 
 
 def test_every_trained_parameter_gets_a_gradient(read):

@@ -14,7 +14,8 @@ def extract_command(
         str,
         typer.Option(
             help="torchvision:fasterrcnn_resnet50_fpn_v2 or another Faster R-CNN, transformers:FOLDER or a name on the "
-            "hub (DETR and its kin), or with --boxes a backbone: timm:resnet50, torchvision:resnet101."
+            "hub (DETR and its kin), or with --boxes a backbone: timm:resnet50, torchvision:resnet101, or "
+            "vlbert:resnet101, which is that of VL-BERT's release."
         ),
     ],
     out: Annotated[UserPath, typer.Option(help="Folder of the dataset.")],

@@ -7,6 +7,7 @@ import numpy as np
 
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.data.masking import mask_language_ids
+from xdscale.data.pictures import blank, read_picture, scaled_boxes, scaled_size
 from xdscale.data.vlbert import chosen_regions, objects_of, pack, with_whole_image
 from xdscale.recipes.vlbert.schema import MaskedRegions, VLBERTRecipe
 from xdscale.shards.regions import Regions, RegionTable
@@ -15,6 +16,8 @@ from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.shards.table import Table
 from xdscale.systems.contract import MicroBatch, Slots
 
+BLANK_SIDE = 32
+"""Pixels of a side of the picture that a text has; ResNet-101's strides need so many."""
 SUM_TOLERANCE = 0.1
 """A region is no target whose distribution sums to further from 1, as in the release."""
 
@@ -39,6 +42,9 @@ class VLBERTCollator:
         mlm_rows [m]: places in the row of packed tokens; mlm_labels [m]: the original ids.
         text_mlm_rows, text_mlm_labels [m]: the same of texts alone.
         masked_region_rows [r]: places in the row; masked_region_labels fp32 [r, classes]: the detector's distributions.
+    With `model.pixels` there are, in the place of features, for each sample i of the batch:
+        picture_i fp32 [3, height, width], see `xdscale.data.pictures`; boxes_i fp32 [k, 4]: its regions there. A text
+            has a small blank one without regions, so that all ranks have as many.
     """
 
     def __init__(
@@ -72,10 +78,22 @@ class VLBERTCollator:
         if self.texts is not None:
             for place, ids in zip(np.flatnonzero(~has_image), self.texts.read("language", texts)):
                 words[place] = ids
-        objects, kept = objects_of(self.regions.read(images), self.regions.build.whole_image)
+        found = self.regions.read(images)
+        objects, kept = objects_of(found, self.regions.build.whole_image)
         wanted = self.recipe.objectives.masked_region is not None
         probabilities = self.regions.class_probs(images)[kept] if wanted else None
-        return compose(self.recipe, self.tokens, slots, words, has_image, objects, probabilities)
+        pictures = None if self.recipe.model.pixels is None else self._pictures(images, found.sizes)
+        return compose(self.recipe, self.tokens, slots, words, has_image, objects, probabilities, pictures)
+
+    def _pictures(self, images: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+        """Returns images, decoded and scaled."""
+        files, bounds = self.regions.table.read_ragged("jpeg", images)
+        spec, found = self.recipe.model.pixels, []
+        for row, size, start, end in zip(images.tolist(), map(tuple, sizes.tolist()), bounds, bounds[1:]):
+            scaled = scaled_size(*size, spec.short_side, spec.long_side)
+            where = f"{self.regions.table.folder}: row {row} of {self.regions.table.name}"
+            found.append(read_picture(files[start:end].tobytes(), size, scaled, where))
+        return found
 
     def prefetch(self, step: list[Slots]) -> None:
         """Says that the samples of a step and their images will be read soon.
@@ -168,6 +186,7 @@ def compose(
     has_image: np.ndarray,
     objects: Regions,
     probabilities: np.ndarray | None,
+    pictures: Sequence[np.ndarray] | None = None,
 ) -> MicroBatch:
     """Makes a micro-batch of samples that are read: masks, cuts and packs.
 
@@ -179,6 +198,8 @@ def compose(
         has_image: bool [b]; the others are texts alone.
         objects: of each sample that has an image, without the whole image.
         probabilities: [total, classes] of these; None without `masked_region`.
+        pictures: of each sample that has an image, scaled; what is in masked regions is taken out of them. None where
+            features are read.
     """
     with_image = Slots(slots.epochs[has_image], slots.sample_ids[has_image], slots.real[has_image])
     on, room, seed = recipe.objectives.masked_region, recipe.model.max_elements, recipe.training.seed
@@ -199,11 +220,12 @@ def compose(
     texts = [row[:length] for row, length in zip(ids, lengths)]
     inserted, is_target = np.zeros_like(whole), np.zeros_like(whole)
     inserted[~whole], is_target[~whole] = masked, chosen
-    packed = pack(
-        texts, [np.zeros_like(text) for text in texts], _of_samples(chosen_regions(regions, kept), has_image),
-        masked=inserted[kept],
-    )  # fmt: skip
+    mine = _of_samples(chosen_regions(regions, kept), has_image)
+    packed = pack(texts, [np.zeros_like(text) for text in texts], mine, masked=inserted[kept])
     arrays, targets = {}, {}
+    if pictures is not None:
+        del packed["features"]
+        arrays |= _seen(pictures, objects, masked, mine, has_image)
     for name, (row, column, labels) in found.items():
         arrays[f"{name}_rows"], arrays[f"{name}_labels"] = packed["cu_seqlens"][row] + column, labels
         targets[name] = len(labels)
@@ -244,6 +266,31 @@ def _mask(
         row, column = np.divmod(positions, ids.shape[1])
         found[name] = samples[row], column, labels
     return found
+
+
+def _seen(
+    pictures: Sequence[np.ndarray], objects: Regions, masked: np.ndarray, regions: Regions, has_image: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns the picture of each sample, with what is masked taken out, and its regions' boxes there.
+
+    Args:
+        pictures: of each sample that has an image; changed.
+        objects: of each of these, without the whole image.
+        masked: bool, of `objects`.
+        regions: of each sample of the batch, those that are kept.
+        has_image: bool [b].
+    """
+    arrays, captions = {}, iter(range(len(pictures)))
+    for sample, (image, start, end) in enumerate(zip(has_image.tolist(), regions.offsets, regions.offsets[1:])):
+        picture, boxes = np.zeros((3, BLANK_SIDE, BLANK_SIDE), np.float32), regions.boxes[start:end]
+        if image:
+            number = next(captions)
+            picture, size = pictures[number], tuple(objects.sizes[number].tolist())
+            part, scaled = slice(*objects.offsets[number : number + 2]), picture.shape[:0:-1]
+            blank(picture, scaled_boxes(objects.boxes[part][masked[part]], size, scaled))
+            boxes = scaled_boxes(boxes, size, scaled)
+        arrays |= {f"picture_{sample}": picture, f"boxes_{sample}": boxes}
+    return arrays
 
 
 def _laid_out(

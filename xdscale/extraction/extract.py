@@ -22,7 +22,7 @@ from xdscale.shards.manifest import InputFile
 from xdscale.shards.regions import Detector, RegionBuild
 from xdscale.shards.sources.regions.source import RegionImage, RegionSource, layout_of
 
-LIBRARIES = ("timm", "torchvision", "transformers")
+LIBRARIES = ("timm", "torchvision", "transformers", "vlbert")
 SAMPLE = 64
 """Images whose regions say what is usual."""
 WINDOW_BATCHES = 4
@@ -244,6 +244,7 @@ def open_network(options: ExtractOptions) -> Any:
     from xdscale.extraction.contract import Choice
     from xdscale.extraction.faster_rcnn import FasterRcnn
     from xdscale.extraction.query_detector import QueryDetector
+    from xdscale.extraction.vlbert_backbone import VLBertBackbone
 
     library, _, name = options.network.partition(":")
     if library not in LIBRARIES or not name:
@@ -267,6 +268,10 @@ def open_network(options: ExtractOptions) -> Any:
         return FasterRcnn(name, options.weights, choice, device)
     if options.boxes is None:
         raise XdscaleError(f"{options.network} finds no regions; say with --boxes where they are, or --boxes grid:6x6")
+    if library == "vlbert":
+        if options.stage is not None:
+            raise XdscaleError(f"--stage {options.stage}: {options.network} has one feature map")
+        return VLBertBackbone(options.weights, device, short_side=options.short_side)
     return Backbone(library, name, options.weights, device, stage=options.stage, short_side=options.short_side)
 
 
@@ -277,6 +282,8 @@ def _check_name(library: str, name: str) -> None:
         import timm
 
         known = timm.list_models()
+    elif library == "vlbert":
+        known = ["resnet101"]
     else:
         import torchvision
 

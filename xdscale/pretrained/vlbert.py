@@ -17,6 +17,10 @@ from xdscale.recipes.mlm.schema import Language
 from xdscale.weights import read_state_dict, some, weight_files
 
 MODEL_TYPE = VLBertConfig.model_type
+TRUNK, TRUNK_PREFIX = "fast_rcnn.safetensors", "trunk."
+"""The branch of Fast R-CNN in an export, and what its names begin with in training."""
+_TRUNK_PLACES = ("image_feature_extractor.roi_head_feature_extractor.", "image_feature_extractor.head.0.")
+"""Where the release has C5, twice; the rest of the branch is in its `image_feature_extractor.backbone.`."""
 POOLER = "pooler.safetensors"
 """The BERT's, in a run's `language` folder and in an export."""
 
@@ -109,7 +113,8 @@ def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, d
         dropout: in the place of the configuration's.
 
     Returns:
-        The encoder, and the heads that come with it under the names that they have in training.
+        The encoder, and the heads that come with it, and the branch of Fast R-CNN, under the names that they have in
+        training.
 
     Raises:
         XdscaleError: nothing of the kind, or weights that are damaged or not those of the configuration.
@@ -122,6 +127,8 @@ def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, d
         config, state = vlbert_config(place / "config.json"), {}
         for path in weight_files(place):
             state |= read_state_dict(path)
+        if (place / TRUNK).is_file():
+            state |= {TRUNK_PREFIX + name: value for name, value in read_state_dict(place / TRUNK).items()}
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     model = VLBERT(config)
@@ -131,7 +138,7 @@ def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, d
     if wrong:
         raise XdscaleError(f"{place}: holds no fitting weights for {some(wrong)} of its VL-BERT")
     model.load_state_dict({name: state[full].float() for name, full in wanted.items()})
-    heads = {name: state[name].float() for name in _HEADS if name in state}
+    heads = {name: value.float() for name, value in state.items() if name in _HEADS or name.startswith(TRUNK_PREFIX)}
     if config.tie_word_embeddings:
         heads.pop("mlm.decoder_weight", None)
     return model.eval(), heads
@@ -140,12 +147,18 @@ def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, d
 def save_vlbert(config: VLBertConfig, state: dict[str, torch.Tensor], out: Path) -> None:
     """Writes `config.json` and `model.safetensors`, which `load_vlbert` reads.
 
+    A branch of Fast R-CNN goes into `fast_rcnn.safetensors`, which `xdscale regions extract` reads.
+
     Args:
         config: of the model.
         state: of a module in training, in fp32: `model.…`, and `mlm.…`, `masked_region.…` and `trunk.…` if it has them.
         out: an existing folder.
     """
     names = [name for name in state if name != "mlm.decoder_weight" or not config.tie_word_embeddings]
+    trunk = {name.removeprefix(TRUNK_PREFIX): name for name in names if name.startswith(TRUNK_PREFIX)}
+    if trunk:
+        save_file({ours: state[name].contiguous() for ours, name in trunk.items()}, out / TRUNK)
+    names = [name for name in names if not name.startswith(TRUNK_PREFIX)]
     save_file({name: state[name].contiguous() for name in names}, out / "model.safetensors", metadata={"format": "pt"})
     text = json.dumps(config.to_dict() | {"architectures": ["VLBERT"]}, indent=2, sort_keys=True)
     (out / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -162,6 +175,12 @@ def save_release(state: dict[str, torch.Tensor], path: Path) -> None:
     found = dict(zip(_REGION_TOKENS, model.pop("region_tokens.weight").split(1)))
     found |= {published_name(name): value for name, value in model.items()}
     found |= {theirs: state[ours] for ours, theirs in _HEADS.items() if ours in state}
+    for name, value in state.items():
+        if name.startswith(TRUNK_PREFIX):
+            inner = name.removeprefix(TRUNK_PREFIX)
+            places = [f"{place}{inner[7:]}" for place in _TRUNK_PLACES] if inner.startswith("layer4.") else [
+                f"image_feature_extractor.backbone.{inner}"]  # fmt: skip
+            found |= dict.fromkeys(places, value)
     if "mlm.decoder_bias" in state:
         found.setdefault("vlbert.mlm_head.predictions.decoder.weight", model["embeddings.word_embeddings.weight"])
     torch.save({"state_dict": {f"module.{name}": value for name, value in found.items()}}, path)
@@ -219,7 +238,19 @@ def _from_release(path: Path) -> tuple[VLBertConfig, dict[str, torch.Tensor]]:
     with torch.device("meta"):
         names = VLBERT(config).state_dict()
     state = {f"model.{name}": found[published_name(name)] for name in names if published_name(name) in found}
-    return config, state | {ours: found[theirs] for ours, theirs in _HEADS.items() if theirs in found}
+    state |= {ours: found[theirs] for ours, theirs in _HEADS.items() if theirs in found}
+    return config, state | _trunk_of(found)
+
+
+def _trunk_of(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the branch of Fast R-CNN of a checkpoint of the release, under the names that it has in training."""
+    places = {"image_feature_extractor.backbone.": TRUNK_PREFIX, _TRUNK_PLACES[0]: f"{TRUNK_PREFIX}layer4."}
+    return {
+        ours + name.removeprefix(place): value
+        for name, value in found.items()
+        for place, ours in places.items()
+        if name.startswith(place)
+    }
 
 
 def _config_of(found: dict[str, torch.Tensor], path: Path) -> VLBertConfig:

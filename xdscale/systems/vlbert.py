@@ -13,8 +13,10 @@ from xdscale.data.opening import open_shards
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.vlbert_pretraining import Tokens, VLBERTCollator, compose
 from xdscale.errors import XdscaleError
+from xdscale.models.fast_rcnn import FastRCNN, load_fast_rcnn
 from xdscale.models.heads import RegionClassHead, masked_lm_head
 from xdscale.models.vlbert import VLBERT
+from xdscale.names import resolve_path
 from xdscale.pretrained.language import language_config, load_language_encoder, own_tokenizer, tokenizer_folder
 from xdscale.pretrained.language_files import copy_tokenizer, save_language_files
 from xdscale.pretrained.vlbert import config_from_bert, from_bert, load_vlbert, save_pooler, save_vlbert
@@ -31,6 +33,7 @@ from xdscale.training.stored import MODEL_PREFIX, language_folder
 CAPTION_WORDS = 12
 """Word pieces of Conceptual Captions, on average."""
 CONTINUATION = "##"
+RANDOM = "random"
 
 
 class VLBERTPretraining(nn.Module):
@@ -40,10 +43,14 @@ class VLBERTPretraining(nn.Module):
         model: the encoder, without pooler.
         mlm: masked-LM head of words with and without an image, tied to the word embedding; None when both are off.
         masked_region: head of regions; None when off.
+        trunk: from pixels to features; None where these are read.
     """
 
-    def __init__(self, model: VLBERT, objectives: GroundedObjectives, classes: int) -> None:
+    def __init__(
+        self, model: VLBERT, objectives: GroundedObjectives, classes: int, trunk: FastRCNN | None = None
+    ) -> None:
         super().__init__()
+        self.trunk = trunk
         config = model.config
         self.model = model
         self.words = [name for name in ("mlm", "text_mlm") if getattr(objectives, name) is not None]
@@ -66,6 +73,10 @@ class VLBERTPretraining(nn.Module):
         Returns:
             For each of "mlm", "text_mlm", "masked_region" that is on its `Term`.
         """
+        if self.trunk is not None:
+            samples = range(len(batch["text_lengths"]))
+            pictures, boxes = ([batch[f"{name}_{sample}"] for sample in samples] for name in ("picture", "boxes"))
+            batch = {**batch, "features": self.trunk(pictures, boxes)}
         names = [*self.words, *(["masked_region"] if self.masked_region is not None else [])]
         rows = [batch[f"{name}_rows"] for name in names]
         states = self.model(batch, torch.cat(rows)).states.split([len(part) for part in rows])
@@ -109,8 +120,12 @@ class VLBERTSystem(System):
         """Builds encoder and heads of a BERT, whose masked-LM head comes along where it was published with it."""
         spec, objectives = self.recipe.model, self.recipe.objectives
         language = load_language_encoder(spec.language, dropout=spec.dropout)
-        model = from_bert(language, appearance_size=spec.region_size, masks_features=True)
-        module = VLBERTPretraining(model, objectives, spec.region_classes)
+        model = from_bert(language, appearance_size=spec.region_size, masks_features=spec.pixels is None)
+        trunk = None
+        if spec.pixels is not None:
+            weights = spec.pixels.weights
+            trunk = load_fast_rcnn(None if weights == RANDOM else resolve_path(weights))
+        module = VLBERTPretraining(model, objectives, spec.region_classes, trunk)
         if module.mlm is not None:
             load_published_head(module.mlm, spec.language)
         return module
@@ -129,8 +144,8 @@ class VLBERTSystem(System):
         return invented(self.recipe, samples, length, longest=longest)
 
     def parts(self, module: VLBERTPretraining) -> dict[str, nn.Module]:
-        """Returns the encoder and the heads that are on."""
-        heads = {"mlm": module.mlm, "masked_region": module.masked_region}
+        """Returns the encoder, the heads that are on, and the branch of Fast R-CNN if it is trained along."""
+        heads = {"mlm": module.mlm, "masked_region": module.masked_region, "trunk": module.trunk}
         return {"encoder": module.model} | {name: head for name, head in heads.items() if head is not None}
 
     def count(self, module: VLBERTPretraining) -> list[PartCount]:
@@ -143,6 +158,9 @@ class VLBERTSystem(System):
         ]
         heads, own = {"masked-LM head": module.mlm, "region head": module.masked_region}, set(model.parameters())
         rows += [PartCount(name, parameter_count(head, shared=own)) for name, head in heads.items() if head is not None]
+        if module.trunk is not None:
+            rows.append(PartCount("model without Fast R-CNN", sum(row.parameters for row in rows), total=True))
+            rows.append(PartCount("Fast R-CNN", parameter_count(module.trunk)))
         return [*rows, PartCount("model during training", parameter_count(module), total=True)]
 
     def keep(self, folder: Path) -> None:
@@ -155,7 +173,9 @@ class VLBERTSystem(System):
         source, spec = language_folder(run), self.recipe.model
         copy_tokenizer(source, out)
         config = config_from_bert(
-            BertConfig.from_pretrained(source), appearance_size=spec.region_size, masks_features=True
+            BertConfig.from_pretrained(source),
+            appearance_size=spec.region_size,
+            masks_features=spec.pixels is None,
         )
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = spec.dropout
         save_vlbert(config, state, out)
@@ -181,7 +201,13 @@ def check_tables(recipe: VLBERTRecipe, manifest: Manifest) -> None:
             "regions and the end take two"
         )
     regions = RegionBuild.model_validate(manifest.tables[REGIONS].build)
-    if regions.width != spec.region_size:
+    if spec.pixels is not None and not regions.jpeg:
+        raise XdscaleError(
+            "model.pixels needs the images themselves, which this table of regions has not; make it again with "
+            "'xdscale regions import --jpegs FOLDER' or 'xdscale regions extract --store-images', or read features: "
+            "model.pixels=null"
+        )
+    if spec.pixels is None and regions.width != spec.region_size:
         raise XdscaleError(
             f"model.region_size = {spec.region_size}, but the regions' features are {regions.width} wide; "
             f"write model.region_size={regions.width}, or take the regions that the recipe is for"
@@ -233,10 +259,16 @@ def invented(recipe: VLBERTRecipe, samples: int, length: int | None = None, *, l
     words = [generator.integers(0, vocabulary, text - 2 if image else elements) for image in has_image]
     images, regions = int(has_image.sum()), elements - text - 1  # and the whole image
     boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (images * regions, 1))
-    features = generator.standard_normal((len(boxes), spec.region_size), np.float32).astype(np.float16)
+    width = spec.region_size if spec.pixels is None else 0
+    features = generator.standard_normal((len(boxes), width), np.float32).astype(np.float16)
     sizes = np.ones((images, 2), np.uint16)
     objects = Regions(features, boxes, boxes[:, 0], sizes, np.arange(images + 1) * regions)
     probabilities = np.full((len(boxes), spec.region_classes), 1 / spec.region_classes, np.float32)
     slots = Slots(np.zeros(samples, np.int64), np.arange(samples), np.ones(samples, bool))
     tokens = Tokens(tokenizer, np.zeros(vocabulary, bool))
-    return compose(recipe, tokens, slots, words, has_image, objects, probabilities)
+    pictures = None
+    if spec.pixels is not None:
+        short, long = spec.pixels.short_side, spec.pixels.long_side
+        wide = long if longest else min(long, short * 4 // 3)
+        pictures = [np.zeros((3, short, wide), np.float32) for _ in range(images)]
+    return compose(recipe, tokens, slots, words, has_image, objects, probabilities, pictures)

@@ -26,14 +26,21 @@ class VLBERTSubject(VisualBERTSubject):
 
     def collator(self, task: Task, examples: Sequence[Example]) -> VLBERTTaskCollator:
         """Tokenises a split; regions are read when they are needed."""
-        width = self._config().appearance_size
+        config = self._config()
+        width = config.appearance_size
         if task.images and self.regions.width != width:
             raise XdscaleError(
                 f"{self.regions.table.folder}: features of {self.regions.width} numbers; {self.model} reads {width} of "
                 "each region"
             )
         return VLBERTTaskCollator(
-            task, examples, self._tokenizer(), self.regions, width=width, max_length=self.settings.max_length
+            task,
+            examples,
+            self._tokenizer(),
+            self.regions,
+            width=width,
+            max_length=self.settings.max_length,
+            means=config.masks_features,
         )
 
     def build(self, task: Task, *, sha256: str | None = None) -> "VLBERTClassifier":

@@ -4,16 +4,25 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from xdscale.recipe import OBJECTIVE_WEIGHT, Objectives, Recipe, Section
+from xdscale.recipe import OBJECTIVE_WEIGHT, NameOrPath, Objectives, Recipe, Section
 from xdscale.recipes.mlm.schema import LanguageModel, MaskedLM
+
+
+class Pixels(Section):
+    """The branch of Fast R-CNN that is trained along, on the images themselves."""
+
+    weights: NameOrPath = Field(description="ResNet-101 under torchvision's names: a file, or random")
+    short_side: int = Field(600, ge=16, description="images are scaled so that their shorter side has these pixels")
+    long_side: int = Field(1000, ge=16, description="unless the longer one then has more than these")
 
 
 class GroundedModel(LanguageModel):
     """The BERT that it is made of, and how it reads regions."""
 
     dropout: float = Field(0.1, ge=0, lt=1, description="everywhere")
-    region_size: int = Field(2048, ge=1, description="width of a region's features in the table")
+    region_size: int = Field(2048, ge=1, description="width of a region's features: 2,048 of pixels, else the table's")
     region_classes: int = Field(1601, ge=2, description="of the detector's distributions, with the background")
+    pixels: Pixels | None = Field(None, description="null reads features from the table, which then stay as they are")
     max_elements: int = Field(
         64, ge=4, description="words, [CLS], [SEP] and regions with the whole image; the longer side is cut first"
     )
@@ -58,6 +67,8 @@ class VLBERTRecipe(Recipe):
 
     def problem(self) -> str | None:
         """Returns what is inconsistent, if anything is."""
+        if self.model.pixels is not None and self.model.region_size != 2048:
+            return f"model.region_size = {self.model.region_size}: of pixels ResNet-101 makes 2,048 numbers"
         words = {name: getattr(self.objectives, name) for name in ("mlm", "text_mlm")}
         wrong = (section.problem(name) for name, section in words.items() if section is not None)
         return super().problem() or next(filter(None, wrong), None)

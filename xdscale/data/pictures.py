@@ -1,0 +1,64 @@
+"""Pictures as Fast R-CNN reads them: scaled, in blue, green and red, less their means (spec VL-BERT §1.4)."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from xdscale.errors import XdscaleError
+from xdscale.files import one_line
+
+MEANS = np.array([102.9801, 115.9465, 122.7717], np.float32)
+"""Of blue, green and red."""
+
+
+def scaled_size(width: int, height: int, short: int, long: int) -> tuple[int, int]:
+    """Returns width and height when the shorter side is scaled to a length, or less so that the longer one fits."""
+    least, most = min(width, height), max(width, height)
+    if most / least * short > long:
+        short = int(long * least / most)
+    other = int(short * most / least)
+    return (short, other) if width < height else (other, short)
+
+
+def read_picture(jpeg: bytes, size: tuple[int, int], scaled: tuple[int, int], where: str) -> np.ndarray:
+    """Decodes and scales a picture.
+
+    Args:
+        jpeg: the file.
+        size: width and height that it is said to have.
+        scaled: width and height that it is to have.
+        where: table and image, for messages.
+
+    Returns:
+        fp32 [3, height, width]: blue, green, red, less the mean of each.
+
+    Raises:
+        XdscaleError: it is no picture, or of another size.
+    """
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(jpeg))).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise what they come upon
+        raise XdscaleError(f"{where}: not a readable image: {one_line(error)}") from None
+    if image.size != size:
+        raise XdscaleError(f"{where}: the image has {image.size[0]} × {image.size[1]} pixels, the table says "
+                           f"{size[0]} × {size[1]}")  # fmt: skip
+    pixels = np.asarray(image.resize(scaled, Image.Resampling.BILINEAR), np.float32)
+    return np.ascontiguousarray((pixels[:, :, ::-1] - MEANS).transpose(2, 0, 1))
+
+
+def blank(picture: np.ndarray, boxes: np.ndarray) -> None:
+    """Takes what is in boxes out of a picture, in place: pixels of 0, the mean colour, with those on their edges.
+
+    Args:
+        picture: fp32 [3, height, width].
+        boxes: float [n, 4], in its pixels, inside it.
+    """
+    for left, top, right, bottom in boxes.astype(np.int64).tolist():
+        picture[:, top : bottom + 1, left : right + 1] = 0
+
+
+def scaled_boxes(boxes: np.ndarray, size: tuple[int, int], scaled: tuple[int, int]) -> np.ndarray:
+    """Returns boxes of a picture in the pixels of the scaled one, inside it: fp32 [n, 4]."""
+    ratios = np.tile(np.array(scaled) / np.array(size), 2)
+    return np.clip(boxes * ratios, 0, np.tile(np.array(scaled) - 1, 2)).astype(np.float32)

@@ -1,0 +1,95 @@
+"""The branch of Fast R-CNN that VL-BERT tunes along: from pixels to what is seen in each box (spec VL-BERT §1.4)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import resnet101
+from torchvision.ops import roi_align
+
+from xdscale.errors import XdscaleError
+from xdscale.weights import read_state_dict, some
+
+STRIDE = 16
+"""Pixels for each place of C4's map."""
+BIN = 14
+"""Places of a region along each side."""
+APPEARANCE = 2048
+
+
+class FastRCNN(nn.Module):
+    """ResNet-101 as the Caffe of its time has it: C4 of the image, C5 of each region with RoIAlign, then a mean.
+
+    The stride stands in the 1×1 convolutions; C5 is dilated instead of strided. Its first two stages and all BatchNorm
+    stay as they are, in training too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = resnet101(weights=None, zero_init_residual=True)  # else random weights let states grow 2^16 times
+        for layer in (net.layer2, net.layer3, net.layer4):
+            first = layer[0]
+            first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+        for block in net.layer4:
+            block.conv1.stride = (1, 1)
+            block.conv2.dilation = block.conv2.padding = (2, 2)
+        net.layer4[0].downsample[0].stride = (1, 1)
+        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        for frozen in (self.conv1, self.layer1, *self._norms()):
+            frozen.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "FastRCNN":
+        """Sets the mode of all but BatchNorm, whose statistics are never those of a batch."""
+        super().train(mode)
+        for norm in self._norms():
+            norm.eval()
+        return self
+
+    def forward(self, images: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Computes what is seen in each box of each image; each image by itself, so that none depends on the others.
+
+        Args:
+            images: of each [3, height, width]: blue, green, red, less the mean of each, 0 where nothing is to be seen.
+            boxes: of each fp32 [k, 4], in its pixels: left, top, right, bottom.
+
+        Returns:
+            [boxes of all, 2048].
+        """
+        dtype = self.conv1.weight.dtype
+        found = [self._aligned(image.to(dtype), mine) for image, mine in zip(images, boxes, strict=True)]
+        return self.layer4(torch.cat(found)).mean((2, 3))
+
+    def _aligned(self, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Returns of each box C4 at 14 × 14 places: [k, 1024, 14, 14]."""
+        states = self.maxpool(self.relu(self.bn1(self.conv1(image.unsqueeze(0)))))
+        states = self.layer3(self.layer2(self.layer1(states)))
+        wide = torch.promote_types(states.dtype, torch.float32)  # coordinates are not for half precision
+        found = roi_align(states.to(wide), [boxes.to(wide)], BIN, 1 / STRIDE, sampling_ratio=1)
+        return found.to(states.dtype)
+
+    def _norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def load_fast_rcnn(path: Path | None) -> FastRCNN:
+    """Builds the branch, with weights under torchvision's names: the release's `resnet101-pt-vgbua-0000.model`.
+
+    Args:
+        path: the file; None for random weights.
+
+    Raises:
+        XdscaleError: it cannot be read, or holds no ResNet-101.
+    """
+    model = FastRCNN()
+    if path is None:
+        return model
+    state, own = read_state_dict(path), model.state_dict()
+    wrong = [name for name, value in own.items() if "num_batches" not in name
+             and (name not in state or state[name].shape != value.shape)]  # fmt: skip
+    if wrong:
+        raise XdscaleError(f"{path}: holds no fitting weights for {some(wrong)} of a ResNet-101")
+    model.load_state_dict({name: state.get(name, value).float() for name, value in own.items()})
+    return model
