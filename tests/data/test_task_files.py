@@ -1,6 +1,7 @@
 """Task files in their public formats: real sentences in, the right examples out, and what is refused."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 
@@ -187,7 +188,7 @@ def test_the_hubs_rows_become_the_public_format(tmp_path, monkeypatch):
     task = find_task("rte")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     hub = type(task.hub)(path=str(source), config="default", splits=task.hub.splits, columns=task.hub.columns)
-    local = type(task)(**{**{name: getattr(task, name) for name in task.__dataclass_fields__}, "hub": hub})
+    local = dataclasses.replace(task, hub=hub)
     fetch_task(local, tmp_path / "data")
     assert (tmp_path / "data" / "RTE" / "dev.tsv").read_text() == (
         "index\tsentence1\tsentence2\tlabel\n0\tA b.\tD.\tnot_entailment\n1\tC.\tE.\tentailment\n"
