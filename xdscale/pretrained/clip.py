@@ -9,11 +9,12 @@ from open_clip.transformer import QuickGELU, TextTransformer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from xdscale import recipe
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.names import PACKAGE_PREFIX, resolve_path
+from xdscale.recipe import SHIPPED
+from xdscale.recipe_values import describe_validation_error
 from xdscale.recipes.xdbert.schema import Clip
 from xdscale.weights import read_state_dict, some
 
@@ -54,7 +55,7 @@ def clip_config(spec: Clip) -> ClipConfig:
         XdscaleError: the name is not known to open_clip, or the tower is not a plain CLIP text tower.
     """
     if spec.name.endswith(".json"):
-        source = str(resolve_path(spec.name, base=recipe.SHIPPED))
+        source = str(resolve_path(spec.name, base=SHIPPED))
         values = read_json(Path(source))
     else:
         source = f"open_clip architecture {spec.name}"
@@ -62,7 +63,7 @@ def clip_config(spec: Clip) -> ClipConfig:
     try:
         config = ClipConfig.model_validate(values)
     except ValidationError as error:
-        raise XdscaleError(recipe.describe_validation_error(source, error, ClipConfig)) from None
+        raise XdscaleError(describe_validation_error(source, error, ClipConfig)) from None
     heads = config.text_cfg.heads
     # The cross-modal layers take over CLIP's number of heads, for states of size embed_dim.
     for key, size in (("text_cfg.width", config.text_cfg.width), ("embed_dim", config.embed_dim)):
