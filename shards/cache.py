@@ -79,7 +79,7 @@ class ShardCache:
         try:
             with self._space, (folder / ".locks").open("w") as file:
                 problem = lock(file, fcntl.LOCK_EX)
-        except (OSError, NotImplementedError) as error:
+        except (OSError, NotImplementedError) as error:  # the latter is filelock's for systems without locks
             problem = str(error)
         if problem:
             raise XdscaleError(

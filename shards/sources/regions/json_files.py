@@ -155,4 +155,5 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, zlib.error) as error:
+        # The second is zipfile's for a compression that it does not know, the fourth for a password.
         raise XdscaleError(f"{path}: expected a folder, a .zip or a .json file of images: {one_line(error)}") from None
