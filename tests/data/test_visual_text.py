@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xdscale.data.visual_text import pack, spatial
+from xdscale.data.visual_text import pack, spatial, with_spatial
 from xdscale.shards.regions import Regions
 
 
@@ -64,3 +64,6 @@ def test_boxes_as_shares_of_their_image():
     found = spatial(Regions(np.empty((3, 0), np.float16), boxes, boxes[:, 0], sizes, np.array([0, 2, 3])))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, [[0, 0, 1, 1, 1, 1], [0.1, 0.25, 0.5, 0.5, 0.4, 0.25], [0, 0, 1, 1, 1, 1]])
+    both = with_spatial(Regions(np.ones((3, 2), np.float16), boxes, boxes[:, 0], sizes, np.array([0, 2, 3]))).features
+    assert both.dtype == np.float32
+    np.testing.assert_array_equal(both, np.concatenate([np.ones((3, 2), np.float32), found], 1))

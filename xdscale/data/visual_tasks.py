@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from xdscale.data.task_batches import Texts, cut_longest_first, label_arrays
 from xdscale.data.task_files import Example, Span
-from xdscale.data.visual_text import pack, spatial
+from xdscale.data.visual_text import pack, with_spatial
 from xdscale.errors import XdscaleError
 from xdscale.shards.regions import Regions, RegionTable
 from xdscale.shards.sources.text_build import LanguageTokenizer
@@ -149,9 +149,7 @@ class VisualTaskCollator:
         regions = self._regions.read(rows.ravel())
         if regions.features.shape[1] == self._width:
             return regions
-        return regions._replace(
-            features=np.concatenate([regions.features, spatial(regions).astype(regions.features.dtype)], 1)
-        )
+        return with_spatial(regions)
 
     def _input(
         self, texts: list[int], spans: Sequence[Sequence[Span]], regions: int

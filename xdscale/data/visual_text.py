@@ -96,6 +96,11 @@ def interleaved(*counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return _starts(kinds.sum(0)), np.arange(lengths.sum()) + np.repeat(kind_starts - run_starts, lengths)
 
 
+def with_spatial(regions: Regions) -> Regions:
+    """Returns regions with `spatial` behind their features, all in fp32."""
+    return regions._replace(features=np.concatenate([regions.features, spatial(regions)], 1))
+
+
 def _aligned(alignments: Sequence[np.ndarray], offsets: np.ndarray) -> dict[str, np.ndarray]:
     pairs = [np.asarray(found, np.int64).reshape(-1, 2) + [start, 0] for found, start in zip(alignments, offsets)]
     regions, positions = np.concatenate(pairs).T

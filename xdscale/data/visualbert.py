@@ -7,7 +7,7 @@ import numpy as np
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.data.masking import mask_language_ids
 from xdscale.data.pairing import OTHER_TEXT, PADDING, SAME_TEXT, one_of
-from xdscale.data.visual_text import first_regions, pack, spatial
+from xdscale.data.visual_text import first_regions, pack, with_spatial
 from xdscale.recipes.visualbert.schema import VisualBERTRecipe
 from xdscale.shards.regions import Regions, RegionTable
 from xdscale.shards.sources.caption_build import CaptionBuild
@@ -185,7 +185,7 @@ def compose(
     if model.max_regions is not None:
         regions = first_regions(regions, model.max_regions)
     if model.spatial:
-        regions = regions._replace(features=np.concatenate([regions.features, spatial(regions)], 1))
+        regions = with_spatial(regions)
     valid = [slice(0, length) for length in lengths.tolist()]
     packed = pack(
         [row[part] for row, part in zip(ids, valid)],
