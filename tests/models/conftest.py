@@ -1,15 +1,31 @@
-"""The cross-modal layer written out for one sample without padding, as an independent reference."""
+"""The cross-modal layer written out for one sample without padding, as an independent reference; a small BERT."""
 
 import math
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 
 @pytest.fixture(scope="session")
 def layer_formula():
     """Returns a function (layer, language [s, H], clip [c, D], language_heads, clip_heads) -> both new states."""
     return _layer
+
+
+@pytest.fixture(scope="session")
+def varied_bert():
+    """Returns a function (sizes) -> BERT, whose norms and biases are not those of the start."""
+
+    def of(sizes):
+        torch.manual_seed(2)
+        model = BertModel(BertConfig(**sizes)).eval()
+        for name, parameter in model.named_parameters():
+            if "LayerNorm" in name or "bias" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        return model
+
+    return of
 
 
 def _layer(layer, language, clip, language_heads, clip_heads):

@@ -1,11 +1,15 @@
 """VL-BERT on padded tensors, as its release computes it, with its parameter names: slow and readable, a reference."""
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEncoder, BertLMPredictionHead, BertPooler
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 1, "intermediate_size": 96}
+SIZES |= {"vocab_size": 99, "max_position_embeddings": 40, "hidden_dropout_prob": 0.1, "pad_token_id": 0}
 
 
 def coordinate_embeddings(boxes, sizes):
@@ -154,3 +158,25 @@ def padded(arrays):
         "text_mask": text_mask, "box_mask": box_mask, "boxes": boxes, "features": features, "masked": masked,
         "sizes": torch.full((samples, 2), 100.0),
     }  # fmt: skip
+
+
+def reference(**options):
+    """The release's module, whose norms and vectors are not those of the start."""
+    torch.manual_seed(1)
+    model = PaddedVLBERT(SIZES, **options)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() > 1 else 0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def release(tmp_path):
+    """Returns the release's module and the `.model` file that it would save."""
+
+    def of(**options):
+        theirs, path = reference(**options), tmp_path / "vl-bert.model"
+        state = {f"module.{name}": value for name, value in theirs.state_dict().items()}
+        torch.save({"epoch": 3, "state_dict": state, "rng": [1, 2]}, path)
+        return theirs, path
+
+    return of

@@ -177,7 +177,7 @@ def test_a_checkpoint_of_the_release_is_the_same_model(folder, inputs, tmp_path)
         (lambda values, state: state.pop("pooler.dense.bias"), r"no fitting weights for pooler\.dense\.bias of its"),
         (lambda values, state: values.update(num_attention_heads=5), "hidden_size = 48 is not a multiple of num_att"),
         (lambda values, state: values.update(hidden_act="gelo"), "hidden_act is 'gelo', which transformers does not"),
-        (lambda values, state: values.update(num_hidden_layers="three"), "not a configuration of VisualBERT: "),
+        (lambda values, state: values.update(num_hidden_layers="three"), "not a visual_bert configuration: "),
         (lambda values, state: values.update(visual_embedding_dim=9), r"for embeddings\.visual_projection\.weight"),
     ],
 )
@@ -190,23 +190,15 @@ def test_what_is_no_visualbert_is_refused(folder, change, message):
         load_visualbert(folder)
 
 
-def small_bert(**options):
-    torch.manual_seed(2)
-    model = BertModel(BertConfig(**SIZES)).eval()
-    for name, parameter in model.named_parameters():
-        if "LayerNorm" in name or "bias" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return from_bert(model, region_size=WIDTH, **options), model
-
-
 def without_regions(inputs):
     none = regions_of(np.empty((0, WIDTH), np.float32), np.zeros(len(inputs.texts) + 1, int))
     return Inputs(inputs.texts, inputs.segments, none, np.empty(0, int), None)
 
 
-def test_without_regions_it_is_bert(inputs):
+def test_without_regions_it_is_bert(inputs, varied_bert):
     """Spec VisualBERT fact 13."""
-    model, bert = small_bert()
+    bert = varied_bert(SIZES)
+    model = from_bert(bert, region_size=WIDTH)
     padded = inputs.padded()
     with torch.no_grad():
         found = model(without_regions(inputs).packed())
@@ -216,8 +208,9 @@ def test_without_regions_it_is_bert(inputs):
     torch.testing.assert_close(found.pooled, wanted.pooler_output, atol=1e-5, rtol=0)
 
 
-def test_tables_of_regions_start_as_copies(inputs):
-    model, bert = small_bert()
+def test_tables_of_regions_start_as_copies(varied_bert):
+    bert = varied_bert(SIZES)
+    model = from_bert(bert, region_size=WIDTH)
     for table in ("token_type_embeddings", "position_embeddings"):
         copied, own = getattr(model.embeddings, f"visual_{table}").weight, getattr(model.embeddings, table).weight
         assert torch.equal(copied, own)

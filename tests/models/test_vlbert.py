@@ -8,14 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel
 
 from xdscale.data.vlbert import centres, pack
-from xdscale.errors import XdscaleError
 from xdscale.models.heads import RegionClassHead, masked_lm_head
 from xdscale.models.operations import use_definitions
 from xdscale.models.vlbert import VLBERT, VLBertConfig, geometry_embedding
-from xdscale.pretrained.vlbert import from_bert, load_vlbert, published_name, save_release, save_vlbert
+from xdscale.pretrained.vlbert import from_bert, load_vlbert, published_name
 from xdscale.shards.regions import Regions
 from xdscale.training.engine import to_device
 
@@ -23,8 +21,7 @@ _spec = importlib.util.spec_from_file_location("padded_vlbert", Path(__file__).w
 padded_vlbert = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(padded_vlbert)
 
-SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 1, "intermediate_size": 96}
-SIZES |= {"vocab_size": 99, "max_position_embeddings": 40, "hidden_dropout_prob": 0.1, "pad_token_id": 0}
+SIZES, release = padded_vlbert.SIZES, padded_vlbert.release
 TEXTS, REGIONS, CLASSES = (7, 12, 3, 5), (5, 0, 9, 1), 11
 
 
@@ -88,28 +85,6 @@ def inputs():
         [chance.integers(0, max(1, count), length) for length, count in zip(TEXTS, REGIONS)],
         np.isin(np.arange(offsets[-1]), [2, 6, 11]),
     )
-
-
-def reference(**options):
-    """The release's module, whose norms and vectors are not those of the start."""
-    torch.manual_seed(1)
-    model = padded_vlbert.PaddedVLBERT(SIZES, **options)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() > 1 else 0.5)
-    return model.eval()
-
-
-@pytest.fixture
-def release(tmp_path):
-    """Returns the release's module and the `.model` file that it would save."""
-
-    def of(**options):
-        theirs, path = reference(**options), tmp_path / "vl-bert.model"
-        state = {f"module.{name}": value for name, value in theirs.state_dict().items()}
-        torch.save({"epoch": 3, "state_dict": state, "rng": [1, 2]}, path)
-        return theirs, path
-
-    return of
 
 
 def weighted(states):
@@ -194,24 +169,6 @@ def test_losses_are_those_of_the_release(release, inputs):
     )
 
 
-def test_weights_go_to_the_release_and_back(release, tmp_path):
-    theirs, path = release(classes=CLASSES)
-    ours, heads = load_vlbert(path)
-    state = {f"model.{name}": value for name, value in ours.state_dict().items()} | heads
-    save_release(state, tmp_path / "again.model")
-    found = torch.load(tmp_path / "again.model", weights_only=True)["state_dict"]
-    for name, value in theirs.state_dict().items():
-        if name != "vlbert.mlm_head.predictions.decoder.bias":  # transformers has the one bias under two names
-            assert torch.equal(found.pop(f"module.{name}"), value), name
-    assert not found
-    (tmp_path / "folder").mkdir()
-    save_vlbert(ours.config, state, tmp_path / "folder")
-    again, more = load_vlbert(tmp_path / "folder", dropout=0.3)
-    assert again.layers[0].attention.attention.dropout == 0.3
-    for name, value in (ours.state_dict() | heads).items():
-        assert torch.equal((again.state_dict() | more)[name], value), name
-
-
 def test_a_finetuned_checkpoint_of_the_release_is_read(release, inputs, tmp_path):
     """VCR's has its encoder under another name, and no vectors that only pretraining needs."""
     theirs, path = release(with_pooler=True)
@@ -228,42 +185,6 @@ def test_a_finetuned_checkpoint_of_the_release_is_read(release, inputs, tmp_path
     torch.testing.assert_close(found.states, as_packed(seen, texts, objects, ends), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state: state.pop("module.vlbert.word_embeddings.weight"), r"no checkpoint of VL-BERT: it holds no vlb"),
-        (lambda state: state.pop("module.vlbert.visual_ln_text.bias"), r"no fitting weights for embeddings\.visual_n"),
-    ],
-)
-def test_what_is_no_vlbert_is_refused(release, change, message):
-    _, path = release()
-    stored = torch.load(path, weights_only=True)
-    change(stored["state_dict"])
-    torch.save(stored, path)
-    with pytest.raises(XdscaleError, match=message):
-        load_vlbert(path)
-
-
-def test_a_checkpoint_with_code_is_refused(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (Path(tmp_path / "sprung").touch, ())
-
-    torch.save({"state_dict": {"module.vlbert": Trap()}}, tmp_path / "trap.model")
-    with pytest.raises(XdscaleError, match="it is damaged or holds other things than tensors"):
-        load_vlbert(tmp_path / "trap.model")
-    assert not (tmp_path / "sprung").exists()
-
-
-def small_bert(**options):
-    torch.manual_seed(2)
-    model = BertModel(BertConfig(**SIZES)).eval()
-    for name, parameter in model.named_parameters():
-        if "LayerNorm" in name or "bias" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return from_bert(model, masks_features=True, **options), model
-
-
 def text_alone(inputs):
     none = np.empty((0, 4), np.float32)
     regions = Regions(np.empty((0, 2048), np.float32), none, none[:, 0], np.ones((4, 2), np.uint16), np.zeros(5, int))
@@ -277,9 +198,10 @@ def without_end(batch):
     return batch | {"cu_seqlens": bounds, "rows": batch["rows"][~last]}
 
 
-def test_at_the_start_a_text_is_read_as_by_bert(inputs):
+def test_at_the_start_a_text_is_read_as_by_bert(inputs, varied_bert):
     """Spec VL-BERT fact 2."""
-    model, bert = small_bert(with_pooler=True)
+    bert = varied_bert(SIZES)
+    model = from_bert(bert, masks_features=True, with_pooler=True)
     padded = inputs.padded()
     with torch.no_grad():
         found = model(without_end(text_alone(inputs).packed()))
@@ -294,9 +216,9 @@ def other_image(inputs):
     return inputs._replace(regions=inputs.regions._replace(boxes=boxes, features=features))
 
 
-def test_at_the_start_images_change_nothing_and_after_a_step_they_do(inputs):
+def test_at_the_start_images_change_nothing_and_after_a_step_they_do(inputs, varied_bert):
     """Spec VL-BERT fact 3; and features have no gradient in the first step (§1.3)."""
-    model, _ = small_bert()
+    model = from_bert(varied_bert(SIZES), masks_features=True)
     states = model(inputs.packed()).states
     assert torch.equal(states, model(other_image(inputs).packed()).states)
     weighted(states).backward()
@@ -305,21 +227,6 @@ def test_at_the_start_images_change_nothing_and_after_a_step_they_do(inputs):
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     with torch.no_grad():
         assert not torch.allclose(model(inputs.packed()).states, model(other_image(inputs).packed()).states, atol=1e-3)
-
-
-def test_new_parts_begin_as_the_paper_says():
-    """Spec VL-BERT §1.6."""
-    model, bert = small_bert()
-    tables = model.embeddings
-    assert torch.equal(tables.token_type_embeddings.weight[:2], bert.embeddings.token_type_embeddings.weight)
-    for fresh in (tables.end_embedding, model.region_tokens, model.text_only, model.regions.projection):
-        assert fresh.weight.std().item() == pytest.approx(0.02, rel=0.3)
-    assert not tables.visual_norm_text.weight.any()
-    assert not tables.visual_norm_region.weight.any()
-    assert not model.regions.mask.weight.any()
-    electra = ElectraModel(ElectraConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
-    with pytest.raises(XdscaleError, match=r"VL-BERT is made of a BERT, not of 'electra'"):
-        from_bert(electra, masks_features=False)
 
 
 def random_model(**options):
@@ -445,30 +352,6 @@ def test_only_selected_tokens_are_computed_to_the_end(inputs, with_pooler, recom
         assert (pooled is None) != with_pooler
     for all_of_it, of_selected in zip(*results, strict=True):
         torch.testing.assert_close(of_selected, all_of_it, atol=1e-11, rtol=0)
-
-
-LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "parameters"),
-    [
-        ({}, (108_896_256, 109_486_848, 114_489_467, 114_491_515)),
-        (LARGE, (334_098_432, 335_148_032, 342_069_627, 342_071_675)),
-    ],
-)
-def test_parameters(sizes, parameters):
-    """Spec VL-BERT fact 1: §1.7, with 1,600 classes and the background."""
-    with torch.device("meta"):
-        model = from_bert(BertModel(BertConfig(**sizes)), masks_features=True, with_pooler=True)
-        heads = masked_lm_head(model), RegionClassHead(model.config.hidden_size, 1601)
-
-    def count(*modules):
-        return sum(value.numel() for value in {each for module in modules for each in module.parameters()})
-
-    bare = count(model.embeddings, model.layers)
-    whole = count(model, *heads) - count(model.pooler)
-    assert (bare, bare + count(model.pooler), whole - 2048, whole) == parameters
 
 
 def test_a_word_that_looks_at_no_region_of_its_image_is_refused(inputs):

@@ -244,6 +244,9 @@ def test_every_trained_parameter_gets_a_gradient(read):
 def test_what_does_not_fit_is_refused(read, table, folder, tmp_path):
     with pytest.raises(XdscaleError, match="--task nlvr2: VL-BERT reads one image, not 2"):
         VLBERTSubject(str(folder), ModelSettings(), table).require_readable(find_task("nlvr2"))
+    with pytest.raises(XdscaleError, match=r"model\.max_length = 511: .* has 510 positions for a text"):
+        VLBERTSubject(str(folder), ModelSettings(max_length=511), table).describe()
+    VLBERTSubject(str(folder), ModelSettings(max_length=510), table).describe()
     narrow = np.zeros((1, 5), np.float32)
     image = RegionImage("a", size=(9, 9), boxes=np.array([[0, 0, 5, 5]], np.float32), features=narrow)
     build_regions([image], tmp_path / "narrow", Detector(model="drawn"))

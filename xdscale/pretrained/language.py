@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -12,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line
+from xdscale.files import one_line, read_json
 from xdscale.names import PACKAGE_PREFIX, resolve_path
 from xdscale.pretrained.architectures import KNOWN, read_encoder_config
 from xdscale.recipes.mlm.schema import Language
@@ -24,6 +25,7 @@ _CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "bert": (BertConfig, BertModel),
     "electra": (ElectraConfig, ElectraModel),
 }
+_Config = TypeVar("_Config", bound=PretrainedConfig)
 
 
 def language_config(spec: Language) -> PretrainedConfig:
@@ -38,13 +40,33 @@ def language_config(spec: Language) -> PretrainedConfig:
     else:
         folder = _language_folder(spec.name)
         source, values = str(folder / "config.json"), read_encoder_config(folder)
+    return _checked_config(_CLASSES[values["model_type"]][0], values, source)
+
+
+def read_config(path: Path, kind: type[_Config]) -> _Config:
+    """Reads the config.json of a model that is made of a BERT.
+
+    Args:
+        path: the file.
+        kind: the class of its configuration.
+
+    Raises:
+        XdscaleError: unreadable, of another architecture, or with values that no layer of BERT can be built of.
+    """
+    values = read_json(path)
+    if values.get("model_type") != kind.model_type:
+        raise XdscaleError(f"{path}: model_type is {values.get('model_type')!r}; expected {kind.model_type!r}")
+    return _checked_config(kind, values, str(path))
+
+
+def _checked_config(kind: type[_Config], values: dict[str, Any], source: str) -> _Config:
     try:
-        config = _CLASSES[values["model_type"]][0].from_dict(values)
+        config = kind.from_dict(values)
     except Exception as error:  # transformers and what it checks values with raise unrelated kinds
-        raise XdscaleError(f"{source}: not a {values['model_type']} configuration: {one_line(error)}") from None
+        raise XdscaleError(f"{source}: not a {kind.model_type} configuration: {one_line(error)}") from None
     if config.hidden_act not in ACT2FN:
         raise XdscaleError(f"{source}: hidden_act is {config.hidden_act!r}, which transformers does not know")
-    if config.hidden_size % config.num_attention_heads:
+    if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
         raise XdscaleError(
             f"{source}: hidden_size = {config.hidden_size} is not a multiple of num_attention_heads = "
             f"{config.num_attention_heads}"

@@ -7,16 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel, VisualBertConfig
-from transformers.activations import ACT2FN
 
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line, read_json
 from xdscale.models.single_stream import BERT_NAMES
 from xdscale.models.visualbert import VisualBERT
-from xdscale.pretrained.language import MASKED_LM_HEAD, MASKED_LM_KEYS, SENTENCE_HEAD
+from xdscale.pretrained.language import MASKED_LM_HEAD, MASKED_LM_KEYS, SENTENCE_HEAD, read_config
 from xdscale.weights import read_state_dict, some, weight_files
 
-MODEL_TYPE = "visual_bert"
 ENCODER = "visual_bert."
 """What the names of the encoder's weights begin with where a file also holds heads."""
 
@@ -180,30 +177,8 @@ def _read(place: Path) -> tuple[VisualBertConfig, dict[str, torch.Tensor]]:
             for theirs, ours in _RELEASE:
                 name = name.replace(theirs, ours)
             state[name if name.startswith((ENCODER, "cls.")) else ENCODER + name] = value
-    return _config_of(state, place) if place.is_file() else visualbert_config(place / "config.json"), state
-
-
-def visualbert_config(path: Path) -> VisualBertConfig:
-    """Reads a configuration.
-
-    Raises:
-        XdscaleError: unreadable, or of another architecture.
-    """
-    values = read_json(path)
-    if values.get("model_type") != MODEL_TYPE:
-        raise XdscaleError(f"{path}: model_type is {values.get('model_type')!r}; expected {MODEL_TYPE!r}")
-    try:
-        config = VisualBertConfig.from_dict(values)
-    except Exception as error:  # transformers and what it checks values with raise unrelated kinds
-        raise XdscaleError(f"{path}: not a configuration of VisualBERT: {one_line(error)}") from None
-    if config.hidden_act not in ACT2FN:
-        raise XdscaleError(f"{path}: hidden_act is {config.hidden_act!r}, which transformers does not know")
-    if config.hidden_size % config.num_attention_heads:
-        raise XdscaleError(
-            f"{path}: hidden_size = {config.hidden_size} is not a multiple of num_attention_heads = "
-            f"{config.num_attention_heads}"
-        )
-    return config
+    config = _config_of(state, place) if place.is_file() else read_config(place / "config.json", VisualBertConfig)
+    return config, state
 
 
 def _config_of(state: dict[str, torch.Tensor], path: Path) -> VisualBertConfig:

@@ -9,14 +9,12 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line, read_json
 from xdscale.models.single_stream import BERT_NAMES
 from xdscale.models.vlbert import GEOMETRY, REGION_SEGMENT, VLBERT, VLBertConfig
-from xdscale.pretrained.language import MASKED_LM_KEYS, language_weights
+from xdscale.pretrained.language import MASKED_LM_KEYS, language_weights, read_config
 from xdscale.recipes.mlm.schema import Language
 from xdscale.weights import read_state_dict, some, weight_files
 
-MODEL_TYPE = VLBertConfig.model_type
 TRUNK, TRUNK_PREFIX = "fast_rcnn.safetensors", "trunk."
 """The branch of Fast R-CNN in an export, and what its names begin with in training."""
 _TRUNK_PLACES = ("image_feature_extractor.roi_head_feature_extractor.", "image_feature_extractor.head.0.")
@@ -124,7 +122,7 @@ def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, d
     if place.is_file():
         config, state = _from_release(place)
     else:
-        config, state = vlbert_config(place / "config.json"), {}
+        config, state = read_config(place / "config.json", VLBertConfig), {}
         for path in weight_files(place):
             state |= read_state_dict(path)
         if (place / TRUNK).is_file():
@@ -204,21 +202,6 @@ def save_pooler(spec: Language, folder: Path) -> None:
 def read_pooler(folder: Path) -> dict[str, torch.Tensor]:
     """Returns the pooler that was kept, under the names that it has in `VLBERT`; nothing where there is none."""
     return read_state_dict(folder / POOLER) if (folder / POOLER).is_file() else {}
-
-
-def vlbert_config(path: Path) -> VLBertConfig:
-    """Reads a configuration.
-
-    Raises:
-        XdscaleError: unreadable, or of another architecture.
-    """
-    values = read_json(path)
-    if values.get("model_type") != MODEL_TYPE:
-        raise XdscaleError(f"{path}: model_type is {values.get('model_type')!r}; expected {MODEL_TYPE!r}")
-    try:
-        return VLBertConfig.from_dict(values)
-    except Exception as error:  # transformers and what it checks values with raise unrelated kinds
-        raise XdscaleError(f"{path}: not a configuration of VL-BERT: {one_line(error)}") from None
 
 
 def _from_release(path: Path) -> tuple[VLBertConfig, dict[str, torch.Tensor]]:

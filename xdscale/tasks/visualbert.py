@@ -6,14 +6,15 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import VisualBertConfig
 
 from xdscale.data.task_files import Example
 from xdscale.data.visual_tasks import VisualTaskCollator
 from xdscale.errors import XdscaleError
 from xdscale.models.visualbert import VisualBERT
 from xdscale.names import resolve_path
-from xdscale.pretrained.visualbert import load_visualbert, visualbert_config
+from xdscale.pretrained.language import read_config
+from xdscale.pretrained.visualbert import load_visualbert
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.tasks.contract import Subject, SubjectFacts, Task
@@ -27,16 +28,19 @@ POINTING_SIZE = 64
 class VisualBERTSubject(Subject):
     """A VisualBERT in a Hugging Face folder: an export, or anybody's with its BERT's tokenizer beside the weights."""
 
+    own_positions = 0
+    """Positions of the text's table that it needs behind those of a text."""
+
     def require_readable(self, task: Task) -> None:
         """Any task will do: one without images is read as text alone."""
 
     def describe(self) -> SubjectFacts:
         """Checks configuration, tokenizer and weights."""
         folder, config = self._folder, self._config()
-        if self.settings.max_length > config.max_position_embeddings:
+        room = config.max_position_embeddings - self.own_positions
+        if self.settings.max_length > room:
             raise XdscaleError(
-                f"model.max_length = {self.settings.max_length}: {self.model} has {config.max_position_embeddings} "
-                "positions"
+                f"model.max_length = {self.settings.max_length}: {self.model} has {room} positions for a text"
             )
         self._tokenizer()
         encoder = f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
@@ -67,8 +71,8 @@ class VisualBERTSubject(Subject):
             encoder = VisualBERT(config)
         return VisualBERTClassifier(encoder.train(), task, dropout=dropout)
 
-    def _config(self) -> PretrainedConfig:
-        return visualbert_config(self._folder / "config.json")
+    def _config(self) -> VisualBertConfig:
+        return read_config(self._folder / "config.json", VisualBertConfig)
 
     def _tokenizer(self) -> tuple[Tokenizer, LanguageTokenizer]:
         tokenizer, info = load_language_tokenizer(str(self._folder))

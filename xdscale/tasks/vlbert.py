@@ -10,7 +10,8 @@ from xdscale.data.task_files import Example
 from xdscale.data.vlbert_tasks import VLBERTTaskCollator
 from xdscale.errors import XdscaleError
 from xdscale.models.vlbert import VLBERT, VLBertConfig
-from xdscale.pretrained.vlbert import load_vlbert, read_pooler, vlbert_config
+from xdscale.pretrained.language import read_config
+from xdscale.pretrained.vlbert import load_vlbert, read_pooler
 from xdscale.tasks.contract import Task
 from xdscale.tasks.visualbert import VisualBERTSubject
 from xdscale.weights import check_sha256, weight_files
@@ -18,6 +19,9 @@ from xdscale.weights import check_sha256, weight_files
 
 class VLBERTSubject(VisualBERTSubject):
     """A VL-BERT in a folder: an export, with its BERT's tokenizer."""
+
+    own_positions = 2
+    """Of regions, which share one, and of [END]."""
 
     def require_readable(self, task: Task) -> None:
         """Checks that a task has one image at most."""
@@ -66,7 +70,7 @@ class VLBERTSubject(VisualBERTSubject):
         return module
 
     def _config(self) -> VLBertConfig:
-        return vlbert_config(self._folder / "config.json")
+        return read_config(self._folder / "config.json", VLBertConfig)
 
 
 class VLBERTClassifier(nn.Module):
