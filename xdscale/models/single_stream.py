@@ -105,6 +105,43 @@ def encode_packed(
     return states.index_select(0, place)
 
 
+def encode_and_pool(
+    layers: Sequence[SelfAttentionLayer],
+    states: torch.Tensor,
+    batch: Batch,
+    selected: torch.Tensor | None,
+    pooler: nn.Linear | None,
+    *,
+    recompute: bool,
+) -> PackedStates:
+    """Runs layers one after the other, and the pooler, if there is one, on the first token of each sample.
+
+    Args:
+        layers: one or more.
+        states: [tokens, H], sample by sample.
+        batch: with `cu_seqlens` and `longest`.
+        selected: int64 [n], places in the row, each once, in any order: the only ones whose states are needed. The last
+            layer is computed for these, and for the first tokens where they are pooled, alone.
+        pooler: Linear before tanh.
+        recompute: whether each layer is computed again in the backward pass.
+
+    Returns:
+        States of all tokens, or of the selected ones in their order, and what the pooler makes of the first ones.
+    """
+    packed = PackedTokens(batch["cu_seqlens"], batch["longest"])
+    if pooler is None:
+        states = encode_packed(layers, states, packed, selected, recompute=recompute)
+        return PackedStates(states, None, batch["cu_seqlens"])
+    first = batch["cu_seqlens"][:-1].to(torch.int64)
+    wanted = None if selected is None else torch.cat([selected, first])
+    states = encode_packed(layers, states, packed, wanted, recompute=recompute)
+    if selected is None:
+        firsts = states.index_select(0, first)
+    else:
+        states, firsts = states.split([len(selected), len(first)])
+    return PackedStates(states, torch.tanh(pooler(firsts)), batch["cu_seqlens"])
+
+
 def initialise(modules: Iterable[nn.Module], std: float) -> None:
     """Gives new modules BERT's first values: weights from a normal distribution, biases 0."""
     for module in modules:

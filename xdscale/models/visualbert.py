@@ -4,8 +4,15 @@ import torch
 from torch import nn
 from transformers import VisualBertConfig
 
-from xdscale.models.packed_tokens import PackedTokens, packed_by_lengths
-from xdscale.models.single_stream import Batch, PackedStates, SelfAttentionLayer, encode_packed, initialise
+from xdscale.models.packed_tokens import packed_by_lengths
+from xdscale.models.single_stream import (
+    Batch,
+    PackedStates,
+    SelfAttentionLayer,
+    encode_and_pool,
+    encode_packed,
+    initialise,
+)
 
 
 class VisualTextEmbeddings(nn.Module):
@@ -102,8 +109,6 @@ class VisualBERT(nn.Module):
         Returns:
             States of all tokens, or of the selected ones in their order, and what the pooler makes of the first ones.
         """
-        packed = PackedTokens(batch["cu_seqlens"], batch["longest"])
-        first = batch["cu_seqlens"][:-1].to(torch.int64)
         states, recompute = self.embeddings(batch), self._checkpoint_layers
         if self.fusion is not None:
             texts = len(batch["text_ids"])
@@ -112,12 +117,4 @@ class VisualBERT(nn.Module):
             states = torch.cat([words, states[texts:]])
         states = states.index_select(0, batch["rows"])
         joint = self.layers if self.fusion is None else [self.fusion]
-        wanted = None if selected is None else torch.cat([selected, first])
-        states = encode_packed(joint, states, packed, wanted, recompute=recompute)
-        if selected is None:
-            return PackedStates(states, self._pooled(states.index_select(0, first)), batch["cu_seqlens"])
-        states, firsts = states.split([len(selected), len(first)])
-        return PackedStates(states, self._pooled(firsts), batch["cu_seqlens"])
-
-    def _pooled(self, states: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.pooler(states))
+        return encode_and_pool(joint, states, batch, selected, self.pooler, recompute=recompute)

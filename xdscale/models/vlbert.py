@@ -4,8 +4,7 @@ import torch
 from torch import nn
 from transformers import BertConfig
 
-from xdscale.models.packed_tokens import PackedTokens
-from xdscale.models.single_stream import Batch, PackedStates, SelfAttentionLayer, encode_packed, initialise
+from xdscale.models.single_stream import Batch, PackedStates, SelfAttentionLayer, encode_and_pool, initialise
 
 WAVES = 256
 LONGEST_WAVE = 1000.0
@@ -154,20 +153,9 @@ class VLBERT(nn.Module):
         Returns:
             States of all tokens, or of the selected ones in their order, and what the pooler makes of the first ones.
         """
-        packed = PackedTokens(batch["cu_seqlens"], batch["longest"])
         masked = batch["masked_regions"]
         tokens, text_only = self.region_tokens(masked), self.text_only(torch.zeros_like(batch["text_lengths"][:1]))
         seen = self.regions(batch["features"].to(tokens.dtype), batch["places"], masked)
         states = self.embeddings(batch, seen, tokens, text_only).index_select(0, batch["rows"])
-        first = batch["cu_seqlens"][:-1].to(torch.int64) if self.pooler is not None else None
-        wanted = torch.cat([selected, first]) if selected is not None and first is not None else selected
-        states = encode_packed(self.layers, states, packed, wanted, recompute=self._checkpoint_layers)
-        if first is None:
-            return PackedStates(states, None, batch["cu_seqlens"])
-        if selected is None:
-            return PackedStates(states, self._pooled(states.index_select(0, first)), batch["cu_seqlens"])
-        states, firsts = states.split([len(selected), len(first)])
-        return PackedStates(states, self._pooled(firsts), batch["cu_seqlens"])
-
-    def _pooled(self, states: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.pooler(states))
+        recompute = self._checkpoint_layers
+        return encode_and_pool(self.layers, states, batch, selected, self.pooler, recompute=recompute)
