@@ -217,21 +217,11 @@ def test_published_runs(task, batch, rate, size):
 
 
 @pytest.fixture(scope="module")
-def runs(adapt, captioned_pictures, tmp_path_factory):
+def runs(run_by_stage, captioned_pictures):
     """Run folders by ZeRO stage: stopped after 2 of 4 steps, continued on another number of ranks."""
-    folder = tmp_path_factory.mktemp("runs")
-    data = f"data.shards={captioned_pictures}"
-    for stage, worlds in {0: (1,), 1: (2, 1), 2: (2,), 3: (1, 2)}.items():
-        config = folder / f"zero{stage}.json"
-        micro = {0: 6, 1: 2, 2: 1, 3: 2}[stage]  # with 4 a rank would have padding
-        values = {"train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage}}
-        config.write_text(json.dumps(values))
-        out = [data, f"output.folder={folder / str(stage)}", "--deepspeed_config", str(config)]
-        for number, ranks in enumerate(worlds, 1):
-            stop = ["run.stop_at_step=2"] if number < len(worlds) else []
-            done = adapt("quickstart-visualbert", *FIXED, *stop, *out, ranks=ranks)
-            assert done.code == 0, done.stderr[-3000:]
-    return {stage: folder / str(stage) for stage in range(4)}
+    starts = {0: (1,), 1: (2, 1), 2: (2,), 3: (1, 2)}
+    micro_batches = {0: 6, 1: 2, 2: 1, 3: 2}  # with 4 a rank would have padding
+    return run_by_stage("quickstart-visualbert", [f"data.shards={captioned_pictures}", *FIXED], starts, micro_batches)
 
 
 def losses(run):

@@ -1,7 +1,6 @@
 """VL-BERT's pretraining against its release's computation, and through the whole engine."""
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -227,21 +226,11 @@ def test_ablations_leave_objectives_out_and_take_half_of_the_epochs(letter, off)
 
 
 @pytest.fixture(scope="module")
-def runs(adapt, grounded_pictures, tmp_path_factory):
+def runs(run_by_stage, grounded_pictures):
     """Run folders by ZeRO stage: stopped after 2 of 4 steps, continued on another number of ranks."""
-    folder = tmp_path_factory.mktemp("runs")
-    data = f"data.shards={grounded_pictures}"
-    for stage, worlds in {0: (1,), 1: (2, 1), 2: (2,), 3: (1, 2)}.items():
-        config = folder / f"zero{stage}.json"
-        micro = {0: 8, 1: 2, 2: 1, 3: 2}[stage]  # of 1 a rank has captions alone, the other one texts
-        values = {"train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage}}
-        config.write_text(json.dumps(values))
-        out = [data, f"output.folder={folder / str(stage)}", "--deepspeed_config", str(config)]
-        for number, ranks in enumerate(worlds, 1):
-            stop = ["run.stop_at_step=2"] if number < len(worlds) else []
-            done = adapt("quickstart-vlbert", *FIXED, *stop, *out, ranks=ranks)
-            assert done.code == 0, done.stderr[-3000:]
-    return {stage: folder / str(stage) for stage in range(4)}
+    starts = {0: (1,), 1: (2, 1), 2: (2,), 3: (1, 2)}
+    micro_batches = {0: 8, 1: 2, 2: 1, 3: 2}  # of 1 a rank has captions alone, the other one texts
+    return run_by_stage("quickstart-vlbert", [f"data.shards={grounded_pictures}", *FIXED], starts, micro_batches)
 
 
 @pytest.mark.slow

@@ -200,20 +200,12 @@ def test_a_table_without_images_is_refused(grounded_pictures, pictures):
 
 
 @pytest.fixture(scope="module")
-def runs(adapt, pictures, tmp_path_factory):
+def runs(run_by_stage, pictures):
     """Run folders by ZeRO stage, of two steps."""
-    folder = tmp_path_factory.mktemp("runs")
     fixed = [*TABLES, "training.steps=2", "training.global_batch=4", "run.eval_samples=4", "run.eval_every=2"]
     fixed += ["run.checkpoint_every=2", f"data.shards={pictures}"]
-    for stage, ranks in {0: 1, 1: 2, 2: 2, 3: 2}.items():
-        config = folder / f"zero{stage}.json"
-        micro = {0: 4, 1: 2, 2: 1, 3: 1}[stage]  # of 1 a rank has captions alone, the other one texts
-        values = {"train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage}}
-        config.write_text(json.dumps(values))
-        out = [f"output.folder={folder / str(stage)}", "--deepspeed_config", str(config)]
-        done = adapt("quickstart-vlbert", *fixed, *out, ranks=ranks)
-        assert done.code == 0, done.stderr[-3000:]
-    return {stage: folder / str(stage) for stage in range(4)}
+    micro_batches = {0: 4, 1: 2, 2: 1, 3: 1}  # of 1 a rank has captions alone, the other one texts
+    return run_by_stage("quickstart-vlbert", fixed, {0: (1,), 1: (2,), 2: (2,), 3: (2,)}, micro_batches)
 
 
 @pytest.mark.slow
