@@ -7,11 +7,8 @@ steps.
 import base64
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,22 +86,9 @@ def smaller(command):
 
 
 @pytest.fixture(scope="module")
-def printed(workplace):
+def printed(workplace, run_page):
     """What each command of the page printed."""
-    settings = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    outputs = {}
-    for command in COMMANDS:
-        done = subprocess.run(
-            ["bash", "-c", smaller(command)],
-            cwd=workplace, env=settings, capture_output=True, text=True, timeout=400, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        outputs[command] = done.stdout
-    return outputs
+    return run_page({command: smaller(command) for command in COMMANDS}, workplace)
 
 
 @pytest.mark.proof
