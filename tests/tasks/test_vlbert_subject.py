@@ -247,6 +247,13 @@ def test_what_does_not_fit_is_refused(read, table, folder, tmp_path):
     with pytest.raises(XdscaleError, match=r"model\.max_length = 511: .* has 510 positions for a text"):
         VLBERTSubject(str(folder), ModelSettings(max_length=511), table).describe()
     VLBERTSubject(str(folder), ModelSettings(max_length=510), table).describe()
+    subject, text = VLBERTSubject(str(folder), ModelSettings(), table), "a dog on a table"
+    part, whole = (
+        [example(((text,),), ("picture-1",), (((Span(0, end, -1),),),))] for end in (len("a dog"), len(text))
+    )
+    with pytest.raises(XdscaleError, match="--task toy: VL-BERT points at what a whole text speaks of"):
+        subject.collator(task_of("region"), part)
+    subject.collator(task_of("region"), whole)
     narrow = np.zeros((1, 5), np.float32)
     image = RegionImage("a", size=(9, 9), boxes=np.array([[0, 0, 5, 5]], np.float32), features=narrow)
     build_regions([image], tmp_path / "narrow", Detector(model="drawn"))

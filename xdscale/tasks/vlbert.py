@@ -30,6 +30,10 @@ class VLBERTSubject(VisualBERTSubject):
 
     def collator(self, task: Task, examples: Sequence[Example]) -> VLBERTTaskCollator:
         """Tokenises a split; regions are read when they are needed."""
+        if task.reads == "region" and any(map(_marks_a_part, examples)):
+            raise XdscaleError(
+                f"--task {task.name}: VL-BERT points at what a whole text speaks of, but here a part of it does"
+            )
         config = self._config()
         width = config.appearance_size
         if task.images and self.regions.width != width:
@@ -71,6 +75,16 @@ class VLBERTSubject(VisualBERTSubject):
 
     def _config(self) -> VLBertConfig:
         return read_config(self._folder / "config.json", VLBertConfig)
+
+
+def _marks_a_part(example: Example) -> bool:
+    """Whether a region is asked for that other words than the whole text name."""
+    return any(
+        span.region < 0 and (span.start, span.end) != (0, len(text))
+        for texts, marked in zip(example.texts, example.spans)
+        for text, spans in zip(texts, marked)
+        for span in spans
+    )
 
 
 class VLBERTClassifier(nn.Module):
