@@ -207,7 +207,7 @@ def finetune(
     subject: Annotated[
         str | None,
         typer.Option(
-            help="language, cross-modal (full model), clip (CLIP-T) or visualbert; default: as the folder says."
+            help="language, cross-modal (full model), clip (CLIP-T), visualbert or vlbert; default: as the folder says."
         ),
     ] = None,
     label: Annotated[str | None, typer.Option(help="The model's name in tables.")] = None,
@@ -241,7 +241,7 @@ def finetune(
 def report_command(
     runs: Annotated[list[UserPath], typer.Argument(metavar="RUN...", help="Folders written by 'xdscale finetune'.")],
     layout: Annotated[
-        str, typer.Option(help="table-1, table-3, table-8, visualbert or visualbert-ablations.")
+        str, typer.Option(help="table-1, table-3, table-8, visualbert, vlbert or visualbert-ablations.")
     ] = "table-1",
     baseline: Annotated[
         list[str] | None,

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from xdscale.report.published import layouts
+from xdscale.tasks.contract import SUBJECTS
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).with_name("xdscale")
 
@@ -26,6 +29,12 @@ def test_help_is_grouped_as_a_person_works_and_leaves_no_command_out():
     # Typer puts a command that names no panel into one called "Commands".
     place = {name: text.index(f"│ {name} ") for name in ("shards", "recipes", "finetune", "pwcca", "plan", "bench")}
     assert sorted(place, key=place.get) == list(place)
+
+
+@pytest.mark.parametrize(("command", "names"), [("finetune", SUBJECTS), ("report", layouts())])
+def test_help_names_all_that_can_be_chosen(command, names):
+    words = re.findall(r"[\w-]+", run(command, "--help").stdout)
+    assert set(names) <= set(words)
 
 
 def test_version_names_the_commit_of_a_checkout():
