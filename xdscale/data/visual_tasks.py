@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from xdscale.data.task_batches import Texts, cut_longest_first, label_arrays
 from xdscale.data.task_files import Example, Span
-from xdscale.data.visual_text import pack, with_spatial
+from xdscale.data.visual_text import pack, region_rows, with_spatial
 from xdscale.errors import XdscaleError
 from xdscale.shards.regions import Regions, RegionTable
 from xdscale.shards.sources.text_build import LanguageTokenizer
@@ -17,7 +17,7 @@ from xdscale.systems.contract import MicroBatch, Slots
 if TYPE_CHECKING:
     from xdscale.tasks.contract import Task
 
-GEOMETRY = 6
+SPATIAL = 6
 """Numbers of `spatial`, which are appended to features where an encoder was trained with them (Flickr30K)."""
 
 
@@ -65,7 +65,7 @@ class VisualTaskCollator:
         self._task, self.examples, self._tokens, self._regions = task, examples, tokenizer[1], regions
         self._width, self._max_length = width, max_length
         self._specials = 1 + task.sentences + (task.reads == "answer") * (1 + self.separates_answers)
-        if task.images and regions.width not in (width, width - GEOMETRY):
+        if task.images and regions.width not in (width, width - SPATIAL):
             raise XdscaleError(
                 f"{regions.table.folder}: features of {regions.width} numbers; the encoder reads {width} of each region"
             )
@@ -189,7 +189,7 @@ class VisualTaskCollator:
         most = counts.max(initial=0)
         return {
             "query_rows": begins + marked,
-            "region_rows": begins[samples] + packed["text_lengths"][samples] + self.own_regions + within,
+            "region_rows": region_rows(packed, offsets) + self.own_regions,
             "region_samples": samples,
             "region_slots": samples * most + within,
             "most_regions": np.array(most),

@@ -58,6 +58,18 @@ def pack(
     return arrays if alignments is None else arrays | _aligned(alignments, regions.offsets)
 
 
+def region_rows(packed: dict[str, np.ndarray], offsets: np.ndarray) -> np.ndarray:
+    """Returns the place in the row of each region, int64 [total].
+
+    Args:
+        packed: with `cu_seqlens` and `text_lengths`, where regions stand right behind the text of their sample.
+        offsets: int64 [b + 1], whose regions are whose.
+    """
+    counts = np.diff(offsets)
+    first = packed["cu_seqlens"][:-1].astype(np.int64) + packed["text_lengths"]
+    return np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], counts)
+
+
 def first_regions(regions: Regions, most: int) -> Regions:
     """Returns the first so many regions of each image: where sources order them by confidence, the best ones."""
     counts = np.diff(regions.offsets)

@@ -8,6 +8,7 @@ import numpy as np
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.data.masking import mask_language_ids
 from xdscale.data.pictures import blank, read_picture, scaled_boxes, scaled_size
+from xdscale.data.visual_text import region_rows
 from xdscale.data.vlbert import chosen_regions, objects_of, pack, with_whole_image
 from xdscale.recipes.vlbert.schema import MaskedRegions, VLBERTRecipe
 from xdscale.shards.regions import Regions, RegionTable
@@ -230,12 +231,9 @@ def compose(
         arrays[f"{name}_rows"], arrays[f"{name}_labels"] = packed["cu_seqlens"][row] + column, labels
         targets[name] = len(labels)
     if on is not None:
-        wanted = np.flatnonzero(is_target[kept])
-        sample = np.repeat(np.arange(len(words)), kept_counts)[wanted]
-        within = wanted - (np.cumsum(kept_counts) - kept_counts)[sample]
-        arrays["masked_region_rows"] = packed["cu_seqlens"][sample] + lengths[sample] + within
+        arrays["masked_region_rows"] = region_rows(packed, mine.offsets)[is_target[kept]]
         arrays["masked_region_labels"] = probabilities[(is_target & kept)[~whole]].astype(np.float32)
-        targets["masked_region"] = len(wanted)
+        targets["masked_region"] = len(arrays["masked_region_rows"])
     return MicroBatch(packed | arrays, targets, tokens=int(np.diff(packed["cu_seqlens"])[slots.real].sum()))
 
 

@@ -15,7 +15,6 @@ STRIDE = 16
 """Pixels for each place of C4's map."""
 BIN = 14
 """Places of a region along each side."""
-APPEARANCE = 2048
 
 
 class FastRCNN(nn.Module):
