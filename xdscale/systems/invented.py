@@ -16,6 +16,12 @@ TextLengths = Callable[[int, int], np.ndarray]
 """Maps a number of texts and of word pieces in each to the CLIP ids of each text, int64."""
 
 _MOST_CLIP_IDS = 9 * CLIP_CONTENT
+_INVENTED = {"name": "invented", "sha256": "0" * 64}
+
+
+def invented_tokenizer(vocabulary: int) -> LanguageTokenizer:
+    """Returns what is known of a tokenizer of so many ids, of which the special ones are BERT's."""
+    return LanguageTokenizer(**_INVENTED, vocab_size=vocabulary, cls_id=101, sep_id=102, mask_id=103, pad_id=0)
 
 
 def average_texts(texts: int, word_pieces: int) -> np.ndarray:
@@ -60,14 +66,12 @@ class InventedText:
         length = positions if length is None else length
         if not 3 <= length <= positions:
             raise XdscaleError(f"sequence length {length}: the encoder takes 3 to {positions}")
-        invented = {"name": "invented", "sha256": "0" * 64}
-        ids = {"vocab_size": config.vocab_size, "cls_id": 101, "sep_id": 102, "mask_id": 103, "pad_id": 0}
         ends = {"start_id": clip_vocabulary - 2, "end_id": clip_vocabulary - 1}
         build = TextBuild(
             inputs=[],
             sequence_length=length - 2,
-            language_tokenizer=LanguageTokenizer(**invented, **ids),
-            clip_tokenizer=ClipTokenizer(**invented, vocab_size=clip_vocabulary, **ends),
+            language_tokenizer=invented_tokenizer(config.vocab_size),
+            clip_tokenizer=ClipTokenizer(**_INVENTED, vocab_size=clip_vocabulary, **ends),
         )
         table = TableManifest(build=build.model_dump(), columns=build.columns, splits={})
         self.manifest = Manifest(tables={TEXT: table})

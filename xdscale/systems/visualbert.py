@@ -21,8 +21,8 @@ from xdscale.recipes.visualbert.schema import VisualBERTObjectives, VisualBERTRe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.regions import REGIONS, RegionBuild, Regions
 from xdscale.shards.sources.caption_build import CAPTIONS, CaptionBuild
-from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, Slots, System, Term, parameter_count
+from xdscale.systems.invented import invented_tokenizer
 from xdscale.systems.mlm import check_tokenizer, load_published_head
 from xdscale.training.stored import MODEL_PREFIX, language_folder
 
@@ -213,8 +213,6 @@ def invented(recipe: VisualBERTRecipe, samples: int, length: int | None = None, 
     regions = model.max_regions or (MOST_REGIONS if longest else ADAPTIVE_REGIONS)
     regions = (regions if length is None else length - text) if model.images else 0
     vocabulary = 1000  # which ids they are changes no shape
-    ids = {"cls_id": 101, "sep_id": 102, "mask_id": 103, "pad_id": 0}
-    tokenizer = LanguageTokenizer(name="invented", sha256="0" * 64, vocab_size=vocabulary, **ids)
     texts = [list(generator.integers(0, vocabulary, (samples, words))) for _ in range(captions)]
     found = no_regions(samples, model.region_size)
     if regions:
@@ -223,7 +221,7 @@ def invented(recipe: VisualBERTRecipe, samples: int, length: int | None = None, 
         found = Regions(features, boxes, boxes[:, 0], found.sizes, np.arange(samples + 1) * regions)
     slots = Slots(np.zeros(samples, np.int64), np.arange(samples), np.ones(samples, bool))
     labels = None if recipe.objectives.match is None else np.arange(samples) % 2
-    return compose(recipe, tokenizer, slots, list(zip(*texts)), labels, found)
+    return compose(recipe, invented_tokenizer(vocabulary), slots, list(zip(*texts)), labels, found)
 
 
 def _freeze(module: VisualBERTPretraining, recipe: VisualBERTRecipe) -> None:

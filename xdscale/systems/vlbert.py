@@ -25,8 +25,9 @@ from xdscale.recipes.vlbert.schema import GroundedObjectives, VLBERTRecipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.regions import REGIONS, RegionBuild, Regions
 from xdscale.shards.sources.caption_build import CAPTIONS, CaptionBuild
-from xdscale.shards.sources.text_build import TEXT, LanguageTokenizer, TextBuild
+from xdscale.shards.sources.text_build import TEXT, TextBuild
 from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, Slots, System, Term, parameter_count
+from xdscale.systems.invented import invented_tokenizer
 from xdscale.systems.mlm import check_tokenizer, load_published_head
 from xdscale.training.stored import MODEL_PREFIX, language_folder
 
@@ -254,8 +255,6 @@ def invented(recipe: VLBERTRecipe, samples: int, length: int | None = None, *, l
     if recipe.objectives.text_mlm is not None:
         has_image[1::2] = False
     vocabulary = 1000  # which ids they are changes no shape
-    ids = {"cls_id": 101, "sep_id": 102, "mask_id": 103, "pad_id": 0}
-    tokenizer = LanguageTokenizer(name="invented", sha256="0" * 64, vocab_size=vocabulary, **ids)
     words = [generator.integers(0, vocabulary, text - 2 if image else elements) for image in has_image]
     images, regions = int(has_image.sum()), elements - text - 1  # and the whole image
     boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (images * regions, 1))
@@ -265,7 +264,7 @@ def invented(recipe: VLBERTRecipe, samples: int, length: int | None = None, *, l
     objects = Regions(features, boxes, boxes[:, 0], sizes, np.arange(images + 1) * regions)
     probabilities = np.full((len(boxes), spec.region_classes), 1 / spec.region_classes, np.float32)
     slots = Slots(np.zeros(samples, np.int64), np.arange(samples), np.ones(samples, bool))
-    tokens = Tokens(tokenizer, np.zeros(vocabulary, bool))
+    tokens = Tokens(invented_tokenizer(vocabulary), np.zeros(vocabulary, bool))
     pictures = None
     if spec.pixels is not None:
         short, long = spec.pixels.short_side, spec.pixels.long_side
