@@ -243,7 +243,19 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 def shown(value: object) -> str:
     """Returns a value as Python writes it, on one line of bearable length: a little YAML may stand for very much."""
-    return _REPR.repr(value).replace("\n", " ")
+    try:
+        return _REPR.repr(value).replace("\n", " ")
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"a number too long to be shown ({type(value).__name__})"
+
+
+def is_text(name: str) -> bool:
+    """Returns whether a name can be written as UTF-8; JSON and names of files may hold halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def one_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from xdscale.errors import XdscaleError
-from xdscale.files import read_json, shown
+from xdscale.files import is_text, read_json, shown
 from xdscale.shards.build import Write
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.manifest import Counts
@@ -91,7 +91,9 @@ class CaptionSource:
         _check_ids(by_file)
         images = [image for found in by_file.values() for image in found]
         later = {image.image_id for path in more for image in by_file[path]}
-        splits = [_split_rule(options, later, held_out)(image) for image in images]
+        splits = list(map(_split_rule(options, later, held_out), images))  # the rule reads its file once
+        if options.split == "list" and VALIDATION not in splits:
+            raise XdscaleError(f"{held_out[0]}: none of its ids is that of an image with captions: nothing is held out")
         names, rows = _rows_of(images, splits, regions, options)
         self._images, self._splits, self._rows = images, splits, rows
         described = describe_inputs([*inputs, *held_out])
@@ -213,6 +215,8 @@ def _field(entry: Any, key: str, kind: type, where: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         what = "a whole number" if kind is int else "a text"
         raise XdscaleError(f"{where}: {key} = {shown(value)}: expected {what}")
+    if kind is str and not is_text(value):
+        raise XdscaleError(f"{where}: {key} = {shown(value)}: holds half a character; expected valid Unicode")
     return value
 
 
@@ -257,9 +261,10 @@ def _karpathy(path: Path) -> dict[str, str | None]:
         name, split = _field(entry, "filename", str, where), _field(entry, "split", str, where)
         if split not in _KARPATHY:
             raise XdscaleError(f"{where}: split = {split!r}: expected {', '.join(_KARPATHY)}")
-        stated[name] = _KARPATHY[split]
-        if "cocoid" in entry:
-            stated[str(_field(entry, "cocoid", int, where))] = _KARPATHY[split]
+        names = [name, str(_field(entry, "cocoid", int, where))] if "cocoid" in entry else [name]
+        for one in names:
+            if stated.setdefault(one, _KARPATHY[split]) != _KARPATHY[split]:
+                raise XdscaleError(f"{where}: split = {split!r}, but {one} stands above in another split")
     return stated
 
 

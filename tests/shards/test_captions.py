@@ -8,10 +8,12 @@ from typer.testing import CliRunner
 
 from xdscale.cli import app
 from xdscale.errors import XdscaleError
+from xdscale.files import read_json
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.regions import Detector, RegionTable
-from xdscale.shards.sources.caption_build import CaptionBuild
+from xdscale.shards.sources import captions
+from xdscale.shards.sources.caption_build import CaptionBuild, CaptionOptions
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.shards.table import Table, open_table
 
@@ -111,6 +113,17 @@ def test_any_number_of_workers_and_shards_gives_the_same_rows(dataset, tmp_path,
     assert len(results[0][1]) > 6 > len(results[2][1])
 
 
+def test_the_file_that_says_what_is_held_out_is_read_once(dataset, tmp_path, cassette_model, monkeypatch):
+    """It is as large as all captions: once for each image would take days."""
+    images = [{"cocoid": number, "filename": "", "split": "train"} for number in range(1, IMAGES + 1)]
+    karpathy = written(tmp_path / "dataset_coco.json", {"images": images})
+    read = []
+    monkeypatch.setattr(captions, "read_json", lambda path: [read.append(path), read_json(path)][1])
+    path = written(tmp_path / "captions.json", entries(1, IMAGES))
+    captions.CaptionSource([path], dataset, str(cassette_model), CaptionOptions(split="karpathy"), [karpathy])
+    assert read == [path, karpathy]
+
+
 def test_a_karpathy_file_holds_its_images_out_and_leaves_its_test_images_away(run, dataset, tmp_path, cassette_model):
     splits = ["train", "restval", "val", "test"]
     images = [
@@ -183,6 +196,8 @@ def change(place, **fields):
         (change(("images", 3), id=1), r"images\[3\]: id 1 stands twice"),
         (change(("images", 3), file_name=None), r"images\[3\]: file_name = None: expected a text"),
         (change(("annotations", 5), image_id=77), r"annotations\[5\]: image_id 77 is none of the file's images"),
+        (change(("annotations", 5), caption="a \ud800"), r"annotations\[5\]: caption = 'a \\ud800': holds half a char"),
+        (change(("images", 3), file_name="\ud800.jpg"), r"images\[3\]: file_name = '\\ud800.jpg': holds half a char"),
         (change(("annotations", 5), caption=["a"]), r"annotations\[5\]: caption = \['a'\]: expected a text"),
         (change(("annotations", 5), image_id=True), r"annotations\[5\]: image_id = True: expected a whole number"),
     ],
@@ -205,6 +220,12 @@ def test_other_bad_input(dataset, run, tmp_path):
         r"split = 'dev': expected train, restval, val, test": (
             path, "--karpathy", written(tmp_path / "k.json", {"images": [{"filename": "a.jpg", "split": "dev"}]}),
         ),
+        r"images\[1\]: split = 'val', but a.jpg stands above in another split": (
+            path, "--karpathy", written(tmp_path / "two.json", {"images": [
+                {"filename": "a.jpg", "split": split} for split in ("train", "val")
+            ]}),
+        ),
+        "none of its ids is that of an image": (path, "--held-out", written(tmp_path / "other.txt", "12345\n")),
         "give one of them": (path, "--karpathy", path, "--held-out", path),
         r"--missing 'skip': expected refuse or leave-out": (path, "--missing", "skip"),
         "not a readable JSON file": (written(tmp_path / "cut.json", '{"images": ['),),
