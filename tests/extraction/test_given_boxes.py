@@ -19,6 +19,10 @@ def written(tmp_path, value):
     return str(tmp_path / "boxes.json")
 
 
+def _image(number):
+    return {"id": number, "file_name": "a.jpg", "width": 40, "height": 30}
+
+
 def test_a_grid_covers_the_image():
     boxes, confidences = GivenBoxes("grid:2x3").of(PICTURE, SIZE)
     assert boxes.tolist()[:4] == [[0, 0, 20, 20], [20, 0, 40, 20], [40, 0, 60, 20], [0, 20, 20, 40]]
@@ -75,6 +79,8 @@ def test_own_proposals_have_confidences(tmp_path):
         ({"18": {"boxes": [[0, 0, 5, 5]]}}, "no boxes of '17'.* look like '18'"),
         ({"images": [{}], "annotations": []}, "COCO's instances"),
         ({"images": [], "annotations": [{"bbox": [1, 2]}]}, "COCO's instances"),
+        ({"images": [_image(5)], "annotations": [{"bbox": [0, 0, 1, 1], "image_id": "5"}]}, "image_id '5' is none of"),
+        ({"images": [_image(5), _image(6)], "annotations": []}, "two images have the same file_name"),
     ],
 )
 def test_wrong_boxes_are_refused_by_name(tmp_path, value, words):

@@ -1,6 +1,7 @@
 """Image files of every kind give their pixels the right way up, or are refused by name."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -83,3 +84,24 @@ def test_images_are_found_in_order_with_ids(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(XdscaleError, match="holds no images"):
         find_pictures([str(tmp_path / "empty")], "stem")
+
+
+def test_links_and_names_that_cannot_be_are_refused_by_name(tmp_path):
+    (tmp_path / "inner").mkdir()
+    good = tmp_path / "inner" / "a.png"
+    good.write_bytes(saved(Image.fromarray(PIXELS)))
+    lost = tmp_path / "b.png"
+    lost.symlink_to("nowhere.png")
+    with pytest.raises(XdscaleError, match=r"b\.png: cannot be read: No such file"):
+        find_pictures([str(tmp_path)], "stem")
+    lost.unlink()
+    loop = tmp_path / "inner" / "loop"
+    loop.symlink_to("..")
+    with pytest.raises(XdscaleError, match="loop: is a link to a folder that it lies in"):
+        find_pictures([str(tmp_path)], "path")
+    loop.unlink()
+    (tmp_path / "linked").symlink_to("inner")
+    assert [found.image_id for found in find_pictures([str(tmp_path)], "path")] == ["inner/a.png", "linked/a.png"]
+    good.rename(os.fsdecode(os.fsencode(tmp_path / "inner") + b"/\xff.png"))
+    with pytest.raises(XdscaleError, match="is no text in UTF-8"):
+        find_pictures([str(tmp_path)], "stem")

@@ -133,14 +133,19 @@ def _by_image(path: Path) -> dict[str, dict[str, Any]]:
         for annotation in values["annotations"]:
             left, top, width, height = annotation["bbox"]
             boxes[annotation["image_id"]].append([left, top, left + width, top + height])
-        return {
+        found = {
             str(image["file_name"]): {
-                "boxes": boxes[image["id"]],
+                "boxes": boxes.get(image["id"], []),
                 "width": image["width"],
                 "height": image["height"],
             }
             for image in values["images"]
         }
+        if unknown := boxes.keys() - {image["id"] for image in values["images"]}:
+            raise ValueError(f"image_id {shown(min(unknown, key=str))} is none of the file's images")
+        if len(found) < len(values["images"]):
+            raise ValueError("two images have the same file_name")
+        return found
     except (KeyError, TypeError, ValueError) as error:
         raise XdscaleError(
             f"{path}: expected COCO's instances: images with id, file_name, width and height, annotations with "

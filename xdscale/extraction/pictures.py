@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line, refuse_lfs_pointer, shown
+from xdscale.files import is_text, one_line, refuse_lfs_pointer, shown
 from xdscale.names import resolve_path
 from xdscale.shards.sources.regions.checks import LARGEST_SIDE
 
@@ -49,7 +49,7 @@ def find_pictures(names: Sequence[str], ids: Ids) -> list[Picture]:
         if not files:
             raise XdscaleError(f"{root}: holds no images (known endings: {', '.join(ENDINGS)})")
         for path in files:
-            picture = Picture(path, _image_id(path, root, ids), path.stat().st_size)
+            picture = Picture(path, _image_id(path, root, ids), _size(path))
             if (other := found.setdefault(picture.image_id, picture)) is not picture:
                 raise XdscaleError(
                     f"{path}: image id {picture.image_id!r} is that of {other.path} too; ids must be unique: "
@@ -64,11 +64,26 @@ def _below(folder: Path) -> list[Path]:
     paths = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for link in (Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))):
+            if (
+                os.path.realpath(parent) == (end := os.path.realpath(link))
+                or Path(end) in Path(parent).resolve().parents
+            ):
+                raise XdscaleError(f"{link}: is a link to a folder that it lies in; take it away")
         paths += [Path(parent, name) for name in files if not name.startswith(".") and name.lower().endswith(ENDINGS)]
     return sorted(paths)
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:  # a link that leads nowhere
+        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}; take it away") from None
+
+
 def _image_id(path: Path, root: Path, ids: Ids) -> str:
+    if not is_text(path.name if ids != "path" else str(path)):
+        raise XdscaleError(f"{path}: its name is no text in UTF-8, as image ids are; rename it")
     if ids == "path" and path != root:
         return path.relative_to(root).as_posix()
     if ids in ("name", "path"):
