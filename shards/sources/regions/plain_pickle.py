@@ -16,6 +16,8 @@ import numpy as np
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line, shown
 
+_MOST_COPIES = 64
+"""A pickle may name what it holds again and again: written out, it is so many values for each of its bytes at most."""
 _PLAIN_TYPE = re.compile(r"[<>|=]?([fiu][1248]|b1|[SU]\d{0,4})")
 
 
@@ -30,7 +32,7 @@ def load_plain(data: bytes, where: str) -> Any:
         XdscaleError: it names something else (said by name), or is damaged.
     """
     try:
-        return _without_stand_ins(_PlainUnpickler(data, where).load())
+        return _without_stand_ins(_PlainUnpickler(data, where).load(), [_MOST_COPIES * len(data)])
     except XdscaleError:
         raise
     except Exception as error:  # a broken pickle fails in as many ways as there are bytes
@@ -165,7 +167,7 @@ def _filled(content: Any, kind: _Type, shape: tuple, order: str) -> np.ndarray:
             raise ValueError("an array of objects without a list of them")
         array = np.empty(len(content), object)
         for place, value in enumerate(content):  # one by one: lists would be taken for rows
-            array[place] = _without_stand_ins(value)
+            array[place] = value
     else:
         if isinstance(content, str):  # numpy's own pickles of Python 2
             content = content.encode("latin1")
@@ -173,14 +175,27 @@ def _filled(content: Any, kind: _Type, shape: tuple, order: str) -> np.ndarray:
     return array.reshape(shape, order=order if order in ("C", "F") else "C")
 
 
-def _without_stand_ins(value: Any) -> Any:
-    """Returns the same with arrays in place of what stood for them; in too deep a nest it is a RecursionError."""
+def _without_stand_ins(value: Any, left: list[int]) -> Any:
+    """Returns the same with arrays in place of what stood for them; in too deep a nest it is a RecursionError.
+
+    Args:
+        value: what a pickle holds.
+        left: how many values may still come, counted down.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError("it names the same things again and again, and would take all memory")
     if isinstance(value, _Array):
-        return value.array
+        value = value.array
     if isinstance(value, _Type | type):
         raise ValueError("it holds a type and not a value")
     if isinstance(value, dict):
-        return {key: _without_stand_ins(item) for key, item in value.items()}
+        return {key: _without_stand_ins(item, left) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_without_stand_ins(item) for item in value)
+        return type(value)(_without_stand_ins(item, left) for item in value)
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        whole = np.empty(value.size, object)
+        for place, item in enumerate(value.ravel().tolist()):
+            whole[place] = _without_stand_ins(item, left)
+        return whole.reshape(value.shape)
     return value

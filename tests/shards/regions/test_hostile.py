@@ -185,3 +185,20 @@ def test_python_2_wrote_arrays_as_text(tmp_path):
 def test_what_a_pickle_asks_for_is_named(tmp_path):
     with pytest.raises(XdscaleError, match=r"refs.p: the pickle asks for 'posix.system'; .* Nothing of it was run"):
         load_plain(b"cposix\nsystem\n(S'touch x'\ntR.", "refs.p")
+
+
+def test_a_pickle_that_names_the_same_again_and_again_is_refused():
+    """A hundred bytes that would be a million values; and honest ones that share what they hold."""
+    bomb = [1]
+    for _ in range(20):
+        bomb = [bomb, bomb]
+    for value in (bomb, np.array([bomb, None], object)):
+        with pytest.raises(XdscaleError, match="refs.p: .*again and again"):
+            load_plain(pickle.dumps(value, 2), "refs.p")
+    names = [f"class {number}" for number in range(100)]
+    shared = {number: {"names": names} for number in range(100)}
+    assert load_plain(pickle.dumps(shared, 2), "here") == shared
+    mixed = np.array([names, {"a": np.arange(3)}], object)
+    found = load_plain(pickle.dumps(mixed, 2), "here")
+    assert found[0] == names
+    assert found[1]["a"].tolist() == [0, 1, 2]
