@@ -17,7 +17,7 @@ OUTSIDE_PIXELS = 2.0
 """How far a box may reach out of its image: detectors round, and some count pixels from their middles."""
 SUM_OF_PROBABILITIES = 0.1
 """How far a class distribution's sum may be from 1: published ones were rounded and cut (spec vlbert)."""
-_LARGEST_HALF = float(np.finfo(np.float16).max)
+_LARGEST_HALF, _LARGEST_SINGLE = (float(np.finfo(kind).max) for kind in (np.float16, np.float32))
 
 
 def checked_image(image: "RegionImage", build: RegionBuild, regions: int) -> dict[str, np.ndarray]:
@@ -76,15 +76,17 @@ def checked_boxes(image: "RegionImage", build: RegionBuild) -> np.ndarray:
 
 
 def checked_features(image: "RegionImage", build: RegionBuild, regions: int) -> np.ndarray:
-    """Returns features as they are: [n, width], finite, and not too large for half precision."""
+    """Returns features as they are: [n, width], finite, and not too large for the precision they are stored in."""
     if image.features is None:
         raise refusal(image, "features", "are missing")
     features = _numbers(image, "features", image.features)
     if features.shape != (regions, build.width):
         raise refusal(image, "features", f"have the shape {list(features.shape)}, expected {[regions, build.width]}")
-    largest = float(np.abs(features).max())
+    largest = max(float(features.max()), -float(features.min()))  # the least integer has no absolute value
     if largest > _LARGEST_HALF and build.encoding == "fp16":
         raise refusal(image, "features", f"reach {largest:.3g}, but half precision ends at {_LARGEST_HALF:.0f}")
+    if largest > _LARGEST_SINGLE:
+        raise refusal(image, "features", f"reach {largest:.3g}, but single precision ends at {_LARGEST_SINGLE:.3g}")
     return features
 
 
@@ -127,6 +129,8 @@ def _checked_label(image: "RegionImage", build: RegionBuild, name: str, regions:
         if name == "confidences" and ((values < 0) | (values > 1)).any():
             worst = values[np.argmax(np.abs(values - 0.5))]
             raise refusal(image, name, f"hold {worst:.6g}, expected 0 to 1")
+        if (np.abs(values) > _LARGEST_SINGLE).any():
+            raise refusal(image, name, f"hold {values[np.abs(values).argmax()]:.6g}, too large for single precision")
         return values.astype("<f4")
     detector = build.detector
     count = detector.class_count if name == "object_ids" else detector.attribute_count

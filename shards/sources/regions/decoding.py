@@ -59,7 +59,10 @@ def from_npy(data: bytes, where: str) -> Any:
         return found.item() if isinstance(found, np.ndarray) and found.shape == () else found
     if math.prod(shape) * dtype.itemsize != len(rest) or dtype.names:
         raise XdscaleError(f"{where}: {len(rest)} bytes, but its header states {dtype} {list(shape)}; copy it again")
-    return np.frombuffer(rest, dtype).reshape(shape, order="F" if fortran else "C")
+    try:
+        return np.frombuffer(rest, dtype).reshape(shape, order="F" if fortran else "C")
+    except (ValueError, TypeError):  # values of no bytes or of many numbers, negative sides
+        raise XdscaleError(f"{where}: its header states {dtype} {list(shape)}, which is no array") from None
 
 
 def from_npz(data: bytes, where: str) -> dict[str, Any]:

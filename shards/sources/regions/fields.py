@@ -95,7 +95,7 @@ def whole_number(fields: Mapping[str, Any], name: str, where: str) -> int:
             value = float(text)
         if isinstance(value, np.ndarray) and value.shape == ():
             value = value.item()
-        if isinstance(value, bool) or int(value) != value:
+        if isinstance(value, bool) or int(value) != value or abs(value) >= 10**12:
             raise ValueError
         return int(value)
     except (ValueError, TypeError, OverflowError, UnicodeDecodeError):

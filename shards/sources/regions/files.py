@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 
 from xdscale.errors import XdscaleError
-from xdscale.files import file_sha256, read_json, shown
+from xdscale.files import file_sha256, is_text, read_json, shown
 from xdscale.shards.manifest import InputFile
 from xdscale.shards.sources.regions.source import RegionImage
 
@@ -106,10 +106,10 @@ class _Places:
 
 @dataclass
 class ImageSizes:
-    """Width and height of images that a format does not state."""
+    """Width and height of images that a format does not state; None for a name of images of several sizes."""
 
     name: str
-    known: dict[str, tuple[int, int]] = field(repr=False)
+    known: dict[str, tuple[int, int] | None] = field(repr=False)
     every: tuple[int, int] | None = None
     sha256: str = ""
 
@@ -117,11 +117,16 @@ class ImageSizes:
         """Returns an image's width and height.
 
         Raises:
-            XdscaleError: they are not known.
+            XdscaleError: they are not known, or several images have this name.
         """
         for name in (image_id, PurePosixPath(image_id).stem, trailing_number(image_id)):
             if name in self.known:
-                return self.known[name]
+                if (size := self.known[name]) is None:
+                    raise XdscaleError(
+                        f"{where}: image {shown(image_id)}: {self.name} (--sizes) has images of different sizes with "
+                        f"the id or file name {name!r}; give a file that says id: [width, height]"
+                    )
+                return size
         if self.every is not None:
             return self.every
         raise XdscaleError(f"{where}: image {shown(image_id)}: its size does not stand in {self.name} (--sizes)")
@@ -137,21 +142,29 @@ def load_sizes(name: str) -> ImageSizes:
         return ImageSizes(name, {}, (int(match[1]), int(match[2])))
     path = Path(name)
     values = read_json(path)
-    known: dict[str, tuple[int, int]] = {}
+    known: dict[str, tuple[int, int] | None] = {}
     try:
         if "images" in values:
             for image in values["images"]:
-                size = int(image["width"]), int(image["height"])
-                known[str(image["id"])] = size
-                if "file_name" in image:
-                    known[PurePosixPath(image["file_name"]).stem] = size
+                size = _side(image["width"]), _side(image["height"])
+                names = [str(image["id"])]
+                names += [PurePosixPath(image["file_name"]).stem] if "file_name" in image else []
+                for key in names:
+                    known[key] = size if known.get(key, size) == size else None
         else:
-            known = {str(key): (int(width), int(height)) for key, (width, height) in values.items()}
-    except (KeyError, TypeError, ValueError) as error:
+            known = {str(key): (_side(width), _side(height)) for key, (width, height) in values.items()}
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise XdscaleError(
             f"{path}: expected COCO's 'images' with id, width and height, or id: [width, height]: {error!r}"
         ) from None
     return ImageSizes(path.name, known, sha256=file_sha256(path))
+
+
+def _side(value: Any) -> int:
+    """Returns a width or height, a whole number as text or not."""
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError(f"{shown(value)} is no whole number")
+    return int(value)
 
 
 def trailing_number(image_id: str) -> str | None:
@@ -263,6 +276,8 @@ class FileImages:
         )
 
     def _renamed(self, image_id: str, where: str) -> str:
+        if not is_text(image_id):
+            raise XdscaleError(f"{where}: image id {shown(image_id)} is no text in UTF-8; rename the image")
         if self._reading.ids == "as-given":
             return image_id
         name = PurePosixPath(image_id).stem if self._reading.ids == "stem" else trailing_number(image_id)

@@ -9,7 +9,7 @@ import numpy as np
 from xdscale.errors import XdscaleError
 from xdscale.files import shown
 from xdscale.shards.sources.regions.decoding import from_npy, from_npz
-from xdscale.shards.sources.regions.fields import image_of, whole_number
+from xdscale.shards.sources.regions.fields import array_of, image_of, whole_number
 from xdscale.shards.sources.regions.files import Reading
 from xdscale.shards.sources.regions.source import RegionImage
 
@@ -48,7 +48,9 @@ class PythiaNpy:
             rows = whole_number({"regions": fields.pop("num_boxes", 1)}, "regions", info.name)
             if rows > np.shape(features)[0]:  # fewer are those above the threshold; others are there too
                 raise XdscaleError(f"{info.name}: num_boxes: {rows} are stated, features are there for {len(features)}")
-            left_out = np.shape(fields.get("cls_prob"))[1:] == (self._objects,)
+            if isinstance(probs := fields.get("cls_prob"), list):
+                probs = fields["cls_prob"] = array_of(probs, "cls_prob", info.name)
+            left_out = np.shape(probs)[1:] == (self._objects,)
             image_id = Path(name).name.removesuffix(".npy")
             yield image_of(fields | {"features": features}, image_id, info.name, background_left_out=left_out)
 

@@ -1,5 +1,6 @@
 """What is refused, in which words: file, row, field, what was found and what to do."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from xdscale.errors import XdscaleError
 from xdscale.shards.build import build_table
 from xdscale.shards.regions import Detector, RegionBuild, RegionTable
+from xdscale.shards.sources.regions.decoding import from_npy
 from xdscale.shards.sources.regions.files import Reading, load_sizes
 from xdscale.shards.sources.regions.importing import region_files
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
@@ -165,3 +167,93 @@ def test_probabilities_are_scaled_to_one_within_a_tenth(tmp_path, those):
     table = RegionTable.open(tmp_path / "out")
     assert np.allclose(table.class_probs(np.arange(3)).sum(axis=1), 1, atol=2e-3)
     assert RegionBuild(**table.build.model_dump()) == table.build
+
+
+def test_ids_that_are_no_text_are_refused(tmp_path):
+    path = tmp_path / "detections.json"
+    path.write_text('[{"image_id": "\\ud800", "category_id": 1, "bbox": [1, 1, 2, 2]}]')
+    with pytest.raises(XdscaleError, match=r"detections.json, image 1: image id '\\ud800' is no text in UTF-8"):
+        region_files(
+            [str(path)], "coco", str(writers.detector(tmp_path, None)), reading=Reading(sizes=load_sizes("9x9"))
+        )
+
+
+@pytest.mark.parametrize(
+    "stated", ['{"5": [Infinity, 3]}', '{"5": [12.5, 3]}', '{"5": [true, 3]}', '{"images": [{"id": 5, "width": 2}]}']
+)
+def test_sizes_are_whole_numbers(tmp_path, stated):
+    path = tmp_path / "sizes.json"
+    path.write_text(stated)
+    with pytest.raises(XdscaleError, match="sizes.json: expected COCO's 'images' with id, width and height, or id:"):
+        load_sizes(str(path))
+
+
+def test_a_name_of_images_of_several_sizes_tells_none(tmp_path):
+    """As where the id of one image is the file name of another."""
+    images = [
+        {"id": 5, "width": 12, "height": 10, "file_name": "6.jpg"},
+        {"id": 6, "width": 90, "height": 80, "file_name": "7.jpg"},
+        {"id": 8, "width": 30, "height": 20, "file_name": "8.jpg"},
+    ]
+    path = tmp_path / "sizes.json"
+    path.write_text(json.dumps({"images": images}))
+    sizes = load_sizes(str(path))
+    assert [sizes.of(name, "here") for name in ("5", "7", "8")] == [(12, 10), (90, 80), (30, 20)]
+    with pytest.raises(XdscaleError, match="here: image '6': sizes.json .* different sizes with the id or file name"):
+        sizes.of("6", "here")
+
+
+@pytest.mark.parametrize(
+    ("values", "encoding", "words"),
+    [
+        (np.full((3, 4), 1e300), "u8", "features: reach 1e\\+300, but single precision ends"),
+        (np.full((3, 4), 1e300), "fp16", "features: reach 1e\\+300, but half precision ends"),
+        (np.full((3, 4), -(2**63)), "fp16", "features: reach 9.22e\\+18, but half precision ends"),
+    ],
+)
+def test_numbers_too_large_to_be_stored_are_refused(tmp_path, values, encoding, words):
+    boxes = np.array([[0, 0, 5, 5]] * 3)
+    image = RegionImage("a", (10, 10), boxes, values)
+    with pytest.raises(XdscaleError, match=words):
+        build_regions([image], tmp_path / "out", Detector(model="m"), encoding=encoding)
+    labels = {"attribute_confidences": np.array([0.5, 1e300, 0.5])}
+    image = RegionImage("a", (10, 10), boxes, np.ones((3, 4)), labels)
+    with pytest.raises(XdscaleError, match="attribute_confidences: hold 1e\\+300"):
+        build_regions([image], tmp_path / "out", Detector(model="m"))
+
+
+def npy(shape, descr, content=b"\0" * 32):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+    return header.getvalue() + content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy((-2, -4), "<f4"),
+        npy((-1, -8), "<f4"),
+        npy((2, 4), "|V0", b""),
+        npy((2,), ("<f4", (4,))),
+        npy((True, 8), "<f4"),
+    ],
+)
+def test_headers_that_state_no_array_are_refused(content):
+    with pytest.raises(XdscaleError, match="here: its header states .* which is no array"):
+        from_npy(content, "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_h": 10**5000}, "height: a number too long to be shown"),
+        ({"num_boxes": 10**5000}, "regions: a number too long to be shown"),
+        ({"cls_prob": [[1, 2], [3]]}, "cls_prob: expected numbers"),
+    ],
+)
+def test_odd_fields_beside_features_are_named(tmp_path, change, words):
+    info = {"bbox": np.array([[0, 0, 5, 5], [1, 1, 6, 6]]), "image_h": 10, "image_w": 10} | change
+    np.save(tmp_path / "1.npy", np.ones((2, 4), np.float32))
+    np.save(tmp_path / "1_info.npy", np.array(info, object), allow_pickle=True)
+    with pytest.raises(XdscaleError, match=f"1_info.npy: {words}"):
+        region_files([str(tmp_path / "1.npy")], "pythia", str(writers.detector(tmp_path)))
