@@ -212,7 +212,14 @@ def test_odd_annotations_are_named_and_nothing_outside_is_read(world, xml, messa
 
 
 @pytest.mark.parametrize(
-    "sentence", ["[/EN#9/animals Two dogs", "[/EN#9 Two dogs]", "[/EN#x/animals Two dogs]", "[/EN#9/animals a [b] c]"]
+    "sentence",
+    [
+        "[/EN#9/animals Two dogs",
+        "[/EN#9 Two dogs]",
+        "[/EN#x/animals Two dogs]",
+        "[/EN#9/animals a [b] c]",
+        f"[/EN#{'9' * 5000}/animals A]",
+    ],
 )
 def test_odd_marks_are_named(world, sentence):
     world.write("val", i65567=(["Fine .", sentence], annotation(item([9], (5, 5, 9, 9)))))

@@ -31,7 +31,7 @@ RANKS = (1, 5, 10)
 NOT_VISUAL = 0
 """The entity of phrases that name nothing to be seen."""
 
-_PHRASE = re.compile(r"\[/EN#([0-9]+)((?:/[^\s/\[\]]+)+) ([^\[\]]+)\]")
+_PHRASE = re.compile(r"\[/EN#([0-9]{1,9})((?:/[^\s/\[\]]+)+) ([^\[\]]+)\]")
 
 
 class Phrase(NamedTuple):
