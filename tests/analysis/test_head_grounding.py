@@ -117,6 +117,20 @@ def test_entities_and_relations_are_asked_from_the_words_that_they_should(model,
     assert found.relations["det"].baseline == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize(("whole_image", "confidences"), [("first", True), ("none", False), ("first", False)])
+def test_the_baseline_is_what_the_detector_found(model, data, tmp_path, whole_image, confidences):
+    """The whole image is no detection, however sure the table is of it; and nobody is sure without confidences."""
+    images, rng = [], np.random.default_rng(0)
+    for image, boxes in BOXES.items():
+        boxes = np.array([[0, 0, 100, 100]] * (whole_image == "first") + list(boxes), np.float32)
+        labels = {"confidences": np.linspace(1, 0.5, len(boxes), dtype=np.float32)} if confidences else {}
+        features = rng.standard_normal((len(boxes), WIDTH)).astype(np.float32)
+        images.append(RegionImage(image, size=(100, 100), boxes=boxes, features=features, labels=labels))
+    build_regions(images, tmp_path / "regions", Detector(model="drawn", class_count=0), whole_image=whole_image)
+    found = HeadReader(model, data, RegionTable.open(tmp_path / "regions"), split="dev", parses=None).count()
+    assert found.entities.baseline == pytest.approx(1 / 3 if confidences else np.nan, nan_ok=True)
+
+
 def test_figures_are_those_of_transformers_on_inputs_made_by_hand(model, data, table):
     """The last word piece of each phrase asks; its row holds words and regions, and sums to 1."""
     found = HeadReader(model, data, RegionTable.open(table), split="dev", parses=None).count().entities

@@ -56,7 +56,8 @@ class HeadAccuracy:
         accuracy: float64 [layers, heads]: share of words whose most attended region is right.
         mass: float64 [layers, heads]: mean share of the words' attention that goes to regions.
         active: bool [layers, heads]: whether that is more than `ACTIVE`.
-        baseline: accuracy of the region that the detector is surest of, the same for every word of an image.
+        baseline: accuracy of the region that the detector is surest of, the same for every word of an image; nan
+            where it does not say how sure it is.
     """
 
     words: int
@@ -83,7 +84,7 @@ class HeadCounts:
     words: int = 0
     hits: np.ndarray | int = 0
     mass: np.ndarray | float = 0.0
-    sure: int = 0
+    sure: float = 0
 
     def add(self, attention: np.ndarray, boxes: np.ndarray, confidences: np.ndarray, gold: np.ndarray) -> None:
         """Counts one word.
@@ -91,14 +92,15 @@ class HeadCounts:
         Args:
             attention: float [layers, heads, regions], the columns of regions in the word's rows of sum 1.
             boxes: [regions, 4], of the image.
-            confidences: [regions], the detector's.
+            confidences: [regions], the detector's; nan where it states none.
             gold: [m, 4], what the word stands for; any of them counts.
         """
         right = (box_iou(boxes, gold) >= MATCH).any(1)
         self.words += 1
         self.hits = self.hits + right[attention.argmax(-1)]
         self.mass = self.mass + attention.sum(-1, dtype=np.float64)
-        self.sure += int(right[np.argmax(confidences)])
+        surest = np.argmax(confidences)
+        self.sure += np.nan if np.isnan(confidences[surest]) else int(right[surest])
 
     def result(self) -> HeadAccuracy:
         """Returns the shares; at least one word must have been counted."""

@@ -73,7 +73,7 @@ class HeadReader:
         Args:
             model: an export, or another folder that `load_visualbert` reads, with its tokenizer.
             data: folder of the task's files.
-            regions: of the images, with confidences for the baseline.
+            regions: of the images; without confidences there is no baseline.
             split: "train", "dev" or "test".
             parses: the captions' dependencies in CoNLL-U, in the order of `captions_of`.
 
@@ -81,7 +81,7 @@ class HeadReader:
             XdscaleError: any of these is missing, broken, or does not fit the others.
         """
         self._asked = _asked(_list_of(data, split), parses)
-        self._with_parses = parses is not None
+        self._with_parses, self._build = parses is not None, regions.build
         self._encoder = _eager(model)
         self._tokenizer = load_language_tokenizer(str(model))
         self._collate = VisualTaskCollator(
@@ -106,7 +106,7 @@ class HeadReader:
                 gold, relation = np.array(self._asked[place].example.truth.boxes), self._asked[place].relation
                 counts = entities if relation is None else relations.relations[relation]
                 row = attention[:, :, position, length:]
-                counts.add(row, found.boxes[image], found.confidences[image], gold)
+                counts.add(row, found.boxes[image], self._confidences(found.confidences[image]), gold)
         return HeadGrounding(entities.result(), relations.result() if self._with_parses else None)
 
     def map(self, caption: str, categories: Mapping[str, Sequence[int]] | None = None) -> AttentionMap:
@@ -137,6 +137,13 @@ class HeadReader:
                 raise XdscaleError(f"--categories: {name!r} has region {wrong[0]}; the image has 0 to {count - 1}")
         sums = [weights[..., list(members)].sum(-1) for members in categories.values()]
         return AttentionMap(pieces, list(categories), np.stack(sums, -1))
+
+    def _confidences(self, stated: np.ndarray) -> np.ndarray:
+        """Returns how sure the detector is of an image's regions: of the whole image, which it did not find, least."""
+        found = stated.copy() if "confidences" in self._build.labels else np.full_like(stated, np.nan)
+        if self._build.whole_image == "first":
+            found[0] = -1
+        return found
 
     def _batch(self, places: list[int]) -> MicroBatch:
         ids = np.array(places)
