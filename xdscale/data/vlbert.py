@@ -99,12 +99,12 @@ def with_whole_image(objects: Regions, seen: np.ndarray | None = None) -> tuple[
         All regions; and bool [total], which of them are the whole image.
     """
     images = np.arange(len(objects.sizes))
-    of_image = np.repeat(images, np.diff(objects.offsets))
-    used = of_image if seen is None else of_image[seen]
-    features = objects.features if seen is None else objects.features[seen]
-    sums = np.zeros((len(images), objects.features.shape[1]), np.float32)
-    np.add.at(sums, used, features)
-    means = sums / np.maximum(1, np.bincount(used, minlength=len(images)))[:, None]
+    parts = zip(objects.offsets, objects.offsets[1:])
+    sums, counts = np.zeros((len(images), objects.features.shape[1]), np.float32), np.ones((len(images), 1))
+    for image, part in enumerate(slice(*bounds) for bounds in parts):  # np.add.at takes a hundred times as long
+        mine = objects.features[part] if seen is None else objects.features[part][seen[part]]
+        sums[image], counts[image] = mine.astype(np.float32).sum(0), max(1, len(mine))
+    means = sums / counts
     boxes = np.concatenate([np.zeros_like(objects.sizes, np.float32), objects.sizes.astype(np.float32)], 1)
     places = objects.offsets[:-1]
     joined = Regions(
