@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -127,6 +128,29 @@ def test_few_micro_batches_of_a_run_are_traced(adaptation_spec, micro_batches, m
     calls.clear()
     assert [flops(arrays) for arrays in micro_batches[:5]] == pytest.approx(truth[:5], rel=0.01)
     assert calls == []
+
+
+def test_pictures_of_many_sizes_need_few_traces(monkeypatch):
+    """Each sample has one of its own, as VL-BERT's from pixels: what they cost hangs on their sum."""
+
+    class Seer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.look = nn.Conv2d(3, 4, 1)
+
+        def forward(self, batch):
+            pictures = [batch[f"picture_{sample}"] for sample in range(len(batch["real"]))]
+            return {"task": (torch.stack([self.look(picture).mean() for picture in pictures]).sum(),)}
+
+    chance, calls, module = np.random.default_rng(0), [], on_meta(Seer())
+    monkeypatch.setattr(tracing, "trace", lambda *arguments: calls.append(1) or trace(*arguments))
+    flops = TracedFlops(module, ["task"], pytest.fail)
+    for _ in range(30):
+        sides = chance.integers(20, 60, (6, 2)).tolist()
+        arrays = {"real": np.ones(6, bool)}
+        arrays |= {f"picture_{sample}": np.zeros((3, *size), np.float32) for sample, size in enumerate(sides)}
+        assert flops(arrays) == pytest.approx(trace(module, arrays, ["task"]).flops, rel=0.01)
+    assert len(calls) < 4
 
 
 def test_a_trace_changes_nothing(adaptation_spec, arrays):

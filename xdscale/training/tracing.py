@@ -7,6 +7,7 @@ takes and keeps there. Where samples are of different lengths, attention is coun
 import copy
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -85,7 +86,8 @@ class TracedFlops:
 
     They are a polynomial of second degree in the mean sizes per sample: linear in tokens, quadratic where tokens attend
     to tokens. A micro-batch whose terms are a combination of those traced before has the same combination of their
-    FLOPs; any other one is traced. Few are, as few sizes vary in a run.
+    FLOPs; any other one is traced. Few are, as few sizes vary in a run: arrays whose names differ in a last number
+    alone, `picture_0` and `picture_1`, count together.
     """
 
     def __init__(self, module: nn.Module | Exception, objectives: Iterable[str], say: Callable[[str], None]) -> None:
@@ -122,7 +124,10 @@ class TracedFlops:
         if isinstance(self._module, Exception):
             raise self._module
         samples = len(next(iter(arrays.values())))
-        sizes = np.array([1.0, *(array.size / samples for array in arrays.values())])
+        totals: Counter[str] = Counter()
+        for name, array in arrays.items():  # pictures of single samples, each of its own size, count by their sum
+            totals[name.rstrip("0123456789")] += array.size
+        sizes = np.array([1.0, *(size / samples for size in totals.values())])
         self._units = np.maximum(sizes, 1) if self._units is None else self._units
         terms = np.outer(sizes / self._units, sizes / self._units)[np.triu_indices(len(sizes))]
         if self._terms:
