@@ -1,4 +1,4 @@
-"""xdscale: adapts language encoders with CLIP's visual knowledge, at scale.
+"""xdscale: trains language models that know what things look like, from text alone or with image regions.
 
 From Python: `open_table`, `load_encoder`, `load_cross_modal`; the kernels by name in `xdscale.kernels`.
 """

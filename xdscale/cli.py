@@ -43,7 +43,7 @@ class _ByPanel(TyperGroup):
 
 
 app = typer.Typer(
-    help="Adapt language encoders with CLIP's visual knowledge, at scale.",
+    help="Train language models that know what things look like, from text alone or with image regions.",
     cls=_ByPanel,
     no_args_is_help=True,
     add_completion=False,

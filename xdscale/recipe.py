@@ -83,7 +83,9 @@ class Objectives(Section):
 class ShardsSection(Section):
     """What is read."""
 
-    shards: NameOrPath = Field(description="folder written by 'xdscale shards build', or its URL (s3://…, https://…)")
+    shards: NameOrPath = Field(
+        description="dataset: folder written by 'xdscale shards', or its URL (s3://…, https://…)"
+    )
 
 
 class Optim(Section):

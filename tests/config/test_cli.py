@@ -9,7 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
+from typer.core import TyperOption
 
+from xdscale.cli import app
 from xdscale.report.published import layouts
 from xdscale.tasks.contract import SUBJECTS
 
@@ -35,6 +39,18 @@ def test_help_is_grouped_as_a_person_works_and_leaves_no_command_out():
 def test_help_names_all_that_can_be_chosen(command, names):
     words = re.findall(r"[\w-]+", run(command, "--help").stdout)
     assert set(names) <= set(words)
+
+
+def test_no_part_of_a_help_text_is_taken_for_markup():
+    """Rich swallows what stands in brackets, unless a backslash is before it."""
+    waiting, texts = [typer.main.get_command(app)], []
+    while waiting:
+        command = waiting.pop()
+        waiting += getattr(command, "commands", {}).values()
+        texts += [command.help, *(option.help for option in command.params if isinstance(option, TyperOption))]
+    shown = [Text.from_markup(text).plain for text in texts if text]
+    assert shown == [text.replace("\\[", "[") for text in texts if text]
+    assert any("[width, height]" in text for text in shown)
 
 
 def test_version_names_the_commit_of_a_checkout():

@@ -47,7 +47,7 @@ def import_command(
         str | None, typer.Option(help="Of a TSV, if not the format's: names with commas between, - for any other.")
     ] = None,
     sizes: Annotated[
-        str | None, typer.Option(help="COCO annotations or JSON of id: [width, height]; or WxH of all images.")
+        str | None, typer.Option(help="COCO annotations or JSON of ID: \\[width, height]; or WxH of all images.")
     ] = None,
     ids: Annotated[
         Literal["as-given", "stem", "number"], typer.Option(help="Image ids: their stem, or the number they end with.")
