@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from xdscale.files import one_line
 from xdscale.systems.contract import pass_numbers
 
-_TOLERANCE = 0.05
+_TOLERANCE = 0.02
 """Of a term, relative to the first micro-batch's. Most terms weigh little: FLOPs are off by half a percent at most."""
 
 
