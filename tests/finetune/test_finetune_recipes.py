@@ -128,6 +128,12 @@ def test_visualberts_settings_are_those_of_its_release(name, epochs, batch):
         ("vcr-rationale-paper", 5e-3, 20, 64, 1000, 212_923),
         ("refcoco", 8e-7 * 32, 20, 32, 3750, 120_191),
         ("refcoco-paper", 1e-4, 20, 256, 500, 120_191),
+        ("vcr-answer-e2e", 7e-5 * 64, 20, 64, 1000, 212_923),
+        ("vcr-rationale-e2e", 7e-5 * 64, 20, 64, 1000, 212_923),
+        ("vcr-answer-e2e-paper", 5e-3, 20, 64, 1000, 212_923),
+        ("vcr-rationale-e2e-paper", 5e-3, 20, 64, 1000, 212_923),
+        ("refcoco-e2e", 8e-7 * 32, 20, 32, 3750, 120_191),
+        ("refcoco-e2e-paper", 1e-4, 20, 256, 500, 120_191),
     ],
 )
 def test_vlberts_settings_are_those_of_its_release_and_of_its_paper(name, rate, epochs, batch, warmup, examples):
@@ -138,6 +144,10 @@ def test_vlberts_settings_are_those_of_its_release_and_of_its_paper(name, rate, 
     assert (training.epochs, training.global_batch) == (epochs, batch)
     assert optim.warmup_ratio * examples / batch * epochs == pytest.approx(warmup, rel=2e-3)
     assert (optim.weight_decay, optim.decayed) == (1e-4, "all")
+    pixels = settings.model.pixels
+    assert (pixels is not None) == ("e2e" in name)
+    if pixels is not None:  # the branch of the model's own pretraining
+        assert (pixels.weights, pixels.short_side, pixels.long_side) == (None, 600, 1200 if "vcr" in name else 1000)
     if name.startswith("vcr"):
         assert (optim.optimizer, optim.momentum, optim.gradient_clipping) == ("sgd", 0.9, 10)
         assert [epochs * share for share in optim.drop_at] == [14, 18]

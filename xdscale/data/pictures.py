@@ -7,9 +7,43 @@ from PIL import Image, ImageOps
 
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
+from xdscale.recipes.vlbert.schema import Pixels
+from xdscale.shards.regions import RegionBuild, RegionTable
 
 MEANS = np.array([102.9801, 115.9465, 122.7717], np.float32)
 """Of blue, green and red."""
+
+
+def require_pictures(build: RegionBuild) -> None:
+    """Checks that a table of regions holds the images themselves.
+
+    Raises:
+        XdscaleError: it does not.
+    """
+    if not build.jpeg:
+        raise XdscaleError(
+            "model.pixels needs the images themselves, which this table of regions has not; make it again with "
+            "'xdscale regions import --jpegs FOLDER' or 'xdscale regions extract --store-images', or read features: "
+            "model.pixels=null"
+        )
+
+
+def read_pictures(regions: RegionTable, rows: np.ndarray, sizes: np.ndarray, pixels: Pixels) -> list[np.ndarray]:
+    """Returns images of a table, decoded and scaled; see `read_picture`.
+
+    Args:
+        regions: the table.
+        rows: int64 [n], which images.
+        sizes: [n, 2], width and height of each.
+        pixels: how large they are to be.
+    """
+    files, bounds = regions.table.read_ragged("jpeg", rows)
+    found = []
+    for row, size, start, end in zip(rows.tolist(), map(tuple, sizes.tolist()), bounds, bounds[1:]):
+        scaled = scaled_size(*size, pixels.short_side, pixels.long_side)
+        where = f"{regions.table.folder}: row {row} of {regions.table.name}"
+        found.append(read_picture(files[start:end].tobytes(), size, scaled, where))
+    return found
 
 
 def scaled_size(width: int, height: int, short: int, long: int) -> tuple[int, int]:

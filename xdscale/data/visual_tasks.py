@@ -115,7 +115,7 @@ class VisualTaskCollator:
                 first_region = np.diff(joint.offsets)[place * choices + choice]
                 ids, segment, pairs, mark = self._input(texts_of_choice, spans, first_region)
                 texts.append(ids), text_segments.append(segment), alignments.append(pairs), marked.append(mark)
-        packed = self._pack(texts, text_segments, joint, segments, alignments)
+        packed = self._pack(slots, texts, text_segments, joint, segments, alignments)
         targets = self._task.targets(examples, *([of_images] if self._task.images else []))
         arrays = label_arrays(targets, slots.real) | packed | self._places(packed, joint.offsets, np.array(marked))
         lengths = np.diff(packed["cu_seqlens"]).reshape(len(samples), choices).sum(1)
@@ -126,14 +126,16 @@ class VisualTaskCollator:
 
     def _pack(
         self,
+        slots: Slots,
         texts: list[np.ndarray],
         text_segments: list[np.ndarray],
         regions: Regions,
         region_segments: np.ndarray,
         alignments: list[np.ndarray],
     ) -> dict[str, np.ndarray]:
-        """Packs inputs; alignments are of each int [m, 3]: a region, and the word pieces that name it, first and last.
+        """Packs the inputs of examples, which share an image where they are choices.
 
+        Alignments are of each input int [m, 3]: a region, and the word pieces that name it, first and last.
         Regions follow the text in the row, behind `own_regions` that the encoder has of its own.
         """
         first = [pairs[:, :2] for pairs in alignments]

@@ -7,7 +7,7 @@ import numpy as np
 
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.data.masking import mask_language_ids
-from xdscale.data.pictures import blank, read_picture, scaled_boxes, scaled_size
+from xdscale.data.pictures import blank, read_pictures, scaled_boxes
 from xdscale.data.visual_text import region_rows
 from xdscale.data.vlbert import chosen_regions, objects_of, pack, with_whole_image
 from xdscale.recipes.vlbert.schema import MaskedRegions, VLBERTRecipe
@@ -83,18 +83,9 @@ class VLBERTCollator:
         objects, kept = objects_of(found, self.regions.build.whole_image)
         wanted = self.recipe.objectives.masked_region is not None
         probabilities = self.regions.class_probs(images)[kept] if wanted else None
-        pictures = None if self.recipe.model.pixels is None else self._pictures(images, found.sizes)
+        pixels = self.recipe.model.pixels
+        pictures = None if pixels is None else read_pictures(self.regions, images, found.sizes, pixels)
         return compose(self.recipe, self.tokens, slots, words, has_image, objects, probabilities, pictures)
-
-    def _pictures(self, images: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-        """Returns images, decoded and scaled."""
-        files, bounds = self.regions.table.read_ragged("jpeg", images)
-        spec, found = self.recipe.model.pixels, []
-        for row, size, start, end in zip(images.tolist(), map(tuple, sizes.tolist()), bounds, bounds[1:]):
-            scaled = scaled_size(*size, spec.short_side, spec.long_side)
-            where = f"{self.regions.table.folder}: row {row} of {self.regions.table.name}"
-            found.append(read_picture(files[start:end].tobytes(), size, scaled, where))
-        return found
 
     def prefetch(self, step: list[Slots]) -> None:
         """Says that the samples of a step and their images will be read soon.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from xdscale.data.pictures import require_pictures
 from xdscale.devices import computes_in_bf16, visible_gpus
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import EXIT_STOPPED, XdscaleError
@@ -33,6 +34,7 @@ from xdscale.tasks.contract import (
     LARGE_FROM,
     SUBJECT_OF,
     ModelSettings,
+    Subject,
     Task,
     TaskData,
     find_subject,
@@ -193,6 +195,8 @@ def _read_data(request: Request, settings: FinetuneSettings) -> dict[str, TaskSo
         for task in tasks:
             task.fetch(folder)
     regions = open_regions(request.regions)
+    if regions is not None and settings.model.pixels is not None:
+        require_pictures(regions.build)
     sources = {task.name: TaskSource(read_task(task, folder, regions), folder) for task in tasks}
     return sources | {
         name: TaskSource(read_task(described.task(), path.parent, regions), path.parent, described)
@@ -209,8 +213,9 @@ def _plan(
     gpu: bool,
 ) -> list[FinetuneJob]:
     """Checks the model and the folder, writes `sweep.json`, and returns the runs that are still to be done."""
+    tasks = [source.data.task for source in sources.values()]
     subject = describe_subject(
-        request.model, request.subject, settings.model, [source.data.task for source in sources.values()]
+        request.model, request.subject, settings.model, tasks, keep_model=settings.run.keep_model
     )
     label = request.label or request.model.rstrip("/").rpartition("/")[2]
     summary = _summary(request.out, subject, label, seeds)
@@ -242,7 +247,12 @@ def _plan(
 
 
 def describe_subject(
-    model: str, subject: str | None, settings: ModelSettings, tasks: Sequence[Task] = ()
+    model: str,
+    subject: str | None,
+    settings: ModelSettings,
+    tasks: Sequence[Task] = (),
+    *,
+    keep_model: bool = False,
 ) -> dict[str, Any]:
     """Checks a model and returns what identifies it: name, subject, size, encoder (in words), weights_sha256.
 
@@ -251,14 +261,19 @@ def describe_subject(
         subject: what of it is finetuned; None for what its config.json says, or else its language encoder.
         settings: of the recipe.
         tasks: on which.
+        keep_model: whether it is to be exported afterwards.
 
     Raises:
-        XdscaleError: as `Subject.describe`, or it cannot read the input of a task.
+        XdscaleError: as `Subject.describe`, or it cannot read the input of a task, or be exported.
     """
     from xdscale.weights import weights_sha256
 
     kind = subject or _kind(model)
     found = find_subject(kind)(model, settings)
+    if settings.pixels is not None and not found.reads_pixels:
+        raise XdscaleError(f"model.pixels: {model} as {kind} reads no pixels, VL-BERT does; leave it out")
+    if keep_model and type(found).export is Subject.export:
+        raise XdscaleError(f"run.keep_model = true: {model} as {kind} is not exported; leave it out")
     for task in tasks:
         found.require_readable(task)
     facts = found.describe()

@@ -7,12 +7,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_batches import CLIP_BLOCKS
 from xdscale.ds_config import precision
 from xdscale.errors import EXIT_STOPPED, XdscaleError
+from xdscale.export import export_run
 from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
@@ -22,6 +24,9 @@ from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.metrics import METRICS
 from xdscale.training.run_folder import read_log
 from xdscale.training.session import Setup
+
+MODEL = "model"
+"""Of a run's folder: what is kept of the finetuned model."""
 
 
 class Material(NamedTuple):
@@ -80,8 +85,17 @@ class FinetuneSystem(System):
         return module
 
     def parts(self, module: Finetuning) -> dict[str, nn.Module]:
-        """Returns encoder and head; the head is what the subject has besides its encoder."""
-        return {"encoder": module.subject.encoder, "head": module.subject}
+        """Returns the encoder, what computes features from pixels if it does, and the head: what there is besides."""
+        trunk = getattr(module.subject, "trunk", None)
+        more = {} if trunk is None else {"trunk": trunk}
+        return {"encoder": module.subject.encoder, **more, "head": module.subject}
+
+    def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
+        """Writes the finetuned model as its subject does."""
+        model = self.recipe.model
+        prefix = "subject."
+        inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        return find_subject(model.subject)(model.name, model).export(inner, out)
 
     def finish(self, setup: Setup, engine: Any) -> int:
         """Predicts every example of the development and test splits once, and writes the result."""
@@ -105,6 +119,9 @@ class FinetuneSystem(System):
             write_predictions(folder / f"predictions-{split}.jsonl", task, examples, predicted[split])
         for name, examples in material.data.test.items():
             write_submission(folder / "predictions" / name, task, examples, predicted[name])
+        if self.recipe.run.keep_model:
+            shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a start that was killed
+            export_run(folder, folder / MODEL)
         result = _result(setup, material, predicted) | {"seconds": time.monotonic() - self._began}
         write_atomically(folder / RESULT, json.dumps(result, indent=2) + "\n")
         shutil.rmtree(setup.run.checkpoints, ignore_errors=True)  # the result says it all, and a sweep has many

@@ -1,6 +1,6 @@
 """The branch of Fast R-CNN that VL-BERT tunes along: from pixels to what is seen in each box (spec VL-BERT §1.4)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from xdscale.weights import read_state_dict, some
 
 STRIDE = 16
 """Pixels for each place of C4's map."""
+FEATURES = 2048
+"""Numbers of what is seen in a box."""
 BIN = 14
 """Places of a region along each side."""
 
@@ -71,6 +73,17 @@ class FastRCNN(nn.Module):
 
     def _norms(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def features_of(trunk: FastRCNN, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Computes what is seen in each box of a batch's pictures, in their order: [boxes of all, 2048].
+
+    Args:
+        trunk: the branch.
+        batch: with `picture_i` and `boxes_i` of each picture i, as VL-BERT's collators make them.
+    """
+    count = sum(name.startswith("picture_") for name in batch)
+    return trunk(*([batch[f"{name}_{number}"] for number in range(count)] for name in ("picture", "boxes")))
 
 
 def load_fast_rcnn(path: Path | None) -> FastRCNN:

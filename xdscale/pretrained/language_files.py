@@ -19,10 +19,6 @@ from xdscale.shards.language import FILE_NAME, SETTINGS, SPECIAL_TOKENS, VOCABUL
 def save_language_files(spec: Language, folder: Path) -> None:
     """Keeps the language encoder's config and tokenizer with the run, so that exporting needs no original.
 
-    `AutoTokenizer` reads the tokenizer of the folder as shards and finetuning did: of a `vocab.txt` a tokenizer.json is
-    made, and tokenizer_config.json says that the stages in it are to be taken as they are. transformers would put
-    other ones in their place, which lower the case of a text unless told not to.
-
     Args:
         spec: the recipe's language encoder.
         folder: the run's `language` folder.
@@ -30,15 +26,29 @@ def save_language_files(spec: Language, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config, source = language_config(spec), tokenizer_folder(spec)
     config.save_pretrained(folder)
-    if source is None:
-        return
+    if source is not None:
+        save_tokenizer(source, folder, positions=config.max_position_embeddings)
+
+
+def save_tokenizer(source: Path, folder: Path, *, positions: int) -> None:
+    """Writes an encoder's tokenizer into another folder.
+
+    `AutoTokenizer` reads the tokenizer of the folder as shards and finetuning did: of a `vocab.txt` a tokenizer.json is
+    made, and tokenizer_config.json says that the stages in it are to be taken as they are. transformers would put
+    other ones in their place, which lower the case of a text unless told not to.
+
+    Args:
+        source: the encoder's folder.
+        folder: an existing one.
+        positions: of the encoder.
+    """
     tokenizer = read_tokenizer(str(source))
     tokenizer.save(str(folder / FILE_NAME))
     for name in (FILE_NAME, VOCABULARY, SETTINGS, "special_tokens_map.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     special = {f"{key.removesuffix('_id')}_token": token for key, token in SPECIAL_TOKENS.items()}
-    settings = special | {"unk_token": "[UNK]", "model_max_length": config.max_position_embeddings}
+    settings = special | {"unk_token": "[UNK]", "model_max_length": positions}
     if (folder / SETTINGS).is_file():
         settings |= read_json(folder / SETTINGS)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -11,9 +11,10 @@ from transformers.activations import ACT2FN
 
 from xdscale.data.opening import open_shards
 from xdscale.data.order import Order, validation_slots
+from xdscale.data.pictures import require_pictures
 from xdscale.data.vlbert_pretraining import Tokens, VLBERTCollator, compose
 from xdscale.errors import XdscaleError
-from xdscale.models.fast_rcnn import FastRCNN, load_fast_rcnn
+from xdscale.models.fast_rcnn import FastRCNN, features_of, load_fast_rcnn
 from xdscale.models.heads import RegionClassHead, masked_lm_head
 from xdscale.models.vlbert import VLBERT
 from xdscale.names import resolve_path
@@ -75,9 +76,7 @@ class VLBERTPretraining(nn.Module):
             For each of "mlm", "text_mlm", "masked_region" that is on its `Term`.
         """
         if self.trunk is not None:
-            samples = range(len(batch["text_lengths"]))
-            pictures, boxes = ([batch[f"{name}_{sample}"] for sample in samples] for name in ("picture", "boxes"))
-            batch = {**batch, "features": self.trunk(pictures, boxes)}
+            batch = {**batch, "features": features_of(self.trunk, batch)}
         names = [*self.words, *(["masked_region"] if self.masked_region is not None else [])]
         rows = [batch[f"{name}_rows"] for name in names]
         states = self.model(batch, torch.cat(rows)).states.split([len(part) for part in rows])
@@ -202,12 +201,8 @@ def check_tables(recipe: VLBERTRecipe, manifest: Manifest) -> None:
             "regions and the end take two"
         )
     regions = RegionBuild.model_validate(manifest.tables[REGIONS].build)
-    if spec.pixels is not None and not regions.jpeg:
-        raise XdscaleError(
-            "model.pixels needs the images themselves, which this table of regions has not; make it again with "
-            "'xdscale regions import --jpegs FOLDER' or 'xdscale regions extract --store-images', or read features: "
-            "model.pixels=null"
-        )
+    if spec.pixels is not None:
+        require_pictures(regions)
     if spec.pixels is None and regions.width != spec.region_size:
         raise XdscaleError(
             f"model.region_size = {spec.region_size}, but the regions' features are {regions.width} wide; "

@@ -16,6 +16,7 @@ from xdscale.data.task_files import Example
 from xdscale.errors import XdscaleError
 from xdscale.names import nearest, resolve_path
 from xdscale.recipe import NameOrPath, Section
+from xdscale.recipes.vlbert.schema import TunedPixels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,6 +201,7 @@ class ModelSettings(Section):
     max_length: int = Field(128, ge=8, description="language tokens with [CLS] and [SEP]")
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: to see what they are worth")
     freeze_pooler: bool = Field(False, description="leave it as it was pretrained, as VisualBERT's release does")
+    pixels: TunedPixels | None = Field(None, description="null reads features from the table of regions")
     clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
 
 
@@ -225,6 +227,9 @@ class Subject(ABC):
         settings: how it is built.
         regions: where its task reads images.
     """
+
+    reads_pixels = False
+    """Whether it has `model.pixels`."""
 
     def __init__(self, model: str, settings: ModelSettings, regions: RegionTable | None = None) -> None:
         self.model, self.settings, self.regions = model, settings, regions
@@ -264,6 +269,18 @@ class Subject(ABC):
         Raises:
             XdscaleError: the weights cannot be loaded.
         """
+
+    def export(self, state: dict[str, torch.Tensor], out: Path) -> str:
+        """Writes a finetuned model as a folder that can be finetuned again.
+
+        Args:
+            state: of what `build` returned, in fp32.
+            out: an empty folder.
+
+        Returns:
+            What was written, in words.
+        """
+        raise NotImplementedError
 
 
 def find_subject(name: str) -> type[Subject]:

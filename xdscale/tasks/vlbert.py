@@ -1,6 +1,7 @@
 """VL-BERT as tasks read it: what its input, its heads and its losses are (spec VL-BERT §5)."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -9,17 +10,25 @@ from torch import nn
 from xdscale.data.task_files import Example
 from xdscale.data.vlbert_tasks import VLBERTTaskCollator
 from xdscale.errors import XdscaleError
+from xdscale.models.fast_rcnn import FEATURES, FastRCNN, features_of, load_fast_rcnn
 from xdscale.models.vlbert import VLBERT, VLBertConfig
+from xdscale.names import resolve_path
 from xdscale.pretrained.language import read_config
-from xdscale.pretrained.vlbert import load_vlbert, read_pooler
-from xdscale.tasks.contract import Task
+from xdscale.pretrained.language_files import save_tokenizer
+from xdscale.pretrained.vlbert import TRUNK, load_vlbert, read_pooler, save_vlbert
+from xdscale.systems.vlbert import RANDOM
+from xdscale.tasks.contract import SubjectFacts, Task
 from xdscale.tasks.visualbert import VisualBERTSubject
 from xdscale.weights import check_sha256, weight_files
+
+_OF_HEAD = {"answer": "mlm.", "region": "masked_region."}
+"""Whose first layer a task's head begins with, by what the task reads."""
 
 
 class VLBERTSubject(VisualBERTSubject):
     """A VL-BERT in a folder: an export, with its BERT's tokenizer."""
 
+    reads_pixels = True
     own_positions = 2
     """Of regions, which share one, and of [END]."""
 
@@ -27,6 +36,20 @@ class VLBERTSubject(VisualBERTSubject):
         """Checks that a task has one image at most."""
         if task.images > 1:
             raise XdscaleError(f"--task {task.name}: VL-BERT reads one image, not {task.images}")
+        if self.settings.pixels is not None and not task.images:
+            raise XdscaleError(f"--task {task.name} reads no images: leave model.pixels out")
+
+    def describe(self) -> SubjectFacts:
+        """Checks configuration, tokenizer and weights, those of the branch of Fast R-CNN among them."""
+        facts, pixels = super().describe(), self.settings.pixels
+        if pixels is None:
+            return facts
+        if (width := self._config().appearance_size) != FEATURES:
+            raise XdscaleError(
+                f"model.pixels: {self.model} reads {width} numbers of each region, but ResNet-101 makes {FEATURES}"
+            )
+        weights = None if facts.weights is None else [*facts.weights, *self._trunk_file()]
+        return facts._replace(encoder=f"{facts.encoder}, with Fast R-CNN", weights=weights)
 
     def collator(self, task: Task, examples: Sequence[Example]) -> VLBERTTaskCollator:
         """Tokenises a split; regions are read when they are needed."""
@@ -35,8 +58,10 @@ class VLBERTSubject(VisualBERTSubject):
                 f"--task {task.name}: VL-BERT points at what a whole text speaks of, but here a part of it does"
             )
         config = self._config()
-        width = config.appearance_size
-        if task.images and self.regions.width != width:
+        width, pixels = config.appearance_size, self.settings.pixels
+        if pixels is not None:
+            width = self.regions.width
+        elif task.images and self.regions.width != width:
             raise XdscaleError(
                 f"{self.regions.table.folder}: features of {self.regions.width} numbers; {self.model} reads {width} of "
                 "each region"
@@ -49,6 +74,7 @@ class VLBERTSubject(VisualBERTSubject):
             width=width,
             max_length=self.settings.max_length,
             means=config.masks_features,
+            pixels=pixels,
         )
 
     def build(self, task: Task, *, sha256: str | None = None) -> "VLBERTClassifier":
@@ -56,22 +82,62 @@ class VLBERTSubject(VisualBERTSubject):
 
         For pairs of texts, the second one's segment begins as the first one's: pretraining has one alone.
         """
-        config, heads = self._config(), {}
+        trunk, config, heads = self._build_trunk(), self._config(), {}
         config.with_pooler = task.reads == "input"
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = self.settings.dropout
         encoder = VLBERT(config)
         if self.settings.weights == "pretrained":
             if sha256 is not None:
-                check_sha256(weight_files(self._folder), sha256)
+                check_sha256([*weight_files(self._folder), *self._trunk_file()], sha256)
             found, heads = load_vlbert(self._folder)
             state = read_pooler(self._folder) | found.state_dict()
             encoder.load_state_dict({name: state.get(name, value) for name, value in encoder.state_dict().items()})
             if task.sentences > 1:
                 segments = encoder.embeddings.token_type_embeddings.weight.data
                 segments[1] = segments[0]
-        module = VLBERTClassifier(encoder.train(), task, dropout=self.settings.dropout)
+        module = VLBERTClassifier(encoder.train(), task, dropout=self.settings.dropout, trunk=trunk)
         module.begin_with(heads)
         return module
+
+    def export(self, state: dict[str, torch.Tensor], out: Path) -> str:
+        """Writes encoder, head and, where it was tuned along, the branch of Fast R-CNN, as `load_vlbert` reads them.
+
+        What the task's own last layer is called begins with `classifier`.
+        """
+        config = self._config()
+        save_tokenizer(self._folder, out, positions=config.max_position_embeddings)
+        config.with_pooler = "encoder.pooler.weight" in state
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = self.settings.dropout
+        head = _OF_HEAD["answer"] if "norm.weight" in state else _OF_HEAD["region"]
+        new = {"encoder.": "model.", "transform.": f"{head}transform.", "norm.": f"{head}norm."}
+        named = {}
+        for name, value in state.items():
+            begin = next((begin for begin in new if name.startswith(begin)), "")
+            named[new.get(begin, "") + name.removeprefix(begin)] = value
+        save_vlbert(config, named, out)
+        trunk = "" if self.settings.pixels is None else ", its branch of Fast R-CNN"
+        return f"finetuned VL-BERT{trunk} and the task's head"
+
+    def _trunk_file(self) -> list[Path]:
+        """Returns the file of Fast R-CNN's weights; none where features are read, or weights are random.
+
+        Raises:
+            XdscaleError: it is not there.
+        """
+        pixels = self.settings.pixels
+        if pixels is None or pixels.weights == RANDOM:
+            return []
+        if pixels.weights is not None:
+            path, hint = resolve_path(pixels.weights), "expected a ResNet-101 under torchvision's names"
+        else:
+            path = self._folder / TRUNK
+            hint = "this model was pretrained on features; name a ResNet-101: model.pixels.weights=FILE"
+        if not path.is_file():
+            raise XdscaleError(f"model.pixels: {path}: no such file; {hint}")
+        return [path]
+
+    def _build_trunk(self) -> FastRCNN | None:
+        return None if self.settings.pixels is None else load_fast_rcnn(next(iter(self._trunk_file()), None))
 
     def _config(self) -> VLBertConfig:
         return read_config(self._folder / "config.json", VLBertConfig)
@@ -94,10 +160,15 @@ class VLBERTClassifier(nn.Module):
     transform and a Linear on the state of the [MASK] behind it; where a region is asked for, the transform of the
     region head and a Linear score each region. Answers, choices and regions are each right or wrong by themselves: the
     losses are binary cross-entropies, summed over answers, and means over choices and over an image's regions.
+
+    Attributes:
+        encoder: VL-BERT.
+        trunk: from pixels to features; None where these are read.
     """
 
-    def __init__(self, encoder: VLBERT, task: Task, *, dropout: float) -> None:
+    def __init__(self, encoder: VLBERT, task: Task, *, dropout: float, trunk: FastRCNN | None = None) -> None:
         super().__init__()
+        self.trunk = trunk
         self.encoder = encoder
         self.task = task
         size, eps = encoder.config.hidden_size, encoder.config.layer_norm_eps
@@ -112,7 +183,7 @@ class VLBERTClassifier(nn.Module):
 
     def begin_with(self, heads: Mapping[str, torch.Tensor]) -> None:
         """Takes over what pretraining's heads have for this one, if they come along."""
-        of_head = {"answer": "mlm.", "region": "masked_region."}.get(self.task.reads)
+        of_head = _OF_HEAD.get(self.task.reads)
         own = self.state_dict()
         found = {name: heads[f"{of_head}{name}"] for name in own if name.startswith(("transform.", "norm."))
                  and f"{of_head}{name}" in heads}  # fmt: skip
@@ -131,6 +202,9 @@ class VLBERTClassifier(nn.Module):
         Returns:
             [inputs, outputs]; where a region is asked for [inputs, most regions], -inf where there is none.
         """
+        if self.trunk is not None:
+            features = features_of(self.trunk, batch).index_select(0, batch["feature_rows"])
+            batch = {**batch, "features": features}
         if self.task.reads == "input":
             none = batch["text_ids"][:0]
             return self.classifier(self.dropout(self.encoder(batch, none).pooled))

@@ -16,6 +16,14 @@ class Pixels(Section):
     long_side: int = Field(1000, ge=16, description="unless the longer one then has more than these")
 
 
+class TunedPixels(Pixels):
+    """VL-BERT's branch of Fast R-CNN that is finetuned along, on the images themselves."""
+
+    weights: NameOrPath | None = Field(
+        None, description="ResNet-101 under torchvision's names: a file, or random; null takes the model's own"
+    )
+
+
 class GroundedModel(LanguageModel):
     """The BERT that it is made of, and how it reads regions."""
 

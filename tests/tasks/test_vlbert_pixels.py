@@ -1,0 +1,286 @@
+"""VL-BERT's tasks from pixels, with Fast R-CNN tuned along (spec VL-BERT §1.4, §5)."""
+
+import importlib.util
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from xdscale.data.pictures import MEANS
+from xdscale.errors import XdscaleError
+from xdscale.finetune.command import Request, describe_subject, run_command
+from xdscale.finetune.recipe import load_settings, resolve_run
+from xdscale.models.fast_rcnn import FastRCNN, load_fast_rcnn
+from xdscale.pretrained.language import load_language_encoder
+from xdscale.pretrained.language_files import save_tokenizer
+from xdscale.pretrained.vlbert import from_bert, load_vlbert, save_pooler, save_release, save_vlbert
+from xdscale.recipes.mlm.schema import Language
+from xdscale.shards.regions import Detector, RegionTable
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
+from xdscale.systems.contract import Slots
+from xdscale.tasks.contract import ModelSettings, find_task, read_task
+from xdscale.tasks.finetuning import Finetuning
+from xdscale.tasks.vlbert import VLBERTSubject
+from xdscale.training.engine import to_device
+from xdscale.training.run_folder import read_log
+
+_spec = importlib.util.spec_from_file_location("padded_vlbert", Path(__file__).parents[1] / "models/padded_vlbert.py")
+padded_vlbert = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(padded_vlbert)
+
+SIZES = ((60, 40), (40, 60), (50, 50))
+SCALED = ((43, 29), (29, 43), (32, 32))
+"""Of the sizes: the shorter side becomes 32, or less so that the longer one has 44 at most."""
+PIXELS = {"short_side": 32, "long_side": 44}
+WORDS = ("the left dog", "red", "a right hand on the left")
+TASK = find_task("refcoco_plus")
+
+
+def drawn(number):
+    """A picture of patches, as a JPEG file, and its boxes."""
+    chance, (width, height), file = np.random.default_rng(number), SIZES[number % 3], io.BytesIO()
+    patches = Image.fromarray(chance.integers(0, 256, (height // 5, width // 5, 3), np.uint8))
+    patches.resize((width, height)).save(file, "JPEG", quality=95)
+    corner = chance.random((2 + number % 3, 2)) * 20
+    return file.getvalue(), np.concatenate([corner, corner + 6 + chance.random(corner.shape) * 12], 1).astype("<f4")
+
+
+def table_of(folder, whole_image="none"):
+    """Nine images with boxes and files, without features; the first region may be the whole image."""
+    images = []
+    for number in range(9):
+        jpeg, boxes = drawn(number)
+        if whole_image == "first":
+            boxes = np.concatenate([[[0, 0, *SIZES[number % 3]]], boxes]).astype("<f4")
+        images.append(RegionImage(str(number), SIZES[number % 3], boxes, None, {}, None, jpeg, str(number)))
+    build_regions(images, folder, Detector(model="drawn"), whole_image=whole_image)
+    return RegionTable.open(folder)
+
+
+@pytest.fixture(scope="module", params=["none", "first"])
+def table(request, tmp_path_factory):
+    return table_of(tmp_path_factory.mktemp("pictures") / "table", request.param)
+
+
+@pytest.fixture(scope="module")
+def model(cassette_model, tmp_path_factory):
+    """A VL-BERT of pixels made of the 2-layer BERT, with heads and a branch of its own, whose images count."""
+    torch.manual_seed(0)
+    out, spec = tmp_path_factory.mktemp("vlbert"), Language(name=str(cassette_model))
+    built, trunk = from_bert(load_language_encoder(spec, dropout=0.1), masks_features=False), FastRCNN()
+    for name, parameter in built.named_parameters():
+        if "visual_norm" in name or name.startswith(("region_tokens", "text_only")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    for name, parameter in trunk.named_parameters():
+        if name.endswith("bn3.weight"):
+            parameter.data.uniform_(0.1, 0.3)
+    size, state = built.config.hidden_size, {f"model.{name}": value for name, value in built.state_dict().items()}
+    state |= {f"trunk.{name}": value for name, value in trunk.state_dict().items()}
+    state |= {"masked_region.transform.weight": torch.randn(size, size) * 0.1}
+    state |= {"masked_region.transform.bias": torch.randn(size) * 0.1}
+    save_vlbert(built.config, state, out)
+    save_pooler(spec, out)
+    save_tokenizer(cassette_model, out, positions=built.config.max_position_embeddings)
+    return out
+
+
+@pytest.fixture(scope="module")
+def expressions(tmp_path_factory):
+    """RefCOCO+ in its public files: three expressions for the first box of each image."""
+    data = tmp_path_factory.mktemp("data")
+    (data / "refcoco+").mkdir()
+    references, annotations = [], []
+    for number, split in enumerate(["train"] * 6 + ["val", "testA", "testB"]):
+        left, top, right, bottom = drawn(number)[1][0].tolist()
+        sentences = [{"tokens": text.split(), "sent_id": 9 * number + n} for n, text in enumerate(WORDS)]
+        about = {"ann_id": number, "image_id": number, "split": split}
+        references.append({"ref_id": number, "sentences": sentences} | about)
+        box = [left, top, right - left, bottom - top]
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": box})
+    (data / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(references))
+    listed = {"annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+    (data / "refcoco+" / "instances.json").write_text(json.dumps(listed))
+    return data
+
+
+def settings(**pixels):
+    return ModelSettings(dropout=0.0, pixels=PIXELS | pixels)
+
+
+def slots(*samples):
+    return Slots(np.zeros(len(samples), int), np.array(samples), np.ones(len(samples), bool))
+
+
+def seen(number):
+    """A picture as the release's transforms make it: scaled, BGR, less the means; and its boxes with the whole."""
+    jpeg, boxes = drawn(number)
+    scaled, size = SCALED[number % 3], SIZES[number % 3]
+    image = Image.open(io.BytesIO(jpeg)).convert("RGB").resize(scaled, Image.Resampling.BILINEAR)
+    pixels = torch.tensor(np.asarray(image, np.float64)).permute(2, 0, 1)[[2, 1, 0]]
+    ratios = np.array([scaled[0] / size[0], scaled[1] / size[1]] * 2)
+    whole = np.array([[0, 0, scaled[0] - 1, scaled[1] - 1]])
+    return pixels - torch.tensor(MEANS.tolist()).double().view(3, 1, 1), np.concatenate([whole, boxes * ratios])
+
+
+def test_examples_bring_their_pictures_and_boxes(table, model, expressions):
+    collate = VLBERTSubject(str(model), settings(), table).collator(TASK, TASK.read(expressions).train)
+    arrays = collate(slots(1, 5, 1)).arrays  # of images 0, 1 and 0
+    assert "features" not in arrays
+    for place, number in enumerate((0, 1, 0)):
+        picture, boxes = seen(number)
+        np.testing.assert_allclose(arrays[f"picture_{place}"], picture, atol=1e-4)
+        np.testing.assert_allclose(arrays[f"boxes_{place}"], boxes, atol=1e-4)
+    assert arrays["feature_rows"].tolist() == list(range(3 + 4 + 3))
+    assert arrays["places"][0].tolist() == [50, 50, 100, 100]
+
+
+def test_it_points_as_the_release_does(table, model, expressions, tmp_path):
+    """In fp64: the release's module, on what the branch computes of each picture by itself."""
+    subject = VLBERTSubject(str(model), settings(), table)
+    module = Finetuning(subject.build(TASK).double().eval(), TASK)
+    batch = subject.collator(TASK, TASK.read(expressions).train)(slots(1, 5, 8))
+    assert torch.equal(
+        module.subject.transform.weight, load_vlbert(model)[1]["masked_region.transform.weight"].double()
+    )
+    trunk = load_fast_rcnn(model / "fast_rcnn.safetensors").double().eval()
+    state = {f"model.{name}": value.float() for name, value in module.subject.encoder.state_dict().items()}
+    state |= {"model.regions.mask.weight": torch.zeros(1, 2048)}  # which a model of pixels has not
+    save_release(state, tmp_path / "ours.model")
+    theirs = padded_vlbert.loaded(tmp_path / "ours.model", module.subject.encoder.config).double()
+    with torch.no_grad():
+        found = module(to_device(batch.arrays, torch.device("cpu")))["logits"]
+        features = torch.cat([trunk([picture], [torch.tensor(boxes)]) for picture, boxes in map(seen, (0, 1, 2))])
+        assert features.std(0).mean() > 1e-3
+        read = padded_vlbert.padded(batch.arrays | {"features": features.numpy()})
+        read = {name: value.double() if value.is_floating_point() else value for name, value in read.items()}
+        _, regions, *_ = theirs(read)
+        scores = module.subject.classifier(F.gelu(module.subject.transform(regions)))[:, :, 0]
+    first = int(table.build.whole_image == "none")  # of such a table the whole image is no region
+    for row, wanted, count in zip(found, scores, (3, 4, 5)):
+        torch.testing.assert_close(row[: count - first], wanted[first:count].float(), atol=1e-4, rtol=1e-4)
+        assert torch.isinf(row[count - first :]).all()
+
+
+def test_a_batch_is_the_sum_of_its_samples_and_what_is_frozen_stays(table, model, expressions):
+    subject = VLBERTSubject(str(model), settings(), table)
+    collate, module = subject.collator(TASK, TASK.read(expressions).train), Finetuning(subject.build(TASK), TASK)
+    module, found = module.double().train(), []
+    assert not any(part.training for part in module.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    for parts in ([slots(1, 4, 11)], [slots(1), slots(4), slots(11)]):
+        module.zero_grad()
+        for part in parts:
+            module(to_device(collate(part).arrays, torch.device("cpu")))["task"].loss_sum.backward()
+        trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        assert not [name for name, value in trained.items() if value.grad is None]
+        found.append(torch.cat([value.grad.flatten() for value in trained.values()]))
+    assert (found[1] - found[0]).norm() / found[0].norm() < 1e-9
+    trunk = module.subject.trunk
+    assert trunk.conv1.weight.grad is None
+    assert trunk.layer1[0].conv1.weight.grad is None
+    assert trunk.layer2[0].conv1.weight.grad.any()
+
+
+def test_what_does_not_fit_is_refused(table, model, cassette_model, expressions, tmp_path):
+    with pytest.raises(XdscaleError, match="reads no pixels, VL-BERT does; leave it out"):
+        describe_subject(str(cassette_model), "language", settings())
+    with pytest.raises(XdscaleError, match="--task rte reads no images: leave model.pixels out"):
+        describe_subject(str(model), None, settings(), [find_task("rte")])
+    with pytest.raises(XdscaleError, match=r"nowhere\.pth: no such file; expected a ResNet-101"):
+        describe_subject(str(model), None, settings(weights=str(tmp_path / "nowhere.pth")), [TASK])
+    with pytest.raises(XdscaleError, match="keep_model = true: .* as language is not exported"):
+        describe_subject(str(cassette_model), "language", ModelSettings(), keep_model=True)
+    own, other = (describe_subject(str(model), None, one) for one in (settings(), ModelSettings()))
+    assert own["weights_sha256"] != other["weights_sha256"]
+    assert own["encoder"] == other["encoder"] + ", with Fast R-CNN"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    with pytest.raises(XdscaleError, match=r"fast_rcnn\.safetensors: no such file; this model was pretrained on feat"):
+        describe_subject(str(tmp_path), None, settings())
+    describe_subject(str(tmp_path), None, settings(weights="random"))
+    config = json.loads((model / "config.json").read_text()) | {"appearance_size": 12}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(XdscaleError, match="reads 12 numbers of each region, but ResNet-101 makes 2048"):
+        describe_subject(str(tmp_path), None, settings(weights="random"))
+    image = RegionImage("0", (9, 9), np.array([[0, 0, 5, 5]], np.float32), np.zeros((1, 2048), np.float32))
+    build_regions([image], tmp_path / "features", Detector(model="drawn"))
+    asked = {"tasks": ["refcoco_plus"], "data": str(expressions), "regions": str(tmp_path / "features"), "seeds": 1}
+    asked |= {"label": None, "recipe": "vlbert-refcoco", "ds_config": None, "jobs": 1, "subject": None}
+    asked |= {"overrides": ["model.pixels={short_side: 32, long_side: 44}"], "out": tmp_path / "out"}
+    with pytest.raises(XdscaleError, match=r"has no image|model\.pixels needs the images themselves"):
+        run_command(Request(model=str(model), **asked))
+
+
+@pytest.fixture(scope="module")
+def runs(adapt, model, expressions, tmp_path_factory):
+    """Runs of four steps by ZeRO stage; under stage 2 on two ranks, stopped after two steps and continued."""
+    folder = tmp_path_factory.mktemp("runs")
+    regions = table_of(folder / "table")
+    overrides = ["model.pixels={short_side: 32, long_side: 44}", "model.dropout=0", "training.global_batch=4"]
+    overrides += ["optim.optimizer=sgd", "optim.learning_rate=0.01", "training.epochs=0.8", "run.keep_model=true"]
+    settings = load_settings("vlbert-refcoco", [*overrides, "run.eval_samples=4"])
+    data = read_task(TASK, expressions, regions)
+    subject = describe_subject(str(model), None, settings.model, [TASK], keep_model=True)
+    for stage, ranks, stops in ((0, 1, ()), (1, 2, ()), (2, 2, (2,)), (3, 2, ())):
+        out = folder / str(stage)
+        recipe = resolve_run(settings, data, subject=subject, source=expressions, regions=str(folder / "table"),
+                             seed=0, label="m", folder=out)  # fmt: skip
+        (folder / f"{stage}.yaml").write_text(recipe.to_yaml())
+        config = {"train_micro_batch_size_per_gpu": 2 if stage else 4, "zero_optimization": {"stage": stage}}
+        (folder / f"{stage}.json").write_text(json.dumps(config))
+        for stop in (*stops, None):
+            more = [] if stop is None else [f"run.stop_at_step={stop}"]
+            arguments = [str(folder / f"{stage}.yaml"), *more, "--deepspeed_config", str(folder / f"{stage}.json")]
+            done = adapt(*arguments, ranks=ranks)
+            assert done.code == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_it_is_tuned_alike_under_every_stage_and_predicts_and_is_kept(runs, model):
+    steps = {stage: [entry for entry in read_log(runs / str(stage) / "log.jsonl") if entry["kind"] == "step"]
+             for stage in range(4)}  # fmt: skip
+    losses = np.array([[entry["loss/task"] for entry in steps[stage]] for stage in range(4)])
+    assert losses.shape == (4, 4)
+    np.testing.assert_allclose(losses, losses[:1].repeat(4, 0), rtol=1e-4)
+    scores, before = [], load_fast_rcnn(model / "fast_rcnn.safetensors").state_dict()
+    for stage in range(4):
+        run = runs / str(stage)
+        assert set(json.loads((run / "result.json").read_text())["metrics"]) >= {"recall_at_1", "recall_at_1_testB"}
+        scores.append([json.loads(line)["scores"] for line in (run / "predictions-val.jsonl").open()])
+        after = load_fast_rcnn(run / "model" / "fast_rcnn.safetensors").state_dict()
+        moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+        assert {"layer2.0.conv1.weight", "layer4.2.conv3.weight"} <= moved
+        assert not [name for name in moved if name.startswith(("conv1", "layer1")) or "bn" in name]
+        assert not (run / "checkpoints").exists()
+    for found in scores[1:]:
+        np.testing.assert_allclose(found, scores[0], rtol=1e-3, atol=1e-4)
+    assert np.std(scores[0]) > 1e-4
+
+
+@pytest.mark.slow
+def test_a_kept_model_says_what_the_run_predicted_and_can_be_finetuned_again(runs, expressions):
+    run, regions = runs / "2", RegionTable.open(runs / "table")
+    _, heads = load_vlbert(run / "model")
+    subject = VLBERTSubject(str(run / "model"), settings(), regions)
+    subject.describe()
+    collate = subject.collator(TASK, TASK.read(expressions).dev["val"])
+    module = Finetuning(subject.build(TASK).eval(), TASK)
+    stored = {name: value for name, value in _tensors(run / "model").items() if name.startswith("classifier.")}
+    module.subject.classifier.load_state_dict({name.partition(".")[2]: value for name, value in stored.items()})
+    assert torch.equal(module.subject.transform.weight, heads["masked_region.transform.weight"])
+    with torch.no_grad():
+        logits = module(to_device(collate(slots(0, 1, 2)).arrays, torch.device("cpu")))["logits"].numpy()
+    said = [json.loads(line)["scores"] for line in (run / "predictions-val.jsonl").open()]
+    np.testing.assert_allclose(logits, said, rtol=1e-4, atol=1e-5)
+
+
+def _tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
