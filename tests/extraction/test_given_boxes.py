@@ -50,6 +50,18 @@ def test_coco_instances(tmp_path):
     assert len(whole.of(PICTURE, SIZE).boxes) == 3
 
 
+def test_detections_in_cocos_form_and_mattnets(tmp_path):
+    image = Picture(Path("x/COCO_train2014_000000000017.jpg"), "17", 1)
+    found = [
+        {"image_id": 17, "category_id": 1, "bbox": [1, 2, 10, 20], "score": 0.5},
+        {"image_id": 18, "category_id": 1, "bbox": [0, 0, 9, 9], "score": 0.9},
+        {"image_id": 17, "category_id": 2, "box": [5, 5, 55, 35], "score": 0.25, "det_id": 3, "category_name": "dog"},
+    ]
+    boxes, confidences = GivenBoxes(written(tmp_path, found), whole_image=True).of(image, SIZE)
+    assert boxes.tolist() == [[0, 0, 60, 40], [1, 2, 11, 22], [5, 5, 60, 40]]
+    assert confidences.tolist() == [1, 0.5, 0.25]
+
+
 def test_vcr_metadata_lies_beside_the_image(tmp_path):
     metadata = {"boxes": [[1.5, 2, 30, 20, 0.75]], "names": ["person"], "segms": [], "width": 60, "height": 40}
     (tmp_path / "a.json").write_text(json.dumps(metadata))
@@ -78,6 +90,9 @@ def test_own_proposals_have_confidences(tmp_path):
         ({"17": {"boxes": [[0, 0, float("nan"), 5]]}}, "box 0"),
         ({"18": {"boxes": [[0, 0, 5, 5]]}}, "no boxes of '17'.* look like '18'"),
         ({"images": [{}], "annotations": []}, "COCO's instances"),
+        ("many", "expected a JSON object or a list of detections, found 'many'"),
+        ([{"image_id": 17, "category_id": 1, "bbox": [1, 2, 3]}], "record 0: bbox: expected left, top, width, height"),
+        ([{"image_id": 17, "category_id": 1, "bbox": [1, 2, 3, 4]}], "record 0: score: expected a number; all"),
         ({"images": [], "annotations": [{"bbox": [1, 2]}]}, "COCO's instances"),
         ({"images": [_image(5)], "annotations": [{"bbox": [0, 0, 1, 1], "image_id": "5"}]}, "image_id '5' is none of"),
         ({"images": [_image(5), _image(6)], "annotations": []}, "two images have the same file_name"),

@@ -72,3 +72,8 @@ def test_features_are_those_of_the_scaled_image_in_blue_green_and_red(extract, p
 def test_what_does_not_go_together_is_refused(extract, photographs, options, words):
     with pytest.raises(XdscaleError, match=words):
         extract(photographs, "vlbert:resnet101", **options)
+
+
+def test_a_name_that_is_not_that_of_the_weights_is_refused(extract, photographs, weights):
+    with pytest.raises(XdscaleError, match=r"are those of a resnet101: --network vlbert:resnet101"):
+        extract(photographs, "vlbert:resnet50", boxes="grid:2x2", weights=str(weights))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.models import resnet101
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from xdscale.errors import XdscaleError
 from xdscale.models.fast_rcnn import FastRCNN, load_fast_rcnn
@@ -127,3 +128,19 @@ def test_weights_of_a_resnet_are_read(tmp_path):
     torch.save(published, tmp_path / "torn.model")
     with pytest.raises(XdscaleError, match=r"no fitting weights for layer3\.4\.conv2\.weight of a ResNet-101"):
         load_fast_rcnn(tmp_path / "torn.model")
+
+
+def test_a_file_says_how_deep_and_wide_its_resnet_is(tmp_path):
+    """Trained parts and outputs are as of 101 layers; the name says how many there are."""
+    torch.manual_seed(3)
+    for blocks, width, name in (((3, 4, 6, 3), 64, "resnet50"), ((1, 1, 1, 1), 16, "resnet14")):
+        published = ResNet(Bottleneck, list(blocks), width_per_group=width).state_dict()
+        torch.save(published, tmp_path / "small.model")
+        found = load_fast_rcnn(tmp_path / "small.model")
+        assert found.name == name
+        assert published.keys() - found.state_dict().keys() == {"fc.weight", "fc.bias"}
+        for part, value in found.state_dict().items():
+            assert torch.equal(value, published[part]), part
+    with torch.no_grad():
+        assert found([torch.randn(3, 64, 64)], [torch.tensor([[0.0, 0, 60, 60]])]).shape == (1, 2048)
+    assert load_fast_rcnn(None).name == "resnet101"

@@ -23,7 +23,8 @@ def extract_command(
     boxes: Annotated[
         str | None,
         typer.Option(
-            help="grid:6x6; vcr (the metadata beside each image); COCO's instances; or a JSON, image: {boxes, scores}."
+            help="grid:6x6; vcr (the metadata beside each image); COCO's instances or detections; or a JSON, "
+            "image: {boxes, scores}."
         ),
     ] = None,
     whole_image: Annotated[bool, typer.Option("--whole-image", help="Region 0 is the whole image.")] = False,

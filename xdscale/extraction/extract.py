@@ -5,6 +5,7 @@ so the bytes are the same for any number of workers, and after a restart.
 """
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -271,7 +272,7 @@ def open_network(options: ExtractOptions) -> Any:
     if library == "vlbert":
         if options.stage is not None:
             raise XdscaleError(f"--stage {options.stage}: {options.network} has one feature map")
-        return VLBertBackbone(options.weights, device, short_side=options.short_side)
+        return VLBertBackbone(name, options.weights, device, short_side=options.short_side)
     return Backbone(library, name, options.weights, device, stage=options.stage, short_side=options.short_side)
 
 
@@ -283,7 +284,7 @@ def _check_name(library: str, name: str) -> None:
 
         known = timm.list_models()
     elif library == "vlbert":
-        known = ["resnet101"]
+        known = ["resnet101", name] if re.fullmatch(r"resnet\d{1,3}", name) else ["resnet101"]
     else:
         import torchvision
 

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xdscale.errors import XdscaleError
-from xdscale.extraction.pictures import Picture
-from xdscale.files import file_sha256, read_json, shown
+from xdscale.extraction.pictures import Picture, read_bytes
+from xdscale.files import file_sha256, read_json, refuse_lfs_pointer, shown
 from xdscale.shards.manifest import InputFile
+from xdscale.shards.sources.regions.decoding import from_json
+from xdscale.shards.sources.regions.json_files import detection
 
 VCR = "vcr"
 _GRID = re.compile(r"grid:(\d{1,3})x(\d{1,3})")
@@ -32,8 +34,9 @@ class GivenBoxes:
         inputs: the file, for `dataset.json`; what lies beside the images belongs to them.
 
     Args:
-        name: "grid:ROWSxCOLUMNS"; "vcr", the metadata file beside each image; or a JSON file, either COCO's instances
-            or an object of image id (or file name): {"boxes": [[left, top, right, bottom], …], "scores": […]}.
+        name: "grid:ROWSxCOLUMNS"; "vcr", the metadata file beside each image; or a JSON file: COCO's instances, a
+            list of detections in COCO's form, or an object of image id (or file name): {"boxes": [[left, top, right,
+            bottom], …], "scores": […]}.
         whole_image: put the whole image before the others, as region 0.
 
     Raises:
@@ -122,7 +125,12 @@ class GivenBoxes:
 
 
 def _by_image(path: Path) -> dict[str, dict[str, Any]]:
-    values = read_json(path)
+    refuse_lfs_pointer(path)
+    values = from_json(read_bytes(path), str(path))
+    if isinstance(values, list):
+        return _of_detections(path, values)
+    if not isinstance(values, dict):
+        raise XdscaleError(f"{path}: expected a JSON object or a list of detections, found {shown(values)}")
     if not {"images", "annotations"} <= values.keys():
         for name, found in values.items():
             if not isinstance(found, dict):
@@ -151,6 +159,18 @@ def _by_image(path: Path) -> dict[str, dict[str, Any]]:
             f"{path}: expected COCO's instances: images with id, file_name, width and height, annotations with "
             f"image_id and bbox: {error!r}"
         ) from None
+
+
+def _of_detections(path: Path, values: list[Any]) -> dict[str, dict[str, Any]]:
+    """Returns boxes and scores by the number of the image."""
+    found: dict[str, dict[str, Any]] = defaultdict(lambda: {"boxes": [], "scores": []})
+    for number, one in enumerate(values):
+        image_id, ((left, top, width, height), _, score) = detection(one, f"{path}, record {number}")
+        if score is None:
+            raise XdscaleError(f"{path}, record {number}: score: expected a number; all detections have one")
+        found[image_id]["boxes"].append([left, top, left + width, top + height])
+        found[image_id]["scores"].append(score)
+    return dict(found)
 
 
 def _grid(rows: int, columns: int, size: tuple[int, int]) -> np.ndarray:

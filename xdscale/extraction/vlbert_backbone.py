@@ -14,7 +14,6 @@ from xdscale.names import resolve_path
 from xdscale.shards.regions import Detector
 from xdscale.weights import weights_sha256
 
-NAME = "resnet101"
 SHORT_SIDE, LONG_SIDE = 600, 1000
 
 
@@ -22,29 +21,35 @@ class VLBertBackbone:
     """A network that is given its boxes.
 
     Args:
+        name: "resnet101", or what a file of another depth holds, such as "resnet50".
         weights: file, such as the release's `resnet101-pt-vgbua-0000.model`, or "random".
         device: where it computes.
         short_side: images are scaled so that their shorter side has so many pixels, unless the longer one then has more
             than 1,000; None for the release's 600.
 
     Raises:
-        XdscaleError: no weights are published for download, or the file holds no ResNet-101.
+        XdscaleError: no weights are published for download, or the file holds no such ResNet.
     """
 
     needs_boxes = True
 
-    def __init__(self, weights: str, device: torch.device, *, short_side: int | None = None) -> None:
+    def __init__(self, name: str, weights: str, device: torch.device, *, short_side: int | None = None) -> None:
         if weights == PUBLISHED:
             raise XdscaleError(
-                f"--network vlbert:{NAME}: nobody offers its weights for download here; give --weights FILE, as the "
+                f"--network vlbert:{name}: nobody offers its weights for download here; give --weights FILE, as the "
                 "resnet101-pt-vgbua-0000.model of VL-BERT's release"
             )
         torch.manual_seed(0)  # of random weights
         path = None if weights == RANDOM else resolve_path(weights)
         self._model = load_fast_rcnn(path).eval()
+        if self._model.name != name:
+            raise XdscaleError(
+                f"--network vlbert:{name}: --weights {weights} are those of a {self._model.name}: "
+                f"--network vlbert:{self._model.name}"
+            )
         self._short_side, self._device = short_side or SHORT_SIDE, device
         self.detector = Detector(
-            model=f"vlbert:{NAME}",
+            model=f"vlbert:{name}",
             sha256=state_sha256(self._model) if path is None else weights_sha256([path]),
             settings={
                 "short_side": self._short_side,

@@ -1,11 +1,12 @@
 """The branch of Fast R-CNN that VL-BERT tunes along: from pixels to what is seen in each box (spec VL-BERT §1.4)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models import resnet101
+from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import roi_align
 
 from xdscale.errors import XdscaleError
@@ -17,6 +18,8 @@ FEATURES = 2048
 """Numbers of what is seen in a box."""
 BIN = 14
 """Places of a region along each side."""
+RESNET_101 = (3, 4, 23, 3)
+"""Blocks of each of its stages."""
 
 
 class FastRCNN(nn.Module):
@@ -24,11 +27,17 @@ class FastRCNN(nn.Module):
 
     The stride stands in the 1×1 convolutions; C5 is dilated instead of strided. Its first two stages and all BatchNorm
     stay as they are, in training too.
+
+    Args:
+        blocks: of each stage, for a ResNet of another depth.
+        width: of the 3×3 convolutions of the first stage; those of later ones are two, four and eight times as wide.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: Sequence[int] = RESNET_101, width: int = 64) -> None:
         super().__init__()
-        net = resnet101(weights=None, zero_init_residual=True)  # else random weights let states grow 2^16 times
+        self.name = f"resnet{3 * sum(blocks) + 2}"
+        # Else random weights let states grow 2^16 times.
+        net = ResNet(Bottleneck, list(blocks), zero_init_residual=True, width_per_group=width)
         for layer in (net.layer2, net.layer3, net.layer4):
             first = layer[0]
             first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
@@ -90,18 +99,27 @@ def load_fast_rcnn(path: Path | None) -> FastRCNN:
     """Builds the branch, with weights under torchvision's names: the release's `resnet101-pt-vgbua-0000.model`.
 
     Args:
-        path: the file; None for random weights.
+        path: the file, which may be of a ResNet of another depth or width; None for random weights.
 
     Raises:
-        XdscaleError: it cannot be read, or holds no ResNet-101.
+        XdscaleError: it cannot be read, or holds no such ResNet.
     """
-    model = FastRCNN()
     if path is None:
-        return model
-    state, own = read_state_dict(path), model.state_dict()
+        return FastRCNN()
+    state = read_state_dict(path)
+    first = state.get("layer1.0.conv2.weight")
+    model = FastRCNN(_blocks(state), width=64 if first is None else len(first))
+    own = model.state_dict()
     wrong = [name for name, value in own.items() if "num_batches" not in name
              and (name not in state or state[name].shape != value.shape)]  # fmt: skip
     if wrong:
-        raise XdscaleError(f"{path}: holds no fitting weights for {some(wrong)} of a ResNet-101")
+        raise XdscaleError(f"{path}: holds no fitting weights for {some(wrong)} of a ResNet-101 or its like")
     model.load_state_dict({name: state.get(name, value).float() for name, value in own.items()})
     return model
+
+
+def _blocks(state: Mapping[str, torch.Tensor]) -> list[int]:
+    """Returns how many blocks each stage of a file's ResNet has, but one at least."""
+    found = [re.match(r"layer([1-4])\.(\d{1,3})\.", name) for name in state]
+    places = [(int(match[1]), int(match[2])) for match in found if match]
+    return [1 + max((block for stage, block in places if stage == wanted), default=0) for wanted in range(1, 5)]

@@ -81,7 +81,7 @@ class CocoDetections:
             )
         by_image: dict[str, list[tuple]] = defaultdict(list)
         for number, one in enumerate(found):
-            image_id, row = _detection(one, f"{path.name}, record {number}")
+            image_id, row = detection(one, f"{path.name}, record {number}")
             by_image[image_id].append((number, *row))
         for image_id, rows in by_image.items():
             yield image_id, (image_id, rows)
@@ -98,8 +98,16 @@ class CocoDetections:
             yield RegionImage(image_id, self._sizes.of(image_id, where), boxes, labels=labels, where=where)
 
 
-def _detection(one: Any, where: str) -> tuple[str, tuple]:
-    """Returns an image id, and (box, category, score or None)."""
+def detection(one: Any, where: str) -> tuple[str, tuple]:
+    """Returns an image id, and (box as left, top, width and height, category, score or None).
+
+    Args:
+        one: a detection in COCO's form, or in MAttNet's.
+        where: its place, for messages.
+
+    Raises:
+        XdscaleError: it is none.
+    """
     if not isinstance(one, dict):
         raise XdscaleError(f"{where}: expected an object, found {shown(one)}")
     image_id, category, score = (one.get(name) for name in ("image_id", "category_id", "score"))
