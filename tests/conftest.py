@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,8 +182,8 @@ class Launch:
 
 @pytest.fixture(scope="session")
 def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Launch]]:
-    """Runs a script, or `xdscale.train`, on some ranks that are forked ready-made: see fork_server.py."""
-    folder = tmp_path_factory.mktemp("fork_server")
+    """Runs a script, `xdscale.train` on some ranks, or `xdscale.cli`, forked ready-made: see fork_server.py."""
+    outputs_folder = tmp_path_factory.mktemp("fork_server")
     server = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("fork_server.py")],
         stdin=subprocess.PIPE,
@@ -194,11 +194,19 @@ def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     )
     numbers = itertools.count()
 
-    def launch(program: str | Path, *arguments: str | Path, ranks: int = 1, timeout_seconds: float = 300) -> Launch:
+    def launch(
+        program: str | Path,
+        *arguments: str | Path,
+        ranks: int = 1,
+        timeout_seconds: float = 300,
+        folder: Path = ROOT,
+        packages: Sequence[Path] = (),
+    ) -> Launch:
         number = next(numbers)
-        outputs = [folder / f"{number}.{name}" for name in ("stdout", "stderr")]
+        outputs = [outputs_folder / f"{number}.{name}" for name in ("stdout", "stderr")]
         request = {"program": str(program), "arguments": list(map(str, arguments)), "ranks": ranks}
         request |= {"port": _free_port(), "outputs": list(map(str, outputs))}
+        request |= {"folder": str(folder), "packages": list(map(str, packages))}
         server.stdin.write(json.dumps(request).encode() + b"\n")
         leader = int(server.stdout.readline())
         in_time = []

@@ -89,3 +89,11 @@ def full_model(cassette_model, tmp_path_factory):
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_bytes((cassette_model / name).read_bytes())
     return folder
+
+
+@pytest.fixture
+def idle_workers(monkeypatch):
+    """Workers that do nothing, where nothing is to be trained: real ones import for seconds until they are ended."""
+    from xdscale.finetune import worker_process
+
+    monkeypatch.setattr(worker_process, "PROGRAM", ("-S", "-c", "import time; time.sleep(600)"))

@@ -171,26 +171,16 @@ def test_a_failed_run_is_named_with_the_end_of_its_log_and_the_others_go_on(swep
 
 def command(tasks, model, out):
     return [
-        *(
-            sys.executable,
-            "-m",
-            "xdscale.cli",
-            "finetune",
-            "--model",
-            str(model),
-            "--task",
-            "cola",
-            "--data",
-            str(tasks),
-        ),
+        *("finetune", "--model", str(model), "--task", "cola", "--data", str(tasks)),
         *("--out", str(out), "--seeds", "1", "--recipe", "quickstart", "run.checkpoint_every=10"),
     ]
 
 
-def test_a_stopped_sweep_continues_where_it_was(swept, small_tasks, cassette_model, tmp_path, capsys):
+def test_a_stopped_sweep_continues_where_it_was(swept, small_tasks, cassette_model, tmp_path, capsys, launch_ranks):
     out = tmp_path / "sweep"
     arguments = command(small_tasks, cassette_model, out)
-    process = subprocess.Popen(arguments, env=os.environ | WORKER, stderr=subprocess.PIPE, text=True)
+    program = [sys.executable, "-m", "xdscale.cli"]
+    process = subprocess.Popen(program + arguments, env=os.environ | WORKER, stderr=subprocess.PIPE, text=True)
     checkpoints = out / "cola" / "seed-0" / "checkpoints"
     deadline = time.monotonic() + 200
     while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
@@ -200,8 +190,8 @@ def test_a_stopped_sweep_continues_where_it_was(swept, small_tasks, cassette_mod
     assert process.returncode == EXIT_STOPPED, stderr
     assert "stopped by a signal, 0 of 1 runs done; the same command continues" in stderr
     assert not (out / "cola" / "seed-0" / "result.json").exists()
-    again = subprocess.run(arguments, env=os.environ | WORKER, capture_output=True, text=True, timeout=200, check=False)
-    assert again.returncode == 0, again.stderr
+    again = launch_ranks("xdscale.cli", *arguments, timeout_seconds=200)
+    assert again.code == 0, again.stderr
     assert "continuing after step" in (out / "logs" / "cola-seed-0.log").read_text()
     unbroken = predictions(swept[0] / "pretrained" / "predictions-dev.jsonl")
     found = predictions(out / "cola" / "seed-0" / "predictions-dev.jsonl")
@@ -240,6 +230,7 @@ def request(model, data, out, **changes):
     return Request(**(values | changes))
 
 
+@pytest.mark.usefixtures("idle_workers")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -267,6 +258,7 @@ def test_mistakes_are_named_before_anything_is_trained(small_tasks, cassette_mod
     assert not (tmp_path / "out" / "cola").exists()
 
 
+@pytest.mark.usefixtures("idle_workers")
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [

@@ -143,9 +143,25 @@ def request(model, data, regions, out, /, **changes):
 
 
 @pytest.fixture(scope="module")
-def finetuned(model, data, regions, tmp_path_factory):
+def finetune(launch_ranks):
+    """Runs the same request as a command, in processes that are forked ready-made."""
+
+    def run(*given, **changes):
+        asked = request(*given, **changes)
+        options = {"model": asked.model, "data": asked.data, "regions": asked.regions, "out": asked.out}
+        options |= {"seeds": asked.seeds, "recipe": asked.recipe, "jobs": asked.jobs}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        words += [word for task in asked.tasks for word in ("--task", task)]
+        done = launch_ranks("xdscale.cli", "finetune", *words, *asked.overrides, timeout_seconds=500)
+        assert done.code == 0, done.stderr[-3000:]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finetuned(finetune, model, data, regions, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "sweep"
-    assert run_command(request(model, data, regions, out)) == 0
+    finetune(model, data, regions, out)
     return out
 
 
@@ -197,7 +213,7 @@ def test_a_result_names_the_regions_that_it_was_had_with(finetuned, regions):
     assert json.loads(lines[0])["images"] == [str(TRAIN)]
 
 
-def test_the_second_phase_learns_what_is_true_of_the_images(adapt, cassette_model, data, regions, tmp_path):
+def test_the_second_phase_learns_what_is_true_of_the_images(adapt, finetune, cassette_model, data, regions, tmp_path):
     """Spec VisualBERT §2: on NLVR2 masked words, and whether the statement is true; stopped, continued."""
     values = [f"model.language.name={cassette_model}", f"model.region_size={WIDTH}", "model.max_regions=null"]
     values += [
@@ -218,9 +234,10 @@ def test_the_second_phase_learns_what_is_true_of_the_images(adapt, cassette_mode
     assert last["step"] == 60
     assert last["validation/accuracy/match"] > 0.8
     export_run(tmp_path / "run", tmp_path / "exported")
-    assert run_command(request(tmp_path / "exported", data, regions, tmp_path / "out", tasks=["nlvr2"])) == 0
+    finetune(tmp_path / "exported", data, regions, tmp_path / "out", tasks=["nlvr2"])
 
 
+@pytest.mark.usefixtures("idle_workers")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -15,7 +15,6 @@ import pytest
 from xdscale.training.run_folder import read_log
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("added_worker.py")
 
 
 def blocks(page):
@@ -38,21 +37,17 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def command(site, tmp_path_factory):
+def command(site, launch_ranks, tmp_path_factory):
     """Runs `xdscale` in a folder of its own, where the packages are installed; returns what it printed."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "data" / "ORDER").mkdir(parents=True)
     for name in ("train", "dev"):
         lines = [f"Line {number} of a text that goes on." for number in range(32)]
         (folder / "data" / "ORDER" / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
     def run(*arguments):
-        done = subprocess.run(
-            [Path(sys.executable).with_name("xdscale"), *map(str, arguments)],
-            cwd=folder, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = launch_ranks("xdscale.cli", *map(str, arguments), folder=folder, packages=[site])
+        assert done.code == 0, done.stderr[-3000:]
         return done.stdout + done.stderr
 
     run.folder = folder
@@ -70,7 +65,8 @@ def trained(site, launch_ranks, wiki_shards, cassette_model, tmp_path_factory):
         config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}))
         out = [f"output.folder={folder / str(stage)}", "--deepspeed_config", str(config)]
         for ranks, more in zip(worlds, (["run.stop_at_step=2"], []), strict=True):
-            done = launch_ranks(WORKER, str(site), "halves-small", *fixed, *more, *out, ranks=ranks)
+            given = ["halves-small", *fixed, *more, *out]
+            done = launch_ranks("xdscale.train", *given, ranks=ranks, packages=[site])
             assert done.code == 0, done.stderr[-3000:]
     return {stage: folder / str(stage) for stage in (1, 3)}
 
@@ -122,11 +118,14 @@ assert module.model["language"].config._attn_implementation == PLAIN_ATTENTION
 
 
 @pytest.mark.slow
-def test_it_begins_with_the_weights_of_another_run_and_computes_by_the_definitions(site, trained, cassette_model):
+def test_it_begins_with_the_weights_of_another_run_and_computes_by_the_definitions(
+    site, trained, launch_ranks, cassette_model, tmp_path
+):
     """`model.start` and `run.kernels` are keys of its recipe: none of them is without effect."""
     overrides = [f"model.language.name={cassette_model}", f"model.start={trained[3]}", "run.kernels=plain"]
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    subprocess.run([sys.executable, "-c", BEGIN, *overrides], env=environment, check=True)
+    (tmp_path / "begin.py").write_text(BEGIN)
+    done = launch_ranks(tmp_path / "begin.py", *overrides, packages=[site])
+    assert done.code == 0, done.stderr
 
 
 @pytest.mark.slow

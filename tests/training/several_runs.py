@@ -17,6 +17,13 @@ def main():
         code = train.main(arguments)
         if code:
             return code
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            "== the compiler",
+            "loaded" if "torch._inductor.compile_fx" in sys.modules else "left out",
+            sep="\n",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -210,6 +210,11 @@ def test_resuming_at_another_world_size(second, run):
     assert not list((second.folder / run / "checkpoints").glob(".*"))
 
 
+def test_no_rank_imports_pytorchs_compiler(first):
+    """Which takes four seconds of a core, and which no run here uses; under stage 0 to 3."""
+    assert set(first.said["the compiler"].split("\n")) == {"left out", ""}
+
+
 def test_each_start_says_how_a_step_is_split(second):
     before, after = second.entries("world-3", "start")
     assert before == {

@@ -1,6 +1,7 @@
 """Processes of a run: who this rank is, and how ranks agree. DeepSpeed starts here and in `engine`."""
 
 import functools
+import importlib
 import os
 import sys
 import traceback
@@ -106,12 +107,28 @@ def start_distributed() -> Ranks:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     except torch.distributed.DistError as error:
         raise XdscaleError(_why_apart(ranks, one_line(error))) from None
     return ranks
+
+
+def _import_muon_uncompiled() -> None:
+    """Has every engine find DeepSpeed's Muon imported, an optimizer that no recipe has.
+
+    It decorates functions with `torch.compile`, which imports all of PyTorch's compiler: four seconds of a core in each
+    rank at each start, for nothing.
+    """
+    from deepspeed.runtime import compiler
+
+    compiling, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiling
 
 
 def before_exchanges(tell: Callable[[], None]) -> None:
