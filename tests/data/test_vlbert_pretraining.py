@@ -245,6 +245,20 @@ def test_a_region_whose_distribution_is_none_is_no_target():
     assert batch.arrays["masked_regions"].tolist() == [0, 1, 1, 1, 1]
 
 
+def test_the_paper_has_the_likeliest_class_as_the_target(collator):
+    """Spec VL-BERT §2, 2: softmax cross-entropy of it."""
+    wide = "objectives.masked_region.select=0.5"
+    soft, hard = (
+        collator(wide, f"objectives.masked_region.target={target}")(slots_of(range(40)))
+        for target in ("distribution", "class")
+    )
+    assert len(soft.arrays["masked_region_labels"]) > 20
+    for found, wanted in zip(hard.arrays["masked_region_labels"], soft.arrays["masked_region_labels"], strict=True):
+        likeliest = max(range(7), key=wanted.tolist().__getitem__)
+        assert found.tolist() == [float(number == likeliest) for number in range(7)]
+    np.testing.assert_array_equal(hard.arrays["masked_region_rows"], soft.arrays["masked_region_rows"])
+
+
 def test_padding_counts_for_nothing(collator):
     collate = collator()
     batch = collate(slots_of([1, collate.sizes[0]], real=False))

@@ -148,6 +148,8 @@ def test_vlberts_settings_are_those_of_its_release_and_of_its_paper(name, rate, 
     assert (pixels is not None) == ("e2e" in name)
     if pixels is not None:  # the branch of the model's own pretraining
         assert (pixels.weights, pixels.short_side, pixels.long_side) == (None, 600, 1200 if "vcr" in name else 1000)
+    exclusive = name.endswith("paper") and not name.startswith("refcoco")
+    assert settings.model.loss == ("softmax" if exclusive else "sigmoid")
     if name.startswith("vcr"):
         assert (optim.optimizer, optim.momentum, optim.gradient_clipping) == ("sgd", 0.9, 10)
         assert [epochs * share for share in optim.drop_at] == [14, 18]

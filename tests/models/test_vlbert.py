@@ -287,6 +287,36 @@ def test_geometry_in_fp64():
     np.testing.assert_allclose(embedded(1)[1, 0].item(), math.sin(50), atol=2e-5)
 
 
+def test_what_the_paper_reads_by_hand_in_fp64(inputs):
+    """Spec VL-BERT §8, 1, 3 and 12: corners as shares, the whole image at [END], one token for all regions."""
+    model = random_model(corners=True, end_sees_image=True, own_masked_token=False)
+    found = []
+    model.embeddings.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+    batch = inputs.packed(torch.float64)
+    with torch.no_grad():
+        model(batch)
+        own, regions = model.embeddings, inputs.regions
+        sizes = np.repeat(regions.sizes, np.diff(regions.offsets), axis=0).astype(np.float64)
+        waves = [1000 ** (wave / 256) for wave in range(256)]
+        rows = []
+        for (x1, y1, x2, y2), (width, height) in zip(regions.boxes.astype(np.float64), sizes):
+            for share in (x1 / width, y1 / height, x2 / width, y2 / height):
+                rows += [math.sin(share / wave) for wave in waves] + [math.cos(share / wave) for wave in waves]
+        where = torch.tensor(rows).double().view(-1, 2048)
+        features = torch.from_numpy(regions.features).double()
+        features[torch.from_numpy(inputs.masked)] = model.regions.mask.weight
+        linear = model.regions.projection
+        seen = (torch.cat([where, features], 1) @ linear.weight.T + linear.bias).relu()
+        position, segment = own.position_embeddings.weight, own.token_type_embeddings.weight[2]
+        lengths = np.repeat(TEXTS, REGIONS)
+        of_regions = model.region_tokens.weight[0] + own.visual_norm_region(seen) + position[lengths] + segment
+        wholes = torch.cat([seen[:1], model.text_only.weight, seen[5:6], seen[14:]])
+        ends = own.end_embedding.weight + own.visual_norm_text(wholes) + position[np.array(TEXTS) + 1] + segment
+        wanted = own.LayerNorm(torch.cat([of_regions, ends]))
+    torch.testing.assert_close(found[0][sum(TEXTS) :], wanted, atol=2e-6, rtol=0)  # places are fp32
+    assert not torch.allclose(random_model()(batch).states, model(batch).states, atol=1e-2)
+
+
 def test_padding_changes_nothing(release, inputs):
     """Spec VL-BERT fact 6: there is none here, and the padded model agrees, however much it pads."""
     theirs, path = release()

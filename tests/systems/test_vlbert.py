@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from xdscale.bench.padded_vlbert import padded_targets
 from xdscale.data.vlbert_pretraining import VLBERTCollator
 from xdscale.errors import XdscaleError
 from xdscale.export import export_run
@@ -71,22 +72,6 @@ def batch_of(micro_batch, dtype=torch.float32):
     return {name: value.to(dtype) if name in wide else value for name, value in batch.items()}
 
 
-def padded(arrays):
-    """What the release's module takes, with what is to be predicted."""
-    found, right = padded_vlbert.padded(arrays), {}
-    labels, probs = torch.full_like(found["ids"], -1), torch.zeros(*found["box_mask"].shape, 7)
-    for name in ("mlm", "text_mlm"):
-        right |= dict(zip(arrays[f"{name}_rows"].tolist(), arrays[f"{name}_labels"].tolist()))
-    wanted = dict(zip(arrays["masked_region_rows"].tolist(), arrays["masked_region_labels"]))
-    for row, (start, text) in enumerate(zip(arrays["cu_seqlens"].tolist(), arrays["text_lengths"].tolist())):
-        for place in range(text):
-            labels[row, place] = right.get(start + place, -1)
-        for place in range(int(found["box_mask"][row].sum())):
-            if start + text + place in wanted:
-                probs[row, place] = torch.from_numpy(wanted[start + text + place])
-    return found | {"mlm_labels": labels, "class_probs": probs}
-
-
 def test_losses_are_those_of_the_release(micro_batch, tmp_path):
     """All three, with the weights that the release would load."""
     module = built().eval()
@@ -96,7 +81,7 @@ def test_losses_are_those_of_the_release(micro_batch, tmp_path):
                 parameter.normal_(std=0.3)
     save_release(module.state_dict(), tmp_path / "vl-bert.model")
     theirs = padded_vlbert.loaded(tmp_path / "vl-bert.model", module.model.config, classes=7)
-    wanted = theirs.losses(padded(micro_batch.arrays))
+    wanted = theirs.losses(padded_targets(micro_batch.arrays))
     terms = module(batch_of(micro_batch))
     assert tuple(terms) == NAMES
     for (name, term), loss in zip(terms.items(), wanted, strict=True):
@@ -208,6 +193,10 @@ def test_published_runs(name, rate, warmup, steps):
     assert round(found.optim.warmup_ratio * found.training.steps) == warmup
     assert (found.training.global_batch, found.optim.weight_decay, found.optim.gradient_clipping) == (256, 1e-4, 10)
     assert found.optim.decayed == "all"
+    reads = found.model.corners, found.model.end_sees_image, found.model.own_masked_token
+    paper = name.endswith("paper")
+    assert reads == ((True, True, False) if paper else (False, False, True))
+    assert found.objectives.masked_region.target == ("class" if paper else "distribution")
 
 
 @pytest.mark.parametrize(
@@ -262,5 +251,8 @@ def test_an_export_is_read_and_begun_with(runs, tmp_path):
             assert torch.equal(begun.model.state_dict()[name], value), name
         for name, value in heads.items():
             assert torch.equal(begun.state_dict()[name], value), name
+    for place in (out, runs[2], tmp_path / "vl.model"):
+        with pytest.raises(XdscaleError, match=r"trained with model\.corners=false, which this recipe has not"):
+            built(f"model.start={place}", "model.corners=true")
     with pytest.raises(XdscaleError, match=r"model\.start = .*: holds no fitting weights for model\.regions\.mask"):
         built(f"model.start={out}", "model.region_size=13")

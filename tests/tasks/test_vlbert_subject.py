@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from xdscale.bench.padded_vlbert import padded
 from xdscale.data.task_files import Example, Span
 from xdscale.errors import XdscaleError
 from xdscale.pretrained.language import load_language_encoder
@@ -22,7 +25,9 @@ from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.systems.contract import Slots
 from xdscale.tasks.contract import ModelSettings, find_task
 from xdscale.tasks.finetuning import Finetuning
+from xdscale.tasks.vcr import VCR_QA
 from xdscale.tasks.vlbert import VLBERTSubject
+from xdscale.tasks.vqa import VQA
 from xdscale.training.engine import to_device
 
 _spec = importlib.util.spec_from_file_location("padded_vlbert", Path(__file__).parents[1] / "models/padded_vlbert.py")
@@ -111,7 +116,7 @@ def theirs(tmp_path):
         save_release(state, tmp_path / "ours.model")
         with torch.no_grad():
             texts, regions, _, pooled = padded_vlbert.loaded(tmp_path / "ours.model", encoder.config)(
-                padded_vlbert.padded(batch.arrays)
+                padded(batch.arrays)
             )
         return texts, regions, pooled
 
@@ -178,6 +183,30 @@ def test_each_choice_is_right_or_wrong_by_itself(read, theirs, folder, table):
     assert torch.equal(*encoder.embeddings.token_type_embeddings.weight[:2])
     bert = load_language_encoder(Language(name="package:cognition/model"), dropout=0.1)
     assert torch.equal(encoder.pooler.weight, bert.pooler.dense.weight) == (folder / "pooler.safetensors").is_file()
+
+
+def test_as_the_paper_has_it_answers_and_choices_exclude_each_other(read):
+    """Spec VL-BERT §8, 7 and 8: softmax cross-entropy; VQA's credits are weights of their answers' logarithms."""
+    credits = np.array([[0, 0.3, 1, 0], [0, 0, 0, 0.6], [1, 0, 0, 0]])
+    vqa = replace(VQA, labels=tuple("abcd"))
+    own = {"targets": lambda examples, regions=None: credits[: len(examples)]}
+    task = task_of("answer", outputs=4, **own)
+    task.loss = vqa.loss
+    examples = [example((("where ?",),), (f"picture-{place}",)) for place in range(3)]
+    batch, module = read(task, examples, real=[True, True, False], loss="softmax")
+    logits, loss = ours(module, batch)
+    logarithms = logits.double().log_softmax(1)
+    wanted = -(0.3 * logarithms[0, 1] + logarithms[0, 2] + 0.6 * logarithms[1, 3])
+    entropies = -(0.3 * math.log(0.3) + 0.6 * math.log(0.6))  # of the credits, which no weight changes
+    assert loss.item() == pytest.approx(wanted.item() - entropies, rel=1e-5)
+    task = task_of("input", sentences=2, choices=4, outputs=1)
+    task.loss = VCR_QA.loss
+    texts = tuple(("who is it ?", answer) for answer in ("jessie", "no", "it is a dog", "on the table"))
+    examples = [example(texts, (f"picture-{place}",), (), label) for place, label in ((1, 3), (3, 0))]
+    batch, module = read(task, examples, loss="softmax")
+    logits, loss = ours(module, batch)
+    wanted = -logits.double().log_softmax(1)
+    assert loss.item() == pytest.approx((wanted[0, 3] + wanted[1, 0]).item(), rel=1e-5)
 
 
 def test_a_region_is_pointed_at(read, theirs, folder, table):

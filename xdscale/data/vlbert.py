@@ -31,9 +31,10 @@ def pack(
     Returns:
         text_lengths int64 [b], cu_seqlens int32 [b + 1], longest int64 [] (tokens of the longest sample); text_ids,
         text_positions, text_segments int64 [t] and text_visual int64 [t], the region that a word sees among all, or
-        their number for none; features [total, D], places fp32 [total, 4] as `centres`, masked_regions and
-        region_positions int64 [total]; rows int64 [t + total + b], of each place in the row the token that stands
-        there, where texts count before regions, and regions before [END].
+        their number for none; end_visual int64 [b], the same of [END], where it sees the whole image; features
+        [total, D], places fp32 [total, 4] as `centres`, masked_regions and region_positions int64 [total]; rows int64
+        [t + total + b], of each place in the row the token that stands there, where texts count before regions, and
+        regions before [END].
 
     Raises:
         ValueError: numbers of samples, or of tokens and segments, do not agree; or a word sees a region that its sample
@@ -57,6 +58,7 @@ def pack(
         "text_positions": np.arange(len(of_words)) - np.repeat(np.cumsum(counts) - counts, counts),
         "text_segments": np.concatenate(segments).astype(np.int64),
         "text_visual": np.where(has_image, regions.offsets[of_words] + seen, total),
+        "end_visual": np.where(region_counts > 0, regions.offsets[:-1], total),
         "features": np.require(regions.features, requirements="CW"),  # torch takes no array that it may not write
         "places": centres(regions),
         "masked_regions": np.zeros(total, np.int64) if masked is None else masked.astype(np.int64),

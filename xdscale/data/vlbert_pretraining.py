@@ -42,7 +42,8 @@ class VLBERTCollator:
     objectives that are on
         mlm_rows [m]: places in the row of packed tokens; mlm_labels [m]: the original ids.
         text_mlm_rows, text_mlm_labels [m]: the same of texts alone.
-        masked_region_rows [r]: places in the row; masked_region_labels fp32 [r, classes]: the detector's distributions.
+        masked_region_rows [r]: places in the row; masked_region_labels fp32 [r, classes]: the detector's distributions,
+            or 1 at its likeliest class.
     With `model.pixels` there are, in the place of features, for each sample i of the batch:
         picture_i fp32 [3, height, width], see `xdscale.data.pictures`; boxes_i fp32 [k, 4]: its regions there. A text
             has a small blank one without regions, so that all ranks have as many.
@@ -223,7 +224,10 @@ def compose(
         targets[name] = len(labels)
     if on is not None:
         arrays["masked_region_rows"] = region_rows(packed, mine.offsets)[is_target[kept]]
-        arrays["masked_region_labels"] = probabilities[(is_target & kept)[~whole]].astype(np.float32)
+        labels = probabilities[(is_target & kept)[~whole]].astype(np.float32)
+        if on.target == "class":
+            labels = np.eye(labels.shape[1], dtype=np.float32)[labels.argmax(1)]
+        arrays["masked_region_labels"] = labels
         targets["masked_region"] = len(arrays["masked_region_rows"])
     return MicroBatch(packed | arrays, targets, tokens=int(np.diff(packed["cu_seqlens"])[slots.real].sum()))
 

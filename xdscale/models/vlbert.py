@@ -22,6 +22,10 @@ class VLBertConfig(BertConfig):
         masks_features: whether a masked region's appearance is replaced by a learned vector, as where features are
             computed beforehand. Where they are not, its pixels are blank instead.
         with_pooler: whether there is BERT's pooler, as for VCR.
+        corners: whether a region's corners are embedded, as shares of the image (paper), or its centre and size, in
+            hundredths (release).
+        end_sees_image: whether [END] sees the whole image, as words do (paper), or nothing (release).
+        own_masked_token: whether a masked region has a token of its own (release), or that of all regions (paper).
     """
 
     model_type = "vl_bert"
@@ -29,17 +33,27 @@ class VLBertConfig(BertConfig):
     appearance_size: int = 2048
     masks_features: bool = True
     with_pooler: bool = False
+    corners: bool = False
+    end_sees_image: bool = False
+    own_masked_token: bool = True
 
 
 def geometry_embedding(places: torch.Tensor) -> torch.Tensor:
     """Returns sines and cosines of where regions are, [n, 2048]: of each of the four numbers its sines first.
 
     Args:
-        places: fp32 [n, 4], as `xdscale.data.vlbert.centres` has them. Half precision would lose the short waves.
+        places: fp32 [n, 4], as `xdscale.data.vlbert.centres` or `corners` has them. Half precision would lose the short
+            waves.
     """
     steps = torch.arange(WAVES, dtype=places.dtype, device=places.device) / WAVES
     angles = places.unsqueeze(-1) / LONGEST_WAVE**steps  # [n, 4, 256]
     return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+
+
+def corners(places: torch.Tensor) -> torch.Tensor:
+    """Turns what `xdscale.data.vlbert.centres` returns into corners as shares of the image: x1, y1, x2, y2, [n, 4]."""
+    middle, half = places[:, :2], places[:, 2:] / 2
+    return torch.cat([middle - half, middle + half], 1) / 100
 
 
 class RegionFeatures(nn.Module):
@@ -50,12 +64,14 @@ class RegionFeatures(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.projection = nn.Linear(GEOMETRY + config.appearance_size, config.hidden_size)
         self.mask = nn.Embedding(1, config.appearance_size) if config.masks_features else None
+        self.corners = config.corners
 
     def forward(self, features: torch.Tensor, places: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Maps features [r, D], places fp32 [r, 4] and masked int64 [r], 1 where a region is masked, to [r, H]."""
         if self.mask is not None:
             features = torch.where(masked.unsqueeze(1) == 1, self.mask(torch.zeros_like(masked[:1])), features)
-        seen = torch.cat([geometry_embedding(places).to(features.dtype), features], 1)
+        where = geometry_embedding(corners(places) if self.corners else places)
+        seen = torch.cat([where.to(features.dtype), features], 1)
         return torch.relu(self.projection(self.dropout(seen)))
 
 
@@ -72,6 +88,7 @@ class VLBertEmbeddings(nn.Module):
         self.end_embedding = nn.Embedding(1, size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.end_sees_image = config.end_sees_image
         self.visual_norm_text = nn.LayerNorm(size, eps=eps)
         self.visual_norm_region = nn.LayerNorm(size, eps=eps)
         self.LayerNorm = nn.LayerNorm(size, eps=eps)
@@ -95,7 +112,10 @@ class VLBertEmbeddings(nn.Module):
         visual = self.visual_norm_text(torch.cat([seen, text_only]))
         words = self.word_embeddings(batch["text_ids"]) + visual.index_select(0, batch["text_visual"])
         regions = region_tokens + self.visual_norm_region(seen)
-        tokens = torch.cat([words, regions, self.end_embedding(torch.zeros_like(lengths))])
+        ends = self.end_embedding(torch.zeros_like(lengths))
+        if self.end_sees_image:
+            ends = ends + visual.index_select(0, batch["end_visual"])
+        tokens = torch.cat([words, regions, ends])
         places = torch.cat([batch["text_positions"], positions, lengths + 1])
         behind = torch.full_like(places[: len(positions) + len(lengths)], REGION_SEGMENT)
         segments = torch.cat([batch["text_segments"], behind])
@@ -154,7 +174,8 @@ class VLBERT(nn.Module):
             States of all tokens, or of the selected ones in their order, and what the pooler makes of the first ones.
         """
         masked = batch["masked_regions"]
-        tokens, text_only = self.region_tokens(masked), self.text_only(torch.zeros_like(batch["text_lengths"][:1]))
+        tokens = self.region_tokens(masked if self.config.own_masked_token else torch.zeros_like(masked))
+        text_only = self.text_only(torch.zeros_like(batch["text_lengths"][:1]))
         seen = self.regions(batch["features"].to(tokens.dtype), batch["places"], masked)
         states = self.embeddings(batch, seen, tokens, text_only).index_select(0, batch["rows"])
         recompute = self._checkpoint_layers

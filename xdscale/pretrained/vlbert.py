@@ -93,7 +93,7 @@ def config_from_bert(bert: PretrainedConfig, **more: bool | int) -> VLBertConfig
 
     Args:
         bert: its configuration.
-        more: `appearance_size`, `masks_features` and `with_pooler` of `VLBertConfig`.
+        more: of `VLBertConfig` what is not BERT's.
 
     Raises:
         XdscaleError: it is no BERT's.
@@ -169,6 +169,11 @@ def save_release(state: dict[str, torch.Tensor], path: Path) -> None:
         state: of a module in training, in fp32, as `save_vlbert`.
         path: of the new file.
     """
+    torch.save({"state_dict": {f"module.{name}": value for name, value in release_weights(state).items()}}, path)
+
+
+def release_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the weights of a module in training under the names that they have in the release."""
     model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     found = dict(zip(_REGION_TOKENS, model.pop("region_tokens.weight").split(1)))
     found |= {published_name(name): value for name, value in model.items()}
@@ -181,7 +186,7 @@ def save_release(state: dict[str, torch.Tensor], path: Path) -> None:
             found |= dict.fromkeys(places, value)
     if "mlm.decoder_bias" in state:
         found.setdefault("vlbert.mlm_head.predictions.decoder.weight", model["embeddings.word_embeddings.weight"])
-    torch.save({"state_dict": {f"module.{name}": value for name, value in found.items()}}, path)
+    return found
 
 
 def save_pooler(spec: Language, folder: Path) -> None:

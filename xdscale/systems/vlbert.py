@@ -22,7 +22,7 @@ from xdscale.pretrained.language import language_config, load_language_encoder, 
 from xdscale.pretrained.language_files import copy_tokenizer, save_language_files
 from xdscale.pretrained.vlbert import config_from_bert, from_bert, load_vlbert, save_pooler, save_vlbert
 from xdscale.recipes.mlm.schema import Language
-from xdscale.recipes.vlbert.schema import GroundedObjectives, VLBERTRecipe
+from xdscale.recipes.vlbert.schema import READING, GroundedObjectives, VLBERTRecipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.regions import REGIONS, RegionBuild, Regions
 from xdscale.shards.sources.caption_build import CAPTIONS, CaptionBuild
@@ -30,7 +30,7 @@ from xdscale.shards.sources.text_build import TEXT, TextBuild
 from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, Slots, System, Term, parameter_count
 from xdscale.systems.invented import invented_tokenizer
 from xdscale.systems.mlm import check_tokenizer, load_published_head
-from xdscale.training.stored import MODEL_PREFIX, language_folder
+from xdscale.training.stored import MODEL_PREFIX, language_folder, stored_recipe
 
 CAPTION_WORDS = 12
 """Word pieces of Conceptual Captions, on average."""
@@ -120,7 +120,7 @@ class VLBERTSystem(System):
         """Builds encoder and heads of a BERT, whose masked-LM head comes along where it was published with it."""
         spec, objectives = self.recipe.model, self.recipe.objectives
         language = load_language_encoder(spec.language, dropout=spec.dropout)
-        model = from_bert(language, appearance_size=spec.region_size, masks_features=spec.pixels is None)
+        model = from_bert(language, **spec.encoder_values())
         trunk = None
         if spec.pixels is not None:
             weights = spec.pixels.weights
@@ -131,11 +131,27 @@ class VLBERTSystem(System):
         return module
 
     def published_state(self, folder: Path) -> dict[str, torch.Tensor] | None:
-        """Returns the weights of an export, or of a checkpoint of the release."""
+        """Returns the weights of an export, or of a checkpoint of the release.
+
+        Raises:
+            XdscaleError: nothing of the kind, or it was trained to read its input in another way.
+        """
         if (folder / "recipe.yaml").is_file():
+            self._check_reading(folder, stored_recipe(folder).model)
             return None
         model, heads = load_vlbert(folder)
+        self._check_reading(folder, model.config)
         return {MODEL_PREFIX + name: value for name, value in model.state_dict().items()} | heads
+
+    def _check_reading(self, folder: Path, trained: object) -> None:
+        own = self.recipe.model
+        for name in READING:
+            found = getattr(trained, name, getattr(own, name))  # a run of another system is refused for its weights
+            if found != getattr(own, name):
+                raise XdscaleError(
+                    f"model.start = {folder}: trained with model.{name}={str(found).lower()}, which this recipe has "
+                    "not; its weights read their input in that way, so give it behind the recipe's name"
+                )
 
     def example(
         self, module: VLBERTPretraining, samples: int, length: int | None = None, *, longest: bool = False
@@ -172,11 +188,7 @@ class VLBERTSystem(System):
         """Writes a folder that `xdscale.pretrained.vlbert.load_vlbert` reads, with the heads."""
         source, spec = language_folder(run), self.recipe.model
         copy_tokenizer(source, out)
-        config = config_from_bert(
-            BertConfig.from_pretrained(source),
-            appearance_size=spec.region_size,
-            masks_features=spec.pixels is None,
-        )
+        config = config_from_bert(BertConfig.from_pretrained(source), **spec.encoder_values())
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = spec.dropout
         save_vlbert(config, state, out)
         count = sum(value.numel() for name, value in state.items() if name.startswith(MODEL_PREFIX))

@@ -202,6 +202,9 @@ class ModelSettings(Section):
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: to see what they are worth")
     freeze_pooler: bool = Field(False, description="leave it as it was pretrained, as VisualBERT's release does")
     pixels: TunedPixels | None = Field(None, description="null reads features from the table of regions")
+    loss: Literal["sigmoid", "softmax"] = Field(
+        "sigmoid", description="of VL-BERT: each answer, choice or region by itself, or as the task has it for others"
+    )
     clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
 
 

@@ -95,7 +95,9 @@ class VLBERTSubject(VisualBERTSubject):
             if task.sentences > 1:
                 segments = encoder.embeddings.token_type_embeddings.weight.data
                 segments[1] = segments[0]
-        module = VLBERTClassifier(encoder.train(), task, dropout=self.settings.dropout, trunk=trunk)
+        module = VLBERTClassifier(
+            encoder.train(), task, dropout=self.settings.dropout, loss=self.settings.loss, trunk=trunk
+        )
         module.begin_with(heads)
         return module
 
@@ -158,19 +160,23 @@ class VLBERTClassifier(nn.Module):
 
     A whole input is judged by a Linear on the pooled first token. An open question is answered by the masked-LM head's
     transform and a Linear on the state of the [MASK] behind it; where a region is asked for, the transform of the
-    region head and a Linear score each region. Answers, choices and regions are each right or wrong by themselves: the
-    losses are binary cross-entropies, summed over answers, and means over choices and over an image's regions.
+    region head and a Linear score each region. Answers, choices and regions are each right or wrong by themselves, as
+    the release has it: the losses are binary cross-entropies, summed over answers, and means over choices and over an
+    image's regions. With `loss` "softmax" the task's own loss counts, as the paper has it.
 
     Attributes:
         encoder: VL-BERT.
         trunk: from pixels to features; None where these are read.
     """
 
-    def __init__(self, encoder: VLBERT, task: Task, *, dropout: float, trunk: FastRCNN | None = None) -> None:
+    def __init__(
+        self, encoder: VLBERT, task: Task, *, dropout: float, loss: str, trunk: FastRCNN | None = None
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.encoder = encoder
         self.task = task
+        self.judges_each = loss == "sigmoid" and (task.reads != "input" or task.choices > 0)
         size, eps = encoder.config.hidden_size, encoder.config.layer_norm_eps
         self.dropout = nn.Dropout(dropout if task.reads != "region" else 0.0)  # as in the release
         self.transform = nn.Linear(size, size) if task.reads != "input" else None
@@ -224,7 +230,7 @@ class VLBERTClassifier(nn.Module):
         Arguments and results as `xdscale.tasks.contract.Task.loss`.
         """
         loss, correct = self.task.loss(logits, targets, real)
-        if self.task.reads == "input" and not self.task.choices:
+        if not self.judges_each:
             return loss, correct
         if self.task.choices:
             targets = F.one_hot(targets.clamp(min=0), logits.shape[1]).to(logits.dtype)

@@ -7,6 +7,9 @@ from pydantic import Field
 from xdscale.recipe import OBJECTIVE_WEIGHT, NameOrPath, Objectives, Recipe, Section
 from xdscale.recipes.mlm.schema import LanguageModel, MaskedLM
 
+READING = ("corners", "end_sees_image", "own_masked_token")
+"""Of the model: how it reads its input. Weights that were trained in one way are of no use in another."""
+
 
 class Pixels(Section):
     """The branch of Fast R-CNN that is trained along, on the images themselves."""
@@ -31,9 +34,21 @@ class GroundedModel(LanguageModel):
     region_size: int = Field(2048, ge=1, description="width of a region's features: 2,048 of pixels, else the table's")
     region_classes: int = Field(1601, ge=2, description="of the detector's distributions, with the background")
     pixels: Pixels | None = Field(None, description="null reads features from the table, which then stay as they are")
+    corners: bool = Field(
+        False, description="embed a region's corners, as shares of the image (paper); false: centre and size (release)"
+    )
+    end_sees_image: bool = Field(False, description="let [END] see the whole image, as the paper says")
+    own_masked_token: bool = Field(
+        True, description="a masked region's token is its own (release); false: that of all regions (paper)"
+    )
     max_elements: int = Field(
         64, ge=4, description="words, [CLS], [SEP] and regions with the whole image; the longer side is cut first"
     )
+
+    def encoder_values(self) -> dict[str, int | bool]:
+        """Returns what the encoder's configuration has beside its BERT's."""
+        own = {"appearance_size": self.region_size, "masks_features": self.pixels is None}
+        return own | {name: getattr(self, name) for name in READING}
 
 
 class MaskedWords(MaskedLM):
@@ -49,11 +64,14 @@ class MaskedTexts(MaskedWords):
 
 
 class MaskedRegions(Section):
-    """The detector's distribution for regions that are masked; the whole image never is."""
+    """The detector's distribution, or its likeliest class, for regions that are masked; the whole image never is."""
 
     weight: float = OBJECTIVE_WEIGHT
     select: float = Field(0.15, gt=0, lt=1, description="share of the regions to be predicted")
     mask: float = Field(0.9, gt=0, le=1, description="share of those that are masked; the rest is left to be seen")
+    target: Literal["distribution", "class"] = Field(
+        "distribution", description="predict the detector's distribution (release) or likeliest class (paper)"
+    )
 
 
 class GroundedObjectives(Objectives):
