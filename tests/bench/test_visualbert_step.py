@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from xdscale.bench.step import bench_step
-from xdscale.bench.visualbert_step import OURS, OURS_MASTERS, THEIRS, measure_visualbert, padded_inputs
+from xdscale.bench.turns import OURS, OURS_MASTERS
+from xdscale.bench.visualbert_step import THEIRS, measure_visualbert, padded_inputs
 from xdscale.data.visual_text import pack
 from xdscale.errors import XdscaleError
 from xdscale.recipe import load_recipe

@@ -27,11 +27,14 @@ def bench_step_command(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     recipe: Annotated[str, typer.Option(help="Recipe file or name.")] = "xdbert-base-wikitext103",
     against: Annotated[
-        str, typer.Option(help="plain: what XDBERT's released code computes. VisualBERT's is transformers' own.")
+        str,
+        typer.Option(
+            help="plain: what XDBERT's and VL-BERT's released code computes. VisualBERT's is transformers' own."
+        ),
     ] = "plain",
     pairs: Annotated[int, typer.Option(min=1, help="Alternations.")] = 5,
     sequences: Annotated[
-        int | None, typer.Option(min=1, help="Sequences per step; default: 2, of VisualBERT 8.")
+        int | None, typer.Option(min=1, help="Sequences per step; default: 2, of VisualBERT and VL-BERT 8.")
     ] = None,
 ) -> None:
     """Time one training step: forward, backward and optimizer, on identical weights, tokens and targets."""

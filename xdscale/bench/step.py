@@ -39,6 +39,7 @@ from xdscale.errors import XdscaleError
 from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe
 from xdscale.recipes.visualbert.schema import VisualBERTRecipe
+from xdscale.recipes.vlbert.schema import VLBERTRecipe
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.systems.contract import MicroBatch, open_system
 from xdscale.systems.xdbert import XDBERTAdaptation
@@ -60,7 +61,7 @@ def bench_step(recipe: Recipe, against: str = "plain", pairs: int = 5, sequences
             are none, ids are drawn at the true shape: 512 language tokens, CLIP text on 560 of 693 positions.
         against: "plain" for the released code's computation, "fp32" to leave that out.
         pairs: how many times each path is measured, in turns.
-        sequences: samples per step; None for 2, of VisualBERT 8.
+        sequences: samples per step; None for 2, of VisualBERT and VL-BERT 8, from pixels 2.
 
     Raises:
         XdscaleError: an argument is out of range, or the model or the shards cannot be read.
@@ -69,6 +70,10 @@ def bench_step(recipe: Recipe, against: str = "plain", pairs: int = 5, sequences
         from xdscale.bench.visualbert_step import bench_visualbert
 
         return bench_visualbert(recipe, pairs, 8 if sequences is None else sequences)
+    if isinstance(recipe, VLBERTRecipe):
+        from xdscale.bench.vlbert_step import bench_vlbert
+
+        return bench_vlbert(recipe, pairs, sequences)
     report = measure_step(recipe, against=against, pairs=pairs, sequences=2 if sequences is None else sequences)
     console = Console()
     console.print(
@@ -94,8 +99,8 @@ def measure_step(recipe: Recipe, *, against: str, pairs: int, sequences: int) ->
         raise XdscaleError(f"--against {against!r}: expected one of {', '.join(AGAINST)}")
     if not isinstance(recipe, XDBERTRecipe):
         raise XdscaleError(
-            f"system = {recipe.system!r}: the step that is measured, and what others compute beside it, are XDBERT's "
-            "and VisualBERT's; choose a recipe of one of these systems"
+            f"system = {recipe.system!r}: the step that is measured, and what others compute beside it, are XDBERT's, "
+            "VisualBERT's and VL-BERT's; choose a recipe of one of these systems"
         )
     device = rank_device(0)
     rates = {dtype: matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
