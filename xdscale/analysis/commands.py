@@ -1,4 +1,4 @@
-"""What the analyses print: `xdscale pwcca | grounded-ratio | cross-attention | grounding`."""
+"""What the analyses print: `xdscale pwcca | grounded-ratio | cross-attention | grounding | attention-maps`."""
 
 import csv
 import io
@@ -219,15 +219,52 @@ def print_grounding(
         print(path)
 
 
-def map_csv(shown: "AttentionMap") -> str:
-    """Returns one line for each weight: layer, head (from 1), position, word piece, region or category, weight."""
+def map_csv(shown: "AttentionMap", *, first: int = 1, **more: np.ndarray) -> str:
+    """Returns one line for each weight: layer, head, position, word piece, region or category, weight.
+
+    Args:
+        shown: the map.
+        first: number of the first layer and head.
+        more: columns of the shape of the weights.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["layer", "head", "position", "piece", "region", "weight"])
-    for layer, head, piece, key in np.ndindex(shown.weights.shape):
-        weight = f"{shown.weights[layer, head, piece, key]:.6f}"
-        writer.writerow([layer + 1, head + 1, piece, shown.pieces[piece], shown.keys[key], weight])
+    writer.writerow(["layer", "head", "position", "piece", "region", "weight", *more])
+    for place in np.ndindex(shown.weights.shape):
+        layer, head, piece, key = place
+        values = [f"{weights[place]:.6f}" for weights in (shown.weights, *more.values())]
+        writer.writerow([layer + first, head + first, piece, shown.pieces[piece], shown.keys[key], *values])
     return file.getvalue()
+
+
+def print_attention_maps(model: Path, data: Path, *, split: str, numbers: list[int], out: Path) -> None:
+    """Writes what words read in regions: of each caption a CSV, an npz, and a picture for each layer."""
+    from xdscale.analysis.attention_maps import MapReader, rescaled
+
+    check_output_folder(out, "--out")
+    reader = MapReader(model, data, split=split)
+    found = {number: reader.maps(number) for number in dict.fromkeys(numbers)}
+    for number, (image, shown, boxes) in found.items():
+        scaled, name = rescaled(shown.weights), out / f"caption-{number}"
+        arrays = io.BytesIO()
+        np.savez_compressed(
+            arrays, weights=shown.weights, rescaled=scaled, pieces=shown.pieces, keys=shown.keys, boxes=boxes
+        )
+        files: dict[Path, str | bytes] = {
+            name.with_suffix(".csv"): map_csv(shown, first=0, rescaled=scaled),
+            name.with_suffix(".npz"): arrays.getvalue(),
+        }
+        table = _table("layer", "head", "word piece", "region", "weight", "share of regions in the layer")
+        for layer, weights in enumerate(shown.weights):
+            head, piece, key = np.unravel_index(weights.argmax(), weights.shape)
+            cells = f"{weights.max():.3f}", f"{weights.sum(-1).mean():.1%}"
+            table.add_row(str(layer), str(head), shown.pieces[piece], shown.keys[key], *cells)
+            picture = pictures.head_maps(scaled[layer], shown.pieces, shown.keys, f"layer {layer}")
+            files[out / f"{name.name}-layer-{layer}.svg"] = pictures.picture_bytes(picture, ".svg")
+        _print(f"caption {number}, image {image}: the largest weight from a word to a region of each layer", table)
+        write_outputs(files)
+        for path in files:
+            print(path)
 
 
 def _relations(relations: "dict[str, HeadAccuracy]") -> Table:

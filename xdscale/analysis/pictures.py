@@ -11,6 +11,7 @@ from xdscale.errors import XdscaleError
 from xdscale.files import check_output_file, write_outputs
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from xdscale.analysis.grounding import HeadAccuracy
@@ -78,13 +79,42 @@ def attention_maps(columns: dict[str, list[np.ndarray]], rows: list[list[str]], 
             if layer >= len(maps):
                 axes.axis("off")
                 continue
-            axes.imshow(maps[layer], vmin=0, vmax=maps[layer].max(), cmap="viridis", aspect="auto")
             axes.set_title(f"{name}, layer {layer + 1}", fontsize=8)
-            # "$" would start a formula.
-            for side, tokens in ((axes.yaxis, rows[column]), (axes.xaxis, keys[column])):
-                side.set_ticks(range(len(tokens)), [token.replace("$", r"\$") for token in tokens], fontsize=6)
-            axes.tick_params(axis="x", rotation=90)
+            _draw_map(axes, maps[layer], rows[column], keys[column], most=maps[layer].max())
     return figure
+
+
+HEADS_IN_A_ROW = 4
+
+
+def head_maps(weights: np.ndarray, rows: list[str], keys: list[str], title: str) -> "Figure":
+    """Draws the maps of all heads of one layer, on one scale from 0 to 1.
+
+    Args:
+        weights: [heads, word pieces, regions], between 0 and 1.
+        rows: the word pieces.
+        keys: the regions.
+        title: of the picture; each map has the number of its head, from 0.
+    """
+    high, wide = -(-len(weights) // HEADS_IN_A_ROW), min(HEADS_IN_A_ROW, len(weights))
+    figure = _figure((1.2 + 0.13 * len(keys)) * wide, (0.8 + 0.13 * len(rows)) * high)
+    figure.suptitle(title, fontsize=9)
+    grid = figure.subplots(high, wide, squeeze=False).flat
+    for head, axes in enumerate(grid):
+        if head >= len(weights):
+            axes.axis("off")
+            continue
+        axes.set_title(f"head {head}", fontsize=8)
+        _draw_map(axes, weights[head], rows, keys, most=1.0)
+    return figure
+
+
+def _draw_map(axes: "Axes", weights: np.ndarray, rows: list[str], keys: list[str], *, most: float) -> None:
+    axes.imshow(weights, vmin=0, vmax=most, cmap="viridis", aspect="auto")
+    # "$" would start a formula.
+    for side, tokens in ((axes.yaxis, rows), (axes.xaxis, keys)):
+        side.set_ticks(range(len(tokens)), [token.replace("$", r"\$") for token in tokens], fontsize=6)
+    axes.tick_params(axis="x", rotation=90)
 
 
 def head_dots(found: "HeadAccuracy") -> "Figure":

@@ -79,18 +79,23 @@ class PackedAttention(nn.Module):
         return attend(self.function, query, key, value, queries, keys, self.dropout if self.training else 0.0)
 
 
-def attention_map(
+def attention_map(*inputs: torch.Tensor | PackedTokens) -> torch.Tensor:
+    """Returns what `attention_by_head` does, averaged over the heads: [queries, keys]."""
+    return attention_by_head(*inputs).mean(0)
+
+
+def attention_by_head(
     query: torch.Tensor, key: torch.Tensor, _value: torch.Tensor, queries: PackedTokens, keys: PackedTokens
 ) -> torch.Tensor:
     """Returns the first sample's attention weights without dropout, of what a `PackedAttention` was called with.
 
     Returns:
-        [its queries, its keys], averaged over the heads, in fp32 or wider.
+        [heads, its queries, its keys], in fp32 or wider.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     rows = query[: int(queries.cu_seqlens[1])].to(wide).transpose(0, 1)  # [heads, queries, d]
     columns = key[: int(keys.cu_seqlens[1])].to(wide).permute(1, 2, 0)  # [heads, d, keys]
-    return (rows @ columns * query.shape[-1] ** -0.5).softmax(-1).mean(0)
+    return (rows @ columns * query.shape[-1] ** -0.5).softmax(-1)
 
 
 class ResidualNorm(nn.LayerNorm):

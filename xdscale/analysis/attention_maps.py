@@ -1,0 +1,134 @@
+"""What words read in image regions, head by head: the maps of a pretrained VL-BERT (spec VL-BERT §7).
+
+Layers and heads are numbered from 0, as in the paper's figure.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from xdscale.analysis.head_grounding import AttentionMap
+from xdscale.data.vlbert import objects_of, pack, with_whole_image
+from xdscale.errors import XdscaleError
+from xdscale.models.operations import attention_by_head
+from xdscale.models.vlbert import VLBERT
+from xdscale.pretrained.vlbert import load_vlbert
+from xdscale.shards.language import load_language_tokenizer
+from xdscale.shards.regions import RegionTable
+from xdscale.shards.sources.caption_build import CAPTIONS, CaptionBuild
+from xdscale.shards.table import Table
+from xdscale.training.engine import to_device
+
+WHOLE_IMAGE = "image"
+"""Key of the whole image, which is a region too; the others are numbers of the table's regions."""
+
+
+class CaptionMaps(NamedTuple):
+    """The maps of one caption.
+
+    Attributes:
+        image: its name in the table.
+        shown: the weights, as they are.
+        boxes: fp32 [regions, 4], of the keys, in pixels.
+    """
+
+    image: str
+    shown: AttentionMap
+    boxes: np.ndarray
+
+
+class MapReader:
+    """A VL-BERT on a split of captioned pictures."""
+
+    def __init__(self, model: Path, data: Path, *, split: str) -> None:
+        """Reads the model and opens the tables.
+
+        Args:
+            model: an export, with its tokenizer.
+            data: dataset with captions and the regions of their images.
+            split: "train" or "validation".
+
+        Raises:
+            XdscaleError: any of these is missing, broken, or does not fit the others.
+        """
+        self._captions = Table(data, split, CAPTIONS)
+        self._regions = RegionTable(self._captions.linked("image"))
+        self._model, _ = load_vlbert(model, dropout=0.0)
+        self._tokenizer, self._special = load_language_tokenizer(str(model))
+        made = CaptionBuild.of(self._captions.manifest).language_tokenizer
+        if made.sha256 != self._special.sha256:
+            raise XdscaleError(f"{data}: its captions are ids of the tokenizer of {made.name}, not of that of {model}")
+        width = self._model.config.appearance_size
+        if self._regions.width != width:
+            raise XdscaleError(
+                f"{data}: features of {self._regions.width} numbers; {model} reads {width} of each region"
+            )
+        self._data, self._split = data, split
+
+    def maps(self, number: int) -> CaptionMaps:
+        """Returns what the word pieces of a caption read in each region, without dropout.
+
+        Args:
+            number: of the caption in its split, counted from 0.
+
+        Raises:
+            XdscaleError: there is no such caption, or it is longer than the model's positions.
+        """
+        count = len(self._captions)
+        if not 0 <= number < count:
+            raise XdscaleError(
+                f"--number {number}: the split {self._split} of {self._data} has captions 0 to {count - 1}"
+            )
+        row = np.array([number])
+        words, _ = self._captions.read_ragged("words", row)
+        positions = self._model.config.max_position_embeddings
+        if len(words) + 4 > positions:
+            raise XdscaleError(f"--number {number}: {len(words)} word pieces; the model has {positions} positions")
+        image = self._captions.read("image", row).astype(np.int64)
+        regions, whole = self._regions.read(image), self._regions.build.whole_image
+        if self._model.config.masks_features or whole == "none":  # as in training: else what the table has of it
+            regions, _ = with_whole_image(objects_of(regions, whole)[0])
+        text = np.concatenate([[self._special.cls_id], words, [self._special.sep_id]])
+        batch = to_device(pack([text], [np.zeros_like(text)], regions), torch.device("cpu"))
+        with torch.no_grad(), recorded_heads(self._model) as layers:
+            self._model(batch | {"features": batch["features"].float()})
+        last = len(text) + len(regions.boxes)
+        weights = torch.stack(layers)[:, :, : len(text), len(text) : last].float().numpy()
+        first = int(whole == "first")  # the table counts the whole image too
+        keys = [WHOLE_IMAGE, *(str(place + first) for place in range(len(regions.boxes) - 1))]
+        pieces = [self._tokenizer.id_to_token(piece) for piece in text.tolist()]
+        return CaptionMaps(self._regions.image_ids(image)[0], AttentionMap(pieces, keys, weights), regions.boxes)
+
+
+def rescaled(weights: np.ndarray) -> np.ndarray:
+    """Maps each layer's weights onto [0, 1], the least one of all its heads onto 0 and the largest onto 1.
+
+    Args:
+        weights: [layers, heads, pieces, regions]. A layer whose weights are all equal becomes 0.
+    """
+    least, most = (reduce(weights, axis=(1, 2, 3), keepdims=True) for reduce in (np.min, np.max))
+    return (weights - least) / np.where(most > least, most - least, 1)
+
+
+@contextmanager
+def recorded_heads(model: VLBERT) -> Iterator[list[torch.Tensor]]:
+    """Records attention in the forward passes made while it is open.
+
+    Yields:
+        A list that grows with each layer that runs: the weights of the first sample, [heads, queries, keys].
+    """
+    layers: list[torch.Tensor] = []
+
+    def record(_module: torch.nn.Module, inputs: tuple, _output: torch.Tensor) -> None:
+        layers.append(attention_by_head(*inputs))
+
+    hooks = [layer.attention.attention.register_forward_hook(record) for layer in model.layers]
+    try:
+        yield layers
+    finally:
+        for hook in hooks:
+            hook.remove()
