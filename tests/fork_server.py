@@ -36,6 +36,7 @@ def main():
     from xdscale.training.environment import calm_environment
 
     calm_environment()
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a thread that Arrow starts when it is imported
     for name in MODULES:
         importlib.import_module(name)
     from xdscale.training import throughput, tracing

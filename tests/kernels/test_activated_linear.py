@@ -105,7 +105,8 @@ def kept_by(function, inputs, *, checkpointed=False):
     kept = {}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        if tensor.nbytes:  # checkpointing keeps an empty one in torch 2.11
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
