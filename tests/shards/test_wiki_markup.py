@@ -172,11 +172,14 @@ def test_a_page_of_one_mark_again_and_again_ends_soon(first):
     soup=st.lists(st.sampled_from(MARKUP), min_size=1, max_size=8), tail=st.lists(st.sampled_from(MARKUP), max_size=8)
 )
 def test_time_is_proportional_to_the_length(soup, tail):
-    """8 times the text may take 8 times as long, times 4 for noise; quadratic work takes 64 times as long."""
+    """8 times the text may take 8 times as long, times 4 for noise; quadratic work takes 64 times as long.
+
+    What another process does to the caches may triple a time: the shortest of three is taken, once it matters.
+    """
     text, end = "".join(soup), "".join(tail)
     count = 10_000 // len(text + end)
     short = min(seconds(text * count + end * count) for _ in range(3))
-    assert seconds(text * 8 * count + end * 8 * count) < 4 * 8 * max(short, 0.005)
+    assert any(seconds(text * 8 * count + end * 8 * count) < 4 * 8 * max(short, 0.005) for _ in range(3))
 
 
 def test_the_real_dump_keeps_its_prose_and_loses_its_markup(wiki_dump):
