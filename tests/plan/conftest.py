@@ -4,11 +4,34 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from xdscale.plan import profile
+
 WORKER = Path(__file__).with_name("engine_worker.py")
+
+
+PROFILES: dict[tuple[Any, ...], profile.Profile] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def profiled_once() -> Iterator[None]:
+    """Has the commands that a module tries out trace a model once, which takes seconds; test_profile judges traces."""
+    original = profile.profile_model
+
+    def once(recipe, **options):
+        key = (recipe.to_yaml(), *sorted(options.items()))
+        if key not in PROFILES:
+            PROFILES[key] = original(recipe, **options)
+        return PROFILES[key]
+
+    with mock.patch.object(profile, "profile_model", once):
+        yield
 
 
 @pytest.fixture(scope="session")

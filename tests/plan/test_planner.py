@@ -1,7 +1,6 @@
 """The plan as a whole: what fits, what is suggested, what it costs, and how it is said."""
 
 import contextlib
-import functools
 import io
 import json
 import subprocess
@@ -15,11 +14,11 @@ import pytest
 from xdscale.cli import main
 from xdscale.ds_config import resolve_ds_config
 from xdscale.errors import XdscaleError
+from xdscale.plan import profile
 from xdscale.plan.cluster import Cluster
 from xdscale.plan.configs import WAYS, ds_config
 from xdscale.plan.hardware import GPUS, find_gpu
 from xdscale.plan.planner import GIB, Machine, make_plan
-from xdscale.plan.profile import profile_model
 from xdscale.plan.report import machine_from
 from xdscale.plan.settings import read_settings
 from xdscale.plan.states import model_states
@@ -28,16 +27,17 @@ from xdscale.recipe import load_recipe
 LARGE = load_recipe("xdelectra-large-wikipedia")
 
 
-@functools.cache
-def profile(precision="bf16", **options):
-    return profile_model(LARGE, precision=precision, **options)
+def large(precision="bf16", **options):
+    """With the values that the command gives too, so that both trace the model once."""
+    options = {"checkpointing": False, "sequence_length": None} | options
+    return profile.profile_model(LARGE, precision=precision, **options)
 
 
 def plan(recipe=LARGE, gpu="A100-80G", gpus=8, memory_gib=None, **options):
     kind = find_gpu(gpu)
     cluster = Cluster(kind, gpus, -(-gpus // kind.node_gpus))
     machine = Machine(cluster=cluster, memory_gib=memory_gib or kind.memory_gib, price=2.0)
-    return make_plan("large", recipe, machine, profile(kind.precision, **options))
+    return make_plan("large", recipe, machine, large(kind.precision, **options))
 
 
 def run(*arguments):
@@ -70,7 +70,7 @@ def run(*arguments):
 def test_model_states_follow_the_formulas_of_the_zero_paper(way, precision, per_rank, ranks):
     """With gradients summed in fp32 beside bf16 parameters; DeepSpeed's estimator for stage 2 says 2P + 18P / N. Small
     parameters stay whole under stage 3."""
-    found, parameters = profile().modules, 445_118_524
+    found, parameters = large().modules, 445_118_524
     settings = read_settings(ds_config(way, precision, 1, parameters))
     states = model_states(found, settings, ranks)
     kept_whole = settings.persistence_threshold
@@ -192,12 +192,12 @@ def test_a_gpu_of_ones_own_is_planned_for_as_the_table_would():
     own = machine_from("Mine", 16, 2, 44.5, 0.4, None, tflops=362, bandwidth=32)
     assert own.cluster.gpu == replace(known, name="Mine", price=None)
     made, expected = (
-        make_plan("x", LARGE, machine, profile()) for machine in (own, machine_from("L40S", 16, 2, None, 0.4, 1))
+        make_plan("x", LARGE, machine, large()) for machine in (own, machine_from("L40S", 16, 2, None, 0.4, 1))
     )
     assert [row.step_seconds for row in made.rows] == [row.step_seconds for row in expected.rows]
     assert {row.cost for row in made.rows} == {None}
     network = machine_from("Mine", 16, 2, 44.5, 0.4, 2, tflops=362, bandwidth=32, network=50)
-    faster = make_plan("x", LARGE, network, profile())
+    faster = make_plan("x", LARGE, network, large())
     assert all(row.step_seconds < before.step_seconds for row, before in zip(faster.rows, made.rows))
     assert faster.rows[1].cost == pytest.approx(16 * 2 * faster.rows[1].hours)
 
