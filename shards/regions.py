@@ -221,7 +221,13 @@ class RegionTable:
         """Returns the ids of images."""
         values, offsets = self.table.read_ragged("image_ids", rows)
         whole, bounds = values.tobytes(), offsets.tolist()
-        return [whole[first:end].decode() for first, end in zip(bounds, bounds[1:])]
+        try:
+            return [whole[first:end].decode() for first, end in zip(bounds, bounds[1:])]
+        except UnicodeDecodeError as error:
+            raise XdscaleError(
+                f"{self.table.folder}: an image's id in {self.table.name} is no text ({error}): a shard is damaged "
+                "('xdscale shards verify' finds it)"
+            ) from None
 
     def read(self, rows: np.ndarray) -> Regions:
         """Returns the regions of images, in the order of `rows`; errors as `Table.read_ragged`.

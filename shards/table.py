@@ -76,8 +76,7 @@ class Table:
         self.manifest = Manifest.load(self.folder)
         self.name, table = self.manifest.table(name, self.folder)
         if split not in table.splits:
-            known = ", ".join(sorted(table.splits)) or "none"
-            raise XdscaleError(f"{self.folder}: no split {split!r}; the dataset has: {known}")
+            raise XdscaleError(f"{folder}: no split {split!r}; the dataset has: {', '.join(sorted(table.splits))}")
         self.split = split
         self.columns = {column.name: column for column in table.columns}
         self._quarantined, self._cache = quarantined, cache
@@ -85,14 +84,15 @@ class Table:
         self._healthy = np.array([shard.file not in quarantined for shard in self._shards], bool)
         self._all_healthy = bool(self._healthy.all())
         if self._shards and not self._healthy.any():
-            raise XdscaleError(f"{self.folder}: every shard of {split} is damaged; copy the shards again")
+            raise XdscaleError(f"{self.folder}: every shard of {self.name} ({split}) is damaged; copy the shards again")
         # Sample ids at which each shard begins, and the end: int64 [shards + 1].
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)], dtype=np.int64)
+        self._bytes = np.array([shard.bytes for shard in self._shards], np.int64)
         self._places = {name: place for place, name in enumerate(members(table.columns))}
         self._bounded = list(self._places)[len(self.columns) :]  # what tells rows of ragged columns apart
-        blocks = [shard.blocks for shard in self._shards]
-        self._first_block = np.cumsum([0, *blocks], dtype=np.int64)
+        self._first_block = np.cumsum([0, *(shard.blocks for shard in self._shards)], dtype=np.int64)
         every_block = int(self._first_block[-1])
+        blocks = np.diff(self._first_block)
         self._block_shard = np.repeat(np.arange(len(blocks)), blocks)
         # These fill as shards are opened. Until then each block begins with its shard, so that they always ascend.
         self._block_rows = np.repeat(self._starts[:-1], blocks)
@@ -100,13 +100,12 @@ class Table:
         self._bounds_at = np.full((len(self._bounded), every_block), NOT_KEPT, np.int64)
         self._known = np.zeros(len(self._shards), bool)
         self._bounds = np.empty(min((len(self) + every_block) * len(self._bounded), MAX_BOUNDS), OFFSETS)
-        self._bounds_kept = 0
+        self._bounds_kept = self._batches = 0
         self._max_open = max_open_shards or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
         if cache is not None:
             self._max_open = min(self._max_open, cache.most_at_once(self._shards))
         self._descriptors = np.full(len(self._shards), CLOSED, np.int64)
         self._last_use = np.zeros(len(self._shards), np.int64)
-        self._batches = 0
         weakref.finalize(self, _close, self._descriptors, slice(None))
 
     def __len__(self) -> int:
@@ -161,9 +160,7 @@ class Table:
 
     def usable(self, rows: np.ndarray) -> np.ndarray:
         """Returns whether each row lies in a shard that may be read: bool [n]."""
-        if self._all_healthy:
-            return np.ones(len(rows), bool)
-        return self._healthy[self._shard_of(rows)]
+        return np.ones(len(rows), bool) if self._all_healthy else self._healthy[self._shard_of(rows)]
 
     def first_usable(self) -> int:
         """Returns the lowest row that may be read."""
@@ -280,6 +277,9 @@ class Table:
 
     def _read(self, shard: np.ndarray, begin: np.ndarray, sizes: np.ndarray) -> bytes | memoryview:
         """Returns the bytes of places in shards, one after another; all arguments int64 [n]."""
+        beyond = np.flatnonzero(begin + sizes > self._bytes[shard])
+        for one in beyond[:1].tolist():  # before room is made for what damaged bounds ask for
+            raise self._damaged(shard[one], f"ends before byte {begin[one] + sizes[one]}")
         ends, total = np.cumsum(sizes), int(sizes.sum())
         long = total >= max(LONG_BYTES, LONG_PIECE * len(sizes))  # read to where they are wanted
         joined = memoryview(np.empty(total * long, np.uint8))
@@ -369,8 +369,8 @@ class Table:
             self._bounds_kept = kept.stop
 
     def _damaged(self, number: int, problem: str) -> XdscaleError:
-        path = self.folder / self._shards[number].file
-        return XdscaleError(f"{path}: {problem}; copy the shard again ('xdscale shards verify' finds all such shards)")
+        where = f"{self.folder / self._shards[number].file}: {problem}"
+        return XdscaleError(f"{where}; copy the shard again ('xdscale shards verify' finds all such shards)")
 
     def _in_quarantine(self, number: int) -> XdscaleError:
         return XdscaleError(f"{self.folder / self._shards[number].file}: is in quarantine and was asked for")

@@ -158,7 +158,7 @@ def test_damage_that_a_run_met_counts_at_the_next_start(torn, tmp_path, monkeypa
     assert "run.max_damaged_shards=1 or more, now 0" in message
     (shards,) = open_on(1, url, run.model_copy(update={"max_damaged_shards": 1}))
     assert list(shards.damaged) == ["train-000000.tar"]
-    with pytest.raises(XdscaleError, match="every shard of train is damaged"):
+    with pytest.raises(XdscaleError, match=r"every shard of text \(train\) is damaged"):
         shards.table("train")
 
 
