@@ -267,6 +267,12 @@ class Manifest(ManifestSection):
         """SHA-256 (hex) of the canonical JSON: the identity of the data a run was trained on."""
         return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The same of each table, by name: so what a run was trained on can be told table by table."""
+        tables = self.model_dump(mode="json")["tables"]
+        return {name: hashlib.sha256(canonical_json(table)).hexdigest() for name, table in sorted(tables.items())}
+
 
 def shard_prefix(table: str, split: str) -> str:
     """Returns what the names of a split's shards begin with; packed text, the oldest table, does without its name."""

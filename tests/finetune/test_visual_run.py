@@ -2,17 +2,19 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from xdscale.errors import XdscaleError
+from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
 from xdscale.export import export_run
 from xdscale.finetune.command import Request, run_command
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.pretrained.visualbert import from_bert, save_visualbert
+from xdscale.recipe import load_recipe
 from xdscale.recipes.mlm.schema import Language
 from xdscale.report.command import make_report
 from xdscale.shards.regions import Detector
@@ -235,6 +237,31 @@ def test_the_second_phase_learns_what_is_true_of_the_images(adapt, finetune, cas
     assert last["validation/accuracy/match"] > 0.8
     export_run(tmp_path / "run", tmp_path / "exported")
     finetune(tmp_path / "exported", data, regions, tmp_path / "out", tasks=["nlvr2"])
+
+
+def test_damaged_regions_are_named_before_the_first_step(adapt, cassette_model, model, data, regions, tmp_path, capfd):
+    """One byte of the features, which nobody would miss: by hash, in finetuning and in the second phase."""
+    damaged = shutil.copytree(regions, tmp_path / "regions")
+    shard = next(damaged.glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    code = run_command(request(model, data, damaged, tmp_path / "out", tasks=["vqa"]))
+    said = capfd.readouterr()
+    assert code == EXIT_BAD_INPUT
+    told = rf"shards of regions damaged; copy them again\n{shard}: altered: expected sha256"
+    assert re.search(told, said.out + said.err)
+    config = tmp_path / "zero2.json"
+    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}))
+    values = [f"model.language.name={cassette_model}", f"model.region_size={WIDTH}", "model.start=null"]
+    values += [f"data.folder={data}", f"data.regions={damaged}", f"output.folder={tmp_path / 'run'}"]
+    arguments = ["visualbert-nlvr2-task", *values, "--deepspeed_config", str(config)]
+    done = adapt(*arguments, ranks=2)
+    assert done.code == EXIT_BAD_INPUT
+    assert re.search(told, done.stderr)
+    assert "Traceback" not in done.stderr
+    with pytest.raises(XdscaleError, match=r"run\.max_damaged_shards = 1: a task's sentences need all of its images"):
+        load_recipe("visualbert-nlvr2-task", [*values, "run.max_damaged_shards=1"])
 
 
 @pytest.mark.usefixtures("idle_workers")

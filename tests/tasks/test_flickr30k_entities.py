@@ -92,9 +92,9 @@ def test_splits_files_and_kind(world):
     data = world.read()
     assert (list(data.dev), data.test) == (["dev", "test"], {})
     assert data.files["phrases of Flickr30kEntities/train.txt"]["rows"] == 3
-    before = data.fingerprint()
+    before = data.fingerprints()
     world.write("val", i65567=(["[/EN#9/animals Two dogs] ."], annotation(item([9], (5, 5, 9, 10)))))
-    assert world.read().fingerprint() != before
+    assert world.read().fingerprints() != before
     assert (data.task.reads, data.task.images, data.task.sentences, data.task.choices) == ("region", 1, 1, 0)
 
 
@@ -153,6 +153,15 @@ def test_recall_grows_with_the_rank_up_to_its_upper_bound(images, seed):
     for first in (1, 5, 10):
         assert found[f"recall_at_{first}"] == pytest.approx(np.mean([any(image[:first]) for image in plain]))
     assert all(recall(np.array(image), len(image)) == any(image) for image in images)
+
+
+@pytest.mark.parametrize("place", [0, 1, 4, 5, 9, 10, 13])
+def test_a_region_that_is_right_counts_from_its_place_on(place):
+    """Spec VisualBERT fact 11, place by place: beyond the tenth it counts for the upper bound alone."""
+    boxes = [GOLD if number == place else MISS for number in range(14)]
+    ranked = FLICKR30K_ENTITIES.predict(-np.arange(14.0)[None], regions(boxes))
+    found = FLICKR30K_ENTITIES.measure(ranked, [example(GOLD)])
+    assert found == {f"recall_at_{first}": float(place < first) for first in (1, 5, 10)} | {"upper_bound": 1.0}
 
 
 def test_phrases_that_no_region_matches_count_as_wrong():

@@ -68,6 +68,40 @@ def test_each_expression_is_an_example_of_its_split(files, protocol):
     assert set(data.sources) == {"train", "val", "testA", "testB"}
 
 
+PUBLISHED = {"train": 120_191, "val": 10_758, "testA": 5_726, "testB": 4_889}
+
+
+@pytest.mark.proof
+def test_the_public_files_splits_are_counted(files, capsys):
+    """Spec VL-BERT fact 11: of RefCOCO+ 141,564 in all, two or three of each thing, and nobody is warned of them."""
+    made, number = [], 0
+    for split, count in PUBLISHED.items():
+        while count:
+            taken = min(count, 2 + number % 2)
+            sentences = [{"tokens": ["red", str(n)], "sent_id": 3 * number + n} for n in range(taken)]
+            made.append(
+                reference(number, split, sentences=sentences, ann_id=100 + number % 15, image_id=7 + number % 3)
+            )
+            number, count = number + 1, count - taken
+    boxes = [
+        {"id": 100 + n, "image_id": 7 + n % 3, "bbox": [10.0, 20.0, 30.0, 40.5], "category_id": 2} for n in range(15)
+    ]
+    data = TASK.read(files(references=made, annotations=boxes))
+    assert {"train": len(data.train)} | {split: len(examples) for split, examples in data.dev.items()} == PUBLISHED
+    assert data.files["refs(unc).p"]["rows"] == 141_564
+    assert len({example.id for example in data.train}) == 120_191
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_with_other_counts_than_the_public_one_is_told(files, capsys):
+    """Spec VL-BERT fact 11: the known totals stand beside those that are found."""
+    TASK.read(files())
+    assert capsys.readouterr().err.endswith(
+        "refs(unc).p: holds 4 (train), 2 (val), 2 (testA), 2 (testB): 10 expressions; RefCOCO+ has 120,191 (train), "
+        "10,758 (val), 5,726 (testA), 4,889 (testB): 141,564 expressions\n"
+    )
+
+
 def test_more_than_a_half_is_right_in_training_and_a_half_at_test(files):
     """Spec VL-BERT §9: with sides that are a pixel longer than their difference."""
     example = TASK.read(files()).train[0]

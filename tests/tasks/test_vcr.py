@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.regions import Regions
-from xdscale.tasks.vcr import NAMES, VCR_QA, VCR_QAR, _render
+from xdscale.tasks.vcr import NAMES, VCR_QA, VCR_QAR, _named, _render
 
 
 def entry(number=0, **more):
@@ -95,6 +95,38 @@ def test_both_are_choices_from_four_of_two_sentences(world):
     for task in (VCR_QA, VCR_QAR):
         assert (task.choices, task.sentences, task.outputs, task.images) == (4, 2, 1, 1)
         assert task.targets(task.read(world.data).train).tolist() == [1, 1] if task is VCR_QA else [3, 3]
+
+
+WORDS = st.sampled_from(["it", "Everyone", "is", "everyones", "."])
+SPOKEN = st.lists(st.one_of(WORDS, st.lists(st.integers(0, 4), max_size=2)), min_size=1, max_size=4)
+
+
+@given(st.lists(SPOKEN, min_size=9, max_size=9), st.sampled_from(["person", "car"]))
+def test_named_are_the_objects_that_r2c_keeps(texts, last):
+    """Against its rule word by word: of question, answers and reasons, whichever are asked for; else all persons."""
+    objects = ["car", "person", "cat", "person", last]
+    keeps = [False] * 5
+    for text in texts:
+        for token in text:
+            if token in ("Everyone", "everyones"):
+                keeps = [kept or thing == "person" for kept, thing in zip(keeps, objects)]
+            elif isinstance(token, list):
+                for tag in token:
+                    keeps[tag] = True
+    if not any(keeps):
+        keeps = [thing == "person" for thing in objects]
+    question, answers, reasons = texts[0], texts[1:5], texts[5:]
+    item = entry(objects=objects, question=question, answer_choices=answers, rationale_choices=reasons)
+    assert _named(item) == (0, *(number for number, kept in enumerate(keeps, 1) if kept))
+
+
+def test_every_example_of_an_item_names_the_same_objects(world):
+    world.write("train.jsonl", entry(0, rationale_choices=[["Snow"], [[2], "stands"], [[1]], ["It"]]))
+    world.write("val.jsonl", entry(1, objects=["car", "dog", "person", "cat"], answer_choices=[["Yes"]] * 4))
+    for task in (VCR_QA, VCR_QAR):
+        data = task.read(world.data)
+        assert [example.named for example in data.train] == [(0, 1, 2, 3, 4)]
+        assert [example.named for example in data.dev["dev"]] == [(0, 2, 3)]
 
 
 def test_there_are_fifteen_names_and_one_twice():

@@ -103,6 +103,27 @@ def test_words_that_are_cut_off_are_aligned_with_nothing(collator):
     assert set(made.arrays["aligned_regions"].tolist()) == {1, 0}
 
 
+def test_vcrs_second_phase_reads_what_its_finetuning_reads(collator, cassette_model):
+    """Objects that nobody names are left out, and what is too long loses the second text's beginning."""
+    spans = (((Span(3, 9, 1), Span(19, 22, 3)), (Span(0, 5, 0),)),)
+    example = Example("1", ((WORDS[0], WORDS[1]),), 0, 1, ("picture-1",), spans, named=(0, 1, 3))
+    every = batch(collator(task_of("input", choices=1), [example])).arrays
+    whole = spelled(cassette_model, WORDS[0], WORDS[1])
+    values = ["model.objects=named", f"model.max_text={len(whole) - 1}", "model.truncation=second_from_front"]
+    made = batch(collator(task_of("input", choices=1), [example], *values))
+    first = len(spelled(cassette_model, WORDS[0]))
+    assert unmasked(made.arrays) == [whole[:first] + whole[first + 1 :]]
+    np.testing.assert_array_equal(made.arrays["features"], every["features"][[0, 1, 3]])
+    before = dict(zip(every["aligned_regions"].tolist(), every["aligned_positions"].tolist()))
+    now = dict(zip(made.arrays["aligned_regions"].tolist(), made.arrays["aligned_positions"].tolist()))
+    pieces_of_casey = len(spelled(cassette_model, "casey")) - 2
+    wanted = {1: before[1], 2: before[3]} | ({0: before[0]} if pieces_of_casey > 1 else {})
+    assert now == wanted
+    unnamed = [Example("1", example.texts, 0, 1, ("picture-1",))]
+    with pytest.raises(XdscaleError, match=r"model\.objects = named: vcr_qa does not say"):
+        collator(task_of("input", choices=1), unnamed, "model.objects=named", "task=vcr_qa")
+
+
 def test_a_caption_is_one_sample_for_all_of_its_phrases(collator, cassette_model):
     caption = "a dog and a cat"
     examples = [Example(str(n), ((caption,),), 1, 1, ("picture-0",), (((span,),),)) for n, span in enumerate("ab")]

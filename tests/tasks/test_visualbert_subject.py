@@ -24,7 +24,7 @@ from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.systems.contract import Slots
-from xdscale.tasks.contract import ModelSettings
+from xdscale.tasks.contract import ModelSettings, find_subject
 from xdscale.tasks.visualbert import VisualBERTClassifier, VisualBERTSubject
 from xdscale.training.engine import to_device
 
@@ -198,6 +198,66 @@ def test_marked_words_are_aligned_with_their_regions(read, folder):
     cut, _, collate = read(task, examples, max_length=8)
     assert collate.first_cut() == (1, 0)
     assert set(cut.arrays["aligned_regions"][cut.arrays["aligned_regions"] < 5].tolist()) == {1, 0}
+
+
+CHOICES = ("is jessie near the dog ?", "casey is on the table with riley")
+SPANS = ((Span(3, 9, 1), Span(19, 22, 3)), (Span(0, 5, 0), Span(27, 32, 4)))
+
+
+def tagged(named=None):
+    """One question with two choices on the picture of five regions; words name regions 0, 1, 3 and 4."""
+    task = task_of("input", sentences=2, choices=2, outputs=1)
+    return task, [Example("1", (CHOICES, CHOICES), 0, 1, ("picture-1",), (SPANS, SPANS), named=named)]
+
+
+def pieces(folder, text):
+    return load_language_tokenizer(str(folder))[0].encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("max_length", [24, 14, 13, 12, 11, 10, 9, 8])
+def test_what_is_too_long_loses_the_second_texts_beginning(read, folder, max_length):
+    """Spec VisualBERT §3: one piece after the other, down to the last one; alignments go with their words."""
+    task, examples = tagged()
+    batch, _, _ = read(task, examples, max_length=max_length, truncation="second_from_front")
+    parts, tags = [], []
+    for text, spans in zip(CHOICES, SPANS):
+        found = pieces(folder, text)
+        named = [next((span.region for span in spans if span.start <= start < span.end), None)
+                 for start, _ in found.offsets]  # fmt: skip
+        parts.append(list(found.ids)), tags.append(named)
+    while sum(map(len, parts)) + 3 > max_length:
+        shorter = 1 if len(parts[1]) > 1 else 0
+        parts[shorter].pop(0), tags[shorter].pop(0)
+    ids, length = load_language_tokenizer(str(folder))[1], batch.arrays["text_lengths"][0]
+    wanted = [ids.cls_id, *parts[0], ids.sep_id, *parts[1], ids.sep_id]
+    assert batch.arrays["text_ids"][:length].tolist() == wanted
+    flat = [None, *tags[0], None, *tags[1], None]
+    places = dict(zip(batch.arrays["aligned_regions"].tolist(), batch.arrays["aligned_positions"].tolist()))
+    assert {region: place for region, place in places.items() if region < 5} == {
+        region: flat.index(region) for region in (0, 1, 3, 4) if region in flat
+    }
+
+
+def test_objects_that_nobody_names_are_left_out(read, folder, region_table):
+    """Spec VisualBERT §5: their features are not there, and words stay with the regions that they name."""
+    task, examples = tagged(named=(0, 1, 3, 4))
+    every, _, _ = read(task, examples)
+    few, _, _ = read(task, examples, objects="named")
+    kept = [0, 1, 3, 4, 5, 6, 8, 9]
+    np.testing.assert_array_equal(few.arrays["features"], every.arrays["features"][kept])
+    assert [len(few.regions.boxes), few.arrays["cu_seqlens"][-1]] == [5, every.arrays["cu_seqlens"][-1] - 2]
+    before, now = (
+        list(zip(batch.arrays["aligned_regions"].tolist(), batch.arrays["aligned_positions"].tolist()))
+        for batch in (every, few)
+    )
+    assert [(kept[region], place) for region, place in now] == before
+    with pytest.raises(XdscaleError, match=r"model\.objects = named: toy does not say which regions are named"):
+        read(task, tagged()[1], objects="named")
+    for key, value in (("objects", "named"), ("truncation", "second_from_front")):
+        settings = ModelSettings(**{key: value})
+        for subject in ("language", "vlbert"):
+            with pytest.raises(XdscaleError, match=rf"model\.{key} = {value}: .* has no such choice"):
+                find_subject(subject)(str(folder), settings, region_table)
 
 
 def test_text_alone_needs_no_image(read):

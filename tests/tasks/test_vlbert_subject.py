@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from xdscale.bench.padded_vlbert import padded
 from xdscale.data.task_files import Example, Span
 from xdscale.errors import XdscaleError
+from xdscale.finetune.recipe import load_settings
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.pretrained.vlbert import from_bert, load_vlbert, save_pooler, save_release, save_vlbert
 from xdscale.recipes.mlm.schema import Language
@@ -207,6 +208,29 @@ def test_as_the_paper_has_it_answers_and_choices_exclude_each_other(read):
     logits, loss = ours(module, batch)
     wanted = -logits.double().log_softmax(1)
     assert loss.item() == pytest.approx((wanted[0, 3] + wanted[1, 0]).item(), rel=1e-5)
+
+
+def test_64_questions_are_256_sequences(read, tmp_path):
+    """Spec VL-BERT fact 10: the release's batch of VCR, each question with its four choices."""
+    questions = [
+        {
+            "annot_id": f"train-{number}", "img_fn": f"picture-{number % 4}", "metadata_fn": "none.json",
+            "objects": ["person"] * (COUNTS[number % 4] - 1), "question": ["Is", [0], "here", "?"],
+            "answer_choices": [["Yes"], ["No"], [[0], "is"], ["Maybe"]], "answer_label": number % 4,
+            "rationale_choices": [["So"], ["it"], ["looks"], ["like"]], "rationale_label": 3 - number % 4,
+        }
+        for number in range(64)
+    ]  # fmt: skip
+    (tmp_path / "VCR").mkdir()
+    for name in ("train", "val"):
+        (tmp_path / "VCR" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    for name, recipe in (("vcr_qa", "vlbert-vcr-answer"), ("vcr_qar", "vlbert-vcr-rationale")):
+        assert load_settings(recipe, []).training.global_batch == 64
+        task = find_task(name)
+        batch, _ = read(task, task.read(tmp_path).train)
+        assert len(batch.arrays["cu_seqlens"]) - 1 == 256
+        assert batch.targets == {"task": 64}
+        assert batch.arrays["labels"].tolist() == [entry[task.label] for entry in questions]
 
 
 def test_a_region_is_pointed_at(read, theirs, folder, table):

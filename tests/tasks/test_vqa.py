@@ -119,6 +119,19 @@ def test_credit_is_that_of_ten_ways_whatever_the_order(answer, given, random):
     assert credit(answer, given) == pytest.approx(np.mean(ways), abs=1e-12)
 
 
+def test_targets_are_five_numbers(world):
+    """Spec VL-BERT fact 10: an answer of the list that 0, 1, 2, 3, 4 … of ten people gave earns 0, .3, .6, .9, 1."""
+    answers = [f"{number} things" for number in range(11)]
+    world.write(
+        TRAIN, [(number, 42, "?", [answer] * number + ["?"] * (10 - number)) for number, answer in enumerate(answers)]
+    )
+    world.dump("answers.json", answers)
+    data = world.read()
+    found = data.task.targets(data.train)
+    assert found.shape == (11, 11)
+    np.testing.assert_array_equal(found, np.diag([0, 0.3, 0.6, 0.9, *[1] * 7]))
+
+
 def test_examples_hold_what_each_answer_of_the_list_earns(world):
     data = world.read()
     cat, number = data.train

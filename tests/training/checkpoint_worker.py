@@ -61,7 +61,7 @@ def main():
                     world_size=ranks.world_size,
                     zero_stage=stage,
                     precision=precision,
-                    data_fingerprint="f",
+                    data_fingerprints={"text": "f"},
                     draws_hash="h",
                     quarantined=[],
                 )

@@ -92,7 +92,7 @@ def save(folder, step, *, world_size=1, newest=2, through_python=True):
         world_size=world_size,
         zero_stage=1,
         precision="fp32",
-        data_fingerprint="f",
+        data_fingerprints={"text": "f"},
         draws_hash="h",
         quarantined=[],
     )

@@ -18,11 +18,11 @@ POSITION = ckpt.CheckpointPosition(
     world_size=2,
     zero_stage=1,
     precision="bf16",
-    data_fingerprint="a" * 64,
+    data_fingerprints={"regions": "a" * 64, "text": "d" * 64},
     draws_hash="b" * 64,
     quarantined=[],
 )
-NOW = {"zero_stage": 1, "precision": "bf16", "data_fingerprint": "a" * 64, "draws_hash": "b" * 64}
+NOW = {"zero_stage": 1, "precision": "bf16", "data_fingerprints": POSITION.data_fingerprints, "draws_hash": "b" * 64}
 
 
 @pytest.mark.parametrize(("before", "now"), [(1, 1), (1, 2), (2, 1), (3, 3), (0, 0)])
@@ -33,7 +33,14 @@ def test_the_same_run_continues_also_between_stages_1_and_2(tmp_path, before, no
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data_fingerprint": "c" * 64}, "was trained on other shards .*aaaa…, now cccccccccccc…"),
+        (
+            {"data_fingerprints": {"regions": "c" * 64, "text": "d" * 64}},
+            r"was trained on other data: regions \(it was SHA-256 aaaaaaaaaaaa…, now SHA-256 cccccccccccc…\); name the",
+        ),
+        (
+            {"data_fingerprints": {"captions": "a" * 64, "regions": "a" * 64}},
+            r"data: captions \(it was not there, now SHA-256 aaaa.*\), text \(it was SHA-256 dddd.*, now not there\);",
+        ),
         ({"draws_hash": "c" * 64}, "the next batch, number 7, is not the one that would have followed"),
         ({"zero_stage": 3}, "written under ZeRO stage 1 in bf16, the DeepSpeed config asks for stage 3 in bf16"),
         ({"zero_stage": 0}, "asks for stage 0 in bf16"),

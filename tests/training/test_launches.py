@@ -306,7 +306,7 @@ def test_a_checkpoint_remembers_the_batch_that_comes_next(first):
     checkpoint = first.checkpoint("zero-0", 20)
     position = read_position(checkpoint)
     assert (len(position.draws_hash), position.quarantined) == (64, [])
-    stated = {"zero_stage": 0, "precision": "fp32", "data_fingerprint": position.data_fingerprint}
+    stated = {"zero_stage": 0, "precision": "fp32", "data_fingerprints": position.data_fingerprints}
     check_compatible(checkpoint, position, **stated, draws_hash=position.draws_hash)
     with pytest.raises(XdscaleError, match="the next batch, number 20, is not the one that would have followed"):
         check_compatible(checkpoint, position, **stated, draws_hash="0" * 64)

@@ -81,7 +81,8 @@ def open_data(
         micro_batch = max(1, micro_batch // int(lengths(held_out).max()))
     slots = validation_slots(len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, micro_batch)
     validation = list(map(collator(held_out), slots))
-    return Data(order, collator(train), validation, train.fingerprint, shards.damaged, shards.cache is not None)
+    fingerprints = train.manifest.only([table]).fingerprints
+    return Data(order, collator(train), validation, fingerprints, shards.damaged, shards.cache is not None)
 
 
 def open_shards(
@@ -138,6 +139,26 @@ def open_shards(
     damaged = {file: text for part in ranks.gather(mine) for file, text in sorted(part.items())}
     _check_budget(shards, run, damaged, every)
     return Shards(folder, damaged, cache)
+
+
+def verify_table(table: Table, ranks: Any, *, on_shard: Callable[[], None] | None = None) -> None:
+    """Hashes the shards of a table that cannot do without one; every rank calls it and does a share.
+
+    Args:
+        table: in a folder of this machine.
+        ranks: as `open_shards`.
+        on_shard: called after each shard of this rank's share.
+
+    Raises:
+        XdscaleError: names every damaged shard.
+    """
+    every = table.manifest.only([table.name]).shards
+    progress = _Lines("verifying", ranks.is_first, on_shard)
+    mine = damaged_shards(table.folder, every[ranks.rank :: ranks.world_size], every, on_progress=progress)
+    damaged = {file: text for part in ranks.gather(mine) for file, text in sorted(part.items())}
+    if damaged:
+        told = f"{table.folder}: {len(damaged)} of {len(every)} shards of {table.name} damaged; copy them again"
+        raise XdscaleError("\n".join([told, *damaged.values()]))
 
 
 def _fetch_manifest(shards: str, run: Run, ranks: Any) -> Path:

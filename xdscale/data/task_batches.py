@@ -210,6 +210,20 @@ def cut_longest_first(parts: list[np.ndarray], room: int) -> list[np.ndarray]:
     return [first[: room - kept], second[:kept]] if len(first) > len(second) else [first[:kept], second[: room - kept]]
 
 
+def cut_second_from_front(parts: list[np.ndarray], room: int) -> list[np.ndarray]:
+    """Cuts two texts to `room` ids together, from the front: the second one down to its last id, then the first one.
+
+    So VisualBERT's release does in VCR; but there the last id goes too, and a first text that is too long ends
+    the run.
+    """
+    if len(parts) == 1:
+        return [parts[0][:room]]
+    first, second = parts
+    excess = max(0, len(first) + len(second) - room)
+    of_second = min(excess, max(0, len(second) - 1))
+    return [first[excess - of_second :], second[of_second:]]
+
+
 def _clip_arrays(texts: Texts, pairs: list[list[int]], tokenizer: ClipTokenizer) -> dict[str, np.ndarray]:
     cut = [texts[index][: CLIP_BLOCKS * CLIP_CONTENT] for pair in pairs for index in pair]
     offsets, ends = np.cumsum([0, *map(len, cut)]), {"start_id": tokenizer.start_id, "end_id": tokenizer.end_id}

@@ -48,6 +48,8 @@ class Example:
         images: ids of its images in the table of regions, in order.
         spans: for each text of `texts`, the parts of it that stand for regions; empty where nothing is aligned.
         truth: what the task's targets and metrics need beside the label.
+        named: the regions of its image that are spoken of, in order, for encoders that read these alone; None where the
+            task does not say.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Example:
     images: tuple[str, ...] = ()
     spans: tuple[tuple[tuple[Span, ...], ...], ...] = ()
     truth: Any = None
+    named: tuple[int, ...] | None = None
 
 
 def read_rows(

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from xdscale.data.task_batches import Texts, cut_longest_first, label_arrays
+from xdscale.data.task_batches import Texts, cut_longest_first, cut_second_from_front, label_arrays
 from xdscale.data.task_files import Example, Span
-from xdscale.data.visual_text import pack, region_rows, with_spatial
+from xdscale.data.visual_text import chosen_regions, pack, region_rows, with_spatial
 from xdscale.errors import XdscaleError
 from xdscale.shards.regions import Regions, RegionTable
 from xdscale.shards.sources.text_build import LanguageTokenizer
@@ -16,6 +16,9 @@ from xdscale.systems.contract import MicroBatch, Slots
 
 if TYPE_CHECKING:
     from xdscale.tasks.contract import Task
+
+ALL, LONGEST_FIRST = "all", "longest_first"
+"""Which regions are read, and how texts that are too long are cut, unless a recipe says otherwise."""
 
 SPATIAL = 6
 """Numbers of `spatial`, which are appended to features where an encoder was trained with them (Flickr30K)."""
@@ -48,6 +51,8 @@ class VisualTaskCollator:
         *,
         width: int,
         max_length: int,
+        objects: str = ALL,
+        truncation: str = LONGEST_FIRST,
     ) -> None:
         """Tokenises a split and finds its images.
 
@@ -57,13 +62,20 @@ class VisualTaskCollator:
             tokenizer: of the encoder, set to give plain ids.
             regions: of the images; None where the task has none.
             width: numbers that the encoder reads of a region.
-            max_length: word pieces with [CLS], [SEP] and [MASK]; the longer sentence is cut first.
+            max_length: word pieces with [CLS], [SEP] and [MASK].
+            objects: "named" reads the regions that an example speaks of alone.
+            truncation: "second_from_front", or "longest_first", from its end.
 
         Raises:
-            XdscaleError: images are missing, or features are of another width.
+            XdscaleError: images are missing, features are of another width, or nobody says what is named.
         """
         self._task, self.examples, self._tokens, self._regions = task, examples, tokenizer[1], regions
-        self._width, self._max_length = width, max_length
+        self._width, self._max_length, self._from_front = width, max_length, truncation != LONGEST_FIRST
+        self._named = objects != ALL
+        if self._named and any(example.named is None for example in examples):
+            raise XdscaleError(
+                f"model.objects = {objects}: {task.name} does not say which regions are named; leave it out"
+            )
         self._specials = 1 + task.sentences + (task.reads == "answer") * (1 + self.separates_answers)
         if task.images and regions.width not in (width, width - SPATIAL):
             raise XdscaleError(
@@ -102,8 +114,10 @@ class VisualTaskCollator:
         samples = slots.sample_ids
         examples, index = [self.examples[sample] for sample in samples.tolist()], self._index[samples]
         of_images = self._read(self._rows[samples])
+        targets = self._task.targets(examples, *([of_images] if self._task.images else []))
         choices, per_example = index.shape[1], max(1, self._task.images)
-        regions = _repeated(of_images, per_example, choices)
+        shown = named_regions(of_images, [example.named for example in examples]) if self._named else of_images
+        regions = _repeated(shown, per_example, choices)
         segments = np.repeat(np.arange(len(regions.sizes)) % per_example, np.diff(regions.offsets))
         joint = regions._replace(offsets=np.ascontiguousarray(regions.offsets[::per_example]))
         if not self._task.images:  # texts alone: as many inputs, none with a region
@@ -112,11 +126,10 @@ class VisualTaskCollator:
         for place, (example, one) in enumerate(zip(examples, index.tolist())):
             for choice, texts_of_choice in enumerate(one):
                 spans = example.spans[choice] if example.spans else ()
-                first_region = np.diff(joint.offsets)[place * choices + choice]
-                ids, segment, pairs, mark = self._input(texts_of_choice, spans, first_region)
+                numbers = example.named if self._named else range(np.diff(joint.offsets)[place * choices + choice])
+                ids, segment, pairs, mark = self._input(texts_of_choice, spans, numbers)
                 texts.append(ids), text_segments.append(segment), alignments.append(pairs), marked.append(mark)
         packed = self._pack(slots, texts, text_segments, joint, segments, alignments)
-        targets = self._task.targets(examples, *([of_images] if self._task.images else []))
         arrays = label_arrays(targets, slots.real) | packed | self._places(packed, joint.offsets, np.array(marked))
         lengths = np.diff(packed["cu_seqlens"]).reshape(len(samples), choices).sum(1)
         return MicroBatch(
@@ -154,23 +167,32 @@ class VisualTaskCollator:
         return with_spatial(regions)
 
     def _input(
-        self, texts: list[int], spans: Sequence[Sequence[Span]], regions: int
+        self, texts: list[int], spans: Sequence[Sequence[Span]], regions: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Returns ids and segments of an input, its alignments, and the position of [MASK] or of the marked words."""
+        """Returns ids and segments of an input, its alignments, and the position of [MASK] or of the marked words.
+
+        Args:
+            texts: their numbers.
+            spans: of each text.
+            regions: the numbers, as spans have them, of those that are read.
+        """
         tokens, answers, apart = self._tokens, self._task.reads == "answer", int(self.separates_answers)
-        parts = cut_longest_first([self._ids[text] for text in texts], self._max_length - self._specials)
+        cut = cut_second_from_front if self._from_front else cut_longest_first
+        parts = cut([self._ids[text] for text in texts], self._max_length - self._specials)
         behind = [*[tokens.sep_id] * apart, tokens.mask_id, tokens.sep_id] if answers else [tokens.sep_id]
         ids = [np.array([tokens.cls_id])]
         pairs, mark, begin, segments = [], len(parts[0]) + 1 + apart if answers else 0, 1, [np.zeros(1, np.int64)]
         for number, part in enumerate(parts):
+            begins = self._begins[texts[number]] if spans else np.empty(0, np.int64)
+            begins = begins[len(begins) - len(part) :] if self._from_front and len(parts) > 1 else begins[: len(part)]
             for span in spans[number] if spans else ():
-                first, last = pieces_of(self._begins[texts[number]][: len(part)], span)
+                first, last = pieces_of(begins, span)
                 if first is None:
                     continue  # cut off
                 if span.region < 0:
                     mark = begin + last
-                elif span.region < regions:
-                    pairs.append((span.region, begin + first, begin + last))
+                elif span.region in regions:
+                    pairs.append((regions.index(span.region), begin + first, begin + last))
             ids += [part, np.array(behind if number == 0 else [tokens.sep_id])]
             segments.append(np.full(len(part) + len(ids[-1]), number))
             begin += len(part) + len(ids[-1])
@@ -196,6 +218,19 @@ class VisualTaskCollator:
             "region_slots": samples * most + within,
             "most_regions": np.array(most),
         }
+
+
+def named_regions(regions: Regions, named: Sequence[Sequence[int]]) -> Regions:
+    """Returns those regions of each image that are named.
+
+    Args:
+        regions: of several images.
+        named: of each image the numbers of its regions, ascending.
+    """
+    kept = np.zeros(len(regions.boxes), bool)
+    for start, numbers in zip(regions.offsets, named):
+        kept[start + np.array(numbers)] = True
+    return chosen_regions(regions, kept)
 
 
 def pieces_of(begins: np.ndarray, span: Span) -> tuple[int | None, int]:

@@ -72,10 +72,15 @@ def region_rows(packed: dict[str, np.ndarray], offsets: np.ndarray) -> np.ndarra
 
 def first_regions(regions: Regions, most: int) -> Regions:
     """Returns the first so many regions of each image: where sources order them by confidence, the best ones."""
-    counts = np.diff(regions.offsets)
-    kept = np.arange(len(regions.boxes)) - np.repeat(regions.offsets[:-1], counts) < most
+    kept = np.arange(len(regions.boxes)) - np.repeat(regions.offsets[:-1], np.diff(regions.offsets)) < most
+    return chosen_regions(regions, kept)
+
+
+def chosen_regions(regions: Regions, kept: np.ndarray) -> Regions:
+    """Returns some of the regions of each image: those where kept, bool [total], is True."""
     features, boxes, confidences = (array[kept] for array in regions[:3])
-    return Regions(features, boxes, confidences, regions.sizes, _starts(np.minimum(counts, most)))
+    before = np.concatenate([[0], np.cumsum(kept)])
+    return Regions(features, boxes, confidences, regions.sizes, before[regions.offsets])
 
 
 def spatial(regions: Regions) -> np.ndarray:

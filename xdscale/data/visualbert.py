@@ -7,6 +7,7 @@ import numpy as np
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.data.masking import mask_language_ids
 from xdscale.data.pairing import OTHER_TEXT, PADDING, SAME_TEXT, one_of
+from xdscale.data.task_batches import cut_second_from_front
 from xdscale.data.visual_text import first_regions, pack, with_spatial
 from xdscale.recipes.visualbert.schema import VisualBERTRecipe
 from xdscale.shards.regions import Regions, RegionTable
@@ -156,6 +157,7 @@ def compose(
     *,
     images: int = 1,
     alignments: Sequence[Sequence[tuple[int, int, int]]] | None = None,
+    from_front: bool = False,
 ) -> MicroBatch:
     """Makes a micro-batch of samples that are read: cuts, masks and packs.
 
@@ -169,9 +171,11 @@ def compose(
         images: of a sample; of several, each has a visual segment of its own.
         alignments: of each sample a region, the text that names it (0 or 1), and where in that text; what was cut off
             is aligned with nothing.
+        from_front: whether texts that are too long lose the second one's beginning, not ends, the longer one's first.
     """
     model, mlm = recipe.model, recipe.objectives.mlm
-    pieces = [_cut(sample, model.max_text - 1 - len(sample)) for sample in texts]
+    cut = cut_second_from_front if from_front else _cut
+    pieces = [cut(sample, model.max_text - 1 - len(sample)) for sample in texts]
     ids, segments, maskable, lengths = _padded(pieces, tokenizer)
     arrays: dict[str, np.ndarray] = {}
     targets: dict[str, int] = {}
@@ -192,7 +196,9 @@ def compose(
         [row[part] for row, part in zip(segments, valid)],
         regions._replace(offsets=np.ascontiguousarray(regions.offsets[::images])),
         np.repeat(np.arange(len(regions.sizes)) % images, np.diff(regions.offsets)),
-        None if alignments is None else [_kept(*sample) for sample in zip(pieces, alignments, strict=True)],
+        None
+        if alignments is None
+        else [_kept(*sample, from_front=from_front) for sample in zip(texts, pieces, alignments, strict=True)],
     )
     if mlm is not None:
         row, column = np.divmod(places, ids.shape[1])
@@ -228,10 +234,18 @@ def _padded(
     return ids, segments, words, lengths
 
 
-def _kept(texts: Sequence[np.ndarray], aligned: Sequence[tuple[int, int, int]]) -> np.ndarray:
+def _kept(
+    whole: Sequence[np.ndarray],
+    texts: Sequence[np.ndarray],
+    aligned: Sequence[tuple[int, int, int]],
+    *,
+    from_front: bool,
+) -> np.ndarray:
     """Returns regions and positions, behind [CLS] and the [SEP] between texts, of the words that were not cut off."""
     begins = (1, 2 + len(texts[0]))
-    pairs = [(region, begins[text] + place) for region, text, place in aligned if place < len(texts[text])]
+    gone = [(len(one) - len(kept)) * from_front * (len(texts) > 1) for one, kept in zip(whole, texts)]
+    places = [(region, text, place - gone[text]) for region, text, place in aligned]
+    pairs = [(region, begins[text] + place) for region, text, place in places if 0 <= place < len(texts[text])]
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xdscale.data.visual_text import interleaved
+from xdscale.data.visual_text import chosen_regions, interleaved
 from xdscale.shards.regions import Regions
 
 
@@ -81,13 +81,6 @@ def objects_of(regions: Regions, whole_image: str) -> tuple[Regions, np.ndarray]
     if whole_image == "first":
         kept[regions.offsets[:-1]] = False
     return chosen_regions(regions, kept), kept
-
-
-def chosen_regions(regions: Regions, kept: np.ndarray) -> Regions:
-    """Returns some of the regions of each image: those where kept, bool [total], is True."""
-    features, boxes, confidences = (array[kept] for array in regions[:3])
-    before = np.concatenate([[0], np.cumsum(kept)])
-    return Regions(features, boxes, confidences, regions.sizes, before[regions.offsets])
 
 
 def with_whole_image(objects: Regions, seen: np.ndarray | None = None) -> tuple[Regions, np.ndarray]:

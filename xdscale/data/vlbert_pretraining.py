@@ -8,8 +8,8 @@ import numpy as np
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.data.masking import mask_language_ids
 from xdscale.data.pictures import blank, read_pictures, scaled_boxes
-from xdscale.data.visual_text import region_rows
-from xdscale.data.vlbert import chosen_regions, objects_of, pack, with_whole_image
+from xdscale.data.visual_text import chosen_regions, region_rows
+from xdscale.data.vlbert import objects_of, pack, with_whole_image
 from xdscale.recipes.vlbert.schema import MaskedRegions, VLBERTRecipe
 from xdscale.shards.regions import Regions, RegionTable
 from xdscale.shards.sources.caption_build import CaptionBuild

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from xdscale.data.opening import verify_table
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_batches import CLIP_BLOCKS
 from xdscale.ds_config import precision
@@ -19,7 +20,7 @@ from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
 from xdscale.systems.contract import Data, ExampleCollator, Objective, Place, System
-from xdscale.tasks.contract import Subject, TaskData, find_subject, open_regions, read_task
+from xdscale.tasks.contract import OWN_SETTINGS, Subject, TaskData, find_subject, open_regions, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.metrics import METRICS
 from xdscale.training.run_folder import read_log
@@ -60,21 +61,24 @@ class FinetuneSystem(System):
         """Reads and tokenises the task's files.
 
         Raises:
-            XdscaleError: the run is finished; or as `prepare`.
+            XdscaleError: the run is finished, shards of the regions are damaged, or as `prepare`.
         """
         result = Path(self.recipe.output.folder) / RESULT
         if result.is_file():
             raise XdscaleError(
                 f"{result}: this run is finished; to run it again, delete its folder or choose another one"
             )
-        material, ranks = self._material, place.ranks
+        regions, ranks = open_regions(self.recipe.data.regions), place.ranks
+        if regions is not None:
+            verify_table(regions.table, ranks, on_shard=place.tick)
+        material = self._material
         order = Order.of(self.recipe, place, len(material.train))
         dev = next(iter(material.dev.values()))
         slots = validation_slots(
             len(dev), self.recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
         )
         notes = tuple(_notes_on_length(material, self.recipe.model.max_length))
-        return Data(order, material.train, list(map(dev, slots)), material.data.fingerprint(), notes=notes)
+        return Data(order, material.train, list(map(dev, slots)), material.data.fingerprints(), notes=notes)
 
     def build(self) -> Finetuning:
         """Builds the subject with the task's loss."""
@@ -197,6 +201,7 @@ def _settings(recipe: FinetuneRecipe, ds_config: dict[str, Any]) -> dict[str, An
         "clip_blocks_per_sentence": CLIP_BLOCKS,
         "dropout": recipe.model.dropout,
         **({"freeze_pooler": True} if recipe.model.freeze_pooler else {}),
+        **recipe.model.model_dump(include=OWN_SETTINGS, exclude_defaults=True),
         "precision": precision(ds_config),
         **recipe.training.model_dump(include={"best", "patience"}, exclude_none=True),
         **({} if recipe.task.own is None else recipe.task.own.columns()),

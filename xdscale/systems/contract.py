@@ -125,7 +125,7 @@ class Data(NamedTuple):
         order: which training samples a step has.
         collate: makes batches of them.
         validation: this rank's held-out batches; every rank has equally many.
-        fingerprint: of the data, kept in checkpoints.
+        fingerprints: SHA-256 (hex) of each table or file, by name; kept in checkpoints.
         damaged: what is wrong with each shard that the run does without, by file name; of several datasets by folder
             and file name.
         remote: whether shards are fetched as they are needed, so that the collator is told of steps ahead.
@@ -135,7 +135,7 @@ class Data(NamedTuple):
     order: SampleOrder
     collate: Collator
     validation: list[MicroBatch]
-    fingerprint: str
+    fingerprints: dict[str, str]
     damaged: dict[str, str] = {}
     remote: bool = False
     notes: tuple[str, ...] = ()

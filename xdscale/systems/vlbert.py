@@ -113,8 +113,8 @@ class VLBERTSystem(System):
         slots = validation_slots(most, recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch)
         validation = [held_out(held_out.alternating(part)) for part in slots]
         order = Order.of(recipe, place, *train.sizes, shares=[1] * len(tables))
-        fingerprint = train.captions.manifest.only(tables).fingerprint
-        return Data(order, train, validation, fingerprint, shards.damaged, shards.cache is not None)
+        fingerprints = train.captions.manifest.only(tables).fingerprints
+        return Data(order, train, validation, fingerprints, shards.damaged, shards.cache is not None)
 
     def build(self) -> VLBERTPretraining:
         """Builds encoder and heads of a BERT, whose masked-LM head comes along where it was published with it."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field
 
@@ -65,10 +64,9 @@ class TaskData:
     files: dict[str, dict[str, str | int]]
     sources: dict[str, str]
 
-    def fingerprint(self) -> str:
-        """Returns the SHA-256 (hex) of all files' hashes."""
-        text = "\n".join(f"{name} {entry['sha256']}" for name, entry in sorted(self.files.items()))
-        return hashlib.sha256(text.encode()).hexdigest()
+    def fingerprints(self) -> dict[str, str]:
+        """Returns the SHA-256 (hex) of each file, by its name."""
+        return {name: str(entry["sha256"]) for name, entry in sorted(self.files.items())}
 
 
 class Task(Protocol):
@@ -205,7 +203,17 @@ class ModelSettings(Section):
     loss: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="of VL-BERT: each answer, choice or region by itself, or as the task has it for others"
     )
+    objects: Literal["all", "named"] = Field(
+        "all", description="named: of VCR's objects those that the item speaks of, as VisualBERT's release does"
+    )
+    truncation: Literal["longest_first", "second_from_front"] = Field(
+        "longest_first", description="second_from_front: what is too long loses the second text's beginning, as there"
+    )
     clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
+
+
+OWN_SETTINGS = frozenset({"objects", "truncation"})
+"""Of `ModelSettings` those that some subjects alone have."""
 
 
 class SubjectFacts(NamedTuple):
@@ -234,7 +242,15 @@ class Subject(ABC):
     reads_pixels = False
     """Whether it has `model.pixels`."""
 
+    own_settings: ClassVar[frozenset[str]] = frozenset()
+    """Settings that not all subjects have, of those in `OWN_SETTINGS`; the others are refused."""
+
     def __init__(self, model: str, settings: ModelSettings, regions: RegionTable | None = None) -> None:
+        for key in sorted(OWN_SETTINGS - self.own_settings):
+            if (value := getattr(settings, key)) != ModelSettings.model_fields[key].default:
+                raise XdscaleError(
+                    f"model.{key} = {value}: {model} has no such choice as it is finetuned; leave it out"
+                )
         self.model, self.settings, self.regions = model, settings, regions
 
     def require_readable(self, task: Task) -> None:

@@ -1,7 +1,9 @@
 """RefCOCO+ and RefCOCO, in their public files: which thing in an image does an expression speak of?"""
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from xdscale.tasks.contract import TaskData
 from xdscale.tasks.flickr30k_entities import MATCH, Phrase, PhraseGrounding
 
 REFERENCES, INSTANCES = "refs(unc).p", "instances.json"
-TRAIN = "train"
+TRAIN, DEV = "train", ("val", "testA", "testB")
 
 
 class _Sentence(TypedDict):
@@ -53,13 +55,20 @@ class _Instances(TypedDict):
     categories: list[_Category]
 
 
+@dataclass(frozen=True, kw_only=True)
 class ReferringExpressions(PhraseGrounding):
     """Expressions for one thing each; the whole of an expression is marked, and each is one example.
 
     As in the release of VL-BERT, boxes are a pixel wider and higher than the difference of their sides, and a region is
     right in training if its intersection over union with the gold box is *more* than a half. Whether regions are those
     of COCO or a detector's, the "ground-truth" or the "detected" track, is said by the table that is given.
+
+    Attributes:
+        published: how many expressions each split of the public file has; where another file has not as many, a warning
+            says so.
     """
+
+    published: Mapping[str, int]
 
     def read(self, data: Path) -> TaskData:
         """Reads all splits, which stand in one file.
@@ -75,9 +84,12 @@ class ReferringExpressions(PhraseGrounding):
         for example, split in _examples(path, instances, boxes):
             if split in found:
                 found[split].append(example)
-        for split, examples in found.items():
-            if not examples:
+        counts = {split: len(examples) for split, examples in found.items()}
+        for split, count in counts.items():
+            if not count:
                 raise XdscaleError(f"{path}: holds no expression of the split {split!r}")
+        if self.published and counts != self.published:
+            print(f"warning: {path}: holds {_told(counts)}; {self.title} has {_told(self.published)}", file=sys.stderr)
         files = {self.train: {"sha256": file_sha256(path), "rows": sum(map(len, found.values()))}}
         files[INSTANCES] = {"sha256": file_sha256(instances), "rows": len(boxes)}
         sources = dict.fromkeys((TRAIN, *self.dev), str(Path(self.folder, self.train)))
@@ -88,6 +100,11 @@ class ReferringExpressions(PhraseGrounding):
 
     def _wanted(self, example: Example, boxes: np.ndarray) -> np.ndarray:
         return _iou(example, boxes) > MATCH
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    each = ", ".join(f"{count:,} ({split})" for split, count in counts.items())
+    return f"{each}: {sum(counts.values()):,} expressions"
 
 
 def _iou(example: Example, boxes: np.ndarray) -> np.ndarray:
@@ -155,13 +172,14 @@ def _read_boxes(path: Path) -> dict[int, tuple[int, Phrase]]:
     return boxes
 
 
-def _task(name: str, title: str, folder: str) -> ReferringExpressions:
+def _task(name: str, title: str, folder: str, published: Sequence[int]) -> ReferringExpressions:
     return ReferringExpressions(
         name=name,
         title=title,
         folder=folder,
         train=REFERENCES,
-        dev=dict.fromkeys(("val", "testA", "testB"), REFERENCES),
+        dev=dict.fromkeys(DEV, REFERENCES),
+        published=dict(zip((TRAIN, *DEV), published)),
         first="expression",
         label="box",
         metrics=("recall_at_1", "upper_bound"),
@@ -169,5 +187,5 @@ def _task(name: str, title: str, folder: str) -> ReferringExpressions:
     )
 
 
-REFCOCO = _task("refcoco", "RefCOCO", "refcoco")
-REFCOCO_PLUS = _task("refcoco_plus", "RefCOCO+", "refcoco+")
+REFCOCO = _task("refcoco", "RefCOCO", "refcoco", ())
+REFCOCO_PLUS = _task("refcoco_plus", "RefCOCO+", "refcoco+", (120_191, 10_758, 5_726, 4_889))

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import (
     Any,
@@ -25,6 +26,9 @@ NAMES = (
     "Frankie", "Pat", "Quinn",
 )  # fmt: skip
 """Gender-neutral names for persons, as r2c has them; one stands twice there."""
+
+EVERYONE = ("everyone", "everyones")
+"""Words that speak of all persons."""
 
 CHOICES = 4
 IMAGES = "vcr1images"
@@ -150,7 +154,7 @@ class CommonsenseReasoning(TextTask):
             if len(choices) != CHOICES:
                 raise XdscaleError(f"{where}: {key} has {len(choices)} choices, expected {CHOICES}")
         label = _label(where, entry, self.label) if labelled else None
-        regions = 1 + len(entry["objects"])
+        regions, named = 1 + len(entry["objects"]), _named(entry)
 
         def example(identifier: str, context: Tokens, choices: list[Tokens], answer: int | None) -> Example:
             first, spans, names = _render(where, context, entry["objects"], {})
@@ -163,6 +167,7 @@ class CommonsenseReasoning(TextTask):
                 images=(entry["img_fn"],),
                 spans=tuple((spans, others) for _, others, _ in seconds),
                 truth=VCRTruth(regions, answer),
+                named=named,
             )
 
         question = entry["question"]
@@ -205,6 +210,22 @@ def _render(
     if not text:
         raise XdscaleError(f"{where}: a question, an answer or a reason has no words")
     return text, tuple(spans), names
+
+
+def _named(entry: _Question) -> tuple[int, ...]:
+    """Returns the whole image and the objects that an item speaks of, as r2c and VisualBERT's release find them.
+
+    Question, answers and reasons all count, whichever of them are asked for. "Everyone" speaks of all persons, and so
+    does an item that speaks of nothing.
+    """
+    objects, named = entry["objects"], set()
+    persons = {number for number, name in enumerate(objects) if name == "person"}
+    for token in chain(entry["question"], *entry["answer_choices"], *entry["rationale_choices"]):
+        if isinstance(token, list):
+            named |= {tag for tag in token if 0 <= tag < len(objects)}
+        elif token.lower() in EVERYONE:
+            named |= persons
+    return (0, *(1 + number for number in sorted(named or persons)))
 
 
 def _label(where: str, entry: _Question, key: str) -> int:

@@ -28,6 +28,7 @@ POINTING_SIZE = 64
 class VisualBERTSubject(Subject):
     """A VisualBERT in a Hugging Face folder: an export, or anybody's with its BERT's tokenizer beside the weights."""
 
+    own_settings = frozenset({"objects", "truncation"})
     own_positions = 0
     """Positions of the text's table that it needs behind those of a text."""
 
@@ -56,6 +57,8 @@ class VisualBERTSubject(Subject):
             self.regions,
             width=self._config().visual_embedding_dim,
             max_length=self.settings.max_length,
+            objects=self.settings.objects,
+            truncation=self.settings.truncation,
         )
 
     def build(self, task: Task, *, sha256: str | None = None) -> "VisualBERTClassifier":

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from xdscale.data.opening import verify_table
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_files import NO_LABEL, Example, Span
-from xdscale.data.visual_tasks import pieces_of, tokenise
+from xdscale.data.visual_tasks import named_regions, pieces_of, tokenise
 from xdscale.data.visualbert import compose, drawn_masks
 from xdscale.errors import XdscaleError
 from xdscale.pretrained.language import own_tokenizer
@@ -30,6 +32,8 @@ class VisualBERTTaskSystem(VisualBERTSystem):
         if not task.images:
             raise XdscaleError(f"task = {recipe.task!r}: has no images; expected one that has")
         check_inputs(recipe, regions.width)
+        if recipe.run.verify:
+            verify_table(regions.table, ranks, on_shard=place.tick)
         data = read_task(task, Path(recipe.data.folder), regions)
         train, held_out = (
             TaskTextCollator(recipe, data.task, examples, regions)
@@ -39,7 +43,7 @@ class VisualBERTTaskSystem(VisualBERTSystem):
             len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
         )
         order = Order.of(recipe, place, len(train))
-        return Data(order, train, list(map(held_out, slots)), data.fingerprint())
+        return Data(order, train, list(map(held_out, slots)), data.fingerprints())
 
 
 class TaskTextCollator:
@@ -61,16 +65,22 @@ class TaskTextCollator:
             XdscaleError: `match` is on, and the task has nothing that is true or false.
         """
         self._recipe, self._regions, self._images = recipe, regions, task.images
+        self._named = recipe.model.objects == "named"
         if recipe.objectives.match is not None and task.reads != "input":
             raise XdscaleError(
                 f"objectives.match: {recipe.task} has nothing that is true or false; write objectives.match=null"
             )
         samples = _samples(task, examples, labelled=recipe.objectives.match is not None)
         numbers: dict[str, int] = {}
-        self._texts = [[numbers.setdefault(text, len(numbers)) for text in texts] for texts, *_ in samples]
-        self._spans = [spans for _, spans, _, _ in samples]
-        self._labels = np.array([label for *_, label in samples], np.int64)
-        self._rows = regions.rows([name for _, _, images, _ in samples for name in images]).reshape(-1, task.images)
+        self._texts = [[numbers.setdefault(text, len(numbers)) for text in sample.texts] for sample in samples]
+        self._spans = [sample.spans for sample in samples]
+        self._named_regions = [sample.named for sample in samples]
+        if self._named and None in self._named_regions:
+            raise XdscaleError(
+                f"model.objects = named: {recipe.task} does not say which regions are named; leave it out"
+            )
+        self._labels = np.array([sample.label for sample in samples], np.int64)
+        self._rows = regions.rows([name for sample in samples for name in sample.images]).reshape(-1, task.images)
         tokenizer, self._tokens = own_tokenizer(recipe.model.language.name)
         self._ids, self._begins = tokenise(list(numbers), tokenizer, begins=any(self._spans))
 
@@ -89,12 +99,17 @@ class TaskTextCollator:
         """Reads and prepares the samples of one micro-batch."""
         samples = slots.sample_ids.tolist()
         regions = self._regions.read(self._rows[slots.sample_ids].ravel())
+        if self._named:
+            regions = named_regions(regions, [self._named_regions[sample] for sample in samples])
         labels = None
         if self._recipe.objectives.match is not None:
             labels = np.where(slots.real, self._labels[slots.sample_ids], NO_LABEL)
         texts = [[self._ids[text] for text in self._texts[sample]] for sample in samples]
         counts = np.diff(regions.offsets)[:: self._images]
-        aligned = [self._aligned(sample, count) for sample, count in zip(samples, counts)]
+        aligned = [
+            self._aligned(sample, self._named_regions[sample] if self._named else range(count))
+            for sample, count in zip(samples, counts.tolist())
+        ]
         return compose(
             self._recipe,
             self._tokens,
@@ -104,39 +119,46 @@ class TaskTextCollator:
             regions,
             images=self._images,
             alignments=aligned if any(map(len, aligned)) else None,
+            from_front=self._recipe.model.truncation == "second_from_front",
         )
 
-    def _aligned(self, sample: int, regions: int) -> list[tuple[int, int, int]]:
+    def _aligned(self, sample: int, regions: Sequence[int]) -> list[tuple[int, int, int]]:
         """Returns regions, which text names each, and the word piece there at which its name begins."""
         found = []
         for number, (text, spans) in enumerate(zip(self._texts[sample], self._spans[sample])):
             for span in spans:
                 place, _ = pieces_of(self._begins[text], span)
-                if place is not None and 0 <= span.region < regions:
-                    found.append((span.region, number, place))
+                if place is not None and span.region in regions:
+                    found.append((regions.index(span.region), number, place))
         return found
 
 
-_Sample = tuple[tuple[str, ...], tuple[tuple[Span, ...], ...], tuple[str, ...], int]
-"""Texts, the spans of each, images, and 1, 0 or `NO_LABEL`."""
+class _Sample(NamedTuple):
+    """Texts, the spans of each, images, 1, 0 or `NO_LABEL`, and the regions that are named, as `Example` has them."""
+
+    texts: tuple[str, ...]
+    spans: tuple[tuple[Span, ...], ...]
+    images: tuple[str, ...]
+    label: int
+    named: tuple[int, ...] | None = None
 
 
 def _samples(task: Task, examples: Sequence[Example], *, labelled: bool) -> list[_Sample]:
     if task.reads == "region":
         captions = dict.fromkeys((example.texts[0], example.images) for example in examples)
-        return [(texts, (), images, NO_LABEL) for texts, images in captions]
+        return [_Sample(texts, (), images, NO_LABEL) for texts, images in captions]
     samples: list[_Sample] = []
     for example in examples:
         known = example.label is not None and example.label != NO_LABEL
         if task.reads == "answer":
             answer = (task.labels[int(example.label)],) if known else ()
-            samples.append((example.texts[0] + answer, (), example.images, NO_LABEL))
+            samples.append(_Sample(example.texts[0] + answer, (), example.images, NO_LABEL))
         elif not task.choices:
-            samples.append((example.texts[0], (), example.images, int(example.label)))
+            samples.append(_Sample(example.texts[0], (), example.images, int(example.label)))
         else:
             for choice, texts in enumerate(example.texts):
                 right = choice == example.label
                 if labelled or right:
                     spans = example.spans[choice] if example.spans else ()
-                    samples.append((texts, spans, example.images, int(right)))
+                    samples.append(_Sample(texts, spans, example.images, int(right), example.named))
     return samples

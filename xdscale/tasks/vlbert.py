@@ -29,6 +29,7 @@ class VLBERTSubject(VisualBERTSubject):
     """A VL-BERT in a folder: an export, with its BERT's tokenizer."""
 
     reads_pixels = True
+    own_settings = frozenset()
     own_positions = 2
     """Of regions, which share one, and of [END]."""
 

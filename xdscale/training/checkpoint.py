@@ -55,7 +55,7 @@ class CheckpointPosition:
         world_size: ranks that wrote it.
         zero_stage: ZeRO stage that wrote it.
         precision: `fp32`, `bf16` or `fp16`.
-        data_fingerprint: SHA-256 of the shards' manifest.
+        data_fingerprints: SHA-256 of each table or file of the data, by name.
         draws_hash: SHA-256 of the samples, masks and pairs of the next step, on all ranks together.
         quarantined: shards that the run did without.
     """
@@ -66,7 +66,7 @@ class CheckpointPosition:
     world_size: int
     zero_stage: int
     precision: str
-    data_fingerprint: str
+    data_fingerprints: dict[str, str]
     draws_hash: str
     quarantined: list[str]
 
@@ -202,7 +202,7 @@ def check_compatible(
     *,
     zero_stage: int,
     precision: str,
-    data_fingerprint: str,
+    data_fingerprints: dict[str, str],
     draws_hash: str,
 ) -> None:
     """Refuses to continue with other shards, another order, another precision or another way of sharding.
@@ -210,10 +210,13 @@ def check_compatible(
     Raises:
         XdscaleError: names what the checkpoint was written with and what to do.
     """
-    if position.data_fingerprint != data_fingerprint:
+    if position.data_fingerprints != data_fingerprints:
+        before, now = position.data_fingerprints, data_fingerprints
+        names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        told = (f"{name} (it was {_shown(before.get(name))}, now {_shown(now.get(name))})" for name in names)
         raise XdscaleError(
-            f"{checkpoint}: was trained on other shards (manifest {position.data_fingerprint[:12]}…, "
-            f"now {data_fingerprint[:12]}…); point data.shards at the original ones"
+            f"{checkpoint}: was trained on other data: {', '.join(told)}; name the original in the recipe's section "
+            "data, or begin another run in another output.folder"
         )
     if position.draws_hash != draws_hash:
         raise XdscaleError(
@@ -227,6 +230,10 @@ def check_compatible(
             f"{checkpoint}: written under ZeRO stage {position.zero_stage} in {position.precision}, the "
             f"DeepSpeed config asks for stage {zero_stage} in {precision}; continue with the former"
         )
+
+
+def _shown(sha256: str | None) -> str:
+    return "not there" if sha256 is None else f"SHA-256 {sha256[:12]}…"
 
 
 def _cannot_write(engine: Any, final: Path) -> str:

@@ -143,7 +143,7 @@ def open_session(setup: Setup, data: Data, system: System) -> Session:
             position,
             zero_stage=zero_stage(ds_config),
             precision=precision(ds_config),
-            data_fingerprint=data.fingerprint,
+            data_fingerprints=data.fingerprints,
             draws_hash=_draws_hash(data, position.step),
         )
     convert = position is not None and needs_resharding(position, ranks.world_size)
@@ -293,7 +293,7 @@ def _positions(ds_config: dict[str, Any], data: Data, ranks: Ranks) -> Callable[
             world_size=ranks.world_size,
             zero_stage=zero_stage(ds_config),
             precision=precision(ds_config),
-            data_fingerprint=data.fingerprint,
+            data_fingerprints=data.fingerprints,
             draws_hash=_draws_hash(data, step),
             quarantined=sorted(data.damaged),
         )

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from xdscale.recipe import OBJECTIVE_WEIGHT, NameOrPath, Objectives, Section
 from xdscale.recipes.mlm.schema import MaskedLM
-from xdscale.recipes.visualbert.schema import VisualBERTRecipe
+from xdscale.recipes.visualbert.schema import VisualBERTRecipe, VisualModel
 
 
 class TaskFolders(Section):
@@ -14,6 +14,17 @@ class TaskFolders(Section):
 
     folder: NameOrPath = Field(description="the folder that holds the tasks' folders, as for 'xdscale finetune --data'")
     regions: NameOrPath = Field(description="dataset with the regions of the images")
+
+
+class TaskModel(VisualModel):
+    """What it reads of a task, beside what it reads of captions."""
+
+    objects: Literal["all", "named"] = Field(
+        "all", description="named: of VCR's objects those that the item speaks of, as the release does"
+    )
+    truncation: Literal["longest_first", "second_from_front"] = Field(
+        "longest_first", description="second_from_front: what is too long loses the second text's beginning, as there"
+    )
 
 
 class Truth(Section):
@@ -36,5 +47,15 @@ class VisualBERTTaskRecipe(VisualBERTRecipe):
 
     system: Literal["visualbert_task"] = Field(description="the system that is trained")
     task: str = Field(description="vqa, nlvr2, vcr_qa, vcr_qar, flickr30k_entities, or one of yours that has images")
+    model: TaskModel
     objectives: VisualBERTTaskObjectives = VisualBERTTaskObjectives()
     data: TaskFolders
+
+    def problem(self) -> str | None:
+        """Returns what is inconsistent, if anything is."""
+        if self.run.max_damaged_shards:
+            return (
+                f"run.max_damaged_shards = {self.run.max_damaged_shards}: a task's sentences need all of its images; "
+                "leave it out, and copy damaged shards again"
+            )
+        return super().problem()
