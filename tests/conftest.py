@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import itertools
 import json
 import os
@@ -137,6 +138,42 @@ def grounded_pictures(
     options = TextOptions(language_tokenizer=str(cassette_model), sequence_length=20, validation_fraction=0.1)
     build_shards([wiki_text], folder, options)
     return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of 24 JPEG files with boxes, distributions and captions, without features, and texts."""
+    import numpy as np
+    from PIL import Image
+
+    from xdscale.shards.build import build_table
+    from xdscale.shards.regions import Detector
+    from xdscale.shards.sources.caption_build import CaptionOptions
+    from xdscale.shards.sources.captions import CaptionSource
+    from xdscale.shards.sources.regions.source import RegionImage, build_regions
+    from xdscale.shards.sources.text import TextOptions, build_shards
+
+    folder, chance = tmp_path_factory.mktemp("pixels"), np.random.default_rng(0)
+    images, annotations = [], []
+    for number in range(24):
+        size, count = ((60, 40), (40, 60), (50, 50))[number % 3], 1 + number % 4
+        file = io.BytesIO()
+        noise = chance.integers(0, 256, (size[1] // 5, size[0] // 5, 3), np.uint8)
+        Image.fromarray(noise).resize(size).save(file, "JPEG")
+        corner = chance.random((count, 2)) * 20
+        boxes = np.concatenate([corner, corner + 5 + chance.random((count, 2)) * 14], 1).astype(np.float32)
+        probs = chance.dirichlet(np.ones(5), count)
+        images.append(RegionImage(str(number), size, boxes, None, {}, probs, file.getvalue(), f"image {number}"))
+        annotations += [{"id": 2 * number + k, "image_id": number, "caption": f"a picture of {k} dogs"} for k in (0, 1)]
+    out = folder / "dataset"
+    build_regions(images, out, Detector(model="drawn", class_count=5), shard_images=8)
+    listed = {"images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(24)]}
+    (folder / "captions.json").write_text(json.dumps(listed | {"annotations": annotations}))
+    options = CaptionOptions(validation_fraction=0.3)
+    build_table(CaptionSource([folder / "captions.json"], out, str(cassette_model), options), out)
+    options = TextOptions(language_tokenizer=str(cassette_model), sequence_length=20, validation_fraction=0.1)
+    build_shards([wiki_text], out, options)
+    return out
 
 
 @pytest.fixture(scope="session")

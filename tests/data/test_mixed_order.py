@@ -61,6 +61,32 @@ def test_ranks_together_hold_exactly_the_batch(mixture, factor, world, micro, st
     assert max(shares) - min(shares) <= 1
 
 
+@quick
+@given(st.integers(4, 40), st.integers(4, 40), st.integers(1, 6), st.data())
+def test_each_row_of_both_tables_is_trained_on_once_per_epoch_however_often_ranks_change(captions, texts, half, data):
+    """Two epochs of the larger table; before each step the run may have been continued on other ranks."""
+    mixture, sizes = [(captions, 1), (texts, 1)], np.array([captions, texts])
+    steps = -(-2 * max(sizes) // half)
+    seen = {}
+    for step in range(steps):
+        world, micro = data.draw(st.tuples(st.integers(1, 8), st.integers(1, 5)))
+        found = [slots for rank in range(world) for slots in order(mixture, half, world, rank, micro).slots(step)]
+        epochs, ids = (
+            np.concatenate([getattr(slots, name)[slots.real] for slots in found]) for name in ("epochs", "sample_ids")
+        )
+        assert np.bincount(tables_of(ids, sizes), minlength=2).tolist() == [
+            half,
+            half,
+        ]  # the ratio, whoever computes it
+        for pair in zip(epochs.tolist(), ids.tolist()):
+            seen[pair] = seen.get(pair, 0) + 1
+    assert set(seen.values()) == {1}
+    for table, size in enumerate(sizes.tolist()):
+        first = sizes[:table].sum()
+        for epoch in range(steps * half // size):
+            assert all((epoch, first + row) in seen for row in range(size))
+
+
 def test_one_captioned_picture_to_one_text():
     """VL-BERT's mixture (spec §3): 1 : 1, and both batches of a GPU in equal parts."""
     mixture = [(1000, 1), (700, 1)]

@@ -1,7 +1,6 @@
 """VL-BERT's pretraining from pixels, with Fast R-CNN trained along (spec VL-BERT §1.4, §10)."""
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -17,13 +16,7 @@ from xdscale.plan.profile import parameter_table, profile_model
 from xdscale.plan.states import count
 from xdscale.pretrained.vlbert import load_vlbert, save_release
 from xdscale.recipe import load_recipe
-from xdscale.shards.build import build_table
 from xdscale.shards.manifest import Manifest
-from xdscale.shards.regions import Detector
-from xdscale.shards.sources.caption_build import CaptionOptions
-from xdscale.shards.sources.captions import CaptionSource
-from xdscale.shards.sources.regions.source import RegionImage, build_regions
-from xdscale.shards.sources.text import TextOptions, build_shards
 from xdscale.shards.table import Table
 from xdscale.systems.contract import Slots, open_system
 from xdscale.systems.vlbert import check_tables, continuations
@@ -34,35 +27,6 @@ from xdscale.training.stored import build_module
 NAMES = ("mlm", "text_mlm", "masked_region")
 PIXELS = "model.pixels={weights: random, short_side: 32, long_side: 48}"
 TABLES = ["model.region_size=2048", "model.region_classes=5", "model.max_elements=24", PIXELS, "model.dropout=0"]
-
-
-@pytest.fixture(scope="module")
-def pictures(wiki_text, cassette_model, tmp_path_factory):
-    """A dataset of 24 JPEG files with boxes, distributions and captions, without features, and texts."""
-    folder, chance = tmp_path_factory.mktemp("pixels"), np.random.default_rng(0)
-    images, annotations = [], []
-    for number in range(24):
-        size, count = ((60, 40), (40, 60), (50, 50))[number % 3], 1 + number % 4
-        file = io.BytesIO()
-        noise = chance.integers(0, 256, (size[1] // 5, size[0] // 5, 3), np.uint8)
-        Image.fromarray(noise).resize(size).save(file, "JPEG")
-        corner = chance.random((count, 2)) * 20
-        boxes = np.concatenate([corner, corner + 5 + chance.random((count, 2)) * 14], 1).astype(np.float32)
-        probs = chance.dirichlet(np.ones(5), count)
-        images.append(RegionImage(str(number), size, boxes, None, {}, probs, file.getvalue(), f"image {number}"))
-        annotations += [{"id": 2 * number + k, "image_id": number, "caption": f"a picture of {k} dogs"} for k in (0, 1)]
-    out = folder / "dataset"
-    build_regions(images, out, Detector(model="drawn", class_count=5), shard_images=8)
-    listed = {"images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(24)]}
-    (folder / "captions.json").write_text(json.dumps(listed | {"annotations": annotations}))
-    options = CaptionOptions(validation_fraction=0.3)
-    build_table(CaptionSource([folder / "captions.json"], out, str(cassette_model), options), out)
-    build_shards(
-        [wiki_text],
-        out,
-        TextOptions(language_tokenizer=str(cassette_model), sequence_length=20, validation_fraction=0.1),
-    )
-    return out
 
 
 def recipe(*overrides):
@@ -84,8 +48,8 @@ def module():
 
 
 @pytest.fixture
-def collate(pictures):
-    tables = [Table(pictures, "train", name) for name in ("captions", "text")]
+def collate(photographs):
+    tables = [Table(photographs, "train", name) for name in ("captions", "text")]
     found = recipe("objectives.masked_region.select=0.5")
     return VLBERTCollator(*tables, recipe=found, continues=continuations(found.model.language))
 
@@ -191,8 +155,8 @@ def test_the_plan_counts_the_branch():
     assert large.kept.per_sample > small.kept.per_sample
 
 
-def test_a_table_without_images_is_refused(grounded_pictures, pictures):
-    check_tables(recipe(), Manifest.load(pictures))
+def test_a_table_without_images_is_refused(grounded_pictures, photographs):
+    check_tables(recipe(), Manifest.load(photographs))
     with pytest.raises(XdscaleError, match=r"model\.pixels needs the images themselves, which this table of regions"):
         check_tables(recipe("model.region_classes=7"), Manifest.load(grounded_pictures))
     with pytest.raises(XdscaleError, match="region_size = 12: of pixels ResNet-101 makes 2,048 numbers"):
@@ -200,10 +164,10 @@ def test_a_table_without_images_is_refused(grounded_pictures, pictures):
 
 
 @pytest.fixture(scope="module")
-def runs(run_by_stage, pictures):
+def runs(run_by_stage, photographs):
     """Run folders by ZeRO stage, of two steps."""
     fixed = [*TABLES, "training.steps=2", "training.global_batch=4", "run.eval_samples=4", "run.eval_every=2"]
-    fixed += ["run.checkpoint_every=2", f"data.shards={pictures}"]
+    fixed += ["run.checkpoint_every=2", f"data.shards={photographs}"]
     micro_batches = {0: 4, 1: 2, 2: 1, 3: 1}  # of 1 a rank has captions alone, the other one texts
     return run_by_stage("quickstart-vlbert", fixed, {0: (1,), 1: (2,), 2: (2,), 3: (2,)}, micro_batches)
 

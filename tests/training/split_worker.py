@@ -12,15 +12,28 @@ import numpy as np
 from xdscale.recipe import load_recipe
 from xdscale.training.environment import calm_environment
 
+PACKED = {
+    "visualbert": {"mlm": ("masked_lm_rows", "masked_lm_labels")},
+    "vlbert": {name: (f"{name}_rows", f"{name}_labels") for name in ("mlm", "text_mlm", "masked_region")},
+}
+"""Of each objective the places of its targets in the row of packed tokens, and the targets."""
 
-def keep_few_targets(batch, slots):
+
+def keep_few_targets(batch, slots, system):
     """Leaves nearly all targets of every fifth sample and nearly none of the others: very unequal micro-batches."""
     arrays, targets = dict(batch.arrays), dict(batch.targets)
-    widths = {"mlm": arrays["language_ids"].shape[1], "clip_tokens": arrays["clip_ids"][0].size}
-    names = {"mlm": ("masked_lm_positions", "masked_lm_labels"), "clip_tokens": ("clip_positions", "clip_labels")}
+    if system == "xdbert":
+        widths = {"mlm": arrays["language_ids"].shape[1], "clip_tokens": arrays["clip_ids"][0].size}
+        names = {"mlm": ("masked_lm_positions", "masked_lm_labels"), "clip_tokens": ("clip_positions", "clip_labels")}
+    else:
+        widths, names = {}, PACKED[system]
     for task, (positions, labels) in names.items():
-        sample = slots.sample_ids[arrays[positions] // widths[task]]
-        inside = arrays[positions] % widths[task]
+        if widths:
+            row, inside = np.divmod(arrays[positions], widths[task])
+        else:
+            row = np.searchsorted(arrays["cu_seqlens"], arrays[positions], side="right") - 1
+            inside = arrays[positions] - arrays["cu_seqlens"][row]
+        sample = slots.sample_ids[row]
         keep = (sample % 5 == 0) | ((sample % 5 == 1) & (inside < 9))
         arrays[positions], arrays[labels] = arrays[positions][keep], arrays[labels][keep]
         targets[task] = int(keep.sum())
@@ -29,27 +42,25 @@ def keep_few_targets(batch, slots):
 
 def main():
     parser = argparse.ArgumentParser()
-    for name in ("--shards", "--out", "--splits", "--local_rank"):
+    for name in ("--systems", "--out", "--splits", "--local_rank"):
         parser.add_argument(name)
     options = parser.parse_args()
     calm_environment()
     from xdscale.training.distributed import start_distributed
 
     ranks = start_distributed()
-    for micro_batch, stage in json.loads(options.splits):
-        measure(Path(options.shards), Path(f"{options.out}-{micro_batch}-{stage}"), micro_batch, stage, ranks)
+    for name, arguments in json.loads(options.systems).items():
+        for micro_batch, stage in json.loads(options.splits):
+            out = Path(options.out) / f"{name}-{ranks.world_size}-{micro_batch}-{stage}"
+            measure(arguments, out, micro_batch, stage, ranks)
 
 
-def measure(shards, out, micro_batch, stage, ranks):
+def measure(arguments, out, micro_batch, stage, ranks):
     import torch
     from deepspeed.utils import safe_get_full_grad
 
-    from xdscale.data.collate import XDBERTCollator
-    from xdscale.data.order import Order
     from xdscale.ds_config import resolve_ds_config
-    from xdscale.shards.table import Table
-    from xdscale.systems.contract import open_system
-    from xdscale.systems.xdbert import build_adaptation
+    from xdscale.systems.contract import Place, open_system
     from xdscale.training.engine import build_engine
     from xdscale.training.loop import Trainer
     from xdscale.training.prefetch import StepData
@@ -57,28 +68,19 @@ def measure(shards, out, micro_batch, stage, ranks):
     from xdscale.training.skipping import Skipped
     from xdscale.training.watchdog import Watchdog
 
-    recipe = load_recipe(
-        "quickstart", ["training.global_batch=12", "model.dropout=0", "optim.gradient_clipping=1e9", "training.steps=9"]
-    )
+    fixed = ["training.global_batch=12", "model.dropout=0", "optim.gradient_clipping=1e9", "training.steps=9"]
+    recipe = load_recipe(arguments[0], [*fixed, *arguments[1:]])
     values = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 1_000_000},
     }
     config = resolve_ds_config("test", values, recipe, ranks.world_size)
+    system = open_system(recipe)
     torch.manual_seed(0)
-    module = build_adaptation(recipe)
+    module = system.build()
     engine = build_engine(module, recipe.optim, config, load_universal=False)
-    split = Table(shards, "train")
-    order = Order(
-        len(split),
-        seed=0,
-        global_batch=12,
-        world_size=ranks.world_size,
-        rank=ranks.rank,
-        micro_batch=micro_batch,
-    )
-    collate = XDBERTCollator(split, seed=0, objectives=recipe.objectives)
-    batches = [keep_few_targets(collate(slots), slots) for slots in order.slots(0)]
+    data = system.open(Place(ranks, config["train_micro_batch_size_per_gpu"], lambda: None))
+    batches = [keep_few_targets(data.collate(slots), slots, recipe.system) for slots in data.order.slots(0)]
 
     class Source:
         wait_seconds = 0.0
@@ -102,9 +104,9 @@ def measure(shards, out, micro_batch, stage, ranks):
         engine=engine,
         recipe=recipe,
         ranks=ranks,
-        objectives=open_system(recipe).objectives(),
+        objectives=system.objectives(),
         source=Source(),
-        order=order,
+        order=data.order,
         validation=[],
         position=lambda step: None,
         flops=lambda arrays: 0.0,
