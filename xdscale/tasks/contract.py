@@ -14,7 +14,8 @@ from xdscale import registry
 from xdscale.data.task_files import Example
 from xdscale.errors import XdscaleError
 from xdscale.names import nearest, resolve_path
-from xdscale.recipe import NameOrPath, Section
+from xdscale.recipe import NameOrPath
+from xdscale.recipes.visualbert.schema import TaskInput
 from xdscale.recipes.vlbert.schema import TunedPixels
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ SUBJECT_OF = {"visual_bert": "visualbert", "vl_bert": "vlbert"}
 """What a folder is finetuned as whose config.json states this `model_type`; any other is a language encoder."""
 
 
-class ModelSettings(Section):
+class ModelSettings(TaskInput):
     """How the subject is built and what it reads."""
 
     dropout: float = Field(0.1, ge=0, lt=1, description="encoder and head")
@@ -203,16 +204,10 @@ class ModelSettings(Section):
     loss: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="of VL-BERT: each answer, choice or region by itself, or as the task has it for others"
     )
-    objects: Literal["all", "named"] = Field(
-        "all", description="named: of VCR's objects those that the item speaks of, as VisualBERT's release does"
-    )
-    truncation: Literal["longest_first", "second_from_front"] = Field(
-        "longest_first", description="second_from_front: what is too long loses the second text's beginning, as there"
-    )
     clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
 
 
-OWN_SETTINGS = frozenset({"objects", "truncation"})
+OWN_SETTINGS = frozenset(TaskInput.model_fields)
 """Of `ModelSettings` those that some subjects alone have."""
 
 

@@ -17,7 +17,7 @@ from xdscale.pretrained.language import read_config
 from xdscale.pretrained.visualbert import load_visualbert
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
-from xdscale.tasks.contract import Subject, SubjectFacts, Task
+from xdscale.tasks.contract import OWN_SETTINGS, Subject, SubjectFacts, Task
 from xdscale.tasks.subjects import new_linear
 from xdscale.weights import check_sha256, weight_files
 
@@ -28,7 +28,7 @@ POINTING_SIZE = 64
 class VisualBERTSubject(Subject):
     """A VisualBERT in a Hugging Face folder: an export, or anybody's with its BERT's tokenizer beside the weights."""
 
-    own_settings = frozenset({"objects", "truncation"})
+    own_settings = OWN_SETTINGS
     own_positions = 0
     """Positions of the text's table that it needs behind those of a text."""
 

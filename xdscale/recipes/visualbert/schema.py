@@ -24,6 +24,17 @@ class VisualModel(LanguageModel):
     freeze_pooler: bool = Field(True, description="leave BERT's pooler as it is, as the release does")
 
 
+class TaskInput(Section):
+    """What VisualBERT reads of a task's examples."""
+
+    objects: Literal["all", "named"] = Field(
+        "all", description="named: of VCR's objects those that the item speaks of, as VisualBERT's release does"
+    )
+    truncation: Literal["longest_first", "second_from_front"] = Field(
+        "longest_first", description="second_from_front: what is too long loses the second text's beginning, as there"
+    )
+
+
 class SamePicture(Section):
     """Do both captions describe the image? The first one always does."""
 

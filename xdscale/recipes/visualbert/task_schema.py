@@ -6,7 +6,7 @@ from pydantic import Field
 
 from xdscale.recipe import OBJECTIVE_WEIGHT, NameOrPath, Objectives, Section
 from xdscale.recipes.mlm.schema import MaskedLM
-from xdscale.recipes.visualbert.schema import VisualBERTRecipe, VisualModel
+from xdscale.recipes.visualbert.schema import TaskInput, VisualBERTRecipe, VisualModel
 
 
 class TaskFolders(Section):
@@ -16,15 +16,8 @@ class TaskFolders(Section):
     regions: NameOrPath = Field(description="dataset with the regions of the images")
 
 
-class TaskModel(VisualModel):
-    """What it reads of a task, beside what it reads of captions."""
-
-    objects: Literal["all", "named"] = Field(
-        "all", description="named: of VCR's objects those that the item speaks of, as the release does"
-    )
-    truncation: Literal["longest_first", "second_from_front"] = Field(
-        "longest_first", description="second_from_front: what is too long loses the second text's beginning, as there"
-    )
+class TaskModel(VisualModel, TaskInput):
+    """The BERT that it is made of, how it reads regions, and what it reads of a task."""
 
 
 class Truth(Section):
