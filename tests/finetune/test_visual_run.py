@@ -269,6 +269,7 @@ def test_damaged_regions_are_named_before_the_first_step(adapt, cassette_model, 
     ("changes", "message"),
     [
         ({"regions": None}, "--task vqa reads images: --regions DATASET names the dataset with their regions"),
+        ({"regions": "s3://bucket/regions"}, "s3://bucket/regions: a task's regions are read from a folder; copy the"),
         ({"subject": "language"}, "reads no images|supported are 'bert', 'electra'"),
         ({"subject": "visual-bert"}, "no such subject; did you mean 'visualbert'"),
         ({"tasks": ["all"], "regions": None}, r"has no RTE/train\.tsv"),

@@ -13,7 +13,7 @@ from pydantic import Field
 from xdscale import registry
 from xdscale.data.task_files import Example
 from xdscale.errors import XdscaleError
-from xdscale.names import nearest, resolve_path
+from xdscale.names import is_url, nearest, resolve_path
 from xdscale.recipe import NameOrPath
 from xdscale.recipes.visualbert.schema import TaskInput
 from xdscale.recipes.vlbert.schema import TunedPixels
@@ -165,10 +165,12 @@ def open_regions(name: str | None) -> RegionTable | None:
     """Opens the table of image regions of a dataset; None where none is named.
 
     Raises:
-        XdscaleError: no dataset, or it holds no such table.
+        XdscaleError: no dataset, one behind a URL, or it holds no such table.
     """
     if name is None:
         return None
+    if is_url(name):
+        raise XdscaleError(f"{name}: a task's regions are read from a folder; copy the dataset to this machine")
     from xdscale.shards.regions import RegionTable  # most tasks read none
 
     return RegionTable.open(resolve_path(name))
