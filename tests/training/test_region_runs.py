@@ -70,6 +70,13 @@ class Runs:
             name, text = part.split("\n", 1)
             self.said[name] = self.said.get(name, "") + text
 
+    def continue_a_part(self, system):
+        """As if the whole run had been killed in step 4: the newest checkpoint is that of step 2, the log is ahead."""
+        shutil.copytree(self.folder / f"whole-{system}", self.folder / f"parts-{system}")
+        for later in (4, 6):
+            shutil.rmtree(self.checkpoint(f"parts-{system}", later))
+        self.launch({f"parts-{system}": self.arguments(system, f"parts-{system}")})
+
     def entries(self, name, kind="step"):
         return [entry for entry in read_log(self.folder / name / "log.jsonl") if entry["kind"] == kind]
 
@@ -91,10 +98,9 @@ def first(datasets, tmp_path_factory, launch_ranks):
     """Fresh runs of two ranks: whole ones with dropout, ones that stop on the way, ones that fetch what they read."""
     runs = Runs(datasets, tmp_path_factory.mktemp("regions"), launch_ranks)
     started = {}
-    for system in SYSTEMS:
+    for system in LONE:
         # In launches of their own: which bits the same sums end in depends on what a process computed before.
         runs.launch({f"whole-{system}": runs.arguments(system, f"whole-{system}")})
-    for system in LONE:
         shards = runs.data(system, f"half-{system}")
         started[f"half-{system}"] = runs.arguments(system, f"half-{system}", "run.stop_at_step=2", shards=shards)
         sizes = [record.bytes for record in Manifest.load(datasets[system]).shards]
@@ -110,13 +116,8 @@ def first(datasets, tmp_path_factory, launch_ranks):
 def second(first):
     """The same runs continued in new processes: killed ones, and those whose regions were damaged meanwhile."""
     started = {}
-    for system in SYSTEMS:
-        # As if the run had been killed during step 4: the newest checkpoint is that of step 2, the log is ahead of it.
-        shutil.copytree(first.folder / f"whole-{system}", first.folder / f"parts-{system}")
-        for later in (4, 6):
-            shutil.rmtree(first.checkpoint(f"parts-{system}", later))
-        first.launch({f"parts-{system}": first.arguments(system, f"parts-{system}")})
     for system in LONE:
+        first.continue_a_part(system)
         shutil.copytree(first.folder / f"half-{system}", first.folder / f"torn-{system}")
         shards = first.data(system, f"torn-{system}")
         (shards / "regions-all-000001.tar").unlink()
@@ -142,9 +143,21 @@ def refuse(capsys, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", LONE)
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(second, system):
     """With dropout, across an accumulation of two micro-batches, fp32 on CPU."""
+    require_equal_bits(second, system)
+
+
+@pytest.mark.proof
+def test_with_the_trunk_too_resumed_equals_never_stopped(datasets, launch_ranks, tmp_path):
+    runs, system = Runs(datasets, tmp_path, launch_ranks), "vlbert-pixels"
+    runs.launch({f"whole-{system}": runs.arguments(system, f"whole-{system}")})
+    runs.continue_a_part(system)
+    require_equal_bits(runs, system)
+
+
+def require_equal_bits(second, system):
     whole, parts = f"whole-{system}", f"parts-{system}"
     assert "continuing after step 2 of 6" in second.said[parts]
     for key in (*(f"loss/{name}" for name in OBJECTIVES[system]), "loss/total", "optim/grad_norm", "samples"):
