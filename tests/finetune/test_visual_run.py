@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
+from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, XdscaleError
 from xdscale.export import export_run
 from xdscale.finetune.command import Request, run_command
 from xdscale.pretrained.language import load_language_encoder
@@ -249,8 +249,8 @@ def test_damaged_regions_are_named_before_the_first_step(
     content = bytearray(shard.read_bytes())
     content[5000] ^= 1
     shard.write_bytes(content)
-    said = finetune(model, data, damaged, tmp_path / "out", tasks=["vqa"], code=EXIT_BAD_INPUT)
-    told = rf"shards of regions damaged; copy them again\n{shard}: altered: expected sha256"
+    said = finetune(model, data, damaged, tmp_path / "out", tasks=["vqa"], code=EXIT_FAULT)
+    told = rf"shards of regions damaged; copy them again\n *{shard}: altered: expected sha256"
     assert re.search(told, said.stdout + said.stderr)
     config = tmp_path / "zero2.json"
     config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}))
