@@ -132,9 +132,10 @@ def _ten_answers(random: np.random.Generator, answer: str) -> list[dict[str, Any
 
 
 def write_refcoco(out: Path, seed: int, counts: dict[str, int]) -> None:
-    """Writes pictures with two things of each of two kinds, `instances.json` and `refs(unc).p`.
+    """Writes pictures with two things of each of two kinds, and the two files of RefCOCO and of RefCOCO+.
 
-    The file of expressions is a pickle in the public format too: lists, dicts, numbers and strings.
+    RefCOCO+'s expressions do not say where a thing is. The file of expressions is a pickle in the public format too:
+    lists, dicts, numbers and strings.
     """
     with Folder(out / "RefCOCO", seed) as folder:
         _write_refcoco(folder, seed, counts)
@@ -146,22 +147,27 @@ def _write_refcoco(folder: Folder, seed: int, counts: dict[str, int]) -> None:
     scenes = [draw_scene(generator(seed, "refcoco", number), twins=True) for number in range(len(splits))]
     ids = [FIRST_REFERRED + number for number in range(len(scenes))]
     names = [f"COCO_train2014_{image:012}.jpg" for image in ids]
-    refs: list[dict[str, Any]] = []
+    refs: dict[str, list[dict[str, Any]]] = {"refcoco": [], "refcoco+": []}
     for image, name, split, scene in zip(ids, names, splits, scenes):
         folder.picture(f"images/train2014/{name}", scene)
         random = generator(seed, "expressions", image)
         for place in random.permutation(len(scene.things))[:2].tolist():
-            refs.append(_ref(len(refs), image, name, split, place, scene))
+            for task, found in refs.items():
+                said = _expressions(scene, scene.things[place], where=task == "refcoco")
+                found.append(_ref(len(found), image, name, split, place, scene, said))
     head = {"info": INFO, "licenses": _LICENSES, "images": _images(ids, names)}
-    folder.json("refcoco/instances.json", head | _instances(ids, scenes))
-    folder.write("refcoco/refs(unc).p", pickle.dumps(refs, protocol=2))
+    for task, found in refs.items():
+        folder.json(f"{task}/instances.json", head | _instances(ids, scenes))
+        folder.write(f"{task}/refs(unc).p", pickle.dumps(found, protocol=2))
 
 
-def _expressions(scene: Scene, thing: Thing) -> list[str]:
+def _expressions(scene: Scene, thing: Thing, *, where: bool) -> list[str]:
     twin = next(other for other in scene.things if other.kind == thing.kind and other != thing)
     said = [f"{thing.color} {thing.kind}"]
     if thing.big != twin.big:
         said.append(f"the {thing.size} {thing.kind}")
+    if not where:
+        return said
     across, down = (
         (thing.box[axis] + thing.box[axis + 2] - twin.box[axis] - twin.box[axis + 2]) / 2 for axis in (0, 1)
     )
@@ -170,9 +176,10 @@ def _expressions(scene: Scene, thing: Thing) -> list[str]:
     return said
 
 
-def _ref(number: int, image: int, name: str, split: str, place: int, scene: Scene) -> dict[str, Any]:
+def _ref(
+    number: int, image: int, name: str, split: str, place: int, scene: Scene, said: Sequence[str]
+) -> dict[str, Any]:
     thing, annotation, first = scene.things[place], image * 10 + place, number * 3
-    said = _expressions(scene, thing)
     return {
         "sent_ids": list(range(first, first + len(said))),
         "file_name": f"{name.removesuffix('.jpg')}_{annotation}.jpg",

@@ -178,3 +178,16 @@ def test_expressions_name_one_thing(world):
         middles = {entry["id"]: entry["bbox"][axis] + entry["bbox"][axis + 2] / 2 for entry in twins}
         first = min(middles, key=middles.get)
         assert (meant["id"] == first) == (where in ("left", "top"))
+
+
+def test_expressions_of_refcoco_plus_do_not_say_where(world):
+    """They are those of RefCOCO without the words of place, of the same things."""
+    both, plus = (
+        load_plain((world / f"RefCOCO/{name}/refs(unc).p").read_bytes(), name) for name in ("refcoco", "refcoco+")
+    )
+    places = {"left", "right", "top", "bottom"}
+    assert [ref["ann_id"] for ref in plus] == [ref["ann_id"] for ref in both]
+    for one, other in zip(both, plus):
+        said = [sentence["sent"] for sentence in one["sentences"] if sentence["tokens"][0] not in places]
+        assert [sentence["sent"] for sentence in other["sentences"]] == said
+    assert read(world / "RefCOCO/refcoco+/instances.json") == read(world / "RefCOCO/refcoco/instances.json")
