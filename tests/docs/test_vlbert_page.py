@@ -44,7 +44,7 @@ def workplace(tmp_path_factory, cassette_model, wiki_text, fp32_configs):
     shutil.copytree(cassette_model, folder / "small-bert")
     data.mkdir()
     (world / "VCR").rename(data / "VCR")
-    (world / "RefCOCO" / "refcoco").rename(data / "refcoco+")
+    (world / "RefCOCO" / "refcoco+").rename(data / "refcoco+")
     (world / "RefCOCO" / "images" / "train2014").rename(folder / "train2014")
     _write_captioned(folder, world / "COCO", boxes)
     lines = wiki_text.read_text(encoding="utf-8").splitlines(keepends=True)
