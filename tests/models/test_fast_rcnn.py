@@ -1,5 +1,7 @@
 """Fast R-CNN's branch against torchvision's layers, and what of it is trained (spec VL-BERT §1.4, §10)."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +146,19 @@ def test_a_file_says_how_deep_and_wide_its_resnet_is(tmp_path):
     with torch.no_grad():
         assert found([torch.randn(3, 64, 64)], [torch.tensor([[0.0, 0, 60, 60]])]).shape == (1, 2048)
     assert load_fast_rcnn(None).name == "resnet101"
+
+
+def test_statistics_stay_wide_beside_weights_in_bf16(model):
+    """As DeepSpeed leaves a module in bf16: parameters are narrow, buffers are not."""
+    image, boxes = torch.randn(3, 64, 96) * 50, torch.tensor([[8.0, 4, 80, 60]])
+    narrow = copy.deepcopy(model)
+    for parameter in narrow.parameters():
+        parameter.data = parameter.data.bfloat16()
+    with torch.no_grad():
+        wanted = model([image], [boxes])
+    found = narrow([image], [boxes])
+    assert found.dtype == torch.bfloat16
+    assert narrow.bn1.running_var.dtype == torch.float32
+    assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
+    found.sum().backward()
+    assert narrow.layer2[0].conv1.weight.grad.any()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import roi_align
@@ -22,6 +23,19 @@ RESNET_101 = (3, 4, 23, 3)
 """Blocks of each of its stages."""
 
 
+class FixedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm with the statistics that it has, which stay as wide as they were loaded where states are narrow.
+
+    DeepSpeed narrows parameters and leaves buffers as they are, which PyTorch's own does not take.
+    """
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Normalises states [n, channels, height, width]."""
+        mean, variance = self.running_mean, self.running_var
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        return F.batch_norm(states, mean, variance, weight, bias, eps=self.eps)
+
+
 class FastRCNN(nn.Module):
     """ResNet-101 as the Caffe of its time has it: C4 of the image, C5 of each region with RoIAlign, then a mean.
 
@@ -37,7 +51,9 @@ class FastRCNN(nn.Module):
         super().__init__()
         self.name = f"resnet{3 * sum(blocks) + 2}"
         # Else random weights let states grow 2^16 times.
-        net = ResNet(Bottleneck, list(blocks), zero_init_residual=True, width_per_group=width)
+        net = ResNet(
+            Bottleneck, list(blocks), zero_init_residual=True, width_per_group=width, norm_layer=FixedBatchNorm
+        )
         for layer in (net.layer2, net.layer3, net.layer4):
             first = layer[0]
             first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
