@@ -82,6 +82,7 @@ PINNED = {
         "PARTNER": "57f73df06dbb11b1",
         "CLIP_TARGET": "1ae6c313fea329ee",
         "MASKED_REGION": "ca936b6b998842de",
+        "FLIP": "75b80458a1a030a1",
     },
     "order": {1: "af5570f5a1810b7a", 2: "9d34149fbd1fe777", 1000: "bd08f096296691cb", 6000000: "63eadf89afc6d9e3"},
     "steps": "c5dcfd23a1afaf9c",

@@ -148,6 +148,9 @@ def test_vlberts_settings_are_those_of_its_release_and_of_its_paper(name, rate, 
     assert (pixels is not None) == ("e2e" in name)
     if pixels is not None:  # the branch of the model's own pretraining
         assert (pixels.weights, pixels.short_side, pixels.long_side) == (None, 600, 1200 if "vcr" in name else 1000)
+        model = settings.model
+        assert (model.flip, model.swap_words) == (0.5, "refcoco" in name)
+        assert (model.object_loss, model.object_masks) == ((1, "output") if "vcr" in name else (0, None))
     exclusive = name.endswith("paper") and not name.startswith("refcoco")
     assert settings.model.loss == ("softmax" if exclusive else "sigmoid")
     if name.startswith("vcr"):

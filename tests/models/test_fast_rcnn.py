@@ -63,7 +63,11 @@ def bins(features, box):
     return out
 
 
-def test_it_is_a_resnet_with_strides_in_front_a_dilated_end_and_regions(model):
+@pytest.mark.parametrize("masked", [None, "input", "output"])
+def test_it_is_a_resnet_with_strides_in_front_a_dilated_end_and_regions(model, masked, monkeypatch):
+    """With masks of objects too: the release multiplies what C5 gives, before the mean over 14 × 14 places."""
+    masks = (torch.rand(2, 14, 14) > 0.3) & (torch.arange(14) < 11)
+    monkeypatch.setattr(model, "masks_at", masked or "output")
     image, boxes = torch.randn(3, 96, 128) * 50, torch.tensor([[8.0, 4, 100, 90], [0, 0, 127, 95]])
     with torch.no_grad():
         states = F.conv2d(image[None], model.conv1.weight, stride=2, padding=3)
@@ -75,11 +79,15 @@ def test_it_is_a_resnet_with_strides_in_front_a_dilated_end_and_regions(model):
                 states = block(states, part, stride if number == 0 else 1)
         assert states.shape == (1, 1024, 6, 8)
         regions = torch.stack([bins(states[0], box.tolist()) for box in boxes])
+        if masked == "input":
+            regions = regions * masks[:, None]
         for part in model.layer4:
             regions = block(regions, part, dilation=2)
+        if masked == "output":
+            regions = regions * masks[:, None]
         assert regions.shape == (2, 2048, 14, 14)
         wanted = F.avg_pool2d(regions, 14).flatten(1)
-        found = model([image], [boxes])
+        found = model([image], [boxes], None if masked is None else [masks])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
 
 

@@ -96,6 +96,41 @@ def test_what_is_masked_is_blank_and_the_rest_is_the_scaled_picture(collate):
     assert masked_pixels > 500
 
 
+def test_mirrored_pictures_are_those_of_mirrored_files(pictures, collate):
+    """The release mirrors scaled pictures and boxes, blanks what is masked then, and leaves words as they are."""
+    tables = [Table(pictures, "train", name) for name in ("captions", "text")]
+    found = recipe("objectives.masked_region.select=0.5", "model.flip=0.5")
+    flipping = VLBERTCollator(*tables, recipe=found, continues=collate.tokens.continues, flips=True)
+    slots = slots_of(collate, range(12), [3])
+    mirror, usual, other = flipping.draws(slots)[-1], collate(slots).arrays, flipping(slots).arrays
+    assert 2 < mirror.sum() < 11
+    assert not mirror[12]  # a text
+    assert len(flipping.draws(slots)) == len(collate.draws(slots)) + 1
+    first, hidden_ones = 0, 0
+    for sample in range(12):
+        picture, boxes = usual[f"picture_{sample}"], usual[f"boxes_{sample}"]
+        places = slice(first, first + len(boxes))
+        first += len(boxes)
+        masked, where = usual["masked_regions"][places].astype(bool), usual["places"][places].copy()
+        if mirror[sample]:
+            last = picture.shape[2] - 1
+            boxes = np.stack([last - boxes[:, 2], boxes[:, 1], last - boxes[:, 0], boxes[:, 3]], 1)
+            where[:, 0] = 100 - where[:, 0]
+            picture = picture[:, :, ::-1]
+        hidden = np.zeros(picture.shape[1:], bool)
+        for left, top, right, bottom in boxes[masked].astype(int):
+            hidden[top : bottom + 1, left : right + 1] = True
+        np.testing.assert_allclose(other[f"boxes_{sample}"], boxes, atol=1e-4)
+        np.testing.assert_allclose(other["places"][places], where, atol=1e-4)
+        assert not other[f"picture_{sample}"][:, hidden].any()
+        shown = ~hidden & (picture != 0).any(0)  # which was not blank in the usual one, up to the edge of a pixel
+        np.testing.assert_array_equal(other[f"picture_{sample}"][:, shown], picture[:, shown])
+        hidden_ones += hidden.sum() * mirror[sample]
+    assert hidden_ones > 200
+    kept = ("text_ids", "mlm_labels", "mlm_rows", "masked_region_rows", "masked_region_labels", "text_visual")
+    assert all(np.array_equal(usual[name], other[name]) for name in kept)
+
+
 def test_every_trained_parameter_gets_a_gradient_and_frozen_ones_do_not(module, collate):
     """Also without captions, without texts and without targets: so that all ranks do the same."""
     module.train()

@@ -46,6 +46,7 @@ class Purpose(IntEnum):
     PARTNER = 4
     CLIP_TARGET = 5
     MASKED_REGION = 6
+    FLIP = 7
 
 
 def random_bits(seed: int, epochs: np.ndarray | int, sample_ids: np.ndarray, purpose: int, count: int) -> np.ndarray:

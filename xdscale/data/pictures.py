@@ -5,10 +5,12 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
 from xdscale.recipes.vlbert.schema import Pixels
 from xdscale.shards.regions import RegionBuild, RegionTable
+from xdscale.systems.contract import Slots
 
 MEANS = np.array([102.9801, 115.9465, 122.7717], np.float32)
 """Of blue, green and red."""
@@ -92,7 +94,32 @@ def blank(picture: np.ndarray, boxes: np.ndarray) -> None:
         picture[:, top : bottom + 1, left : right + 1] = 0
 
 
-def scaled_boxes(boxes: np.ndarray, size: tuple[int, int], scaled: tuple[int, int]) -> np.ndarray:
-    """Returns boxes of a picture in the pixels of the scaled one, inside it: fp32 [n, 4]."""
-    ratios = np.tile(np.array(scaled) / np.array(size), 2)
-    return np.clip(boxes * ratios, 0, np.tile(np.array(scaled) - 1, 2)).astype(np.float32)
+def scaled_boxes(
+    boxes: np.ndarray, size: tuple[int, int], scaled: tuple[int, int], *, mirror: bool = False
+) -> np.ndarray:
+    """Returns boxes of a picture in the pixels of the scaled one, or of its mirror image, inside it: fp32 [n, 4]."""
+    ratios, last = np.tile(np.array(scaled) / np.array(size), 2), np.tile(np.array(scaled) - 1, 2)
+    found = np.clip(boxes * ratios, 0, last).astype(np.float32)
+    return mirrored_boxes(found, last[0]) if mirror else found
+
+
+def mirrored_boxes(boxes: np.ndarray, right: np.ndarray | float) -> np.ndarray:
+    """Returns boxes in the mirror image.
+
+    Args:
+        boxes: [n, 4].
+        right: where what is at 0 comes to lie, of all or of each box: the last column of pixels, or a width.
+    """
+    found = boxes.copy()
+    found[:, 0], found[:, 2] = right - boxes[:, 2], right - boxes[:, 0]
+    return found
+
+
+def mirrored(picture: np.ndarray) -> np.ndarray:
+    """Returns the mirror image of a picture, or of masks: [n, height, width]."""
+    return np.ascontiguousarray(picture[:, :, ::-1])
+
+
+def draw_flips(slots: Slots, share: float, seed: int) -> np.ndarray:
+    """Draws which samples' images are mirrored, bool [b]: so large a share of them."""
+    return below(random_bits(seed, slots.epochs, slots.sample_ids, Purpose.FLIP, 1)[:, 0], share)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from xdscale.data.pictures import mirrored_boxes
 from xdscale.data.visual_text import chosen_regions, interleaved
 from xdscale.shards.regions import Regions
 
@@ -81,6 +82,19 @@ def objects_of(regions: Regions, whole_image: str) -> tuple[Regions, np.ndarray]
     if whole_image == "first":
         kept[regions.offsets[:-1]] = False
     return chosen_regions(regions, kept), kept
+
+
+def mirrored_regions(regions: Regions, which: np.ndarray) -> Regions:
+    """Returns regions with the boxes of some images where they are in their mirror images.
+
+    Args:
+        regions: of several images.
+        which: bool [n], the images.
+    """
+    counts = np.diff(regions.offsets)
+    widths = np.repeat(regions.sizes[:, 0].astype(np.float32), counts)
+    found = mirrored_boxes(regions.boxes, widths)
+    return regions._replace(boxes=np.where(np.repeat(which, counts)[:, None], found, regions.boxes))
 
 
 def with_whole_image(objects: Regions, seen: np.ndarray | None = None) -> tuple[Regions, np.ndarray]:

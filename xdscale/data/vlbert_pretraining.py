@@ -7,9 +7,9 @@ import numpy as np
 
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.data.masking import mask_language_ids
-from xdscale.data.pictures import blank, read_pictures, scaled_boxes
+from xdscale.data.pictures import blank, draw_flips, mirrored, read_pictures, scaled_boxes
 from xdscale.data.visual_text import chosen_regions, region_rows
-from xdscale.data.vlbert import objects_of, pack, with_whole_image
+from xdscale.data.vlbert import mirrored_regions, objects_of, pack, with_whole_image
 from xdscale.recipes.vlbert.schema import MaskedRegions, VLBERTRecipe
 from xdscale.shards.regions import Regions, RegionTable
 from xdscale.shards.sources.caption_build import CaptionBuild
@@ -50,7 +50,13 @@ class VLBERTCollator:
     """
 
     def __init__(
-        self, captions: Table, texts: Table | None = None, *, recipe: VLBERTRecipe, continues: np.ndarray
+        self,
+        captions: Table,
+        texts: Table | None = None,
+        *,
+        recipe: VLBERTRecipe,
+        continues: np.ndarray,
+        flips: bool = False,
     ) -> None:
         """Sets the collator up.
 
@@ -59,8 +65,10 @@ class VLBERTCollator:
             texts: the same split of packed text; None where `text_mlm` is off.
             recipe: objectives, lengths, and the seed of all draws.
             continues: see `Tokens`.
+            flips: whether a share `model.flip` of the images is mirrored; held-out ones never are.
         """
         self.captions, self.texts, self.recipe = captions, texts, recipe
+        self._flip = recipe.model.flip if flips else 0.0
         self.regions = RegionTable(captions.linked("image"))
         self.tokens = Tokens(CaptionBuild.of(captions.manifest).language_tokenizer, continues)
 
@@ -86,7 +94,8 @@ class VLBERTCollator:
         probabilities = self.regions.class_probs(images)[kept] if wanted else None
         pixels = self.recipe.model.pixels
         pictures = None if pixels is None else read_pictures(self.regions, images, found.sizes, pixels)
-        return compose(self.recipe, self.tokens, slots, words, has_image, objects, probabilities, pictures)
+        flipped = has_image & draw_flips(slots, self._flip, self.recipe.training.seed)
+        return compose(self.recipe, self.tokens, slots, words, has_image, objects, probabilities, pictures, flipped)
 
     def prefetch(self, step: list[Slots]) -> None:
         """Says that the samples of a step and their images will be read soon.
@@ -101,7 +110,8 @@ class VLBERTCollator:
             self.texts.prefetch(texts)
 
     def draws(self, slots: Slots) -> list[np.ndarray]:
-        """Returns masked positions and what is put there, then which regions are to be predicted and which are masked.
+        """Returns masked positions and what is put there, then which regions are to be predicted and which are masked,
+        and which images are mirrored.
 
         No shard is read: every text and every image counts as the longest, of ids 0.
         """
@@ -118,6 +128,8 @@ class VLBERTCollator:
             part = Slots(slots.epochs[has_image], slots.sample_ids[has_image], slots.real[has_image])
             counts = np.full(len(part.sample_ids), most)
             drawn += choose_regions(counts, part, regions, seed=self.recipe.training.seed)
+        if self._flip:
+            drawn.append(has_image & draw_flips(slots, self._flip, self.recipe.training.seed))
         return drawn
 
     def alternating(self, slots: Slots) -> Slots:
@@ -180,6 +192,7 @@ def compose(
     objects: Regions,
     probabilities: np.ndarray | None,
     pictures: Sequence[np.ndarray] | None = None,
+    flipped: np.ndarray | None = None,
 ) -> MicroBatch:
     """Makes a micro-batch of samples that are read: masks, cuts and packs.
 
@@ -193,6 +206,7 @@ def compose(
         probabilities: [total, classes] of these; None without `masked_region`.
         pictures: of each sample that has an image, scaled; what is in masked regions is taken out of them. None where
             features are read.
+        flipped: bool [b], whose image is mirrored with its boxes; None for none.
     """
     with_image = Slots(slots.epochs[has_image], slots.sample_ids[has_image], slots.real[has_image])
     on, room, seed = recipe.objectives.masked_region, recipe.model.max_elements, recipe.training.seed
@@ -214,11 +228,13 @@ def compose(
     inserted, is_target = np.zeros_like(whole), np.zeros_like(whole)
     inserted[~whole], is_target[~whole] = masked, chosen
     mine = _of_samples(chosen_regions(regions, kept), has_image)
-    packed = pack(texts, [np.zeros_like(text) for text in texts], mine, masked=inserted[kept])
+    flipped = np.zeros_like(has_image) if flipped is None else flipped
+    segments, seen = [np.zeros_like(text) for text in texts], mirrored_regions(mine, flipped)
+    packed = pack(texts, segments, seen, masked=inserted[kept])
     arrays, targets = {}, {}
     if pictures is not None:
         del packed["features"]
-        arrays |= _seen(pictures, objects, masked, mine, has_image)
+        arrays |= _seen(pictures, objects, masked, mine, has_image, flipped)
     for name, (row, column, labels) in found.items():
         arrays[f"{name}_rows"], arrays[f"{name}_labels"] = packed["cu_seqlens"][row] + column, labels
         targets[name] = len(labels)
@@ -262,7 +278,12 @@ def _mask(
 
 
 def _seen(
-    pictures: Sequence[np.ndarray], objects: Regions, masked: np.ndarray, regions: Regions, has_image: np.ndarray
+    pictures: Sequence[np.ndarray],
+    objects: Regions,
+    masked: np.ndarray,
+    regions: Regions,
+    has_image: np.ndarray,
+    flipped: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """Returns the picture of each sample, with what is masked taken out, and its regions' boxes there.
 
@@ -272,16 +293,19 @@ def _seen(
         masked: bool, of `objects`.
         regions: of each sample of the batch, those that are kept.
         has_image: bool [b].
+        flipped: bool [b].
     """
     arrays, captions = {}, iter(range(len(pictures)))
     for sample, (image, start, end) in enumerate(zip(has_image.tolist(), regions.offsets, regions.offsets[1:])):
         picture, boxes = np.zeros((3, BLANK_SIDE, BLANK_SIDE), np.float32), regions.boxes[start:end]
         if image:
             number = next(captions)
-            picture, size = pictures[number], tuple(objects.sizes[number].tolist())
+            picture, size, mirror = pictures[number], tuple(objects.sizes[number].tolist()), bool(flipped[sample])
+            if mirror:
+                picture = mirrored(picture)
             part, scaled = slice(*objects.offsets[number : number + 2]), picture.shape[:0:-1]
-            blank(picture, scaled_boxes(objects.boxes[part][masked[part]], size, scaled))
-            boxes = scaled_boxes(boxes, size, scaled)
+            blank(picture, scaled_boxes(objects.boxes[part][masked[part]], size, scaled, mirror=mirror))
+            boxes = scaled_boxes(boxes, size, scaled, mirror=mirror)
         arrays |= {f"picture_{sample}": picture, f"boxes_{sample}": boxes}
     return arrays
 

@@ -270,8 +270,6 @@ def describe_subject(
 
     kind = subject or _kind(model)
     found = find_subject(kind)(model, settings)
-    if settings.pixels is not None and not found.reads_pixels:
-        raise XdscaleError(f"model.pixels: {model} as {kind} reads no pixels, VL-BERT does; leave it out")
     if keep_model and type(found).export is Subject.export:
         raise XdscaleError(f"run.keep_model = true: {model} as {kind} is not exported; leave it out")
     for task in tasks:

@@ -13,6 +13,7 @@ from torch import nn
 from xdscale.data.opening import verify_table
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_batches import CLIP_BLOCKS
+from xdscale.data.vlbert_tasks import OBJECT_CLASS
 from xdscale.ds_config import precision
 from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.export import export_run
@@ -23,6 +24,8 @@ from xdscale.systems.contract import Data, ExampleCollator, Objective, Place, Sy
 from xdscale.tasks.contract import OWN_SETTINGS, Subject, TaskData, find_subject, open_regions, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.metrics import METRICS
+from xdscale.training.best import final_step
+from xdscale.training.checkpoint_folder import list_checkpoints, step_of
 from xdscale.training.run_folder import read_log
 from xdscale.training.session import Setup
 
@@ -51,11 +54,14 @@ class FinetuneSystem(System):
 
     @property
     def _material(self) -> Material:
-        return prepare(self.recipe.task, self.recipe.data, self.recipe.model)
+        recipe = self.recipe
+        seed = recipe.training.seed if recipe.model.flip else None  # else all seeds share what is read
+        return prepare(recipe.task, recipe.data, recipe.model, seed)
 
     def objectives(self) -> dict[str, Objective]:
-        """Returns the task's one loss."""
-        return {"task": Objective(1.0)}
+        """Returns the task's loss, and that on classes of objects if it is on."""
+        weight = self.recipe.model.object_loss
+        return {"task": Objective(1.0)} | ({OBJECT_CLASS: Objective(weight)} if weight else {})
 
     def open(self, place: Place) -> Data:
         """Reads and tokenises the task's files.
@@ -112,6 +118,8 @@ class FinetuneSystem(System):
             predicted[split] = predict(setup, task, engine, slots, collate)
             if predicted[split] is None:
                 return EXIT_STOPPED
+        if recipe.run.keep_model:
+            setup.watchdog.enter("saving", recipe.training.steps)
         if ranks.is_first:
             self._write(setup, predicted)
         return 0
@@ -125,7 +133,8 @@ class FinetuneSystem(System):
             write_submission(folder / "predictions" / name, task, examples, predicted[name])
         if self.recipe.run.keep_model:
             shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a start that was killed
-            export_run(folder, folder / MODEL)
+            step = final_step(folder, self.recipe) or step_of(list_checkpoints(setup.run.checkpoints)[-1])
+            export_run(folder, folder / MODEL, step=step)  # of a step that is named no other rank is asked
         result = _result(setup, material, predicted) | {"seconds": time.monotonic() - self._began}
         write_atomically(folder / RESULT, json.dumps(result, indent=2) + "\n")
         shutil.rmtree(setup.run.checkpoints, ignore_errors=True)  # the result says it all, and a sweep has many
@@ -145,8 +154,8 @@ def freeze_pooler(module: Finetuning) -> None:
 
 
 @lru_cache(maxsize=1)
-def prepare(section: TaskSection, files: TaskFiles, model: SubjectSection) -> Material:
-    """Reads and tokenises a task, once for all its seeds in this process.
+def prepare(section: TaskSection, files: TaskFiles, model: SubjectSection, seed: int | None) -> Material:
+    """Reads and tokenises a task, once for all its seeds in this process where nothing of it depends on these.
 
     Raises:
         XdscaleError: the task's files or the model's tokenizer are not in order.
@@ -157,7 +166,7 @@ def prepare(section: TaskSection, files: TaskFiles, model: SubjectSection) -> Ma
     return Material(
         read,
         subject,
-        subject.collator(read.task, read.train),  # which knows what was found in the files
+        subject.training_collator(read.task, read.train, seed),  # which knows what was found in the files
         {split: subject.collator(read.task, examples) for split, examples in read.dev.items()},
         {split: subject.collator(read.task, examples) for split, examples in read.test.items()},
     )

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,12 @@ class FastRCNN(nn.Module):
     Args:
         blocks: of each stage, for a ResNet of another depth.
         width: of the 3×3 convolutions of the first stage; those of later ones are two, four and eight times as wide.
+
+    Attributes:
+        masks_at: what of C5 the masks of objects are multiplied with: its "input" or its "output", as in the release.
     """
+
+    masks_at: Literal["input", "output"] = "output"
 
     def __init__(self, blocks: Sequence[int] = RESNET_101, width: int = 64) -> None:
         super().__init__()
@@ -74,19 +80,28 @@ class FastRCNN(nn.Module):
             norm.eval()
         return self
 
-    def forward(self, images: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self,
+        images: Sequence[torch.Tensor],
+        boxes: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Computes what is seen in each box of each image; each image by itself, so that none depends on the others.
 
         Args:
             images: of each [3, height, width]: blue, green, red, less the mean of each, 0 where nothing is to be seen.
             boxes: of each fp32 [k, 4], in its pixels: left, top, right, bottom.
+            masks: of each bool [k, 14, 14], the places of each box that count; None for all.
 
         Returns:
             [boxes of all, 2048].
         """
         dtype = self.conv1.weight.dtype
         found = [self._aligned(image.to(dtype), mine) for image, mine in zip(images, boxes, strict=True)]
-        return self.layer4(torch.cat(found)).mean((2, 3))
+        states, at = torch.cat(found), None if masks is None else self.masks_at
+        shown = None if masks is None else torch.cat(list(masks)).unsqueeze(1)
+        states = self.layer4(states * shown if at == "input" else states)
+        return (states * shown if at == "output" else states).mean((2, 3))
 
     def _aligned(self, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Returns of each box C4 at 14 × 14 places: [k, 1024, 14, 14]."""
@@ -105,10 +120,11 @@ def features_of(trunk: FastRCNN, batch: Mapping[str, torch.Tensor]) -> torch.Ten
 
     Args:
         trunk: the branch.
-        batch: with `picture_i` and `boxes_i` of each picture i, as VL-BERT's collators make them.
+        batch: with `picture_i`, `boxes_i` and perhaps `masks_i` of each picture i, as VL-BERT's collators make them.
     """
-    count = sum(name.startswith("picture_") for name in batch)
-    return trunk(*([batch[f"{name}_{number}"] for number in range(count)] for name in ("picture", "boxes")))
+    numbers = range(sum(name.startswith("picture_") for name in batch))
+    kinds = ("picture", "boxes", "masks") if "masks_0" in batch else ("picture", "boxes")
+    return trunk(*([batch[f"{kind}_{number}"] for number in numbers] for kind in kinds))
 
 
 def load_fast_rcnn(path: Path | None) -> FastRCNN:

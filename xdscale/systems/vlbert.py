@@ -106,7 +106,12 @@ class VLBERTSystem(System):
         )
         continues = continuations(recipe.model.language)
         train, held_out = (
-            VLBERTCollator(*(shards.table(split, name) for name in tables), recipe=recipe, continues=continues)
+            VLBERTCollator(
+                *(shards.table(split, name) for name in tables),
+                recipe=recipe,
+                continues=continues,
+                flips=split == "train",
+            )
             for split in ("train", "validation")
         )
         most = len(tables) * min(held_out.sizes)

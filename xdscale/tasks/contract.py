@@ -16,7 +16,7 @@ from xdscale.errors import XdscaleError
 from xdscale.names import is_url, nearest, resolve_path
 from xdscale.recipe import NameOrPath
 from xdscale.recipes.visualbert.schema import TaskInput
-from xdscale.recipes.vlbert.schema import TunedPixels
+from xdscale.recipes.vlbert.schema import FLIP, TunedPixels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -206,11 +206,18 @@ class ModelSettings(TaskInput):
     loss: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="of VL-BERT: each answer, choice or region by itself, or as the task has it for others"
     )
+    flip: float = FLIP
+    swap_words: bool = Field(True, description="exchange the words left and right where the image is mirrored")
+    object_loss: float = Field(0.0, ge=0, description="weight of a second loss, on classes of VCR's objects; 0: none")
+    object_masks: Literal["input", "output"] | None = Field(
+        None, description="what of C5 is multiplied with VCR's masks of objects, with pixels; null for nothing"
+    )
     clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
 
 
 OWN_SETTINGS = frozenset(TaskInput.model_fields)
-"""Of `ModelSettings` those that some subjects alone have."""
+OF_VLBERT = frozenset({"pixels", "flip", "object_loss", "object_masks"})
+"""Of `ModelSettings` those that some subjects alone have: what they read of an input, and what VL-BERT has."""
 
 
 class SubjectFacts(NamedTuple):
@@ -236,14 +243,11 @@ class Subject(ABC):
         regions: where its task reads images.
     """
 
-    reads_pixels = False
-    """Whether it has `model.pixels`."""
-
     own_settings: ClassVar[frozenset[str]] = frozenset()
-    """Settings that not all subjects have, of those in `OWN_SETTINGS`; the others are refused."""
+    """Settings that not all subjects have, of those in `OWN_SETTINGS` and `OF_VLBERT`; the others are refused."""
 
     def __init__(self, model: str, settings: ModelSettings, regions: RegionTable | None = None) -> None:
-        for key in sorted(OWN_SETTINGS - self.own_settings):
+        for key in sorted((OWN_SETTINGS | OF_VLBERT) - self.own_settings):
             if (value := getattr(settings, key)) != ModelSettings.model_fields[key].default:
                 raise XdscaleError(
                     f"model.{key} = {value}: {model} has no such choice as it is finetuned; leave it out"
@@ -270,6 +274,16 @@ class Subject(ABC):
     @abstractmethod
     def collator(self, task: Task, examples: Sequence[Example]) -> ExampleCollator:
         """Tokenises a split."""
+
+    def training_collator(self, task: Task, examples: Sequence[Example], seed: int | None) -> ExampleCollator:
+        """Tokenises the split that is trained on.
+
+        Args:
+            task: whose.
+            examples: in file order.
+            seed: of what is drawn for an example; None where the settings say that nothing is.
+        """
+        return self.collator(task, examples)
 
     @abstractmethod
     def build(self, task: Task, *, sha256: str | None = None) -> nn.Module:

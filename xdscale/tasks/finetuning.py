@@ -59,10 +59,13 @@ class Finetuning(nn.Module):
         Returns:
             "task": its `Term` over the real examples.
             "logits": fp32 [b, outputs], without gradient; for choices [b, choices].
+            And the terms of what else the subject learns: it returns these beside its logits then.
         """
-        logits = self.subject(batch).float().view(len(batch["real"]), -1)
+        found = self.subject(batch)
+        logits, more = found if isinstance(found, tuple) else (found, {})
+        logits = logits.float().view(len(batch["real"]), -1)
         loss = getattr(self.subject, "loss", self.task.loss)(logits, batch["labels"], batch["real"])
-        return {"task": Term.scored(*loss), "logits": logits.detach()}
+        return {"task": Term.scored(*loss), **more, "logits": logits.detach()}
 
 
 def build_language_classifier(spec: Language, task: Task, *, dropout: float) -> LanguageClassifier:

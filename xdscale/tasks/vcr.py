@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import (
     Any,
+    ClassVar,
     NamedTuple,
     NotRequired,  # pydantic needs this one on Python 3.11
 )
@@ -17,8 +18,10 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from xdscale.data.json_shapes import Text, read_lines, read_whole
+from xdscale.data.outlines import SIDE, object_mask
 from xdscale.data.task_files import Example, Span, place
 from xdscale.errors import XdscaleError
+from xdscale.files import shown
 from xdscale.tasks.text import TextTask
 
 NAMES = (
@@ -29,6 +32,17 @@ NAMES = (
 
 EVERYONE = ("everyone", "everyones")
 """Words that speak of all persons."""
+CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "trafficlight",
+    "firehydrant", "stopsign", "parkingmeter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sportsball", "kite", "baseballbat", "baseballglove", "skateboard", "surfboard", "tennisracket", "bottle",
+    "wineglass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot",
+    "hotdog", "pizza", "donut", "cake", "chair", "couch", "pottedplant", "bed", "diningtable", "toilet", "tv", "laptop",
+    "mouse", "remote", "keyboard", "cellphone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock",
+    "vase", "scissors", "teddybear", "hairdrier", "toothbrush",
+)  # fmt: skip
+"""COCO's 80 classes as VCR calls them, in COCO's order; class 0 is the background."""
 
 CHOICES = 4
 IMAGES = "vcr1images"
@@ -58,16 +72,25 @@ class _Metadata(TypedDict):
     height: int
 
 
+class _Outlines(TypedDict):
+    boxes: list[list[float]]
+    segms: list[list[list[tuple[float, float]]]]
+
+
 class VCRTruth(NamedTuple):
     """What is known of a question beside its label.
 
     Attributes:
         regions: how many its image has in the table: the whole image, then the objects.
         answer: the answer that a reason is asked for; None where an answer is asked for.
+        objects: classes of the objects.
+        metadata: file with the outlines of the objects.
     """
 
     regions: int
     answer: int | None
+    objects: tuple[str, ...]
+    metadata: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +102,7 @@ class CommonsenseReasoning(TextTask):
     """
 
     images = 1
+    object_count: ClassVar[int] = 1 + len(CLASSES)
 
     reasons: bool
 
@@ -100,7 +124,7 @@ class CommonsenseReasoning(TextTask):
             seen[identifier] = line
             if images.is_dir():
                 _check_metadata(where, entry, images, checked)
-            examples += self._examples(where, line, entry, labelled)
+            examples += self._examples(where, line, entry, labelled, images / entry["metadata_fn"])
         if not examples:
             raise XdscaleError(f"{path}: holds no examples")
         return examples
@@ -148,7 +172,30 @@ class CommonsenseReasoning(TextTask):
         writer.writerows([identifier, *row] for identifier, row in rows.items())
         return file.getvalue()
 
-    def _examples(self, where: str, line: int, entry: _Question, labelled: bool) -> list[Example]:
+    def object_classes(self, examples: Sequence[Example]) -> list[np.ndarray]:
+        """Returns the classes of the objects of each example, int64 [objects], counted from 1.
+
+        Raises:
+            XdscaleError: an object is of no class that VCR has.
+        """
+        numbers = {name: number for number, name in enumerate(CLASSES, 1)}
+        for example in examples:
+            if unknown := [name for name in example.truth.objects if name not in numbers]:
+                raise XdscaleError(
+                    f"{example.id}: objects: {shown(unknown[0])} is none of VCR's classes (person, …, toothbrush); "
+                    "model.object_loss=0 leaves them unread"
+                )
+        return [np.array([numbers[name] for name in example.truth.objects], np.int64) for example in examples]
+
+    def object_masks(self, examples: Sequence[Example]) -> list[np.ndarray]:
+        """Returns which places of each object's box show it, of each example: bool [objects, 14, 14].
+
+        Raises:
+            XdscaleError: the metadata are not there, or have not the outlines of these objects.
+        """
+        return [_masks(example.truth) for example in examples]
+
+    def _examples(self, where: str, line: int, entry: _Question, labelled: bool, metadata: Path) -> list[Example]:
         answers, reasons = entry["answer_choices"], entry["rationale_choices"]
         for key, choices in (("answer_choices", answers), ("rationale_choices", reasons)):
             if len(choices) != CHOICES:
@@ -166,7 +213,7 @@ class CommonsenseReasoning(TextTask):
                 line,
                 images=(entry["img_fn"],),
                 spans=tuple((spans, others) for _, others, _ in seconds),
-                truth=VCRTruth(regions, answer),
+                truth=VCRTruth(regions, answer, tuple(entry["objects"]), metadata),
                 named=named,
             )
 
@@ -255,6 +302,20 @@ def _check_metadata(where: str, entry: _Question, images: Path, checked: dict[st
         raise XdscaleError(
             f"{where}: objects are {', '.join(entry['objects'])}, but {name} names {', '.join(checked[name])}"
         )
+
+
+def _masks(truth: VCRTruth) -> np.ndarray:
+    path, objects = truth.metadata, len(truth.objects)
+    if not path.is_file():
+        raise XdscaleError(
+            f"model.object_masks: {path}: no such file; unpack vcr1images.zip, which has the outlines of objects, there"
+        )
+    found = read_whole(path, _Outlines)
+    boxes, outlines = found["boxes"], found["segms"]
+    if not len(boxes) == len(outlines) == objects or any(len(box) < 4 for box in boxes):
+        raise XdscaleError(f"{path}: {len(boxes)} boxes and {len(outlines)} segms; the question has {objects} objects")
+    masks = [object_mask([np.array(one) for one in mine if one], box[:4]) for box, mine in zip(boxes, outlines)]
+    return np.array(masks, bool).reshape(-1, SIDE, SIDE)
 
 
 def _task(name: str, title: str, label: str, *, reasons: bool) -> CommonsenseReasoning:

@@ -6,18 +6,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
 
 from xdscale.data.task_files import Example
-from xdscale.data.vlbert_tasks import VLBERTTaskCollator
+from xdscale.data.vlbert_tasks import OBJECT_CLASS, VLBERTTaskCollator
 from xdscale.errors import XdscaleError
 from xdscale.models.fast_rcnn import FEATURES, FastRCNN, features_of, load_fast_rcnn
+from xdscale.models.heads import RegionClassHead
 from xdscale.models.vlbert import VLBERT, VLBertConfig
 from xdscale.names import resolve_path
 from xdscale.pretrained.language import read_config
 from xdscale.pretrained.language_files import save_tokenizer
 from xdscale.pretrained.vlbert import TRUNK, load_vlbert, read_pooler, save_vlbert
+from xdscale.systems.contract import Term
 from xdscale.systems.vlbert import RANDOM
-from xdscale.tasks.contract import SubjectFacts, Task
+from xdscale.tasks.contract import OF_VLBERT, SubjectFacts, Task
 from xdscale.tasks.visualbert import VisualBERTSubject
 from xdscale.weights import check_sha256, weight_files
 
@@ -28,8 +31,7 @@ _OF_HEAD = {"answer": "mlm.", "region": "masked_region."}
 class VLBERTSubject(VisualBERTSubject):
     """A VL-BERT in a folder: an export, with its BERT's tokenizer."""
 
-    reads_pixels = True
-    own_settings = frozenset()
+    own_settings = OF_VLBERT
     own_positions = 2
     """Of regions, which share one, and of [END]."""
 
@@ -37,8 +39,14 @@ class VLBERTSubject(VisualBERTSubject):
         """Checks that a task has one image at most."""
         if task.images > 1:
             raise XdscaleError(f"--task {task.name}: VL-BERT reads one image, not {task.images}")
-        if self.settings.pixels is not None and not task.images:
-            raise XdscaleError(f"--task {task.name} reads no images: leave model.pixels out")
+        for name in sorted(OF_VLBERT):
+            if getattr(self.settings, name) and not task.images:
+                raise XdscaleError(f"--task {task.name} reads no images: leave model.{name} out")
+        for name, method in (("object_loss", "object_classes"), ("object_masks", "object_masks")):
+            if getattr(self.settings, name) and not hasattr(task, method):
+                raise XdscaleError(f"--task {task.name} knows no objects, VCR does: leave model.{name} out")
+        if self.settings.object_masks and self.settings.pixels is None:
+            raise XdscaleError("model.object_masks are for C5, which reads pixels: state model.pixels, or leave it out")
 
     def describe(self) -> SubjectFacts:
         """Checks configuration, tokenizer and weights, those of the branch of Fast R-CNN among them."""
@@ -54,12 +62,24 @@ class VLBERTSubject(VisualBERTSubject):
 
     def collator(self, task: Task, examples: Sequence[Example]) -> VLBERTTaskCollator:
         """Tokenises a split; regions are read when they are needed."""
+        return self._collator(task, examples, None)
+
+    def training_collator(self, task: Task, examples: Sequence[Example], seed: int | None) -> VLBERTTaskCollator:
+        """Tokenises the split that is trained on, of which some images are mirrored."""
+        return self._collator(task, examples, seed)
+
+    def _collator(self, task: Task, examples: Sequence[Example], seed: int | None) -> VLBERTTaskCollator:
         if task.reads == "region" and any(map(_marks_a_part, examples)):
             raise XdscaleError(
                 f"--task {task.name}: VL-BERT points at what a whole text speaks of, but here a part of it does"
             )
         config = self._config()
-        width, pixels = config.appearance_size, self.settings.pixels
+        width, pixels, flips = config.appearance_size, self.settings.pixels, {}
+        tokenizer = self._tokenizer()
+        if seed is not None:
+            sides = tuple(tokenizer[0].token_to_id(word) for word in ("left", "right"))
+            exchange = self.settings.swap_words and None not in sides
+            flips = {"flip": self.settings.flip, "sides": sides if exchange else None, "seed": seed}
         if pixels is not None:
             width = self.regions.width
         elif task.images and self.regions.width != width:
@@ -70,12 +90,15 @@ class VLBERTSubject(VisualBERTSubject):
         return VLBERTTaskCollator(
             task,
             examples,
-            self._tokenizer(),
+            tokenizer,
             self.regions,
             width=width,
             max_length=self.settings.max_length,
             means=config.masks_features,
             pixels=pixels,
+            outlines=self.settings.object_masks is not None,
+            classes=task.object_count if self.settings.object_loss else 0,
+            **flips,
         )
 
     def build(self, task: Task, *, sha256: str | None = None) -> "VLBERTClassifier":
@@ -97,7 +120,12 @@ class VLBERTSubject(VisualBERTSubject):
                 segments = encoder.embeddings.token_type_embeddings.weight.data
                 segments[1] = segments[0]
         module = VLBERTClassifier(
-            encoder.train(), task, dropout=self.settings.dropout, loss=self.settings.loss, trunk=trunk
+            encoder.train(),
+            task,
+            dropout=self.settings.dropout,
+            loss=self.settings.loss,
+            trunk=trunk,
+            object_count=task.object_count if self.settings.object_loss else 0,
         )
         module.begin_with(heads)
         return module
@@ -140,7 +168,11 @@ class VLBERTSubject(VisualBERTSubject):
         return [path]
 
     def _build_trunk(self) -> FastRCNN | None:
-        return None if self.settings.pixels is None else load_fast_rcnn(next(iter(self._trunk_file()), None))
+        if self.settings.pixels is None:
+            return None
+        trunk = load_fast_rcnn(next(iter(self._trunk_file()), None))
+        trunk.masks_at = self.settings.object_masks or trunk.masks_at
+        return trunk
 
     def _config(self) -> VLBertConfig:
         return read_config(self._folder / "config.json", VLBertConfig)
@@ -168,10 +200,18 @@ class VLBERTClassifier(nn.Module):
     Attributes:
         encoder: VL-BERT.
         trunk: from pixels to features; None where these are read.
+        objects: head of the second loss, on the classes of regions; None where it is off.
     """
 
     def __init__(
-        self, encoder: VLBERT, task: Task, *, dropout: float, loss: str, trunk: FastRCNN | None = None
+        self,
+        encoder: VLBERT,
+        task: Task,
+        *,
+        dropout: float,
+        loss: str,
+        trunk: FastRCNN | None = None,
+        object_count: int = 0,
     ) -> None:
         super().__init__()
         self.trunk = trunk
@@ -187,6 +227,10 @@ class VLBERTClassifier(nn.Module):
             if linear is not None:
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.zeros_(linear.bias)
+        self.objects = None
+        if object_count:
+            activation, std = ACT2FN[encoder.config.hidden_act], encoder.config.initializer_range
+            self.objects = RegionClassHead(size, object_count, activation=activation, std=std)
 
     def begin_with(self, heads: Mapping[str, torch.Tensor]) -> None:
         """Takes over what pretraining's heads have for this one, if they come along."""
@@ -195,26 +239,35 @@ class VLBERTClassifier(nn.Module):
         found = {name: heads[f"{of_head}{name}"] for name in own if name.startswith(("transform.", "norm."))
                  and f"{of_head}{name}" in heads}  # fmt: skip
         self.load_state_dict(own | found)
+        if self.objects is not None:
+            own, begin = self.objects.state_dict(), "masked_region.transform."
+            found = {name.removeprefix("masked_region."): heads[name] for name in heads if name.startswith(begin)}
+            self.objects.load_state_dict(own | found)
 
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each layer in the backward pass."""
         self.encoder.enable_activation_checkpointing()
 
-    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Computes logits; the last layer is computed only where they come from.
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, dict[str, Term]]:
+        """Computes logits; the last layer is computed only where a loss comes from.
 
         Args:
             batch: the arrays of `xdscale.data.vlbert_tasks.VLBERTTaskCollator` as tensors.
 
         Returns:
-            [inputs, outputs]; where a region is asked for [inputs, most regions], -inf where there is none.
+            [inputs, outputs]; where a region is asked for [inputs, most regions], -inf where there is none. With the
+            second loss its term beside them.
         """
         if self.trunk is not None:
             features = features_of(self.trunk, batch).index_select(0, batch["feature_rows"])
             batch = {**batch, "features": features}
         if self.task.reads == "input":
-            none = batch["text_ids"][:0]
-            return self.classifier(self.dropout(self.encoder(batch, none).pooled))
+            rows = batch["text_ids"][:0] if self.objects is None else batch["object_rows"]
+            found = self.encoder(batch, rows)
+            logits = self.classifier(self.dropout(found.pooled))
+            if self.objects is None:
+                return logits
+            return logits, {OBJECT_CLASS: Term.scored(*self.objects(found.states, batch["object_labels"]))}
         name = "answer_rows" if self.task.reads == "answer" else "region_rows"
         hidden = F.gelu(self.transform(self.encoder(batch, batch[name]).states))
         if self.task.reads == "answer":

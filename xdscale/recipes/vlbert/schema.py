@@ -1,6 +1,6 @@
 """The recipe of VL-BERT: a BERT trained on with captions, image regions and text alone (spec VL-BERT §2, §4)."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,9 @@ from xdscale.recipes.mlm.schema import LanguageModel, MaskedLM
 
 READING = ("corners", "end_sees_image", "own_masked_token")
 """Of the model: how it reads its input. Weights that were trained in one way are of no use in another."""
+FLIP: Any = Field(
+    0.0, ge=0, lt=1, description="share of the images that training mirrors; where features are read, their boxes alone"
+)
 
 
 class Pixels(Section):
@@ -23,7 +26,7 @@ class TunedPixels(Pixels):
     """VL-BERT's branch of Fast R-CNN that is finetuned along, on the images themselves."""
 
     weights: NameOrPath | None = Field(
-        None, description="ResNet-101 under torchvision's names: a file, or random; null takes the model's own"
+        None, description="ResNet-101 or its like: a file, or random; null takes the model's own"
     )
 
 
@@ -34,6 +37,7 @@ class GroundedModel(LanguageModel):
     region_size: int = Field(2048, ge=1, description="width of a region's features: 2,048 of pixels, else the table's")
     region_classes: int = Field(1601, ge=2, description="of the detector's distributions, with the background")
     pixels: Pixels | None = Field(None, description="null reads features from the table, which then stay as they are")
+    flip: float = FLIP
     corners: bool = Field(
         False, description="embed a region's corners, as shares of the image (paper); false: centre and size (release)"
     )
