@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from xdscale.bench.padded_vlbert import padded
 from xdscale.data.outlines import object_mask
 from xdscale.errors import XdscaleError
 from xdscale.finetune.command import describe_subject
@@ -164,7 +165,7 @@ def test_losses_are_those_of_the_release(table, model, data, tmp_path, at):
             seen = trunk([world.normalised(image)], [torch.tensor(boxes)], [torch.tensor(masks)])
             features += [seen] * 4
         terms = module(to_device(batch.arrays, torch.device("cpu")))
-        read = padded_vlbert.padded(batch.arrays | {"features": torch.cat(features).numpy()})
+        read = padded(batch.arrays | {"features": torch.cat(features).numpy()})
         read = {name: value.double() if value.is_floating_point() else value for name, value in read.items()}
         _, regions, _, pooled = theirs(read)
         box_mask, objects = read["box_mask"][:8], torch.zeros(8, regions.shape[1], dtype=torch.long)
