@@ -208,7 +208,9 @@ def test_ablations_leave_objectives_out_and_take_half_of_the_epochs(letter, off)
     wanted = full.identity()
     wanted["objectives"] |= dict.fromkeys(off)
     if letter == "full":
-        wanted["model"]["pixels"] = load_recipe("vlbert-base-e2e").identity()["model"]["pixels"]
+        wanted["model"] |= {
+            name: load_recipe("vlbert-base-e2e").identity()["model"][name] for name in ("pixels", "flip")
+        }
     captions = 256 if "text_mlm" in off else 128
     wanted["training"]["steps"] = 3_300_000 // captions * 5
     assert found.identity() == wanted

@@ -96,9 +96,9 @@ def test_what_is_masked_is_blank_and_the_rest_is_the_scaled_picture(collate):
     assert masked_pixels > 500
 
 
-def test_mirrored_pictures_are_those_of_mirrored_files(pictures, collate):
+def test_mirrored_pictures_are_those_of_mirrored_files(photographs, collate):
     """The release mirrors scaled pictures and boxes, blanks what is masked then, and leaves words as they are."""
-    tables = [Table(pictures, "train", name) for name in ("captions", "text")]
+    tables = [Table(photographs, "train", name) for name in ("captions", "text")]
     found = recipe("objectives.masked_region.select=0.5", "model.flip=0.5")
     flipping = VLBERTCollator(*tables, recipe=found, continues=collate.tokens.continues, flips=True)
     slots = slots_of(collate, range(12), [3])
