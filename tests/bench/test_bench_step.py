@@ -201,7 +201,9 @@ def test_wrong_arguments_are_named(tiny_recipe):
         bench_step(tiny_recipe, against="liger")
     with pytest.raises(XdscaleError, match="--pairs 0: expected at least 1"):
         bench_step(tiny_recipe, pairs=0)
-    with pytest.raises(XdscaleError, match="system = 'mlm': the step that is measured.* are XDBERT's, VisualBERT's and VL-BERT's"):
+    with pytest.raises(
+        XdscaleError, match="system = 'mlm': the step that is measured.* are XDBERT's, VisualBERT's and VL-BERT's"
+    ):
         bench_step(load_recipe("quickstart-mlm"))
 
 
