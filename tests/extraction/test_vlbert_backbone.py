@@ -16,7 +16,7 @@ MEANS = np.array([102.9801, 115.9465, 122.7717], np.float32)
 @pytest.mark.parametrize(
     ("size", "scaled"),
     [((640, 480), (800, 600)), ((480, 640), (600, 800)), ((1200, 400), (999, 333)), ((600, 900), (600, 900)),
-     ((500, 500), (600, 600)), ((300, 600), (500, 1000))],
+     ((500, 500), (600, 600)), ((300, 600), (500, 1000)), ((1, 2500), (1, 1000)), ((2500, 1), (1000, 1))],
 )  # fmt: skip
 def test_the_shorter_side_is_scaled_unless_the_longer_one_gets_too_long(size, scaled):
     assert scaled_size(*size, 600, 1000) == scaled

@@ -52,8 +52,8 @@ def scaled_size(width: int, height: int, short: int, long: int) -> tuple[int, in
     """Returns width and height when the shorter side is scaled to a length, or less so that the longer one fits."""
     least, most = min(width, height), max(width, height)
     if most / least * short > long:
-        short = int(long * least / most)
-    other = int(short * most / least)
+        short = max(1, int(long * least / most))  # 1 where an image is longer than `long` times its width
+    other = min(int(short * most / least), long)
     return (short, other) if width < height else (other, short)
 
 
