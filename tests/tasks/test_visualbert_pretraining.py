@@ -1,5 +1,6 @@
 """VisualBERT's second phase: what a sample is for each kind of task, and what is masked in it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,13 +11,15 @@ from xdscale.errors import XdscaleError
 from xdscale.pretrained.language import own_tokenizer
 from xdscale.recipe import load_recipe
 from xdscale.systems.contract import Slots
+from xdscale.tasks.vcr import VCR_QA, VCRTruth
 from xdscale.tasks.visualbert_pretraining import TaskTextCollator
 
 WORDS = ("is jessie near the dog ?", "casey is", "no")
 
 
 def task_of(reads, **of):
-    return SimpleNamespace(**({"name": "toy", "images": 1, "reads": reads, "choices": 0, "labels": ()} | of))
+    toy = {"name": "toy", "images": 1, "reads": reads, "choices": 0, "labels": (), "targets": lambda *_: None}
+    return SimpleNamespace(**(toy | of))
 
 
 @pytest.fixture
@@ -122,6 +125,27 @@ def test_vcrs_second_phase_reads_what_its_finetuning_reads(collator, cassette_mo
     unnamed = [Example("1", example.texts, 0, 1, ("picture-1",))]
     with pytest.raises(XdscaleError, match=r"model\.objects = named: vcr_qa does not say"):
         collator(task_of("input", choices=1), unnamed, "model.objects=named", "task=vcr_qa")
+
+
+def test_regions_that_are_left_out_are_aligned_with_nothing(collator):
+    """Else they would be the first regions of the next sample's image."""
+    spans = tuple(((Span(3, 9, 1), Span(19, 22, 3)), ()) for _ in WORDS[1:])
+    example = Example("1", tuple((WORDS[0], word) for word in WORDS[1:]), 1, 1, ("picture-1",), spans)
+    made = batch(collator(task_of("input", choices=2), [example], "model.max_regions=2"))
+    assert len(made.arrays["features"]) == 4
+    assert made.arrays["aligned_regions"].tolist() == [1, 3]
+    assert made.arrays["aligned_counts"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("objects", ["all", "named"])
+def test_a_table_without_the_regions_that_a_choice_counts_on_is_refused(collator, objects):
+    """VCR's words would be aligned with other objects than they name, in silence."""
+    spans = (((Span(3, 9, 1), Span(19, 22, 3)), (Span(0, 5, 0),)),)
+    truth = VCRTruth(7, None, ("person",) * 6, Path("none.json"))
+    example = Example("x-1", ((WORDS[0], WORDS[1]),), 0, 1, ("picture-1",), spans, truth, named=(0, 1, 6))
+    collate = collator(VCR_QA, [example], f"model.objects={objects}", "task=vcr_qa")
+    with pytest.raises(XdscaleError, match="x-1: image picture-1 has 5 regions in the table, its question needs 7"):
+        batch(collate)
 
 
 def test_a_caption_is_one_sample_for_all_of_its_phrases(collator, cassette_model):

@@ -170,7 +170,7 @@ def compose(
         regions: of each sample's images.
         images: of a sample; of several, each has a visual segment of its own.
         alignments: of each sample a region, the text that names it (0 or 1), and where in that text; what was cut off
-            is aligned with nothing.
+            is aligned with nothing, and neither are regions that are left out.
         from_front: whether texts that are too long lose the second one's beginning, not ends, the longer one's first.
     """
     model, mlm = recipe.model, recipe.objectives.mlm
@@ -188,6 +188,8 @@ def compose(
         arrays["match_labels"], targets["match"] = labels, int(slots.real.sum())
     if model.max_regions is not None:
         regions = first_regions(regions, model.max_regions)
+        if alignments is not None:
+            alignments = [[one for one in sample if one[0] < model.max_regions] for sample in alignments]
     if model.spatial:
         regions = with_spatial(regions)
     valid = [slice(0, length) for length in lengths.tolist()]

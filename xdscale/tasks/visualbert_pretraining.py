@@ -64,7 +64,7 @@ class TaskTextCollator:
         Raises:
             XdscaleError: `match` is on, and the task has nothing that is true or false.
         """
-        self._recipe, self._regions, self._images = recipe, regions, task.images
+        self._recipe, self._regions, self._images, self._task = recipe, regions, task.images, task
         self._named = recipe.model.objects == "named"
         if recipe.objectives.match is not None and task.reads != "input":
             raise XdscaleError(
@@ -74,6 +74,7 @@ class TaskTextCollator:
         numbers: dict[str, int] = {}
         self._texts = [[numbers.setdefault(text, len(numbers)) for text in sample.texts] for sample in samples]
         self._spans = [sample.spans for sample in samples]
+        self._examples = [sample.example for sample in samples] if any(self._spans) else []
         self._named_regions = [sample.named for sample in samples]
         if self._named and None in self._named_regions:
             raise XdscaleError(
@@ -99,6 +100,8 @@ class TaskTextCollator:
         """Reads and prepares the samples of one micro-batch."""
         samples = slots.sample_ids.tolist()
         regions = self._regions.read(self._rows[slots.sample_ids].ravel())
+        if self._examples:  # the task knows which regions its words stand for, and refuses those of another table
+            self._task.targets([self._examples[sample] for sample in samples], regions)
         if self._named:
             regions = named_regions(regions, [self._named_regions[sample] for sample in samples])
         labels = None
@@ -134,13 +137,14 @@ class TaskTextCollator:
 
 
 class _Sample(NamedTuple):
-    """Texts, the spans of each, images, 1, 0 or `NO_LABEL`, and the regions that are named, as `Example` has them."""
+    """Texts, the spans of each, images, 1, 0 or `NO_LABEL`, and of a choice its named regions and its example."""
 
     texts: tuple[str, ...]
     spans: tuple[tuple[Span, ...], ...]
     images: tuple[str, ...]
     label: int
     named: tuple[int, ...] | None = None
+    example: Example | None = None
 
 
 def _samples(task: Task, examples: Sequence[Example], *, labelled: bool) -> list[_Sample]:
@@ -160,5 +164,5 @@ def _samples(task: Task, examples: Sequence[Example], *, labelled: bool) -> list
                 right = choice == example.label
                 if labelled or right:
                     spans = example.spans[choice] if example.spans else ()
-                    samples.append(_Sample(texts, spans, example.images, int(right), example.named))
+                    samples.append(_Sample(texts, spans, example.images, int(right), example.named, example))
     return samples
