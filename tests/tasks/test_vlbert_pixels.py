@@ -18,7 +18,7 @@ from xdscale.pretrained.vlbert import load_vlbert, save_release
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.systems.contract import Slots
-from xdscale.tasks.contract import ModelSettings, find_task, read_task
+from xdscale.tasks.contract import ModelSettings, find_subject, find_task, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.vlbert import VLBERTSubject
 from xdscale.training.engine import to_device
@@ -130,6 +130,11 @@ def test_what_does_not_fit_is_refused(table, model, cassette_model, expressions,
         describe_subject(str(model), None, settings(weights=str(tmp_path / "nowhere.pth")), [TASK])
     with pytest.raises(XdscaleError, match="keep_model = true: .* as language is not exported"):
         describe_subject(str(cassette_model), "language", ModelSettings(), keep_model=True)
+    with pytest.raises(XdscaleError, match="as it is finetuned here, it is not exported; VL-BERT is"):
+        find_subject("language")(str(cassette_model), ModelSettings()).export({}, tmp_path)
+    for name, value in (("loss", "softmax"), ("swap_words", False)):
+        with pytest.raises(XdscaleError, match=rf"model\.{name} = {value}: .* has no such choice as it is finetuned"):
+            describe_subject(str(cassette_model), "language", ModelSettings(**{name: value}))
     own, other = (describe_subject(str(model), None, one) for one in (settings(), ModelSettings()))
     assert own["weights_sha256"] != other["weights_sha256"]
     assert own["encoder"] == other["encoder"] + ", with Fast R-CNN"

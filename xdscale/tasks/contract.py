@@ -216,7 +216,8 @@ class ModelSettings(TaskInput):
 
 
 OWN_SETTINGS = frozenset(TaskInput.model_fields)
-OF_VLBERT = frozenset({"pixels", "flip", "object_loss", "object_masks"})
+OF_IMAGES = frozenset({"pixels", "flip", "object_loss", "object_masks"})
+OF_VLBERT = OF_IMAGES | {"loss", "swap_words"}
 """Of `ModelSettings` those that some subjects alone have: what they read of an input, and what VL-BERT has."""
 
 
@@ -309,8 +310,11 @@ class Subject(ABC):
 
         Returns:
             What was written, in words.
+
+        Raises:
+            XdscaleError: models of its kind are not exported.
         """
-        raise NotImplementedError
+        raise XdscaleError(f"{self.model}: as it is finetuned here, it is not exported; VL-BERT is")
 
 
 def find_subject(name: str) -> type[Subject]:

@@ -20,7 +20,7 @@ from xdscale.pretrained.language_files import save_tokenizer
 from xdscale.pretrained.vlbert import TRUNK, load_vlbert, read_pooler, save_vlbert
 from xdscale.systems.contract import Term
 from xdscale.systems.vlbert import RANDOM
-from xdscale.tasks.contract import OF_VLBERT, SubjectFacts, Task
+from xdscale.tasks.contract import OF_IMAGES, OF_VLBERT, SubjectFacts, Task
 from xdscale.tasks.visualbert import VisualBERTSubject
 from xdscale.weights import check_sha256, weight_files
 
@@ -39,7 +39,7 @@ class VLBERTSubject(VisualBERTSubject):
         """Checks that a task has one image at most."""
         if task.images > 1:
             raise XdscaleError(f"--task {task.name}: VL-BERT reads one image, not {task.images}")
-        for name in sorted(OF_VLBERT):
+        for name in sorted(OF_IMAGES):
             if getattr(self.settings, name) and not task.images:
                 raise XdscaleError(f"--task {task.name} reads no images: leave model.{name} out")
         for name, method in (("object_loss", "object_classes"), ("object_masks", "object_masks")):
