@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +16,17 @@ from xdscale.data.outlines import object_mask
 from xdscale.errors import XdscaleError
 from xdscale.finetune.command import describe_subject
 from xdscale.finetune.recipe import load_settings, resolve_run
+from xdscale.finetune.run import FinetuneSystem
 from xdscale.models.fast_rcnn import load_fast_rcnn
 from xdscale.pretrained.vlbert import load_vlbert, save_release
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
-from xdscale.systems.contract import Slots
+from xdscale.systems.contract import Place, Slots
 from xdscale.tasks.contract import ModelSettings, find_task, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.vcr import CLASSES
 from xdscale.tasks.vlbert import VLBERTSubject
+from xdscale.training.distributed import Ranks
 from xdscale.training.engine import to_device
 from xdscale.training.run_folder import read_log
 
@@ -215,6 +218,30 @@ def test_what_has_no_objects_or_no_outlines_is_refused(table, model, data, tmp_p
         changed = [replace(one, truth=truth) for one, truth in zip(examples, truths)]
         with pytest.raises(XdscaleError, match=message):
             VLBERTSubject(str(model), settings(), table).collator(TASK, changed)
+
+
+def test_a_run_knows_the_outlines_that_it_was_trained_on(model, data, tmp_path):
+    """They stand in no file of the task that is hashed else; where they are not read they do not matter."""
+    copied = shutil.copytree(data, tmp_path / "data")
+    regions = table_of(tmp_path / "table", "first")
+    read = read_task(TASK, copied, regions)
+
+    def fingerprints(**more):
+        values = load_settings("vlbert-vcr-answer", [])
+        values = values.model_copy(update={"model": settings(**more)})
+        subject = describe_subject(str(model), None, values.model, [TASK])
+        recipe = resolve_run(values, read, subject=subject, source=copied, regions=str(tmp_path / "table"), seed=5,
+                             label="m", folder=tmp_path / "run")  # fmt: skip
+        return FinetuneSystem(recipe).open(Place(Ranks(0, 1, 0), 2)).fingerprints
+
+    with_masks, without = fingerprints(), fingerprints(object_masks=None)
+    assert with_masks == without | {"outlines of objects": with_masks["outlines of objects"]}
+    path = copied / "VCR" / "vcr1images" / "m" / "1.json"
+    stored = json.loads(path.read_text())
+    stored["segms"][0] = []
+    path.write_text(json.dumps(stored))
+    assert fingerprints()["outlines of objects"] != with_masks["outlines of objects"]
+    assert fingerprints(object_masks=None) == without
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,8 @@ class FinetuneSystem(System):
         """Reads and tokenises the task's files.
 
         Raises:
-            XdscaleError: the run is finished, shards of the regions are damaged, or as `prepare`.
+            XdscaleError: the run is finished, shards of the regions are damaged, outlines of objects cannot be read,
+                or as `prepare`.
         """
         result = Path(self.recipe.output.folder) / RESULT
         if result.is_file():
@@ -84,7 +86,11 @@ class FinetuneSystem(System):
             len(dev), self.recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
         )
         notes = tuple(_notes_on_length(material, self.recipe.model.max_length))
-        return Data(order, material.train, list(map(dev, slots)), material.data.fingerprints(), notes=notes)
+        fingerprints = material.data.fingerprints()
+        if self.recipe.model.object_masks is not None:
+            seen = [material.data.train, *material.data.dev.values()]
+            fingerprints["outlines of objects"] = material.data.task.outlines_sha256(list(chain(*seen)))
+        return Data(order, material.train, list(map(dev, slots)), fingerprints, notes=notes)
 
     def build(self) -> Finetuning:
         """Builds the subject with the task's loss."""

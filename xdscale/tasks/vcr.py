@@ -1,6 +1,7 @@
 """VCR, in its public files (`train.jsonl`): which of four answers is right (Q→A), and which of four reasons (QA→R)."""
 
 import csv
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from xdscale.data.json_shapes import Text, read_lines, read_whole
 from xdscale.data.outlines import SIDE, object_mask
 from xdscale.data.task_files import Example, Span, place
 from xdscale.errors import XdscaleError
-from xdscale.files import shown
+from xdscale.files import file_sha256, shown
 from xdscale.tasks.text import TextTask
 
 NAMES = (
@@ -194,6 +195,20 @@ class CommonsenseReasoning(TextTask):
             XdscaleError: the metadata are not there, or have not the outlines of these objects.
         """
         return [_masks(example.truth) for example in examples]
+
+    def outlines_sha256(self, examples: Sequence[Example]) -> str:
+        """Returns the SHA-256 (hex) of the files that `object_masks` reads, in the order of their names.
+
+        Raises:
+            XdscaleError: one of them cannot be read.
+        """
+        digest = hashlib.sha256()
+        for path in sorted({example.truth.metadata for example in examples}):
+            try:
+                digest.update(bytes.fromhex(file_sha256(path)))
+            except OSError as error:
+                raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+        return digest.hexdigest()
 
     def _examples(self, where: str, line: int, entry: _Question, labelled: bool, metadata: Path) -> list[Example]:
         answers, reasons = entry["answer_choices"], entry["rationale_choices"]

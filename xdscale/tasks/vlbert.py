@@ -42,8 +42,11 @@ class VLBERTSubject(VisualBERTSubject):
         for name in sorted(OF_IMAGES):
             if getattr(self.settings, name) and not task.images:
                 raise XdscaleError(f"--task {task.name} reads no images: leave model.{name} out")
-        for name, method in (("object_loss", "object_classes"), ("object_masks", "object_masks")):
-            if getattr(self.settings, name) and not hasattr(task, method):
+        for name, methods in (
+            ("object_loss", ("object_classes",)),
+            ("object_masks", ("object_masks", "outlines_sha256")),
+        ):
+            if getattr(self.settings, name) and not all(hasattr(task, method) for method in methods):
                 raise XdscaleError(f"--task {task.name} knows no objects, VCR does: leave model.{name} out")
         if self.settings.object_masks and self.settings.pixels is None:
             raise XdscaleError("model.object_masks are for C5, which reads pixels: state model.pixels, or leave it out")
