@@ -294,6 +294,21 @@ def test_every_trained_parameter_gets_a_gradient(read):
         assert not [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
 
 
+@pytest.mark.parametrize("reads", ["answer", "region", "input"])
+def test_a_loss_of_broken_weights_is_no_number(read, reads):
+    """It must stop the run, and not look like a loss of 0."""
+    targets = {"answer": np.ones((1, 3)), "region": np.ones((1, 3)), "input": np.zeros(1, np.int64)}[reads]
+    more = {"choices": 3, "outputs": 1} if reads == "input" else {}
+    task = task_of(reads, targets=lambda examples, regions=None: targets, **more)
+    texts = (("a dog",),) * (3 if reads == "input" else 1)
+    batch, module = read(task, [example(texts, ("picture-0",))])
+    with torch.no_grad():
+        module.subject.classifier.bias[0] = torch.nan
+    logits, loss = ours(module, batch)
+    assert logits.shape == (1, 3)
+    assert loss.isnan()
+
+
 def test_what_does_not_fit_is_refused(read, table, folder, tmp_path):
     with pytest.raises(XdscaleError, match="--task nlvr2: VL-BERT reads one image, not 2"):
         VLBERTSubject(str(folder), ModelSettings(), table).require_readable(find_task("nlvr2"))

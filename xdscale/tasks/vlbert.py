@@ -291,7 +291,7 @@ class VLBERTClassifier(nn.Module):
             return loss, correct
         if self.task.choices:
             targets = F.one_hot(targets.clamp(min=0), logits.shape[1]).to(logits.dtype)
-        there = real[:, None] & (logits > -torch.inf)
+        there = real[:, None] & (logits != -torch.inf)  # what is no number stays, and makes the loss none
         wanted = (targets > 0).to(logits.dtype) if self.task.reads == "region" else targets
         errors = F.binary_cross_entropy_with_logits(logits.masked_fill(~there, 0.0), wanted, reduction="none")
         errors = errors.masked_fill(~there, 0.0).sum(1)
