@@ -8,6 +8,7 @@ torchvision's names, and for each picture a JSON file in the release's form with
 import argparse
 import base64
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from xdscale.data.pictures import MEANS
-from xdscale.models.fast_rcnn import FastRCNN
+from xdscale.models.fast_rcnn import FastRCNN, FixedBatchNorm
 
 BLOCKS, WIDTH = (1, 1, 1, 1), 16
 SIDE = 48
@@ -58,7 +59,8 @@ class Detector(nn.Module):
         super().__init__()
         self.trunk = FastRCNN(BLOCKS, WIDTH)
         for part in self.trunk.modules():
-            if isinstance(part, nn.BatchNorm2d):
+            if isinstance(part, FixedBatchNorm):
+                part.forward = partial(nn.BatchNorm2d.forward, part)
                 nn.Module.train(part)
         self.trunk.requires_grad_(True)
         for block in self.trunk.layer4:  # dilated over a map as small as here, it would see little but padding
