@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from xdscale.bench.padded_vlbert import padded
 from xdscale.errors import XdscaleError
-from xdscale.finetune.command import Request, describe_subject, run_command
+from xdscale.finetune.command import Request, _require_model, describe_subject, run_command
 from xdscale.finetune.recipe import load_settings, resolve_run
 from xdscale.models.fast_rcnn import load_fast_rcnn
 from xdscale.pretrained.vlbert import load_vlbert, save_release
@@ -154,6 +154,15 @@ def test_what_does_not_fit_is_refused(table, model, cassette_model, expressions,
     asked |= {"overrides": ["model.pixels={short_side: 32, long_side: 44}"], "out": tmp_path / "out"}
     with pytest.raises(XdscaleError, match=r"has no image|model\.pixels needs the images themselves"):
         run_command(Request(model=str(model), **asked))
+
+
+def test_a_finished_run_that_has_kept_no_model_is_told(tmp_path):
+    result = tmp_path / "seed-0" / "result.json"
+    (result.parent / "model").mkdir(parents=True)
+    with pytest.raises(XdscaleError, match=r"result\.json: this run is finished, but has kept no model"):
+        _require_model(result)
+    (result.parent / "model" / "config.json").touch()  # which an export moves there last
+    _require_model(result)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.files import DISKS_OWN, check_output_folder, read_json, write_outputs
 from xdscale.finetune.recipe import (
     FORMAT,
+    MODEL,
     RESULT,
     FinetuneRecipe,
     FinetuneSettings,
@@ -235,6 +236,8 @@ def _plan(
             result = _result(request.out, task, seed)
             if result.is_file():
                 _require_same_files(result, data, source)
+                if settings.run.keep_model:
+                    _require_model(result)
             else:
                 jobs.append(make_job(recipe, name, ds_config, request.out / "logs" / f"{task}-seed-{seed}.log"))
     logs = request.out / "logs"
@@ -318,6 +321,15 @@ def _require_same_files(path: Path, data: TaskData, source: Path) -> None:
                 f"{path}: this run is finished, but {name} of {source} is another file than then; choose another "
                 f"--out, or delete {path.parent} to finetune anew"
             )
+
+
+def _require_model(path: Path) -> None:
+    """Refuses to leave a finished run as it is that has kept no model."""
+    if not (path.parent / MODEL / "config.json").is_file():
+        raise XdscaleError(
+            f"{path}: this run is finished, but has kept no model (run.keep_model); choose another --out, or delete "
+            f"{path.parent} to finetune anew"
+        )
 
 
 def _summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[str, list[int]]) -> SweepFile:

@@ -31,6 +31,9 @@ FORMAT = 1
 RESULT = "result.json"
 """Written last into a run folder: where it stands, the run is finished."""
 
+MODEL = "model"
+"""Of a run's folder: what is kept of the finetuned model."""
+
 OTHERS = "others"
 Rate = Annotated[float, Field(gt=0, strict=True)]
 Seeds = Annotated[int, Field(gt=0, le=10_000, strict=True)]

@@ -20,7 +20,7 @@ from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.export import export_run
 from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
-from xdscale.finetune.recipe import FORMAT, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
+from xdscale.finetune.recipe import FORMAT, MODEL, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
 from xdscale.systems.contract import Data, ExampleCollator, Objective, Place, System
 from xdscale.tasks.contract import OWN_SETTINGS, Subject, TaskData, find_subject, open_regions, read_task
 from xdscale.tasks.finetuning import Finetuning
@@ -29,9 +29,6 @@ from xdscale.training.best import final_step
 from xdscale.training.checkpoint_folder import list_checkpoints, step_of
 from xdscale.training.run_folder import read_log
 from xdscale.training.session import Setup
-
-MODEL = "model"
-"""Of a run's folder: what is kept of the finetuned model."""
 
 
 class Material(NamedTuple):
