@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from xdscale.bench.padded_vlbert import padded
 from xdscale.data.task_files import Example, Span
@@ -292,6 +293,20 @@ def test_every_trained_parameter_gets_a_gradient(read):
         batch, module = read(task, [example((("a dog",),), ("picture-0",))])
         module(to_device(batch.arrays, torch.device("cpu")))["task"].loss_sum.backward()
         assert not [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_a_kept_model_brings_the_pooler_that_its_own_task_left_out(folder, table, tmp_path):
+    """Else VCR after RefCOCO+ would begin with a random one."""
+    source, out = shutil.copytree(folder, tmp_path / "source"), tmp_path / "kept"
+    out.mkdir()
+    size = load_vlbert(folder)[0].config.hidden_size
+    pooler = {"pooler.weight": torch.randn(size, size), "pooler.bias": torch.randn(size)}
+    save_file(pooler, source / "pooler.safetensors")
+    subject = VLBERTSubject(str(source), ModelSettings(), table)
+    subject.export(subject.build(task_of("region", outputs=0)).state_dict(), out)
+    built = VLBERTSubject(str(out), ModelSettings(), table).build(task_of("input"))
+    assert torch.equal(built.encoder.pooler.weight, pooler["pooler.weight"])
+    assert torch.equal(built.encoder.pooler.bias, pooler["pooler.bias"])
 
 
 @pytest.mark.parametrize("reads", ["answer", "region", "input"])

@@ -1,5 +1,6 @@
 """VL-BERT as tasks read it: what its input, its heads and its losses are (spec VL-BERT §5)."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from xdscale.models.vlbert import VLBERT, VLBertConfig
 from xdscale.names import resolve_path
 from xdscale.pretrained.language import read_config
 from xdscale.pretrained.language_files import save_tokenizer
-from xdscale.pretrained.vlbert import TRUNK, load_vlbert, read_pooler, save_vlbert
+from xdscale.pretrained.vlbert import POOLER, TRUNK, load_vlbert, read_pooler, save_vlbert
 from xdscale.systems.contract import Term
 from xdscale.systems.vlbert import RANDOM
 from xdscale.tasks.contract import OF_IMAGES, OF_VLBERT, SubjectFacts, Task
@@ -149,6 +150,8 @@ class VLBERTSubject(VisualBERTSubject):
             begin = next((begin for begin in new if name.startswith(begin)), "")
             named[new.get(begin, "") + name.removeprefix(begin)] = value
         save_vlbert(config, named, out)
+        if not config.with_pooler and (self._folder / POOLER).is_file():
+            shutil.copyfile(self._folder / POOLER, out / POOLER)  # for tasks that judge a whole input
         trunk = "" if self.settings.pixels is None else ", its branch of Fast R-CNN"
         return f"finetuned VL-BERT{trunk} and the task's head"
 
