@@ -74,6 +74,19 @@ def test_models_of_the_best_and_of_the_last_weights_are_not_comparable(tmp_path)
     assert best == last | {"best": "accuracy/task", "patience": 2}
 
 
+def test_models_of_other_losses_or_of_mirrored_images_are_not_comparable(tmp_path):
+    data = TaskData(find_task("rte"), [Example("0", (("a", "b"),), 0, 1)] * 10, {}, {}, {}, {})
+    subject = {"name": "m", "subject": "vlbert", "size": "base", "weights_sha256": None}
+    of_run = {"subject": subject, "source": tmp_path, "seed": 3, "label": "m", "folder": tmp_path / "r"}
+    more = {"loss": "softmax", "flip": 0.5, "swap_words": False, "object_loss": 1.0, "object_masks": "output"}
+    overrides = [f"model.{name}={json.dumps(value)}" for name, value in more.items()]
+    plain, other = (
+        _settings(resolve_run(load_settings("vlbert-vcr-answer", chosen), data, **of_run), {})
+        for chosen in ([], overrides)
+    )
+    assert other == plain | more
+
+
 def test_one_learning_rate_for_all_can_be_given():
     settings = load_settings("paper", ["optim.learning_rate=3e-5", "seeds.cola=2"])
     assert {settings.learning_rate(name, "large") for name in SHIPPED} == {3e-5}

@@ -22,7 +22,7 @@ from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, MODEL, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
 from xdscale.systems.contract import Data, ExampleCollator, Objective, Place, System
-from xdscale.tasks.contract import OWN_SETTINGS, Subject, TaskData, find_subject, open_regions, read_task
+from xdscale.tasks.contract import OF_VLBERT, OWN_SETTINGS, Subject, TaskData, find_subject, open_regions, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.metrics import METRICS
 from xdscale.training.best import final_step
@@ -213,7 +213,8 @@ def _settings(recipe: FinetuneRecipe, ds_config: dict[str, Any]) -> dict[str, An
         "clip_blocks_per_sentence": CLIP_BLOCKS,
         "dropout": recipe.model.dropout,
         **({"freeze_pooler": True} if recipe.model.freeze_pooler else {}),
-        **recipe.model.model_dump(include=OWN_SETTINGS, exclude_defaults=True),
+        # Pixels belong to the model: what is said of its encoder names them.
+        **recipe.model.model_dump(include=OWN_SETTINGS | OF_VLBERT - {"pixels"}, exclude_defaults=True),
         "precision": precision(ds_config),
         **recipe.training.model_dump(include={"best", "patience"}, exclude_none=True),
         **({} if recipe.task.own is None else recipe.task.own.columns()),
