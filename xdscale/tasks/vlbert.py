@@ -44,7 +44,7 @@ class VLBERTSubject(VisualBERTSubject):
             if getattr(self.settings, name) and not task.images:
                 raise XdscaleError(f"--task {task.name} reads no images: leave model.{name} out")
         for name, methods in (
-            ("object_loss", ("object_classes",)),
+            ("object_loss", ("object_classes", "object_count")),
             ("object_masks", ("object_masks", "outlines_sha256")),
         ):
             if getattr(self.settings, name) and not all(hasattr(task, method) for method in methods):
