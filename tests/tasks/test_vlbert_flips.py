@@ -95,6 +95,13 @@ def test_half_are_mirrored_by_seed_epoch_and_sample_alone(table, model, examples
     assert VLBERTSubject(str(model), settings(), table).collator(TASK, examples).draws(every) == []
 
 
+def test_words_that_the_tokenizer_does_not_know_are_not_exchanged_in_silence(table, model, examples):
+    subject = VLBERTSubject(str(model), settings(), table)
+    subject._tokenizer = lambda: (SimpleNamespace(token_to_id=lambda word: None), None)
+    with pytest.raises(XdscaleError, match=r"model\.swap_words = true: the tokenizer of .* has no word pieces 'left'"):
+        subject.training_collator(TASK, examples, 3)
+
+
 def test_what_is_measured_is_never_mirrored(table, model, tmp_path):
     section = SubjectSection(name=str(model), subject="vlbert", size="base", weights_sha256=None,
                              **settings().model_dump())  # fmt: skip

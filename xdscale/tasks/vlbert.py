@@ -82,7 +82,12 @@ class VLBERTSubject(VisualBERTSubject):
         tokenizer = self._tokenizer()
         if seed is not None:
             sides = tuple(tokenizer[0].token_to_id(word) for word in ("left", "right"))
-            exchange = self.settings.swap_words and None not in sides
+            exchange = self.settings.swap_words
+            if exchange and None in sides:
+                raise XdscaleError(
+                    f"model.swap_words = true: the tokenizer of {self.model} has no word pieces 'left' and 'right'; "
+                    "model.swap_words=false leaves words as they are where an image is mirrored"
+                )
             flips = {"flip": self.settings.flip, "sides": sides if exchange else None, "seed": seed}
         if pixels is not None:
             width = self.regions.width
