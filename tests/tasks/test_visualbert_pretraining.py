@@ -127,6 +127,21 @@ def test_vcrs_second_phase_reads_what_its_finetuning_reads(collator, cassette_mo
         collator(task_of("input", choices=1), unnamed, "model.objects=named", "task=vcr_qa")
 
 
+def test_of_a_name_that_loses_its_beginning_the_first_piece_that_is_left_is_aligned(collator, cassette_model):
+    """As in finetuning."""
+    name, text = "trafficlight", "trafficlight is"
+    pieces = len(spelled(cassette_model, name)) - 2
+    assert pieces > 1
+    example = Example("1", ((WORDS[0], text),), 0, 1, ("picture-1",), (((), (Span(0, len(name), 2),)),))
+    first = len(spelled(cassette_model, WORDS[0]))
+    for cut in range(pieces + 1):
+        length = len(spelled(cassette_model, WORDS[0], text)) - cut
+        values = [f"model.max_text={length}", "model.truncation=second_from_front"]
+        arrays = batch(collator(task_of("input", choices=1), [example], *values)).arrays
+        assert arrays.get("aligned_regions", np.empty(0)).tolist() == [2] * (cut < pieces)
+        assert arrays.get("aligned_positions", np.empty(0)).tolist() == [first] * (cut < pieces)
+
+
 def test_regions_that_are_left_out_are_aligned_with_nothing(collator):
     """Else they would be the first regions of the next sample's image."""
     spans = tuple(((Span(3, 9, 1), Span(19, 22, 3)), ()) for _ in WORDS[1:])

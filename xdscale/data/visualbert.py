@@ -156,7 +156,7 @@ def compose(
     regions: Regions,
     *,
     images: int = 1,
-    alignments: Sequence[Sequence[tuple[int, int, int]]] | None = None,
+    alignments: Sequence[Sequence[tuple[int, int, int, int]]] | None = None,
     from_front: bool = False,
 ) -> MicroBatch:
     """Makes a micro-batch of samples that are read: cuts, masks and packs.
@@ -169,8 +169,9 @@ def compose(
         labels: int64 [b] of the pairs; None without `match`.
         regions: of each sample's images.
         images: of a sample; of several, each has a visual segment of its own.
-        alignments: of each sample a region, the text that names it (0 or 1), and where in that text; what was cut off
-            is aligned with nothing, and neither are regions that are left out.
+        alignments: of each sample a region, the text that names it (0 or 1), and the first and the last word piece of
+            the name there. The first one that is left is aligned; what was cut off is with nothing, and neither are
+            regions that are left out.
         from_front: whether texts that are too long lose the second one's beginning, not ends, the longer one's first.
     """
     model, mlm = recipe.model, recipe.objectives.mlm
@@ -239,15 +240,16 @@ def _padded(
 def _kept(
     whole: Sequence[np.ndarray],
     texts: Sequence[np.ndarray],
-    aligned: Sequence[tuple[int, int, int]],
+    aligned: Sequence[tuple[int, int, int, int]],
     *,
     from_front: bool,
 ) -> np.ndarray:
     """Returns regions and positions, behind [CLS] and the [SEP] between texts, of the words that were not cut off."""
     begins = (1, 2 + len(texts[0]))
     gone = [(len(one) - len(kept)) * from_front * (len(texts) > 1) for one, kept in zip(whole, texts)]
-    places = [(region, text, place - gone[text]) for region, text, place in aligned]
-    pairs = [(region, begins[text] + place) for region, text, place in places if 0 <= place < len(texts[text])]
+    left = [(region, text, max(first, gone[text]) - gone[text]) for region, text, first, last in aligned
+            if last >= gone[text]]  # fmt: skip
+    pairs = [(region, begins[text] + place) for region, text, place in left if place < len(texts[text])]
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 

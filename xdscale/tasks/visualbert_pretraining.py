@@ -125,14 +125,14 @@ class TaskTextCollator:
             from_front=self._recipe.model.truncation == "second_from_front",
         )
 
-    def _aligned(self, sample: int, regions: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Returns regions, which text names each, and the word piece there at which its name begins."""
+    def _aligned(self, sample: int, regions: Sequence[int]) -> list[tuple[int, int, int, int]]:
+        """Returns regions, which text names each, and the first and the last word piece of its name there."""
         found = []
         for number, (text, spans) in enumerate(zip(self._texts[sample], self._spans[sample])):
             for span in spans:
-                place, _ = pieces_of(self._begins[text], span)
-                if place is not None and span.region in regions:
-                    found.append((regions.index(span.region), number, place))
+                first, last = pieces_of(self._begins[text], span)
+                if first is not None and span.region in regions:
+                    found.append((regions.index(span.region), number, first, last))
         return found
 
 
