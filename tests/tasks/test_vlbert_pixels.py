@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused(table, model, cassette_model, expressions,
     asked = {"tasks": ["refcoco_plus"], "data": str(expressions), "regions": str(tmp_path / "features"), "seeds": 1}
     asked |= {"label": None, "recipe": "vlbert-refcoco", "ds_config": None, "jobs": 1, "subject": None}
     asked |= {"overrides": ["model.pixels={short_side: 32, long_side: 44}"], "out": tmp_path / "out"}
-    with pytest.raises(XdscaleError, match=r"has no image|model\.pixels needs the images themselves"):
+    with pytest.raises(XdscaleError, match=r"model\.pixels needs the images themselves"):
         run_command(Request(model=str(model), **asked))
 
 

@@ -34,7 +34,7 @@ def bench_step_command(
     ] = "plain",
     pairs: Annotated[int, typer.Option(min=1, help="Alternations.")] = 5,
     sequences: Annotated[
-        int | None, typer.Option(min=1, help="Sequences per step; default: 2, of VisualBERT and VL-BERT 8.")
+        int | None, typer.Option(min=1, help="Per step; default: 2, of VisualBERT and of VL-BERT on features 8.")
     ] = None,
 ) -> None:
     """Time one training step: forward, backward and optimizer, on identical weights, tokens and targets."""

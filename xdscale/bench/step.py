@@ -61,7 +61,7 @@ def bench_step(recipe: Recipe, against: str = "plain", pairs: int = 5, sequences
             are none, ids are drawn at the true shape: 512 language tokens, CLIP text on 560 of 693 positions.
         against: "plain" for the released code's computation, "fp32" to leave that out.
         pairs: how many times each path is measured, in turns.
-        sequences: samples per step; None for 2, of VisualBERT and VL-BERT 8, from pixels 2.
+        sequences: samples per step; None for 2, of VisualBERT and of VL-BERT on features 8.
 
     Raises:
         XdscaleError: an argument is out of range, or the model or the shards cannot be read.

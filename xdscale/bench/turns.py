@@ -36,7 +36,7 @@ class Contestant:
     """
 
     module: nn.Module
-    loss: Callable[[nn.Module], torch.Tensor]
+    loss: Loss
     fused: bool
     autocast: bool = False
     masters: bool = False
@@ -122,11 +122,7 @@ class Case:
 
 
 def contest(
-    name: str,
-    modules: tuple[nn.Module, nn.Module],
-    losses: tuple[Loss, Loss],
-    against: str,
-    narrow: bool,
+    name: str, modules: tuple[nn.Module, nn.Module], losses: tuple[Loss, Loss], against: str, narrow: bool
 ) -> Case:
     """Returns a case: what it is measured against in fp32 and autocast, and ours in these and in bf16.
 

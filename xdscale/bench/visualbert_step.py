@@ -1,8 +1,7 @@
 """`xdscale bench step` of VisualBERT: whole training steps, against transformers' own models as a user runs them.
 
 The same weights, samples and targets, in turns: packed here, padded to the longest text and the most regions there.
-transformers has one attention for VisualBERT, in plain operations. The learning rate is 0, so that every step starts
-from the same weights while the update costs what it always costs.
+transformers has one attention for VisualBERT, in plain operations.
 """
 
 import os

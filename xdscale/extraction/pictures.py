@@ -64,11 +64,9 @@ def _below(folder: Path) -> list[Path]:
     paths = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for link in (Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))):
-            if (
-                os.path.realpath(parent) == (end := os.path.realpath(link))
-                or Path(end) in Path(parent).resolve().parents
-            ):
+        place = Path(parent).resolve()
+        for link in (Path(parent, name) for name in folders):
+            if link.is_symlink() and link.resolve() in (place, *place.parents):
                 raise XdscaleError(f"{link}: is a link to a folder that it lies in; take it away")
         paths += [Path(parent, name) for name in files if not name.startswith(".") and name.lower().endswith(ENDINGS)]
     return sorted(paths)
