@@ -8,7 +8,7 @@ import torch
 
 from xdscale.bench.step import bench_step
 from xdscale.bench.turns import OURS, OURS_MASTERS
-from xdscale.bench.visualbert_step import THEIRS, measure_visualbert, padded_inputs
+from xdscale.bench.visualbert_step import AGAINST, measure_visualbert, padded_inputs
 from xdscale.data.visual_text import pack
 from xdscale.errors import XdscaleError
 from xdscale.recipe import load_recipe
@@ -42,8 +42,8 @@ def test_all_cases_agree_in_fp32(tiny):
         assert case.disagreement < 1e-5
         assert len(case.contestants) == 5
         assert [len(contestant.seconds) for contestant in case.contestants.values()] == [2] * 5
-        assert len(case.ratio(OURS_MASTERS, THEIRS)) == 2
-        ours, theirs = (case.contestants[name] for name in (OURS, THEIRS))
+        assert len(case.ratio(OURS_MASTERS, f"{AGAINST}, fp32")) == 2
+        ours, theirs = case.contestants[OURS], case.reference
         assert 0 < ours.peak < theirs.peak
         assert 0 < case.contestants[OURS_MASTERS].peak < ours.peak
         assert ours.module.training

@@ -40,7 +40,6 @@ CAPTION_WORDS, QUESTION_WORDS = (8, 20), (5, 14)
 CLS, SEP, MASK = 101, 102, 103
 
 AGAINST = "transformers"
-THEIRS = f"{AGAINST}, fp32"
 
 
 def bench_visualbert(recipe: VisualBERTRecipe, pairs: int, sequences: int) -> None:

@@ -20,7 +20,6 @@ from xdscale.files import file_sha256, is_text, read_json, shown
 from xdscale.shards.manifest import InputFile
 from xdscale.shards.sources.regions.source import RegionImage
 
-IDS = ("as-given", "stem", "number")
 _TRAILING_NUMBER = re.compile(r"0*(\d+)$")
 
 
