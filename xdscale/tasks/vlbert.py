@@ -66,13 +66,14 @@ class VLBERTSubject(VisualBERTSubject):
 
     def collator(self, task: Task, examples: Sequence[Example]) -> VLBERTTaskCollator:
         """Tokenises a split; regions are read when they are needed."""
-        return self._collator(task, examples, None)
+        return self.training_collator(task, examples, None)
 
     def training_collator(self, task: Task, examples: Sequence[Example], seed: int | None) -> VLBERTTaskCollator:
-        """Tokenises the split that is trained on, of which some images are mirrored."""
-        return self._collator(task, examples, seed)
+        """Tokenises the split that is trained on, of which a share `model.flip` of the images is mirrored.
 
-    def _collator(self, task: Task, examples: Sequence[Example], seed: int | None) -> VLBERTTaskCollator:
+        Raises:
+            XdscaleError: its features are of another width, or a part of a text speaks of a region.
+        """
         if task.reads == "region" and any(map(_marks_a_part, examples)):
             raise XdscaleError(
                 f"--task {task.name}: VL-BERT points at what a whole text speaks of, but here a part of it does"
