@@ -72,10 +72,8 @@ class VisualTaskCollator:
         self._task, self.examples, self._tokens, self._regions = task, examples, tokenizer[1], regions
         self._width, self._max_length, self._from_front = width, max_length, truncation != LONGEST_FIRST
         self._named = objects != ALL
-        if self._named and any(example.named is None for example in examples):
-            raise XdscaleError(
-                f"model.objects = {objects}: {task.name} does not say which regions are named; leave it out"
-            )
+        if self._named:
+            require_named(task.name, [example.named for example in examples])
         self._specials = 1 + task.sentences + (task.reads == "answer") * (1 + self.separates_answers)
         if task.images and regions.width not in (width, width - SPATIAL):
             raise XdscaleError(
@@ -218,6 +216,16 @@ class VisualTaskCollator:
             "region_slots": samples * most + within,
             "most_regions": np.array(most),
         }
+
+
+def require_named(task: str, named: Sequence[Sequence[int] | None]) -> None:
+    """Checks that a task says which regions each of its examples speaks of.
+
+    Raises:
+        XdscaleError: it does not.
+    """
+    if None in named:
+        raise XdscaleError(f"model.objects = named: {task} does not say which regions are named; leave it out")
 
 
 def named_regions(regions: Regions, named: Sequence[Sequence[int]]) -> Regions:

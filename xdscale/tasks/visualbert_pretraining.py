@@ -9,7 +9,7 @@ import numpy as np
 from xdscale.data.opening import verify_table
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_files import NO_LABEL, Example, Span
-from xdscale.data.visual_tasks import named_regions, pieces_of, tokenise
+from xdscale.data.visual_tasks import named_regions, pieces_of, require_named, tokenise
 from xdscale.data.visualbert import compose, drawn_masks
 from xdscale.errors import XdscaleError
 from xdscale.pretrained.language import own_tokenizer
@@ -62,7 +62,8 @@ class TaskTextCollator:
         """Tokenises the texts.
 
         Raises:
-            XdscaleError: `match` is on, and the task has nothing that is true or false.
+            XdscaleError: `match` is on, and the task has nothing that is true or false; or named regions are read, and
+                it does not say which are.
         """
         self._recipe, self._regions, self._images, self._task = recipe, regions, task.images, task
         self._named = recipe.model.objects == "named"
@@ -76,10 +77,8 @@ class TaskTextCollator:
         self._spans = [sample.spans for sample in samples]
         self._examples = [sample.example for sample in samples] if any(self._spans) else []
         self._named_regions = [sample.named for sample in samples]
-        if self._named and None in self._named_regions:
-            raise XdscaleError(
-                f"model.objects = named: {recipe.task} does not say which regions are named; leave it out"
-            )
+        if self._named:
+            require_named(recipe.task, self._named_regions)
         self._labels = np.array([sample.label for sample in samples], np.int64)
         self._rows = regions.rows([name for sample in samples for name in sample.images]).reshape(-1, task.images)
         tokenizer, self._tokens = own_tokenizer(recipe.model.language.name)
