@@ -313,7 +313,7 @@ def test_a_kept_model_brings_the_pooler_that_its_own_task_left_out(folder, table
 def test_a_loss_of_broken_weights_is_no_number(read, reads):
     """It must stop the run, and not look like a loss of 0."""
     targets = {"answer": np.ones((1, 3)), "region": np.ones((1, 3)), "input": np.zeros(1, np.int64)}[reads]
-    more = {"choices": 3, "outputs": 1} if reads == "input" else {}
+    more = {"answer": {}, "region": {"outputs": 0}, "input": {"choices": 3, "outputs": 1}}[reads]
     task = task_of(reads, targets=lambda examples, regions=None: targets, **more)
     texts = (("a dog",),) * (3 if reads == "input" else 1)
     batch, module = read(task, [example(texts, ("picture-0",))])
