@@ -52,7 +52,7 @@ def _touch(one: list[float], other: list[float]) -> bool:
     return all(max(one[axis], other[axis]) < min(one[axis + 2], other[axis + 2]) for axis in (0, 1))
 
 
-class Detector(nn.Module):
+class BoxClassifier(nn.Module):
     """The trunk on single things, with a classifier; BatchNorm learns, which VL-BERT then leaves as it is."""
 
     def __init__(self, classes: int) -> None:
@@ -75,10 +75,10 @@ class Detector(nn.Module):
         return self.classifier(states.mean((2, 3)))
 
 
-def train(pictures: torch.Tensor, kinds: torch.Tensor, *, epochs: int, batch: int = 32) -> Detector:
+def train(pictures: torch.Tensor, kinds: torch.Tensor, *, epochs: int, batch: int = 32) -> BoxClassifier:
     """Learns kinds."""
     torch.manual_seed(0)
-    model = Detector(int(kinds.max()) + 1)
+    model = BoxClassifier(int(kinds.max()) + 1)
     steps = epochs * (len(kinds) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -102,7 +102,7 @@ def encoded(values: np.ndarray) -> str:
 
 
 @torch.inference_mode()
-def write_detections(model: Detector, pictures: list[Path], proposed: dict[str, dict], out: Path) -> None:
+def write_detections(model: BoxClassifier, pictures: list[Path], proposed: dict[str, dict], out: Path) -> None:
     """Writes a JSON file for each picture, with boxes and distributions."""
     out.mkdir(parents=True, exist_ok=True)
     for path in pictures:

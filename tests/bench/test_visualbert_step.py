@@ -14,13 +14,7 @@ from xdscale.errors import XdscaleError
 from xdscale.recipe import load_recipe
 from xdscale.shards.regions import Regions
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

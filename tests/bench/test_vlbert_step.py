@@ -12,15 +12,8 @@ from xdscale.bench.vlbert_step import AGAINST, drawn_batch, measure_pixels, meas
 from xdscale.errors import XdscaleError
 from xdscale.recipe import load_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

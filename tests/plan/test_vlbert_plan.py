@@ -34,26 +34,8 @@ def built(recipe):
     return open_system(recipe), build_module(open_system(recipe), continued=True).train()
 
 
-def kept_bytes(module, batch):
-    """Unique storages that autograd keeps in one forward pass, parameters, buffers and batch left out."""
-    own = [*module.parameters(), *module.buffers(), *filter(torch.is_tensor, batch.values())]
-    excluded, kept, alive = {tensor.untyped_storage().data_ptr() for tensor in own}, {}, []
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in excluded:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # or its address would be used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        terms = module(batch)
-    assert set(terms) == set(NAMES)
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("samples", [2, 5])
-def test_kept_bytes_within_a_tenth_of_what_autograd_keeps(recipe, samples):
+def test_kept_bytes_within_a_tenth_of_what_autograd_keeps(recipe, samples, kept_bytes):
     """Fast R-CNN's maps too: from pixels they are nearly all that is kept."""
     system, module = built(recipe("model.dropout=0"))
     arrays = system.example(module, samples, longest=True).arrays

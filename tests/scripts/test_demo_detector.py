@@ -13,7 +13,7 @@ _spec.loader.exec_module(demo_detector)
 
 def test_batch_norm_learns_the_statistics_that_it_then_keeps():
     torch.manual_seed(0)
-    model, pictures = demo_detector.Detector(3), torch.randn(4, 3, demo_detector.SIDE, demo_detector.SIDE) * 50
+    model, pictures = demo_detector.BoxClassifier(3), torch.randn(4, 3, demo_detector.SIDE, demo_detector.SIDE) * 50
     norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
     before = [norm.running_mean.clone() for norm in norms]
     with torch.no_grad():

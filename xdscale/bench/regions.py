@@ -149,7 +149,7 @@ def _vilbert(those: list[RegionImage], work: Path) -> tuple[Reader, int]:
 
     def read(order: np.ndarray) -> None:
         for number in order.tolist():
-            fields = pickle.loads(transaction.get(f"{number}".encode()))  # noqa: S301 - of our own folder
+            fields = pickle.loads(transaction.get(f"{number}".encode()))  # noqa: S301 - as its users read it; we wrote it above
             for name in ("features", "boxes"):
                 np.frombuffer(base64.b64decode(fields[name]), np.float32).reshape(fields["num_boxes"], -1)
 

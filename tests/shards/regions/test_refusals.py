@@ -254,6 +254,6 @@ def test_headers_that_state_no_array_are_refused(content):
 def test_odd_fields_beside_features_are_named(tmp_path, change, words):
     info = {"bbox": np.array([[0, 0, 5, 5], [1, 1, 6, 6]]), "image_h": 10, "image_w": 10} | change
     np.save(tmp_path / "1.npy", np.ones((2, 4), np.float32))
-    np.save(tmp_path / "1_info.npy", np.array(info, object), allow_pickle=True)
+    np.save(tmp_path / "1_info.npy", np.array(info, object), allow_pickle=True)  # written so in public; read restricted
     with pytest.raises(XdscaleError, match=f"1_info.npy: {words}"):
         region_files([str(tmp_path / "1.npy")], "pythia", str(writers.detector(tmp_path)))
