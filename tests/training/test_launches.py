@@ -8,11 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, XdscaleError
 from xdscale.training.checkpoint import check_compatible, read_position
-from xdscale.training.integrity import read_pickle
 from xdscale.training.run_folder import read_log
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # fixtures make many runs
@@ -179,7 +177,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(first):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(second, stage):
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(second, stage, require_equal_tensors):
     """With dropout, across an accumulation of two micro-batches, fp32 on CPU."""
     whole, parts = f"whole-{stage}", f"parts-{stage}"
     assert "continuing after step 2 of 6" in second.said[parts]
@@ -188,17 +186,7 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(second, stage):
         assert second.steps(parts, key) == second.steps(whole, key)
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"):
         file = f"zero_pp_rank_0_{name}" if stage == 3 and "model" in name else name
-        left, right = (tensors(read_pickle(second.checkpoint(run, 6) / file)) for run in (whole, parts))
-        assert left.keys() == right.keys() != set()
-        assert all(torch.equal(value, right[key]) for key, value in left.items())
-
-
-def tensors(value, prefix=""):
-    """Returns all tensors inside nested containers by their path."""
-    if isinstance(value, torch.Tensor):
-        return {prefix: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    return {path: found for key, item in items for path, found in tensors(item, f"{prefix}/{key}").items()}
+        require_equal_tensors(*(second.checkpoint(run, 6) / file for run in (whole, parts)))
 
 
 @pytest.mark.parametrize("run", WORLDS, ids=lambda run: f"{run} {WORLDS[run][0]} to {WORLDS[run][1]} ranks")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from xdscale.errors import EXIT_BAD_INPUT
 from xdscale.shards.manifest import Manifest
@@ -20,7 +19,6 @@ from xdscale.shards.table import Table
 from xdscale.train import main
 from xdscale.training.checkpoint import read_position
 from xdscale.training.checkpoint_folder import list_checkpoints, step_of
-from xdscale.training.integrity import read_pickle
 from xdscale.training.run_folder import read_log
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # fixtures make many runs
@@ -145,20 +143,20 @@ def refuse(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("system", LONE)
-def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(second, system):
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(second, system, require_equal_tensors):
     """With dropout, across an accumulation of two micro-batches, fp32 on CPU."""
-    require_equal_bits(second, system)
+    require_equal_bits(second, system, require_equal_tensors)
 
 
 @pytest.mark.proof
-def test_with_the_trunk_too_resumed_equals_never_stopped(datasets, launch_ranks, tmp_path):
+def test_with_the_trunk_too_resumed_equals_never_stopped(datasets, launch_ranks, tmp_path, require_equal_tensors):
     runs, system = Runs(datasets, tmp_path, launch_ranks), "vlbert-pixels"
     runs.launch({f"whole-{system}": runs.arguments(system, f"whole-{system}")})
     runs.continue_a_part(system)
-    require_equal_bits(runs, system)
+    require_equal_bits(runs, system, require_equal_tensors)
 
 
-def require_equal_bits(second, system):
+def require_equal_bits(second, system, require_equal_tensors):
     whole, parts = f"whole-{system}", f"parts-{system}"
     assert "continuing after step 2 of 6" in second.said[parts]
     for key in (*(f"loss/{name}" for name in OBJECTIVES[system]), "loss/total", "optim/grad_norm", "samples"):
@@ -166,17 +164,7 @@ def require_equal_bits(second, system):
         assert len(found) == 6
         assert found == [entry[key] for entry in second.entries(whole)]
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"):
-        left, right = (tensors(read_pickle(second.checkpoint(run, 6) / name)) for run in (whole, parts))
-        assert left.keys() == right.keys() != set()
-        assert all(torch.equal(value, right[key]) for key, value in left.items())
-
-
-def tensors(value, prefix=""):
-    """Returns all tensors inside nested containers by their path."""
-    if isinstance(value, torch.Tensor):
-        return {prefix: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    return {path: found for key, item in items for path, found in tensors(item, f"{prefix}/{key}").items()}
+        require_equal_tensors(*(second.checkpoint(run, 6) / name for run in (whole, parts)))
 
 
 @pytest.mark.parametrize("system", LONE)
