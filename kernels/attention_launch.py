@@ -98,9 +98,7 @@ def forward(
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out = torch.empty_like(query)
     log_sum = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
-    tile = tile or _tile("forward", query)
-    parts = triton.cdiv(packing.max_seqlen_q, tile.queries)
-    _launch("forward", parts, tile, packing, (query, key, value, out, log_sum))
+    launch_kernel("forward", tile or _tile("forward", query), packing, (query, key, value, out, log_sum))
     return out, out, log_sum
 
 
@@ -118,24 +116,26 @@ def backward(
     grad, query, key, value = grad.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
     grad_query, grad_key, grad_value = (torch.empty_like(tokens) for tokens in (query, key, value))
     row_sum = torch.empty_like(log_sum)
-    chosen = tile or _tile("backward_query", query)
-    parts = triton.cdiv(packing.max_seqlen_q, chosen.queries)
     pointers = (query, key, value, out, grad, log_sum, row_sum, grad_query)
-    _launch("backward_query", parts, chosen, packing, pointers)  # writes row_sum, which the next one reads
-    chosen = tile or _tile("backward_key_value", query)
-    parts = triton.cdiv(packing.max_seqlen_k, chosen.keys)
+    # Writes row_sum, which the next one reads.
+    launch_kernel("backward_query", tile or _tile("backward_query", query), packing, pointers)
     pointers = (query, key, value, grad, log_sum, row_sum, grad_key, grad_value)
-    _launch("backward_key_value", parts, chosen, packing, pointers)
+    launch_kernel("backward_key_value", tile or _tile("backward_key_value", query), packing, pointers)
     return grad_query, grad_key, grad_value
 
 
-def _launch(name: str, parts: int, tile: Tile, packing: Packing, pointers: tuple[torch.Tensor, ...]) -> None:
+def launch_kernel(name: str, tile: Tile, packing: Packing, pointers: tuple[torch.Tensor, ...]) -> None:
+    """Launches one of `KERNELS` on its pointers up to the bounds of the samples, in the kernel's order."""
     query = pointers[0]
+    of_keys = name == "backward_key_value"
+    parts = triton.cdiv(packing.max_seqlen_k, tile.keys) if of_keys else triton.cdiv(packing.max_seqlen_q, tile.queries)
     tokens, heads, size = query.shape
     seed = packing.cu_seqlens_q if packing.seed is None else packing.seed  # not read without dropout
     arguments = (*pointers, packing.cu_seqlens_q, packing.cu_seqlens_k, seed, tokens, heads)
     widen = INTERPRETED and query.dtype == torch.bfloat16
     constants = _constants(tile, size, packing.threshold, widen, _precision(architecture(query.device)))
+    if of_keys:
+        constants["PRODUCT_ROWS"] = 16 * tile.warps
     scale = size**-0.5 * LOG2_E.value
     grid = parts, heads, packing.samples
     launch(KERNELS[name], grid, *arguments, scale, **constants, num_warps=tile.warps, num_stages=tile.stages)

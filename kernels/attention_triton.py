@@ -37,6 +37,39 @@ def _store_rows(POINTER, rows, start, index, length, head, heads, D: tl.constexp
     tl.store(POINTER + offset, rows.to(POINTER.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _unknown_zero(number):  # noqa: ANN001, ANN202
+    """A zero that the compiler does not know.
+
+    It would move the selection of a constant behind the next operation: behind rounding, where two halves of a register
+    are selected one by one, or between a product and a sum, which are one instruction together.
+    """
+    return number * 0.0
+
+
+@triton.jit
+def _column_order(BLOCK_K: tl.constexpr):  # noqa: ANN202
+    """Keys of a tile in the order of its columns, as key // 4 and key % 4.
+
+    Attention does not care in which order keys come, but a random word serves four consecutive ones. A thread of a
+    matrix product holds columns 2t, 2t + 1, 2t + 8 and 2t + 9 of each 16: they get the keys 4t to 4t + 3.
+    """
+    column = tl.arange(0, BLOCK_K)
+    return ((column >> 4) << 2) + ((column >> 1) & 3), ((column >> 3) & 1) * 2 + (column & 1)
+
+
+@triton.jit
+def _row_order(BLOCK_K: tl.constexpr, PRODUCT_ROWS: tl.constexpr):  # noqa: ANN202
+    """As `_column_order`, for keys in rows: a thread holds rows r and r + 8 of each 16 in each product of all warps."""
+    row = tl.arange(0, BLOCK_K)
+    if BLOCK_K >= 2 * PRODUCT_ROWS:
+        product, within = row // PRODUCT_ROWS, row % PRODUCT_ROWS
+        group = (product >> 1) * (PRODUCT_ROWS // 2) + ((within >> 4) << 3) + (within & 7)
+        return group, (product & 1) * 2 + ((within >> 3) & 1)
+    pair = ((row >> 4) << 3) + (row & 7)
+    return pair >> 1, (pair & 1) * 2 + ((row >> 3) & 1)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_forward(  # noqa: ANN201
     QUERY, KEY, VALUE, OUT, LOG_SUM, CU_SEQLENS_Q, CU_SEQLENS_K, SEED,  # noqa: ANN001
@@ -58,18 +91,20 @@ def attention_forward(  # noqa: ANN201
     highest = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     attended = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    group, place = _column_order(BLOCK_K)
     for first in range(0, keys, BLOCK_K):
-        key_index = first + tl.arange(0, BLOCK_K)
+        key_index = first + group * 4 + place
         key = _rows(KEY, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         scores = tl.where((key_index < keys)[None, :], scores, -float("inf"))
-        raised = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - raised[:, None])
+        raised = tl.maximum(highest, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - raised[:, None])  # one instruction for both
         shrink = tl.exp2(highest - raised)
         total = total * shrink + tl.sum(weights, 1)
         if THRESHOLD:
-            keep = keep_tile(stream_0, stream_1, index[:, None], key_index[None, :], THRESHOLD)
-            weights = tl.where(keep, weights, 0.0)
+            drawn = (first // 4 + group)[None, :]
+            keep = keep_tile(stream_0, stream_1, index[:, None], drawn, place[None, :], THRESHOLD)
+            weights = tl.where(keep, weights, _unknown_zero(scale))
         value = _rows(VALUE, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
         attended = tl.dot(weights.to(value.dtype), value, attended * shrink[:, None], input_precision=PRECISION)
         highest = raised
@@ -106,16 +141,18 @@ def attention_backward_query(  # noqa: ANN201
         stream_0 = stream_key_tile(SEED, sample, head, START_0)
         stream_1 = stream_key_tile(SEED, sample, head, START_1)
     grad_query = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    group, place = _column_order(BLOCK_K)
     for first in range(0, keys, BLOCK_K):
-        key_index = first + tl.arange(0, BLOCK_K)
+        key_index = first + group * 4 + place
         key = _rows(KEY, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
         value = _rows(VALUE, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         weights = tl.where((key_index < keys)[None, :], tl.exp2(scores - log_sum[:, None]), 0.0)
         grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         if THRESHOLD:
-            keep = keep_tile(stream_0, stream_1, index[:, None], key_index[None, :], THRESHOLD)
-            grad_weights = tl.where(keep, grad_weights * RESCALE, 0.0)
+            drawn = (first // 4 + group)[None, :]
+            keep = keep_tile(stream_0, stream_1, index[:, None], drawn, place[None, :], THRESHOLD)
+            grad_weights = tl.where(keep, grad_weights, _unknown_zero(scale)) * RESCALE
         grad_scores = (weights * (grad_weights - row_sum[:, None])).to(key.dtype)
         grad_query = tl.dot(grad_scores, key, grad_query, input_precision=PRECISION)
     _store_rows(GRAD_QUERY, grad_query * (scale / LOG2_E), start, index, length, head, heads, D, BLOCK_D)
@@ -127,6 +164,7 @@ def attention_backward_key_value(  # noqa: ANN201
     tokens, heads, scale,  # noqa: ANN001
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    PRODUCT_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values, on transposed scores. Grid: (key tiles, heads, samples).
 
@@ -138,7 +176,9 @@ def attention_backward_key_value(  # noqa: ANN201
     length, keys = tl.load(CU_SEQLENS_Q + sample + 1) - start, tl.load(CU_SEQLENS_K + sample + 1) - key_start
     if tl.program_id(0) * BLOCK_K >= keys:
         return
-    key_index = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    group, place = _row_order(BLOCK_K, PRODUCT_ROWS)
+    group += tl.program_id(0) * (BLOCK_K // 4)
+    key_index = group * 4 + place
     key = _rows(KEY, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
     value = _rows(VALUE, key_start, key_index, keys, head, heads, D, BLOCK_D, WIDEN)
     if THRESHOLD:
@@ -157,9 +197,9 @@ def attention_backward_key_value(  # noqa: ANN201
         grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
         kept = weights
         if THRESHOLD:
-            keep = keep_tile(stream_0, stream_1, index[None, :], key_index[:, None], THRESHOLD)
-            grad_weights = tl.where(keep, grad_weights * RESCALE, 0.0)
-            kept = tl.where(keep, weights, 0.0)
+            keep = keep_tile(stream_0, stream_1, index[None, :], group[:, None], place[:, None], THRESHOLD)
+            grad_weights = tl.where(keep, grad_weights, _unknown_zero(scale)) * RESCALE
+            kept = tl.where(keep, weights, _unknown_zero(scale))
         grad_value = tl.dot(kept.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
         grad_scores = (weights * (grad_weights - row_sum[None, :])).to(query.dtype)
         grad_key = tl.dot(grad_scores, query, grad_key, input_precision=PRECISION)

@@ -124,10 +124,13 @@ def stream_key_tile(SEED, sample, head, START: tl.constexpr):  # noqa: ANN001, A
 
 
 @triton.jit
-def keep_tile(key_0, key_1, query, key, THRESHOLD: tl.constexpr):  # noqa: ANN001, ANN201
-    """Returns which scores stay, for index tensors `query` and `key` that broadcast, in either orientation."""
+def keep_tile(key_0, key_1, query, group, place, THRESHOLD: tl.constexpr):  # noqa: ANN001, ANN201
+    """Returns which scores stay, for integer tensors that broadcast, in either orientation.
+
+    Keys come as `group` = key // 4 and `place` = key % 4, each from what the caller knows of it: the compiler draws a
+    word once for several scores of a thread only where it sees that they are of one group.
+    """
     row = (query.to(tl.uint32) << 16) * _TL_WEYL + key_0
-    group = (key.to(tl.uint32) >> 2) * _TL_WEYL
-    word = _mix_tile(row + group, key_1)
+    word = _mix_tile(row + group.to(tl.uint32) * _TL_WEYL, key_1)
     # The wanted byte moves to the top, where the lower ones cannot change the comparison.
-    return (word << (24 - (key.to(tl.uint32) & 3) * 8)) >= (THRESHOLD << 24)
+    return (word << (24 - place.to(tl.uint32) * 8)) >= (THRESHOLD << 24)

@@ -83,10 +83,13 @@ def backward(grad: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:
-    elements = tensors[0].numel()
-    # 256 threads either way, which hold 8 elements of each tensor: 16 bytes in bf16.
-    warps = 4 if architecture(tensors[0].device) == "gfx942" else 8
+    elements, warps = tensors[0].numel(), _warps(tensors[0].device)
     launch(kernel, (triton.cdiv(elements, TILE),), *tensors, elements, TILE=TILE, num_warps=warps, num_stages=1)
+
+
+def _warps(device: torch.device) -> int:
+    """Returns the warps of a program: 256 threads either way, each with 8 elements of a tensor, 16 bytes in bf16."""
+    return 4 if architecture(device) == "gfx942" else 8
 
 
 TRUE_ELEMENTS = 32 * 8 * 77 * 2048

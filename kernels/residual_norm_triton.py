@@ -33,7 +33,7 @@ def _kept(SEED, row, column, THRESHOLD: tl.constexpr):
     stream = tl.min(row, 0) >> 16
     key_0 = stream_key_tile(SEED, stream, stream * 0, START_0)
     key_1 = stream_key_tile(SEED, stream, stream * 0, START_1)
-    return keep_tile(key_0, key_1, row[:, None], column[None, :], THRESHOLD)
+    return keep_tile(key_0, key_1, row[:, None], (column >> 2)[None, :], (column & 3)[None, :], THRESHOLD)
 
 
 @triton.jit(do_not_specialize=["tokens"])

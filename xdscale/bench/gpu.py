@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from xdscale.bench.batch import bench_batch
 from xdscale.bench.kernels import bench_kernels
+from xdscale.bench.tiles import tiles
 from xdscale.devices import rank_device
 from xdscale.kernels import (
     DEFINITIONS,
@@ -296,13 +297,32 @@ def _replay_graph(tell: Tell, name: dict[str, Any], trained: _Step) -> None:
 
 def _profile(tell: Tell, name: dict[str, Any], trained: _Step, path: Path) -> None:
     on_gpu = trained.device.type == "cuda"
+    steps = 3 if on_gpu else 1  # one after the other, as in training: the host runs ahead
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
-        trained.run()
+        for _ in range(steps):
+            trained.module.zero_grad(set_to_none=True)
+            trained.forward().backward()
+            trained.update()
+        if on_gpu:
+            torch.cuda.synchronize()
+    if on_gpu:
+        tell(**name, device_busy=_busy(profiler))
     key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     averages = profiler.key_averages()
     path.write_text(averages.table(sort_by=key, row_limit=40, max_name_column_width=80), encoding="utf-8")
     top = sorted(averages, key=lambda entry: getattr(entry, key), reverse=True)[:10]
-    tell(**name, top_ms={entry.key[:60]: round(getattr(entry, key) / 1e3, 3) for entry in top})
+    tell(**name, top_ms={entry.key[:60]: round(getattr(entry, key) / 1e3 / steps, 3) for entry in top})
+
+
+def _busy(profiler: profile) -> float:
+    """Returns the share of the second half of a profile in which the GPU computes."""
+    events = profiler.profiler.kineto_results.events()
+    spans = sorted((e.start_ns(), e.end_ns()) for e in events if e.device_type() == torch.autograd.DeviceType.CUDA)
+    first = (spans[0][0] + spans[-1][1]) // 2
+    busy, until = 0, first
+    for start, end in spans:
+        busy, until = busy + max(0, end - max(start, until)), max(until, end)
+    return busy / (until - first)
 
 
 def compare(tell: Tell, _out: Path, rest: list[str]) -> None:
@@ -351,7 +371,7 @@ def planned(tell: Tell, out: Path, rest: list[str]) -> None:
             )
 
 
-PARTS = {part.__name__: part for part in (versions, kernels, rivals, step, compare, planned)}
+PARTS = {part.__name__: part for part in (versions, kernels, tiles, rivals, step, compare, planned)}
 
 
 def _recipe(rest: list[str]) -> tuple[Recipe, list[int]]:

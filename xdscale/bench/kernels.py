@@ -94,6 +94,8 @@ def measure(sizes: Sizes, rounds: int) -> Iterator[KernelTiming]:
 
 
 def _dtypes(device: torch.device) -> list[torch.dtype]:
+    if device.type == "cuda":
+        return [torch.bfloat16, torch.float32]  # what matters most comes first
     rates = [matmul_flops_per_second(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
     if rates[1] >= rates[0]:
         return [torch.float32, torch.bfloat16]

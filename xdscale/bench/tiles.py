@@ -1,0 +1,261 @@
+"""How each Triton kernel cuts its work, tried on the GPU at hand: `python -m xdscale.bench.gpu tiles OUT [KERNEL …]`.
+
+The launch tables in `kernels/` hold what was fastest here. Candidates are compiled by many processes first; then one
+after the other is timed, as replays of a CUDA graph, at BERT-base's true shapes in bf16 with dropout.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass
+from multiprocessing import get_context
+
+import torch
+
+from xdscale.kernels import attention_launch, masked_token_loss_triton, quick_gelu_triton, residual_norm_triton
+from xdscale.kernels.attention_launch import Tile
+from xdscale.kernels.dropout_mask import drop_threshold
+from xdscale.kernels.masked_token_loss_triton import LogitsTile
+from xdscale.kernels.packing import Packing
+
+SAMPLES, LENGTH, HEADS, HEAD_SIZE = 36, 512, 12, 64
+KEY_LENGTHS = (427, 693)
+HIDDEN, VOCABULARY, LABELLED = 768, 30_522, 77
+CLIP_INTERMEDIATE, CLIP_TOKENS = 2048, 560
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Search:
+    """One kernel, or a pair that shares its settings, and what is tried.
+
+    Attributes:
+        launch: launches it once with a candidate.
+        candidates: settings, of which the first is what ships.
+        nbytes: memory traffic of a launch that is bound by it; else 0.
+        flops: of a launch that multiplies matrices; else 0.
+    """
+
+    launch: Callable[..., object]
+    candidates: list[tuple]
+    nbytes: int
+    flops: int
+
+
+def searches(device: torch.device) -> dict[str, Search]:
+    """Returns what is tried, by the kernel's name."""
+    return dict([*_attention(device), *_loss(device), *_norm(device), *_quick_gelu(device)])
+
+
+def _attention(device: torch.device) -> Iterator[tuple[str, Search]]:
+    lengths = [LENGTH] * SAMPLES, [KEY_LENGTHS[sample % 2] for sample in range(SAMPLES)]
+    bounds = [torch.tensor([0, *side], device=device).cumsum(0).to(torch.int32) for side in lengths]
+    seed = torch.tensor([1], device=device)
+    packing = Packing(*bounds, LENGTH, max(KEY_LENGTHS), drop_threshold(0.1), seed)
+    tokens = [sum(side) for side in (lengths[0], lengths[1], lengths[1], lengths[0])]
+    query, key, value, grad = (_normal(count, HEADS, HEAD_SIZE, device=device) for count in tokens)
+    out, *saved = attention_launch.forward(query, key, value, packing)
+    _, log_sum = saved
+    row_sum, outputs = torch.zeros_like(log_sum), [torch.empty_like(tensor) for tensor in (query, key, value)]
+    pointers = {
+        "forward": (query, key, value, out, log_sum),
+        "backward_query": (query, key, value, out, grad, log_sum, row_sum, outputs[0]),
+        "backward_key_value": (query, key, value, grad, log_sum, row_sum, *outputs[1:]),
+    }
+    sizes = {"forward": ((64, 128), (32, 64, 128)), "backward_query": ((64, 128), (32, 64, 128))}
+    sizes["backward_key_value"] = ((32, 64), (64, 128))
+    scores = sum(queries * keys for queries, keys in zip(*lengths))
+    for name, products in zip(pointers, (2, 3, 4)):
+        shapes = itertools.product(*sizes[name], (4, 8), (2, 3))
+        shipped = attention_launch.TILES[attention_launch.architecture(device)][name]
+        tiles = [shipped, *(tile for shape in shapes if (tile := Tile(*shape)) != shipped)]
+
+        def launch(tile: Tile, name: str = name) -> None:
+            attention_launch.launch_kernel(name, tile, packing, pointers[name])
+
+        yield (
+            f"attention_{name}",
+            Search(launch, [(tile,) for tile in tiles], 0, 2 * products * scores * HEADS * HEAD_SIZE),
+        )
+
+
+def _loss(device: torch.device) -> Iterator[tuple[str, Search]]:
+    rows = SAMPLES * LABELLED
+    hidden, weight = _normal(rows, HIDDEN, device=device), _normal(VOCABULARY, HIDDEN, device=device) * HIDDEN**-0.5
+    bias, labels = _normal(VOCABULARY, device=device), torch.randint(VOCABULARY, (rows,), device=device)
+    maximum, total, _, _ = masked_token_loss_triton.row_statistics(hidden, weight, bias, labels, torch.bfloat16)
+    grad_loss, grad_bias = torch.ones((), device=device), torch.empty_like(bias)
+    tables = masked_token_loss_triton.TILES
+    place = masked_token_loss_triton.FAMILIES[masked_token_loss_triton.architecture(device)], 2, 2
+    few, shipped = tables[place]
+    shapes = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3)]
+    shapes += [
+        (128, 256, 64, 8, 4),
+        (64, 256, 64, 8, 3),
+        (64, 128, 64, 4, 3),
+        (64, 128, 64, 4, 4),
+        (128, 128, 32, 8, 4),
+    ]
+    tiles = [LogitsTile(*shape, resident) for shape in shapes for resident in (1, 2, 3)]
+
+    def row_statistics(tile: LogitsTile) -> None:
+        with _replaced(tables, place, (few, tile)):
+            masked_token_loss_triton.row_statistics(hidden, weight, bias, labels, torch.bfloat16)
+
+    def gradients(tile: LogitsTile) -> None:
+        with _replaced(tables, place, (few, tile)):
+            given = (hidden, weight, bias, labels, maximum, total, grad_loss, grad_bias, torch.bfloat16)
+            for _ in masked_token_loss_triton.logit_gradients(*given):
+                pass
+
+    flops = 2 * rows * VOCABULARY * HIDDEN
+    yield (
+        "loss_statistics",
+        Search(row_statistics, [(shipped,), *((tile,) for tile in tiles if tile != shipped)], 0, flops),
+    )
+    alone = [tile for tile in tiles if tile.resident == 1 and tile != shipped]
+    yield "loss_gradients", Search(gradients, [(shipped,), *((tile,) for tile in alone)], 0, flops)
+
+
+def _norm(device: torch.device) -> Iterator[tuple[str, Search]]:
+    tokens, module = SAMPLES * LENGTH, vars(residual_norm_triton)
+    states, residual, grad = (_normal(tokens, HIDDEN, device=device) for _ in range(3))
+    weight, bias = (_normal(HIDDEN, device=device) for _ in range(2))
+    seed, threshold = torch.tensor([1], device=device), drop_threshold(0.1)
+    saved = residual_norm_triton.forward(states, residual, weight, bias, seed, 1e-12, threshold)[1:]
+
+    def forward(elements: int, warps: int) -> None:
+        with _replaced(module, "TILE_ELEMENTS", elements), _replaced(module, "_warps", lambda _device: warps):
+            residual_norm_triton.forward(states, residual, weight, bias, seed, 1e-12, threshold)
+
+    def backward(elements: int, warps: int, programs: int) -> None:
+        with (
+            _replaced(module, "TILE_ELEMENTS", elements),
+            _replaced(module, "_warps", lambda _device: warps),
+            _replaced(module, "PROGRAMS_PER_PROCESSOR", programs),
+        ):
+            residual_norm_triton.backward(grad, weight, bias, seed, threshold, residual.dtype, *saved)
+
+    shipped = (4096, 8)
+    shapes = [(1024, 1), (1024, 2), (1024, 4), (2048, 2), (2048, 4), (2048, 8), (4096, 4), (8192, 8), (8192, 16)]
+    yield "norm_forward", Search(forward, [shipped, *shapes], 4 * states.nbytes, 0)
+    shapes = itertools.product([(1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8)], (1, 2, 4, 8))
+    choices = [(*shape, programs) for shape, programs in shapes]
+    shipped = (*shipped, residual_norm_triton.PROGRAMS_PER_PROCESSOR)
+    choices.remove(shipped)
+    yield "norm_backward", Search(backward, [shipped, *choices], 4 * states.nbytes, 0)
+
+
+def _quick_gelu(device: torch.device) -> Iterator[tuple[str, Search]]:
+    states, grad = (_normal(SAMPLES * CLIP_TOKENS, CLIP_INTERMEDIATE, device=device) for _ in range(2))
+    module = vars(quick_gelu_triton)
+
+    def with_tile(call: Callable[[], object], tile: int, warps: int) -> None:
+        with _replaced(module, "TILE", tile), _replaced(module, "_warps", lambda _device: warps):
+            call()
+
+    shapes = [(2048, 8), (1024, 4), (2048, 4), (4096, 8), (4096, 4), (8192, 8), (1024, 8)]
+    calls = {
+        "quick_gelu_forward": (2, lambda: quick_gelu_triton.forward(states)),
+        "quick_gelu_backward": (3, lambda: quick_gelu_triton.backward(grad, states)),
+    }
+    for name, (tensors, call) in calls.items():
+
+        def launch(tile: int, warps: int, call: Callable[[], object] = call) -> None:
+            with_tile(call, tile, warps)
+
+        yield name, Search(launch, shapes, tensors * states.nbytes, 0)
+
+
+def tiles(tell: Callable[..., None], _out: object, rest: list[str]) -> None:
+    """Times every candidate of every kernel, or of those named; what ships comes first, then the others by time."""
+    if not torch.cuda.is_available():
+        tell(problem="tiles are tried on a GPU, and here is none")
+        return
+    with ProcessPoolExecutor(min(12, os.cpu_count() or 1), get_context("spawn")) as pool:
+        parts = min(12, os.cpu_count() or 1)
+        for done in [pool.submit(_compile, part, parts, rest) for part in range(parts)]:
+            done.result()
+    copy = _copy_bytes_per_second()
+    tell(copy_gb_per_second=copy / 1e9)
+    for name, search in searches(torch.device("cuda")).items():
+        if rest and name not in rest:
+            continue
+        times = []
+        for candidate in search.candidates:
+            try:
+                times.append((candidate, _milliseconds(functools.partial(search.launch, *candidate))))
+            except Exception as error:  # too much shared memory, say: that one is out
+                tell(kernel=name, candidate=str(candidate), problem=f"{type(error).__name__}: {error}"[:120])
+        for candidate, (middle, low, high) in [*times[:1], *sorted(times[1:], key=lambda row: row[1][0])]:
+            seconds = middle / 1e3
+            share = {"share_of_copy": search.nbytes / seconds / copy} if search.nbytes else {}
+            share |= {"tflops": search.flops / seconds / 1e12} if search.flops else {}
+            tell(kernel=name, candidate=_short(candidate), ms=middle, range=[low, high], **share)
+
+
+def _compile(part: int, parts: int, names: list[str]) -> None:
+    """Runs every so-many-th candidate once, so that its machine code lies in Triton's cache."""
+    jobs = [
+        (search, candidate)
+        for name, search in searches(torch.device("cuda")).items()
+        for candidate in search.candidates
+        if not names or name in names
+    ]
+    for search, candidate in jobs[part::parts]:
+        with contextlib.suppress(Exception):  # its turn comes again where times are taken, and says why
+            search.launch(*candidate)
+            torch.cuda.synchronize()
+
+
+def _milliseconds(call: Callable[[], object]) -> tuple[float, float, float]:
+    """Returns the median, shortest and longest time of a call, replayed four at a time."""
+    calls = 4
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    times = []
+    for _ in range(ROUNDS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / calls)
+    return statistics.median(times), min(times), max(times)
+
+
+def _copy_bytes_per_second() -> float:
+    """Returns the bytes, read and written, that a copy of a gigabyte moves in a second."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (_milliseconds(lambda: target.copy_(source))[0] / 1e3)
+
+
+@contextlib.contextmanager
+def _replaced(table: dict, key: object, value: object) -> Iterator[None]:
+    before = table[key]
+    table[key] = value
+    try:
+        yield
+    finally:
+        table[key] = before
+
+
+def _normal(*shape: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+
+def _short(candidate: tuple) -> str:
+    settings = candidate[0] if isinstance(candidate[0], Tile | LogitsTile) else candidate
+    return " ".join(str(value) for value in (astuple(settings) if isinstance(settings, Tile) else settings))
