@@ -70,6 +70,7 @@ class RunSettings(Section):
     stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows epochs")
     max_skipped_in_row: int = Field(5, ge=1, description="non-finite steps in a row that stop the run")
     hang_seconds: int = Field(45, ge=1, description="shortest time without progress after which a rank counts as hung")
+    verify: bool = Field(True, description="check every shard's SHA-256 before the first step")
 
 
 class FinetuneSettings(Section):

@@ -74,7 +74,7 @@ class FinetuneSystem(System):
                 f"{result}: this run is finished; to run it again, delete its folder or choose another one"
             )
         regions, ranks = open_regions(self.recipe.data.regions), place.ranks
-        if regions is not None:
+        if regions is not None and self.recipe.run.verify:
             verify_table(regions.table, ranks, on_shard=place.tick)
         material = self._material
         order = Order.of(self.recipe, place, len(material.train))
