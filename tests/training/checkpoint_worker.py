@@ -93,6 +93,10 @@ def make_engine(stage, precision, optim, seed, load_universal):
     torch.manual_seed(seed)
     # Odd sizes, so that every partition is padded.
     module = torch.nn.Sequential(torch.nn.Linear(7, 11), torch.nn.Linear(11, 13), torch.nn.Linear(13, 3))
+    # What no optimizer holds: of another seed, as from files that were exchanged.
+    module[1].frozen = torch.nn.Parameter(torch.randn(27), requires_grad=False)
+    module[1].few = torch.nn.Parameter(torch.randn(5), requires_grad=False)
+    module[2].register_buffer("statistics", torch.randn(3))
     zero = {"stage": stage, "reduce_bucket_size": 1000}
     if stage == 3:
         # Several flat partitions, and parameters that stay gathered beside those that do not.
@@ -119,10 +123,10 @@ def make_step(engine, step, precision, optim):
 
 
 def whole(engine):
-    """Returns all parameters, whole."""
+    """Returns all parameters, whole, and the buffers."""
     import deepspeed
 
-    found = {}
+    found = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
     for name, parameter in engine.module.named_parameters():
         gather = deepspeed.zero.GatheredParameters if hasattr(parameter, "ds_id") else contextlib.nullcontext
         with gather(parameter):

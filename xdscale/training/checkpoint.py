@@ -183,14 +183,17 @@ def load_checkpoint(engine: Any, source: Path, checkpoint: Path, ranks: "Ranks")
         ranks: this process among the others.
 
     Raises:
-        XdscaleError: a file could run code, DeepSpeed cannot load it, or parameters, optimizer, its step or the
-            learning rate are not those that were saved.
+        XdscaleError: a file could run code, DeepSpeed cannot load it, or parameters, buffers, optimizer, its step or
+            the learning rate are not those that were saved.
     """
+    from xdscale.training.engine import put_fixed
     from xdscale.training.engine_state import engine_state
 
     mine = file_names(source)[ranks.rank :: ranks.world_size]
     _all(ranks, f"cannot load {checkpoint}", lambda: check_pickles(source, mine))
     _alone(ranks, f"cannot load {checkpoint}", lambda: _load(engine, source))
+    if source != checkpoint:
+        _alone(ranks, f"cannot load {checkpoint}", lambda: put_fixed(engine, source))
     differences = _read_engine_state(checkpoint).differences(engine_state(engine, ranks))
     problem = "; ".join(differences) or None
     ranks.raise_first(problem, f"{checkpoint}: DeepSpeed loaded it without an error, but not what was saved")

@@ -1,6 +1,8 @@
 """The DeepSpeed engine and its optimizer."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Optim
 from xdscale.systems.contract import pass_numbers
+from xdscale.training.integrity import read_pickle
 from xdscale.training.optimizer import build_optimizer
 
 
@@ -99,12 +102,48 @@ def put_weights(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
         engine: the DeepSpeed engine, done with training.
         state: every parameter by its name, whole.
     """
+    for name, parameter in engine.module.named_parameters():
+        _put(parameter, state[name])
+
+
+def put_fixed(engine: Any, conversion: Path) -> None:
+    """Gives a module what no optimizer holds, frozen parameters and buffers: of a conversion DeepSpeed leaves it out.
+
+    Without it that would come from the files that the run began with, whatever they hold by now.
+
+    Args:
+        engine: the DeepSpeed engine.
+        conversion: of a checkpoint, with the model states of the ranks that wrote it.
+    """
+    files = sorted(conversion.glob("*_model_states.pt"), key=lambda path: [*map(int, re.findall(r"\d+", path.name))])
+    saved = [read_pickle(path) for path in files]
+    whole = saved[0]["module"]
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        value = whole[name]
+        if hasattr(parameter, "ds_id"):  # ZeRO stage 3: each rank wrote its part, the last ones padded
+            value = torch.cat([part["frozen_param_fragments"][name] for part in saved])
+            value = value[: parameter.ds_numel].view(parameter.ds_shape)
+        _put(parameter, value)
+    for name, buffer in buffers_of(engine.module).items():
+        buffer.copy_(whole[name])
+
+
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the buffers that a checkpoint holds, by name; they share their storage with the module."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    saved = module.state_dict().items()
+    return {name: value for name, value in saved if name not in parameters and isinstance(value, torch.Tensor)}
+
+
+def _put(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Writes a whole value into a parameter, under any ZeRO stage."""
     import deepspeed
 
-    for name, parameter in engine.module.named_parameters():
-        sharded = hasattr(parameter, "ds_id")
-        with torch.no_grad(), deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=sharded):
-            parameter.data.copy_(state[name])
+    sharded = hasattr(parameter, "ds_id")
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=sharded):
+        parameter.data.copy_(value)
 
 
 def plain_gradient_norm(engine: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""What an engine holds, in four figures that do not depend on how it is sharded.
+"""What an engine holds, in five figures that do not depend on how it is sharded.
 
 They are recorded with every checkpoint and compared after every load, because DeepSpeed can load part of a checkpoint,
 or none, without a word: sharded parameters that do not take gradients, an optimizer that starts from scratch, a
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from xdscale.training.distributed import Ranks
+from xdscale.training.engine import buffers_of
 
 _BLOCK = 2**20
 _EVEN, _ODD = 0x1E3779B97F4A7C14, 0x3F58476D1CE4E5B9
@@ -31,12 +32,14 @@ class EngineState:
 
     Attributes:
         parameters: checksum of all parameters as the module computes with them, each at its name and position.
+        buffers: the same of what is saved beside them, such as BatchNorm's statistics; those of the first rank.
         optimizer: checksum of the optimizer's fp32 weights and both of Adam's moments, wherever they lie.
         optimizer_step: updates that AdamW counts; less than the run's steps where fp16 skipped some.
         learning_rate: rate of the last update.
     """
 
     parameters: str
+    buffers: str
     optimizer: str
     optimizer_step: int
     learning_rate: float
@@ -58,6 +61,7 @@ def engine_state(engine: Any, ranks: Ranks) -> EngineState:
     steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
     return EngineState(
         parameters=_parameters(engine, ranks),
+        buffers=ranks.gather(_hex(sum(weighted_sum(one, name, 0) for name, one in buffers_of(engine.module).items())))[0],
         optimizer=_moments(engine, optimizer, ranks),
         optimizer_step=max(steps, default=0),
         learning_rate=float(optimizer.param_groups[0]["lr"]),
@@ -189,5 +193,5 @@ def _table(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(table.view(np.int64)).to(device)
 
 
-def _hex(total: torch.Tensor) -> str:
+def _hex(total: torch.Tensor | int) -> str:
     return f"{int(total) % 2**64:016x}"
