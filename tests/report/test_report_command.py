@@ -318,6 +318,28 @@ def test_a_task_that_one_of_two_lacks_is_said(report, write_sweep, tmp_path, cap
     assert "READ: XDBERT-b is not compared: BERT-b has no finished seed" in printed
 
 
+PIXELS = {"weights": None, "short_side": 600, "long_side": 1000}
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        ({"weights_sha256": "ab", "pixels": None}, {"weights_sha256": "cd", "pixels": None}),
+        ({"weights_sha256": None, "pixels": None}, {"weights_sha256": None, "pixels": PIXELS}),
+        ({"weights_sha256": "ab", "pixels": PIXELS}, {"weights_sha256": "ab", "pixels": PIXELS | {"long_side": 1200}}),
+    ],
+)
+def test_seeds_of_another_model_are_never_averaged(report, write_sweep, tmp_path, own, other):
+    """Such as one from pixels among those from features, copied together by hand."""
+    sweep = write_sweep("VL-BERT", {"vqa": 0.7}, seeds=3)
+    for seed in range(3):
+        change(sweep / "vqa" / f"seed-{seed}" / "result.json", model=own)
+    report([sweep], tmp_path / "out", layout="vlbert")
+    change(sweep / "vqa" / "seed-1" / "result.json", model=other)
+    with pytest.raises(XdscaleError, match="vqa/seed-1: is a run of another model than .*vqa/seed-0 "):
+        report([sweep], tmp_path / "other", layout="vlbert")
+
+
 def test_a_seed_that_is_named_twice_counts_once(report, write_sweep, tmp_path):
     sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=1)
     change(sweep / "sweep.json", tasks={"rte": {"seeds": [0, 0, 0]}})

@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused(table, model, cassette_model, expressions,
             describe_subject(str(cassette_model), "language", ModelSettings(**{name: value}))
     own, other = (describe_subject(str(model), None, one) for one in (settings(), ModelSettings()))
     assert own["weights_sha256"] != other["weights_sha256"]
-    assert own["encoder"] == other["encoder"] + ", with Fast R-CNN"
+    assert own["encoder"] == other["encoder"] + ", with Fast R-CNN on 32 × 44 pixels at most"
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((model / name).read_bytes())
     with pytest.raises(XdscaleError, match=r"fast_rcnn\.safetensors: no such file; this model was pretrained on feat"):

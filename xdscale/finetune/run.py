@@ -195,6 +195,7 @@ def _result(setup: Setup, material: Material, predicted: dict[str, Predicted]) -
         "score": {"name": task.score, "value": metrics[task.score], "higher_is_better": better},
         "examples": len(material.dev[headline]),
         "data": material.data.files,
+        "model": recipe.model.model_dump(include={"weights_sha256", "pixels"}),
         "settings": _settings(recipe, setup.ds_config),
         "curve": [{"step": entry["step"], "loss": entry["loss/total"]} for entry in curve],
     }
@@ -213,7 +214,7 @@ def _settings(recipe: FinetuneRecipe, ds_config: dict[str, Any]) -> dict[str, An
         "clip_blocks_per_sentence": CLIP_BLOCKS,
         "dropout": recipe.model.dropout,
         **({"freeze_pooler": True} if recipe.model.freeze_pooler else {}),
-        # Pixels belong to the model: what is said of its encoder names them.
+        # Pixels belong to the model: what is said of its encoder names them, and all seeds have the same.
         **recipe.model.model_dump(include=OWN_SETTINGS | OF_VLBERT - {"pixels"}, exclude_defaults=True),
         "precision": precision(ds_config),
         **recipe.training.model_dump(include={"best", "patience"}, exclude_none=True),

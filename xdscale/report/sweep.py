@@ -70,7 +70,10 @@ class Point(_Stored):
 
 
 class Result(_Stored):
-    """`result.json` of one run; `title` is the head of its task's column."""
+    """`result.json` of one run.
+
+    `title` is the head of its task's column; `model` what all seeds have of the model, beside the settings.
+    """
 
     format: Literal[1]
     task: str
@@ -81,6 +84,7 @@ class Result(_Stored):
     score: Score
     examples: int
     data: dict[str, DataFile]
+    model: dict[str, Any] = {}
     settings: dict[str, Any]
     curve: list[Point]
     seconds: float = 0.0
@@ -233,6 +237,11 @@ def _read_task(folder: Path, task: str, planned: list[int], metric: str | None) 
         if (result.task, result.seed) != (task, seed):
             raise XdscaleError(
                 f"{place / 'result.json'}: is of task {result.task}, seed {result.seed}; was the folder renamed?"
+            )
+        if runs and result.model != runs[0].result.model:
+            raise XdscaleError(
+                f"{place}: is a run of another model than {runs[0].folder} (other weights, or other pixels); was the "
+                "folder copied here? Finetune this task anew"
             )
         run, lines = _read_run(place, result, metric)
         first = first or lines

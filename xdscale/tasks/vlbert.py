@@ -62,7 +62,8 @@ class VLBERTSubject(VisualBERTSubject):
                 f"model.pixels: {self.model} reads {width} numbers of each region, but ResNet-101 makes {FEATURES}"
             )
         weights = None if facts.weights is None else [*facts.weights, *self._trunk_file()]
-        return facts._replace(encoder=f"{facts.encoder}, with Fast R-CNN", weights=weights)
+        encoder = f"{facts.encoder}, with Fast R-CNN on {pixels.short_side:,} × {pixels.long_side:,} pixels at most"
+        return facts._replace(encoder=encoder, weights=weights)
 
     def collator(self, task: Task, examples: Sequence[Example]) -> VLBERTTaskCollator:
         """Tokenises a split; regions are read when they are needed."""
