@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused(table, model, cassette_model, expressions,
     with pytest.raises(XdscaleError, match="keep_model = true: .* as language is not exported"):
         describe_subject(str(cassette_model), "language", ModelSettings(), keep_model=True)
     with pytest.raises(XdscaleError, match="as it is finetuned here, it is not exported; VL-BERT is"):
-        find_subject("language")(str(cassette_model), ModelSettings()).export({}, tmp_path)
+        find_subject("language")(str(cassette_model), ModelSettings()).export(TASK, {}, tmp_path)
     for name, value in (("loss", "softmax"), ("swap_words", False)):
         with pytest.raises(XdscaleError, match=rf"model\.{name} = {value}: .* has no such choice as it is finetuned"):
             describe_subject(str(cassette_model), "language", ModelSettings(**{name: value}))

@@ -303,10 +303,32 @@ def test_a_kept_model_brings_the_pooler_that_its_own_task_left_out(folder, table
     pooler = {"pooler.weight": torch.randn(size, size), "pooler.bias": torch.randn(size)}
     save_file(pooler, source / "pooler.safetensors")
     subject = VLBERTSubject(str(source), ModelSettings(), table)
-    subject.export(subject.build(task_of("region", outputs=0)).state_dict(), out)
+    task = task_of("region", outputs=0)
+    subject.export(task, subject.build(task).state_dict(), out)
     built = VLBERTSubject(str(out), ModelSettings(), table).build(task_of("input"))
     assert torch.equal(built.encoder.pooler.weight, pooler["pooler.weight"])
     assert torch.equal(built.encoder.pooler.bias, pooler["pooler.bias"])
+
+
+def test_a_kept_model_begins_with_the_second_segment_that_its_task_trained(folder, table, tmp_path):
+    """Pairs and answers train it. What never did begins with the first one, as after pretraining."""
+    pair = task_of("input", sentences=2, choices=4, outputs=1)
+    tasks = {"pair": pair, "answer": task_of("answer"), "region": task_of("region", outputs=0)}
+    for path, trained in ((("pair",), True), (("answer",), True), (("region",), False), (("pair", "region"), True)):
+        source = folder
+        for name in path:
+            subject, out = VLBERTSubject(str(source), ModelSettings(), table), tmp_path / "-".join((*path, "of", name))
+            built = subject.build(tasks[name])
+            with torch.no_grad():  # as training does to all of them
+                built.encoder.embeddings.token_type_embeddings.weight += torch.randn(3, 1)
+            out.mkdir()
+            subject.export(tasks[name], built.state_dict(), out)
+            source = out
+        left = load_vlbert(source)[0].embeddings.token_type_embeddings.weight
+        again = VLBERTSubject(str(source), ModelSettings(), table).build(pair).encoder.embeddings
+        assert torch.equal(again.token_type_embeddings.weight[1], left[1 if trained else 0])
+        assert torch.equal(again.token_type_embeddings.weight[[0, 2]], left[[0, 2]])
+        assert not torch.equal(left[0], left[1])
 
 
 @pytest.mark.parametrize("reads", ["answer", "region", "input"])

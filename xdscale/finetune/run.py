@@ -14,7 +14,6 @@ from torch import nn
 from xdscale.data.opening import verify_table
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_batches import CLIP_BLOCKS
-from xdscale.data.vlbert_tasks import OBJECT_CLASS
 from xdscale.ds_config import precision
 from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.export import export_run
@@ -51,15 +50,19 @@ class FinetuneSystem(System):
         self._began = time.monotonic()
 
     @property
+    def _subject(self) -> Subject:
+        model = self.recipe.model
+        return find_subject(model.subject)(model.name, model)
+
+    @property
     def _material(self) -> Material:
         recipe = self.recipe
         seed = recipe.training.seed if recipe.model.flip else None  # else all seeds share what is read
         return prepare(recipe.task, recipe.data, recipe.model, seed)
 
     def objectives(self) -> dict[str, Objective]:
-        """Returns the task's loss, and that on classes of objects if it is on."""
-        weight = self.recipe.model.object_loss
-        return {"task": Objective(1.0)} | ({OBJECT_CLASS: Objective(weight)} if weight else {})
+        """Returns the task's loss, and what else the subject learns."""
+        return {"task": Objective(1.0)} | self._subject.objectives()
 
     def open(self, place: Place) -> Data:
         """Reads and tokenises the task's files.
@@ -105,10 +108,9 @@ class FinetuneSystem(System):
 
     def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
         """Writes the finetuned model as its subject does."""
-        model = self.recipe.model
         prefix = "subject."
         inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        return find_subject(model.subject)(model.name, model).export(inner, out)
+        return self._subject.export(self.recipe.task.find(), inner, out)
 
     def finish(self, setup: Setup, engine: Any) -> int:
         """Predicts every example of the development and test splits once, and writes the result."""

@@ -22,6 +22,7 @@ class VLBertConfig(BertConfig):
         masks_features: whether a masked region's appearance is replaced by a learned vector, as where features are
             computed beforehand. Where they are not, its pixels are blank instead.
         with_pooler: whether there is BERT's pooler, as for VCR.
+        second_segment: whether texts' second segment was trained, as for VCR; pretraining has the first one alone.
         corners: whether a region's corners are embedded, as shares of the image (paper), or its centre and size, in
             hundredths (release).
         end_sees_image: whether [END] sees the whole image, as words do (paper), or nothing (release).
@@ -33,6 +34,7 @@ class VLBertConfig(BertConfig):
     appearance_size: int = 2048
     masks_features: bool = True
     with_pooler: bool = False
+    second_segment: bool = False
     corners: bool = False
     end_sees_image: bool = False
     own_masked_token: bool = True

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from xdscale.shards.regions import Regions, RegionTable
-    from xdscale.systems.contract import ExampleCollator
+    from xdscale.systems.contract import ExampleCollator, Objective
 
 GROUP = "xdscale.tasks"
 """Of the entry points through which installed packages offer tasks."""
@@ -264,6 +264,10 @@ class Subject(ABC):
         if task.images:
             raise XdscaleError(f"--task {task.name}: {self.model} as it is finetuned here reads no images")
 
+    def objectives(self) -> dict[str, Objective]:
+        """Returns by name what it learns beside a task; its forward returns their terms."""
+        return {}
+
     @abstractmethod
     def describe(self) -> SubjectFacts:
         """Finds and checks the model's files.
@@ -301,10 +305,11 @@ class Subject(ABC):
             XdscaleError: the weights cannot be loaded.
         """
 
-    def export(self, state: dict[str, torch.Tensor], out: Path) -> str:
+    def export(self, task: Task, state: dict[str, torch.Tensor], out: Path) -> str:
         """Writes a finetuned model as a folder that can be finetuned again.
 
         Args:
+            task: on which.
             state: of what `build` returned, in fp32.
             out: an empty folder.
 

@@ -19,7 +19,7 @@ from xdscale.names import resolve_path
 from xdscale.pretrained.language import read_config
 from xdscale.pretrained.language_files import save_tokenizer
 from xdscale.pretrained.vlbert import POOLER, TRUNK, load_vlbert, read_pooler, save_vlbert
-from xdscale.systems.contract import Term
+from xdscale.systems.contract import Objective, Term
 from xdscale.systems.vlbert import RANDOM
 from xdscale.tasks.contract import OF_IMAGES, OF_VLBERT, SubjectFacts, Task
 from xdscale.tasks.visualbert import VisualBERTSubject
@@ -51,6 +51,10 @@ class VLBERTSubject(VisualBERTSubject):
                 raise XdscaleError(f"--task {task.name} knows no objects, VCR does: leave model.{name} out")
         if self.settings.object_masks and self.settings.pixels is None:
             raise XdscaleError("model.object_masks are for C5, which reads pixels: state model.pixels, or leave it out")
+
+    def objectives(self) -> dict[str, Objective]:
+        """Returns the loss on classes of objects, if it is on."""
+        return {OBJECT_CLASS: Objective(self.settings.object_loss)} if self.settings.object_loss else {}
 
     def describe(self) -> SubjectFacts:
         """Checks configuration, tokenizer and weights, those of the branch of Fast R-CNN among them."""
@@ -115,7 +119,8 @@ class VLBERTSubject(VisualBERTSubject):
     def build(self, task: Task, *, sha256: str | None = None) -> "VLBERTClassifier":
         """Builds the encoder with a new head, whose first layer is that of a head of pretraining where it comes along.
 
-        For pairs of texts, the second one's segment begins as the first one's: pretraining has one alone.
+        For pairs of texts, the second one's segment begins as the first one's where nothing has trained it yet:
+        pretraining has one alone.
         """
         trunk, config, heads = self._build_trunk(), self._config(), {}
         config.with_pooler = task.reads == "input"
@@ -127,7 +132,7 @@ class VLBERTSubject(VisualBERTSubject):
             found, heads = load_vlbert(self._folder)
             state = read_pooler(self._folder) | found.state_dict()
             encoder.load_state_dict({name: state.get(name, value) for name, value in encoder.state_dict().items()})
-            if task.sentences > 1:
+            if task.sentences > 1 and not config.second_segment:
                 segments = encoder.embeddings.token_type_embeddings.weight.data
                 segments[1] = segments[0]
         module = VLBERTClassifier(
@@ -141,7 +146,7 @@ class VLBERTSubject(VisualBERTSubject):
         module.begin_with(heads)
         return module
 
-    def export(self, state: dict[str, torch.Tensor], out: Path) -> str:
+    def export(self, task: Task, state: dict[str, torch.Tensor], out: Path) -> str:
         """Writes encoder, head and, where it was tuned along, the branch of Fast R-CNN, as `load_vlbert` reads them.
 
         What the task's own last layer is called begins with `classifier`.
@@ -149,8 +154,9 @@ class VLBERTSubject(VisualBERTSubject):
         config = self._config()
         save_tokenizer(self._folder, out, positions=config.max_position_embeddings)
         config.with_pooler = "encoder.pooler.weight" in state
+        config.second_segment |= task.sentences > 1 or task.reads == "answer"  # which stands in it
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = self.settings.dropout
-        head = _OF_HEAD["answer"] if "norm.weight" in state else _OF_HEAD["region"]
+        head = _OF_HEAD.get(task.reads, "")
         new = {"encoder.": "model.", "transform.": f"{head}transform.", "norm.": f"{head}norm."}
         named = {}
         for name, value in state.items():
