@@ -125,6 +125,11 @@ class RegionBuild(RegionLayout):
     whole_image: Literal["none", "first"] = "none"
     shard_images: Annotated[int, Field(gt=0, lt=2**31)] = 1024
 
+    @property
+    def whole_image_first(self) -> bool:
+        """Whether region 0 of each image is the whole image."""
+        return self.whole_image == "first"
+
 
 class Regions(NamedTuple):
     """Regions of several images, one image after the other.

@@ -102,11 +102,11 @@ def test_the_mean_of_what_is_seen_stands_for_the_whole_image():
         np.testing.assert_allclose(regions.features[place], features[mine].mean(0), rtol=1e-6)
     assert not regions.features[4].any()
     assert regions.boxes[4].tolist() == [0, 0, 90, 50]
-    again, kept = objects_of(regions, "first")
+    again, kept = objects_of(regions, True)
     for one, other in zip(again, found):
         np.testing.assert_array_equal(one, other)
     assert (kept == ~whole).all()
-    assert objects_of(found, "none")[1].all()
+    assert objects_of(found, False)[1].all()
 
 
 def test_the_mean_of_features_is_quickly_made():

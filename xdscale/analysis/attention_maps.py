@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from xdscale.analysis.head_grounding import AttentionMap
-from xdscale.data.vlbert import objects_of, pack, with_whole_image
+from xdscale.data.vlbert import pack, whole_image_first
 from xdscale.errors import XdscaleError
 from xdscale.models.operations import attention_by_head
 from xdscale.models.vlbert import VLBERT
@@ -89,16 +89,15 @@ class MapReader:
         if len(words) + 4 > positions:
             raise XdscaleError(f"--number {number}: {len(words)} word pieces; the model has {positions} positions")
         image = self._captions.read("image", row).astype(np.int64)
-        regions, whole = self._regions.read(image), self._regions.build.whole_image
-        if self._model.config.masks_features or whole == "none":  # as in training: else what the table has of it
-            regions, _ = with_whole_image(objects_of(regions, whole)[0])
+        has_whole = self._regions.build.whole_image_first
+        regions = whole_image_first(self._regions.read(image), has_whole, mean=self._model.config.masks_features)
         text = np.concatenate([[self._special.cls_id], words, [self._special.sep_id]])
         batch = to_device(pack([text], [np.zeros_like(text)], regions), torch.device("cpu"))
         with torch.no_grad(), recorded_heads(self._model) as layers:
             self._model(batch | {"features": batch["features"].float()})
         last = len(text) + len(regions.boxes)
         weights = torch.stack(layers)[:, :, : len(text), len(text) : last].float().numpy()
-        first = int(whole == "first")  # the table counts the whole image too
+        first = int(has_whole)  # the table counts the whole image too
         keys = [WHOLE_IMAGE, *(str(place + first) for place in range(len(regions.boxes) - 1))]
         pieces = [self._tokenizer.id_to_token(piece) for piece in text.tolist()]
         return CaptionMaps(self._regions.image_ids(image)[0], AttentionMap(pieces, keys, weights), regions.boxes)

@@ -141,7 +141,7 @@ class HeadReader:
     def _confidences(self, stated: np.ndarray) -> np.ndarray:
         """Returns how sure the detector is of an image's regions: of the whole image, which it did not find, least."""
         found = stated.copy() if "confidences" in self._build.labels else np.full_like(stated, np.nan)
-        if self._build.whole_image == "first":
+        if self._build.whole_image_first:
             found[0] = -1
         return found
 

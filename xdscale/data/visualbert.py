@@ -9,12 +9,15 @@ from xdscale.data.masking import mask_language_ids
 from xdscale.data.pairing import OTHER_TEXT, PADDING, SAME_TEXT, one_of
 from xdscale.data.task_batches import cut_second_from_front
 from xdscale.data.visual_text import first_regions, pack, with_spatial
-from xdscale.recipes.visualbert.schema import VisualBERTRecipe
+from xdscale.recipes.visualbert.schema import VisualBERTRecipe, VisualModel
 from xdscale.shards.regions import Regions, RegionTable
 from xdscale.shards.sources.caption_build import CaptionBuild
 from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.shards.table import Table
 from xdscale.systems.contract import MicroBatch, Slots
+
+Alignments = Sequence[Sequence[tuple[int, int, int, int]]]
+"""Of each sample: a region, the text that names it (0 or 1), and the first and the last word piece of that name."""
 
 
 class VisualBERTCollator:
@@ -156,7 +159,7 @@ def compose(
     regions: Regions,
     *,
     images: int = 1,
-    alignments: Sequence[Sequence[tuple[int, int, int, int]]] | None = None,
+    alignments: Alignments | None = None,
     from_front: bool = False,
 ) -> MicroBatch:
     """Makes a micro-batch of samples that are read: cuts, masks and packs.
@@ -169,8 +172,7 @@ def compose(
         labels: int64 [b] of the pairs; None without `match`.
         regions: of each sample's images.
         images: of a sample; of several, each has a visual segment of its own.
-        alignments: of each sample a region, the text that names it (0 or 1), and the first and the last word piece of
-            the name there. The first one that is left is aligned; what was cut off is with nothing, and neither are
+        alignments: the first word piece that is left is aligned; what was cut off is with nothing, and neither are
             regions that are left out.
         from_front: whether texts that are too long lose the second one's beginning, not ends, the longer one's first.
     """
@@ -178,8 +180,7 @@ def compose(
     cut = cut_second_from_front if from_front else _cut
     pieces = [cut(sample, model.max_text - 1 - len(sample)) for sample in texts]
     ids, segments, maskable, lengths = _padded(pieces, tokenizer)
-    arrays: dict[str, np.ndarray] = {}
-    targets: dict[str, int] = {}
+    arrays, targets = {}, {}
     if mlm is not None:
         places, arrays["masked_lm_labels"] = mask_language_ids(
             ids, slots, mlm, tokenizer, seed=recipe.training.seed, maskable=maskable
@@ -187,27 +188,18 @@ def compose(
         targets["mlm"] = len(places)
     if labels is not None:
         arrays["match_labels"], targets["match"] = labels, int(slots.real.sum())
-    if model.max_regions is not None:
-        regions = first_regions(regions, model.max_regions)
-        if alignments is not None:
-            alignments = [[one for one in sample if one[0] < model.max_regions] for sample in alignments]
-    if model.spatial:
-        regions = with_spatial(regions)
-    valid = [slice(0, length) for length in lengths.tolist()]
-    packed = pack(
-        [row[part] for row, part in zip(ids, valid)],
-        [row[part] for row, part in zip(segments, valid)],
-        regions._replace(offsets=np.ascontiguousarray(regions.offsets[::images])),
-        np.repeat(np.arange(len(regions.sizes)) % images, np.diff(regions.offsets)),
-        None
-        if alignments is None
-        else [_kept(*sample, from_front=from_front) for sample in zip(texts, pieces, alignments, strict=True)],
-    )
+    regions, alignments = _shown(model, regions, alignments)
+    aligned = None
+    if alignments is not None:
+        aligned = [_kept(*one, from_front=from_front) for one in zip(texts, pieces, alignments, strict=True)]
+    words, segments = ([row[:length] for row, length in zip(part, lengths)] for part in (ids, segments))
+    joint = regions._replace(offsets=np.ascontiguousarray(regions.offsets[::images]))
+    of_images = np.repeat(np.arange(len(regions.sizes)) % images, np.diff(regions.offsets))
+    packed = pack(words, segments, joint, of_images, aligned)
     if mlm is not None:
         row, column = np.divmod(places, ids.shape[1])
         arrays["masked_lm_rows"] = packed["cu_seqlens"][row] + column
-    tokens = np.diff(packed["cu_seqlens"])[slots.real].sum()
-    return MicroBatch(packed | arrays, targets, tokens=int(tokens))
+    return MicroBatch(packed | arrays, targets, tokens=int(np.diff(packed["cu_seqlens"])[slots.real].sum()))
 
 
 def no_regions(samples: int, width: int) -> Regions:
@@ -215,6 +207,15 @@ def no_regions(samples: int, width: int) -> Regions:
     none = np.zeros((0, 4), np.float32)
     sizes = np.ones((samples, 2), np.uint16)
     return Regions(np.zeros((0, width), np.float32), none, none[:, 0], sizes, np.zeros(samples + 1, np.int64))
+
+
+def _shown(model: VisualModel, regions: Regions, alignments: Alignments | None) -> tuple[Regions, Alignments | None]:
+    """Returns the regions that the model reads, with what it reads of them, and the alignments with these."""
+    if model.max_regions is not None:
+        regions = first_regions(regions, model.max_regions)
+        if alignments is not None:
+            alignments = [[one for one in sample if one[0] < model.max_regions] for sample in alignments]
+    return with_spatial(regions) if model.spatial else regions, alignments
 
 
 def _padded(

@@ -41,24 +41,17 @@ def pack(
         ValueError: numbers of samples, or of tokens and segments, do not agree; or a word sees a region that its sample
             has not.
     """
-    counts = np.array([len(text) for text in texts], np.int64)
-    region_counts = np.diff(regions.offsets).astype(np.int64)
-    if len(counts) != len(region_counts) or [len(row) for row in segments] != counts.tolist():
-        raise ValueError(f"{len(counts)} texts, {len(segments)} rows of segments and {len(region_counts)} of regions")
+    counts, region_counts = _counts(texts, segments, regions)
     cu_seqlens, rows = interleaved(counts, region_counts, np.ones_like(counts))
-    total, of_words = int(regions.offsets[-1]), np.repeat(np.arange(len(counts)), counts)
-    seen = np.zeros(len(of_words), np.int64) if looks_at is None else np.concatenate(looks_at).astype(np.int64)
-    has_image = region_counts[of_words] > 0
-    if len(seen) != len(of_words) or (has_image & ((seen < 0) | (seen >= region_counts[of_words]))).any():
-        raise ValueError("a word looks at a region that its sample has not")
+    total = int(regions.offsets[-1])
     return {
         "text_lengths": counts,
         "cu_seqlens": cu_seqlens.astype(np.int32),
         "longest": np.array(np.diff(cu_seqlens).max(initial=0)),
         "text_ids": np.concatenate(texts).astype(np.int64),
-        "text_positions": np.arange(len(of_words)) - np.repeat(np.cumsum(counts) - counts, counts),
+        "text_positions": np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts),
         "text_segments": np.concatenate(segments).astype(np.int64),
-        "text_visual": np.where(has_image, regions.offsets[of_words] + seen, total),
+        "text_visual": _seen_by_words(counts, regions, looks_at),
         "end_visual": np.where(region_counts > 0, regions.offsets[:-1], total),
         "features": np.require(regions.features, requirements="CW"),  # torch takes no array that it may not write
         "places": centres(regions),
@@ -68,20 +61,52 @@ def pack(
     }
 
 
-def objects_of(regions: Regions, whole_image: str) -> tuple[Regions, np.ndarray]:
+def _counts(
+    texts: Sequence[np.ndarray], segments: Sequence[np.ndarray], regions: Regions
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how many tokens and regions each sample has, int64 [b] each; arguments as `pack`."""
+    counts = np.array([len(text) for text in texts], np.int64)
+    region_counts = np.diff(regions.offsets).astype(np.int64)
+    if len(counts) != len(region_counts) or [len(row) for row in segments] != counts.tolist():
+        raise ValueError(f"{len(counts)} texts, {len(segments)} rows of segments and {len(region_counts)} of regions")
+    return counts, region_counts
+
+
+def _seen_by_words(counts: np.ndarray, regions: Regions, looks_at: Sequence[np.ndarray] | None) -> np.ndarray:
+    """Returns the region among all that each word sees, or their number for none: int64 [t]; arguments as `pack`."""
+    of_words = np.repeat(np.arange(len(counts)), counts)
+    there = np.diff(regions.offsets)[of_words]
+    seen = np.zeros(len(of_words), np.int64) if looks_at is None else np.concatenate(looks_at).astype(np.int64)
+    if len(seen) != len(of_words) or ((there > 0) & ((seen < 0) | (seen >= there))).any():
+        raise ValueError("a word looks at a region that its sample has not")
+    return np.where(there > 0, regions.offsets[of_words] + seen, regions.offsets[-1])
+
+
+def objects_of(regions: Regions, has_whole: bool) -> tuple[Regions, np.ndarray]:
     """Leaves the whole image out where a table has it as the first region of each image.
 
     Args:
         regions: of several images.
-        whole_image: "first" or "none", as `xdscale.shards.regions.RegionBuild` says it.
+        has_whole: whether the table has, as `xdscale.shards.regions.RegionBuild.whole_image_first` says it.
 
     Returns:
         The other regions; and bool [total], which of the given ones they are.
     """
     kept = np.ones(len(regions.boxes), bool)
-    if whole_image == "first":
+    if has_whole:
         kept[regions.offsets[:-1]] = False
     return chosen_regions(regions, kept), kept
+
+
+def whole_image_first(regions: Regions, has_whole: bool, *, mean: bool) -> Regions:
+    """Returns the regions of a table with the whole image before those of each image, as VL-BERT reads them.
+
+    Args:
+        regions: of several images.
+        has_whole: as `objects_of`.
+        mean: whether the mean of the others' features stands for the whole image also where the table has its own.
+    """
+    return regions if has_whole and not mean else with_whole_image(objects_of(regions, has_whole)[0])[0]
 
 
 def mirrored_regions(regions: Regions, which: np.ndarray) -> Regions:

@@ -89,7 +89,7 @@ class VLBERTCollator:
             for place, ids in zip(np.flatnonzero(~has_image), self.texts.read("language", texts)):
                 words[place] = ids
         found = self.regions.read(images)
-        objects, kept = objects_of(found, self.regions.build.whole_image)
+        objects, kept = objects_of(found, self.regions.build.whole_image_first)
         wanted = self.recipe.objectives.masked_region is not None
         probabilities = self.regions.class_probs(images)[kept] if wanted else None
         pixels = self.recipe.model.pixels
@@ -208,20 +208,10 @@ def compose(
             features are read.
         flipped: bool [b], whose image is mirrored with its boxes; None for none.
     """
-    with_image = Slots(slots.epochs[has_image], slots.sample_ids[has_image], slots.real[has_image])
-    on, room, seed = recipe.objectives.masked_region, recipe.model.max_elements, recipe.training.seed
-    chosen = masked = np.zeros(len(objects.boxes), bool)
-    if on is not None:
-        chosen, masked = choose_regions(np.diff(objects.offsets), with_image, on, seed=seed)
-        chosen &= np.abs(probabilities.sum(1) - 1) < SUM_TOLERANCE
+    chosen, masked = _drawn(recipe, slots, has_image, objects, probabilities)
     regions, whole = with_whole_image(objects, ~masked)
-    counts = np.zeros(len(words), np.int64)
-    counts[has_image] = np.diff(regions.offsets)
     specials = 2 * (has_image | bool(recipe.objectives.text_mlm and recipe.objectives.text_mlm.specials))
-    sizes = [shares(len(ids) + extra, count, room) for ids, extra, count in zip(words, specials, counts.tolist())]
-    lengths, kept_counts = np.array(sizes, np.int64).T
-    kept = np.arange(len(whole)) - np.repeat(regions.offsets[:-1], counts[has_image])
-    kept = kept < np.repeat(kept_counts[has_image], counts[has_image])
+    lengths, kept = _cut(words, specials, regions, has_image, recipe.model.max_elements)
     ids, maskable = _laid_out(words, lengths, specials, tokens.tokenizer)
     found = _mask(recipe, tokens, slots, ids, maskable, has_image)
     texts = [row[:length] for row, length in zip(ids, lengths)]
@@ -238,14 +228,42 @@ def compose(
     for name, (row, column, labels) in found.items():
         arrays[f"{name}_rows"], arrays[f"{name}_labels"] = packed["cu_seqlens"][row] + column, labels
         targets[name] = len(labels)
-    if on is not None:
+    if (on := recipe.objectives.masked_region) is not None:
         arrays["masked_region_rows"] = region_rows(packed, mine.offsets)[is_target[kept]]
-        labels = probabilities[(is_target & kept)[~whole]].astype(np.float32)
-        if on.target == "class":
-            labels = np.eye(labels.shape[1], dtype=np.float32)[labels.argmax(1)]
-        arrays["masked_region_labels"] = labels
+        arrays["masked_region_labels"] = _region_labels(probabilities[(is_target & kept)[~whole]], on.target)
         targets["masked_region"] = len(arrays["masked_region_rows"])
     return MicroBatch(packed | arrays, targets, tokens=int(np.diff(packed["cu_seqlens"])[slots.real].sum()))
+
+
+def _drawn(
+    recipe: VLBERTRecipe, slots: Slots, has_image: np.ndarray, objects: Regions, probabilities: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which regions are targets, of those that may be, and which are masked: bool [total]; see `compose`."""
+    on = recipe.objectives.masked_region
+    if on is None:
+        none = np.zeros(len(objects.boxes), bool)
+        return none, none
+    with_image = Slots(slots.epochs[has_image], slots.sample_ids[has_image], slots.real[has_image])
+    chosen, masked = choose_regions(np.diff(objects.offsets), with_image, on, seed=recipe.training.seed)
+    return chosen & (np.abs(probabilities.sum(1) - 1) < SUM_TOLERANCE), masked
+
+
+def _cut(
+    words: Sequence[np.ndarray], specials: np.ndarray, regions: Regions, has_image: np.ndarray, room: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how many tokens of each text are kept, with its specials, int64 [b], and which regions, bool [total]."""
+    counts = np.zeros(len(words), np.int64)
+    counts[has_image] = np.diff(regions.offsets)
+    sizes = [shares(len(ids) + extra, count, room) for ids, extra, count in zip(words, specials, counts.tolist())]
+    lengths, kept = np.array(sizes, np.int64).T
+    within = np.arange(regions.offsets[-1]) - np.repeat(regions.offsets[:-1], counts[has_image])
+    return lengths, within < np.repeat(kept[has_image], counts[has_image])
+
+
+def _region_labels(probabilities: np.ndarray, target: str) -> np.ndarray:
+    """Returns what is to be predicted of regions, fp32 [r, classes]: their distributions, or 1 at the likeliest."""
+    labels = probabilities.astype(np.float32)
+    return np.eye(labels.shape[1], dtype=np.float32)[labels.argmax(1)] if target == "class" else labels
 
 
 def _mask(

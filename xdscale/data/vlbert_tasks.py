@@ -11,12 +11,11 @@ from xdscale.data.pictures import draw_flips, mirrored, read_pictures, require_p
 from xdscale.data.task_files import Example
 from xdscale.data.visual_tasks import VisualTaskCollator
 from xdscale.data.visual_text import region_rows
-from xdscale.data.vlbert import mirrored_regions, objects_of, pack, with_whole_image
+from xdscale.data.vlbert import mirrored_regions, pack, whole_image_first
 from xdscale.recipes.vlbert.schema import Pixels
 from xdscale.shards.regions import Regions
 from xdscale.systems.contract import MicroBatch, Slots
 
-NONE = "none"
 OBJECT_CLASS = "object_class"
 """The objective on classes of objects."""
 
@@ -92,11 +91,7 @@ class VLBERTTaskCollator(VisualTaskCollator):
     @property
     def own_regions(self) -> int:
         """Regions of an input that its task does not count."""
-        return int(bool(self._task.images) and self._whole_image == NONE)
-
-    @property
-    def _whole_image(self) -> str:
-        return self._regions.build.whole_image
+        return int(bool(self._task.images) and not self._regions.build.whole_image_first)
 
     def _read(self, rows: np.ndarray) -> Regions:
         regions = super()._read(rows)
@@ -114,8 +109,9 @@ class VLBERTTaskCollator(VisualTaskCollator):
         looks_at = [np.zeros(len(text), np.int64) for text in texts]
         if not self._task.images:
             return pack(texts, text_segments, regions._replace(sizes=np.ones((len(texts), 2), np.uint16)), looks_at)
-        if self._means or self.own_regions or self._pixels is not None:
-            regions, _ = with_whole_image(objects_of(regions, self._whole_image)[0])
+        regions = whole_image_first(
+            regions, self._regions.build.whole_image_first, mean=self._means or self._pixels is not None
+        )
         for places, pairs in zip(looks_at, alignments):
             for region, first, last in pairs:
                 places[first : last + 1] = region + self.own_regions

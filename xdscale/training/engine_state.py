@@ -59,9 +59,10 @@ def engine_state(engine: Any, ranks: Ranks) -> EngineState:
     """
     optimizer = adam_of(engine)
     steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+    buffers = sum(weighted_sum(values, name, 0) for name, values in buffers_of(engine.module).items())
     return EngineState(
         parameters=_parameters(engine, ranks),
-        buffers=ranks.gather(_hex(sum(weighted_sum(one, name, 0) for name, one in buffers_of(engine.module).items())))[0],
+        buffers=ranks.gather(_hex(buffers))[0],
         optimizer=_moments(engine, optimizer, ranks),
         optimizer_step=max(steps, default=0),
         learning_rate=float(optimizer.param_groups[0]["lr"]),

@@ -65,7 +65,7 @@ def checked_boxes(image: "RegionImage", build: RegionBuild) -> np.ndarray:
         raise refusal(image, "boxes", "lie between 0 and 1: shares of the image and not pixels; say --units shares")
     _check_order(image, boxes, build)
     _check_inside(image, boxes, build)
-    if build.whole_image == "first" and (np.abs(boxes[0] - [0, 0, width, height]) > OUTSIDE_PIXELS).any():
+    if build.whole_image_first and (np.abs(boxes[0] - [0, 0, width, height]) > OUTSIDE_PIXELS).any():
         raise refusal(
             image,
             "boxes",

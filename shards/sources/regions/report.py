@@ -28,7 +28,7 @@ def summary(table: TableManifest) -> list[str]:
     more = [*build.labels, *(["the image files"] if build.jpeg else [])]
     if more:
         lines.append(f"also: {', '.join(more)}")
-    if build.whole_image == "first":
+    if build.whole_image_first:
         lines.append("region 0 of each image is the whole image")
     return lines
 
