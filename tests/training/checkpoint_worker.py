@@ -76,7 +76,7 @@ def main():
                 tensors[f"{stage}-{precision} average"] = whole(engine)
             assert all(torch.equal(after[name], value) for name, value in whole(engine).items())
         results[f"{stage}-{precision}"] = {
-            "converted": convert,
+            "converted": convert and source.name,
             "left": sorted(p.name for p in folder.iterdir() if p.suffix != ".py"),
         }
     if ranks.is_first:

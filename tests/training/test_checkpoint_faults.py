@@ -19,6 +19,7 @@ import shutil
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ import torch
 
 from xdscale.errors import XdscaleError
 from xdscale.training import checkpoint as ckpt
-from xdscale.training import checkpoint_folder
+from xdscale.training import checkpoint_folder, resharding
 from xdscale.training.integrity import damage
 
 _spec = importlib.util.spec_from_file_location("faulty_files", Path(__file__).with_name("faulty_files.py"))
@@ -252,6 +253,45 @@ def test_random_faults_in_random_runs(tmp_path, capfd):
         unreached += code == UNREACHED
         shutil.rmtree(folder)
     assert unreached <= max(1, ROUNDS // 20)
+
+
+@pytest.mark.parametrize("fault", ["kill", "enospc", "power"])
+def test_a_fault_at_every_call_of_a_conversion_ahead_of_time(tmp_path, monkeypatch, fault):
+    """The converter is a stand-in, whose files nobody has synced yet. What has a conversion's name is whole."""
+
+    def convert(checkpoint, target):
+        (target / "zero" / "weight").mkdir(parents=True)
+        for name in ("zero/weight/fp32.pt", "mp_rank_00_model_states.pt"):
+            with open(target / name, "wb") as file:
+                file.write(name.encode() * 100)
+
+    def attempt(folder, at, report=None):
+        layer = faulty_files.FaultyFiles(folder, at, fault).install()
+        try:
+            resharding.reshard_ahead(folder / "step-00000003")
+        except XdscaleError as error:
+            return 3 if "cannot convert" in str(error) else 98
+        if report is not None:
+            report.write_text(json.dumps(layer.calls))
+        return 0
+
+    monkeypatch.setattr(resharding, "_convert", convert)
+    run, report = make_run(tmp_path / "template", newest=1), tmp_path / "calls"
+    shutil.copytree(run, tmp_path / "counted")
+    assert in_child(lambda: attempt(tmp_path / "counted", None, report)) == 0
+    calls = json.loads(report.read_text())
+    assert len([call for call in calls if call.startswith("fsync")]) >= 8
+    for at, call in enumerate(calls):
+        folder = tmp_path / f"{fault}-{at}"
+        shutil.copytree(run, folder)
+        code = in_child(partial(attempt, folder, at))
+        ready = folder / "universal-step-00000003"
+        assert code in ({0, 3} if fault == "enospc" else {-signal.SIGKILL}), call
+        assert not ready.exists() or damage(ready) == [], call
+        assert ready.exists() or code != 0, call
+        assert fault != "enospc" or call.startswith("rmdir") or not list(folder.glob(".*")), call
+        assert damage(folder / "step-00000003") == []
+        shutil.rmtree(folder)
 
 
 FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "position.json", "checksums.json")
