@@ -2,9 +2,10 @@
 
 import os
 import resource
+import threading
 import weakref
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -41,7 +42,8 @@ class Table:
     Rows are 0 .. len - 1 in the order of the manifest. A batch of a global shuffle touches about as many shards
     as it has rows, so nothing here is done shard by shard but opening them. Rows are read with `pread`, not
     through memory maps: a map would count all it has touched as this process's memory, fault at every new page, and
-    answer a failing disk with a signal that names no file. Memory stays under 32 MiB, and 48 bytes per block.
+    answer a failing disk with a signal that names no file. Memory stays under 32 MiB, and 48 bytes per block. Several
+    threads may read at once.
 
     Attributes:
         name: of the table.
@@ -106,6 +108,7 @@ class Table:
             self._max_open = min(self._max_open, cache.most_at_once(self._shards))
         self._descriptors = np.full(len(self._shards), CLOSED, np.int64)
         self._last_use = np.zeros(len(self._shards), np.int64)
+        self._changing = threading.RLock()  # what is known of shards, and which are open
         weakref.finalize(self, _close, self._descriptors, slice(None))
 
     def __len__(self) -> int:
@@ -236,13 +239,14 @@ class Table:
     def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (shard, block counted over all shards, row in the block), int64 [n] each."""
         rows = self._checked(rows)
-        block = np.searchsorted(self._block_rows, rows, side="right") - 1
-        shard = self._block_shard[block]
-        known = self._known[shard]
-        if not known.all():
-            self._learn_all(np.unique(shard[~known]))
+        with self._changing:
             block = np.searchsorted(self._block_rows, rows, side="right") - 1
-        return shard, block, rows - self._block_rows[block]
+            shard = self._block_shard[block]
+            known = self._known[shard]
+            if not known.all():
+                self._learn_all(np.unique(shard[~known]))
+                block = np.searchsorted(self._block_rows, rows, side="right") - 1
+            return shard, block, rows - self._block_rows[block]
 
     def _learn_all(self, unknown: np.ndarray) -> None:
         for first in range(0, len(unknown), self._max_open):
@@ -303,7 +307,12 @@ class Table:
 
     def _opened(self, shard: np.ndarray) -> AbstractContextManager[np.ndarray]:
         """Gives a file descriptor for each element, of `max_open_shards` shards at most, to be used in the block."""
-        return nullcontext(self._open(shard)) if self._cache is None else self._fetched(shard, self._cache)
+        return self._kept_open(shard) if self._cache is None else self._fetched(shard, self._cache)
+
+    @contextmanager
+    def _kept_open(self, shard: np.ndarray) -> Iterator[np.ndarray]:
+        with self._changing:  # or another thread closes what this one reads
+            yield self._open(shard)
 
     @contextmanager
     def _fetched(self, shard: np.ndarray, cache: ShardCache) -> Iterator[np.ndarray]:

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,25 @@ def test_open_files_stay_bounded(many_blocks, bound):
         reader.read("language", np.array([sample]))
         reader.read_ragged("clip", np.array([sample]))
         assert 1 <= open_shards() <= bound
+
+
+def test_threads_that_read_at_once_do_not_disturb_each_other(many_blocks):
+    """A validation reads the table that the next steps are read from: one closes shards that the other needs."""
+    folder, language, clip = many_blocks
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(5):
+            reader = Table(folder, "train", max_open_shards=1)
+
+            def read(seed, reader=reader):
+                for ids in np.random.default_rng(seed).integers(0, 3529, (50, 4)):
+                    check(reader, ids, language, clip)
+
+            with ThreadPoolExecutor(3) as threads:
+                list(threads.map(read, range(3)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_bad_ids_and_splits_are_named(small_dataset):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from xdscale.bench.padded_vlbert import padded
+from xdscale.data import held_out, vlbert_tasks
+from xdscale.data.order import validation_slots
 from xdscale.errors import XdscaleError
 from xdscale.finetune.command import Request, _require_model, describe_subject, run_command
 from xdscale.finetune.recipe import load_settings, resolve_run
@@ -17,11 +19,13 @@ from xdscale.models.fast_rcnn import load_fast_rcnn
 from xdscale.pretrained.vlbert import load_vlbert, save_release
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
-from xdscale.systems.contract import Slots
+from xdscale.systems.contract import Objective, Slots
 from xdscale.tasks.contract import ModelSettings, find_subject, find_task, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.vlbert import VLBERTSubject
+from xdscale.training.distributed import Ranks
 from xdscale.training.engine import to_device
+from xdscale.training.evaluation import evaluate
 from xdscale.training.run_folder import read_log
 
 _spec = importlib.util.spec_from_file_location("padded_vlbert", Path(__file__).parents[1] / "models/padded_vlbert.py")
@@ -121,6 +125,43 @@ def test_a_batch_is_the_sum_of_its_samples_and_what_is_frozen_stays(table, model
     assert trunk.layer2[0].conv1.weight.grad.any()
 
 
+def test_held_out_pictures_are_decoded_again_and_say_the_same(table, model, expressions, monkeypatch):
+    subject = VLBERTSubject(str(model), settings(), table)
+    collate = subject.collator(TASK, TASK.read(expressions).train)  # 18 expressions
+    engine, found, decoded = Engine(Finetuning(subject.build(TASK), TASK)), [], []
+    read_pictures = vlbert_tasks.read_pictures
+
+    def counted(regions, rows, *arguments):
+        decoded[-1] += len(rows)
+        return read_pictures(regions, rows, *arguments)
+
+    monkeypatch.setattr(vlbert_tasks, "read_pictures", counted)
+    for kept_bytes in (1 << 30, 100_000, 0):
+        monkeypatch.setattr(held_out, "KEPT_BYTES", kept_bytes)
+        decoded.append(0)
+        batches = held_out.held_out_batches(collate, validation_slots(18, 99, 1, 0, 3))
+        for _ in range(2):
+            decoded.append(0)
+            found.append(evaluate(engine, batches, {"task": Objective(1.0)}, Ranks(0, 1, 0), lambda number: True)[0])
+    assert all(one == pytest.approx(found[0], rel=1e-6) for one in found)
+    assert found[0]["loss/task"] > 0
+    assert decoded[:3] == [18, 0, 0]
+    assert 0 < decoded[4] == decoded[5] < decoded[3] == 18
+    assert decoded[6:] == [18, 18, 18]
+
+
+class Engine:
+    """As much of DeepSpeed's engine as an evaluation needs."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module):
+        self.module, self.eval, self.train = module, module.eval, module.train
+
+    def __call__(self, arrays):
+        return self.module(arrays)
+
+
 def test_what_does_not_fit_is_refused(table, model, cassette_model, expressions, tmp_path):
     with pytest.raises(XdscaleError, match=r"model\.pixels = .*: .* has no such choice as it is finetuned"):
         describe_subject(str(cassette_model), "language", settings())
@@ -187,6 +228,7 @@ def runs(adapt, model, expressions, tmp_path_factory):
             arguments = [str(folder / f"{stage}.yaml"), *more, "--deepspeed_config", str(folder / f"{stage}.json")]
             done = adapt(*arguments, ranks=ranks)
             assert done.code == 0, done.stderr[-3000:]
+            (folder / f"{stage}.said").write_text(done.stdout + done.stderr)
     return folder
 
 
@@ -210,6 +252,12 @@ def test_it_is_tuned_alike_under_every_stage_and_predicts_and_is_kept(runs, mode
     for found in scores[1:]:
         np.testing.assert_allclose(found, scores[0], rtol=1e-3, atol=1e-4)
     assert np.std(scores[0]) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_one_rank_alone_says_that_the_file_is_not_the_public_one(runs, stage):
+    assert (runs / f"{stage}.said").read_text().count("RefCOCO+ has 120,191 (train)") == 1
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xdscale.data.held_out import held_out_batches
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.token_order import TokenOrder
 from xdscale.errors import XdscaleError
@@ -80,7 +81,7 @@ def open_data(
         order = TokenOrder.of(recipe, place, lengths(train))
         micro_batch = max(1, micro_batch // int(lengths(held_out).max()))
     slots = validation_slots(len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, micro_batch)
-    validation = list(map(collator(held_out), slots))
+    validation = held_out_batches(collator(held_out), slots)
     fingerprints = train.manifest.only([table]).fingerprints
     return Data(order, collator(train), validation, fingerprints, shards.damaged, shards.cache is not None)
 

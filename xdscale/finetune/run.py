@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from xdscale.data.held_out import held_out_batches
 from xdscale.data.opening import verify_table
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_batches import CLIP_BLOCKS
@@ -85,12 +86,12 @@ class FinetuneSystem(System):
         slots = validation_slots(
             len(dev), self.recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
         )
-        notes = tuple(_notes_on_length(material, self.recipe.model.max_length))
+        notes = (*material.data.notes, *_notes_on_length(material, self.recipe.model.max_length))
         fingerprints = material.data.fingerprints()
         if self.recipe.model.object_masks is not None:
             seen = [material.data.train, *material.data.dev.values()]
             fingerprints["outlines of objects"] = material.data.task.outlines_sha256(list(chain(*seen)))
-        return Data(order, material.train, list(map(dev, slots)), fingerprints, notes=notes)
+        return Data(order, material.train, held_out_batches(dev, slots), fingerprints, notes=notes)
 
     def build(self) -> Finetuning:
         """Builds the subject with the task's loss."""

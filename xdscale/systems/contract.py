@@ -124,7 +124,7 @@ class Data(NamedTuple):
     Attributes:
         order: which training samples a step has.
         collate: makes batches of them.
-        validation: this rank's held-out batches; every rank has equally many.
+        validation: this rank's held-out batches, see `xdscale.data.held_out`; every rank has equally many.
         fingerprints: SHA-256 (hex) of each table or file, by name; kept in checkpoints.
         damaged: what is wrong with each shard that the run does without, by file name; of several datasets by folder
             and file name.

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BertConfig
 from transformers.activations import ACT2FN
 
+from xdscale.data.held_out import held_out_batches
 from xdscale.data.opening import open_shards
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.pictures import require_pictures
@@ -116,7 +117,7 @@ class VLBERTSystem(System):
         )
         most = len(tables) * min(held_out.sizes)
         slots = validation_slots(most, recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch)
-        validation = [held_out(held_out.alternating(part)) for part in slots]
+        validation = held_out_batches(held_out, map(held_out.alternating, slots))
         order = Order.of(recipe, place, *train.sizes, shares=[1] * len(tables))
         fingerprints = train.captions.manifest.only(tables).fingerprints
         return Data(order, train, validation, fingerprints, shards.damaged, shards.cache is not None)

@@ -56,6 +56,7 @@ class TaskData:
         test: the same, without labels, by the name of the file that the predictions go to.
         files: SHA-256 and rows of each file read, by its name.
         sources: the file of each split ("train", and the names in `dev` and `test`), for messages.
+        notes: what a person should know of them.
     """
 
     task: Task
@@ -64,6 +65,7 @@ class TaskData:
     test: dict[str, list[Example]]
     files: dict[str, dict[str, str | int]]
     sources: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def fingerprints(self) -> dict[str, str]:
         """Returns the SHA-256 (hex) of each file, by its name."""

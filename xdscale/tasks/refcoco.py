@@ -1,6 +1,5 @@
 """RefCOCO+ and RefCOCO, in their public files: which thing in an image does an expression speak of?"""
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ class ReferringExpressions(PhraseGrounding):
     of COCO or a detector's, the "ground-truth" or the "detected" track, is said by the table that is given.
 
     Attributes:
-        published: how many expressions each split of the public file has; where another file has not as many, a warning
+        published: how many expressions each split of the public file has; where another file has not as many, a note
             says so.
     """
 
@@ -88,12 +87,13 @@ class ReferringExpressions(PhraseGrounding):
         for split, count in counts.items():
             if not count:
                 raise XdscaleError(f"{path}: holds no expression of the split {split!r}")
+        notes = ()
         if self.published and counts != self.published:
-            print(f"warning: {path}: holds {_told(counts)}; {self.title} has {_told(self.published)}", file=sys.stderr)
+            notes = (f"{path}: holds {_told(counts)}; {self.title} has {_told(self.published)}",)
         files = {self.train: {"sha256": file_sha256(path), "rows": sum(map(len, found.values()))}}
         files[INSTANCES] = {"sha256": file_sha256(instances), "rows": len(boxes)}
         sources = dict.fromkeys((TRAIN, *self.dev), str(Path(self.folder, self.train)))
-        return TaskData(self, found.pop(TRAIN), found, {}, files, sources)
+        return TaskData(self, found.pop(TRAIN), found, {}, files, sources, notes)
 
     def _matches(self, example: Example, boxes: np.ndarray) -> np.ndarray:
         return _iou(example, boxes) >= MATCH

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xdscale.data.held_out import held_out_batches
 from xdscale.data.opening import verify_table
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_files import NO_LABEL, Example, Span
@@ -43,7 +44,7 @@ class VisualBERTTaskSystem(VisualBERTSystem):
             len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
         )
         order = Order.of(recipe, place, len(train))
-        return Data(order, train, list(map(held_out, slots)), data.fingerprints())
+        return Data(order, train, held_out_batches(held_out, slots), data.fingerprints(), notes=data.notes)
 
 
 class TaskTextCollator:
