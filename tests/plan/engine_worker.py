@@ -144,13 +144,14 @@ def build_case(case, ranks):
     import torch
 
     from xdscale.ds_config import activation_checkpointing, resolve_ds_config
-    from xdscale.systems.xdbert import build_adaptation
+    from xdscale.systems.contract import open_system
     from xdscale.training.engine import build_engine
+    from xdscale.training.stored import build_module
 
     recipe = load_recipe(case["recipe"], case["overrides"])
     config = resolve_ds_config(case["name"], case["ds_config"], recipe, ranks.world_size)
     torch.manual_seed(0)
-    module = build_adaptation(recipe)
+    module = build_module(open_system(recipe), continued=False)
     if activation_checkpointing(config):
         module.enable_activation_checkpointing()
     for name in case.get("frozen", ()):
@@ -200,6 +201,7 @@ def build_trainer(recipe, engine, ranks, batches):
 def run_case(case, ranks, counter):
     import torch
 
+    from xdscale.systems.contract import open_system
     from xdscale.training.throughput import peak_memory_gib
 
     before = storages(live_tensors()).keys()
@@ -207,8 +209,11 @@ def run_case(case, ranks, counter):
     began = time.perf_counter()
     recipe, config, module, engine = build_case(case, ranks)
     counter.take()
-    shape = (module, case["length"], case["blocks"], config["train_micro_batch_size_per_gpu"])
-    batches = crafted_batches(recipe, *shape, config["gradient_accumulation_steps"], ranks.rank)
+    micro_batch, count = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
+    if recipe.system == "xdbert":
+        batches = crafted_batches(recipe, module, case["length"], case["blocks"], micro_batch, count, ranks.rank)
+    else:
+        batches = [open_system(recipe).example(module, micro_batch) for _ in range(count)]
     make_step = engine.step
 
     def step():
