@@ -214,7 +214,8 @@ def finetune(
     recipe: Annotated[str, typer.Option(help="Finetuning recipe, file or name.")] = "paper",
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per GPU, or one.")] = None,
     deepspeed_config: Annotated[
-        str | None, typer.Option(help="DeepSpeed JSON; default on GPUs: finetune-zero1.")
+        str | None,
+        typer.Option(help="DeepSpeed JSON; default on GPUs: finetune-zero1, from pixels with a micro-batch of 4."),
     ] = None,
 ) -> None:
     """Finetune an encoder on GLUE, SWAG, READ, tasks with images or one of your own, seeds and tasks side by side."""

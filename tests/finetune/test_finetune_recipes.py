@@ -112,6 +112,8 @@ def test_the_default_for_a_gpu_without_bf16_is_fp16():
     values, fp16 = default_ds_config(gpu=True), default_ds_config(gpu=True, bf16=False)
     assert (values.pop("bf16"), fp16.pop("fp16")) == ({"enabled": True}, {"enabled": True})
     assert values == fp16
+    smaller = default_ds_config(gpu=True, micro_batch=4)
+    assert smaller == default_ds_config(gpu=True) | {"train_micro_batch_size_per_gpu": 4}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from xdscale.bench.padded_vlbert import padded
 from xdscale.data import held_out, vlbert_tasks
 from xdscale.data.order import validation_slots
 from xdscale.errors import XdscaleError
-from xdscale.finetune.command import Request, _require_model, describe_subject, run_command
+from xdscale.finetune.command import Request, TaskSource, _plan, _require_model, describe_subject, run_command
 from xdscale.finetune.recipe import load_settings, resolve_run
 from xdscale.models.fast_rcnn import load_fast_rcnn
 from xdscale.pretrained.vlbert import load_vlbert, save_release
@@ -190,11 +190,25 @@ def test_what_does_not_fit_is_refused(table, model, cassette_model, expressions,
         describe_subject(str(tmp_path), None, settings(weights="random"))
     image = RegionImage("0", (9, 9), np.array([[0, 0, 5, 5]], np.float32), np.zeros((1, 2048), np.float32))
     build_regions([image], tmp_path / "features", Detector(model="drawn"))
-    asked = {"tasks": ["refcoco_plus"], "data": str(expressions), "regions": str(tmp_path / "features"), "seeds": 1}
-    asked |= {"label": None, "recipe": "vlbert-refcoco", "ds_config": None, "jobs": 1, "subject": None}
-    asked |= {"overrides": ["model.pixels={short_side: 32, long_side: 44}"], "out": tmp_path / "out"}
+    pixels = ["model.pixels={short_side: 32, long_side: 44}"]
     with pytest.raises(XdscaleError, match=r"model\.pixels needs the images themselves"):
-        run_command(Request(model=str(model), **asked))
+        run_command(request(model, expressions, tmp_path / "features", tmp_path / "out", overrides=pixels))
+
+
+def request(model, data, regions, out, **changes):
+    asked = {"model": str(model), "tasks": ["refcoco_plus"], "data": str(data), "regions": str(regions), "out": out}
+    asked |= {"label": None, "recipe": "vlbert-refcoco", "overrides": [], "ds_config": None, "jobs": 1, "seeds": 1}
+    return Request(subject=None, **(asked | changes))
+
+
+@pytest.mark.parametrize(("recipe", "most"), [("vlbert-refcoco", 32), ("vlbert-refcoco-e2e", 4)])
+def test_from_pixels_a_micro_batch_is_that_of_the_release(table, model, expressions, tmp_path, recipe, most):
+    """And steps have the recipe's batch all the same."""
+    source = TaskSource(read_task(TASK, expressions, table), expressions)
+    asked = request(model, expressions, table.table.folder, tmp_path / "out", recipe=recipe)
+    (job,) = _plan(asked, load_settings(recipe, []), {TASK.name: source}, {TASK.name: [0]}, gpu=False)
+    assert job.message["ds_config"]["train_micro_batch_size_per_gpu"] == most
+    assert job.message["recipe"]["training"]["global_batch"] == 32
 
 
 def test_a_finished_run_that_has_kept_no_model_is_told(tmp_path):

@@ -51,6 +51,10 @@ HUB_DATA = Path("data/tasks")
 """Where tasks are put that are fetched from the hub."""
 
 SUMMARY = "sweep.json"
+MICRO_BATCH = 32
+"""Examples of one forward and backward pass, where no DeepSpeed configuration says it."""
+MICRO_BATCH_OF_PIXELS = 4
+"""The same where a trunk is tuned along, which keeps its activations for each image: it fits a GPU of 24 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +144,16 @@ def _stopped_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def default_ds_config(*, gpu: bool, bf16: bool = True) -> dict[str, Any]:
+def default_ds_config(*, gpu: bool, bf16: bool = True, micro_batch: int = MICRO_BATCH) -> dict[str, Any]:
     """Returns the DeepSpeed configuration used when none is given: fp32 on CPU, else 16 bits with fp32 masters.
 
     Args:
         gpu: whether for a GPU.
         bf16: whether that GPU computes in bf16; fp16 is chosen where it does not.
+        micro_batch: the most examples of one pass.
     """
     common = {
-        "train_micro_batch_size_per_gpu": 32,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
     }
@@ -224,7 +229,8 @@ def _plan(
     if request.ds_config:
         ds_config = read_ds_config(request.ds_config)
     else:
-        ds_config = default_ds_config(gpu=gpu, bf16=gpu and computes_in_bf16())
+        micro_batch = MICRO_BATCH if settings.model.pixels is None else MICRO_BATCH_OF_PIXELS
+        ds_config = default_ds_config(gpu=gpu, bf16=gpu and computes_in_bf16(), micro_batch=micro_batch)
     jobs = []
     for task, numbers in seeds.items():
         for seed in numbers:
