@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -137,6 +138,24 @@ def test_threads_that_read_at_once_do_not_disturb_each_other(many_blocks):
                 list(threads.map(read, range(3)))
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_shard_that_another_thread_opens_meanwhile_is_read_rightly(many_blocks):
+    """Where its blocks begin is known only then."""
+    folder, language, _ = many_blocks
+    reader, rows = Table(folder, "train"), np.array([5, 1029, 2504])
+    other = threading.Thread(target=reader.read, args=("language", rows))
+
+    class Meanwhile:
+        def __getitem__(self, blocks, inner=reader._block_shard):
+            reader._block_shard = inner
+            other.start()
+            other.join(0.5)  # it waits for this thread, or is done
+            return inner[blocks]
+
+    reader._block_shard = Meanwhile()
+    assert np.array_equal(reader.read("language", rows), language[rows])
+    other.join()
 
 
 def test_bad_ids_and_splits_are_named(small_dataset):
