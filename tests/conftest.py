@@ -177,6 +177,24 @@ def photographs(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="session")
+def small_trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fast R-CNN's branch with a block in each stage, all of which count; ResNet-101's is 16 times as large."""
+    import torch
+    from safetensors.torch import save_file
+
+    from xdscale.models.fast_rcnn import FastRCNN
+
+    torch.manual_seed(0)
+    trunk = FastRCNN((1, 1, 1, 1), width=16)
+    for name, parameter in trunk.named_parameters():
+        if name.endswith("bn3.weight"):
+            parameter.data.uniform_(0.1, 0.3)
+    path = tmp_path_factory.mktemp("trunk") / "trunk.safetensors"
+    save_file(trunk.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def fp32_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped DeepSpeed configurations in fp32: a CPU without bf16 instructions is a hundred times slower in bf16.
 

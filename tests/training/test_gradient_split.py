@@ -22,11 +22,11 @@ LARGE = ("vlbert-pixels",)  # ResNet-101
 
 
 @pytest.fixture(scope="module")
-def systems(wiki_shards, captioned_pictures, grounded_pictures, photographs):
+def systems(wiki_shards, captioned_pictures, grounded_pictures, photographs, small_trunk):
     """A recipe of each system, and what it is given."""
     many = [f"objectives.{name}.select=0.9" for name in ("mlm", "text_mlm", "masked_region")]
     mixture = ["quickstart-vlbert", "model.max_elements=24", *many]
-    pixels = ["model.region_size=2048", "model.pixels={weights: random, short_side: 32, long_side: 48}"]
+    pixels = ["model.region_size=2048", f"model.pixels={{weights: {small_trunk}, short_side: 32, long_side: 48}}"]
     features = ["model.region_size=12", "model.region_classes=7"]
     return {
         "xdbert": ["quickstart", f"data.shards={wiki_shards}"],

@@ -30,7 +30,7 @@ SYSTEMS = {
     "vlbert": [*MIXTURE, "model.region_size=12", "model.region_classes=7"],
     "vlbert-pixels": [
         *MIXTURE, "model.region_size=2048", "model.region_classes=5",
-        "model.pixels={weights: random, short_side: 32, long_side: 48}",
+        "model.pixels={weights: TRUNK, short_side: 32, long_side: 48}",
     ],
 }  # fmt: skip
 OBJECTIVES = {"visualbert": ("mlm", "match"), "vlbert": ("mlm", "text_mlm", "masked_region")}
@@ -41,8 +41,8 @@ LONE = ("visualbert", "vlbert")
 class Runs:
     """Small runs, several in a row, on copies of datasets."""
 
-    def __init__(self, datasets, folder, launch_ranks):
-        self.datasets, self.folder, self.launch_ranks = datasets, folder, launch_ranks
+    def __init__(self, datasets, trunk, folder, launch_ranks):
+        self.datasets, self.trunk, self.folder, self.launch_ranks = datasets, trunk, folder, launch_ranks
         self.said = {}
 
     def data(self, system, name):
@@ -59,7 +59,8 @@ class Runs:
         settings = {"data.shards": shards or self.datasets[system], "output.folder": self.folder / name}
         settings |= {"training.steps": 6, "training.global_batch": 8, "run.checkpoint_every": 2, "run.eval_samples": 4}
         chosen = [f"{key}={value}" for key, value in settings.items()]
-        return [*SYSTEMS[system], *chosen, "run.keep_checkpoints=9", *overrides, "--deepspeed_config", str(config)]
+        own = [value.replace("TRUNK", str(self.trunk)) for value in SYSTEMS[system]]
+        return [*own, *chosen, "run.keep_checkpoints=9", *overrides, "--deepspeed_config", str(config)]
 
     def launch(self, runs, ranks=2):
         """Runs `{name: arguments}` in turn, on the same ranks."""
@@ -93,9 +94,9 @@ def cut(path):
 
 
 @pytest.fixture(scope="module")
-def first(datasets, tmp_path_factory, launch_ranks):
+def first(datasets, small_trunk, tmp_path_factory, launch_ranks):
     """Fresh runs of two ranks: whole ones with dropout, ones that stop on the way, ones that fetch what they read."""
-    runs = Runs(datasets, tmp_path_factory.mktemp("regions"), launch_ranks)
+    runs = Runs(datasets, small_trunk, tmp_path_factory.mktemp("regions"), launch_ranks)
     started = {}
     for system in LONE:
         # In launches of their own: which bits the same sums end in depends on what a process computed before.
@@ -149,8 +150,10 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(second, system, re
 
 
 @pytest.mark.proof
-def test_with_the_trunk_too_resumed_equals_never_stopped(datasets, launch_ranks, tmp_path, require_equal_tensors):
-    runs, system = Runs(datasets, tmp_path, launch_ranks), "vlbert-pixels"
+def test_with_the_trunk_too_resumed_equals_never_stopped(
+    datasets, small_trunk, launch_ranks, tmp_path, require_equal_tensors
+):
+    runs, system = Runs(datasets, small_trunk, tmp_path, launch_ranks), "vlbert-pixels"
     runs.launch({f"whole-{system}": runs.arguments(system, f"whole-{system}")})
     runs.continue_a_part(system)
     require_equal_bits(runs, system, require_equal_tensors)
@@ -250,10 +253,10 @@ KILLED_UNDER = {"visualbert": 1, "vlbert": 2, "vlbert-pixels": 3}
 @pytest.mark.proof
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_killed_at_random_moments_and_continued_by_other_ranks_it_is_the_uninterrupted_run(
-    datasets, launch_ranks, adapt, start, tmp_path, system
+    datasets, small_trunk, launch_ranks, adapt, start, tmp_path, system
 ):
     """SIGKILL for all ranks, once each of two, of three and of one; then two go on to the end."""
-    runs, draw = Runs(datasets, tmp_path, launch_ranks), random.Random(system)
+    runs, draw = Runs(datasets, small_trunk, tmp_path, launch_ranks), random.Random(system)
     fixed = ["model.dropout=0", "training.steps=24", "run.checkpoint_every=1", "run.eval_every=1000"]
     runs.launch({"alone": runs.arguments(system, "alone", *fixed, stage=0)}, ranks=1)
     arguments = runs.arguments(system, "killed", *fixed, stage=KILLED_UNDER[system])
