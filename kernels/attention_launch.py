@@ -1,6 +1,7 @@
 """Launches packed attention's Triton kernels: tile shapes per architecture, grids, and ahead-of-time cases."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,8 @@ KERNELS = {
     "backward_query": attention_backward_query,
     "backward_key_value": attention_backward_key_value,
 }
+WRITTEN_GRADIENTS = {"forward": 0, "backward_query": 1, "backward_key_value": 2}
+"""How many of each kernel's last pointers are gradients of inputs, which have strides of their own."""
 USEFUL_PRODUCTS = {"forward": 2, "backward_query": 1, "backward_key_value": 3}
 """Products of matrices of each kernel, without those that compute scores, and the gradients of weights, once more."""
 TILES = {
@@ -47,7 +50,7 @@ TILES = {
     "sm_90": {
         "forward": Tile(128, 64, warps=8, stages=3),
         "backward_query": Tile(64, 64, warps=4, stages=3),
-        "backward_key_value": Tile(32, 64, warps=4, stages=2),
+        "backward_key_value": Tile(32, 64, warps=4, stages=3),
     },
     "sm_100": {
         "forward": Tile(128, 32, warps=8, stages=3),
@@ -82,7 +85,8 @@ WIDE_HEAD_FP32_TILES = {
     "gfx942": Tile(16, 16, warps=4, stages=1),
 }
 """For fp32 inputs and head sizes beyond 64."""
-# All of these were chosen ahead of time: no spills, shared memory within limits, most programs per core.
+# All of these have no spills and shared memory within limits. Those of sm_90 for 16-bit inputs were the fastest of a
+# search on an H200 (`python -m xdscale.bench.gpu tiles`), the others were chosen ahead of time for most programs per core.
 
 COMPILE_SAMPLES, COMPILE_QUERIES, COMPILE_KEYS, COMPILE_HEADS = 32, 512, 560, 12
 """True shape of `compile_cases`: language to CLIP in the base model, 560 of 693 CLIP positions filled."""
@@ -95,8 +99,8 @@ def forward(
 
     Arguments as in `packed_attention`; `tile` replaces what `TILES` has for the device.
     """
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    out = torch.empty_like(query)
+    query, key, value = (_with_whole_tokens(tokens) for tokens in (query, key, value))
+    out = query.new_empty(query.shape, dtype=query.dtype)
     log_sum = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
     launch_kernel("forward", tile or _tile("forward", query), packing, (query, key, value, out, log_sum))
     return out, out, log_sum
@@ -111,10 +115,14 @@ def backward(
     out: torch.Tensor,
     log_sum: torch.Tensor,
     tile: Tile | None = None,
+    into: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients of query, key and value; `out` and `log_sum` are what `forward` gave to save."""
-    grad, query, key, value = grad.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
-    grad_query, grad_key, grad_value = (torch.empty_like(tokens) for tokens in (query, key, value))
+    """Returns the gradients of query, key and value; `out` and `log_sum` are what `forward` gave to save.
+
+    The gradients may be written `into` three tensors whose tokens lie apart, else into new ones.
+    """
+    grad, query, key, value = grad.contiguous(), *(_with_whole_tokens(tokens) for tokens in (query, key, value))
+    grad_query, grad_key, grad_value = into or (x.new_empty(x.shape, dtype=x.dtype) for x in (query, key, value))
     row_sum = torch.empty_like(log_sum)
     pointers = (query, key, value, out, grad, log_sum, row_sum, grad_query)
     # Writes row_sum, which the next one reads.
@@ -124,6 +132,11 @@ def backward(
     return grad_query, grad_key, grad_value
 
 
+def _with_whole_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """Returns [tokens, heads, d] in which the states of one token lie side by side, as those of a projection do."""
+    return tokens if tokens.stride()[1:] == (tokens.shape[2], 1) else tokens.contiguous()
+
+
 def launch_kernel(name: str, tile: Tile, packing: Packing, pointers: tuple[torch.Tensor, ...]) -> None:
     """Launches one of `KERNELS` on its pointers up to the bounds of the samples, in the kernel's order."""
     query = pointers[0]
@@ -131,9 +144,10 @@ def launch_kernel(name: str, tile: Tile, packing: Packing, pointers: tuple[torch
     parts = triton.cdiv(packing.max_seqlen_k, tile.keys) if of_keys else triton.cdiv(packing.max_seqlen_q, tile.queries)
     tokens, heads, size = query.shape
     seed = packing.cu_seqlens_q if packing.seed is None else packing.seed  # not read without dropout
-    arguments = (*pointers, packing.cu_seqlens_q, packing.cu_seqlens_k, seed, tokens, heads)
+    strides = [tensor.stride(0) for tensor in (*pointers[:3], *pointers[len(pointers) - WRITTEN_GRADIENTS[name] :])]
+    arguments = (*pointers, packing.cu_seqlens_q, packing.cu_seqlens_k, seed, tokens, heads, *strides)
     widen = INTERPRETED and query.dtype == torch.bfloat16
-    constants = _constants(tile, size, packing.threshold, widen, _precision(architecture(query.device)))
+    constants = _constants(tile, size, packing, widen, _precision(architecture(query.device)))
     if of_keys:
         constants["PRODUCT_ROWS"] = 16 * tile.warps
     scale = size**-0.5 * LOG2_E.value
@@ -143,16 +157,17 @@ def launch_kernel(name: str, tile: Tile, packing: Packing, pointers: tuple[torch
         count_flops(2 * USEFUL_PRODUCTS[name] * packing.scores(query, pointers[1]) * heads * size)
 
 
-def _constants(tile: Tile, head_size: int, threshold: int, widen: bool, precision: str) -> dict[str, object]:
+def _constants(tile: Tile, head_size: int, packing: Packing, widen: bool, precision: str) -> dict[str, object]:
     return {
         "D": head_size,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         "BLOCK_Q": tile.queries,
         "BLOCK_K": tile.keys,
-        "THRESHOLD": threshold,
-        "RESCALE": 1.0 / keep_rate(threshold),
+        "THRESHOLD": packing.threshold,
+        "RESCALE": 1.0 / keep_rate(packing.threshold),
         "WIDEN": widen,
         "PRECISION": precision,
+        "CAUSAL": packing.causal,
     }
 
 

@@ -16,6 +16,7 @@ class Packing:
         max_seqlen_k: at least the largest number of keys of a sample.
         threshold: byte values out of 256 that mean "dropped"; 0 for no dropout.
         seed: int64 [1]; None only without dropout.
+        causal: whether a query reads only the keys up to its own place; then both sides are the same tokens.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -24,6 +25,7 @@ class Packing:
     max_seqlen_k: int
     threshold: int
     seed: torch.Tensor | None
+    causal: bool = False
 
     @property
     def samples(self) -> int:

@@ -1,14 +1,16 @@
 """Packed attention's Triton kernels against the plain definition in fp64; test_triton_kernels.py runs this."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdscale.kernels import attention, attention_cpu, attention_launch
+from xdscale.kernels import attention, attention_cpu, attention_launch, plain_causal_attention
 from xdscale.kernels.attention_launch import Tile
+from xdscale.kernels.causal_attention import _CausalAttention
 from xdscale.kernels.dropout_mask import drop_threshold, keep_mask
 from xdscale.kernels.packing import Packing
 
@@ -53,6 +55,42 @@ def relative_errors(found: list[torch.Tensor], expected: list[torch.Tensor]) -> 
 def test_ragged_batch(dtype: torch.dtype, dropout: float) -> None:
     inputs, packed = draw(RAGGED, 2, 32, dtype), packing(RAGGED, dropout)
     assert max(relative_errors(fused(inputs, packed), reference(inputs, packed))) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("blocks", "length", "heads", "size"), [(3, 77, 2, 16), (2, 1, 1, 64), (1, 130, 1, 24)])
+def test_causal_blocks_of_one_projection(blocks: int, length: int, heads: int, size: int, dtype: torch.dtype) -> None:
+    """Against the definition in fp64: tokens lie a projection apart, and so do their gradients."""
+    generator = torch.Generator().manual_seed(length)
+    drawn = torch.randn(blocks, length, 4, heads, size, dtype=torch.float64, generator=generator).to(DEVICE, dtype)
+    projected, grad = drawn[:, :, :3].contiguous(), drawn[:, :, 3]
+    outputs, gradients = [], []
+    for function, states in ((_CausalAttention.apply, projected), (plain_causal_attention, projected.double())):
+        leaf = states.requires_grad_()
+        out = function(leaf)
+        outputs.append(out.detach())
+        gradients.append(torch.autograd.grad(out, leaf, grad.to(leaf.dtype))[0].unbind(2))
+    for found, expected in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1])):
+        # A token that reads itself alone has queries and keys without a gradient, up to rounding.
+        assert float((found.double() - expected).norm()) <= TOLERANCE[dtype] * float(expected.norm().clamp_min(1.0))
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 64, 4, 1), Tile(64, 16, 4, 1), Tile(32, 32, 2, 1)])
+def test_no_tile_reads_later_tokens(tile: Tile) -> None:
+    lengths = [[77, 0, 33], [77, 0, 33]]
+    inputs, packed = draw(lengths, 1, 16, torch.float32), replace(packing(lengths), causal=True)
+    expected = [plain_by_mask(inputs, lengths[0]), fused(inputs, packed, tile)]
+    assert max(relative_errors(expected[1], expected[0])) <= 2e-6
+
+
+def plain_by_mask(inputs: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
+    """PyTorch's attention with the mask spelt out, over all tokens at once, and the gradients."""
+    leaves = [tokens.double().requires_grad_() for tokens in inputs[:3]]
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(DEVICE)
+    mask = (sample[:, None] == sample) & torch.ones(len(sample), len(sample), dtype=torch.bool, device=DEVICE).tril()
+    rows = (tokens.transpose(0, 1) for tokens in leaves)
+    out = torch.nn.functional.scaled_dot_product_attention(*rows, attn_mask=mask).transpose(0, 1)
+    return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3].double())]
 
 
 @pytest.mark.parametrize("size", [16, 24, 64, 128])

@@ -48,12 +48,12 @@ def relative_error(found, expected):
     return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def assert_as_plain(hidden, weight, bias, labels, *, count_correct=True):
+def assert_as_plain(hidden, weight, bias, labels, *, count_correct=True, limit=None):
     found, correct = run(operation.masked_token_loss, hidden, weight, bias, labels)
     wide = [tensor.double() for tensor in (hidden, weight, bias)]
     expected, expected_correct = run(operation.plain_masked_token_loss, *wide, labels)
     for value, reference in zip(found, expected):
-        assert relative_error(value, reference) <= LIMITS[hidden.dtype]
+        assert relative_error(value, reference) <= (limit or LIMITS[hidden.dtype])
     assert found[0].dtype == torch.float32
     assert [gradient.dtype for gradient in found[1:]] == [hidden.dtype, weight.dtype, bias.dtype]
     if count_correct:
@@ -140,8 +140,12 @@ def test_entries_switched_off_by_a_bias_of_minus_infinity():
 
 
 def test_large_logits_neither_overflow_nor_vanish():
+    """A gradient is as far off as the logits, in nats.
+
+    On a GPU three TF32 products stand for one of fp32, 2**-22 exact instead of 2**-24: 5.1e-6 was seen on an H200.
+    """
     hidden, weight, bias, labels = draw(9, 32, 300, torch.float32)
-    assert_as_plain(hidden * 100, weight, bias, labels)
+    assert_as_plain(hidden * 100, weight, bias, labels, limit=LIMITS[torch.float32] * (1 if kernels.INTERPRETED else 4))
 
 
 def test_autocast_keeps_fp32_gradients():
@@ -158,5 +162,5 @@ def test_true_shape(monkeypatch):
     """The labelled tokens of one sequence of 512, BERT-base."""
     if kernels.INTERPRETED:  # its cost is per tile, whatever the size
         large = kernels.LogitsTile(128, 512, 256, 4, 2, 1)
-        monkeypatch.setitem(kernels.TILES, ("cuda", 4, 4), (large, large))
+        monkeypatch.setitem(kernels.TILES, ("ampere", 4, 4), (large, large))
     assert_as_plain(*draw(77, 768, 30522, torch.float32))

@@ -16,19 +16,19 @@ from xdscale.kernels import causal_attention, plain_causal_attention
         (causal_attention, torch.bfloat16, 2e-2),
     ],
 )
-@pytest.mark.parametrize("shape", [(3, 2, 77, 16), (2, 1, 1, 8), (1, 4, 13, 24)])
+@pytest.mark.parametrize("shape", [(3, 77, 3, 2, 16), (2, 1, 3, 1, 8), (1, 13, 3, 4, 24)])
 def test_causal_attention(function, dtype, error, shape):
     """Against PyTorch's with the mask spelt out, in fp64, values and gradients."""
     torch.manual_seed(5)
-    inputs = [torch.randn(shape).to(dtype).double().requires_grad_() for _ in range(3)]
-    mask = torch.ones(shape[2], shape[2], dtype=torch.bool).tril()
-    expected = scaled_dot_product_attention(*inputs, attn_mask=mask)
-    weighting = torch.randn(shape, dtype=torch.float64)
-    wanted = torch.autograd.grad(expected, inputs, weighting)
-    narrow = [states.detach().to(dtype).requires_grad_() for states in inputs]
-    found = function(*narrow)
-    gradients = torch.autograd.grad(found, narrow, weighting.to(dtype))
-    for ours, theirs in zip((found, *gradients), (expected, *wanted)):
+    projected = torch.randn(shape).to(dtype).double().requires_grad_()
+    mask = torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
+    expected = scaled_dot_product_attention(*projected.permute(2, 0, 3, 1, 4), attn_mask=mask).transpose(1, 2)
+    weighting = torch.randn(expected.shape, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(expected, projected, weighting)
+    narrow = projected.detach().to(dtype).requires_grad_()
+    found = function(narrow)
+    (gradient,) = torch.autograd.grad(found, narrow, weighting.to(dtype))
+    for ours, theirs in zip((found, *gradient.unbind(2)), (expected, *wanted.unbind(2))):
         assert ours.dtype == dtype
         # One token reads itself alone, whatever its query and key: where zero is true, terms as large as this cancel.
         scale = theirs.norm() if theirs.norm() > 1e-12 else weighting.norm()
@@ -38,7 +38,13 @@ def test_causal_attention(function, dtype, error, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_token_reads_a_later_one(dtype):
     torch.manual_seed(6)
-    states = torch.randn(1, 2, 9, 8, dtype=dtype)
-    later = states.clone()
-    later[:, :, 5:] *= -7
-    assert torch.equal(causal_attention(*[states] * 3)[:, :, :5], causal_attention(*[later] * 3)[:, :, :5])
+    projected = torch.randn(1, 9, 3, 2, 8, dtype=dtype)
+    later = projected.clone()
+    later[:, 5:] *= -7
+    assert torch.equal(causal_attention(projected)[:, :5], causal_attention(later)[:, :5])
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 2, 16), (7, 3, 2, 2, 16)])
+def test_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match="projected must have the shape"):
+        causal_attention(torch.zeros(shape))

@@ -43,9 +43,8 @@ class CausalBlockAttention(nn.MultiheadAttention):
             [blocks, length, width], and None for the weights.
         """
         projected = nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias)
-        heads = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, blocks, heads, length, d]
-        attended = self.function(*heads)
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
+        attended = self.function(projected.unflatten(-1, (3, self.num_heads, -1)))  # [blocks, length, heads, d]
+        return self.out_proj(attended.flatten(2)), None
 
 
 def _feed_forward(block: ResidualAttentionBlock) -> nn.Sequential:
