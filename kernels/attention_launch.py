@@ -86,7 +86,7 @@ WIDE_HEAD_FP32_TILES = {
 }
 """For fp32 inputs and head sizes beyond 64."""
 # All of these have no spills and shared memory within limits. Those of sm_90 for 16-bit inputs were the fastest of a
-# search on an H200 (`python -m xdscale.bench.gpu tiles`), the others were chosen ahead of time for most programs per core.
+# search on an H200 (`python -m xdscale.bench.gpu tiles`), the others have most programs per core ahead of time.
 
 COMPILE_SAMPLES, COMPILE_QUERIES, COMPILE_KEYS, COMPILE_HEADS = 32, 512, 560, 12
 """True shape of `compile_cases`: language to CLIP in the base model, 560 of 693 CLIP positions filled."""
@@ -102,7 +102,7 @@ def forward(
     query, key, value = (_with_whole_tokens(tokens) for tokens in (query, key, value))
     out = query.new_empty(query.shape, dtype=query.dtype)
     log_sum = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
-    launch_kernel("forward", tile or _tile("forward", query), packing, (query, key, value, out, log_sum))
+    launch_kernel("forward", tile or tile_of("forward", query, packing), packing, (query, key, value, out, log_sum))
     return out, out, log_sum
 
 
@@ -126,9 +126,9 @@ def backward(
     row_sum = torch.empty_like(log_sum)
     pointers = (query, key, value, out, grad, log_sum, row_sum, grad_query)
     # Writes row_sum, which the next one reads.
-    launch_kernel("backward_query", tile or _tile("backward_query", query), packing, pointers)
+    launch_kernel("backward_query", tile or tile_of("backward_query", query, packing), packing, pointers)
     pointers = (query, key, value, grad, log_sum, row_sum, grad_key, grad_value)
-    launch_kernel("backward_key_value", tile or _tile("backward_key_value", query), packing, pointers)
+    launch_kernel("backward_key_value", tile or tile_of("backward_key_value", query, packing), packing, pointers)
     return grad_query, grad_key, grad_value
 
 
@@ -171,8 +171,8 @@ def _constants(tile: Tile, head_size: int, packing: Packing, widen: bool, precis
     }
 
 
-def _tile(name: str, query: torch.Tensor) -> Tile:
-    """Returns how one kernel cuts its work on the device of `query`."""
+def tile_of(name: str, query: torch.Tensor, packing: Packing) -> Tile:
+    """Returns how one of `KERNELS` cuts its work on the device of `query`."""
     device = architecture(query.device)
     if query.dtype == torch.float32:
         return (FP32_TILES if query.shape[-1] <= 64 else WIDE_HEAD_FP32_TILES)[device]

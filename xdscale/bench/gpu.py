@@ -8,9 +8,7 @@ import argparse
 import functools
 import json
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,10 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from xdscale.bench.batch import bench_batch
+from xdscale.bench.gpu_step import Tell, TrainedStep, definitions, reason, recipe_and_micros, step, step_rivals
 from xdscale.bench.kernels import bench_kernels
 from xdscale.bench.tiles import tiles
 from xdscale.devices import rank_device
@@ -34,17 +30,11 @@ from xdscale.kernels import (
     residual_norm,
 )
 from xdscale.plan.hardware import gpu_of_device
-from xdscale.recipe import Recipe, load_recipe
 from xdscale.systems.xdbert import build_adaptation
-from xdscale.training.engine import to_device
-from xdscale.training.tracing import on_meta, trace
 
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "open_clip_torch", "numpy", "liger_kernel")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """What tests allow a kernel to differ from fp64, relative to the norm."""
-
-Tell = Callable[..., None]
-"""Writes one finding."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,7 +98,7 @@ def kernels(tell: Tell, _out: Path, _rest: list[str]) -> None:
                 passes = all(error <= TOLERANCE[dtype] for error in errors)  # a NaN is not
                 tell(kernel=name, dtype=_short(dtype), output=errors[0], gradients=errors[1:], passes=passes)
             except Exception as error:  # one kernel that does not run leaves the others to be seen
-                tell(kernel=name, dtype=_short(dtype), problem=_reason(error))
+                tell(kernel=name, dtype=_short(dtype), problem=reason(error))
 
 
 def _operations(device: torch.device) -> Iterator[tuple[str, Callable, Callable, list[tuple[int, ...]]]]:
@@ -156,183 +146,14 @@ def rivals(_tell: Tell, out: Path, _rest: list[str]) -> None:
     bench_kernels(out / "rivals.jsonl", rounds=20 if rank_device(0).type == "cuda" else 1)
 
 
-def step(tell: Tell, out: Path, rest: list[str]) -> None:
-    """The true step in bf16 with fp32 masters: times of host and device, memory, waits, a CUDA graph, a profile."""
-    recipe, micros = _recipe(rest)
-    device = rank_device(0)
-    torch.manual_seed(0)
-    # Few CPUs have instructions for bf16; without, it is a hundred times slower.
-    module = build_adaptation(recipe).train().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    card = gpu_of_device(device) if device.type == "cuda" else None
-    for micro in micros:
-        name = {"recipe": Path(rest[0]).stem, "micro": micro}
-        try:
-            trained = _Step(module, recipe, micro, device)
-            _measure(tell, name, trained, card.peak_flops if card else None)
-            if device.type == "cuda":
-                _look_for_waits(tell, name, trained)
-                _replay_graph(tell, name, trained)
-            _profile(tell, name, trained, out / f"profile-{name['recipe']}-{micro}.txt")
-        except Exception as error:  # a micro-batch that does not fit leaves the others to be seen
-            tell(**name, problem=_reason(error))
-        module.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-
-
-class _Step:
-    """Forward, backward and update on one batch at the recipe's true shape."""
-
-    def __init__(self, module: nn.Module, recipe: Recipe, micro: int, device: torch.device) -> None:
-        self.module, self.device = module, device
-        batch = bench_batch(recipe, module, micro)
-        self.batch = to_device(batch.arrays, device)
-        self.flops = trace(on_meta(module), batch.arrays, recipe.objectives.weights()).flops
-        self.tokens = batch.tokens
-        self.scales = {name: w / max(1, batch.targets[name]) for name, w in recipe.objectives.weights().items()}
-        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.masters = [parameter.detach().float().requires_grad_() for parameter in self.trained]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, fused=True)
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
-
-    def forward(self) -> torch.Tensor:
-        losses = self.module(self.batch)
-        return torch.stack([losses[name][0] * scale for name, scale in self.scales.items()]).sum()
-
-    @torch.no_grad()
-    def update(self) -> None:
-        used = [(p, m) for p, m in zip(self.trained, self.masters) if p.grad is not None]
-        torch._foreach_copy_([master.grad for _, master in used], [parameter.grad for parameter, _ in used])
-        self.optimizer.step()
-        torch._foreach_copy_([parameter for parameter, _ in used], [master for _, master in used])
-
-    def run(self) -> list[tuple[float, float]]:
-        """Makes a step; returns milliseconds of the host and of the device for forward, backward and update."""
-        self.module.zero_grad(set_to_none=True)
-        marks = [self._mark()]
-        loss = self.forward()
-        marks.append(self._mark())
-        loss.backward()
-        marks.append(self._mark())
-        self.update()
-        marks.append(self._mark())
-        if self.device.type == "cpu":
-            return [(1e3 * (b - a), 1e3 * (b - a)) for (a, _), (b, _) in zip(marks, marks[1:])]
-        torch.cuda.synchronize()
-        return [(1e3 * (b - a), x.elapsed_time(y)) for (a, x), (b, y) in zip(marks, marks[1:])]
-
-    def _mark(self) -> tuple[float, Any]:
-        event = None
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        return time.perf_counter(), event
-
-
-def _measure(tell: Tell, name: dict[str, Any], trained: _Step, peak: float | None) -> None:
-    on_gpu = trained.device.type == "cuda"
-    began = time.perf_counter()
-    trained.run()  # compiles
-    first = time.perf_counter() - began
-    before = 0
-    if on_gpu:
-        trained.module.zero_grad(set_to_none=True)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    # Gradients come as activations go: the peak above what was there is nearly all activations.
-    rounds = [trained.run() for _ in range(7 if on_gpu else 1)]
-    host, device = ([statistics.median(r[part][side] for r in rounds) for part in range(3)] for side in (0, 1))
-    seconds = sum(device) / 1e3
-    tell(
-        **name,
-        first_seconds=first,
-        host_ms=dict(zip(("forward", "backward", "optimizer"), host)),
-        device_ms=dict(zip(("forward", "backward", "optimizer"), device)),
-        tokens_per_second=trained.tokens / seconds,
-        tflops_per_second=trained.flops / seconds / 1e12,
-        flops_per_sequence=trained.flops / name["micro"],
-        mfu_of_peak=trained.flops / seconds / peak if peak else None,
-        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-        activations_gib=(torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else None,
-    )
-
-
-def _look_for_waits(tell: Tell, name: dict[str, Any], trained: _Step) -> None:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        trained.forward().backward()
-        tell(**name, waits="none in forward and backward")
-    except RuntimeError as error:
-        tell(**name, waits=_reason(error))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def _replay_graph(tell: Tell, name: dict[str, Any], trained: _Step) -> None:
-    """What the step would take if the host cost nothing."""
-    try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        trained.module.zero_grad(set_to_none=True)
-        with torch.cuda.stream(stream):
-            trained.forward().backward()
-        torch.cuda.current_stream().wait_stream(stream)
-        trained.module.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            trained.forward().backward()
-        times = []
-        for _ in range(5):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        tell(**name, graph_ms=statistics.median(times))
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        tell(**name, graph_problem=_reason(error))
-
-
-def _profile(tell: Tell, name: dict[str, Any], trained: _Step, path: Path) -> None:
-    on_gpu = trained.device.type == "cuda"
-    steps = 3 if on_gpu else 1  # one after the other, as in training: the host runs ahead
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
-        for _ in range(steps):
-            trained.module.zero_grad(set_to_none=True)
-            trained.forward().backward()
-            trained.update()
-        if on_gpu:
-            torch.cuda.synchronize()
-    if on_gpu:
-        tell(**name, device_busy=_busy(profiler))
-    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    averages = profiler.key_averages()
-    path.write_text(averages.table(sort_by=key, row_limit=40, max_name_column_width=80), encoding="utf-8")
-    top = sorted(averages, key=lambda entry: getattr(entry, key), reverse=True)[:10]
-    tell(**name, top_ms={entry.key[:60]: round(getattr(entry, key) / 1e3 / steps, 3) for entry in top})
-
-
-def _busy(profiler: profile) -> float:
-    """Returns the share of the second half of a profile in which the GPU computes."""
-    events = profiler.profiler.kineto_results.events()
-    spans = sorted((e.start_ns(), e.end_ns()) for e in events if e.device_type() == torch.autograd.DeviceType.CUDA)
-    first = (spans[0][0] + spans[-1][1]) // 2
-    busy, until = 0, first
-    for start, end in spans:
-        busy, until = busy + max(0, end - max(start, until)), max(until, end)
-    return busy / (until - first)
-
-
 def compare(tell: Tell, _out: Path, rest: list[str]) -> None:
     """The same step in fp32 on the device and on the CPU, without dropout: losses and gradients."""
-    recipe, (micro, *_) = _recipe([*rest, "model.dropout=0.0"])
+    recipe, (micro, *_) = recipe_and_micros([*rest, "model.dropout=0.0"])
     torch.manual_seed(0)
     module = build_adaptation(recipe).train()
     found = []
     for device in (torch.device("cpu"), rank_device(0)):
-        trained = _Step(module.to(device), recipe, micro, device)
+        trained = TrainedStep(module.to(device), recipe, micro, device)
         module.zero_grad(set_to_none=True)
         loss = trained.forward()
         loss.backward()
@@ -371,16 +192,8 @@ def planned(tell: Tell, out: Path, rest: list[str]) -> None:
             )
 
 
-PARTS = {part.__name__: part for part in (versions, kernels, tiles, rivals, step, compare, planned)}
-
-
-def _recipe(rest: list[str]) -> tuple[Recipe, list[int]]:
-    """Returns the recipe that the arguments name, with random weights and ids, and the micro-batches."""
-    overrides = [word for word in rest[1:] if "=" in word]
-    random = ["model.language.weights=random", "model.language.sha256=null", "model.clip.weights=random"]
-    # There are no such shards, so that ids are drawn at the true shape, whatever lies where the recipe's should.
-    random.append("data.shards=invented")
-    return load_recipe(rest[0], [*random, *overrides]), [int(word) for word in rest[1:] if "=" not in word]
+_PARTS = (versions, kernels, tiles, rivals, step, step_rivals, compare, definitions, planned)
+PARTS = {part.__name__: part for part in _PARTS}
 
 
 def _with_gradients(call: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -392,10 +205,6 @@ def _with_gradients(call: Callable[..., torch.Tensor], leaves: list[torch.Tensor
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _text(value: Any) -> str:

@@ -6,7 +6,8 @@ ignore most of them (spec xdbert §2 and §3). It reads the weights of an `XDBER
 code but `nn.Linear`, `nn.LayerNorm` and `nn.Embedding`, so that both can be compared.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -131,6 +132,32 @@ def attend(
         scores = scores + mask
     weights = F.dropout(scores.softmax(-1), dropout)
     return (weights @ value).transpose(1, 2).flatten(-2)
+
+
+def fused_attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    mask: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """As `attend`, by PyTorch's own operation."""
+    query, key, value = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in (query, key, value))
+    mask = None if mask is None else mask.to(query.dtype)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    return attended.transpose(1, 2).flatten(-2)
+
+
+@contextlib.contextmanager
+def attending_by(function: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Lets `plain_losses` attend by another function than `attend` while it is open."""
+    global attend
+    before, attend = attend, function
+    try:
+        yield
+    finally:
+        attend = before
 
 
 def masked_token_loss(

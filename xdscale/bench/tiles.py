@@ -48,7 +48,7 @@ class Search:
 
 def searches(device: torch.device) -> dict[str, Search]:
     """Returns what is tried, by the kernel's name."""
-    return dict([*_attention(device), *_loss(device), *_norm(device), *_quick_gelu(device)])
+    return dict([*_attention(device), *_causal_attention(device), *_loss(device), *_norm(device), *_quick_gelu(device)])
 
 
 def _attention(device: torch.device) -> Iterator[tuple[str, Search]]:
@@ -71,7 +71,7 @@ def _attention(device: torch.device) -> Iterator[tuple[str, Search]]:
     scores = sum(queries * keys for queries, keys in zip(*lengths))
     for name, products in zip(pointers, (2, 3, 4)):
         shapes = itertools.product(*sizes[name], (4, 8), (2, 3))
-        shipped = attention_launch.TILES[attention_launch.architecture(device)][name]
+        shipped = attention_launch.tile_of(name, query, packing)
         tiles = [shipped, *(tile for shape in shapes if (tile := Tile(*shape)) != shipped)]
 
         def launch(tile: Tile, name: str = name) -> None:
@@ -81,6 +81,33 @@ def _attention(device: torch.device) -> Iterator[tuple[str, Search]]:
             f"attention_{name}",
             Search(launch, [(tile,) for tile in tiles], 0, 2 * products * scores * HEADS * HEAD_SIZE),
         )
+
+
+def _causal_attention(device: torch.device) -> Iterator[tuple[str, Search]]:
+    """CLIP's blocks: queries, keys and values of one projection, and one tensor for their gradients."""
+    blocks, length, heads = SAMPLES * 8, 77, 8
+    projected, gradient = (_normal(blocks * length, 3, heads, HEAD_SIZE, device=device) for _ in range(2))
+    bounds = torch.arange(0, (blocks + 1) * length, length, dtype=torch.int32, device=device)
+    packing = Packing(bounds, bounds, length, length, 0, None, causal=True)
+    grad = _normal(blocks * length, heads, HEAD_SIZE, device=device)
+    inputs, into = projected.unbind(1), gradient.unbind(1)
+    _, *saved = attention_launch.forward(*inputs, packing)
+    row_sum = torch.zeros_like(saved[1])
+    pointers = {
+        "forward": (*inputs, *saved),
+        "backward_query": (*inputs, saved[0], grad, saved[1], row_sum, into[0]),
+        "backward_key_value": (*inputs, grad, saved[1], row_sum, *into[1:]),
+    }
+    shapes = list(itertools.product((32, 64, 128), (32, 64, 128), (2, 4, 8), (1, 2)))
+    for name, products in zip(pointers, (2, 3, 4)):
+        shipped = attention_launch.tile_of(name, inputs[0], packing)
+        tiles = [shipped, *(tile for shape in shapes if (tile := Tile(*shape)) != shipped)]
+
+        def launch(tile: Tile, name: str = name) -> None:
+            attention_launch.launch_kernel(name, tile, packing, pointers[name])
+
+        flops = products * blocks * length * (length + 1) * heads * HEAD_SIZE
+        yield f"causal_{name}", Search(launch, [(tile,) for tile in tiles], 0, flops)
 
 
 def _loss(device: torch.device) -> Iterator[tuple[str, Search]]:
@@ -236,10 +263,11 @@ def _milliseconds(call: Callable[[], object]) -> tuple[float, float, float]:
 
 
 def _copy_bytes_per_second() -> float:
-    """Returns the bytes, read and written, that a copy of a gigabyte moves in a second."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    """Returns the bytes, read and written, that a copy of four gigabytes moves in a second, by the faster of two."""
+    source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (_milliseconds(lambda: target.copy_(source))[0] / 1e3)
+    times = [_milliseconds(call)[0] for call in (lambda: target.copy_(source), lambda: torch.neg(source, out=target))]
+    return 2 * source.nbytes / (min(times) / 1e3)
 
 
 @contextlib.contextmanager
