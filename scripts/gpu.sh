@@ -46,7 +46,10 @@ if [ "$gpus" -gt 0 ]; then
     base=(xdbert-base-wikitext103) large=(xdelectra-large-wikitext103)
     micros=(36 144) large_micros=(18 72) compared=2 length=510 steps=6 batch=()
     gpu=$("$python" -c 'import torch; from xdscale.plan.hardware import gpu_of_device as f; g = f(torch.device("cuda")); print(g.name if g else "H100-80G")')
-    config() { echo "bert-base-zero$1"; }
+    config() {
+        [ "$1" -gt 0 ] || sed 's/"stage": 2/"stage": 0/' ds_configs/bert-base-zero2.json >"$scratch/zero0.json"
+        [ "$1" -gt 0 ] && echo "bert-base-zero$1" || echo "$scratch/zero0.json"
+    }
     large_config=electra-large-zero2
 else
     patience=4 # a CPU may be busy with other things
@@ -76,11 +79,15 @@ run() { # SECONDS NAME CONFIG RECIPE…
 run 90 zero2 "$(config 2)" "${base[@]}"
 run 120 zero2-killed "$(config 2)" "${base[@]}" --killed-as zero2
 part 150 rivals "${measure[@]}" rivals "$out"
+part 90 step "${measure[@]}" step "$out" "${large[@]}" "${large_micros[@]}"
 run 70 zero1 "$(config 1)" "${base[@]}"
 run 80 zero3 "$(config 3)" "${base[@]}"
-part 90 step "${measure[@]}" step "$out" "${large[@]}" "${large_micros[@]}"
-part 60 compare "${measure[@]}" compare "$out" "${base[@]}" "$compared"
+run 70 zero0 "$(config 0)" "${base[@]}"
 run 90 large "$large_config" "${large[@]}"
+part 60 definitions "${measure[@]}" definitions "$out" "${base[@]}" "$compared"
+part 60 compare "${measure[@]}" compare "$out" "${base[@]}" "$compared"
+part 120 step_rivals "${measure[@]}" step_rivals "$out" "${base[@]}" "${micros[0]}"
+part 90 tiles "${measure[@]}" tiles "$out"
 plans=()
 for recipe in "${base[0]}" "${large[0]}"; do
     "${xdscale[@]}" plan "$recipe" --gpus 1 --gpu "$gpu" --json >"$out/plan-$recipe.json" && plans+=("$out/plan-$recipe.json")

@@ -37,13 +37,19 @@ def test_every_part_runs_on_a_cpu(tmp_path):
     assert len(base_profile["top_ms"]) == 10
     assert "aten::addmm" in (tmp_path / "profile-quickstart-2.txt").read_text()
     assert all(row["milliseconds"] for row in findings(tmp_path / "rivals.jsonl"))
+    (twenty,) = findings(tmp_path / "definitions.jsonl")
+    assert twenty["steps"] == 20
+    assert twenty["largest_relative_difference"] < 1e-4
+    ways = {found["way"]: found for found in findings(tmp_path / "step_rivals.jsonl")}
+    assert all(0 < min(found["seconds"]) for found in ways.values())
+    assert len(ways) == 4
     (compared,) = findings(tmp_path / "compare.jsonl")
     assert compared["relative"] == compared["gradient"] == 0.0  # both are the CPU
     runs = {found["run"]: found for found in findings(tmp_path / "runs.jsonl") if "losses" in found}
-    assert runs.keys() == {"zero1", "zero2", "zero2-killed", "zero3", "large"}
+    assert runs.keys() == {"zero0", "zero1", "zero2", "zero2-killed", "zero3", "large"}
     for run in runs.values():
         assert run["steps"] == [1, 2, 3, 4]
-    for stage in (1, 3):
+    for stage in (0, 1, 3):
         assert runs[f"zero{stage}"]["losses"] == pytest.approx(runs["zero2"]["losses"], rel=1e-5)
     (verdict,) = [found for found in findings(tmp_path / "runs.jsonl") if "bitwise" in found]
     assert verdict["compared_steps"] == 4
@@ -79,8 +85,8 @@ def parts(made):
     return [words[1] for words in made if words[1] != "plan"]
 
 
-ORDER = ["versions", "kernels", "step", "shards", "zero2", "zero2-killed", "rivals", "zero1", "zero3"]
-ORDER += ["step", "compare", "large", "planned"]
+ORDER = ["versions", "kernels", "step", "shards", "zero2", "zero2-killed", "rivals", "step", "zero1", "zero3", "zero0"]
+ORDER += ["large", "definitions", "compare", "step_rivals", "tiles", "planned"]
 
 
 def test_what_matters_most_comes_first_and_a_part_that_fails_stops_none(tmp_path):
