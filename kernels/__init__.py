@@ -8,6 +8,7 @@ if __name__ == "xdscale.kernels":  # transformers looks for a top-level `kernels
     from xdscale.kernels.activated_linear import activated_linear, plain_activated_linear
     from xdscale.kernels.attention import packed_attention, plain_packed_attention
     from xdscale.kernels.causal_attention import causal_attention, plain_causal_attention
+    from xdscale.kernels.linear import linear, plain_linear
     from xdscale.kernels.masked_token_loss import masked_token_loss, plain_masked_token_loss
     from xdscale.kernels.quick_gelu import plain_quick_gelu, quick_gelu
     from xdscale.kernels.residual_norm import plain_residual_norm, residual_norm
@@ -15,6 +16,7 @@ if __name__ == "xdscale.kernels":  # transformers looks for a top-level `kernels
     DEFINITIONS = {
         activated_linear: plain_activated_linear,
         causal_attention: plain_causal_attention,
+        linear: plain_linear,
         masked_token_loss: plain_masked_token_loss,
         packed_attention: plain_packed_attention,
         quick_gelu: plain_quick_gelu,

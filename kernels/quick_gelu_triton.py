@@ -4,7 +4,7 @@ One program takes one tile of the elements, in whatever shape they are. All arit
 they are loaded (Triton's interpreter computes wrongly in bf16). Every value has one writer.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202 -- the arguments of kernels are pointers and integers, typed by each launch
+# ruff: noqa: ANN001, ANN201 -- the arguments of kernels are pointers and integers, typed by each launch
 
 import itertools
 
@@ -23,13 +23,14 @@ _SCALE = tl.constexpr(SCALE)
 
 
 @triton.jit
-def _activated(states):
+def quick_gelu_of(states):
+    """The activation of a tile."""
     return states * tl.sigmoid(states * _SCALE)
 
 
 @triton.jit
-def _gradient(grad, states):
-    """The derivative is σ + u σ (1 - σ), where u = 1.702 x and σ = σ(u)."""
+def quick_gelu_gradient(grad, states):
+    """Its gradient. The derivative is σ + u σ (1 - σ), where u = 1.702 x and σ = σ(u)."""
     scaled = states * _SCALE
     share = tl.sigmoid(scaled)
     return grad * share * (1.0 + scaled * (1.0 - share))
@@ -43,11 +44,11 @@ def forward_kernel(STATES, OUT, elements, TILE: tl.constexpr):
     # Only the last tile has a mask: it would cut the loads and stores of 16 bytes into single elements.
     if first + TILE <= elements:
         states = tl.load(STATES + place).to(tl.float32)
-        tl.store(OUT + place, _activated(states).to(OUT.dtype.element_ty))
+        tl.store(OUT + place, quick_gelu_of(states).to(OUT.dtype.element_ty))
     else:
         mask = place < elements
         states = tl.load(STATES + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(OUT + place, _activated(states).to(OUT.dtype.element_ty), mask=mask)
+        tl.store(OUT + place, quick_gelu_of(states).to(OUT.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["elements"])
@@ -58,12 +59,12 @@ def backward_kernel(GRAD, STATES, GRAD_STATES, elements, TILE: tl.constexpr):
     if first + TILE <= elements:
         grad = tl.load(GRAD + place).to(tl.float32)
         states = tl.load(STATES + place).to(tl.float32)
-        tl.store(GRAD_STATES + place, _gradient(grad, states).to(GRAD_STATES.dtype.element_ty))
+        tl.store(GRAD_STATES + place, quick_gelu_gradient(grad, states).to(GRAD_STATES.dtype.element_ty))
     else:
         mask = place < elements
         grad = tl.load(GRAD + place, mask=mask, other=0.0).to(tl.float32)
         states = tl.load(STATES + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(GRAD_STATES + place, _gradient(grad, states).to(GRAD_STATES.dtype.element_ty), mask=mask)
+        tl.store(GRAD_STATES + place, quick_gelu_gradient(grad, states).to(GRAD_STATES.dtype.element_ty), mask=mask)
 
 
 def forward(states: torch.Tensor) -> torch.Tensor:

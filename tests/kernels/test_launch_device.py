@@ -6,11 +6,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from xdscale.kernels import attention_launch, gpu, masked_token_loss_triton, quick_gelu_triton, residual_norm_triton
+from xdscale.kernels import (
+    activated_linear_triton,
+    attention_launch,
+    gpu,
+    linear_triton,
+    masked_token_loss_triton,
+    quick_gelu_triton,
+    residual_norm_triton,
+)
 from xdscale.kernels.packing import Packing
 
 KERNELS = {
+    activated_linear_triton: ["backward_kernel"],
     attention_launch: [],
+    linear_triton: ["column_sums_kernel"],
     masked_token_loss_triton: ["row_statistics_kernel", "combine_kernel", "logit_gradients_kernel"],
     quick_gelu_triton: ["forward_kernel", "backward_kernel"],
     residual_norm_triton: ["forward_kernel", "backward_kernel"],
@@ -50,6 +60,13 @@ def gelu_both_ways():
     return 2
 
 
+def feed_forward_backward():
+    rows = torch.zeros(4, 16)
+    activated_linear_triton.backward(rows, rows, quick=False)
+    linear_triton.column_sums(rows, torch.bfloat16)
+    return 3
+
+
 def norm_both_ways():
     states, weight = torch.zeros(2, 16), torch.ones(16)
     out, total, mean, scale = residual_norm_triton.forward(states, states, weight, weight, None, 1e-5, 0)
@@ -57,7 +74,9 @@ def norm_both_ways():
     return 2
 
 
-@pytest.mark.parametrize("both_ways", [attention_both_ways, loss_both_ways, gelu_both_ways, norm_both_ways])
+@pytest.mark.parametrize(
+    "both_ways", [attention_both_ways, loss_both_ways, gelu_both_ways, norm_both_ways, feed_forward_backward]
+)
 def test_every_kernel_goes_through_one_launch(both_ways, monkeypatch):
     launches, kernels = [], []
 

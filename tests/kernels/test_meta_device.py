@@ -13,10 +13,12 @@ from xdscale.kernels import (
     activated_linear,
     causal_attention,
     gpu,
+    linear,
     masked_token_loss,
     packed_attention,
     plain_activated_linear,
     plain_causal_attention,
+    plain_linear,
     plain_masked_token_loss,
     plain_packed_attention,
     plain_quick_gelu,
@@ -27,6 +29,14 @@ from xdscale.kernels import (
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 META = torch.device("meta")
+LAUNCHERS = (
+    "activated_linear_triton",
+    "attention_launch",
+    "linear_triton",
+    "masked_token_loss_triton",
+    "quick_gelu_triton",
+    "residual_norm_triton",
+)
 
 
 def offsets(lengths: list[int], device: torch.device) -> torch.Tensor:
@@ -70,6 +80,16 @@ def feed_forward(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]
     return [activated_linear(*inputs, F.gelu), *inputs]
 
 
+def quick_feed_forward(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    inputs = leaves(device, dtype, (5, 7, 16), (4, 16), (4,))
+    return [activated_linear(*inputs, quick_gelu), *inputs]
+
+
+def project(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    inputs = leaves(device, dtype, (5, 7, 16), (4, 16), (4,))
+    return [linear(*inputs), *inputs]
+
+
 def kept_and_returned(call: Callable, device: torch.device, dtype: torch.dtype) -> list[tuple]:
     """What the backward pass keeps, the output and the gradients: shapes, strides and dtypes."""
     found = []
@@ -81,12 +101,14 @@ def kept_and_returned(call: Callable, device: torch.device, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", [attend, attend_causally, lose, activate, normalise, feed_forward])
+@pytest.mark.parametrize(
+    "call", [attend, attend_causally, lose, activate, normalise, feed_forward, quick_feed_forward, project]
+)
 def test_it_keeps_and_returns_what_a_gpu_does(call: Callable, dtype: torch.dtype, monkeypatch) -> None:
     """On the CPU the Triton kernels' own way is forced, with launches that do nothing."""
     found = kept_and_returned(call, META, dtype)
     monkeypatch.setattr(gpu, "FORCE_TRITON", True)
-    for name in ("attention_launch", "masked_token_loss_triton", "quick_gelu_triton", "residual_norm_triton"):
+    for name in LAUNCHERS:
         monkeypatch.setattr(f"xdscale.kernels.{name}.launch", lambda *arguments, **options: None)
     assert found == kept_and_returned(call, torch.device("cpu"), dtype)
 
@@ -160,6 +182,7 @@ def test_other_operations_count_as_their_definitions(dtype: torch.dtype) -> None
     expected = flops(lambda *q: plain_activated_linear(*q, F.gelu), wide)
     assert flops(lambda *q: activated_linear(*q, F.gelu), wide) == expected
     assert expected == (2 * 1500 * 96 * 24, 6 * 1500 * 96 * 24)
+    assert flops(linear, wide) == flops(plain_linear, wide) == expected
     rows = leaves(META, dtype, (50, 96), (50, 96), (96,), (96,))
     for call, inputs in (
         (quick_gelu, wide[:1]),

@@ -16,6 +16,7 @@ FILES = (
     "masked_token_loss_kernels.py",
     "residual_norm_kernels.py",
     "quick_gelu_kernels.py",
+    "linear_kernels.py",
 )
 
 

@@ -21,16 +21,19 @@ from xdscale.tasks.finetuning import (
 )
 from xdscale.training.stored import build_module, save_full_model
 
-# A language layer has two sublayers, a cross-modal layer two attentions and a feed-forward for each encoder.
-LANGUAGE_LAYER = {"residual_norm": 2, "activated_linear": 1}
-CROSS_LAYER = {"packed_attention": 4, "residual_norm": 6, "activated_linear": 2}
-CLIP_LAYER = {"activated_linear": 1, "causal_attention": 1, "quick_gelu": 1}
+# A language layer has two sublayers, a cross-modal layer two attentions and a feed-forward for each encoder. An
+# attention has four projections, CLIP's two; a feed-forward has one before the one that activates.
+LANGUAGE_LAYER = {"residual_norm": 2, "activated_linear": 1, "linear": 5}
+CROSS_LAYER = {"packed_attention": 4, "residual_norm": 6, "activated_linear": 2, "linear": 18}
+CLIP_LAYER = {"activated_linear": 1, "causal_attention": 1, "linear": 3, "quick_gelu": 1}
 
 
 def counted(module):
     """Returns how many modules call each operation, and how many each definition."""
     functions = {*DEFINITIONS, *DEFINITIONS.values()}
-    parts = [getattr(part, name, None) for part in module.modules() for name in ("function", "activation")]
+    parts = [
+        getattr(part, name, None) for part in module.modules() for name in ("function", "activation", "projection")
+    ]
     return Counter(part.__name__ for part in parts if part in functions)
 
 
@@ -58,7 +61,7 @@ def test_adaptation(adaptation_spec, small_clip_layers, kernels, cross_layers):
         times(2, LANGUAGE_LAYER, plain)
         + times(cross_layers, CROSS_LAYER, plain)
         + times(small_clip_layers, CLIP_LAYER, plain)
-        + times(2, {"masked_token_loss": 1}, plain)
+        + times(2, {"masked_token_loss": 1, "linear": 1}, plain)
     )
     assert attention_of(module.model.language) is (DEFINITIONS[packed_attention] if plain else packed_attention)
 

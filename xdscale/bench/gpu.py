@@ -24,6 +24,7 @@ from xdscale.devices import rank_device
 from xdscale.kernels import (
     DEFINITIONS,
     activated_linear,
+    linear,
     masked_token_loss,
     packed_attention,
     quick_gelu,
@@ -133,12 +134,10 @@ def _operations(device: torch.device) -> Iterator[tuple[str, Callable, Callable,
     projection = [(labelled, size), (vocabulary, size), (vocabulary,)]
     yield "masked_token_loss", masked_token_loss, lambda f, h, w, b: f(h, w * scale, b, labels)[0], projection
     yield "quick_gelu", quick_gelu, lambda f, states: f(states), [(tokens, size)]
-    yield (
-        "activated_linear",
-        activated_linear,
-        lambda f, *inputs: f(*inputs, F.gelu),
-        [(tokens, size), (size, size), (size,)],
-    )
+    product = [(tokens, size), (size, size), (size,)]
+    yield "linear", linear, lambda f, *inputs: f(*inputs), product
+    yield "activated_linear", activated_linear, lambda f, *inputs: f(*inputs, F.gelu), product
+    yield "activated_linear, quick GELU", activated_linear, lambda f, *inputs: f(*inputs, quick_gelu), product
 
 
 def rivals(_tell: Tell, out: Path, _rest: list[str]) -> None:

@@ -78,10 +78,10 @@ def language_states(encoder: PreTrainedModel, ids: torch.Tensor, dropout: float)
     for layer in encoder.encoder.layer:
         attention, output = layer.attention.self, layer.attention.output
         heads = encoder.config.num_attention_heads
-        projected = attention.query(states), attention.key(states), attention.value(states)
-        attended = F.dropout(output.dense(attend(*projected, heads, None, dropout)), dropout)
+        projected = (_linear(part, states) for part in (attention.query, attention.key, attention.value))
+        attended = F.dropout(_linear(output.dense, attend(*projected, heads, None, dropout)), dropout)
         states = _layer_norm(output.LayerNorm, states + attended)
-        hidden = F.gelu(layer.intermediate.dense(states))  # [b, S, intermediate size]
+        hidden = F.gelu(_linear(layer.intermediate.dense, states))  # [b, S, intermediate size]
         output = layer.output
         states = _layer_norm(output.LayerNorm, states + F.dropout(_linear(output.dense, hidden), dropout))
     return states
@@ -95,8 +95,8 @@ def clip_states(encoder: CLIPTextEncoder, ids: torch.Tensor) -> torch.Tensor:
     for block in tower.transformer.resblocks:
         attention = block.attn
         projected = F.linear(block.ln_1(states), attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
-        states = states + attention.out_proj(attend(*projected, tower.heads, causal, 0.0))
-        hidden = block.mlp.c_fc(block.ln_2(states))  # [b * N, 77, 4 * width]
+        states = states + _linear(attention.out_proj, attend(*projected, tower.heads, causal, 0.0))
+        hidden = _linear(block.mlp.c_fc, block.ln_2(states))  # [b * N, 77, 4 * width]
         quick = block.mlp.c_proj.activation is not F.gelu
         hidden = hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden)
         states = states + _linear(block.mlp.c_proj, hidden)
@@ -164,7 +164,7 @@ def masked_token_loss(
     head: MaskedTokenHead, states: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """Cross-entropy over the vocabulary at all positions, of which those without a label are ignored."""
-    hidden = head.norm(F.gelu(head.transform(states)))
+    hidden = head.norm(F.gelu(_linear(head.transform, states)))
     logits = F.linear(hidden, head.decoder_weight, head.decoder_bias)  # [b, positions, V]
     everywhere = torch.full(states.shape[:2], -1, device=labels.device).flatten()
     everywhere[positions] = labels
@@ -184,13 +184,13 @@ def _attention_sublayer(
     mask: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    projected = sublayer.query(states), sublayer.key(context), sublayer.value(context)
-    attended = sublayer.output(attend(*projected, sublayer.heads, mask, dropout))
+    projected = _linear(sublayer.query, states), _linear(sublayer.key, context), _linear(sublayer.value, context)
+    attended = _linear(sublayer.output, attend(*projected, sublayer.heads, mask, dropout))
     return _layer_norm(sublayer.norm, states + F.dropout(attended, dropout))
 
 
 def _feed_forward(sublayer: FeedForward, states: torch.Tensor, dropout: float) -> torch.Tensor:
-    hidden = F.gelu(sublayer.intermediate(states))
+    hidden = F.gelu(_linear(sublayer.intermediate, states))
     return _layer_norm(sublayer.norm, states + F.dropout(_linear(sublayer.output, hidden), dropout))
 
 
@@ -200,7 +200,7 @@ def _layer_norm(norm: nn.LayerNorm, states: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(linear: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    """PyTorch's Linear; the model's own module would activate the states itself."""
+    """PyTorch's Linear; the model's own modules call kernels, and some activate the states."""
     return F.linear(states, linear.weight, linear.bias)
 
 

@@ -16,15 +16,24 @@ from multiprocessing import get_context
 
 import torch
 
-from xdscale.kernels import attention_launch, masked_token_loss_triton, quick_gelu_triton, residual_norm_triton
+from xdscale.kernels import (
+    activated_linear_triton,
+    attention_launch,
+    linear_triton,
+    masked_token_loss_triton,
+    quick_gelu_triton,
+    residual_norm_triton,
+)
+from xdscale.kernels.activated_linear_triton import GELUTile
 from xdscale.kernels.attention_launch import Tile
 from xdscale.kernels.dropout_mask import drop_threshold
+from xdscale.kernels.linear_triton import SumTile
 from xdscale.kernels.masked_token_loss_triton import LogitsTile
 from xdscale.kernels.packing import Packing
 
 SAMPLES, LENGTH, HEADS, HEAD_SIZE = 36, 512, 12, 64
 KEY_LENGTHS = (427, 693)
-HIDDEN, VOCABULARY, LABELLED = 768, 30_522, 77
+HIDDEN, INTERMEDIATE, VOCABULARY, LABELLED = 768, 3072, 30_522, 77
 CLIP_INTERMEDIATE, CLIP_TOKENS = 2048, 560
 ROUNDS = 15
 
@@ -48,7 +57,8 @@ class Search:
 
 def searches(device: torch.device) -> dict[str, Search]:
     """Returns what is tried, by the kernel's name."""
-    return dict([*_attention(device), *_causal_attention(device), *_loss(device), *_norm(device), *_quick_gelu(device)])
+    parts = _attention, _causal_attention, _loss, _norm, _quick_gelu, _linear
+    return dict(found for part in parts for found in part(device))
 
 
 def _attention(device: torch.device) -> Iterator[tuple[str, Search]]:
@@ -198,6 +208,31 @@ def _quick_gelu(device: torch.device) -> Iterator[tuple[str, Search]]:
         yield name, Search(launch, shapes, tensors * states.nbytes, 0)
 
 
+def _linear(device: torch.device) -> Iterator[tuple[str, Search]]:
+    rows = 4 * SAMPLES * LENGTH  # more than a second-level cache holds
+    for columns in (HIDDEN, INTERMEDIATE):
+        values = _normal(rows, columns, device=device)
+
+        def add(tile: SumTile, values: torch.Tensor = values) -> None:
+            linear_triton.column_sums(values, torch.bfloat16, tile)
+
+        shapes = itertools.product((128, 256), (8192, 16384), (256,), (2, 4, 8), (1, 3, 4))
+        sums = [SumTile(*shape) for shape in shapes if SumTile(*shape) != linear_triton.TILE]
+        choices = [(tile,) for tile in (linear_triton.TILE, *sums)]
+        yield f"column_sums_{columns}", Search(add, choices, values.nbytes, 0)
+    states, grad = (_normal(SAMPLES * LENGTH, INTERMEDIATE, device=device) for _ in range(2))
+    shapes = itertools.product((1024, 2048, 4096), (128, 256, 512))
+    found = [GELUTile(*shape) for shape in shapes if GELUTile(*shape) != activated_linear_triton.TILE]
+    for name, quick in (("gelu_backward", False), ("quick_gelu_and_backward", True)):
+
+        def activate(tile: GELUTile, quick: bool = quick) -> None:
+            # The gradient is written in its place, again and again; time does not depend on values.
+            activated_linear_triton.backward(grad, states, quick=quick, tile=tile)
+
+        choices = [(tile,) for tile in (activated_linear_triton.TILE, *found)]
+        yield name, Search(activate, choices, 4 * states.nbytes, 0)
+
+
 def tiles(tell: Callable[..., None], _out: object, rest: list[str]) -> None:
     """Times every candidate of every kernel, or of those named; what ships comes first, then the others by time."""
     if not torch.cuda.is_available():
@@ -285,5 +320,5 @@ def _normal(*shape: int, device: torch.device) -> torch.Tensor:
 
 
 def _short(candidate: tuple) -> str:
-    settings = candidate[0] if isinstance(candidate[0], Tile | LogitsTile) else candidate
+    settings = candidate[0] if isinstance(candidate[0], tuple | Tile) else candidate
     return " ".join(str(value) for value in (astuple(settings) if isinstance(settings, Tile) else settings))

@@ -25,7 +25,14 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from xdscale.errors import XdscaleError
 from xdscale.files import check_output_file, write_outputs
-from xdscale.kernels import attention_launch, masked_token_loss_cases, quick_gelu_triton, residual_norm_triton
+from xdscale.kernels import (
+    activated_linear_triton,
+    attention_launch,
+    linear_triton,
+    masked_token_loss_cases,
+    quick_gelu_triton,
+    residual_norm_triton,
+)
 from xdscale.kernels.compile_case import CompileCase
 
 BEGIN = "<!-- kernels report: begin -->"
@@ -132,6 +139,7 @@ def print_report(write: Path | None = None, check: Path | None = None) -> None:
 def shipped_cases() -> list[CompileCase]:
     """Returns every configuration that the launchers can choose, for every target."""
     modules = attention_launch, masked_token_loss_cases, residual_norm_triton, quick_gelu_triton
+    modules = *modules, linear_triton, activated_linear_triton
     return [case for module in modules for case in module.compile_cases()]
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer
 from torch import nn
 
-from xdscale.kernels import causal_attention, quick_gelu
-from xdscale.models.operations import ActivatedLinear
+from xdscale.kernels import causal_attention, linear, quick_gelu
+from xdscale.models.operations import ActivatedLinear, Linear
 
 
 class CausalBlockAttention(nn.MultiheadAttention):
@@ -19,8 +19,8 @@ class CausalBlockAttention(nn.MultiheadAttention):
         """Takes over the parameters of the module that it replaces."""
         super().__init__(original.embed_dim, original.num_heads, batch_first=True, device="meta")
         self.in_proj_weight, self.in_proj_bias = original.in_proj_weight, original.in_proj_bias
-        self.out_proj = original.out_proj
-        self.function = causal_attention
+        self.out_proj = Linear(original.out_proj)
+        self.function, self.projection = causal_attention, linear
 
     def forward(
         self,
@@ -42,7 +42,7 @@ class CausalBlockAttention(nn.MultiheadAttention):
         Returns:
             [blocks, length, width], and None for the weights.
         """
-        projected = nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+        projected = self.projection(query, self.in_proj_weight, self.in_proj_bias)
         attended = self.function(projected.unflatten(-1, (3, self.num_heads, -1)))  # [blocks, length, heads, d]
         return self.out_proj(attended.flatten(2)), None
 
@@ -50,7 +50,8 @@ class CausalBlockAttention(nn.MultiheadAttention):
 def _feed_forward(block: ResidualAttentionBlock) -> nn.Sequential:
     """Returns the block's feed-forward, which activates in its second product; the parameters keep their names."""
     activation = quick_gelu if isinstance(block.mlp.gelu, QuickGELU) else F.gelu
-    return nn.Sequential(OrderedDict(c_fc=block.mlp.c_fc, c_proj=ActivatedLinear(block.mlp.c_proj, activation)))
+    c_fc, c_proj = Linear(block.mlp.c_fc), ActivatedLinear(block.mlp.c_proj, activation)
+    return nn.Sequential(OrderedDict(c_fc=c_fc, c_proj=c_proj))
 
 
 class CLIPTextEncoder(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xdscale.kernels.activated_linear import Activation
-from xdscale.models.operations import ActivatedLinear, PackedAttention, ResidualNorm
+from xdscale.models.operations import ActivatedLinear, Linear, PackedAttention, ResidualNorm
 from xdscale.models.packed_tokens import PackedTokens
 
 LAYER_NORM_EPS = 1e-12
@@ -56,10 +56,10 @@ class AttentionSublayer(nn.Module):
         if size % heads:
             raise ValueError(f"{heads} heads do not divide states of size {size}")
         self.heads = heads
-        self.query = nn.Linear(size, size)
-        self.key = nn.Linear(context_size, size)
-        self.value = nn.Linear(context_size, size)
-        self.output = nn.Linear(size, size)
+        self.query = Linear(nn.Linear(size, size))
+        self.key = Linear(nn.Linear(context_size, size))
+        self.value = Linear(nn.Linear(context_size, size))
+        self.output = Linear(nn.Linear(size, size))
         self.attention = PackedAttention(dropout)
         self.norm = ResidualNorm(size, eps=eps, dropout=dropout)
 
@@ -96,7 +96,7 @@ class FeedForward(nn.Module):
         eps: float = LAYER_NORM_EPS,
     ) -> None:
         super().__init__()
-        self.intermediate = nn.Linear(size, intermediate_size)
+        self.intermediate = Linear(nn.Linear(size, intermediate_size))
         self.output = ActivatedLinear(nn.Linear(intermediate_size, size), activation)
         self.norm = ResidualNorm(size, eps=eps, dropout=dropout)
 

@@ -9,12 +9,20 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from xdscale.kernels import DEFINITIONS, packed_attention
-from xdscale.models.operations import ATTENTION, PLAIN_ATTENTION, ActivatedLinear, ResidualNorm, attend
+from xdscale.models.operations import (
+    ATTENTION,
+    PLAIN_ATTENTION,
+    ActivatedLinear,
+    Linear,
+    ResidualNorm,
+    activation_of,
+    attend,
+)
 from xdscale.models.packed_tokens import PackedTokens, packed_by_lengths, packed_evenly, unpack
 
 
 def use_kernels(encoder: PreTrainedModel) -> None:
-    """Lets an encoder attend, end its sublayers and activate its feed-forwards by the kernels.
+    """Lets an encoder attend, project, end its sublayers and activate its feed-forwards by the kernels.
 
     PyTorch's own attention takes its slow path with dropout and keeps the whole matrix of weights for the backward
     pass; here nothing of that size is kept, and padding is not computed. Names of parameters stay as they are.
@@ -29,10 +37,16 @@ def use_kernels(encoder: PreTrainedModel) -> None:
     if any(isinstance(layer.output, _Output) for layer in layers):
         raise ValueError("the encoder was changed to the kernels before")
     encoder.set_attn_implementation(ATTENTION)
+    if hasattr(encoder.base_model, "embeddings_project"):  # ELECTRA's small one
+        encoder.base_model.embeddings_project = Linear(encoder.base_model.embeddings_project)
     for layer in layers:
-        activation = layer.intermediate.intermediate_act_fn.forward
+        activation = activation_of(layer.intermediate.intermediate_act_fn)
         layer.intermediate.intermediate_act_fn = nn.Identity()
         layer.output.dense = ActivatedLinear(layer.output.dense, activation)
+        attention = layer.attention.self
+        attention.query, attention.key, attention.value = map(Linear, (attention.query, attention.key, attention.value))
+        for owner in (layer.attention.output, layer.intermediate):
+            owner.dense = Linear(owner.dense)
         for owner in (layer.attention, layer):
             owner.output = _Output(owner.output)
 

@@ -6,6 +6,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from xdscale.kernels.masked_token_loss import masked_token_loss
+from xdscale.models.operations import Linear
 
 LAYER_NORM_EPS = 1e-12
 """As in BERT."""
@@ -36,7 +37,7 @@ class MaskedTokenHead(nn.Module):
         """
         super().__init__()
         vocabulary, embedding_size = embedding.shape
-        self.transform = nn.Linear(size, embedding_size)
+        self.transform = Linear(nn.Linear(size, embedding_size))
         self.activation = activation or nn.GELU()
         self.norm = nn.LayerNorm(embedding_size, eps=eps)
         self.decoder_weight = embedding
@@ -115,9 +116,9 @@ class RegionClassHead(nn.Module):
             std: of the normal distribution that weights begin with; biases begin with 0.
         """
         super().__init__()
-        self.transform = nn.Linear(size, size)
+        self.transform = Linear(nn.Linear(size, size))
         self.activation = activation or nn.GELU()
-        self.classifier = nn.Linear(size, classes)
+        self.classifier = Linear(nn.Linear(size, classes))
         for linear in (self.transform, self.classifier):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)

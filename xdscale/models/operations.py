@@ -6,10 +6,12 @@ A module calls its operation in its own forward because ZeRO-3 gathers a paramet
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import GELUActivation
 
-from xdscale.kernels import DEFINITIONS, activated_linear, packed_attention, residual_norm
+from xdscale.kernels import DEFINITIONS, activated_linear, linear, packed_attention, residual_norm
 from xdscale.kernels.activated_linear import Activation
 from xdscale.models.packed_tokens import PackedTokens
 
@@ -24,7 +26,7 @@ def use_definitions(model: nn.Module) -> nn.Module:
         The model itself.
     """
     for module in model.modules():
-        for name in ("function", "activation"):
+        for name in ("function", "activation", "projection"):
             chosen = getattr(module, name, None)
             if chosen in DEFINITIONS:
                 setattr(module, name, DEFINITIONS[chosen])
@@ -122,7 +124,26 @@ class ResidualNorm(nn.LayerNorm):
         return self.function(*rows, self.weight, self.bias, eps=self.eps, dropout=rate, seed=seed).view(states.shape)
 
 
-class ActivatedLinear(nn.Linear):
+class Linear(nn.Linear):
+    """A Linear on many rows, whose bias gradient is summed at the speed of memory on a GPU."""
+
+    def __init__(self, original: nn.Linear) -> None:
+        """Takes over the parameters of the module that it replaces, which has a bias."""
+        super().__init__(original.in_features, original.out_features, device="meta")
+        self.weight, self.bias = original.weight, original.bias
+        self.function = linear
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Maps [..., in_features] to [..., out_features]."""
+        return self.function(states, self.weight, self.bias)
+
+
+def activation_of(module: nn.Module) -> Activation:
+    """Returns the function of an activation of transformers: PyTorch's GELU by its own name, for which kernels look."""
+    return F.gelu if isinstance(module, GELUActivation) and module.act is F.gelu else module.forward
+
+
+class ActivatedLinear(Linear):
     """The second half of a feed-forward: a Linear that activates what comes in, and keeps that alone for gradients."""
 
     def __init__(self, original: nn.Linear, activation: Activation) -> None:
@@ -132,8 +153,7 @@ class ActivatedLinear(nn.Linear):
             original: with a bias.
             activation: a function and not a module, whose hooks would run again in the backward pass.
         """
-        super().__init__(original.in_features, original.out_features, device="meta")
-        self.weight, self.bias = original.weight, original.bias
+        super().__init__(original)
         self.activation = activation
         self.function = activated_linear
 

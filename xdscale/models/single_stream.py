@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from xdscale.models.cross_modal import AttentionSublayer, FeedForward
+from xdscale.models.operations import activation_of
 from xdscale.models.packed_tokens import PackedTokens, chosen_tokens
 
 Batch = Mapping[str, torch.Tensor | int]
@@ -37,7 +38,7 @@ class SelfAttentionLayer(nn.Module):
         super().__init__()
         size, dropout, eps = config.hidden_size, config.hidden_dropout_prob, config.layer_norm_eps
         self.attention = AttentionSublayer(size, size, config.num_attention_heads, dropout, eps=eps)
-        activation = ACT2FN[config.hidden_act].forward
+        activation = activation_of(ACT2FN[config.hidden_act])
         self.feed_forward = FeedForward(size, config.intermediate_size, dropout, activation=activation, eps=eps)
 
     def forward(

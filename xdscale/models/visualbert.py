@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import VisualBertConfig
 
+from xdscale.models.operations import Linear
 from xdscale.models.packed_tokens import packed_by_lengths
 from xdscale.models.single_stream import (
     Batch,
@@ -36,7 +37,7 @@ class VisualTextEmbeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(segments, size)
         self.visual_token_type_embeddings = nn.Embedding(segments, size)
         self.visual_position_embeddings = nn.Embedding(positions, size)
-        self.visual_projection = nn.Linear(config.visual_embedding_dim, size)
+        self.visual_projection = Linear(nn.Linear(config.visual_embedding_dim, size))
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.alignment = alignment

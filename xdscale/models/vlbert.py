@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import BertConfig
 
+from xdscale.models.operations import Linear
 from xdscale.models.single_stream import Batch, PackedStates, SelfAttentionLayer, encode_and_pool, initialise
 
 WAVES = 256
@@ -64,7 +65,7 @@ class RegionFeatures(nn.Module):
     def __init__(self, config: VLBertConfig) -> None:
         super().__init__()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.projection = nn.Linear(GEOMETRY + config.appearance_size, config.hidden_size)
+        self.projection = Linear(nn.Linear(GEOMETRY + config.appearance_size, config.hidden_size))
         self.mask = nn.Embedding(1, config.appearance_size) if config.masks_features else None
         self.corners = config.corners
 
