@@ -88,8 +88,11 @@ WIDE_HEAD_FP32_TILES = {
 # All of these have no spills and shared memory within limits. Those of sm_90 for 16-bit inputs were the fastest of a
 # search on an H200 (`python -m xdscale.bench.gpu tiles`), the others have most programs per core ahead of time.
 
-COMPILE_SAMPLES, COMPILE_QUERIES, COMPILE_KEYS, COMPILE_HEADS = 32, 512, 560, 12
-"""True shape of `compile_cases`: language to CLIP in the base model, 560 of 693 CLIP positions filled."""
+COMPILE_SHAPE = 32, 512, 560, 12
+"""True shape of `compile_cases`, samples, queries, keys and heads: language to CLIP in the base model, 560 of 693 CLIP
+positions filled."""
+CAUSAL_SHAPE = 32 * 8, 77, 77, 8
+"""The same for causal attention: eight blocks of each of 32 texts in ViT-B-32's text tower."""
 
 
 def forward(
@@ -185,26 +188,29 @@ def _precision(architecture: str) -> str:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Returns every configuration that ships, for head sizes 64 and 128, bf16 and fp32, with and without dropout.
+    """Returns every configuration that ships, in bf16 and fp32: head sizes 64 and 128, with dropout, without, causal.
 
     Bytes count each element once: the tiles that a sample's other programs read again are in the second-level
     cache. Above the lower bound are only the log-sum-exp and the row sums.
     """
-    choices = itertools.product((torch.bfloat16, torch.float32), (64, 128), (0.0, 0.1), PROCESSORS)
-    return [case for cases in zip(*(_compile_cases(*choice) for choice in choices)) for case in cases]
+    kinds = [*itertools.product((64, 128), ((0.1, False), (0.0, False))), (64, (0.0, True))]
+    choices = itertools.product((torch.bfloat16, torch.float32), kinds, PROCESSORS)
+    found = [_compile_cases(dtype, size, *kind, target) for dtype, (size, kind), target in choices]
+    return [case for cases in zip(*found) for case in cases]
 
 
-def _compile_cases(dtype: torch.dtype, head_size: int, dropout: float, target: str) -> list[CompileCase]:
+def _compile_cases(dtype: torch.dtype, head_size: int, dropout: float, causal: bool, target: str) -> list[CompileCase]:
+    samples, queries, keys, heads = CAUSAL_SHAPE if causal else COMPILE_SHAPE
     with torch.device("meta"):
-        query, grad = torch.empty((2, COMPILE_SAMPLES * COMPILE_QUERIES, COMPILE_HEADS, head_size), dtype=dtype)
-        key, value = torch.empty((2, COMPILE_SAMPLES * COMPILE_KEYS, COMPILE_HEADS, head_size), dtype=dtype)
-        bounds, seed = torch.empty(COMPILE_SAMPLES + 1, dtype=torch.int32), torch.empty(1, dtype=torch.int64)
-    lengths = COMPILE_QUERIES, COMPILE_KEYS
-    packing = Packing(bounds, bounds, *lengths, drop_threshold(dropout), seed if dropout else None)
+        query, grad = torch.empty((2, samples * queries, heads, head_size), dtype=dtype)
+        key, value = torch.empty((2, samples * keys, heads, head_size), dtype=dtype)
+        bounds, seed = torch.empty(samples + 1, dtype=torch.int32), torch.empty(1, dtype=torch.int64)
+    packing = Packing(bounds, bounds, queries, keys, drop_threshold(dropout), seed if dropout else None, causal)
     with launches_on(target) as launches:
         _, *saved = forward(query, key, value, packing)
         backward(grad, query, key, value, packing, *saved)
-    form = f"{TYPES[dtype]} d={head_size} {'dropout' if dropout else 'no dropout'}"
+    form = f"{TYPES[dtype]} d={head_size} {'causal' if causal else 'dropout' if dropout else 'no dropout'}"
+    scores = samples * (queries * (queries + 1) // 2 if causal else queries * keys)
     # The backward kernels compute the scores, and the gradients of the weights, once more.
     return [
         compile_case(
@@ -214,7 +220,7 @@ def _compile_cases(dtype: torch.dtype, head_size: int, dropout: float, target: s
             f"{name} {form}",
             moved=launch.nbytes(),
             least=launch.nbytes(without=("LOG_SUM", "ROW_SUM")),
-            flops=2 * products * COMPILE_SAMPLES * COMPILE_QUERIES * COMPILE_KEYS * COMPILE_HEADS * head_size,
+            flops=2 * products * scores * heads * head_size,
         )
         for name, products, launch in zip(KERNELS, (2, 3, 4), launches)
     ]
