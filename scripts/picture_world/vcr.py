@@ -10,6 +10,15 @@ from .scenes import COLORS, GROUNDS, HEIGHT, KINDS, WIDTH, Scene, draw_scene, ge
 
 CHOICES = 4
 MOVIE = "0001_Picture_World"
+CLASSES = {
+    "ball": "sportsball",
+    "box": "suitcase",
+    "star": "kite",
+    "tree": "pottedplant",
+    "house": "oven",
+    "fish": "bird",
+}
+"""VCR knows the things of COCO alone: what stands for those that are drawn here, each kind for itself."""
 Tokens = list[str | list[int]]
 """As VCR writes them: words, and lists of numbers of things."""
 
@@ -38,7 +47,7 @@ def _item(folder: Folder, seed: int, split: str, number: int) -> dict[str, Any]:
     item = f"{split}-{number}"
     return {
         "movie": MOVIE,
-        "objects": [thing.kind for thing in scene.things],
+        "objects": _names(scene),
         "interesting_scores": [0],
         "answer_likelihood": "likely",
         "img_fn": f"{name}.jpg",
@@ -65,12 +74,16 @@ def _choices(random: np.random.Generator, right: str, words: tuple[str, ...]) ->
     return [*wrong[:label], right, *wrong[label:]], label
 
 
+def _names(scene: Scene) -> list[str]:
+    return [CLASSES.get(thing.kind, thing.kind) for thing in scene.things]
+
+
 def _metadata(scene: Scene) -> dict[str, Any]:
     outlines = [[[[x1, y1], [x2, y1], [x2, y2], [x1, y2]]] for x1, y1, x2, y2 in (thing.box for thing in scene.things)]
     return {
         "boxes": [[*map(float, thing.box), 1.0] for thing in scene.things],
         "segms": outlines,
-        "names": [thing.kind for thing in scene.things],
+        "names": _names(scene),
         "width": WIDTH,
         "height": HEIGHT,
     }

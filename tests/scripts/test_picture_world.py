@@ -148,6 +148,14 @@ def test_our_readers_take_the_files(world, task):
     assert data.train[0].images
 
 
+def test_things_of_vcr_are_of_its_classes(world):
+    """Which VL-BERT's second loss is on; unlike kinds are of unlike classes."""
+    task = find_task("vcr_qa")
+    classes = np.concatenate(task.object_classes(task.read(world).train))
+    assert set(classes.tolist()) <= set(range(1, 81))
+    assert len(set(classes.tolist())) == 10
+
+
 def test_choices_of_vcr_lie_anywhere(world):
     rows = [json.loads(line) for line in (world / "VCR/train.jsonl").read_text().splitlines()]
     for name in ("answer", "rationale"):
