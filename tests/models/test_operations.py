@@ -3,9 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from xdscale.kernels import plain_packed_attention
-from xdscale.models.operations import ResidualNorm, attention_map, use_definitions
+from xdscale.models.operations import (
+    ActivatedLinear,
+    Linear,
+    ResidualNorm,
+    activation_of,
+    attention_map,
+    use_definitions,
+)
 from xdscale.models.packed_tokens import packed_by_lengths
 
 
@@ -53,3 +61,31 @@ def test_maps_are_the_weights_of_the_first_sample():
     out = plain_packed_attention(query.float(), key.float(), value.float(), queries.cu_seqlens, keys.cu_seqlens)
     assert torch.allclose(maps @ value[:5].float().transpose(0, 1), out[:6].transpose(0, 1), atol=1e-5)
     assert torch.allclose(attention_map(query, key, value, queries, keys), maps.mean(0))
+
+
+@pytest.mark.parametrize("build", [Linear, lambda original: ActivatedLinear(original, torch.tanh)])
+def test_a_linear_is_replaced_under_its_names_with_its_values(build):
+    """The generator's next number is the same as well, so that all that is initialised later is."""
+    torch.manual_seed(0)
+    original, following = nn.Linear(6, 4), torch.rand(())
+    torch.manual_seed(0)
+    replaced = build(nn.Linear(6, 4))
+    assert torch.equal(torch.rand(()), following)
+    assert list(replaced.state_dict()) == list(original.state_dict()) == ["weight", "bias"]
+    assert all(torch.equal(one, other) for one, other in zip(replaced.parameters(), original.parameters()))
+    taken = build(original)
+    assert taken.weight is original.weight
+    assert taken.bias is original.bias
+    states = torch.randn(3, 6)
+    expected = original(states if build is Linear else states.tanh())
+    assert torch.equal(replaced(states), expected)
+    assert torch.equal(use_definitions(replaced)(states), expected)
+
+
+def test_kernels_recognise_the_activation_of_an_encoder():
+    """PyTorch's GELU has a kernel; what else an encoder may have computes by itself."""
+    states = torch.linspace(-4, 4, 100)
+    for name in ("gelu", "gelu_python", "gelu_new", "gelu_10", "relu", "tanh"):
+        module = ACT2FN[name]
+        assert (activation_of(module) is nn.functional.gelu) == (name == "gelu")
+        assert torch.equal(activation_of(module)(states), module(states))

@@ -1,0 +1,39 @@
+"""`linear` where there is no GPU: PyTorch's, bit for bit; its kernel's tests are in `linear_kernels.py`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from xdscale.kernels import linear, plain_linear
+
+
+def run(function, leaves, grad, autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+@pytest.mark.parametrize("function", [linear, plain_linear])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float64, False), (torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
+)
+@pytest.mark.parametrize("shape", [(0, 24), (1, 24), (3, 7, 24)])
+def test_it_is_pytorchs_bit_for_bit(function, dtype, autocast, shape):
+    torch.manual_seed(0)
+    leaves = [torch.randn(each, dtype=dtype).requires_grad_() for each in (shape, (16, 24), (16,))]
+    grad = torch.randn(*shape[:-1], 16, dtype=dtype)
+    for found, expected in zip(*(run(each, leaves, grad, autocast) for each in (function, F.linear)), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(RuntimeError, match="shape"):
+        linear(torch.zeros(4, 15), torch.zeros(8, 16), torch.zeros(8))
+
+
+def test_compiled_models_have_no_break_here_on_a_cpu():
+    weight, bias = torch.randn(8, 16), torch.randn(8)
+    explained = torch._dynamo.explain(lambda x: linear(x * 2, weight, bias) + 1)(torch.randn(4, 16))
+    assert explained.graph_break_count == 0
