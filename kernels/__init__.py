@@ -10,6 +10,7 @@ if __name__ == "xdscale.kernels":  # transformers looks for a top-level `kernels
     from xdscale.kernels.causal_attention import causal_attention, plain_causal_attention
     from xdscale.kernels.linear import linear, plain_linear
     from xdscale.kernels.masked_token_loss import masked_token_loss, plain_masked_token_loss
+    from xdscale.kernels.pre_norm import plain_pre_norm, pre_norm
     from xdscale.kernels.quick_gelu import plain_quick_gelu, quick_gelu
     from xdscale.kernels.residual_norm import plain_residual_norm, residual_norm
 
@@ -19,6 +20,7 @@ if __name__ == "xdscale.kernels":  # transformers looks for a top-level `kernels
         linear: plain_linear,
         masked_token_loss: plain_masked_token_loss,
         packed_attention: plain_packed_attention,
+        pre_norm: plain_pre_norm,
         quick_gelu: plain_quick_gelu,
         residual_norm: plain_residual_norm,
     }

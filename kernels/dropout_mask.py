@@ -115,10 +115,22 @@ def _mix_tile(word, key):  # noqa: ANN001, ANN202
 @triton.jit
 def stream_key_tile(SEED, sample, head, START: tl.constexpr):  # noqa: ANN001, ANN201
     """Returns one half of a stream's key, a uint32 scalar; `START` is `START_0` or `START_1`."""
+    return seeded_stream_key_tile(seed_key_tile(SEED, START), sample, head, START)
+
+
+@triton.jit
+def seed_key_tile(SEED, START: tl.constexpr):  # noqa: ANN001, ANN201
+    """Returns what all streams of a seed share of one half of their keys."""
     seed = tl.load(SEED)
-    zero = (sample * 0).to(tl.uint32)
+    zero = (seed * 0).to(tl.uint32)
     state = _mix_tile(seed.to(tl.uint32) ^ START, zero) + START
-    state = _mix_tile(state ^ (seed >> 32).to(tl.uint32), zero) + START
+    return _mix_tile(state ^ (seed >> 32).to(tl.uint32), zero) + START
+
+
+@triton.jit
+def seeded_stream_key_tile(state, sample, head, START: tl.constexpr):  # noqa: ANN001, ANN201
+    """Returns one half of a stream's key; `state` is from `seed_key_tile`."""
+    zero = state * 0
     state = _mix_tile(state ^ sample.to(tl.uint32), zero) + START
     return _mix_tile(state ^ head.to(tl.uint32), zero) + START
 

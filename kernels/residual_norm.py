@@ -100,16 +100,16 @@ def residual_norm(
         TypeError: a dtype does not fit; the message names the argument.
         ValueError: a shape, device or range does not fit; the message names the argument.
     """
-    _check(states, residual, weight, bias, eps)
+    check_norm(states, residual, weight, bias, eps)
     check_dropout(dropout, seed, states.device)
     with without_autocast(states.device):
-        if states.dtype in TRITON_DTYPES and (states.device.type == "cpu" or _runs_triton(states)):
+        if states.dtype in TRITON_DTYPES and (states.device.type == "cpu" or norm_runs_triton(states)):
             return _ResidualNorm.apply(states, residual, weight, bias, seed, eps, drop_threshold(dropout))
         return plain_residual_norm(states, residual, weight, bias, eps=eps, dropout=dropout, seed=seed)
 
 
-def _runs_triton(states: torch.Tensor) -> bool:
-    """The choice between Triton and PyTorch operations."""
+def norm_runs_triton(states: torch.Tensor) -> bool:
+    """The choice between Triton and PyTorch operations, for rows of such states."""
     return runs_triton(states.device, states.dtype) and states.shape[1] <= LARGEST_TRITON_SIZE
 
 
@@ -127,7 +127,7 @@ class _ResidualNorm(torch.autograd.Function):
         eps: float,
         threshold: int,
     ) -> torch.Tensor:
-        if _runs_triton(states):
+        if norm_runs_triton(states):
             from xdscale.kernels.residual_norm_triton import forward  # CPU runs never load the kernels
         else:
             forward = _forward
@@ -142,7 +142,7 @@ class _ResidualNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, bias, seed, *saved = ctx.saved_tensors
-        if _runs_triton(grad):
+        if norm_runs_triton(grad):
             from xdscale.kernels.residual_norm_triton import backward
         else:
             backward = _backward
@@ -224,7 +224,9 @@ def _blocks(
         yield slice(first, first + count), kept
 
 
-def _check(states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
+def check_norm(
+    states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> None:
     """Refuses tensors that do not fit together."""
     if not states.is_floating_point():
         raise TypeError(f"states must be fp16, bf16, fp32 or fp64, not {states.dtype}")

@@ -88,16 +88,18 @@ def test_any_shape(tokens, size, dropout, seed):
     assert_as_plain(draw(tokens, size, torch.float32), dropout, seed_tensor(seed), absolute=1.0)
 
 
-@pytest.mark.parametrize("elements", [64, 512, 4096])
-def test_mask_on_every_path_and_tile_is_the_same_bits(elements, monkeypatch):
+@pytest.mark.parametrize("tile", [(64, 1, 64, 1, 1), (512, 4, 16, 3, 40), (4096, 4, 32, 2, 2)])
+def test_mask_on_every_path_and_tile_is_the_same_bits(tile):
     """The kept sum shows the mask in the forward pass, zeros among gradients in the backward pass."""
-    monkeypatch.setattr(kernels, "TILE_ELEMENTS", elements)
+    tile = kernels.NormTile(*tile)
     states, _, weight, bias, grad = draw(45, 60, torch.float32)
     threshold = drop_threshold(0.25)
     kept = operation.rows_kept(seed_tensor(), 45, 60, threshold)
-    _, total, *rows = kernels.forward(states, torch.zeros_like(states), weight, bias, seed_tensor(), EPS, threshold)
+    inputs = states, torch.zeros_like(states), weight, bias, seed_tensor(), EPS, threshold
+    _, total, *rows = kernels.forward(*inputs, tile=tile)
     assert torch.equal(total != 0, kept)
-    gradients = kernels.backward(grad, weight, bias, seed_tensor(), threshold, torch.float32, total, *rows)
+    inputs = grad, weight, bias, seed_tensor(), threshold, torch.float32, total, *rows
+    gradients = kernels.backward(*inputs, tile=tile)
     assert torch.equal(gradients[0] != 0, kept)
     assert (gradients[1] != 0).all()
 
@@ -136,8 +138,8 @@ def test_nothing_outside_the_buffers_is_read_or_written(dropout, monkeypatch):
     found = run(operation.residual_norm, padded, dropout, seed_tensor())
     monkeypatch.undo()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    # Inputs; output, sum, mean, deviation; gradients of states (with dropout) and residual, two partial sums.
-    assert len(guards) == 5 + 4 + (4 if dropout else 3)
+    # Inputs; output, sum, mean, deviation; two partial sums; gradients, those of the states with dropout.
+    assert len(guards) == 5 + 4 + 2 + (4 if dropout else 3)
     for buffer, mark in guards:
         edges = torch.cat((buffer[:CANARIES], buffer[-CANARIES:]))
         assert edges.isnan().all() if math.isnan(mark) else (edges == mark).all()

@@ -21,8 +21,10 @@ from xdscale.kernels import (
     plain_linear,
     plain_masked_token_loss,
     plain_packed_attention,
+    plain_pre_norm,
     plain_quick_gelu,
     plain_residual_norm,
+    pre_norm,
     quick_gelu,
     residual_norm,
 )
@@ -75,6 +77,11 @@ def normalise(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     return [residual_norm(*inputs, eps=1e-5, dropout=0.1, seed=seed), *inputs]
 
 
+def pre_normalise(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    inputs = leaves(device, dtype, (9, 48), (9, 48), (48,), (48,))
+    return [torch.cat(pre_norm(*inputs, eps=1e-5)), *inputs]
+
+
 def feed_forward(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     inputs = leaves(device, dtype, (5, 7, 16), (4, 16), (4,))
     return [activated_linear(*inputs, F.gelu), *inputs]
@@ -102,7 +109,8 @@ def kept_and_returned(call: Callable, device: torch.device, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "call", [attend, attend_causally, lose, activate, normalise, feed_forward, quick_feed_forward, project]
+    "call",
+    [attend, attend_causally, lose, activate, normalise, pre_normalise, feed_forward, quick_feed_forward, project],
 )
 def test_it_keeps_and_returns_what_a_gpu_does(call: Callable, dtype: torch.dtype, monkeypatch) -> None:
     """On the CPU the Triton kernels' own way is forced, with launches that do nothing."""
@@ -189,5 +197,7 @@ def test_other_operations_count_as_their_definitions(dtype: torch.dtype) -> None
         (plain_quick_gelu, wide[:1]),
         (lambda *q: residual_norm(*q, eps=1e-5), rows),
         (lambda *q: plain_residual_norm(*q, eps=1e-5), rows),
+        (lambda *q: torch.cat(pre_norm(*q, eps=1e-5)), rows),
+        (lambda *q: torch.cat(plain_pre_norm(*q, eps=1e-5)), rows),
     ):
         assert flops(call, inputs) == (0, 0)

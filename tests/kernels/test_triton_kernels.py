@@ -15,6 +15,7 @@ FILES = (
     "attention_triton_cases.py",
     "masked_token_loss_kernels.py",
     "residual_norm_kernels.py",
+    "pre_norm_kernels.py",
     "quick_gelu_kernels.py",
     "linear_kernels.py",
 )

@@ -25,7 +25,8 @@ from xdscale.training.stored import build_module, save_full_model
 # attention has four projections, CLIP's two; a feed-forward has one before the one that activates.
 LANGUAGE_LAYER = {"residual_norm": 2, "activated_linear": 1, "linear": 5}
 CROSS_LAYER = {"packed_attention": 4, "residual_norm": 6, "activated_linear": 2, "linear": 18}
-CLIP_LAYER = {"activated_linear": 1, "causal_attention": 1, "linear": 3, "quick_gelu": 1}
+CLIP_LAYER = {"activated_linear": 1, "causal_attention": 1, "linear": 3, "pre_norm": 2, "quick_gelu": 1}
+CLIP_END = {"pre_norm": 1}
 
 
 def counted(module):
@@ -61,6 +62,7 @@ def test_adaptation(adaptation_spec, small_clip_layers, kernels, cross_layers):
         times(2, LANGUAGE_LAYER, plain)
         + times(cross_layers, CROSS_LAYER, plain)
         + times(small_clip_layers, CLIP_LAYER, plain)
+        + times(1, CLIP_END, plain)
         + times(2, {"masked_token_loss": 1, "linear": 1}, plain)
     )
     assert attention_of(module.model.language) is (DEFINITIONS[packed_attention] if plain else packed_attention)
@@ -81,10 +83,9 @@ def test_finetuning_of_each_subject(adaptation_spec, cassette_model, small_clip_
         for subject in (language, clip, both):
             assert use_definitions(subject) is subject
     assert counted(language) == times(2, LANGUAGE_LAYER, plain)
-    assert counted(clip) == times(small_clip_layers, CLIP_LAYER, plain)
-    assert counted(both) == (
-        times(2, LANGUAGE_LAYER, plain) + times(2, CROSS_LAYER, plain) + times(small_clip_layers, CLIP_LAYER, plain)
-    )
+    tower = times(small_clip_layers, CLIP_LAYER, plain) + times(1, CLIP_END, plain)
+    assert counted(clip) == tower
+    assert counted(both) == times(2, LANGUAGE_LAYER, plain) + times(2, CROSS_LAYER, plain) + tower
     expected = DEFINITIONS[packed_attention] if plain else packed_attention
     assert attention_of(language.model) is attention_of(both.encoder.language) is expected
     assert attention_of(language.model.base_model) is expected

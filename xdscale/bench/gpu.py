@@ -27,6 +27,7 @@ from xdscale.kernels import (
     linear,
     masked_token_loss,
     packed_attention,
+    pre_norm,
     quick_gelu,
     residual_norm,
 )
@@ -133,6 +134,7 @@ def _operations(device: torch.device) -> Iterator[tuple[str, Callable, Callable,
     scale = 2.0 ** -round(math.log2(size) / 2)  # exact in every dtype
     projection = [(labelled, size), (vocabulary, size), (vocabulary,)]
     yield "masked_token_loss", masked_token_loss, lambda f, h, w, b: f(h, w * scale, b, labels)[0], projection
+    yield "pre_norm", pre_norm, lambda f, *inputs: torch.cat(f(*inputs, eps=1e-5)), rows
     yield "quick_gelu", quick_gelu, lambda f, states: f(states), [(tokens, size)]
     product = [(tokens, size), (size, size), (size,)]
     yield "linear", linear, lambda f, *inputs: f(*inputs), product

@@ -94,13 +94,14 @@ def clip_states(encoder: CLIPTextEncoder, ids: torch.Tensor) -> torch.Tensor:
     causal = torch.full((positions, positions), float("-inf"), device=ids.device, dtype=states.dtype).triu(1)
     for block in tower.transformer.resblocks:
         attention = block.attn
-        projected = F.linear(block.ln_1(states), attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+        normed = _layer_norm(block.ln_1, states)
+        projected = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
         states = states + _linear(attention.out_proj, attend(*projected, tower.heads, causal, 0.0))
-        hidden = _linear(block.mlp.c_fc, block.ln_2(states))  # [b * N, 77, 4 * width]
+        hidden = _linear(block.mlp.c_fc, _layer_norm(block.ln_2, states))  # [b * N, 77, 4 * width]
         quick = block.mlp.c_proj.activation is not F.gelu
         hidden = hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden)
         states = states + _linear(block.mlp.c_proj, hidden)
-    return (tower.ln_final(states) @ tower.text_projection).reshape(len(ids), -1, encoder.output_size)
+    return (_layer_norm(tower.ln_final, states) @ tower.text_projection).reshape(len(ids), -1, encoder.output_size)
 
 
 def cross_layer(

@@ -30,6 +30,7 @@ from xdscale.kernels.dropout_mask import drop_threshold
 from xdscale.kernels.linear_triton import SumTile
 from xdscale.kernels.masked_token_loss_triton import LogitsTile
 from xdscale.kernels.packing import Packing
+from xdscale.kernels.residual_norm_triton import NormTile
 
 SAMPLES, LENGTH, HEADS, HEAD_SIZE = 36, 512, 12, 64
 KEY_LENGTHS = (427, 693)
@@ -159,32 +160,30 @@ def _loss(device: torch.device) -> Iterator[tuple[str, Search]]:
 
 
 def _norm(device: torch.device) -> Iterator[tuple[str, Search]]:
-    tokens, module = SAMPLES * LENGTH, vars(residual_norm_triton)
+    tokens = SAMPLES * LENGTH
     states, residual, grad = (_normal(tokens, HIDDEN, device=device) for _ in range(3))
     weight, bias = (_normal(HIDDEN, device=device) for _ in range(2))
     seed, threshold = torch.tensor([1], device=device), drop_threshold(0.1)
     saved = residual_norm_triton.forward(states, residual, weight, bias, seed, 1e-12, threshold)[1:]
+    shipped = residual_norm_triton.TILES[residual_norm_triton.architecture(device)]
 
-    def forward(elements: int, warps: int) -> None:
-        with _replaced(module, "TILE_ELEMENTS", elements), _replaced(module, "_warps", lambda _device: warps):
-            residual_norm_triton.forward(states, residual, weight, bias, seed, 1e-12, threshold)
+    def forward(tile: NormTile) -> None:
+        residual_norm_triton.forward(states, residual, weight, bias, seed, 1e-12, threshold, tile=tile)
 
-    def backward(elements: int, warps: int, programs: int) -> None:
-        with (
-            _replaced(module, "TILE_ELEMENTS", elements),
-            _replaced(module, "_warps", lambda _device: warps),
-            _replaced(module, "PROGRAMS_PER_PROCESSOR", programs),
-        ):
-            residual_norm_triton.backward(grad, weight, bias, seed, threshold, residual.dtype, *saved)
+    def backward(tile: NormTile) -> None:
+        residual_norm_triton.backward(grad, weight, bias, seed, threshold, residual.dtype, *saved, tile=tile)
 
-    shipped = (4096, 8)
-    shapes = [(1024, 1), (1024, 2), (1024, 4), (2048, 2), (2048, 4), (2048, 8), (4096, 4), (8192, 8), (8192, 16)]
-    yield "norm_forward", Search(forward, [shipped, *shapes], 4 * states.nbytes, 0)
-    shapes = itertools.product([(1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8)], (1, 2, 4, 8))
-    choices = [(*shape, programs) for shape, programs in shapes]
-    shipped = (*shipped, residual_norm_triton.PROGRAMS_PER_PROCESSOR)
-    choices.remove(shipped)
-    yield "norm_backward", Search(backward, [shipped, *choices], 4 * states.nbytes, 0)
+    shapes = [(1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8)]
+    beside = [NormTile(*shape, 1024) for shape in shapes]
+    apart = [NormTile(*shape, 256) for shape in ((1024, 1), (2048, 2), (4096, 4))]  # each warp has rows of its own
+    apart += [NormTile(2048, 4, 256), NormTile(4096, 8, 256)]  # every two warps have
+    forwards = [shipped["forward"], *(tile for tile in beside + apart if tile != shipped["forward"])]
+    choices = [tile._replace(stages=n, programs=2) for tile in beside[:4] + apart for n in (1, 3, 4)]
+    # As many elements on a processor at a time, and up to four times as many.
+    choices = [tile._replace(programs=8192 * n // tile.elements) for tile in choices for n in (1, 2, 4)]
+    backwards = [shipped["backward"], *(tile for tile in choices if tile != shipped["backward"])]
+    yield "norm_forward", Search(forward, [(tile,) for tile in forwards], 4 * states.nbytes, 0)
+    yield "norm_backward", Search(backward, [(tile,) for tile in backwards], 4 * states.nbytes, 0)
 
 
 def _quick_gelu(device: torch.device) -> Iterator[tuple[str, Search]]:
