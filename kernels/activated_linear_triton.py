@@ -27,7 +27,7 @@ class GELUTile(NamedTuple):
     threads: int
 
 
-TILE = GELUTile(2048, 256)
+TILE = GELUTile(1024, 256)
 """8 elements of a thread: 16 bytes of each tensor in bf16."""
 
 _HALF_LOG2_E = tl.constexpr(0.5 * math.log2(math.e))

@@ -64,6 +64,12 @@ TILES = {
     },
 }
 """For 16-bit inputs and head sizes up to 64."""
+CAUSAL_TILES = {
+    "forward": Tile(64, 32, warps=4, stages=2),
+    "backward_query": Tile(64, 32, warps=4, stages=1),
+    "backward_key_value": Tile(32, 64, warps=4, stages=3),
+}
+"""The same for causal attention within CLIP's blocks of 77 tokens, on every architecture."""
 WIDE_HEAD_TILES = {
     "sm_80": Tile(64, 32, warps=4, stages=1),
     "sm_90": Tile(64, 32, warps=8, stages=1),
@@ -179,7 +185,9 @@ def tile_of(name: str, query: torch.Tensor, packing: Packing) -> Tile:
     device = architecture(query.device)
     if query.dtype == torch.float32:
         return (FP32_TILES if query.shape[-1] <= 64 else WIDE_HEAD_FP32_TILES)[device]
-    return WIDE_HEAD_TILES[device] if query.shape[-1] > 64 else TILES[device][name]
+    if query.shape[-1] > 64:
+        return WIDE_HEAD_TILES[device]
+    return (CAUSAL_TILES if packing.causal else TILES[device])[name]
 
 
 def _precision(architecture: str) -> str:

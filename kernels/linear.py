@@ -10,6 +10,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from xdscale.kernels.gpu import runs_triton, without_autocast
 
+FEWEST_ELEMENTS = 1 << 25
+"""Of a gradient whose sum is a kernel of ours: below, the host takes longer to ask for it than a GPU saves by it."""
+
 
 def plain_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """The definition of `linear`: PyTorch's own."""
@@ -33,14 +36,15 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     Raises:
         RuntimeError: a shape does not fit.
     """
-    if runs_triton(states.device, states.dtype):
+    rows = states.numel() // max(1, states.shape[-1])
+    if runs_triton(states.device, states.dtype) and rows * len(weight) >= FEWEST_ELEMENTS:
         return _apply(states, weight, bias)
     return F.linear(states, weight, bias)
 
 
 def bias_gradient(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns the sum over the rows of a Linear's gradient, [n, size] to [size], in the dtype of the bias."""
-    if runs_triton(rows.device, rows.dtype):
+    if runs_triton(rows.device, rows.dtype) and rows.numel() >= FEWEST_ELEMENTS:
         from xdscale.kernels.linear_triton import column_sums  # CPU runs never load the kernels
 
         return column_sums(rows, dtype)

@@ -36,8 +36,8 @@ class SumTile(NamedTuple):
     stages: int
 
 
-TILE = SumTile(256, 8192, 256, 4, 3)
-"""Two loads of a thread in each tile: 64 KiB under way on a processor."""
+TILE = SumTile(128, 16384, 256, 2, 4)
+"""The fastest on an H200 (`python -m xdscale.bench.gpu tiles`): 82 % of a copy's speed for 768 columns."""
 
 JOIN_TILE = SumTile(32, 8192, 256, 1, 1)
 """Of the sums that the programs found; few columns, so that more than a few processors take part."""

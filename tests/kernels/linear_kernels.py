@@ -6,6 +6,7 @@ interpreter, which must be chosen before any kernel is decorated.
 
 import contextlib
 import functools
+import importlib
 import math
 
 import pytest
@@ -49,6 +50,7 @@ def launches(monkeypatch):
     """The kernels that were launched, by name."""
     assert triton.knobs.runtime.interpret or DEVICE == "cuda"
     monkeypatch.setattr("xdscale.kernels.gpu.FORCE_TRITON", True)
+    monkeypatch.setattr(importlib.import_module("xdscale.kernels.linear"), "FEWEST_ELEMENTS", 0)
     found = []
     for module in (linear_triton, activated_linear_triton):
 

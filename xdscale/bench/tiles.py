@@ -173,12 +173,9 @@ def _norm(device: torch.device) -> Iterator[tuple[str, Search]]:
     def backward(tile: NormTile) -> None:
         residual_norm_triton.backward(grad, weight, bias, seed, threshold, residual.dtype, *saved, tile=tile)
 
-    shapes = [(1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8)]
-    beside = [NormTile(*shape, 1024) for shape in shapes]
-    apart = [NormTile(*shape, 256) for shape in ((1024, 1), (2048, 2), (4096, 4))]  # each warp has rows of its own
-    apart += [NormTile(2048, 4, 256), NormTile(4096, 8, 256)]  # every two warps have
-    forwards = [shipped["forward"], *(tile for tile in beside + apart if tile != shipped["forward"])]
-    choices = [tile._replace(stages=n, programs=2) for tile in beside[:4] + apart for n in (1, 3, 4)]
+    tiles = [NormTile(*shape) for shape in [(1024, 1), (1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8)]]
+    forwards = [shipped["forward"], *(tile for tile in tiles if tile != shipped["forward"])]
+    choices = [tile._replace(stages=stages) for tile in tiles for stages in (1, 3, 4)]
     # As many elements on a processor at a time, and up to four times as many.
     choices = [tile._replace(programs=8192 * n // tile.elements) for tile in choices for n in (1, 2, 4)]
     backwards = [shipped["backward"], *(tile for tile in choices if tile != shipped["backward"])]
