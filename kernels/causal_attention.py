@@ -46,11 +46,11 @@ def causal_attention(projected: torch.Tensor) -> torch.Tensor:
 
 def plain_causal_attention(projected: torch.Tensor) -> torch.Tensor:
     """The definition of `causal_attention`."""
-    length, head_size = projected.shape[1], projected.shape[-1]
+    length, _, heads, head_size = projected.shape[1:]
     hidden = torch.full((length, length), -torch.inf, dtype=projected.dtype, device=projected.device).triu(1)
     rows, columns, values = (states.flatten(0, 1) for states in _by_head(projected))  # [blocks * heads, length, d]
     scores = torch.baddbmm(hidden, rows, columns.transpose(1, 2), alpha=head_size**-0.5)
-    return torch.bmm(scores.softmax(-1), values).unflatten(0, (len(projected), -1)).transpose(1, 2)
+    return torch.bmm(scores.softmax(-1), values).unflatten(0, (len(projected), heads)).transpose(1, 2)
 
 
 def _by_head(projected: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -18,7 +18,7 @@ def found():
 def test_kernels_are_measured_against_fp64(found, tmp_path):
     taken, tell = found
     gpu.kernels(tell, tmp_path, [])
-    assert len(taken) == 20
+    assert len(taken) == 22
     for finding in taken:
         assert "problem" not in finding
         assert 0 < finding["output"] < 1e-2

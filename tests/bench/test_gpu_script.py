@@ -30,7 +30,7 @@ def test_every_part_runs_on_a_cpu(tmp_path):
     assert versions["torch"]
     assert card["card"] == "none: on the CPU"
     kernels = findings(tmp_path / "kernels.jsonl")
-    assert len(kernels) == 14
+    assert len(kernels) == 22
     assert all(found["passes"] for found in kernels if found["dtype"] == "float32")
     base, base_profile, large, _ = findings(tmp_path / "step.jsonl")
     assert base["device_ms"].keys() == {"forward", "backward", "optimizer"}
