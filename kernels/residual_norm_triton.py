@@ -38,15 +38,12 @@ class NormTile(NamedTuple):
         warps: of a program.
         stages: of the software pipeline: so many tiles less one are on their way while one is computed.
         programs: per processor, all of which run at a time; each writes partial sums of its own. 0 for one per tile.
-        columns: of one part of a row; longer rows are cut into parts. Of 256 columns each thread of one warp has 16
-            bytes in bf16; with at least as many rows as warps each warp then has rows of its own.
     """
 
     elements: int
     warps: int
     stages: int = 1
     programs: int = 0
-    columns: int = 4096
 
 
 TILES = {
@@ -62,58 +59,26 @@ SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 512, 8, 8
 """Partial sums that a program of the third kernel loads at a time: 32 bytes of each of many rows."""
 
 
-# A tile is [parts of rows, columns]: part by part of its rows, so that warps which take turns have rows of their own.
-
-
-@triton.jit
-def _rows_of_tile(first, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    """The row of each part of a tile."""
-    return first + tl.arange(0, PARTS * ROWS) % ROWS
-
-
-@triton.jit
-def _columns_of_tile(PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The column of each element of a tile."""
-    return (tl.arange(0, PARTS * ROWS) // ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-
-
-@triton.jit
-def _over_rows(tile, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    """Sums over the columns of each row, to be broadcast."""
-    if PARTS == 1:
-        return tl.sum(tile, 1)[:, None]
-    parts = tl.sum(tl.reshape(tile, [PARTS, ROWS, tile.shape[1]]), 0)
-    sums = tl.broadcast_to(tl.sum(parts, 1)[None, :], [PARTS, ROWS])
-    return tl.reshape(sums, [PARTS * ROWS])[:, None]
-
-
-@triton.jit
-def _over_tile(tile, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums over the rows, [parts, columns]."""
-    return tl.sum(tl.reshape(tile, [PARTS, ROWS, COLUMNS]), 1)
-
-
 @triton.jit
 def _kept(seed_0, seed_1, first, row, column, THRESHOLD: tl.constexpr):
     """Which elements of a tile stay; its rows are of one stream, as 65,536 is a multiple of their number."""
     stream = first >> 16
     key_0 = seeded_stream_key_tile(seed_0, stream, stream * 0, START_0)
     key_1 = seeded_stream_key_tile(seed_1, stream, stream * 0, START_1)
-    return keep_tile(key_0, key_1, row[:, None], column >> 2, column & 3, THRESHOLD)
+    return keep_tile(key_0, key_1, row[:, None], (column >> 2)[None, :], (column & 3)[None, :], THRESHOLD)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
     STATES, RESIDUAL, WEIGHT, BIAS, SEED, OUT, TOTAL, MEAN, SCALE, tokens, eps,
-    SIZE: tl.constexpr, TILE_PARTS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     """Output, sum, mean and reciprocal deviation of one tile of rows; without `ADDS` the states are the sum."""
     first = tl.program_id(0) * TILE_ROWS
-    row = _rows_of_tile(first, TILE_PARTS, TILE_ROWS)
-    column = _columns_of_tile(TILE_PARTS, TILE_ROWS, TILE_COLUMNS)
-    mask = (row < tokens)[:, None] & (column < SIZE)
-    place = row.to(tl.int64)[:, None] * SIZE + column
+    row, column = first + tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLUMNS)
+    mask = (row < tokens)[:, None] & (column < SIZE)[None, :]
+    place = row.to(tl.int64)[:, None] * SIZE + column[None, :]
     total = tl.load(STATES + place, mask=mask, other=0.0).to(tl.float32)
     if ADDS:
         residual = tl.load(RESIDUAL + place, mask=mask, other=0.0).to(tl.float32)
@@ -122,15 +87,14 @@ def forward_kernel(
             total = tl.where(_kept(seed_0, seed_1, first, row, column, THRESHOLD), total * RESCALE, 0.0)
         total += residual
         tl.store(TOTAL + place, total.to(TOTAL.dtype.element_ty), mask=mask)
-    mean = _over_rows(total, TILE_PARTS, TILE_ROWS) / SIZE
-    centred = tl.where(column < SIZE, total - mean, 0.0)
-    scale = tl.rsqrt(_over_rows(centred * centred, TILE_PARTS, TILE_ROWS) / SIZE + eps)
-    once = (row < tokens)[:, None] & (tl.arange(0, TILE_PARTS * TILE_ROWS) < TILE_ROWS)[:, None]
-    tl.store(MEAN + row[:, None], mean, mask=once)
-    tl.store(SCALE + row[:, None], scale, mask=once)
+    mean = tl.sum(total, 1) / SIZE
+    centred = tl.where((column < SIZE)[None, :], total - mean[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 1) / SIZE + eps)
+    tl.store(MEAN + row, mean, mask=row < tokens)
+    tl.store(SCALE + row, scale, mask=row < tokens)
     weight = tl.load(WEIGHT + column, mask=column < SIZE, other=0.0).to(tl.float32)
     bias = tl.load(BIAS + column, mask=column < SIZE, other=0.0).to(tl.float32)
-    out = centred * scale * weight + bias
+    out = centred * scale[:, None] * weight[None, :] + bias[None, :]
     tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)
 
 
@@ -138,7 +102,7 @@ def forward_kernel(
 def backward_kernel(
     GRAD, GRAD_TOTAL, TOTAL, MEAN, SCALE, WEIGHT, SEED, GRAD_STATES, GRAD_RESIDUAL, PARTIAL_WEIGHT, PARTIAL_BIAS,
     tokens,
-    SIZE: tl.constexpr, TILE_PARTS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, SUM_IS_USED: tl.constexpr, TWO_GRADIENTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -147,17 +111,17 @@ def backward_kernel(
     With `SUM_IS_USED` the sum has a gradient of its own beside what comes through the norm. Without `TWO_GRADIENTS`
     only GRAD_RESIDUAL is written: it is the gradient of the states too.
     """
-    column = _columns_of_tile(TILE_PARTS, TILE_ROWS, TILE_COLUMNS)
+    column = tl.arange(0, TILE_COLUMNS)
     weight = tl.load(WEIGHT + column, mask=column < SIZE, other=0.0).to(tl.float32)
     # Of each row of a tile apart: adding up rows would bring the warps together in every turn.
-    sum_weight = tl.zeros([TILE_PARTS * TILE_ROWS, TILE_COLUMNS], tl.float32)
-    sum_bias = tl.zeros([TILE_PARTS * TILE_ROWS, TILE_COLUMNS], tl.float32)
+    sum_weight = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+    sum_bias = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
     if THRESHOLD:
         seed_0, seed_1 = seed_key_tile(SEED, START_0), seed_key_tile(SEED, START_1)
     for first in tl.range(tl.program_id(0) * TILE_ROWS, tokens, tl.num_programs(0) * TILE_ROWS, num_stages=STAGES):
-        row = _rows_of_tile(first, TILE_PARTS, TILE_ROWS)
-        mask = (row < tokens)[:, None] & (column < SIZE)
-        place = row.to(tl.int64)[:, None] * SIZE + column
+        row = first + tl.arange(0, TILE_ROWS)
+        mask = (row < tokens)[:, None] & (column < SIZE)[None, :]
+        place = row.to(tl.int64)[:, None] * SIZE + column[None, :]
         grad = tl.load(GRAD + place, mask=mask, other=0.0).to(tl.float32)
         total = tl.load(TOTAL + place, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(MEAN + row, mask=row < tokens, other=0.0)
@@ -166,9 +130,9 @@ def backward_kernel(
         normed = (total - mean[:, None]) * scale[:, None]
         sum_weight += grad * normed
         sum_bias += grad
-        grad *= weight
-        along = _over_rows(grad * normed, TILE_PARTS, TILE_ROWS) / SIZE
-        grad = (grad - _over_rows(grad, TILE_PARTS, TILE_ROWS) / SIZE - normed * along) * scale[:, None]
+        grad *= weight[None, :]
+        along, mean = tl.sum(grad * normed, 1) / SIZE, tl.sum(grad, 1) / SIZE
+        grad = (grad - mean[:, None] - normed * along[:, None]) * scale[:, None]
         if SUM_IS_USED:
             grad += tl.load(GRAD_TOTAL + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(GRAD_RESIDUAL + place, grad.to(GRAD_RESIDUAL.dtype.element_ty), mask=mask)
@@ -176,10 +140,9 @@ def backward_kernel(
             if THRESHOLD:
                 grad = tl.where(_kept(seed_0, seed_1, first, row, column, THRESHOLD), grad * RESCALE, 0.0)
             tl.store(GRAD_STATES + place, grad.to(GRAD_STATES.dtype.element_ty), mask=mask)
-    column = _columns_of_tile(TILE_PARTS, 1, TILE_COLUMNS)
     at = tl.program_id(0) * SIZE + column
-    tl.store(PARTIAL_WEIGHT + at, _over_tile(sum_weight, TILE_PARTS, TILE_ROWS, TILE_COLUMNS), mask=column < SIZE)
-    tl.store(PARTIAL_BIAS + at, _over_tile(sum_bias, TILE_PARTS, TILE_ROWS, TILE_COLUMNS), mask=column < SIZE)
+    tl.store(PARTIAL_WEIGHT + at, tl.sum(sum_weight, 0), mask=column < SIZE)
+    tl.store(PARTIAL_BIAS + at, tl.sum(sum_bias, 0), mask=column < SIZE)
 
 
 @triton.jit(do_not_specialize=["programs", "size"])
@@ -292,11 +255,10 @@ def _padded(size: int) -> int:
 
 def _constants(tile: NormTile, size: int, threshold: int) -> dict[str, object]:
     """Compile-time arguments of both kernels."""
-    columns = min(tile.columns, _padded(size))
+    columns = _padded(size)
     return {
         "SIZE": size,
-        "TILE_PARTS": _padded(size) // columns,
-        "TILE_ROWS": tile.elements // _padded(size),
+        "TILE_ROWS": tile.elements // columns,
         "TILE_COLUMNS": columns,
         "THRESHOLD": threshold,
         "RESCALE": 1.0 / keep_rate(threshold),

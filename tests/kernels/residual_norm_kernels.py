@@ -88,7 +88,7 @@ def test_any_shape(tokens, size, dropout, seed):
     assert_as_plain(draw(tokens, size, torch.float32), dropout, seed_tensor(seed), absolute=1.0)
 
 
-@pytest.mark.parametrize("tile", [(64, 1, 1, 1), (512, 4, 3, 40, 16), (4096, 4, 2, 2, 32)])
+@pytest.mark.parametrize("tile", [(64, 1, 1, 1), (512, 4, 3, 40), (4096, 4, 2, 2)])
 def test_mask_on_every_path_and_tile_is_the_same_bits(tile):
     """The kept sum shows the mask in the forward pass, zeros among gradients in the backward pass."""
     tile = kernels.NormTile(*tile)

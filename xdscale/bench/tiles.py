@@ -174,8 +174,6 @@ def _norm(device: torch.device) -> Iterator[tuple[str, Search]]:
         residual_norm_triton.backward(grad, weight, bias, seed, threshold, residual.dtype, *saved, tile=tile)
 
     tiles = [NormTile(*shape) for shape in [(1024, 1), (1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8)]]
-    # Each warp has rows of its own.
-    tiles += [NormTile(*shape, columns=256) for shape in ((2048, 2), (4096, 4), (8192, 8))]
     forwards = [shipped["forward"], *(tile for tile in tiles if tile != shipped["forward"])]
     choices = [tile._replace(stages=stages) for tile in tiles for stages in (1, 3, 4)]
     # As many elements on a processor at a time, and up to four times as many.
