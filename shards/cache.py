@@ -108,13 +108,12 @@ class ShardCache:
         if needed > self._share:
             raise self._too_small(needed, f"one step's {len(records)} shards")
         with self._changed:
-            wanted = {record.file for record in records}
-            for name in wanted & self._held.keys():
-                self._held[name].read = False
+            for name in {record.file for record in records} & self._held.keys():
+                self._held[name].read = False  # so that it does not make room for the others
             for record in records:
                 if record.file in self._held or record.file in self._coming:
                     continue
-                while not self._fits(record) and self._release(wanted, read=True):
+                while not self._fits(record) and self._release(read=True):
                     pass
                 if not self._fits(record):
                     return
@@ -173,7 +172,7 @@ class ShardCache:
         """Waits for what is on its way and lets go of all shards, which stay in the folder."""
         self._pool.shutdown()
         with self._changed:
-            while self._release(set(), read=False):
+            while self._release(read=False):
                 pass
 
     def _too_small(self, needed: int, what: str) -> XdscaleError:
@@ -191,10 +190,10 @@ class ShardCache:
         taken = sum(self._records[name].bytes for name in (*self._held, *self._coming))
         return taken + record.bytes <= self._share and len(self._held) + len(self._coming) < self._most_open
 
-    def _release(self, keep: set[str], *, read: bool) -> bool:
+    def _release(self, *, read: bool) -> bool:
         """Lets go of the shard that was used longest ago; with `read` only of one that has been read since it came."""
         for name, held in self._held.items():
-            if name not in keep | self._in_use and (held.read or not read):
+            if name not in self._in_use and (held.read or not read):
                 self._held.pop(name)
                 os.close(held.descriptor)
                 return True
@@ -208,7 +207,7 @@ class ShardCache:
             while record.file not in self._held and record.file not in self._coming:
                 if self._fits(record):
                     self._start(record)
-                elif not (self._release(set(), read=True) or self._release(set(), read=False)):
+                elif not (self._release(read=True) or self._release(read=False)):
                     self._changed.wait()  # for what is on its way and can be let go of then
             return self._coming.get(record.file)
 
