@@ -49,3 +49,10 @@ def test_rows_that_do_not_belong_together_are_refused():
     for segments, counts in (([np.zeros(3), np.zeros(2)], (1, 1)), ([np.zeros(3), np.zeros(1)], (1, 1, 1))):
         with pytest.raises(ValueError, match=r"2 texts, 2 rows of segments and [23] of regions"):
             pack(texts, segments, regions_of(counts))
+
+
+@pytest.mark.parametrize("region", [-1, 2])
+def test_a_word_looks_at_a_region_of_its_sample(region):
+    texts = [np.array([5, 6, 7]), np.array([8])]
+    with pytest.raises(ValueError, match="a word looks at a region that its sample has not"):
+        pack(texts, texts, regions_of((2, 2)), [np.zeros(3), np.array([region])])

@@ -37,10 +37,10 @@ def slots_of(ids, real=True, epoch=0):
 
 @pytest.fixture(scope="module")
 def collator(grounded_pictures):
-    def of(*overrides, split="train", texts=True):
+    def of(*overrides, split="train", texts=True, flips=False):
         found = recipe(*overrides)
         tables = [Table(grounded_pictures, split, name) for name in ("captions", "text")[: 1 + texts]]
-        return VLBERTCollator(*tables, recipe=found, continues=continuations(found.model.language))
+        return VLBERTCollator(*tables, recipe=found, continues=continuations(found.model.language), flips=flips)
 
     return of
 
@@ -93,12 +93,12 @@ def test_captions_stand_in_front_of_their_regions(collator):
 
 def test_the_mean_of_what_is_seen_stands_for_the_whole_image():
     """Spec VL-BERT §1.3: masked regions are not in it, in fp64 against a loop; without any it is 0."""
-    found = objects((3, 1, 2))
-    seen = np.array([True, False, True, False, True, True])
+    found = objects((3, 1, 2, 1))
+    seen = np.array([True, False, True, False, True, True, True])
     regions, whole = with_whole_image(found, seen)
-    assert np.flatnonzero(whole).tolist() == regions.offsets[:-1].tolist() == [0, 4, 6]
+    assert np.flatnonzero(whole).tolist() == regions.offsets[:-1].tolist() == [0, 4, 6, 9]
     features = found.features.astype(np.float64)
-    for place, mine in ((0, [0, 2]), (6, [4, 5])):
+    for place, mine in ((0, [0, 2]), (6, [4, 5]), (9, [6])):
         np.testing.assert_allclose(regions.features[place], features[mine].mean(0), rtol=1e-6)
     assert not regions.features[4].any()
     assert regions.boxes[4].tolist() == [0, 0, 90, 50]
@@ -200,23 +200,33 @@ def test_rates_of_masking(collator):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_all_pieces_of_a_word_are_masked_together(whole):
-    """One draw for a word, of its number, or one for each piece, of its position; the same as one after the other."""
-    found = recipe("model.max_elements=64", f"objectives.mlm.whole_words={str(whole).lower()}", "model.region_size=3")
+@pytest.mark.parametrize("images", [True, False])
+def test_all_pieces_of_a_word_are_masked_together(whole, images):
+    """One draw for a word, of its number, or one for each piece, of its position; the same as one after the other.
+
+    The first piece of a text begins a word, whatever it is; texts without an image have no [CLS] before it.
+    """
+    name = "mlm" if images else "text_mlm"
+    found = recipe(
+        "model.max_elements=64", f"objectives.{name}.whole_words={str(whole).lower()}", "model.region_size=3"
+    )
     chance = np.random.default_rng(1)
     words = [chance.integers(200, 2000, length) for length in (9, 30, 5, 40, 21)]
-    ids = np.array([4, 9, 70, 3, 11])
+    for text in words:
+        text[:2] = 1500, 300
+    ids, regions = np.array([4, 9, 70, 3, 11]), objects((1,) * 5 * images)
     batch = compose(
-        found, Tokens(IDS, GOES_ON), slots_of(ids), words, np.ones(5, bool), objects((1,) * 5), np.full((5, 7), 1 / 7)
-    )
-    rows, labels = batch.arrays["mlm_rows"].tolist(), batch.arrays["mlm_labels"].tolist()
+        found, Tokens(IDS, GOES_ON), slots_of(ids), words, np.full(5, images), regions,
+        np.full((len(regions.boxes), 7), 1 / 7),
+    )  # fmt: skip
+    rows, labels = batch.arrays[f"{name}_rows"].tolist(), batch.arrays[f"{name}_labels"].tolist()
     wanted = []
     for sample, text in enumerate(words):
         bits, number = random_bits(0, 0, ids[sample : sample + 1], Purpose.MASKED_POSITION, 64)[0], -1
         for place, piece in enumerate(text):
             number += place == 0 or piece < 1000
-            if bits[number if whole else place + 1] < round(0.15 * 2**32):
-                wanted.append((batch.arrays["cu_seqlens"][sample] + 1 + place, piece))
+            if bits[number if whole else place + images] < round(0.15 * 2**32):
+                wanted.append((batch.arrays["cu_seqlens"][sample] + images + place, piece))
     assert list(zip(rows, labels)) == wanted
     assert len(wanted) > 5
 
@@ -279,8 +289,13 @@ def test_a_sample_is_the_same_in_any_batch_and_its_draws_are_hashed(collator):
     epochs = np.full(5, 2)
     assert draws_hash(collate, epochs, ids) == draws_hash(collator(), epochs, ids)
     assert draws_hash(collate, epochs, ids) != draws_hash(collate, epochs + 1, ids)
-    less = collator("objectives.masked_region.select=0.1")
-    assert draws_hash(collate, epochs, ids) != draws_hash(less, epochs, ids)
+    for other in (
+        collator("objectives.masked_region.select=0.1"),
+        collator("model.flip=0.5", flips=True),
+        collator("model.flip=0.9", flips=True),
+    ):
+        assert draws_hash(collate, epochs, ids) != draws_hash(other, epochs, ids)
+        collate = other
 
 
 def test_held_out_captions_and_texts_alternate(collator):

@@ -7,10 +7,10 @@ import pytest
 
 from xdscale.data.task_files import Example
 from xdscale.errors import XdscaleError
-from xdscale.finetune.command import default_ds_config
+from xdscale.finetune.command import default_ds_config, describe_subject
 from xdscale.finetune.recipe import check_tasks, load_settings, resolve_run
 from xdscale.finetune.run import _settings
-from xdscale.tasks.contract import SHIPPED, TaskData, find_task
+from xdscale.tasks.contract import SHIPPED, ModelSettings, TaskData, find_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,3 +173,12 @@ def test_vlberts_settings_are_those_of_its_release_and_of_its_paper(name, rate, 
         assert [epochs * share for share in optim.drop_at] == [14, 18]
     else:
         assert (optim.optimizer, optim.schedule, optim.gradient_clipping) == ("adamw", "linear", 1)
+
+
+@pytest.mark.parametrize(("width", "size"), [(1024, "large"), (1016, "base")])
+def test_an_encoder_is_large_from_1024_on(tmp_path, width, size):
+    """Paper Table 4; learning rates are stated for both sizes."""
+    tower = {"embed_dim": 64, "text_cfg": {"width": width, "heads": 8, "layers": 1}}
+    (tmp_path / "clip.json").write_text(json.dumps(tower))
+    settings = ModelSettings(weights="random", clip_weights="random")
+    assert describe_subject(str(tmp_path / "clip.json"), "clip", settings)["size"] == size

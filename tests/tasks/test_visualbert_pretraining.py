@@ -144,7 +144,7 @@ def test_of_a_name_that_loses_its_beginning_the_first_piece_that_is_left_is_alig
 
 def test_regions_that_are_left_out_are_aligned_with_nothing(collator):
     """Else they would be the first regions of the next sample's image."""
-    spans = tuple(((Span(3, 9, 1), Span(19, 22, 3)), ()) for _ in WORDS[1:])
+    spans = tuple(((Span(3, 9, 1), Span(19, 22, 2)), ()) for _ in WORDS[1:])
     example = Example("1", tuple((WORDS[0], word) for word in WORDS[1:]), 1, 1, ("picture-1",), spans)
     made = batch(collator(task_of("input", choices=2), [example], "model.max_regions=2"))
     assert len(made.arrays["features"]) == 4

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from xdscale.errors import XdscaleError
-from xdscale.training.stored import FULL_MODEL, run_recipe, stored_recipe, stored_state
+from xdscale.training.stored import FULL_MODEL, begin_with, run_recipe, stored_recipe, stored_state
 
 
 @pytest.fixture
@@ -51,3 +51,16 @@ def test_a_recipe_that_was_changed_names_no_code_of_its_own(export, tmp_path, re
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     with pytest.raises(XdscaleError, match=rf"(?s)recipe\.yaml: .*{problem}"):
         run_recipe(tmp_path)
+
+
+def test_a_head_that_was_off_keeps_its_values_but_the_model_must_be_whole(tmp_path):
+    module = torch.nn.ModuleDict({"model": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 1)})
+    before, state = module["head"].weight.clone(), {"model.weight": torch.ones(2, 2), "model.bias": torch.ones(2)}
+    begin_with(module, tmp_path, state)
+    assert torch.equal(module["head"].weight, before)
+    assert torch.equal(module["model"].weight, state["model.weight"])
+    for wrong in ({"model.weight": torch.ones(2, 2)}, state | {"head.bias": torch.ones(2)}):
+        with pytest.raises(
+            XdscaleError, match=f"model.start = {tmp_path}: holds no fitting weights for (model|head).bias"
+        ):
+            begin_with(module, tmp_path, wrong)
