@@ -33,8 +33,10 @@ wanted=$(cat pyproject.toml scripts/demo-requirements.txt <(echo "$root") | sha2
 stamp=$environment/.xdscale-installed
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing xdscale and its pinned dependencies (about 6 GB, a few minutes the first time)" >&2
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+    # Python compiles what it imports; pip would first compile 17,000 files, one after the other.
+    pip_install=("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile)
+    "${pip_install[@]}" -e '.[dev]'
+    "${pip_install[@]}" --no-deps --require-hashes \
         -r scripts/demo-requirements.txt
     echo "$wanted" >"$stamp"
 fi

@@ -235,49 +235,94 @@ class Launch:
     stderr: str
 
 
+class Forked:
+    """A launch that goes on, with what tests use of `subprocess.Popen`."""
+
+    def __init__(self, server: subprocess.Popen) -> None:
+        self._server = server
+        self.pid = int(server.stdout.readline())
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Returns its exit code if it has ended: of the command itself, not of all that it started."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for its end and returns its exit code."""
+        if self.returncode is None:
+            if not select.select([self._server.stdout], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("a forked launch", timeout)
+            self.returncode = int(self._server.stdout.readline())
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to the command alone."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill_all(self) -> None:
+        """Kills whatever is left of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+
 @pytest.fixture(scope="session")
-def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Launch]]:
-    """Runs a script, `xdscale.train` on some ranks, or `xdscale.cli`, forked ready-made: see fork_server.py."""
-    outputs_folder = tmp_path_factory.mktemp("fork_server")
+def fork() -> Iterator[Callable[..., Forked]]:
+    """Starts a script or a module on some ranks, `xdscale` or `deepspeed`, forked ready-made: see fork_server.py.
+
+    One launch at a time: the one before must have ended.
+    """
     server = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("fork_server.py")],
+        [sys.executable, Path(__file__).with_name("fork_server.py"), " " * 4000],  # room for longer command lines
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,  # what select waits for must not have been read yet
         cwd=ROOT,
         env=os.environ | CPU_RANK | {"OPENBLAS_NUM_THREADS": "1"},
     )
-    numbers = itertools.count()
 
-    def launch(
+    def fork(
         program: str | Path,
-        *arguments: str | Path,
+        *arguments: object,
+        outputs: Sequence[str | Path],
         ranks: int = 1,
-        timeout_seconds: float = 300,
         folder: Path = ROOT,
         packages: Sequence[Path] = (),
-    ) -> Launch:
-        number = next(numbers)
-        outputs = [outputs_folder / f"{number}.{name}" for name in ("stdout", "stderr")]
+        blocked: Sequence[int] = (),
+    ) -> Forked:
         request = {"program": str(program), "arguments": list(map(str, arguments)), "ranks": ranks}
-        request |= {"port": _free_port(), "outputs": list(map(str, outputs))}
+        request |= {"port": _free_port(), "outputs": list(map(str, outputs)), "blocked": list(blocked)}
         request |= {"folder": str(folder), "packages": list(map(str, packages))}
         server.stdin.write(json.dumps(request).encode() + b"\n")
-        leader = int(server.stdout.readline())
-        in_time = []
-        try:
-            in_time = select.select([server.stdout], [], [], timeout_seconds)[0]
-        finally:  # also when the test's own time is up
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(leader, signal.SIGKILL)
-            code = int(server.stdout.readline())
-        done = Launch(code, *(path.read_text() for path in outputs))
-        assert in_time, f"not done in {timeout_seconds} seconds:\n{done.stderr[-3000:]}"
-        return done
+        return Forked(server)
 
-    yield launch
+    yield fork
     server.stdin.close()
     server.wait()
+
+
+@pytest.fixture(scope="session")
+def launch_ranks(fork: Callable[..., Forked], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Launch]:
+    """Runs a script, `xdscale.train` on some ranks, or `xdscale`, forked ready-made, to its end."""
+    outputs_folder = tmp_path_factory.mktemp("fork_server")
+    numbers = itertools.count()
+
+    def launch(program: str | Path, *arguments: str | Path, timeout_seconds: float = 300, **options: object) -> Launch:
+        number = next(numbers)
+        outputs = [outputs_folder / f"{number}.{name}" for name in ("stdout", "stderr")]
+        forked = fork(program, *arguments, outputs=outputs, **options)
+        try:
+            forked.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"not done in {timeout_seconds} seconds:\n{outputs[1].read_text()[-3000:]}")
+        finally:  # also when the test's own time is up
+            forked.kill_all()
+        return Launch(forked.returncode, *(path.read_text() for path in outputs))
+
+    return launch
 
 
 @pytest.fixture(scope="session")

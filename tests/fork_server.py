@@ -3,25 +3,37 @@
 Importing torch, DeepSpeed and transformers takes ten seconds of a core, twice that for two ranks, and the deepspeed
 launcher imports them twice more: longer than most tests train. So it is with the `xdscale` command and with the workers
 of its sweeps. Run by conftest: each line that it reads is a JSON object, a launch; it answers with the process that
-leads it and, when all ranks are gone, their exit code. Tests whose subject is the launcher or a start use these.
+leads it and, when that has ended, its exit code. Tests whose subject is a start use real ones.
+
+The deepspeed launcher's own code runs here too: its processes, their parents, groups, signals and what others see of
+their command lines are as they are when it is started as a program.
 
 Two figures of speed take a second of each start, and no run here is about them: the rate of matrix products is measured
-for a moment only, and the FLOPs of a micro-batch are those of the first one, in proportion.
+for a moment only, and the FLOPs of a micro-batch are those of the first one, in proportion; of several runs of a model
+in one process, those of the first run.
 """
 
+import contextlib
+import ctypes
+import functools
 import importlib
 import json
+import logging
 import math
 import os
 import runpy
 import signal
 import subprocess
 import sys
-import time
 import traceback
+import warnings
+from pathlib import Path
 
 MODULES = [
     "deepspeed",
+    "deepspeed.checkpoint.ds_to_universal",
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
     "torch.utils.tensorboard",
     "xdscale.cli",
     "xdscale.export",
@@ -30,6 +42,8 @@ MODULES = [
     *(f"xdscale.systems.{name}" for name in ("visualbert", "vlbert", "xdbert")),
     "xdscale.training.session",
 ]
+COMMANDS = {"xdscale": "xdscale.cli", "deepspeed": "deepspeed.launcher.runner"}
+"""Programs that start their own processes, in place of ranks that are started here."""
 
 
 def main():
@@ -42,6 +56,16 @@ def main():
     from xdscale.training import throughput, tracing
 
     throughput._SECONDS, tracing._TOLERANCE = 0.01, math.inf
+    trace, traced = tracing.trace, {}
+
+    def trace_once(module, arrays, objectives):
+        key = (len(next(iter(arrays.values()))), *(parameter.shape for parameter in module.parameters()))
+        if key not in traced:
+            traced[key] = trace(module, arrays, objectives)
+        return traced[key]
+
+    tracing.trace = trace_once
+    warnings.filterwarnings("ignore", message=".* found in sys.modules after import", category=RuntimeWarning)
     # What a thread holds at the time of a fork stays locked in the child for ever.
     assert os.listdir("/proc/self/task") == [str(os.getpid())]
     for line in sys.stdin:
@@ -54,8 +78,19 @@ def main():
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def lead(program, arguments, ranks, port, outputs, folder, packages):
-    """Forks the ranks, in the environment that the launcher would give them, and ends all when one fails."""
+def lead(program, arguments, ranks, port, outputs, folder, packages, blocked):
+    """Runs a command, or forks ranks in the environment that the launcher would give them and ends all when one fails.
+
+    Args:
+        program: one of COMMANDS; or a module or script that each rank runs.
+        arguments: of the program.
+        ranks: how many.
+        port: where they meet.
+        outputs: files that take what is printed and what is told as an error.
+        folder: that is worked in.
+        packages: folders whose packages are found first.
+        blocked: numbers of signals that the program is started with blocked.
+    """
     os.chdir(folder)
     for site in packages:
         sys.path.insert(0, site)
@@ -63,6 +98,12 @@ def lead(program, arguments, ranks, port, outputs, folder, packages):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    subprocess.Popen = ForkedPython
+    if program in COMMANDS:
+        show([sys.executable, str(Path(sys.executable).with_name(program)), *arguments])
+        work(COMMANDS[program], arguments)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     left = set()
@@ -84,21 +125,13 @@ def lead(program, arguments, ranks, port, outputs, folder, packages):
 
 
 def work(program, arguments):
-    """Does what `python PROGRAM ARGUMENTS` or `python -m xdscale.… ARGUMENTS` would."""
+    """Does what `python PROGRAM ARGUMENTS` or `python -m PROGRAM ARGUMENTS` would."""
     code = 1
     try:
         sys.argv = [program, *arguments]
-        if program == "xdscale.cli":
-            from xdscale.finetune import worker_process
-
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-                del os.environ[name]
-            worker_process.subprocess = ForkedWorkers
-        if program.startswith("xdscale."):
-            code = importlib.import_module(program).main() or 0
-        else:
-            runpy.run_path(program, run_name="__main__")
-            code = 0
+        run = runpy.run_path if program.endswith(".py") else functools.partial(runpy.run_module, alter_sys=True)
+        run(program, run_name="__main__")
+        code = 0
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
@@ -108,43 +141,75 @@ def work(program, arguments):
     os._exit(code)
 
 
-class ForkedWorkers:
-    """What a sweep uses of `subprocess`; a worker is forked from the sweep's process."""
+class ForkedPython(subprocess.Popen):
+    """In place of `subprocess.Popen`: forks what runs a module or script of this Python; the rest starts as ever."""
 
-    DEVNULL, STDOUT, TimeoutExpired = subprocess.DEVNULL, subprocess.STDOUT, subprocess.TimeoutExpired
-
-    class Popen:
-        """A worker's process."""
-
-        def __init__(self, command, *, stdin, stdout, stderr, pass_fds, env, start_new_session):
-            self.returncode = None
-            self.pid = os.fork()
-            if self.pid == 0:
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):
+        command = [args] if isinstance(args, str) else list(map(os.fspath, args))
+        program, arguments = run_by(command)
+        if program is None:
+            super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
+            return
+        _, _, _, *ends, _, _, _, _, _, new_session, _ = more
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            if new_session:
                 os.setsid()
-                os.environ |= env
-                os.dup2(stdout.fileno(), 1)
-                os.dup2(1, 2)
-                (channel,) = pass_fds
-                os.closerange(3, channel)
-                os.closerange(channel + 1, 1 << 16)
-                work("xdscale.finetune.worker", [str(channel)])
+            inherit(env, (ends[0], ends[3], ends[5]), pass_fds)  # the reading end of stdin, the writing ones
+            show(command)
+            work(program, arguments)
+        self._child_created = True
+        self._close_pipe_fds(*ends)
 
-        def poll(self):
-            if self.returncode is None:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-            return self.returncode
 
-        def wait(self, timeout=math.inf):
-            deadline = time.monotonic() + timeout
-            while self.poll() is None:
-                if time.monotonic() > deadline:
-                    raise subprocess.TimeoutExpired("worker", timeout)
-                time.sleep(0.05)
-            return self.returncode
+def run_by(command):
+    """Returns the module or script that a command runs in this Python, and its arguments; None if it is another."""
+    name, *words = command
+    if Path(name).name == "deepspeed":
+        return COMMANDS["deepspeed"], words
+    if name == sys.executable:
+        words = words[words[0] == "-u" :]
+        words = words[words[0] == "-m" :]
+        if words[0].endswith(".py") or words[0].startswith(("xdscale.", "deepspeed.")):
+            return words[0], words[1:]
+    return None, []
 
-        def terminate(self):
-            os.kill(self.pid, signal.SIGTERM)
+
+def inherit(environment, ends, pass_fds):
+    """Leaves a forked process what an executed one would have: no open file, no handler, no variable but those."""
+    if environment is not None:
+        os.environ.clear()
+        os.environ.update(environment)
+    for number, end in enumerate(ends):
+        if end != -1:
+            os.dup2(end, number)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number != nothing and number not in pass_fds:
+            with contextlib.suppress(OSError):  # the folder itself, which is closed again
+                os.fstat(number)
+                os.dup2(
+                    nothing, number, inheritable=False
+                )  # not closed: an object that has it would close another file in its place
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    from deepspeed.utils import logger
+
+    for one in (logger, *logger.handlers):  # which the launcher made quiet for itself
+        one.setLevel(logging.WARNING)
+
+
+def show(command):
+    """Makes the command line that others see this one: xdscale looks for launchers among its parents' ones."""
+    fields = Path("/proc/self/stat").read_text().rpartition(") ")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    words = b"\0".join(map(os.fsencode, command))[: end - start - 1]
+    ctypes.memmove(start, words.ljust(end - start, b"\0"), end - start)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments, message, tmp_path, 
 )
 def test_params_prints_the_papers_table_6(launch_ranks, recipe, counts):
     """Spec xdbert §10 fact 1, for the shipped recipes."""
-    assert counts <= set(re.findall(r"[\d,]{6,}", launch_ranks("xdscale.cli", "params", recipe).stdout))
+    assert counts <= set(re.findall(r"[\d,]{6,}", launch_ranks("xdscale", "params", recipe).stdout))
 
 
 def test_a_terminal_that_knows_only_ascii_stops_no_command():

@@ -74,7 +74,7 @@ def test_the_pages_commands_end_in_a_report_with_a_column_of_ones_own(workplace,
             subprocess.run([sys.executable, "-m", "pip", verb, *options, *words], cwd=workplace, check=True)
             continue
         words += small if verb == "finetune" else []
-        done = launch_ranks("xdscale.cli", verb, *words, folder=workplace, packages=[workplace / "site"])
+        done = launch_ranks("xdscale", verb, *words, folder=workplace, packages=[workplace / "site"])
         assert (program, done.code) == ("xdscale", 0), f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     with (workplace / "report" / "report.csv").open(newline="") as file:
         lines = {line["model"]: line for line in csv.DictReader(file)}

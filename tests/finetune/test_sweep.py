@@ -190,7 +190,7 @@ def test_a_stopped_sweep_continues_where_it_was(swept, small_tasks, cassette_mod
     assert process.returncode == EXIT_STOPPED, stderr
     assert "stopped by a signal, 0 of 1 runs done; the same command continues" in stderr
     assert not (out / "cola" / "seed-0" / "result.json").exists()
-    again = launch_ranks("xdscale.cli", *arguments, timeout_seconds=200)
+    again = launch_ranks("xdscale", *arguments, timeout_seconds=200)
     assert again.code == 0, again.stderr
     assert "continuing after step" in (out / "logs" / "cola-seed-0.log").read_text()
     unbroken = predictions(swept[0] / "pretrained" / "predictions-dev.jsonl")

@@ -154,7 +154,7 @@ def finetune(launch_ranks):
         options |= {"seeds": asked.seeds, "recipe": asked.recipe, "jobs": asked.jobs}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         words += [word for task in asked.tasks for word in ("--task", task)]
-        done = launch_ranks("xdscale.cli", "finetune", *words, *asked.overrides, timeout_seconds=500)
+        done = launch_ranks("xdscale", "finetune", *words, *asked.overrides, timeout_seconds=500)
         assert done.code == code, done.stderr[-3000:]
         return done
 

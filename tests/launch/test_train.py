@@ -145,11 +145,10 @@ def test_a_log_that_breaks_off_is_no_end(tmp_path, monkeypatch, log, capfd):
 
 
 @pytest.mark.slow
-def test_bad_input_that_only_ranks_see_is_one_message_and_exit_code_2(tmp_path):
+def test_bad_input_that_only_ranks_see_is_one_message_and_exit_code_2(launch_ranks, tmp_path):
     (tmp_path / "empty").mkdir()
-    command = [PROGRAM, "train", "quickstart", "data.shards=empty", "--ranks", "2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == EXIT_BAD_INPUT
+    done = launch_ranks("xdscale", "train", "quickstart", "data.shards=empty", "--ranks", "2", folder=tmp_path)
+    assert done.code == EXIT_BAD_INPUT
     started, *messages = done.stderr.splitlines()
     assert "--module xdscale.train quickstart data.shards=empty" in started
     assert len(messages) == 1
@@ -170,8 +169,6 @@ def start(tmp_path):
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
-                # A shell that runs the tests in the background has them ignore Ctrl-C.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         )
         return processes[-1]
@@ -182,11 +179,26 @@ def start(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.fixture
+def forked(fork, tmp_path):
+    """Does the same ready-made; returns what has begun and what it tells as errors."""
+    launches = []
+
+    def start(*command):
+        stderr = tmp_path / f"{len(launches)}.stderr"
+        launches.append(fork(*command, outputs=(os.devnull, stderr), folder=tmp_path))
+        return launches[-1], stderr
+
+    yield start
+    for launch in launches:
+        launch.kill_all()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_ctrl_c_and_sigterm_save_and_the_same_command_ends_the_run(short_shards, narrow_model, tmp_path, start):
+def test_ctrl_c_and_sigterm_save_and_the_same_command_ends_the_run(short_shards, narrow_model, tmp_path, start, forked):
     run = tmp_path / "run"
-    command = [PROGRAM, "train", "quickstart", *narrow_model, f"data.shards={short_shards}", f"output.folder={run}"]
+    command = ["train", "quickstart", *narrow_model, f"data.shards={short_shards}", f"output.folder={run}"]
     command += ["run.eval_samples=4", "training.global_batch=4", "run.checkpoint_every=1000", "--ranks", "2"]
     command += ["training.steps=5000"]
 
@@ -194,28 +206,26 @@ def test_ctrl_c_and_sigterm_save_and_the_same_command_ends_the_run(short_shards,
         lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
         return [entry["step"] for entry in map(json.loads, lines) if entry["kind"] == "step"]
 
-    process = start(*command)
+    process, stderr = forked("xdscale", *command)
     while not steps():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, stderr.read_text()
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == EXIT_STOPPED, stderr
-    assert "Traceback" not in stderr
+    assert process.wait(timeout=60) == EXIT_STOPPED, stderr.read_text()
+    assert "Traceback" not in stderr.read_text()
     done = steps()[-1]
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     assert checkpoint.name == f"step-{done:08}"
     assert damage(checkpoint) == []
 
-    process = start(*command)
+    process = start(PROGRAM, *command)
     time.sleep(2)  # the launcher starts, no rank is there yet
     process.send_signal(signal.SIGTERM)
-    stderr = process.communicate(timeout=120)[1]
-    assert process.returncode == EXIT_STOPPED, stderr
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == EXIT_STOPPED, told
     assert steps()[-1] == done
 
-    process = start(*command, f"run.stop_at_step={done + 1}")
-    stderr = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, stderr
-    assert f"continuing after step {done} " in stderr
+    process, stderr = forked("xdscale", *command, f"run.stop_at_step={done + 1}")
+    assert process.wait(timeout=120) == 0, stderr.read_text()
+    assert f"continuing after step {done} " in stderr.read_text()
     assert steps()[-1] == done + 1

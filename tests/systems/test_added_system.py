@@ -46,7 +46,7 @@ def command(site, launch_ranks, tmp_path_factory):
         (folder / "data" / "ORDER" / f"{name}.txt").write_text("\n".join(lines) + "\n")
 
     def run(*arguments):
-        done = launch_ranks("xdscale.cli", *map(str, arguments), folder=folder, packages=[site])
+        done = launch_ranks("xdscale", *map(str, arguments), folder=folder, packages=[site])
         assert done.code == 0, done.stderr[-3000:]
         return done.stdout + done.stderr
 

@@ -22,14 +22,14 @@ LARGE = ("vlbert-pixels",)  # ResNet-101
 
 
 @pytest.fixture(scope="module")
-def systems(wiki_shards, captioned_pictures, grounded_pictures, photographs, small_trunk):
+def systems(wiki_shards, narrow_model, captioned_pictures, grounded_pictures, photographs, small_trunk):
     """A recipe of each system, and what it is given."""
     many = [f"objectives.{name}.select=0.9" for name in ("mlm", "text_mlm", "masked_region")]
     mixture = ["quickstart-vlbert", "model.max_elements=24", *many]
     pixels = ["model.region_size=2048", f"model.pixels={{weights: {small_trunk}, short_side: 32, long_side: 48}}"]
     features = ["model.region_size=12", "model.region_classes=7"]
     return {
-        "xdbert": ["quickstart", f"data.shards={wiki_shards}"],
+        "xdbert": ["quickstart", *narrow_model, f"data.shards={wiki_shards}"],
         "visualbert": ["quickstart-visualbert", f"data.shards={captioned_pictures}", features[0], many[0]],
         "vlbert": [*mixture, f"data.shards={grounded_pictures}", *features],
         "vlbert-pixels": [*mixture, f"data.shards={photographs}", "model.region_classes=5", *pixels],

@@ -39,20 +39,24 @@ CASES = [
 
 
 class Launched:
-    """A launch of two ranks that goes on in the background."""
+    """A launch of two ranks that goes on in the background: forked ready-made, or started as users do."""
 
-    def __init__(self, run, shards, config, port, blocked):
+    def __init__(self, run, shards, config, port, blocked, fork):
         settings = {"data.shards": shards, "output.folder": run, "training.steps": 1000, "training.global_batch": 4}
         settings |= {"run.eval_every": 3, "run.eval_samples": 48, "run.checkpoint_every": 4}
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [launcher, "-q", "--num_accelerators", 2, "--master_port", port, "--module", "xdscale.train"]
+        command = ["-q", "--num_accelerators", 2, "--master_port", port, "--module", "xdscale.train"]
         command += ["quickstart", *(f"{key}={value}" for key, value in settings.items()), "--deepspeed_config", config]
-        block = ["env", "--block-signal=TERM,USR1"] if blocked else []
         self.run = run
         self.stderr = config.with_name("stderr.txt")
+        self.stderr.write_text("")
+        if fork:
+            held = (signal.SIGTERM, signal.SIGUSR1) if blocked else ()
+            self.process = fork("deepspeed", *command, outputs=(os.devnull, self.stderr), blocked=held)
+            return
+        block = ["env", "--block-signal=TERM,USR1"] if blocked else []
         with self.stderr.open("w") as file:
             self.process = subprocess.Popen(
-                [*block, *map(str, command)],
+                [*block, Path(sys.executable).with_name("deepspeed"), *map(str, command)],
                 stderr=file,
                 stdout=subprocess.DEVNULL,
                 env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
@@ -122,14 +126,15 @@ def wait_for_moment(launched, moment, before, rng):
 
 
 @pytest.mark.timeout(max(600, 120 * LAUNCHES))
-def test_every_signal_leaves_a_verified_checkpoint_of_the_last_step(wiki_shards, tmp_path, free_port):
+def test_every_signal_leaves_a_verified_checkpoint_of_the_last_step(wiki_shards, tmp_path, free_port, fork):
     run, config = tmp_path / "run", tmp_path / "ds.json"
     config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}))
     for number in range(LAUNCHES):
         rng = random.Random(SEED * 1000 + number)
         moment, (target, signum, code) = MOMENTS[number % len(MOMENTS)], CASES[number % len(CASES)]
         before = [int(path.name[5:]) for path in list_checkpoints(run / "checkpoints")]
-        launched = Launched(run, wiki_shards, config, free_port(), "block" in target)
+        ready_made = None if moment == "start" else fork
+        launched = Launched(run, wiki_shards, config, free_port(), "block" in target, ready_made)
         try:
             wait_for_moment(launched, moment, before, rng)
             entries = launched.entries()

@@ -3,9 +3,6 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,26 +22,18 @@ MINUTE_SECONDS = 60
 
 
 class Launched:
-    """Two ranks under the deepspeed launcher, in the background."""
+    """Two ranks under the deepspeed launcher, in the background, forked ready-made."""
 
-    def __init__(self, shards, folder, port, fault, **settings):
+    def __init__(self, fork, shards, folder, port, fault, **settings):
         self.run, config, self.stderr = folder / "run", folder / "ds.json", folder / "stderr.txt"
         zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
         config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}))
         values = {"data.shards": shards, "output.folder": self.run, "training.steps": 1000, "training.global_batch": 2}
         values |= {"run.eval_samples": 2} | {key.replace("__", "."): value for key, value in settings.items()}
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [launcher, "-q", "--num_accelerators", 2, "--master_port", port]
+        command = ["deepspeed", "-q", "--num_accelerators", 2, "--master_port", port]
         command += [WORKER, fault] if fault else ["--module", "xdscale.train"]
         command += ["quickstart", *(f"{key}={value}" for key, value in values.items()), "--deepspeed_config", config]
-        with self.stderr.open("w") as file:
-            self.process = subprocess.Popen(
-                list(map(str, command)),
-                stderr=file,
-                stdout=subprocess.DEVNULL,
-                env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
+        self.process = fork(*command, outputs=(os.devnull, self.stderr))
 
     def rank(self, number):
         # By what the launcher gave it alone: the launcher itself may have inherited a RANK.
@@ -74,18 +63,16 @@ class Launched:
 
 
 @pytest.fixture
-def launch(wiki_shards, tmp_path, free_port):
+def launch(fork, wiki_shards, tmp_path, free_port):
     launched = []
 
     def start(fault=None, **settings):
-        launched.append(Launched(wiki_shards, tmp_path, free_port(), fault, **settings))
+        launched.append(Launched(fork, wiki_shards, tmp_path, free_port(), fault, **settings))
         return launched[0]
 
     yield start
-    for process in launched:
-        if process.process.poll() is None:
-            os.killpg(process.process.pid, signal.SIGKILL)
-            process.process.wait()
+    for one in launched:
+        one.process.kill_all()
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.proof)])
