@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing, then lint and tests, two files at a time. What mostly waits, for processes that died or froze,
-# runs beside them; what compares speeds runs alone. Proofs of minutes are left to scripts/proofs.sh. Hypothesis draws the same examples in each run:
-# a change is judged by what it changed; scripts/proofs.sh draws new ones.
+# runs beside them; what compares speeds runs alone. Proofs of minutes are left to scripts/proofs.sh. Hypothesis draws
+# the same examples in each run: a change is judged by what it changed; scripts/proofs.sh draws new ones.
 set -euo pipefail
 source "$(dirname "$0")/install.sh"
 ruff check .
