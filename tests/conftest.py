@@ -178,17 +178,19 @@ def photographs(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.
 
 @pytest.fixture(scope="session")
 def small_trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fast R-CNN's branch with a block in each stage, all of which count; ResNet-101's is 16 times as large."""
+    """Fast R-CNN's branch with a few narrow blocks, all of which count, and statistics of its own."""
     import torch
     from safetensors.torch import save_file
 
     from xdscale.models.fast_rcnn import FastRCNN
 
     torch.manual_seed(0)
-    trunk = FastRCNN((1, 1, 1, 1), width=16)
-    for name, parameter in trunk.named_parameters():
+    trunk = FastRCNN((1, 1, 2, 3), width=16)
+    for name, value in trunk.state_dict().items():
         if name.endswith("bn3.weight"):
-            parameter.data.uniform_(0.1, 0.3)
+            value.uniform_(0.1, 0.3)
+        elif name.endswith("running_var"):
+            value.uniform_(0.8, 1.2)
     path = tmp_path_factory.mktemp("trunk") / "trunk.safetensors"
     save_file(trunk.state_dict(), path)
     return path
