@@ -8,8 +8,9 @@ import pytest
 from xdscale.data.task_files import Example
 from xdscale.errors import XdscaleError
 from xdscale.finetune.command import default_ds_config, describe_subject
-from xdscale.finetune.recipe import check_tasks, load_settings, resolve_run
+from xdscale.finetune.recipe import RunSettings, check_tasks, load_settings, resolve_run
 from xdscale.finetune.run import _settings
+from xdscale.recipe import Run
 from xdscale.tasks.contract import SHIPPED, ModelSettings, TaskData, find_task
 
 ROOT = Path(__file__).parents[2]
@@ -182,3 +183,10 @@ def test_an_encoder_is_large_from_1024_on(tmp_path, width, size):
     (tmp_path / "clip.json").write_text(json.dumps(tower))
     settings = ModelSettings(weights="random", clip_weights="random")
     assert describe_subject(str(tmp_path / "clip.json"), "clip", settings)["size"] == size
+
+
+def test_regions_are_hashed_unless_somebody_says_otherwise():
+    """With the same words as in pretraining."""
+    own, other = (kind.model_fields["verify"] for kind in (RunSettings, Run))
+    assert (own.default, own.description) == (other.default, other.description) == (True, own.description)
+    assert load_settings("visualbert-vqa", ["run.verify=false"]).run.verify is False

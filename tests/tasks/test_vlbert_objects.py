@@ -21,7 +21,7 @@ from xdscale.models.fast_rcnn import load_fast_rcnn
 from xdscale.pretrained.vlbert import load_vlbert, save_release
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
-from xdscale.systems.contract import Place, Slots
+from xdscale.systems.contract import Objective, Place, Slots
 from xdscale.tasks.contract import ModelSettings, find_task, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.vcr import CLASSES
@@ -194,6 +194,13 @@ def test_without_the_second_loss_nothing_of_it_is_there(table, model, data):
     assert batch.targets == {"task": 2}
     assert not [name for name in batch.arrays if "mask_" in name or name.startswith(("object", "masks_"))]
     assert subject.build(TASK).objects is None
+    assert subject.objectives() == {}
+
+
+def test_the_second_loss_has_its_weight(model):
+    """Beside the task's own, which has 1."""
+    subject = VLBERTSubject(str(model), settings(object_loss=0.3))
+    assert subject.objectives() == {"object_class": Objective(0.3)}
 
 
 def test_what_has_no_objects_or_no_outlines_is_refused(table, model, data, tmp_path):

@@ -102,6 +102,16 @@ def test_a_run_cannot_be_made_shorter_than_it_is(extended, adapt):
     assert (run.folder / "log.jsonl").read_bytes() == before
 
 
+def test_a_run_that_has_come_to_its_end_may_be_started_again(extended, adapt, tmp_path):
+    run, _ = extended
+    copy = Run(run.shards, run.model, tmp_path)
+    shutil.copytree(run.folder, copy.folder)
+    done = adapt(*copy.command(training__steps=9), ranks=2)
+    assert done.code == 0, done.stderr[-3000:]
+    assert copy.entries("step") == run.entries("step")
+    assert copy.entries("checkpoint") == run.entries("checkpoint")
+
+
 def test_another_recipe_is_refused_once_and_says_what_may_change(extended, launch_ranks):
     run, _ = extended
     done = launch_ranks("xdscale.train", *run.command(optim__learning_rate=0.5), ranks=2)
