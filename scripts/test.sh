@@ -7,7 +7,7 @@ source "$(dirname "$0")/install.sh"
 ruff check .
 ruff format --check .
 waiting=(tests/training/test_signals_under_launcher.py tests/training/test_watchdog.py)
-speeds=(tests/bench/test_bench_regions.py tests/bench/test_bench_stream.py)
+speeds=(tests/bench/test_bench_{regions,shards,stream}.py)
 apart=("${waiting[@]}" "${speeds[@]}")
 # One thread each: threads that wait for each other on a busy core would take most of the time.
 one_thread=(env OMP_NUM_THREADS=1 "$PYTHON" -m pytest --hypothesis-profile ci -m "not proof")
