@@ -18,7 +18,7 @@ UNEQUAL = {
     "vlbert-pixels": ("text_mlm", 10),
 }
 """Systems, and of each the objective whose targets are very unequal, and how unequal."""
-LARGE = ("vlbert-pixels",)  # ResNet-101
+LARGE = ("vlbert-pixels",)
 
 
 @pytest.fixture(scope="module")
