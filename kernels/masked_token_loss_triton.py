@@ -67,7 +67,7 @@ TILES = {
     ("ampere", 4, 4): (LogitsTile(64, 64, 32, 4, 2, 2), LogitsTile(64, 64, 32, 4, 2, 2)),
     ("hopper", 2, 2): (LogitsTile(64, 128, 64, 4, 3, 2), LogitsTile(64, 128, 64, 4, 3, 2)),
     ("hopper", 2, 4): (LogitsTile(64, 128, 32, 4, 3, 2), LogitsTile(128, 128, 32, 8, 3, 1)),
-    ("hopper", 4, 4): (LogitsTile(64, 64, 32, 4, 2, 2), LogitsTile(64, 64, 32, 4, 2, 2)),
+    ("hopper", 4, 4): (LogitsTile(64, 64, 32, 4, 2, 3), LogitsTile(64, 64, 32, 4, 2, 3)),
     ("blackwell", 2, 2): (LogitsTile(64, 128, 64, 8, 3, 1), LogitsTile(128, 64, 64, 8, 3, 1)),
     ("blackwell", 2, 4): (LogitsTile(64, 64, 32, 8, 3, 2), LogitsTile(128, 64, 32, 8, 3, 1)),
     ("blackwell", 4, 4): (LogitsTile(64, 64, 32, 4, 2, 2), LogitsTile(64, 64, 32, 4, 2, 2)),
