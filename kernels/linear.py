@@ -1,7 +1,8 @@
 """Linear, with the gradient of its bias summed at the speed of memory on GPUs.
 
 The matrix products are the library's, forward and backward, and so is everything on a CPU and in fp64. PyTorch's own
-sum over the rows of a gradient reaches less than half of an H200's memory speed; here it is a Triton kernel.
+sum over the rows of a gradient reaches less than half of an H200's memory speed; that of a large one is a Triton kernel
+here.
 """
 
 import torch
@@ -22,8 +23,9 @@ def plain_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor)
 def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Returns states weightᵀ + bias.
 
-    Under `torch.autocast` the products run in autocast's dtype while gradients keep their tensor's own dtype. On a GPU
-    the call is a graph break with `torch.compile`, and gradients are the same bits every time.
+    Under `torch.autocast` the products run in autocast's dtype while gradients keep their tensor's own dtype. With an
+    output of `FEWEST_ELEMENTS` or more on a GPU the bias's gradient is the same bits every time, and the call is a
+    graph break with `torch.compile`.
 
     Args:
         states: [..., width].
@@ -48,7 +50,7 @@ def bias_gradient(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         from xdscale.kernels.linear_triton import column_sums  # CPU runs never load the kernels
 
         return column_sums(rows, dtype)
-    return rows.sum(0).to(dtype)
+    return rows.sum(0, dtype=dtype)
 
 
 class _Linear(torch.autograd.Function):

@@ -99,9 +99,7 @@ def kernels(tell: Tell, _out: Path, _rest: list[str]) -> None:
                 wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
                 expected = _with_gradients(functools.partial(call, DEFINITIONS[operation]), wide)
                 plain = _with_gradients(functools.partial(call, DEFINITIONS[operation]), leaves)
-                errors, theirs = (
-                    [float((a.double() - b).norm() / b.norm()) for a, b in zip(x, expected)] for x in (found, plain)
-                )
+                errors, theirs = _errors(found, expected), _errors(plain, expected)
                 # Sums of thousands that nearly cancel are as far off in PyTorch's own operations. A NaN passes nothing.
                 passes = all(ours <= max(TOLERANCE[dtype], 1.5 * other) for ours, other in zip(errors, theirs))
                 tell(

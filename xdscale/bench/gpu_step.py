@@ -42,8 +42,8 @@ def step(tell: Tell, out: Path, rest: list[str]) -> None:
             trained = TrainedStep(module, recipe, micro, device)
             _measure(tell, name, trained, card.peak_flops if card else None)
             if device.type == "cuda":
-                _look_for_waits(tell, name, trained)
-                _replay_graph(tell, name, trained)
+                if not _waits(tell, name, trained):  # a capture that fails would spoil what follows
+                    _replay_graph(tell, name, trained)
             _profile(tell, name, trained, out / f"profile-{name['recipe']}-{micro}.txt")
         except Exception as error:  # a micro-batch that does not fit leaves the others to be seen
             tell(**name, problem=reason(error))
@@ -131,15 +131,18 @@ def _measure(tell: Tell, name: dict[str, Any], trained: TrainedStep, peak: float
     )
 
 
-def _look_for_waits(tell: Tell, name: dict[str, Any], trained: TrainedStep) -> None:
+def _waits(tell: Tell, name: dict[str, Any], trained: TrainedStep) -> bool:
+    """Says whether forward or backward wait for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         trained.forward().backward()
-        tell(**name, waits="none in forward and backward")
     except RuntimeError as error:
         tell(**name, waits=reason(error))
+        return True
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    tell(**name, waits="none in forward and backward")
+    return False
 
 
 def _replay_graph(tell: Tell, name: dict[str, Any], trained: TrainedStep) -> None:
@@ -191,7 +194,8 @@ def _profile(tell: Tell, name: dict[str, Any], trained: TrainedStep, path: Path)
 def _busy(profiler: profile) -> float:
     """Returns the share of the second half of a profile in which the GPU computes."""
     events = profiler.profiler.kineto_results.events()
-    spans = sorted((e.start_ns(), e.end_ns()) for e in events if e.device_type() == torch.autograd.DeviceType.CUDA)
+    on_gpu = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA]
+    spans = sorted((e.start_ns(), e.end_ns()) for e in on_gpu if not e.is_user_annotation())
     first = (spans[0][0] + spans[-1][1]) // 2
     busy, until = 0, first
     for start, end in spans:
@@ -200,7 +204,7 @@ def _busy(profiler: profile) -> float:
 
 
 def step_rivals(tell: Tell, _out: Path, rest: list[str]) -> None:
-    """The whole step in turns: ours in bf16, and the released code's computation, eager and compiled.
+    """The whole step: ours in bf16, and the released code's computation, eager and compiled.
 
     Compiled, it attends by PyTorch's own operation and runs under autocast, as one would speed it up today.
     """
@@ -209,7 +213,7 @@ def step_rivals(tell: Tell, _out: Path, rest: list[str]) -> None:
     torch.manual_seed(0)
     module = build_adaptation(recipe).train().to(device)
     ours = TrainedStep(copy.deepcopy(module).to(torch.bfloat16), recipe, micro, device)
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.0)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.0, fused=True)
 
     def plain(losses: Callable[..., dict[str, torch.Tensor]], dtype: torch.dtype | None) -> Callable[[], None]:
         def run() -> None:

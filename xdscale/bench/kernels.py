@@ -155,12 +155,13 @@ def _prepare(calls: list[Callable[[], object]], device: str) -> tuple[Callable[[
         # Some wait for the device, which no graph can hold: a capture that fails leaves the generator of random numbers
         # unusable, so waits are looked for first.
         torch.cuda.set_sync_debug_mode("error")
-        for call in calls:
-            call()
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            for call in calls:
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         graph = _graph(calls)
     except RuntimeError as error:
-        torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         return lambda: _device_milliseconds(lambda: [call() for call in calls]) / len(calls), "calls", _reason(error)
     return lambda: _device_milliseconds(graph.replay) / len(calls), "graph", ""

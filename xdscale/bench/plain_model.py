@@ -74,7 +74,7 @@ def language_states(encoder: PreTrainedModel, ids: torch.Tensor, dropout: float)
     states = states + embeddings.token_type_embeddings(torch.zeros_like(ids))
     states = F.dropout(embeddings.LayerNorm(states), dropout)
     if hasattr(encoder, "embeddings_project"):  # ELECTRA's small discriminator
-        states = encoder.embeddings_project(states)
+        states = _linear(encoder.embeddings_project, states)
     for layer in encoder.encoder.layer:
         attention, output = layer.attention.self, layer.attention.output
         heads = encoder.config.num_attention_heads
