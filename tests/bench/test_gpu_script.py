@@ -68,14 +68,14 @@ esac
 """
 
 
-def calls(tmp_path, *, gpus, seconds="590", fails="none"):
+def calls(tmp_path, *, gpus, seconds="590", fails="none", chosen=""):
     """Runs the script with a stand-in for Python, on a machine with so many GPUs; returns its calls and its words."""
     python, called = tmp_path / "python", tmp_path / "calls"
     python.write_text(STAND_IN)
     python.chmod(0o755)
     called.touch()
     environment = os.environ | {"PYTHON": str(python), "GPUS": str(gpus), "CALLS": str(called), "FAILS": fails}
-    environment |= {"SECONDS_IN_ALL": seconds, "SHARDS": "", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"SECONDS_IN_ALL": seconds, "SHARDS": "", "PARTS": chosen, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", ROOT / "scripts" / "gpu.sh", tmp_path / "out"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return [line.split() for line in called.read_text().splitlines()], done.stdout
@@ -112,6 +112,12 @@ def test_no_part_begins_when_the_time_is_up(tmp_path):
     made, said = calls(tmp_path, gpus=0, seconds="0")
     assert parts(made) == ["planned"]  # what is there already is only put side by side
     assert "== versions: left out, the time is up" in said
+
+
+def test_only_the_chosen_parts_run(tmp_path):
+    made, said = calls(tmp_path, gpus=1, chosen="versions runs-zero3 definitions")
+    assert parts(made) == ["versions", "zero3", "definitions"]
+    assert "== kernels" not in said
 
 
 def test_a_folder_with_somebodys_files_is_refused_and_one_of_its_own_is_not(tmp_path):
