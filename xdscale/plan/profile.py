@@ -71,10 +71,11 @@ def profile_model(
     flops = trace(module, average.arrays, objectives).flops / _SAMPLES
     if checkpointing:
         recompute_activations(module)
-    # Beyond a few samples both are straight lines: below, gradients of the largest parameter are the fullest moment.
+    # Nearly straight lines: the fullest moment is that of the largest gradient for few samples, of the loss for many.
+    counts = max(1, _SAMPLES // 8), _SAMPLES
     few, many = (
         trace(module, system.example(module, samples, sequence_length, longest=True).arrays, objectives)
-        for samples in (_SAMPLES // 2, _SAMPLES)
+        for samples in counts
     )
     return Profile(
         modules=modules(module),
@@ -83,8 +84,8 @@ def profile_model(
         flops_per_sequence=flops,
         precision=precision,
         checkpointing=checkpointing,
-        kept=_line(few.kept_bytes, many.kept_bytes),
-        peak=_line(few.peak_bytes, many.peak_bytes),
+        kept=_line(counts, few.kept_bytes, many.kept_bytes),
+        peak=_line(counts, few.peak_bytes, many.peak_bytes),
     )
 
 
@@ -126,6 +127,7 @@ def modules(module: nn.Module) -> list[Module]:
     return found
 
 
-def _line(few: int, many: int) -> Line:
-    """Returns the line through the bytes of half and of all samples."""
-    return Line(2 * few - many, (many - few) / (_SAMPLES // 2))
+def _line(counts: tuple[int, int], few: int, many: int) -> Line:
+    """Returns the line through the bytes of few and of many samples."""
+    per_sample = (many - few) / (counts[1] - counts[0])
+    return Line(few - per_sample * counts[0], per_sample)
