@@ -1,8 +1,7 @@
 """Linear, with the gradient of its bias summed at the speed of memory on GPUs.
 
 The matrix products are the library's, forward and backward, and so is everything on a CPU and in fp64. PyTorch's own
-sum over the rows of a gradient reaches less than half of an H200's memory speed; that of a large one is a Triton kernel
-here.
+sum over the rows of a gradient is far from a GPU's memory speed; that of a large one is a Triton kernel here.
 """
 
 import torch

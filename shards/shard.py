@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 
@@ -29,6 +29,18 @@ NPY_HEADER_BYTES = 128
 Arrays = Mapping[str, np.ndarray]
 """Rows of a table. For each column its rows [n, *shape], or for a ragged one the elements of all rows one after another
 [total, *shape]; for each name of offsets int64 [n + 1]: row i owns elements `offsets[i]` to `offsets[i + 1] - 1`."""
+
+
+class Ragged(NamedTuple):
+    """Rows of any number of elements, one after another.
+
+    Attributes:
+        values: [total, *shape].
+        offsets: int64 [n + 1]; row i owns elements `offsets[i]` to `offsets[i + 1] - 1`.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
 
 
 class ShardWriter:

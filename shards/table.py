@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,25 +15,13 @@ from xdscale.errors import XdscaleError
 from xdscale.names import expand_home
 from xdscale.shards.cache import ShardCache
 from xdscale.shards.manifest import Column, Manifest, members
-from xdscale.shards.shard import OFFSETS, read_layout
+from xdscale.shards.shard import OFFSETS, Ragged, read_layout
 
 MAX_BOUNDS = 8 << 20
 """Bounds of ragged rows kept in memory, 4 bytes each: more than all of Wikipedia in sequences of 512."""
 LONG_BYTES, LONG_PIECE = 1 << 18, 1 << 13
 """From so many bytes on, in pieces of so many on average, what is read is not copied again."""
 CLOSED = NOT_KEPT = -1
-
-
-class Ragged(NamedTuple):
-    """Rows of any number of elements, one after another.
-
-    Attributes:
-        values: [total, *shape].
-        offsets: int64 [n + 1]; row i owns elements `offsets[i]` to `offsets[i + 1] - 1`.
-    """
-
-    values: np.ndarray
-    offsets: np.ndarray
 
 
 class Table:

@@ -68,27 +68,20 @@ def wiki_text(wiki_dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def wiki_shards(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of those articles in sequences of 126 ids."""
-    from xdscale.shards.sources.text import TextOptions, build_shards
-
-    out = tmp_path_factory.mktemp("shards") / "wiki"
-    build_shards(
-        [wiki_text],
-        out,
-        TextOptions(language_tokenizer=str(cassette_model), sequence_length=126, validation_fraction=0.1),
-    )
-    return out
+    return _in_sequences(126, wiki_text, cassette_model, tmp_path_factory.mktemp("shards") / "wiki")
 
 
 @pytest.fixture(scope="session")
 def short_shards(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of those articles in sequences of 30 ids, for runs whose subject is not the text."""
+    return _in_sequences(30, wiki_text, cassette_model, tmp_path_factory.mktemp("short") / "wiki")
+
+
+def _in_sequences(length: int, text: Path, model: Path, out: Path) -> Path:
     from xdscale.shards.sources.text import TextOptions, build_shards
 
-    out = tmp_path_factory.mktemp("short") / "wiki"
     build_shards(
-        [wiki_text],
-        out,
-        TextOptions(language_tokenizer=str(cassette_model), sequence_length=30, validation_fraction=0.1),
+        [text], out, TextOptions(language_tokenizer=str(model), sequence_length=length, validation_fraction=0.1)
     )
     return out
 

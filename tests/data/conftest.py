@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from xdscale.shards.manifest import Manifest, TableManifest
+from xdscale.shards.shard import Ragged
 from xdscale.shards.sources.text_build import ClipTokenizer, LanguageTokenizer, TextBuild
-from xdscale.shards.table import Ragged
 
 NAMED = {"name": "memory", "sha256": "0" * 64}
 LANGUAGE = LanguageTokenizer(**NAMED, vocab_size=30522, cls_id=101, sep_id=102, mask_id=103, pad_id=0)

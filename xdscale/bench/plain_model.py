@@ -127,7 +127,7 @@ def attend(
     dropout: float,
 ) -> torch.Tensor:
     """dropout(softmax(Q Kᵀ / √d + mask)) V: [b, q, size] and [b, k, size] to [b, q, size]."""
-    query, key, value = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in (query, key, value))
+    query, key, value = (_by_head(tokens, heads) for tokens in (query, key, value))
     scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5  # [b, heads, q, k]
     if mask is not None:
         scores = scores + mask
@@ -144,10 +144,14 @@ def fused_attend(
     dropout: float,
 ) -> torch.Tensor:
     """As `attend`, by PyTorch's own operation."""
-    query, key, value = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in (query, key, value))
+    split = [_by_head(tokens, heads) for tokens in (query, key, value)]
     mask = None if mask is None else mask.to(query.dtype)
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    return attended.transpose(1, 2).flatten(-2)
+    return F.scaled_dot_product_attention(*split, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(-2)
+
+
+def _by_head(tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    """Returns [b, tokens, size] as [b, heads, tokens, d]."""
+    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 @contextlib.contextmanager

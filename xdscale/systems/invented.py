@@ -8,8 +8,8 @@ from transformers import PretrainedConfig
 from xdscale.data.collate import CLIP_CONTENT
 from xdscale.errors import XdscaleError
 from xdscale.shards.manifest import Manifest, TableManifest
+from xdscale.shards.shard import Ragged
 from xdscale.shards.sources.text_build import TEXT, ClipTokenizer, LanguageTokenizer, TextBuild
-from xdscale.shards.table import Ragged
 from xdscale.systems.contract import Slots
 
 TextLengths = Callable[[int, int], np.ndarray]
