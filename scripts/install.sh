@@ -3,6 +3,8 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
+# Containers often forbid Python to keep what it has compiled: each start would then compile torch and DeepSpeed anew.
+unset PYTHONDONTWRITEBYTECODE
 environment=${VIRTUAL_ENV:-$root/.venv}
 PYTHON=$environment/bin/python
 fits='import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' # Debian ships ensurepip apart
