@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -176,19 +174,20 @@ def command(tasks, model, out):
     ]
 
 
-def test_a_stopped_sweep_continues_where_it_was(swept, small_tasks, cassette_model, tmp_path, capsys, launch_ranks):
+def test_a_stopped_sweep_continues_where_it_was(
+    swept, small_tasks, cassette_model, tmp_path, capsys, fork, launch_ranks
+):
     out = tmp_path / "sweep"
     arguments = command(small_tasks, cassette_model, out)
-    program = [sys.executable, "-m", "xdscale.cli"]
-    process = subprocess.Popen(program + arguments, env=os.environ | WORKER, stderr=subprocess.PIPE, text=True)
+    stderr = tmp_path / "stderr.txt"
+    process = fork("xdscale", *arguments, outputs=(os.devnull, stderr))
     checkpoints = out / "cola" / "seed-0" / "checkpoints"
     deadline = time.monotonic() + 200
     while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == EXIT_STOPPED, stderr
-    assert "stopped by a signal, 0 of 1 runs done; the same command continues" in stderr
+    assert process.wait(timeout=120) == EXIT_STOPPED, stderr.read_text()
+    assert "stopped by a signal, 0 of 1 runs done; the same command continues" in stderr.read_text()
     assert not (out / "cola" / "seed-0" / "result.json").exists()
     again = launch_ranks("xdscale", *arguments, timeout_seconds=200)
     assert again.code == 0, again.stderr
