@@ -153,6 +153,13 @@ def test_the_same_bits_twice():
         assert all(torch.equal(one, other) for one, other in zip(run(function, inputs), run(function, inputs)))
 
 
+def test_small_outputs_are_pytorchs(launches, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("xdscale.kernels.linear"), "FEWEST_ELEMENTS", 3 * 7 * 40)
+    for rows, found in ((20, []), (21, ["column_sums_kernel"] * 2)):
+        run(linear, draw((rows, 48), 40, torch.float32))
+        assert launches == found
+
+
 def test_strided_inputs():
     inputs = draw((19, 96), 24, torch.float32)
     views = [tensor.repeat_interleave(2, -1)[..., ::2] for tensor in inputs]

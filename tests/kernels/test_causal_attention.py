@@ -1,5 +1,8 @@
 """Causal attention against PyTorch's own in fp64."""
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -48,3 +51,13 @@ def test_no_token_reads_a_later_one(dtype):
 def test_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match="projected must have the shape"):
         causal_attention(torch.zeros(shape))
+
+
+def test_kernels_take_heads_of_up_to_128(monkeypatch):
+    taken = []
+    chosen = SimpleNamespace(apply=lambda projected: taken.append(projected.shape))
+    monkeypatch.setattr(importlib.import_module("xdscale.kernels.causal_attention"), "_CausalAttention", chosen)
+    monkeypatch.setattr("xdscale.kernels.gpu.FORCE_TRITON", True)
+    for length, size in ((130, 128), (5, 136)):
+        causal_attention(torch.zeros(1, length, 3, 1, size))
+    assert taken == [(1, 130, 3, 1, 128)]

@@ -372,6 +372,9 @@ def test_only_selected_tokens_are_computed_to_the_end(inputs, with_pooler, recom
             module.p = 0.0
     if recomputed:
         model.enable_activation_checkpointing()
+    runs = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda *arguments: runs.append(arguments))
     selected, results = torch.tensor([30, 2, 12, 13, 0]), []
     for chosen in (None, selected):
         model.zero_grad()
@@ -380,6 +383,7 @@ def test_only_selected_tokens_are_computed_to_the_end(inputs, with_pooler, recom
         (weighted(states) + (weighted(pooled) if with_pooler else 0)).backward()
         results.append((states, bounds, *(parameter.grad.clone() for parameter in model.parameters())))
         assert (pooled is None) != with_pooler
+    assert len(runs) == len(results) * len(model.layers) * (2 if recomputed else 1)
     for all_of_it, of_selected in zip(*results, strict=True):
         torch.testing.assert_close(of_selected, all_of_it, atol=1e-11, rtol=0)
 

@@ -172,6 +172,8 @@ def test_images_without_regions_are_refused_or_left_out(run, tmp_path):
     done = run(path, "--missing", "leave-out")
     assert done.exit_code == 0, done.output
     assert "2 images without regions" in done.output
+    last = written(tmp_path / "last.json", entries(IMAGES, 3))  # the image in the first row, and two without regions
+    assert "2 images without regions" in run(last, "--missing", "leave-out", "--overwrite").output
     others = written(tmp_path / "others.json", entries(1000, 1003))
     with pytest.raises(
         XdscaleError, match=r"the table of regions has no image .*; it has none of the captions' images$"

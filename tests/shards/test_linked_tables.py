@@ -264,10 +264,11 @@ def test_links_out_of_range_are_refused_wherever_they_come_from(dataset, sources
     captions = Table(tmp_path / "mixed", "train", "captions")
     record = captions.manifest.tables["captions"].splits["train"].shards[0]
     content = bytearray((dataset / record.file).read_bytes())
-    content[512 + 128 : 512 + 132] = b"\xff" * 4
-    (tmp_path / "mixed" / record.file).write_bytes(content)
-    with pytest.raises(XdscaleError, match=r"captions\.image links to row 4294967295 of regions, .* 0 to 29"):
-        captions.read("image", np.array([0]))
+    for row in (2**32 - 1, IMAGES):
+        content[512 + 128 : 512 + 132] = row.to_bytes(4, "little")
+        (tmp_path / "mixed" / record.file).write_bytes(content)
+        with pytest.raises(XdscaleError, match=rf"captions\.image links to row {row} of regions, .* 0 to 29"):
+            captions.read("image", np.array([0]))
 
 
 def test_tables_are_named_where_there_are_several(dataset):

@@ -101,6 +101,29 @@ def test_finished_shards_survive_a_bad_byte(tmp_path, monkeypatch):
             build_shards([tmp_path / "a.txt"], tmp_path / "out", TextOptions(**options | {name: value}))
 
 
+def test_every_option_of_a_build_is_passed_on(monkeypatch):
+    values = {
+        "language_tokenizer": "package:cognition/model",
+        "sequence_length": 30,
+        "clip_blocks": 2,
+        "validation_fraction": 0.25,
+        "min_words": 7,
+        "format": "jsonl",
+        "text_field": "body",
+        "encoding": "latin-1",
+        "bad_bytes": "replace",
+        "line_breaks": "keep",
+    }
+    found = []
+    monkeypatch.setattr("xdscale.shards.commands._build", lambda *arguments: found.extend(arguments))
+    options = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
+    options += ["--workers", 3, "--part", "1/2", "--overwrite"]
+    assert run("build", "a", "b", "--out", "/o", *options).exit_code == 0
+    inputs, out, asked, workers, part, overwrite = found
+    assert (inputs, str(out), workers, (part.index, part.of), overwrite) == (["a", "b"], "/o", 3, (1, 2), True)
+    assert asked.model_dump(include=set(values)) == values
+
+
 def test_overwrite_and_bad_values(small_corpus, tmp_path):
     build(small_corpus, tmp_path / "out")
     with pytest.raises(XdscaleError, match="min_words 5, now 9"):

@@ -1,6 +1,7 @@
 """Shards read back: against stock webdataset and plain numpy, in any order, with few open files."""
 
 import io
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -119,6 +120,24 @@ def test_open_files_stay_bounded(many_blocks, bound):
         reader.read("language", np.array([sample]))
         reader.read_ragged("clip", np.array([sample]))
         assert 1 <= open_shards() <= bound
+
+
+def test_a_process_without_standard_output_keeps_its_shards_open(many_blocks):
+    """What it opens first gets the numbers 0 and 1."""
+    folder, language, _ = many_blocks
+
+    def child():
+        os.closerange(0, 2)
+        reader = Table(folder, "train")
+        found = [reader.read("language", np.array([sample])) for sample in (0, 100, 3000) * 2]
+        names = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        right = np.array_equal(np.concatenate(found), language[[0, 100, 3000] * 2])
+        os._exit(0 if right and sum(name.startswith(str(folder)) for name in names) == 3 else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def test_threads_that_read_at_once_do_not_disturb_each_other(many_blocks):

@@ -108,3 +108,15 @@ def test_checksums_in_checkpoints_are_those_of_earlier_versions():
 WEIGHTED = 1618271123851750662
 WEIGHTED_BF16 = -321722969367566123
 UNORDERED = -4214797532281576536
+
+
+def test_a_failed_save_says_how_much_room_it_needed(tmp_path):
+    """Weights in their own dtype, and 12 bytes more for each that is trained: fp32 weight and both moments."""
+    module = torch.nn.Module()
+    module.trained = torch.nn.Parameter(torch.empty(2**20, dtype=torch.bfloat16, device="meta"))
+    module.frozen = torch.nn.Parameter(torch.empty(3 * 2**20, dtype=torch.bfloat16, device="meta"), requires_grad=False)
+    module.elsewhere = torch.nn.Parameter(torch.empty(0))
+    module.elsewhere.ds_numel = 2**21  # ZeRO-3 has emptied it
+    said = ckpt._cannot_write(SimpleNamespace(module=module), tmp_path / "step-00000001")
+    assert f"(about {14 + 6 + 32} MiB are needed, " in said
+    assert said.endswith("the run has no older checkpoint)")

@@ -63,7 +63,7 @@ def imported(name, folder, those, **how):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_written_is_read(name, tmp_path):
-    those = writers.images()
+    those = [*writers.images(), writers.image(5, regions=1)]
     build_table(imported(name, tmp_path, those, shard_images=2, class_probs="all"), tmp_path / "out")
     table = RegionTable.open(tmp_path / "out")
     _, more, _ = CASES[name]

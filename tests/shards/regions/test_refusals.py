@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -257,3 +258,23 @@ def test_odd_fields_beside_features_are_named(tmp_path, change, words):
     np.save(tmp_path / "1_info.npy", np.array(info, object), allow_pickle=True)  # written so in public; read restricted
     with pytest.raises(XdscaleError, match=f"1_info.npy: {words}"):
         region_files([str(tmp_path / "1.npy")], "pythia", str(writers.detector(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda sets: sets.update(pos_boxes=sets["pos_boxes"][:-1]), r"pos_boxes \[2, 2\] for 3 ids and 9 regions"),
+        (lambda sets: sets.update({name: sets[name][:, None] for name in sets if name.startswith("image_")}),
+         r"pos_boxes \[3, 2\] for 3 ids and 9 regions"),
+    ],
+)  # fmt: skip
+def test_places_of_regions_of_another_shape_are_named(tmp_path, those, change, words):
+    [path] = writers.ban(tmp_path, those)
+    with h5py.File(path, "r+") as file:
+        sets = {name: file[name][:] for name in file}
+        change(sets)
+        for name, values in sets.items():
+            del file[name]
+            file[name] = values
+    with pytest.raises(XdscaleError, match=rf"train\.hdf5: {words}"):
+        region_files([str(path)], "ban", str(writers.detector(tmp_path)))
