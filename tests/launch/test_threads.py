@@ -27,14 +27,14 @@ def test_a_rank_takes_its_share_of_the_cores(monkeypatch, bound, variables, thre
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(bound)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0: set(range(bound))}[process])
     assert threads_per_rank() == threads
 
 
 @pytest.mark.parametrize("gpus", [[], ["0", "1"]])
 def test_finetuning_side_by_side_shares_the_cores(monkeypatch, gpus):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0: set(range(24))}[process])
     assert [slot["OMP_NUM_THREADS"] for slot in _slots(4, gpus)] == ["6"] * 4
 
 

@@ -19,7 +19,7 @@ from xdscale.recipe import load_recipe
 from xdscale.shards.manifest import MANIFEST_NAME, Manifest
 from xdscale.shards.table import Table
 from xdscale.systems.contract import Slots, open_system
-from xdscale.systems.visualbert import check_captions
+from xdscale.systems.visualbert import check_captions, invented
 from xdscale.training.engine import to_device
 from xdscale.training.run_folder import read_log
 from xdscale.training.stored import build_module
@@ -150,6 +150,12 @@ def test_the_plan_runs_on_batches_like_real_ones(micro_batch):
     assert trace(on_meta(built()), micro_batch.arrays, ("mlm", "match")).flops == real.flops
     with pytest.raises(XdscaleError, match="sequence length 4: a sample has at least 5 tokens"):
         system.example(module, 2, length=4)
+
+
+@pytest.mark.parametrize(("text", "overrides"), [(27, []), (29, []), (28, ["objectives.match=null"])])
+def test_the_longest_samples_have_as_many_tokens_as_there_may_be(text, overrides):
+    arrays = invented(recipe("model.max_regions=8", f"model.max_text={text}", *overrides), 3, longest=True).arrays
+    assert np.diff(arrays["cu_seqlens"]).tolist() == [text + 8] * 3
 
 
 def changed(folder, tmp_path, **tables):

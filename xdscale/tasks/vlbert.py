@@ -230,7 +230,7 @@ class VLBERTClassifier(nn.Module):
         dropout: float,
         loss: str,
         trunk: FastRCNN | None = None,
-        object_count: int = 0,
+        object_count: int,
     ) -> None:
         super().__init__()
         self.trunk = trunk
