@@ -6,28 +6,46 @@
 #   PYTHON           interpreter that xdscale is installed for; default: python3
 #   SHARDS           shards of BERT's ids, 510 per sequence; default: built of the small dump that the package gensim ships
 #   SECONDS_IN_ALL   when they are over, no part begins or goes on; default: 590
-#   PARTS            names of the parts that run, as they are printed; default: all. Runs need the part shards, or SHARDS
+#   PARTS            names of the parts that run, as they are printed; default: all. Runs bring the part shards along
+# What an earlier run found in OUT is moved into a folder there.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+from=$PWD
+cd "$(dirname "$0")/.." || exit 2
+within() { [[ $1 == /* || $1 == *:* ]] && echo "$1" || echo "$from/$1"; } # as the caller means it
 python=${PYTHON:-python3}
 limit=${SECONDS_IN_ALL:-590}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-mkdir -p "${1:-runs/gpu}"
-out=$(cd "${1:-runs/gpu}" && pwd)
-if [ -n "$(ls -A "$out")" ] && [ ! -e "$out/versions.txt" ]; then
-    echo "error: $out: holds other files, and those of an earlier run would be deleted; name an empty or new folder" >&2
+known=(versions kernels step shards runs-zero2 runs-zero2-killed rivals runs-zero1 runs-zero3 runs-zero0 runs-large
+    definitions compare step_rivals tiles planned)
+for name in ${PARTS:-}; do
+    if [[ " ${known[*]} " != *" $name "* ]]; then
+        echo "error: PARTS: no part $name; there are ${known[*]}" >&2
+        exit 2
+    fi
+done
+[[ " ${PARTS:-}" == *" runs-"* && -z ${SHARDS:-} ]] && PARTS+=" shards"
+out=$(within "${1:-runs/gpu}")
+mkdir -p "$out" || exit 2
+if [ -n "$(ls -A "$out")" ] && [ ! -e "$out/parts.txt" ]; then
+    echo "error: $out: holds other files than an earlier run's; name an empty or new folder" >&2
     exit 2
+elif [ -e "$out/parts.txt" ]; then
+    earlier=$out/until-$(date +%Y%m%d-%H%M%S-%N)
+    mkdir "$earlier"
+    find "$out" -maxdepth 1 -type f -exec mv -t "$earlier" {} +
+    echo "what was found here before is now in $earlier"
 fi
-rm -f "$out"/*.txt "$out"/*.jsonl "$out"/plan-*.json
+echo "${PARTS:-all}" >"$out/parts.txt"
 # Checkpoints of gigabytes go to memory where there is some.
 scratch=$(mktemp -d "$([ -w /dev/shm ] && echo /dev/shm || echo /tmp)/xdscale-gpu.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 
+chosen() { [[ " ${PARTS:-$1} " == *" $1 "* ]]; }
 # part SECONDS NAME COMMAND…: for at most so many seconds, or what is left; its words go to OUT/NAME.txt and their end here.
 part() {
     local seconds=$(($1 * patience)) name=$2 left=$((limit - SECONDS)) code=0
     shift 2
-    [[ " ${PARTS:-$name} " == *" $name "* ]] || return 0
+    chosen "$name" || return 0
     if [ "$left" -lt 5 ]; then
         echo "== $name: left out, the time is up"
         return 1
@@ -69,7 +87,7 @@ part 60 versions "${measure[@]}" versions "$out"
 part 150 kernels "${measure[@]}" kernels "$out"
 part 120 step "${measure[@]}" step "$out" "${base[@]}" "${micros[@]}"
 
-shards=${SHARDS:-$scratch/shards}
+shards=$(within "${SHARDS:-$scratch/shards}")
 dump=package:gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2
 [ -n "${SHARDS:-}" ] || part 60 shards "${xdscale[@]}" shards build "$dump" --out "$shards" --workers 2 \
     --language-tokenizer package:cognition/model --sequence-length "$length" --validation-fraction 0.1
@@ -92,6 +110,7 @@ part 120 step_rivals "${measure[@]}" step_rivals "$out" "${base[@]}" "${micros[0
 part 90 tiles "${measure[@]}" tiles "$out"
 plans=()
 for recipe in "${base[0]}" "${large[0]}"; do
+    chosen planned || break
     "${xdscale[@]}" plan "$recipe" --gpus 1 --gpu "$gpu" --json >"$out/plan-$recipe.json" && plans+=("$out/plan-$recipe.json")
 done
 limit=$((SECONDS + 30)) # whatever the time: what is there already is only put side by side

@@ -141,7 +141,8 @@ def captions(
     rows = {name: found.rows for name, found in table.splits.items()}
     told = ", ".join(f"{name} {count:,}" for name, count in rows.items())
     typer.echo("\n".join([f"{out}: captions: {told}", *description(table)]))
-    _warn([f"the split {name} is empty; say otherwise what is held out" for name, count in rows.items() if not count])
+    ways = "--validation-fraction, --validation, --held-out or --karpathy"
+    _warn([f"the split {name} is empty; say with {ways} what is held out" for name, count in rows.items() if not count])
 
 
 @shards_app.command()

@@ -309,7 +309,8 @@ def _twice(names: Sequence[str]) -> str | None:
 
 def _missing_message(folder: Path) -> str:
     if not folder.is_dir():
-        return f"{folder}: no such folder; make it with 'xdscale shards build INPUT... --out {folder}'"
+        made = f"'xdscale shards build INPUT... --out {folder}', or one of image regions with 'xdscale regions'"
+        return f"{folder}: no such folder; make it with {made}"
     if (folder / WORK_FOLDER).is_dir():
         return f"{folder}: the build was not finished; run the same 'xdscale shards build' command again"
     return f"{folder}: has no {MANIFEST_NAME}; a folder written by 'xdscale shards build' was expected"

@@ -78,8 +78,8 @@ def recipes(
     finetuning: Annotated[bool, typer.Option("--finetuning", help="Those of 'xdscale finetune'.")] = False,
 ) -> None:
     """List the recipes that ship, or every key of one: its value, meaning and default."""
-    from xdscale.finetune.recipe import load_settings, shipped_settings
-    from xdscale.recipe import load_recipe, shipped_recipes
+    from xdscale.finetune.recipe import load_settings
+    from xdscale.recipe import load_recipe, shipped_recipes, shipped_settings
     from xdscale.recipes.keys import key_lines
 
     if name is not None:

@@ -57,7 +57,9 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     return nearest(key, known, f"known keys: {', '.join(known)}", cutoff=0.5)
 
 
-def own_or_shipped(name: str, shipped: Sequence[Path], suffix: str, what: str) -> Path:
+def own_or_shipped(
+    name: str, shipped: Sequence[Path], suffix: str, what: str, *, elsewhere: Sequence[Path] = (), use: str = ""
+) -> Path:
     """Returns the file that a name stands for: a path, or the name of a file that ships, with or without its suffix.
 
     Args:
@@ -65,6 +67,8 @@ def own_or_shipped(name: str, shipped: Sequence[Path], suffix: str, what: str) -
         shipped: the files that ship.
         suffix: of their names.
         what: they are, for the message.
+        elsewhere: files of another kind that ship, which might have been meant.
+        use: what to say of the name where it is one of those.
 
     Raises:
         XdscaleError: there is neither (the nearest name that ships is given), or several ship under this name.
@@ -79,6 +83,8 @@ def own_or_shipped(name: str, shipped: Sequence[Path], suffix: str, what: str) -
         if len(found) > 1:
             raise XdscaleError(f"{name}: several ship under this name: {', '.join(map(str, found))}; give one's path")
         return found[0]
+    if wanted in {entry.name.removesuffix(suffix) for entry in elsewhere}:
+        raise XdscaleError(f"{name}: no such {what}; {use}")
     hint = nearest(wanted, sorted(names), f"those that ship are {', '.join(sorted(names))}")
     raise XdscaleError(f"{name}: no such {what}, neither a file nor the name of one that ships; {hint}")
 

@@ -266,6 +266,11 @@ def shipped_recipes() -> list[Path]:
     return sorted((path for folder in folders for path in folder.glob("*.yaml")), key=lambda path: path.stem)
 
 
+def shipped_settings() -> list[Path]:
+    """Returns the finetuning recipes that ship."""
+    return sorted((SHIPPED / "finetune").glob("*.yaml"))
+
+
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies overrides.
 
@@ -278,7 +283,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             value; or the file, and no override, names shards behind a URL that only a person may name (see
             `check_stated_url`).
     """
-    path = own_or_shipped(name, shipped_recipes(), ".yaml", "recipe")
+    use = "a recipe of this name is one of 'xdscale finetune --recipe'; 'xdscale recipes --finetuning' has its keys"
+    path = own_or_shipped(name, shipped_recipes(), ".yaml", "recipe", elsewhere=shipped_settings(), use=use)
     values = read_values(path, overrides, Recipe.model_fields)
     recipe = validated(values, schema_of(values, str(path)), str(path), overrides)
     for key, value in recipe.data:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,12 @@ def calls(tmp_path, *, gpus, seconds="590", fails="none", chosen=""):
     python.write_text(STAND_IN)
     python.chmod(0o755)
     called.touch()
-    environment = os.environ | {"PYTHON": str(python), "GPUS": str(gpus), "CALLS": str(called), "FAILS": fails}
+    environment = os.environ | {
+        "PYTHON": str(python.absolute()),
+        "GPUS": str(gpus),
+        "CALLS": str(called.absolute()),
+        "FAILS": fails,
+    }
     environment |= {"SECONDS_IN_ALL": seconds, "SHARDS": "", "PARTS": chosen, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", ROOT / "scripts" / "gpu.sh", tmp_path / "out"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -116,12 +122,30 @@ def test_no_part_begins_when_the_time_is_up(tmp_path):
 
 def test_only_the_chosen_parts_run(tmp_path):
     made, said = calls(tmp_path, gpus=1, chosen="versions runs-zero3 definitions")
-    assert parts(made) == ["versions", "zero3", "definitions"]
+    assert parts(made) == ["versions", "shards", "zero3", "definitions"]  # a run needs shards
+    assert "plan" not in {words[1] for words in made}
     assert "== kernels" not in said
 
 
+def test_each_part_can_be_chosen_by_the_name_that_is_printed_and_others_are_refused(tmp_path):
+    made, said = calls(tmp_path, gpus=1)
+    names = list(dict.fromkeys(re.findall(r"(?m)^== ([\w-]+), from", said)))
+    assert parts(calls(tmp_path, gpus=1, chosen=" ".join(names))[0][len(made) :]) == ORDER
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        calls(tmp_path, gpus=1, chosen="versions kernel")
+    assert refused.value.returncode == 2
+    assert refused.value.stderr == f"error: PARTS: no part kernel; there are {' '.join(names)}\n"
+
+
+def test_the_folder_is_meant_as_the_caller_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, said = calls(Path(), gpus=1, chosen="versions")
+    assert f"everything is in {tmp_path}/out" in said
+    assert (tmp_path / "out" / "parts.txt").read_text() == "versions\n"
+
+
 def test_a_folder_with_somebodys_files_is_refused_and_one_of_its_own_is_not(tmp_path):
-    """What an earlier run found is deleted first, by endings that other files have too."""
+    """What an earlier run found makes room first."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -130,8 +154,15 @@ def test_a_folder_with_somebodys_files_is_refused_and_one_of_its_own_is_not(tmp_
     assert refused.value.returncode == 2
     assert f"{out}: holds other files" in refused.value.stderr
     assert [path.read_text() for path in out.iterdir()] == ["mine"]
-    (out / "notes.txt").rename(out / "versions.txt")
-    calls(tmp_path, gpus=0)
+    (out / "notes.txt").unlink()
+    calls(tmp_path, gpus=0, chosen="kernels")
+    (out / "kernels.jsonl").write_text("{}")
+    _, said = calls(tmp_path, gpus=0, chosen="step")
+    assert (out / "parts.txt").read_text() == "step\n"
+    (earlier,) = out.glob("until-*")
+    assert f"is now in {earlier}" in said
+    assert {"parts.txt", "kernels.txt", "kernels.jsonl"} == {path.name for path in earlier.iterdir()}
+    assert not (out / "kernels.jsonl").exists()
 
 
 def test_a_continued_run_is_compared_with_the_whole_one(tmp_path):

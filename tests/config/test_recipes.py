@@ -164,6 +164,11 @@ def test_a_name_that_no_file_can_have_is_no_recipe():
         load_recipe("a" * 5000)
 
 
+def test_a_recipe_of_finetuning_is_told_from_one_that_does_not_exist():
+    with pytest.raises(XdscaleError, match="^vlbert-vqa: no such recipe; .* one of 'xdscale finetune --recipe'"):
+        load_recipe("vlbert-vqa")
+
+
 def test_unknown_recipe_name_suggests_one():
     with pytest.raises(XdscaleError, match="did you mean 'quickstart'"):
         load_recipe("quikstart")

@@ -145,7 +145,7 @@ def validation_slots(size: int, limit: int, world_size: int, rank: int, micro_ba
     Raises:
         XdscaleError: the split is empty or holds more than 2**32 samples.
     """
-    check_size(size)
+    check_size(size, "validation")
     index, real = _rank_slots(min(limit, size), world_size, rank, micro_batch)
     epochs = np.full(micro_batch, VALIDATION_EPOCH, np.int64)
     return [Slots(epochs, *part) for part in zip(index, real)]
@@ -197,14 +197,14 @@ def refuse_tokens(recipe: Recipe, counter: str) -> None:
         )
 
 
-def check_size(size: int) -> None:
-    """Refuses a table that no order is for.
+def check_size(size: int, split: str = "train") -> None:
+    """Refuses a split that no order is for.
 
     Raises:
         XdscaleError: it is empty or holds more than 2**32 samples.
     """
     if not 1 <= size <= MAX_SAMPLES:
-        raise XdscaleError(
-            f"the split holds {size} samples; expected 1 to {MAX_SAMPLES}: build shards from more text, "
-            "or from less with a longer sequence length"
-        )
+        hint = "build shards from more text, or from less with a longer sequence length"
+        if split == "validation" and size == 0:
+            hint = "build the shards again with a larger --validation-fraction, or say otherwise what is held out"
+        raise XdscaleError(f"the split {split} holds {size} samples; expected 1 to {MAX_SAMPLES}: {hint}")

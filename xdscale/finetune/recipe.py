@@ -11,7 +11,6 @@ from pydantic import Field
 from xdscale.errors import XdscaleError
 from xdscale.names import nearest, own_or_shipped
 from xdscale.recipe import (
-    SHIPPED,
     NameOrPath,
     Optim,
     Output,
@@ -20,6 +19,8 @@ from xdscale.recipe import (
     Run,
     Section,
     Training,
+    shipped_recipes,
+    shipped_settings,
 )
 from xdscale.recipe_values import read_validated
 from xdscale.tasks.contract import ModelSettings, Task, TaskData, find_task
@@ -148,11 +149,6 @@ class FinetuneRecipe(Recipe):
     task: TaskSection
 
 
-def shipped_settings() -> list[Path]:
-    """Returns the finetuning recipes that ship."""
-    return sorted((SHIPPED / "finetune").glob("*.yaml"))
-
-
 def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
     """Reads a finetuning recipe and applies overrides.
 
@@ -163,7 +159,8 @@ def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
     Raises:
         XdscaleError: no such recipe, not YAML, an unknown key, or a bad value. `check_tasks` checks names of tasks.
     """
-    path = own_or_shipped(name, shipped_settings(), ".yaml", "finetuning recipe")
+    use = "a recipe of this name is one of 'xdscale train'; 'xdscale recipes --finetuning' lists those of finetuning"
+    path = own_or_shipped(name, shipped_settings(), ".yaml", "finetuning recipe", elsewhere=shipped_recipes(), use=use)
     settings = read_validated(path, overrides, FinetuneSettings)
     if isinstance(settings.optim.learning_rate, dict):
         for size in {"base", "large"} - settings.optim.learning_rate.keys():

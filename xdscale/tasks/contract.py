@@ -175,7 +175,13 @@ def open_regions(name: str | None) -> RegionTable | None:
         raise XdscaleError(f"{name}: a task's regions are read from a folder; copy the dataset to this machine")
     from xdscale.shards.regions import RegionTable  # most tasks read none
 
-    return RegionTable.open(resolve_path(name))
+    try:
+        folder = resolve_path(name)
+    except XdscaleError as error:
+        raise XdscaleError(
+            f"the dataset of image regions, {error}; make it with 'xdscale regions import' or 'xdscale regions extract'"
+        ) from None
+    return RegionTable.open(folder)
 
 
 LARGE_FROM = 1024

@@ -65,7 +65,7 @@ def load_detector(
     elif Path(name).is_file():
         width, detector = 0, _described(Path(name))
     else:
-        hint = nearest(name, sorted(KNOWN), f"known are {', '.join(sorted(KNOWN))}")
+        hint = nearest(name, sorted(KNOWN), f"known are {', '.join(sorted(KNOWN))}.")
         raise XdscaleError(
             f"--detector {name}: no such detector; {hint} Describe another one in a JSON file: "
             '{"model": "what it is called", "sha256": "of its weights", "class_count": 81, "background": 0}'

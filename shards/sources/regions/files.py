@@ -301,6 +301,6 @@ def describe(path: Path, files: Sequence[Path]) -> InputFile:
     """Returns what `dataset.json` states of an input: of several files one hash of theirs, in their order."""
     hashes = [file_sha256(file) for file in files]
     if not files:
-        raise XdscaleError(f"{path}: holds no .jpg files")
+        raise XdscaleError(f"{path}: {'holds no .jpg files' if path.is_dir() else 'no such folder'} (--jpegs)")
     whole = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return InputFile(name=path.name, bytes=sum(file.stat().st_size for file in files), sha256=whole)

@@ -195,6 +195,8 @@ def test_jpegs_are_stored_too(tmp_path):
     (tmp_path / "images" / f"{those[1].id}.jpg").unlink()
     with pytest.raises(XdscaleError, match=r"line 2: image '1001': .*1001.jpg does not exist"):
         run_raising(*words[:-1], tmp_path / "out2", "--jpegs", tmp_path / "images")
+    with pytest.raises(XdscaleError, match=r"/image: no such folder \(--jpegs\)"):
+        run_raising(*words[:-1], tmp_path / "out2", "--jpegs", tmp_path / "image")
 
 
 def run_raising(*words):

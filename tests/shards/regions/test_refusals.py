@@ -87,6 +87,8 @@ def test_a_detector_must_be_known_and_fit(tmp_path, those):
         XdscaleError, match=r"--detector buttd: no such detector; did you mean 'butd'\? Describe another"
     ):
         tsv(tmp_path, those, detector="buttd")
+    with pytest.raises(XdscaleError, match=r"no such detector; known are butd, .*, vinvl\. Describe another"):
+        tsv(tmp_path, those, detector="of-my-own")
     with pytest.raises(XdscaleError, match="line 1: features of 20 numbers, but the detector 'butd' gives 2048"):
         tsv(tmp_path, those, detector="butd")
     vlbert = str(writers.vlbert(tmp_path, those)[0])
