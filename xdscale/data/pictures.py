@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.errors import XdscaleError
@@ -14,6 +14,9 @@ from xdscale.systems.contract import Slots
 
 MEANS = np.array([102.9801, 115.9465, 122.7717], np.float32)
 """Of blue, green and red."""
+
+JPEG = ("JPEG",)
+"""What a table holds; of other kinds that Pillow knows it would run a program on some, such as EPS."""
 
 
 def require_pictures(build: RegionBuild) -> None:
@@ -73,7 +76,13 @@ def read_picture(jpeg: bytes, size: tuple[int, int], scaled: tuple[int, int], wh
         XdscaleError: it is no picture, or of another size.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(jpeg))).convert("RGB")
+        image = Image.open(io.BytesIO(jpeg), formats=JPEG)
+        if sorted(image.size) == sorted(size):  # else its header says enough: what it holds may be of any size
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise XdscaleError(
+            f"{where}: not a readable image: the table holds {len(jpeg):,} bytes that are no JPEG"
+        ) from None
     except Exception as error:  # Pillow's decoders raise what they come upon
         raise XdscaleError(f"{where}: not a readable image: {one_line(error)}") from None
     if image.size != size:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xdscale.errors import XdscaleError
 from xdscale.files import is_text, one_line, refuse_lfs_pointer, shown
@@ -17,6 +17,8 @@ from xdscale.names import resolve_path
 from xdscale.shards.sources.regions.checks import LARGEST_SIDE
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""What is decoded, told by content; for others that Pillow knows, such as EPS, it would run a program on the file."""
 MOST_PIXELS = 150_000_000
 """Of one image; decoded it has three bytes of each."""
 Ids = Literal["stem", "name", "number", "path"]
@@ -110,7 +112,7 @@ def read_pixels(path: Path, content: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a large image or an odd tag; what is too large is refused below
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
             _check_header(path, image)
             image = ImageOps.exif_transpose(image).convert("RGB")
     except XdscaleError:
@@ -119,8 +121,9 @@ def read_pixels(path: Path, content: bytes) -> np.ndarray:
         raise XdscaleError(f"{path}: has more than {MOST_PIXELS:,} pixels; scale it down") from None
     except Exception as error:  # Pillow's decoders raise what they come upon
         refuse_lfs_pointer(path)
+        why = f"none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise XdscaleError(
-            f"{path}: not a readable image ({one_line(error)}); mend it, take it away, or use --bad-images skip"
+            f"{path}: not a readable image ({why}); mend it, take it away, or use --bad-images skip"
         ) from None
     return np.asarray(image)
 
