@@ -17,7 +17,9 @@ limit=${SECONDS_IN_ALL:-590}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 known=(versions kernels step shards runs-zero2 runs-zero2-killed rivals runs-zero1 runs-zero3 runs-zero0 runs-large
     definitions compare step_rivals tiles planned)
-for name in ${PARTS:-}; do
+read -rd '' -a named <<<"${PARTS:-}" # from several lines, too
+PARTS=${named[*]}
+for name in "${named[@]}"; do
     if [[ " ${known[*]} " != *" $name "* ]]; then
         echo "error: PARTS: no part $name; there are ${known[*]}" >&2
         exit 2
@@ -35,9 +37,9 @@ elif [ -e "$out/parts.txt" ]; then
     find "$out" -maxdepth 1 -type f -exec mv -t "$earlier" {} +
     echo "what was found here before is now in $earlier"
 fi
-echo "${PARTS:-all}" >"$out/parts.txt"
+echo "${PARTS:-all}" >"$out/parts.txt" || exit 2
 # Checkpoints of gigabytes go to memory where there is some.
-scratch=$(mktemp -d "$([ -w /dev/shm ] && echo /dev/shm || echo /tmp)/xdscale-gpu.XXXXXX")
+scratch=$(mktemp -d "$([ -w /dev/shm ] && echo /dev/shm || echo /tmp)/xdscale-gpu.XXXXXX") || exit 2
 trap 'rm -rf "$scratch"' EXIT
 
 chosen() { [[ " ${PARTS:-$1} " == *" $1 "* ]]; }

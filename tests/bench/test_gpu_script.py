@@ -121,7 +121,7 @@ def test_no_part_begins_when_the_time_is_up(tmp_path):
 
 
 def test_only_the_chosen_parts_run(tmp_path):
-    made, said = calls(tmp_path, gpus=1, chosen="versions runs-zero3 definitions")
+    made, said = calls(tmp_path, gpus=1, chosen="versions\n runs-zero3 definitions")
     assert parts(made) == ["versions", "shards", "zero3", "definitions"]  # a run needs shards
     assert "plan" not in {words[1] for words in made}
     assert "== kernels" not in said
@@ -135,6 +135,15 @@ def test_each_part_can_be_chosen_by_the_name_that_is_printed_and_others_are_refu
         calls(tmp_path, gpus=1, chosen="versions kernel")
     assert refused.value.returncode == 2
     assert refused.value.stderr == f"error: PARTS: no part kernel; there are {' '.join(names)}\n"
+
+
+def test_where_findings_cannot_be_written_nothing_is_done(tmp_path):
+    (tmp_path / "out" / "parts.txt").mkdir(parents=True)
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        calls(tmp_path, gpus=0)
+    assert refused.value.returncode == 2
+    assert f"{tmp_path}/out/parts.txt: Is a directory" in refused.value.stderr
+    assert not (tmp_path / "calls").read_text()
 
 
 def test_the_folder_is_meant_as_the_caller_stands(tmp_path, monkeypatch):
