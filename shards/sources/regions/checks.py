@@ -1,11 +1,13 @@
 """What an image with regions must be like: each refusal names file, row, field, what was found and what to do."""
 
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import ExifTags, Image
 
 from xdscale.errors import XdscaleError
-from xdscale.files import shown
+from xdscale.files import one_line, shown
 from xdscale.shards.region_encoding import KEPT_CLASSES
 from xdscale.shards.regions import LABELS, RegionBuild
 
@@ -39,8 +41,8 @@ def checked_image(image: "RegionImage", build: RegionBuild, regions: int) -> dic
             raise refusal(image, "confidences", f"rise after region {rises[0]}, but were declared to fall (--order)")
     if (image.jpeg is not None) != build.jpeg:
         raise refusal(image, "jpeg", "some images have their file, others do not")
-    if image.jpeg is not None and not image.jpeg.startswith(b"\xff\xd8"):
-        raise refusal(image, "jpeg", f"the file begins with {image.jpeg[:4]!r}, which no JPEG does")
+    if image.jpeg is not None:
+        _check_jpeg(image)
     return labels
 
 
@@ -119,6 +121,29 @@ def checked_probs(image: "RegionImage", build: RegionBuild, regions: int) -> np.
 def refusal(image: "RegionImage", field: str, problem: str) -> XdscaleError:
     """Returns the error that names file, row, image and field."""
     return XdscaleError(f"{image.where}: image {shown(image.image_id)}: {field}: {problem}")
+
+
+def _check_jpeg(image: "RegionImage") -> None:
+    """Refuses a file that is no whole JPEG of the image's size: training would stop at it, in whatever step."""
+    if not image.jpeg.startswith(b"\xff\xd8"):
+        raise refusal(image, "jpeg", f"the file begins with {image.jpeg[:4]!r}, which no JPEG does")
+    try:
+        found = Image.open(io.BytesIO(image.jpeg), formats=("JPEG",))
+        turned = found.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        size = found.size[::-1] if turned else found.size
+        if size == tuple(image.size):
+            found.draft("L", (1, 1))  # all of the file is read, but few pixels are computed
+            found.load()
+    except Exception as error:  # Pillow's decoders raise what they come upon
+        raise refusal(image, "jpeg", f"not a readable image: {one_line(error)}") from None
+    if size != tuple(image.size):
+        width, height = image.size
+        raise refusal(
+            image,
+            "jpeg",
+            f"has {size[0]} × {size[1]} pixels, but the boxes are of an image of {width} × {height}; "
+            "give the file that they were found in",
+        )
 
 
 def _checked_label(image: "RegionImage", build: RegionBuild, name: str, regions: int) -> np.ndarray:

@@ -1,20 +1,23 @@
 """Every format is read as its own code would read it: ids, sizes, boxes, features, classes, in the files' order."""
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from xdscale.commands.regions import regions_app
 from xdscale.errors import XdscaleError
 from xdscale.shards.build import build_table, merge_parts
 from xdscale.shards.commands import shards_app
-from xdscale.shards.regions import RegionTable
+from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources.regions.files import Reading, load_sizes
 from xdscale.shards.sources.regions.importing import region_files
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.shards.workplace import Part
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -186,7 +189,7 @@ def test_jpegs_are_stored_too(tmp_path):
     (path,) = writers.butd(tmp_path, those)
     (tmp_path / "images").mkdir()
     for i in those:
-        (tmp_path / "images" / f"{i.id}.jpg").write_bytes(b"\xff\xd8" + i.id.encode() * int(i.id[-1] + "1"))
+        Image.new("RGB", i.size, int(i.id)).save(tmp_path / "images" / f"{i.id}.jpg")
     words = ["import", path, "--format", "butd", "--detector", writers.detector(tmp_path), "--out", tmp_path / "out"]
     assert run(*words, "--jpegs", tmp_path / "images").exit_code == 0
     table = RegionTable.open(tmp_path / "out")
@@ -197,6 +200,44 @@ def test_jpegs_are_stored_too(tmp_path):
         run_raising(*words[:-1], tmp_path / "out2", "--jpegs", tmp_path / "images")
     with pytest.raises(XdscaleError, match=r"/image: no such folder \(--jpegs\)"):
         run_raising(*words[:-1], tmp_path / "out2", "--jpegs", tmp_path / "image")
+
+
+def saved(size, kind="JPEG", **options):
+    stream = io.BytesIO()
+    Image.effect_noise(size, 80).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return {"exif": exif}
+
+
+def test_a_jpeg_that_a_camera_turned_is_of_its_image(tmp_path):
+    (one,) = writers.images(1)
+    image = RegionImage(one.id, one.size, one.boxes, jpeg=saved(one.size[::-1], **turned(8)))
+    assert len(build_regions([image], tmp_path / "out", Detector(model="x")).splits["all"].shards) == 1
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda size: saved(size, "PNG"), r"the file begins with b'\\x89PNG', which no JPEG does"),
+        (lambda size: saved(size)[:-900], "not a readable image: image file is truncated"),
+        (lambda size: saved(size, progressive=True)[:-900], "not a readable image: image file is truncated"),
+        (lambda size: b"\xff\xd8\xff" + bytes(900), "not a readable image: "),
+        (lambda size: saved(size[::-1]), "has .* pixels, but the boxes are of an image of "),
+        (lambda size: saved(size, **turned(6)), "has .* pixels, but the boxes are of an image of "),
+    ],
+)
+def test_a_file_that_training_could_not_read_is_refused_when_the_table_is_made(tmp_path, made, message):
+    """A run that comes upon it can never go on: its order is that of the table."""
+    good, bad = writers.images(2)
+    those = [RegionImage(one.id, one.size, one.boxes, jpeg=saved(one.size)) for one in (good, bad)]
+    with pytest.raises(XdscaleError, match=f"image '{bad.id}': jpeg: {message}"):
+        build_regions([those[0], those[1]._replace(jpeg=made(bad.size))], tmp_path / "out", Detector(model="x"))
+    assert not (tmp_path / "out" / "dataset.json").exists()
 
 
 def run_raising(*words):
