@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from xdscale.errors import XdscaleError
+from xdscale.files import is_text
 
 MANIFEST_NAME = "dataset.json"
 WORK_FOLDER = ".build"
@@ -76,6 +77,13 @@ class InputFile(ManifestSection):
     name: str
     bytes: Count
     sha256: Sha256
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_stated(cls, value: str) -> str:
+        if not is_text(value):  # said before the work, not when the file is written behind it
+            raise XdscaleError(f"{value}: its name is no text in UTF-8, as {MANIFEST_NAME} is; rename the file")
+        return value
 
 
 class ShardRecord(ManifestSection):

@@ -11,7 +11,8 @@ from pyarrow import parquet
 from xdscale.errors import XdscaleError
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.sources.corpus import read_documents, stream_documents
-from xdscale.shards.sources.inputs import find_inputs
+from xdscale.shards.sources.inputs import describe_inputs, find_inputs
+from xdscale.shards.sources.regions.files import load_sizes
 from xdscale.shards.sources.text import TextOptions, build_shards
 
 LONG = "one two three four five"
@@ -278,3 +279,15 @@ def test_bad_parquet_is_named(tmp_path):
     (tmp_path / "d.parquet").write_text("not parquet at all")
     with pytest.raises(XdscaleError, match=r"d\.parquet: not a whole parquet file"):
         list(stream_documents(tmp_path / "d.parquet", format="parquet"))
+
+
+def test_a_name_that_is_no_text_is_refused_before_anything_is_built(tmp_path):
+    """As files from an old archive have: `dataset.json`, which names them, is written last."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    path.write_text(LONG)
+    with pytest.raises(XdscaleError, match=r"its name is no text in UTF-8, as dataset\.json is; rename the file"):
+        describe_inputs([path])
+    sizes = path.with_suffix(".json")
+    sizes.write_text('{"1": [2, 3]}')
+    with pytest.raises(XdscaleError, match="--sizes .* no text in UTF-8; rename the file"):
+        load_sizes(str(sizes))

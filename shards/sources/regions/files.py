@@ -140,6 +140,8 @@ def load_sizes(name: str) -> ImageSizes:
     if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", name):
         return ImageSizes(name, {}, (int(match[1]), int(match[2])))
     path = Path(name)
+    if not is_text(path.name):
+        raise XdscaleError(f"--sizes {name}: its name is no text in UTF-8; rename the file")
     values = read_json(path)
     known: dict[str, tuple[int, int] | None] = {}
     try:
