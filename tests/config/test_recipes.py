@@ -102,6 +102,14 @@ def test_wrong_type_shows_key_and_value(write):
         load_recipe(write(MINIMAL | {"training": {"steps": "many", "global_batch": 4}}))
 
 
+@pytest.mark.parametrize("side", ["short_side", "long_side"])
+def test_an_image_is_never_scaled_to_what_no_memory_holds(side):
+    for name, load in (("vlbert-base-e2e", load_recipe), ("vlbert-refcoco-e2e", load_settings)):
+        for wrong in (15, 10_001, 10**20):
+            with pytest.raises(XdscaleError, match=rf"model\.pixels\.{side} = {wrong}: Input should be"):
+                load(name, [f"model.pixels.{side}={wrong}"])
+
+
 @pytest.mark.parametrize(
     "value",
     [

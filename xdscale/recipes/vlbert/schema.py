@@ -18,8 +18,10 @@ class Pixels(Section):
     """The branch of Fast R-CNN that is trained along, on the images themselves."""
 
     weights: NameOrPath = Field(description="ResNet-101 or its like under torchvision's names: a file, or random")
-    short_side: int = Field(600, ge=16, description="images are scaled so that their shorter side has these pixels")
-    long_side: int = Field(1000, ge=16, description="unless the longer one then has more than these")
+    short_side: int = Field(
+        600, ge=16, le=10_000, description="images are scaled so that their shorter side has these pixels"
+    )
+    long_side: int = Field(1000, ge=16, le=10_000, description="unless the longer one then has more than these")
 
 
 class TunedPixels(Pixels):
