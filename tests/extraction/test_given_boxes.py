@@ -96,6 +96,9 @@ def test_own_proposals_have_confidences(tmp_path):
         ({"images": [], "annotations": [{"bbox": [1, 2]}]}, "COCO's instances"),
         ({"images": [_image(5)], "annotations": [{"bbox": [0, 0, 1, 1], "image_id": "5"}]}, "image_id '5' is none of"),
         ({"images": [_image(5), _image(6)], "annotations": []}, "two images have the same file_name"),
+        ({"images": [_image(5), _image(5) | {"file_name": "b.jpg"}], "annotations": []}, "two images have the same id"),
+        ({"images": [_image(5)], "annotations": [{"bbox": list("1234"), "image_id": 5}]}, r"bbox is \['1', '2', '3'"),
+        ({"17": {"boxes": [[0, 0, 10**400, 5]]}}, "expected 'boxes'"),
     ],
 )
 def test_wrong_boxes_are_refused_by_name(tmp_path, value, words):

@@ -106,7 +106,7 @@ class GivenBoxes:
             scores = None if scores is None else np.array(scores, np.float64)
             if rows.shape != (len(rows), 4 + self.vcr) or (scores is not None and scores.shape != (len(rows),)):
                 raise ValueError(f"there they have the shape {rows.shape}")
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise XdscaleError(
                 f"{where}: image {picture.image_id!r}: expected 'boxes', each left, top, right, bottom"
                 f"{', score' if self.vcr else ', and with each or none a score'}: {error!r}"
@@ -140,6 +140,8 @@ def _by_image(path: Path) -> dict[str, dict[str, Any]]:
     try:
         for annotation in values["annotations"]:
             left, top, width, height = annotation["bbox"]
+            if not all(isinstance(side, int | float) for side in annotation["bbox"]):  # texts have a sum, too
+                raise ValueError(f"bbox is {shown(annotation['bbox'])}")
             boxes[annotation["image_id"]].append([left, top, left + width, top + height])
         found = {
             str(image["file_name"]): {
@@ -153,6 +155,8 @@ def _by_image(path: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"image_id {shown(min(unknown, key=str))} is none of the file's images")
         if len(found) < len(values["images"]):
             raise ValueError("two images have the same file_name")
+        if len({image["id"] for image in values["images"]}) < len(found):
+            raise ValueError("two images have the same id")
         return found
     except (KeyError, TypeError, ValueError) as error:
         raise XdscaleError(
