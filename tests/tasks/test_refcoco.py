@@ -138,6 +138,12 @@ def changed(number=0, **changes):
         ({"references": changed(3, split="test")}, r"holds no expression of the split 'testB'"),
         ({"references": changed(0, image_id="7")}, r"\[0\]\.image_id = '7': expected a valid integer"),
         ({"references": changed(0, sentences=[{"tokens": [], "sent_id": 1}])}, r"\[0\]: sentences\[0\] has no words"),
+        (
+            {"references": changed(0, sentences=[{"tokens": ["red"], "sent_id": 1}] * 2)},
+            r"\[0\]: sent_id 1 stands twice; each sentence has its own",
+        ),
+        ({"references": changed(0, ref_id=10**5000)}, r"\[0\]\.ref_id = a number too long to be shown"),
+        ({"references": changed(0, ann_id=-(10**5000))}, r"\[0\]\.ann_id = a number too long to be shown"),
         ({"references": b"\x80\x02nonsense"}, r"refs\(unc\)\.p: not a readable pickle"),
         ({"references": {"a": 1}}, "expected a valid list"),
         (

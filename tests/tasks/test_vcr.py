@@ -215,6 +215,32 @@ def test_metadata_are_checked_where_they_are_there(world):
     world.write("val.jsonl", entry(2, metadata_fn="../val.jsonl"))
     with pytest.raises(XdscaleError, match=r"metadata_fn = '\.\./val\.jsonl' leads out of "):
         VCR_QA.read(world.data)
+    world.write("val.jsonl", entry(2, metadata_fn="x" * 5000))
+    with pytest.raises(XdscaleError, match=r"val\.jsonl, line 1: metadata_fn = 'xxx.*' is not in "):
+        VCR_QA.read(world.data)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../val.jsonl"])
+def test_metadata_lie_nowhere_else_where_they_are_not_there_either(world, name):
+    world.write("val.jsonl", entry(2, metadata_fn=name))
+    with pytest.raises(XdscaleError, match=rf"val\.jsonl, line 1: metadata_fn = '{name}' leads out of "):
+        VCR_QA.read(world.data)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])
+def test_what_is_no_number_is_no_box_and_no_outline(world, number):
+    """JSON has none of these, but many write and read them."""
+    world.write_metadata(segms=[[[[1, 2], [30, 2], [7777, 40]]]] * 4)
+    examples = VCR_QA.read(world.data).train
+    assert VCR_QA.object_masks(examples[:1])[0].any((1, 2)).all()
+    path = world.folder / "vcr1images" / "lsmdc" / "0.json"
+    path.write_text(path.read_text().replace("7777", number))
+    with pytest.raises(XdscaleError, match=r"0\.json: segms\[0\]\[0\]\[2\]\[0\] = (nan|inf|-inf): expected a finite"):
+        VCR_QA.object_masks(examples[:1])
+    world.write_metadata(boxes=[[0, 1, 7777, 30, 0.9]] * 4)
+    path.write_text(path.read_text().replace("7777", number))
+    with pytest.raises(XdscaleError, match=r"0\.json: boxes\[0\]\[2\] = (nan|inf|-inf): expected a finite"):
+        VCR_QA.read(world.data)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one on Python 3.11
 
 from xdscale.data.json_shapes import Text, first_problem, read_whole
@@ -22,17 +23,21 @@ REFERENCES, INSTANCES = "refs(unc).p", "instances.json"
 TRAIN, DEV = "train", ("val", "testA", "testB")
 
 
+_Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""A pickle may hold numbers that nobody can write down."""
+
+
 class _Sentence(TypedDict):
     __pydantic_config__ = ConfigDict(strict=True)
-    sent_id: int
+    sent_id: _Number
     tokens: list[Text]
 
 
 class _Reference(TypedDict):
     __pydantic_config__ = ConfigDict(strict=True)
-    ref_id: int
-    ann_id: int
-    image_id: int
+    ref_id: _Number
+    ann_id: _Number
+    image_id: _Number
     split: str
     sentences: list[_Sentence]
 
@@ -127,7 +132,11 @@ def _examples(path: Path, instances: Path, boxes: dict[int, tuple[int, Phrase]])
             raise XdscaleError(
                 f"{where}: ann_id {reference['ann_id']} of image {reference['image_id']} {there} in {instances}"
             )
+        named: set[int] = set()
         for place, sentence in enumerate(reference["sentences"]):
+            if sentence["sent_id"] in named:
+                raise XdscaleError(f"{where}: sent_id {sentence['sent_id']} stands twice; each sentence has its own")
+            named.add(sentence["sent_id"])
             text = " ".join(sentence["tokens"])
             if not text:
                 raise XdscaleError(f"{where}: sentences[{place}] has no words")

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -67,6 +68,7 @@ class _Question(TypedDict):
 
 
 class _Metadata(TypedDict):
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
     names: list[str]
     boxes: list[list[float]]
     width: int
@@ -74,6 +76,7 @@ class _Metadata(TypedDict):
 
 
 class _Outlines(TypedDict):
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
     boxes: list[list[float]]
     segms: list[list[list[tuple[float, float]]]]
 
@@ -123,6 +126,8 @@ class CommonsenseReasoning(TextTask):
             if identifier in seen:
                 raise XdscaleError(f"{where}: annot_id {identifier} stands in line {seen[identifier]} already")
             seen[identifier] = line
+            if Path(name := entry["metadata_fn"]).is_absolute() or ".." in Path(name).parts:
+                raise XdscaleError(f"{where}: metadata_fn = {name!r} leads out of {images}")
             if images.is_dir():
                 _check_metadata(where, entry, images, checked)
             examples += self._examples(where, line, entry, labelled, images / entry["metadata_fn"])
@@ -302,10 +307,8 @@ def _check_metadata(where: str, entry: _Question, images: Path, checked: dict[st
     name = entry["metadata_fn"]
     if name not in checked:
         path = images / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise XdscaleError(f"{where}: metadata_fn = {name!r} leads out of {images}")
-        if not path.is_file():
-            raise XdscaleError(f"{where}: metadata_fn = {name!r} is not in {images}; is the download whole?")
+        if not os.path.isfile(path):  # unlike Path.is_file also where a name is too long
+            raise XdscaleError(f"{where}: metadata_fn = {shown(name)} is not in {images}; is the download whole?")
         metadata = read_whole(path, _Metadata)
         if len(metadata["boxes"]) != len(metadata["names"]):
             raise XdscaleError(f"{path}: {len(metadata['boxes'])} boxes, but {len(metadata['names'])} names")
@@ -321,7 +324,7 @@ def _check_metadata(where: str, entry: _Question, images: Path, checked: dict[st
 
 def _masks(truth: VCRTruth) -> np.ndarray:
     path, objects = truth.metadata, len(truth.objects)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise XdscaleError(
             f"model.object_masks: {path}: no such file; unpack vcr1images.zip, which has the outlines of objects, there"
         )
