@@ -3,7 +3,6 @@
 import os
 import resource
 import threading
-import weakref
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from xdscale.errors import XdscaleError
 from xdscale.names import expand_home
 from xdscale.shards.cache import ShardCache
+from xdscale.shards.descriptors import Descriptors
 from xdscale.shards.manifest import Column, Manifest, members
 from xdscale.shards.shard import OFFSETS, Ragged, read_layout
 
@@ -21,7 +21,7 @@ MAX_BOUNDS = 8 << 20
 """Bounds of ragged rows kept in memory, 4 bytes each: more than all of Wikipedia in sequences of 512."""
 LONG_BYTES, LONG_PIECE = 1 << 18, 1 << 13
 """From so many bytes on, in pieces of so many on average, what is read is not copied again."""
-CLOSED = NOT_KEPT = -1
+NOT_KEPT = -1
 
 
 class Table:
@@ -90,14 +90,12 @@ class Table:
         self._bounds_at = np.full((len(self._bounded), every_block), NOT_KEPT, np.int64)
         self._known = np.zeros(len(self._shards), bool)
         self._bounds = np.empty(min((len(self) + every_block) * len(self._bounded), MAX_BOUNDS), OFFSETS)
-        self._bounds_kept = self._batches = 0
+        self._bounds_kept = 0
         self._max_open = max_open_shards or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
         if cache is not None:
             self._max_open = min(self._max_open, cache.most_at_once(self._shards))
-        self._descriptors = np.full(len(self._shards), CLOSED, np.int64)
-        self._last_use = np.zeros(len(self._shards), np.int64)
-        self._changing = threading.RLock()  # what is known of shards, and which are open
-        weakref.finalize(self, _close, self._descriptors, slice(None))
+        self._descriptors = Descriptors(len(self._shards), self._max_open)
+        self._changing = threading.Lock()  # what is known of shards
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -231,10 +229,10 @@ class Table:
             block = np.searchsorted(self._block_rows, rows, side="right") - 1
             shard = self._block_shard[block]
             known = self._known[shard]
-            if not known.all():
-                self._learn_all(np.unique(shard[~known]))
-                block = np.searchsorted(self._block_rows, rows, side="right") - 1
-            return shard, block, rows - self._block_rows[block]
+            if known.all():
+                return shard, block, rows - self._block_rows[block]
+        self._learn_all(np.unique(shard[~known]))
+        return self._locate(rows)
 
     def _learn_all(self, unknown: np.ndarray) -> None:
         for first in range(0, len(unknown), self._max_open):
@@ -295,12 +293,9 @@ class Table:
 
     def _opened(self, shard: np.ndarray) -> AbstractContextManager[np.ndarray]:
         """Gives a file descriptor for each element, of `max_open_shards` shards at most, to be used in the block."""
-        return self._kept_open(shard) if self._cache is None else self._fetched(shard, self._cache)
-
-    @contextmanager
-    def _kept_open(self, shard: np.ndarray) -> Iterator[np.ndarray]:
-        with self._changing:  # or another thread closes what this one reads
-            yield self._open(shard)
+        if self._cache is None:
+            return self._descriptors.opened(shard, self._open_file)
+        return self._fetched(shard, self._cache)
 
     @contextmanager
     def _fetched(self, shard: np.ndarray, cache: ShardCache) -> Iterator[np.ndarray]:
@@ -309,22 +304,6 @@ class Table:
             raise self._in_quarantine(number)
         with cache.opened([self._shards[number] for number in numbers.tolist()]) as descriptors:
             yield np.array(descriptors)[places]
-
-    def _open(self, shard: np.ndarray) -> np.ndarray:
-        """Returns a file descriptor for each element, opening what is closed and closing the longest unused."""
-        self._batches += 1
-        self._last_use[shard] = self._batches
-        found = self._descriptors[shard]
-        if (found != CLOSED).all():
-            return found
-        closed = np.unique(shard[found == CLOSED])
-        opened = np.flatnonzero(self._descriptors != CLOSED)
-        surplus = len(opened) + len(closed) - self._max_open
-        if surplus > 0:
-            _close(self._descriptors, opened[np.argsort(self._last_use[opened], kind="stable")[:surplus]])
-        for number in closed.tolist():
-            self._descriptors[number] = self._open_file(number)
-        return self._descriptors[shard]
 
     def _open_file(self, number: int) -> int:
         record = self._shards[number]
@@ -341,29 +320,42 @@ class Table:
         return descriptor
 
     def _learn(self, number: int, descriptor: int) -> None:
-        """Finds where a shard's arrays lie, and keeps where its ragged rows begin and end."""
+        """Finds where a shard's arrays lie, and where its ragged rows begin and end; several threads may at once."""
         first_block = int(self._first_block[number])
         try:
             starts, rows = read_layout(descriptor, self._shards[number], list(self.columns.values()))
-            self._layout[:, first_block : first_block + len(rows) - 1] = starts
-            self._block_rows[first_block : first_block + len(rows) - 1] = self._starts[number] + rows[:-1]
-            for place in range(len(self._bounded)):
-                self._keep_bounds(descriptor, first_block, place, starts[len(self.columns) + place], np.diff(rows))
+            counts = np.diff(rows) + 1
+            bounds = [self._read_bounds(descriptor, begins, counts) for begins in starts[len(self.columns) :]]
         except OSError as error:
             raise self._unreadable(number, error) from None
         except ValueError as error:
             raise self._damaged(number, f"not a shard of this dataset ({error})") from None
-        self._known[number] = True
+        with self._changing:
+            if self._known[number]:
+                return
+            self._layout[:, first_block : first_block + len(rows) - 1] = starts
+            self._block_rows[first_block : first_block + len(rows) - 1] = self._starts[number] + rows[:-1]
+            for place, found in enumerate(bounds):
+                self._keep_bounds(place, first_block, counts, found)
+            self._known[number] = True
 
-    def _keep_bounds(self, descriptor: int, first_block: int, place: int, begins: np.ndarray, rows: np.ndarray) -> None:
+    def _read_bounds(self, descriptor: int, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns the bounds of a shard's ragged rows, block after block; none where there is no room to keep them."""
+        if self._bounds_kept + counts.sum() > len(self._bounds):
+            return np.empty(0, OFFSETS)
+        places = zip(begins.tolist(), counts.tolist())
+        found = b"".join(os.pread(descriptor, count * OFFSETS.itemsize, begin) for begin, count in places)
+        return np.frombuffer(found, OFFSETS)
+
+    def _keep_bounds(self, place: int, first_block: int, counts: np.ndarray, bounds: np.ndarray) -> None:
         """Keeps the bounds of a shard's ragged rows while there is room: one read less per row."""
-        if self._bounds_kept + rows.sum() + len(begins) > len(self._bounds):
+        end = self._bounds_kept + len(bounds)
+        if len(bounds) < counts.sum() or end > len(self._bounds):
             return
-        for block, (begin, count) in enumerate(zip(begins.tolist(), (rows + 1).tolist())):
-            kept = slice(self._bounds_kept, self._bounds_kept + count)
-            self._bounds[kept] = np.frombuffer(os.pread(descriptor, count * OFFSETS.itemsize, begin), OFFSETS)
-            self._bounds_at[place, first_block + block] = kept.start
-            self._bounds_kept = kept.stop
+        self._bounds[self._bounds_kept : end] = bounds
+        ends = self._bounds_kept + np.cumsum(counts)
+        self._bounds_at[place, first_block : first_block + len(counts)] = ends - counts
+        self._bounds_kept = end
 
     def _damaged(self, number: int, problem: str) -> XdscaleError:
         where = f"{self.folder / self._shards[number].file}: {problem}"
@@ -388,10 +380,3 @@ def open_table(folder: str | Path, split: str = "train", name: str | None = None
         XdscaleError: no valid manifest, or no such table or split.
     """
     return Table(Path(expand_home(str(folder))), split, name)
-
-
-def _close(descriptors: np.ndarray, which: np.ndarray | slice) -> None:
-    for descriptor in descriptors[which].tolist():
-        if descriptor != CLOSED:
-            os.close(descriptor)
-    descriptors[which] = CLOSED

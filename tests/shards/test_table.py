@@ -106,20 +106,21 @@ def test_results_do_not_depend_on_the_file_staying_open(many_blocks):
     assert np.array_equal(first, language[:2])
 
 
+def open_shards(folder):
+    """Returns the files of a folder that this process has open."""
+    names = [os.path.realpath(Path("/proc/self/fd") / name) for name in os.listdir("/proc/self/fd")]
+    return [name for name in names if name.startswith(str(folder))]
+
+
 @pytest.mark.parametrize("bound", [1, 2])
 def test_open_files_stay_bounded(many_blocks, bound):
     folder, _, _ = many_blocks
-
-    def open_shards():
-        names = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
-        return sum(os.path.realpath(name).startswith(str(folder)) for name in names)
-
     reader = Table(folder, "train", max_open_shards=bound)
-    assert open_shards() == 0
+    assert not open_shards(folder)
     for sample in (0, 100, 3000, 1, 2000, 3500):
         reader.read("language", np.array([sample]))
         reader.read_ragged("clip", np.array([sample]))
-        assert 1 <= open_shards() <= bound
+        assert 1 <= len(open_shards(folder)) <= bound
 
 
 def test_a_process_without_standard_output_keeps_its_shards_open(many_blocks):
@@ -157,6 +158,50 @@ def test_threads_that_read_at_once_do_not_disturb_each_other(many_blocks):
                 list(threads.map(read, range(3)))
     finally:
         sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_threads_read_at_the_same_time(many_blocks, monkeypatch, known):
+    """None waits for the disk that another one waits for, be it for a shard's layout or for rows."""
+    folder, language, _ = many_blocks
+    reader, rows = Table(folder, "train"), [np.array([3]), np.array([1500])]
+    if known:
+        reader.read("language", np.concatenate(rows))
+    together, pread, met = threading.Barrier(2, timeout=10), os.pread, set()
+
+    def meet(*place):
+        if threading.get_ident() not in met:
+            met.add(threading.get_ident())
+            together.wait()
+        return pread(*place)
+
+    monkeypatch.setattr(os, "pread", meet)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(reader.read, ["language"] * 2, rows))
+    assert len(met) == 2
+    assert all(np.array_equal(ids, language[wanted]) for ids, wanted in zip(found, rows))
+
+
+def test_what_one_thread_reads_is_not_closed_for_another(many_blocks, monkeypatch):
+    folder, language, _ = many_blocks
+    reader, pread, most = Table(folder, "train", max_open_shards=1), os.pread, []
+    reader.read("language", np.array([3, 1500]))  # both layouts are known
+    first, second = threading.Event(), []
+
+    def slowly(descriptor, *place):
+        if not first.is_set():
+            first.set()
+            other.start()
+            other.join(0.3)  # it waits for room, or closes this shard
+        most.append(len(open_shards(folder)))
+        return pread(descriptor, *place)
+
+    other = threading.Thread(target=lambda: second.append(reader.read("language", np.array([1500]))))
+    monkeypatch.setattr(os, "pread", slowly)
+    assert np.array_equal(reader.read("language", np.array([3])), language[[3]])
+    other.join()
+    assert np.array_equal(second[0], language[[1500]])
+    assert most == [1, 1]
 
 
 def test_a_shard_that_another_thread_opens_meanwhile_is_read_rightly(many_blocks):
