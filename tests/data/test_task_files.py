@@ -176,6 +176,16 @@ def test_torn_rows_are_left_out_where_the_public_file_has_them(tmp_path, capsys)
         find_task("qqp").read_examples(path, labelled=True)
 
 
+def test_torn_rows_are_a_note_of_the_data_and_print_nothing(tmp_path, capfd):
+    """Each process reads the files; notes are said once, by the first."""
+    head = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    rows = "".join(f"{n}\t1\t2\tHow is {n}?\tWhat is {n}?\t{n % 2}\n" for n in range(1000))
+    write(tmp_path / "QQP", train__tsv=head + rows + "7\t1\t2\tHow\n", dev__tsv=head + rows)
+    notes = find_task("qqp").read(tmp_path).notes
+    assert notes == (f"{tmp_path}/QQP/train.tsv: 1 rows without all columns left out, first line 1002",)
+    assert "".join(capfd.readouterr()) == ""
+
+
 def test_the_hubs_rows_become_the_public_format(tmp_path, monkeypatch):
     """Real `datasets`, on a local folder in the hub's layout: integer classes, -1 for unlabelled."""
     source = tmp_path / "hub"

@@ -3,9 +3,8 @@
 import csv
 import json
 import math
-import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +68,7 @@ def read_rows(
     *,
     optional: Sequence[str] = (),
     header: Sequence[str] = (),
-    torn_rows: bool = False,
+    torn_rows: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields a file's rows: the number of the line (in parquet, of the row), counted from 1, and text by column.
 
@@ -79,7 +78,7 @@ def read_rows(
         title: of the task, for messages.
         optional: columns that are given where they are there.
         header: of a TSV or CSV file that has no header line.
-        torn_rows: whether a few TSV or CSV rows without all columns are left out, with a warning, instead of refused.
+        torn_rows: told of the TSV or CSV rows without all columns that were left out, if they are few; None refuses.
 
     Raises:
         XdscaleError: the file cannot be read or is of another format; a column or a value is missing; a row is torn;
@@ -99,7 +98,12 @@ def place(path: Path, line: int) -> str:
 
 
 def _of_cells(
-    path: Path, wanted: Sequence[str], title: str, optional: Sequence[str], header: Sequence[str], torn_rows: bool
+    path: Path,
+    wanted: Sequence[str],
+    title: str,
+    optional: Sequence[str],
+    header: Sequence[str],
+    torn_rows: Callable[[str], None] | None,
 ) -> Iterator[tuple[int, dict[str, str]]]:
     rows = _csv(path) if path.suffix == ".csv" else _tsv(path)
     first = None if header else next(rows, None)
@@ -114,7 +118,7 @@ def _of_cells(
         if row in ([], [""]):
             continue
         if len(row) != len(columns):
-            if not torn_rows:
+            if torn_rows is None:
                 raise XdscaleError(f"{path}, line {line}: {len(row)} columns, expected {len(columns)}")
             torn.append(line)
             continue
@@ -127,8 +131,8 @@ def _of_cells(
         raise XdscaleError(
             f"{path}, line {torn[0]}: a column is missing, as in {len(torn)} of {whole + len(torn)} rows"
         )
-    if torn:
-        print(f"warning: {path}: {len(torn)} rows without all columns left out, first line {torn[0]}", file=sys.stderr)
+    if torn and torn_rows is not None:
+        torn_rows(f"{path}: {len(torn)} rows without all columns left out, first line {torn[0]}")
 
 
 def _tsv(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +24,10 @@ HELD_OUT_SHARE = 0.1
 
 NEAR = 0.5
 """A regression counts as right within this distance, for the one number that all tasks show during training."""
+
+
+def _warn_on_stderr(problem: str) -> None:
+    print(f"warning: {problem}", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +153,14 @@ class TextTask:
         folder = self.locate(data)
         test = {out: name for out, name in self.test.items() if (folder / name).is_file()}
         files: dict[str, dict[str, str | int]] = {}
+        notes: list[str] = []
+        say = {"say": notes.append} if self.torn_rows else {}  # what overrides `read_examples` has none of these
 
         def read(name: str, split: str) -> list[Example]:
             path = folder / name
             if not path.is_file():
                 raise XdscaleError(f"{path}: no such file; the {split} split of {self.title} is needed")
-            examples = self.read_examples(path, labelled=split != "test")
+            examples = self.read_examples(path, labelled=split != "test", **say)
             files[name] = {"sha256": file_sha256(path), "rows": len(examples)}
             return examples
 
@@ -175,14 +182,18 @@ class TextTask:
             {out: read(name, "test") for out, name in test.items()},
             files,
             {split: str(Path(self.folder, name)) for split, name in names.items()},
+            tuple(notes),
         )
 
-    def read_examples(self, path: Path, *, labelled: bool) -> list[Example]:
+    def read_examples(
+        self, path: Path, *, labelled: bool, say: Callable[[str], None] = _warn_on_stderr
+    ) -> list[Example]:
         """Reads one file, of a format that `xdscale.data.task_files.read_rows` knows by its name.
 
         Args:
             path: the file.
             labelled: whether the label column is needed; in an unlabelled split it is not looked at.
+            say: told of torn rows that were left out.
 
         Raises:
             XdscaleError: as `read`.
@@ -194,7 +205,7 @@ class TextTask:
             self.title,
             optional=[self.id] if self.id else [],
             header=self.headerless if labelled else (),
-            torn_rows=self.torn_rows,
+            torn_rows=say if self.torn_rows else None,
         )
         examples = []
         for number, (line, row) in enumerate(rows):
