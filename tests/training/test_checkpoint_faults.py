@@ -364,21 +364,6 @@ def test_nothing_is_deleted_when_the_new_checkpoint_does_not_read_back(tmp_path,
     assert resume(run) == 3
 
 
-def test_retention_keeps_the_newest_and_every_nth_and_ignores_an_abandoned_future(tmp_path):
-    steps = [Path(checkpoint_folder.checkpoint_name(step)) for step in (10, 20, 30, 40, 50, 70)]
-
-    def gone(step, **retention):
-        return [
-            checkpoint_folder.step_of(path) for path in checkpoint_folder.Retention(**retention).outdated(steps, step)
-        ]
-
-    assert gone(70, newest=2) == [10, 20, 30, 40]
-    assert gone(70, newest=2, every=20) == [10, 30]
-    # A run that fell back to 40 and saved 50: what lies ahead of it is damaged and must not push 50 out.
-    assert gone(50, newest=1) == [10, 20, 30, 40]
-    assert gone(50, newest=5) == []
-
-
 @pytest.mark.proof
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + LAUNCHES))
 def test_deepspeed_killed_while_saving(adapt, start, short_shards, tmp_path, monkeypatch, seed):

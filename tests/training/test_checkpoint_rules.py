@@ -1,6 +1,7 @@
 """What a checkpoint may be continued with, what is cleared away and by whom it is read again; without an engine."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -120,3 +121,18 @@ def test_a_failed_save_says_how_much_room_it_needed(tmp_path):
     said = ckpt._cannot_write(SimpleNamespace(module=module), tmp_path / "step-00000001")
     assert f"(about {14 + 6 + 32} MiB are needed, " in said
     assert said.endswith("the run has no older checkpoint)")
+
+
+def test_retention_keeps_the_newest_and_every_nth_and_ignores_an_abandoned_future(tmp_path):
+    steps = [Path(checkpoint_folder.checkpoint_name(step)) for step in (10, 20, 30, 40, 50, 70)]
+
+    def gone(step, **retention):
+        return [
+            checkpoint_folder.step_of(path) for path in checkpoint_folder.Retention(**retention).outdated(steps, step)
+        ]
+
+    assert gone(70, newest=2) == [10, 20, 30, 40]
+    assert gone(70, newest=2, every=20) == [10, 30]
+    # A run that fell back to 40 and saved 50: what lies ahead of it is damaged and must not push 50 out.
+    assert gone(50, newest=1) == [10, 20, 30, 40]
+    assert gone(50, newest=5) == []
