@@ -55,7 +55,12 @@ def collectives(found: list[Module], settings: Settings, ranks: int, accumulatio
     """
     dtype, width = _DTYPES[settings.precision], settings.parameter_bytes
     listed = [
-        Collective("all_reduce", "int64", 8 * (tasks + 2), "targets, tokens, stop requests"),
+        Collective(
+            "all_reduce",
+            "int64",
+            8 * (tasks + 2 + accumulation * tasks),
+            "targets, tokens, stop requests, objectives of each micro-batch",
+        ),
         Collective("all_reduce", "float64", 8 * 2 * tasks, "losses"),
     ]
     if settings.stage == 3:
