@@ -90,6 +90,13 @@ def test_bytes_are_at_most_a_tenth_above_the_least(documented):
         assert integer(row["bytes at least"]) <= integer(row["bytes moved"]) <= 1.1 * integer(row["bytes at least"])
 
 
+def test_what_needs_no_compiler_is_as_the_docs_say(documented):
+    for row, case in zip(documented, shipped_cases(), strict=True):
+        said = row["bytes moved"], row["bytes at least"], row["GFLOP"], row["warps"], row["stages"]
+        sizes = f"{case.bytes_moved:,}", f"{case.lower_bound_bytes:,}", f"{case.flops / 1e9:.1f}"
+        assert said == (*sizes, str(case.num_warps), str(case.num_stages)), (case.name, case.target)
+
+
 def test_compilers_give_what_the_docs_say(documented):
     by_name = {(row["kernel"], row["target"]): position for position, row in enumerate(documented)}
     positions = [by_name[name] for name in COMPILED_HERE]

@@ -263,6 +263,7 @@ def test_the_paper_has_the_likeliest_class_as_the_target(collator):
         for target in ("distribution", "class")
     )
     assert len(soft.arrays["masked_region_labels"]) > 20
+    assert soft.arrays["masked_region_labels"].dtype == hard.arrays["masked_region_labels"].dtype == np.float32
     for found, wanted in zip(hard.arrays["masked_region_labels"], soft.arrays["masked_region_labels"], strict=True):
         likeliest = max(range(7), key=wanted.tolist().__getitem__)
         assert found.tolist() == [float(number == likeliest) for number in range(7)]
