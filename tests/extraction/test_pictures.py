@@ -62,6 +62,13 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, content, words):
     assert str(error.value).startswith(str(path))
 
 
+def test_what_is_no_file_is_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    for name in (tmp_path, "/dev/zero"):
+        with pytest.raises(XdscaleError, match=f"^{name}.*: is a pipe or a device"):
+            find_pictures([str(name)], "stem")
+
+
 def test_images_are_found_in_order_with_ids(tmp_path):
     for name in ("b/COCO_val2014_000000000042.jpg", "a.PNG", "notes.txt", ".hidden.jpg", "b/7.jpeg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

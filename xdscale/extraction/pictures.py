@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -76,9 +77,12 @@ def _below(folder: Path) -> list[Path]:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        status = path.stat()
     except OSError as error:  # a link that leads nowhere
         raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}; take it away") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise XdscaleError(f"{path}: is a pipe or a device, which may never end; take it away")
+    return status.st_size
 
 
 def _image_id(path: Path, root: Path, ids: Ids) -> str:
