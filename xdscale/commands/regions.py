@@ -66,6 +66,9 @@ def import_command(
         Literal["none", "first"], typer.Option(help="first: region 0 of each image is the whole image.")
     ] = "none",
     jpegs: Annotated[UserPath | None, typer.Option(help="Folder of the images, ID.jpg, to be stored too.")] = None,
+    bad_images: Annotated[
+        Literal["refuse", "skip"], typer.Option(help="With --jpegs: what cannot be read; skip names it and goes on.")
+    ] = "refuse",
     shard_images: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1024,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     part: Annotated[str, typer.Option(help="i/n: build part i (from 0) of n, then 'xdscale shards merge'.")] = "0/1",
@@ -81,6 +84,7 @@ def import_command(
         sizes=load_sizes(sizes) if sizes else None,
         ids=ids,
         jpegs=jpegs,
+        bad_images=bad_images,
     )
     source = region_files(
         inputs,

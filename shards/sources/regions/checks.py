@@ -42,7 +42,7 @@ def checked_image(image: "RegionImage", build: RegionBuild, regions: int) -> dic
     if (image.jpeg is not None) != build.jpeg:
         raise refusal(image, "jpeg", "some images have their file, others do not")
     if image.jpeg is not None:
-        _check_jpeg(image)
+        check_jpeg(image)
     return labels
 
 
@@ -123,7 +123,7 @@ def refusal(image: "RegionImage", field: str, problem: str) -> XdscaleError:
     return XdscaleError(f"{image.where}: image {shown(image.image_id)}: {field}: {problem}")
 
 
-def _check_jpeg(image: "RegionImage") -> None:
+def check_jpeg(image: "RegionImage") -> None:
     """Refuses a file that is no whole JPEG of the image's size: training would stop at it, in whatever step."""
     if not image.jpeg.startswith(b"\xff\xd8"):
         raise refusal(image, "jpeg", f"the file begins with {image.jpeg[:4]!r}, which no JPEG does")
@@ -135,14 +135,16 @@ def _check_jpeg(image: "RegionImage") -> None:
             found.draft("L", (1, 1))  # all of the file is read, but few pixels are computed
             found.load()
     except Exception as error:  # Pillow's decoders raise what they come upon
-        raise refusal(image, "jpeg", f"not a readable image: {one_line(error)}") from None
+        raise refusal(
+            image, "jpeg", f"not a readable image: {one_line(error)}; mend it, or leave it out: --bad-images skip"
+        ) from None
     if size != tuple(image.size):
         width, height = image.size
         raise refusal(
             image,
             "jpeg",
             f"has {size[0]} × {size[1]} pixels, but the boxes are of an image of {width} × {height}; "
-            "give the file that they were found in",
+            "give the file that they were found in, or leave it out: --bad-images skip",
         )
 
 

@@ -6,6 +6,7 @@ an index: a place for each image, and while ids are compared a hash.
 
 import hashlib
 import re
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 from xdscale.errors import XdscaleError
 from xdscale.files import file_sha256, is_text, read_json, shown
 from xdscale.shards.manifest import InputFile
+from xdscale.shards.sources.regions.checks import check_jpeg
 from xdscale.shards.sources.regions.source import RegionImage
 
 _TRAILING_NUMBER = re.compile(r"0*(\d+)$")
@@ -32,6 +34,7 @@ class Reading:
         sizes: width and height of images by id, for formats that do not hold them; or one size of all.
         ids: what ids become: "as-given", their "stem" (no folder, no ending), or the "number" that they end with.
         jpegs: folder of the images themselves, ID.jpg, to be stored too.
+        bad_images: "refuse" those whose file is not there or cannot be read, or "skip" them with a warning.
         class_names: of detections whose classes are named.
         objects: how many classes the detector has, background aside; 0 where that is not known.
     """
@@ -40,6 +43,7 @@ class Reading:
     sizes: "ImageSizes | None" = None
     ids: Literal["as-given", "stem", "number"] = "as-given"
     jpegs: Path | None = None
+    bad_images: Literal["refuse", "skip"] = "refuse"
     class_names: tuple[str, ...] = ()
     objects: int = 0
 
@@ -213,8 +217,8 @@ class FileImages:
             XdscaleError: there is none.
         """
         for number, places in enumerate(self._places):
-            if places:
-                return next(self.images((number, places.part(0, 1))))
+            for image in (one for at in range(len(places)) for one in self.images((number, places.part(at, at + 1)))):
+                return image
         names = ", ".join(path.name for path in self._paths[:3])
         raise XdscaleError(f"{names}: no images with regions; is the format right?")
 
@@ -234,11 +238,19 @@ class FileImages:
     def images(self, work: tuple[int, list[Any]]) -> Iterator[RegionImage]:
         """Yields the images of a unit, with the ids that were asked for."""
         number, places = work
-        path = self._paths[number]
+        path, skips = self._paths[number], self._reading.bad_images == "skip"
         try:
             for image in self._format.read(path, places):
-                jpeg = self._jpeg(image)
-                yield image._replace(image_id=self._renamed(image.image_id, image.where), jpeg=jpeg)
+                try:
+                    found = image._replace(jpeg=self._jpeg(image))
+                    if skips and found.jpeg is not None:
+                        check_jpeg(found)
+                except XdscaleError as error:
+                    if not skips:
+                        raise
+                    print(f"warning: left out: {error}", file=sys.stderr, flush=True)
+                    continue
+                yield found._replace(image_id=self._renamed(image.image_id, image.where))
         except OSError as error:
             raise XdscaleError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
 
@@ -295,7 +307,8 @@ class FileImages:
             if path.is_file():
                 return path.read_bytes()
         raise XdscaleError(
-            f"{image.where}: image {shown(image.image_id)}: {folder / name}.jpg does not exist (--jpegs)"
+            f"{image.where}: image {shown(image.image_id)}: {folder / name}.jpg does not exist (--jpegs); "
+            "--bad-images skip leaves such images out"
         )
 
 

@@ -242,3 +242,23 @@ def test_a_file_that_training_could_not_read_is_refused_when_the_table_is_made(t
 
 def run_raising(*words):
     return CliRunner().invoke(regions_app, [str(word) for word in words], catch_exceptions=False)
+
+
+def test_images_whose_files_cannot_be_read_can_be_left_out(tmp_path):
+    """Of millions of files from the web some are always gone, or torn."""
+    those = writers.images(5)
+    (path,) = writers.butd(tmp_path, those)
+    (tmp_path / "images").mkdir()
+    for one in those[1:]:
+        (tmp_path / "images" / f"{one.id}.jpg").write_bytes(saved(one.size)[: -900 if one is those[3] else None])
+    words = ["import", path, "--format", "butd", "--detector", writers.detector(tmp_path)]
+    words += ["--jpegs", tmp_path / "images", "--shard-images", "1", "--out", tmp_path / "out"]
+    with pytest.raises(XdscaleError, match=r"1000\.jpg does not exist \(--jpegs\); --bad-images skip leaves such"):
+        run_raising(*words)
+    done = run_raising(*words, "--bad-images", "skip")
+    table = RegionTable.open(tmp_path / "out")
+    assert table.image_ids(np.arange(len(table))) == [those[place].id for place in (1, 2, 4)]
+    assert table.build.options["bad_images"] == "skip"
+    assert done.exit_code == 0
+    assert "warning: left out: " in done.stderr
+    assert f"image '{those[3].id}': jpeg: not a readable image" in done.stderr
