@@ -111,6 +111,20 @@ def test_an_image_is_never_scaled_to_what_no_memory_holds(side):
 
 
 @pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("vlbert-base-precomputed", ("region_size", "region_classes", "max_elements")),
+        ("visualbert-vqa-coco", ("region_size", "max_regions", "max_text")),
+    ],
+)
+def test_sizes_of_which_no_array_can_be_made_are_refused(name, keys):
+    for key in keys:
+        for wrong in (0, 2**20, 10**20):
+            with pytest.raises(XdscaleError, match=rf"model\.{key} = {wrong}: Input should be"):
+                load_recipe(name, [f"model.{key}={wrong}"])
+
+
+@pytest.mark.parametrize(
     "value",
     [
         *(f"optim.{key}=.inf" for key in ("learning_rate", "eps", "weight_decay", "gradient_clipping")),

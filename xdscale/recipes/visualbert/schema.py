@@ -12,10 +12,12 @@ class VisualModel(LanguageModel):
     """The BERT that it is made of, and how it reads regions."""
 
     dropout: float = Field(0.1, ge=0, lt=1, description="everywhere")
-    region_size: int = Field(ge=1, description="width of a region's features in the table")
+    region_size: int = Field(ge=1, lt=2**20, description="width of a region's features in the table")
     spatial: bool = Field(False, description="append each box to its features: six shares of the image's size")
-    max_regions: int | None = Field(None, ge=1, description="of an image, the first ones; null for all")
-    max_text: int = Field(128, ge=4, description="word pieces with [CLS] and [SEP]; the longer caption is cut first")
+    max_regions: int | None = Field(None, ge=1, lt=2**16, description="of an image, the first ones; null for all")
+    max_text: int = Field(
+        128, ge=4, lt=2**16, description="word pieces with [CLS] and [SEP]; the longer caption is cut first"
+    )
     images: bool = Field(True, description="false: captions alone, the ablation without images")
     early_fusion: bool = Field(True, description="false: regions enter one new layer behind those of BERT")
     alignment: Literal["sum", "mean"] = Field(

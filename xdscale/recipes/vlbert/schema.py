@@ -36,8 +36,12 @@ class GroundedModel(LanguageModel):
     """The BERT that it is made of, and how it reads regions."""
 
     dropout: float = Field(0.1, ge=0, lt=1, description="everywhere")
-    region_size: int = Field(2048, ge=1, description="width of a region's features: 2,048 of pixels, else the table's")
-    region_classes: int = Field(1601, ge=2, description="of the detector's distributions, with the background")
+    region_size: int = Field(
+        2048, ge=1, lt=2**20, description="width of a region's features: 2,048 of pixels, else the table's"
+    )
+    region_classes: int = Field(
+        1601, ge=2, le=2**16, description="of the detector's distributions, with the background"
+    )
     pixels: Pixels | None = Field(None, description="null reads features from the table, which then stay as they are")
     flip: float = FLIP
     corners: bool = Field(
@@ -48,7 +52,10 @@ class GroundedModel(LanguageModel):
         True, description="a masked region's token is its own (release); false: that of all regions (paper)"
     )
     max_elements: int = Field(
-        64, ge=4, description="words, [CLS], [SEP] and regions with the whole image; the longer side is cut first"
+        64,
+        ge=4,
+        lt=2**16,
+        description="words, [CLS], [SEP] and regions with the whole image; the longer side is cut first",
     )
 
     def encoder_values(self) -> dict[str, int | bool]:
