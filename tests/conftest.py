@@ -189,6 +189,32 @@ def small_trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def kept_bytes() -> Callable[..., int]:
+    """Returns a function that sums the unique storages that autograd keeps in one forward pass.
+
+    Parameters, buffers and the batch are left out.
+    """
+    import torch
+
+    def sum_of(module, batch):
+        own = [*module.parameters(), *module.buffers(), *filter(torch.is_tensor, batch.values())]
+        excluded, kept, alive = {tensor.untyped_storage().data_ptr() for tensor in own}, {}, []
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in excluded:
+                kept[storage.data_ptr()] = storage.nbytes()
+                alive.append(tensor)  # or its address would be used again
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(batch)
+        return sum(kept.values())
+
+    return sum_of
+
+
 @pytest.fixture(scope="session")
 def fp32_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped DeepSpeed configurations in fp32: a CPU without bf16 instructions is a hundred times slower in bf16.

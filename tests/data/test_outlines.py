@@ -1,4 +1,4 @@
-"""Outlines of objects as masks, as VL-BERT's release makes them with scikit-image's `polygon`."""
+"""Outlines of objects as masks, as VL-BERT's release makes them with scikit-image, and r2c with matplotlib."""
 
 import numpy as np
 import pytest
@@ -32,6 +32,20 @@ def test_places_inside_an_outline_are_marked(seed):
     found = object_mask(outlines, box)
     assert 10 < wanted.sum() < 190
     np.testing.assert_array_equal(found, wanted.reshape(14, 14))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_centres_they_are_those_of_r2c(seed):
+    """Spec VisualBERT §4: the middles of 14 × 14 places of the box as it is; outlines may lead out of it."""
+    chance = np.random.default_rng(seed)
+    outlines = [chance.random((7, 2)) * 80 + 10, chance.random((4, 2)) * 20 + 40]
+    left, top, right, bottom = box = (20.5, 30.25, 70.0, 81.5)
+    across, down = (right - left) / 28, (bottom - top) / 28
+    columns, rows = np.linspace(left + across, right - across, 14), np.linspace(top + down, bottom - down, 14)
+    middles = np.stack(np.meshgrid(columns, rows), 2).reshape(-1, 2)
+    wanted = sum(Path(outline).contains_points(middles).reshape(14, 14) for outline in outlines) > 0
+    assert 5 < wanted.sum() < 191
+    np.testing.assert_array_equal(object_mask(outlines, box, centres=True), wanted)
 
 
 def test_edges_and_corners_count_and_what_leads_out_is_moved_to_the_edge():

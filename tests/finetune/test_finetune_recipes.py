@@ -119,7 +119,15 @@ def test_the_default_for_a_gpu_without_bf16_is_fp16():
 
 @pytest.mark.parametrize(
     ("name", "epochs", "batch"),
-    [("vqa", 10, 64), ("nlvr2", 10, 64), ("vcr-answer", 8, 32), ("vcr-rationale", 12, 32), ("flickr30k", 5, 32)],
+    [
+        ("vqa", 10, 64),
+        ("nlvr2", 10, 64),
+        ("vcr-answer", 8, 32),
+        ("vcr-rationale", 12, 32),
+        ("flickr30k", 5, 32),
+        ("vcr-answer-e2e", 8, 32),
+        ("vcr-rationale-e2e", 12, 32),
+    ],
 )
 def test_visualberts_settings_are_those_of_its_release(name, epochs, batch):
     """Spec VisualBERT §4: BertAdam at 2e-5 with the pooler left out, and the best of at most so many epochs."""
@@ -131,6 +139,15 @@ def test_visualberts_settings_are_those_of_its_release(name, epochs, batch):
     assert (optim.learning_rate, optim.bias_correction, optim.eps, optim.betas) == (2e-5, False, 1e-6, (0.9, 0.999))
     assert (optim.weight_decay, optim.decayed, optim.warmup_ratio) == (0.01, "weights", 0.1)
     assert settings.model.freeze_pooler
+    pixels = settings.model.pixels
+    assert (pixels is not None) == name.endswith("e2e")
+    if pixels is not None:  # §3: images of 768 × 384
+        assert (pixels.long_side, pixels.short_side, pixels.freeze, settings.model.objects) == (
+            768,
+            384,
+            False,
+            "named",
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from xdscale.plan import profile
 
@@ -67,28 +66,3 @@ def small_model(tmp_path_factory):
     chosen = {"language.name": folder, "language.weights": "random", "language.sha256": "null"}
     chosen |= {"clip.name": folder / "clip.json", "clip.weights": "random"}
     return [f"model.{key}={value}" for key, value in chosen.items()]
-
-
-@pytest.fixture
-def kept_bytes():
-    """Returns a function that sums the unique storages that autograd keeps in one forward pass.
-
-    Parameters, buffers and the batch are left out.
-    """
-
-    def sum_of(module, batch):
-        own = [*module.parameters(), *module.buffers(), *filter(torch.is_tensor, batch.values())]
-        excluded, kept, alive = {tensor.untyped_storage().data_ptr() for tensor in own}, {}, []
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in excluded:
-                kept[storage.data_ptr()] = storage.nbytes()
-                alive.append(tensor)  # or its address would be used again
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            module(batch)
-        return sum(kept.values())
-
-    return sum_of

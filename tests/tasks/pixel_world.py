@@ -1,4 +1,4 @@
-"""A few pictures as JPEG files with boxes, expressions about them, and a VL-BERT of pixels."""
+"""A few pictures as JPEG files with boxes, expressions and questions about them, and a VL-BERT of pixels."""
 
 import io
 import json
@@ -21,6 +21,8 @@ SIZES = ((60, 40), (40, 60), (50, 50))
 SCALED = ((43, 29), (29, 43), (32, 32))
 """Of the sizes: the shorter side becomes 32, or less so that the longer one has 44 at most."""
 PIXELS = {"short_side": 32, "long_side": 44}
+OBJECTS = (["person", "car"], ["toothbrush"], ["dog", "dog", "person"])
+"""Of each question."""
 WORDS = ("the left dog", "red", "a right hand on the left")
 
 
@@ -97,3 +99,51 @@ def scaled(number):
 def normalised(image):
     """Its pixels in fp64: blue, green, red, less the means."""
     return torch.tensor(np.asarray(image, np.float64)[:, :, ::-1] - MEANS.astype(np.float64)).permute(2, 0, 1)
+
+
+def outline(box, part):
+    """A triangle in a box, with a corner outside of it."""
+    left, top, right, bottom = box
+    return [[left - 3, top], [right, top + 1.5], [left + (right - left) * part, bottom]]
+
+
+def questions_in(folder, tags=(0, 0, 0)):
+    """Three questions of VCR to train on, with the metadata of their images; each one speaks of one object."""
+    images = folder / "VCR" / "vcr1images" / "m"
+    images.mkdir(parents=True)
+    lines = []
+    for number, objects in enumerate(OBJECTS):
+        boxes = [[*box, 0.9] for box in boxes_of(number).tolist()]
+        outlines = [[outline(box[:4], 0.4), outline(box[:4], 0.8)] for box in boxes]
+        outlines[-1] = outlines[-1] if number else []  # the car of the first one has none
+        width, height = SIZES[number]
+        stored = {"names": objects, "boxes": boxes, "segms": outlines, "width": width, "height": height}
+        (images / f"{number}.json").write_text(json.dumps(stored))
+        lines.append({
+            "annot_id": f"x-{number}", "img_fn": f"m/{number}.jpg", "metadata_fn": f"m/{number}.json",
+            "objects": objects, "question": ["Is", [tags[number]], "on", "the", "left", "?"],
+            "answer_choices": [["No", "."], ["It", "is", "red", "."], [[tags[number]], "sits", "."], ["Yes"]],
+            "answer_label": number,
+            "rationale_choices": [["Snow"], ["Rain"], ["It", "is"], ["So"]], "rationale_label": 0,
+        })  # fmt: skip
+    for split in ("train", "val"):
+        (folder / "VCR" / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def boxes_of(number):
+    """As many of a picture's boxes as it has objects."""
+    _, boxes = drawn(number + 3)  # of the same size, with up to four boxes
+    return np.concatenate([boxes, boxes * 0.9])[: len(OBJECTS[number])]
+
+
+def pictures_of_questions(folder, whole_image="first"):
+    """The whole image, then the objects; whether the table says of it that it is that, or not."""
+    images = []
+    for number in range(3):
+        size = SIZES[number]
+        boxes = np.concatenate([[[0, 0, *size]], boxes_of(number)]).astype("<f4")
+        jpeg, _ = drawn(number)
+        images.append(RegionImage(f"m/{number}.jpg", size, boxes, None, {}, None, jpeg, str(number)))
+    build_regions(images, folder, Detector(model="drawn"), whole_image=whole_image)
+    return RegionTable.open(folder)

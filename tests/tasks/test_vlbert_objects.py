@@ -19,8 +19,6 @@ from xdscale.finetune.recipe import load_settings, resolve_run
 from xdscale.finetune.run import FinetuneSystem
 from xdscale.models.fast_rcnn import load_fast_rcnn
 from xdscale.pretrained.vlbert import load_vlbert, save_release
-from xdscale.shards.regions import Detector, RegionTable
-from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.systems.contract import Objective, Place, Slots
 from xdscale.tasks.contract import ModelSettings, find_task, read_task
 from xdscale.tasks.finetuning import Finetuning
@@ -41,64 +39,19 @@ def loaded(path):
 world = loaded(Path(__file__).with_name("pixel_world.py"))
 padded_vlbert = loaded(Path(__file__).parents[1] / "models" / "padded_vlbert.py")
 TASK = find_task("vcr_qa")
-OBJECTS = (["person", "car"], ["toothbrush"], ["dog", "dog", "person"])
 NUMBERS = ((1, 3), (80,), (17, 17, 1))
 """Of the classes, COCO's in its order behind the background: `categories` in the release's vcr.py."""
 
 
-def outline(box, part):
-    """A triangle in a box, with a corner outside of it."""
-    left, top, right, bottom = box
-    return [[left - 3, top], [right, top + 1.5], [left + (right - left) * part, bottom]]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Three questions to train on, with the metadata of their images; the objects are those of the pictures."""
-    folder = tmp_path_factory.mktemp("data")
-    images = folder / "VCR" / "vcr1images" / "m"
-    images.mkdir(parents=True)
-    lines = []
-    for number, objects in enumerate(OBJECTS):
-        boxes = [[*box, 0.9] for box in boxes_of(number).tolist()]
-        outlines = [[outline(box[:4], 0.4), outline(box[:4], 0.8)] for box in boxes]
-        outlines[-1] = outlines[-1] if number else []  # the car of the first one has none
-        width, height = world.SIZES[number]
-        stored = {"names": objects, "boxes": boxes, "segms": outlines, "width": width, "height": height}
-        (images / f"{number}.json").write_text(json.dumps(stored))
-        lines.append({
-            "annot_id": f"x-{number}", "img_fn": f"m/{number}.jpg", "metadata_fn": f"m/{number}.json",
-            "objects": objects, "question": ["Is", [0], "on", "the", "left", "?"],
-            "answer_choices": [["No", "."], ["It", "is", "red", "."], [[0], "sits", "."], ["Yes"]],
-            "answer_label": number,
-            "rationale_choices": [["Snow"], ["Rain"], ["It", "is"], ["So"]], "rationale_label": 0,
-        })  # fmt: skip
-    for split in ("train", "val"):
-        (folder / "VCR" / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def boxes_of(number):
-    """As many of a picture's boxes as it has objects."""
-    _, boxes = world.drawn(number + 3)  # of the same size, with up to four boxes
-    return np.concatenate([boxes, boxes * 0.9])[: len(OBJECTS[number])]
+    return world.questions_in(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module", params=["first", "none"])
 def table(request, tmp_path_factory):
     """The whole image, then the objects; whether the table says of it that it is that, or not."""
-    return table_of(tmp_path_factory.mktemp("pictures") / "table", request.param)
-
-
-def table_of(folder, whole_image):
-    images = []
-    for number in range(3):
-        size = world.SIZES[number]
-        boxes = np.concatenate([[[0, 0, *size]], boxes_of(number)]).astype("<f4")
-        jpeg, _ = world.drawn(number)
-        images.append(RegionImage(f"m/{number}.jpg", size, boxes, None, {}, None, jpeg, str(number)))
-    build_regions(images, folder, Detector(model="drawn"), whole_image=whole_image)
-    return RegionTable.open(folder)
+    return world.pictures_of_questions(tmp_path_factory.mktemp("pictures") / "table", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +70,8 @@ def slots(*samples, real=True):
 
 
 def masks_of(number):
-    boxes = boxes_of(number).tolist()
-    found = [object_mask([np.array(outline(box, 0.4)), np.array(outline(box, 0.8))], box) for box in boxes]
+    boxes = world.boxes_of(number).tolist()
+    found = [object_mask([np.array(world.outline(box, 0.4)), np.array(world.outline(box, 0.8))], box) for box in boxes]
     if number == 0:
         found[-1] = np.zeros((14, 14), bool)
     return np.array(found)
@@ -163,7 +116,7 @@ def test_losses_are_those_of_the_release(table, model, data, tmp_path, at):
             image, _ = world.scaled(number)
             (width, height), (old_width, old_height) = image.size, world.SIZES[number]
             ratios = np.array([width / old_width, height / old_height] * 2)
-            boxes = np.concatenate([[[0, 0, width - 1, height - 1]] * more, boxes_of(number) * ratios])
+            boxes = np.concatenate([[[0, 0, width - 1, height - 1]] * more, world.boxes_of(number) * ratios])
             masks = np.concatenate([np.ones((more, 14, 14), bool), masks_of(number)])
             seen = trunk([world.normalised(image)], [torch.tensor(boxes)], [torch.tensor(masks)])
             features += [seen] * 4
@@ -213,6 +166,8 @@ def test_what_has_no_objects_or_no_outlines_is_refused(table, model, data, tmp_p
             )
     with pytest.raises(XdscaleError, match=r"model\.object_masks are for C5, which reads pixels"):
         describe_subject(str(model), None, ModelSettings(object_masks="input"), [TASK])
+    with pytest.raises(XdscaleError, match=r"model\.pixels\.freeze = true: .* no such choice, VisualBERT has"):
+        describe_subject(str(model), None, settings(pixels=world.PIXELS | {"freeze": True}), [TASK])
     examples = TASK.read(data).train
     lost = [one.truth._replace(metadata=tmp_path / "x.json") for one in examples]
     other = [one.truth._replace(objects=("unicorn",) * len(one.truth.objects)) for one in examples]
@@ -230,7 +185,7 @@ def test_what_has_no_objects_or_no_outlines_is_refused(table, model, data, tmp_p
 def test_a_run_knows_the_outlines_that_it_was_trained_on(model, data, tmp_path):
     """They stand in no file of the task that is hashed else; where they are not read they do not matter."""
     copied = shutil.copytree(data, tmp_path / "data")
-    regions = table_of(tmp_path / "table", "first")
+    regions = world.pictures_of_questions(tmp_path / "table", "first")
     read = read_task(TASK, copied, regions)
 
     def fingerprints(**more):
@@ -254,7 +209,7 @@ def test_a_run_knows_the_outlines_that_it_was_trained_on(model, data, tmp_path):
 @pytest.mark.slow
 def test_it_is_tuned_alike_under_stages_and_goes_on_with_the_same_flips(adapt, model, data, tmp_path):
     """Both losses, masks and flips: one rank, and two under ZeRO-3 that are stopped and continued."""
-    regions = table_of(tmp_path / "table", "first")
+    regions = world.pictures_of_questions(tmp_path / "table", "first")
     overrides = ["model.pixels={short_side: 32, long_side: 44}", "model.dropout=0", "training.global_batch=2"]
     overrides += ["training.epochs=2.6", "optim.learning_rate=0.01", "run.eval_samples=2", "model.flip=0.5"]
     overrides += ["model.object_loss=1", "model.object_masks=output", "optim.warmup_ratio=0"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from xdscale.bench.padded_vlbert import padded
-from xdscale.data import held_out, vlbert_tasks
+from xdscale.data import held_out, task_pictures
 from xdscale.data.order import validation_slots
 from xdscale.errors import XdscaleError
 from xdscale.finetune.command import Request, TaskSource, _plan, _require_model, describe_subject, run_command
@@ -129,13 +129,13 @@ def test_held_out_pictures_are_decoded_again_and_say_the_same(table, model, expr
     subject = VLBERTSubject(str(model), settings(), table)
     collate = subject.collator(TASK, TASK.read(expressions).train)  # 18 expressions
     engine, found, decoded = Engine(Finetuning(subject.build(TASK), TASK)), [], []
-    read_pictures = vlbert_tasks.read_pictures
+    read_pictures = task_pictures.read_pictures
 
     def counted(regions, rows, *arguments):
         decoded[-1] += len(rows)
         return read_pictures(regions, rows, *arguments)
 
-    monkeypatch.setattr(vlbert_tasks, "read_pictures", counted)
+    monkeypatch.setattr(task_pictures, "read_pictures", counted)
     for kept_bytes in (1 << 30, 100_000, 0):
         monkeypatch.setattr(held_out, "KEPT_BYTES", kept_bytes)
         decoded.append(0)

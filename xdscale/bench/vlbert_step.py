@@ -24,10 +24,10 @@ from xdscale.data.vlbert_pretraining import Tokens, compose
 from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
 from xdscale.pretrained.vlbert import release_weights
-from xdscale.recipes.vlbert.schema import READING, GroundedModel, Pixels, VLBERTRecipe
+from xdscale.recipes.vlbert.schema import RANDOM, READING, GroundedModel, Pixels, VLBERTRecipe
 from xdscale.systems.contract import MicroBatch, Slots, open_system
 from xdscale.systems.invented import invented_tokenizer
-from xdscale.systems.vlbert import RANDOM, VLBERTPretraining
+from xdscale.systems.vlbert import VLBERTPretraining
 from xdscale.training.engine import to_device
 from xdscale.training.stored import build_module
 

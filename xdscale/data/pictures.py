@@ -1,6 +1,7 @@
-"""Pictures as Fast R-CNN reads them: scaled, in blue, green and red, less their means (spec VL-BERT §1.4)."""
+"""Pictures as ResNets read them, scaled (spec VL-BERT §1.4, VisualBERT §3)."""
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -14,9 +15,23 @@ from xdscale.systems.contract import Slots
 
 MEANS = np.array([102.9801, 115.9465, 122.7717], np.float32)
 """Of blue, green and red."""
-
 JPEG = ("JPEG",)
 """What a table holds; of other kinds that Pillow knows it would run a program on some, such as EPS."""
+_IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32) * 255
+"""Mean and deviation of red, green and blue."""
+Normalise = Callable[[np.ndarray], np.ndarray]
+"""From pixels, fp32 [height, width, 3] of red, green and blue up to 255, to what a ResNet reads of them."""
+
+
+def less_means(pixels: np.ndarray) -> np.ndarray:
+    """Returns blue, green, red, less the mean of each, as VL-BERT's ResNet reads them."""
+    return pixels[:, :, ::-1] - MEANS
+
+
+def standardised(pixels: np.ndarray) -> np.ndarray:
+    """Returns red, green, blue, less the mean of each and over its deviation, as torchvision's ResNets read them."""
+    mean, deviation = _IMAGENET
+    return (pixels - mean) / deviation
 
 
 def require_pictures(build: RegionBuild) -> None:
@@ -33,7 +48,13 @@ def require_pictures(build: RegionBuild) -> None:
         )
 
 
-def read_pictures(regions: RegionTable, rows: np.ndarray, sizes: np.ndarray, pixels: Pixels) -> list[np.ndarray]:
+def read_pictures(
+    regions: RegionTable,
+    rows: np.ndarray,
+    sizes: np.ndarray,
+    pixels: Pixels,
+    normalise: Normalise = less_means,
+) -> list[np.ndarray]:
     """Returns images of a table, decoded and scaled; see `read_picture`.
 
     Args:
@@ -41,13 +62,14 @@ def read_pictures(regions: RegionTable, rows: np.ndarray, sizes: np.ndarray, pix
         rows: int64 [n], which images.
         sizes: [n, 2], width and height of each.
         pixels: how large they are to be.
+        normalise: see `Normalise`.
     """
     files, bounds = regions.table.read_ragged("jpeg", rows)
     found = []
     for row, size, start, end in zip(rows.tolist(), map(tuple, sizes.tolist()), bounds, bounds[1:]):
         scaled = scaled_size(*size, pixels.short_side, pixels.long_side)
         where = f"{regions.table.folder}: row {row} of {regions.table.name}"
-        found.append(read_picture(files[start:end].tobytes(), size, scaled, where))
+        found.append(read_picture(files[start:end].tobytes(), size, scaled, where, normalise))
     return found
 
 
@@ -60,7 +82,9 @@ def scaled_size(width: int, height: int, short: int, long: int) -> tuple[int, in
     return (short, other) if width < height else (other, short)
 
 
-def read_picture(jpeg: bytes, size: tuple[int, int], scaled: tuple[int, int], where: str) -> np.ndarray:
+def read_picture(
+    jpeg: bytes, size: tuple[int, int], scaled: tuple[int, int], where: str, normalise: Normalise = less_means
+) -> np.ndarray:
     """Decodes and scales a picture.
 
     Args:
@@ -68,9 +92,10 @@ def read_picture(jpeg: bytes, size: tuple[int, int], scaled: tuple[int, int], wh
         size: width and height that it is said to have.
         scaled: width and height that it is to have.
         where: table and image, for messages.
+        normalise: see `Normalise`.
 
     Returns:
-        fp32 [3, height, width]: blue, green, red, less the mean of each.
+        fp32 [3, height, width].
 
     Raises:
         XdscaleError: it is no picture, or of another size.
@@ -89,7 +114,7 @@ def read_picture(jpeg: bytes, size: tuple[int, int], scaled: tuple[int, int], wh
         raise XdscaleError(f"{where}: the image has {image.size[0]} × {image.size[1]} pixels, the table says "
                            f"{size[0]} × {size[1]}")  # fmt: skip
     pixels = np.asarray(image.resize(scaled, Image.Resampling.BILINEAR), np.float32)
-    return np.ascontiguousarray((pixels[:, :, ::-1] - MEANS).transpose(2, 0, 1))
+    return np.ascontiguousarray(normalise(pixels).transpose(2, 0, 1))
 
 
 def blank(picture: np.ndarray, boxes: np.ndarray) -> None:

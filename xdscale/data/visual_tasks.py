@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from xdscale.data.task_batches import Texts, cut_longest_first, cut_second_from_front, label_arrays
 from xdscale.data.task_files import Example, Span
+from xdscale.data.task_pictures import Look, TaskPictures
 from xdscale.data.visual_text import chosen_regions, pack, region_rows, with_spatial
 from xdscale.errors import XdscaleError
 from xdscale.shards.regions import Regions, RegionTable
@@ -35,6 +36,7 @@ class VisualTaskCollator:
         region_rows int64 [r]: the places of all regions in the row; region_samples int64 [r]: whose they are;
             region_slots int64 [r]: their flat index into b × most_regions.
         most_regions int64 []: of the input that has most.
+    With pictures there is, in the place of features, what `xdscale.data.task_pictures.TaskPictures` returns.
     """
 
     own_regions = 0
@@ -53,6 +55,7 @@ class VisualTaskCollator:
         max_length: int,
         objects: str = ALL,
         truncation: str = LONGEST_FIRST,
+        look: Look | None = None,
     ) -> None:
         """Tokenises a split and finds its images.
 
@@ -65,15 +68,21 @@ class VisualTaskCollator:
             max_length: word pieces with [CLS], [SEP] and [MASK].
             objects: "named" reads the regions that an example speaks of alone.
             truncation: "second_from_front", or "longest_first", from its end.
+            look: how pictures are read; None where features are.
 
         Raises:
-            XdscaleError: images are missing, features are of another width, or nobody says what is named.
+            XdscaleError: images are missing, features are of another width, nobody says what is named, or pictures are
+                to be read and the table has none, or objects are unknown.
         """
         self._task, self.examples, self._tokens, self._regions = task, examples, tokenizer[1], regions
         self._width, self._max_length, self._from_front = width, max_length, truncation != LONGEST_FIRST
         self._named = objects != ALL
         if self._named:
             require_named(task.name, [example.named for example in examples])
+        self._pictures = None
+        if look is not None:
+            self._pictures = TaskPictures(task, regions, look, named=self._named)
+            self._pictures.check(examples)
         self._specials = 1 + task.sentences + (task.reads == "answer") * (1 + self.separates_answers)
         if task.images and regions.width not in (width, width - SPATIAL):
             raise XdscaleError(
@@ -110,7 +119,7 @@ class VisualTaskCollator:
     def __call__(self, slots: Slots) -> MicroBatch:
         """Prepares the examples of one micro-batch."""
         samples = slots.sample_ids
-        examples, index = [self.examples[sample] for sample in samples.tolist()], self._index[samples]
+        examples, index = self._examples_of(slots), self._index[samples]
         of_images = self._read(self._rows[samples])
         targets = self._task.targets(examples, *([of_images] if self._task.images else []))
         choices, per_example = index.shape[1], max(1, self._task.images)
@@ -151,7 +160,19 @@ class VisualTaskCollator:
         """
         first = [pairs[:, :2] for pairs in alignments]
         aligned = first if any(len(pairs) for pairs in first) else None
-        return pack(texts, text_segments, regions, region_segments, aligned)
+        return self._seen(slots, regions, pack(texts, text_segments, regions, region_segments, aligned))
+
+    def _seen(
+        self, slots: Slots, regions: Regions, packed: dict[str, np.ndarray], flipped: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Puts pictures in the place of features if they are read; arguments as `TaskPictures.__call__`."""
+        if self._pictures is None:
+            return packed
+        del packed["features"]
+        return packed | self._pictures(self._examples_of(slots), self._rows[slots.sample_ids, 0], regions, flipped)
+
+    def _examples_of(self, slots: Slots) -> list[Example]:
+        return [self.examples[sample] for sample in slots.sample_ids.tolist()]
 
     def _read(self, rows: np.ndarray) -> Regions:
         """Returns the regions of images, one after the other, at the width that the encoder reads."""
@@ -160,6 +181,8 @@ class VisualTaskCollator:
             empty = np.empty((0, 4), np.float32)
             return Regions(none, empty, empty[:, 0], np.empty((0, 2), np.uint16), np.zeros(1, np.int64))
         regions = self._regions.read(rows.ravel())
+        if self._pictures is not None:
+            return regions._replace(features=regions.features[:, :0])
         if regions.features.shape[1] == self._width:
             return regions
         return with_spatial(regions)

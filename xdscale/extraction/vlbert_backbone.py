@@ -9,7 +9,7 @@ from torch.nn import functional
 from xdscale.data.pictures import MEANS, scaled_size
 from xdscale.errors import XdscaleError
 from xdscale.extraction.contract import PUBLISHED, RANDOM, Found, numpy, state_sha256
-from xdscale.models.fast_rcnn import BIN, load_fast_rcnn
+from xdscale.models.fast_rcnn import FastRCNN, load_fast_rcnn
 from xdscale.names import resolve_path
 from xdscale.shards.regions import Detector
 from xdscale.weights import weights_sha256
@@ -54,7 +54,7 @@ class VLBertBackbone:
             settings={
                 "short_side": self._short_side,
                 "long_side": LONG_SIDE,
-                "pooling": f"RoIAlign {BIN} × {BIN} of C4, one sample each, then C5, mean",
+                "pooling": f"RoIAlign {FastRCNN.places} × {FastRCNN.places} of C4, one sample each, then C5, mean",
                 "mean_bgr": MEANS.tolist(),
             },
         )

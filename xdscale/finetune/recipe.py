@@ -67,7 +67,9 @@ class RunSettings(Section):
     eval_samples: int = Field(2048, ge=1, description="development examples per validation on the way, at most")
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(1, ge=1, description="while the run lasts; a finished one keeps none")
-    keep_model: bool = Field(False, description="export the finetuned model into the run's folder model; VL-BERT's")
+    keep_model: bool = Field(
+        False, description="export the finetuned model, a VL-BERT or a VisualBERT, into the run's folder model"
+    )
     stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows epochs")
     max_skipped_in_row: int = Field(5, ge=1, description="non-finite steps in a row that stop the run")
     hang_seconds: int = Field(45, ge=1, description="shortest time without progress after which a rank counts as hung")
@@ -134,7 +136,9 @@ class FinetuneRun(Run):
     """What decides neither the result nor how it is computed."""
 
     label: str = Field(description="the model's name in tables")
-    keep_model: bool = Field(False, description="export the finetuned model into the run's folder model; VL-BERT's")
+    keep_model: bool = Field(
+        False, description="export the finetuned model, a VL-BERT or a VisualBERT, into the run's folder model"
+    )
 
 
 class FinetuneRecipe(Recipe):

@@ -17,6 +17,10 @@ from xdscale.weights import read_state_dict, some, weight_files
 ENCODER = "visual_bert."
 """What the names of the encoder's weights begin with where a file also holds heads."""
 
+DETECTOR = "detector.safetensors"
+"""Of a finetuned VisualBERT: the branch of ResNet-50 that was tuned along."""
+_TRUNK = "trunk."
+
 _SHARED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size"),
@@ -42,6 +46,9 @@ _HEADS = {
     "match.bias": SENTENCE_HEAD + "bias",
 }
 """Names of the heads in training, and in published checkpoints."""
+
+_TASK_HEADS = ("classifier.", "query.", "key.")
+"""What the names of a task's own head begin with, in training and in a kept model."""
 
 
 def published_name(name: str) -> str:
@@ -141,11 +148,12 @@ def published_weights(config: VisualBertConfig, state: dict[str, torch.Tensor]) 
 
     Args:
         config: of the model.
-        state: of a module in training: `model.…`, and `mlm.…` and `match.…` if it has them.
+        state: of a module in training: `model.…`, and `mlm.…`, `match.…` and a task's own head if it has them.
     """
     encoder = (name for name in state if name.startswith("model."))
     names = {name: ENCODER + published_name(name.removeprefix("model.")) for name in encoder}
     names |= {ours: theirs for ours, theirs in _HEADS.items() if ours in state}
+    names |= {name: name for name in state if name.startswith(_TASK_HEADS)}
     if config.tie_word_embeddings:
         names.pop("mlm.decoder_weight", None)  # it is the word embedding
     return {theirs: state[ours] for ours, theirs in names.items()}
@@ -154,14 +162,19 @@ def published_weights(config: VisualBertConfig, state: dict[str, torch.Tensor]) 
 def save_visualbert(config: VisualBertConfig, state: dict[str, torch.Tensor], out: Path, *, alignment: str) -> None:
     """Writes `config.json` and `model.safetensors` of transformers' `VisualBertModel` or `VisualBertForPreTraining`.
 
+    A branch that was tuned along goes into `detector.safetensors`, which `xdscale.models.r2c.load_detector` reads.
+
     Args:
         config: of the model.
-        state: of a module in training, in fp32: `model.…`, and `mlm.…` and `match.…` if it has them.
+        state: as for `published_weights`, in fp32, and `trunk.…`, the branch, if it has one.
         out: an existing folder.
         alignment: of the model; transformers always computes the mean.
     """
     weights = {name: value.contiguous() for name, value in published_weights(config, state).items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    trunk = {name.removeprefix(_TRUNK): value for name, value in state.items() if name.startswith(_TRUNK)}
+    if trunk:
+        save_file({name: value.contiguous() for name, value in trunk.items()}, out / DETECTOR)
     values = config.to_dict() | {"architectures": ["VisualBertForPreTraining"], "alignment": alignment}
     (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -23,7 +23,7 @@ from xdscale.pretrained.language import language_config, load_language_encoder, 
 from xdscale.pretrained.language_files import copy_tokenizer, save_language_files
 from xdscale.pretrained.vlbert import config_from_bert, from_bert, load_vlbert, save_pooler, save_vlbert
 from xdscale.recipes.mlm.schema import Language
-from xdscale.recipes.vlbert.schema import READING, GroundedObjectives, VLBERTRecipe
+from xdscale.recipes.vlbert.schema import RANDOM, READING, GroundedObjectives, VLBERTRecipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.regions import REGIONS, RegionBuild, Regions
 from xdscale.shards.sources.caption_build import CAPTIONS, CaptionBuild
@@ -36,7 +36,6 @@ from xdscale.training.stored import MODEL_PREFIX, language_folder, stored_recipe
 CAPTION_WORDS = 12
 """Word pieces of Conceptual Captions, on average."""
 CONTINUATION = "##"
-RANDOM = "random"
 
 
 class VLBERTPretraining(nn.Module):

@@ -210,7 +210,9 @@ class ModelSettings(TaskInput):
     max_length: int = Field(128, ge=8, description="language tokens with [CLS] and [SEP]")
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: to see what they are worth")
     freeze_pooler: bool = Field(False, description="leave it as it was pretrained, as VisualBERT's release does")
-    pixels: TunedPixels | None = Field(None, description="null reads features from the table of regions")
+    pixels: TunedPixels | None = Field(
+        None, description="of VL-BERT, and of VisualBERT on VCR; null reads features from the table of regions"
+    )
     loss: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="of VL-BERT: each answer, choice or region by itself, or as the task has it for others"
     )
@@ -276,6 +278,10 @@ class Subject(ABC):
         """Returns by name what it learns beside a task; its forward returns their terms."""
         return {}
 
+    def reads_outlines(self) -> bool:
+        """Returns whether it reads the outlines of VCR's objects, which then stand in each checkpoint's hash."""
+        return False
+
     @abstractmethod
     def describe(self) -> SubjectFacts:
         """Finds and checks the model's files.
@@ -327,7 +333,7 @@ class Subject(ABC):
         Raises:
             XdscaleError: models of its kind are not exported.
         """
-        raise XdscaleError(f"{self.model}: as it is finetuned here, it is not exported; VL-BERT is")
+        raise XdscaleError(f"{self.model}: as it is finetuned here, it is not exported; VL-BERT is, and VisualBERT")
 
 
 def find_subject(name: str) -> type[Subject]:

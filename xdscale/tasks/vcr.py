@@ -189,17 +189,21 @@ class CommonsenseReasoning(TextTask):
             if unknown := [name for name in example.truth.objects if name not in numbers]:
                 raise XdscaleError(
                     f"{example.id}: objects: {shown(unknown[0])} is none of VCR's classes (person, …, toothbrush); "
-                    "model.object_loss=0 leaves them unread"
+                    "model.object_loss=0 leaves them unread, and so does VisualBERT without model.pixels"
                 )
         return [np.array([numbers[name] for name in example.truth.objects], np.int64) for example in examples]
 
-    def object_masks(self, examples: Sequence[Example]) -> list[np.ndarray]:
+    def object_masks(self, examples: Sequence[Example], *, centres: bool = False) -> list[np.ndarray]:
         """Returns which places of each object's box show it, of each example: bool [objects, 14, 14].
+
+        Args:
+            examples: some of the task's.
+            centres: see `xdscale.data.outlines.object_mask`.
 
         Raises:
             XdscaleError: the metadata are not there, or have not the outlines of these objects.
         """
-        return [_masks(example.truth) for example in examples]
+        return [_masks(example.truth, centres=centres) for example in examples]
 
     def outlines_sha256(self, examples: Sequence[Example]) -> str:
         """Returns the SHA-256 (hex) of the files that `object_masks` reads, in the order of their names.
@@ -322,17 +326,16 @@ def _check_metadata(where: str, entry: _Question, images: Path, checked: dict[st
         )
 
 
-def _masks(truth: VCRTruth) -> np.ndarray:
+def _masks(truth: VCRTruth, *, centres: bool) -> np.ndarray:
     path, objects = truth.metadata, len(truth.objects)
     if not os.path.isfile(path):
-        raise XdscaleError(
-            f"model.object_masks: {path}: no such file; unpack vcr1images.zip, which has the outlines of objects, there"
-        )
+        raise XdscaleError(f"{path}: no such file; unpack vcr1images.zip, which has the outlines of objects, there")
     found = read_whole(path, _Outlines)
     boxes, outlines = found["boxes"], found["segms"]
     if not len(boxes) == len(outlines) == objects or any(len(box) < 4 for box in boxes):
         raise XdscaleError(f"{path}: {len(boxes)} boxes and {len(outlines)} segms; the question has {objects} objects")
-    masks = [object_mask([np.array(one) for one in mine if one], box[:4]) for box, mine in zip(boxes, outlines)]
+    polygons = [[np.array(one) for one in mine if one] for mine in outlines]
+    masks = [object_mask(mine, box[:4], centres=centres) for box, mine in zip(boxes, polygons)]
     return np.array(masks, bool).reshape(-1, SIDE, SIDE)
 
 

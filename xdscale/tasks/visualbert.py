@@ -8,13 +8,19 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import VisualBertConfig
 
+from xdscale.data.pictures import standardised
 from xdscale.data.task_files import Example
+from xdscale.data.task_pictures import Look
 from xdscale.data.visual_tasks import VisualTaskCollator
 from xdscale.errors import XdscaleError
+from xdscale.models.fast_rcnn import with_features
+from xdscale.models.r2c import R2CDetector, load_detector
 from xdscale.models.visualbert import VisualBERT
 from xdscale.names import resolve_path
 from xdscale.pretrained.language import read_config
-from xdscale.pretrained.visualbert import load_visualbert
+from xdscale.pretrained.language_files import save_tokenizer
+from xdscale.pretrained.visualbert import DETECTOR, load_visualbert, save_visualbert
+from xdscale.recipes.vlbert.schema import RANDOM
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.tasks.contract import OWN_SETTINGS, Subject, SubjectFacts, Task
@@ -28,15 +34,27 @@ POINTING_SIZE = 64
 class VisualBERTSubject(Subject):
     """A VisualBERT in a Hugging Face folder: an export, or anybody's with its BERT's tokenizer beside the weights."""
 
-    own_settings = OWN_SETTINGS
+    own_settings = OWN_SETTINGS | {"pixels"}
     own_positions = 0
     """Positions of the text's table that it needs behind those of a text."""
+    own_trunk, trunk_like, trunk_words = DETECTOR, R2CDetector.like, "r2c's ResNet"
+    """Of the branch that is tuned along from pixels: its file in the folder, who it is like, and its name."""
 
     def require_readable(self, task: Task) -> None:
-        """Any task will do: one without images is read as text alone."""
+        """Checks that a task has objects where pixels are read; else any will do, also one of texts alone."""
+        known = all(hasattr(task, method) for method in ("object_classes", "object_masks", "outlines_sha256"))
+        if self.settings.pixels is not None and not known:
+            raise XdscaleError(
+                f"--task {task.name}: from pixels VisualBERT reads classes and outlines of objects, which VCR has: "
+                "leave model.pixels out"
+            )
+
+    def reads_outlines(self) -> bool:
+        """Returns whether masks of objects are read, as from pixels they are."""
+        return self.settings.pixels is not None
 
     def describe(self) -> SubjectFacts:
-        """Checks configuration, tokenizer and weights."""
+        """Checks configuration, tokenizer and weights, those of the branch that is tuned along among them."""
         folder, config = self._folder, self._config()
         room = config.max_position_embeddings - self.own_positions
         if self.settings.max_length > room:
@@ -45,34 +63,81 @@ class VisualBERTSubject(Subject):
             )
         self._tokenizer()
         encoder = f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
-        pretrained = self.settings.weights == "pretrained"
-        return SubjectFacts(config.hidden_size, encoder, weight_files(folder) if pretrained else None)
+        if (pixels := self.settings.pixels) is not None:
+            frozen = ", frozen before RoIAlign," if pixels.freeze else ""
+            size = f"{pixels.short_side:,} × {pixels.long_side:,} pixels at most"
+            encoder += f", with {self.trunk_words}{frozen} on {size}"
+        trunk, pretrained = self._trunk_file(), self.settings.weights == "pretrained"
+        return SubjectFacts(config.hidden_size, encoder, [*weight_files(folder), *trunk] if pretrained else None)
 
     def collator(self, task: Task, examples: Sequence[Example]) -> VisualTaskCollator:
         """Tokenises a split; regions are read when they are needed."""
+        pixels, look = self.settings.pixels, None
+        if pixels is not None:
+            look = Look(pixels, standardised, outlines=True, centres=True, classes=True)
         return VisualTaskCollator(
             task,
             examples,
             self._tokenizer(),
             self.regions,
-            width=self._config().visual_embedding_dim,
+            width=self._config().visual_embedding_dim if look is None else self.regions.width,
             max_length=self.settings.max_length,
             objects=self.settings.objects,
             truncation=self.settings.truncation,
+            look=look,
         )
 
     def build(self, task: Task, *, sha256: str | None = None) -> "VisualBERTClassifier":
         """Builds the encoder with a new head."""
-        dropout = self.settings.dropout
+        dropout, trunk = self.settings.dropout, None
+        if self.settings.pixels is not None:
+            width = self._config().visual_embedding_dim
+            trunk = load_detector(next(iter(self._trunk_file()), None), size=width, dropout=dropout)
+            if self.settings.pixels.freeze:
+                trunk.freeze_maps()
         if self.settings.weights == "pretrained":
             if sha256 is not None:
-                check_sha256(weight_files(self._folder), sha256)
+                check_sha256([*weight_files(self._folder), *self._trunk_file()], sha256)
             encoder, _ = load_visualbert(self._folder, dropout=dropout)
         else:
             config = self._config()
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
             encoder = VisualBERT(config)
-        return VisualBERTClassifier(encoder.train(), task, dropout=dropout)
+        return VisualBERTClassifier(encoder.train(), task, dropout=dropout, trunk=trunk)
+
+    def export(self, task: Task, state: dict[str, torch.Tensor], out: Path) -> str:
+        """Writes encoder, head and, where it was tuned along, r2c's branch.
+
+        transformers' `VisualBertModel` loads the encoder; what the head is called begins as in `VisualBERTClassifier`.
+        """
+        config = self._config()
+        save_tokenizer(self._folder, out, positions=config.max_position_embeddings)
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = self.settings.dropout
+        named = {
+            f"model.{name.removeprefix('encoder.')}" if name.startswith("encoder.") else name: value
+            for name, value in state.items()
+        }
+        save_visualbert(config, named, out, alignment=getattr(config, "alignment", "mean"))
+        trunk = "" if self.settings.pixels is None else ", r2c's branch of ResNet-50"
+        return f"finetuned VisualBERT{trunk} and the task's head"
+
+    def _trunk_file(self) -> list[Path]:
+        """Returns the file of the branch's weights; none where features are read, or weights are random.
+
+        Raises:
+            XdscaleError: it is not there.
+        """
+        pixels = self.settings.pixels
+        if pixels is None or pixels.weights == RANDOM:
+            return []
+        if pixels.weights is not None:
+            path, hint = resolve_path(pixels.weights), f"expected a {self.trunk_like} under torchvision's names"
+        else:
+            path = self._folder / self.own_trunk
+            hint = f"this model was pretrained on features; name a {self.trunk_like}: model.pixels.weights=FILE"
+        if not path.is_file():
+            raise XdscaleError(f"model.pixels: {path}: no such file; {hint}")
+        return [path]
 
     def _config(self) -> VisualBertConfig:
         return read_config(self._folder / "config.json", VisualBertConfig)
@@ -98,10 +163,15 @@ class VisualBERTClassifier(nn.Module):
     A whole input is judged by a Linear on the pooled first token; an open question is answered by one on the state of
     the [MASK] behind it; and where a region is asked for, the word's state attends to those of the regions, with the
     scores before the softmax as logits.
+
+    Attributes:
+        encoder: VisualBERT.
+        trunk: from pixels to features; None where these are read.
     """
 
-    def __init__(self, encoder: VisualBERT, task: Task, *, dropout: float) -> None:
+    def __init__(self, encoder: VisualBERT, task: Task, *, dropout: float, trunk: R2CDetector | None = None) -> None:
         super().__init__()
+        self.trunk = trunk
         self.encoder = encoder
         self.reads = task.reads
         self.dropout = nn.Dropout(dropout)
@@ -126,6 +196,7 @@ class VisualBERTClassifier(nn.Module):
         Returns:
             [inputs, outputs]; where a region is asked for [inputs, most regions], -inf where there is none.
         """
+        batch = with_features(self.trunk, batch)
         if self.reads == "region":
             return self._pointed(batch)
         if self.reads == "answer":

@@ -10,17 +10,16 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from xdscale.data.task_files import Example
+from xdscale.data.task_pictures import Look
 from xdscale.data.vlbert_tasks import OBJECT_CLASS, VLBERTTaskCollator
 from xdscale.errors import XdscaleError
-from xdscale.models.fast_rcnn import FEATURES, FastRCNN, features_of, load_fast_rcnn
+from xdscale.models.fast_rcnn import FEATURES, FastRCNN, load_fast_rcnn, with_features
 from xdscale.models.heads import RegionClassHead
 from xdscale.models.vlbert import VLBERT, VLBertConfig
-from xdscale.names import resolve_path
 from xdscale.pretrained.language import read_config
 from xdscale.pretrained.language_files import save_tokenizer
 from xdscale.pretrained.vlbert import POOLER, TRUNK, load_vlbert, read_pooler, save_vlbert
 from xdscale.systems.contract import Objective, Term
-from xdscale.systems.vlbert import RANDOM
 from xdscale.tasks.contract import OF_IMAGES, OF_VLBERT, SubjectFacts, Task
 from xdscale.tasks.visualbert import VisualBERTSubject
 from xdscale.weights import check_sha256, weight_files
@@ -35,6 +34,7 @@ class VLBERTSubject(VisualBERTSubject):
     own_settings = OF_VLBERT
     own_positions = 2
     """Of regions, which share one, and of [END]."""
+    own_trunk, trunk_like, trunk_words = TRUNK, FastRCNN.like, "Fast R-CNN"
 
     def require_readable(self, task: Task) -> None:
         """Checks that a task has one image at most."""
@@ -51,23 +51,27 @@ class VLBERTSubject(VisualBERTSubject):
                 raise XdscaleError(f"--task {task.name} knows no objects, VCR does: leave model.{name} out")
         if self.settings.object_masks and self.settings.pixels is None:
             raise XdscaleError("model.object_masks are for C5, which reads pixels: state model.pixels, or leave it out")
+        if self.settings.pixels is not None and self.settings.pixels.freeze:
+            raise XdscaleError(
+                f"model.pixels.freeze = true: {self.model} has no such choice, VisualBERT has; leave it out"
+            )
 
     def objectives(self) -> dict[str, Objective]:
         """Returns the loss on classes of objects, if it is on."""
         return {OBJECT_CLASS: Objective(self.settings.object_loss)} if self.settings.object_loss else {}
 
+    def reads_outlines(self) -> bool:
+        """Returns whether masks of objects are multiplied with states."""
+        return self.settings.object_masks is not None
+
     def describe(self) -> SubjectFacts:
         """Checks configuration, tokenizer and weights, those of the branch of Fast R-CNN among them."""
-        facts, pixels = super().describe(), self.settings.pixels
-        if pixels is None:
-            return facts
-        if (width := self._config().appearance_size) != FEATURES:
+        width = self._config().appearance_size
+        if self.settings.pixels is not None and width != FEATURES:
             raise XdscaleError(
                 f"model.pixels: {self.model} reads {width} numbers of each region, but ResNet-101 makes {FEATURES}"
             )
-        weights = None if facts.weights is None else [*facts.weights, *self._trunk_file()]
-        encoder = f"{facts.encoder}, with Fast R-CNN on {pixels.short_side:,} × {pixels.long_side:,} pixels at most"
-        return facts._replace(encoder=encoder, weights=weights)
+        return super().describe()
 
     def collator(self, task: Task, examples: Sequence[Example]) -> VLBERTTaskCollator:
         """Tokenises a split; regions are read when they are needed."""
@@ -110,8 +114,7 @@ class VLBERTSubject(VisualBERTSubject):
             width=width,
             max_length=self.settings.max_length,
             means=config.masks_features,
-            pixels=pixels,
-            outlines=self.settings.object_masks is not None,
+            look=None if pixels is None else Look(pixels, outlines=self.reads_outlines()),
             classes=task.object_count if self.settings.object_loss else 0,
             **flips,
         )
@@ -167,24 +170,6 @@ class VLBERTSubject(VisualBERTSubject):
             shutil.copyfile(self._folder / POOLER, out / POOLER)  # for tasks that judge a whole input
         trunk = "" if self.settings.pixels is None else ", its branch of Fast R-CNN"
         return f"finetuned VL-BERT{trunk} and the task's head"
-
-    def _trunk_file(self) -> list[Path]:
-        """Returns the file of Fast R-CNN's weights; none where features are read, or weights are random.
-
-        Raises:
-            XdscaleError: it is not there.
-        """
-        pixels = self.settings.pixels
-        if pixels is None or pixels.weights == RANDOM:
-            return []
-        if pixels.weights is not None:
-            path, hint = resolve_path(pixels.weights), "expected a ResNet-101 under torchvision's names"
-        else:
-            path = self._folder / TRUNK
-            hint = "this model was pretrained on features; name a ResNet-101: model.pixels.weights=FILE"
-        if not path.is_file():
-            raise XdscaleError(f"model.pixels: {path}: no such file; {hint}")
-        return [path]
 
     def _build_trunk(self) -> FastRCNN | None:
         if self.settings.pixels is None:
@@ -277,9 +262,7 @@ class VLBERTClassifier(nn.Module):
             [inputs, outputs]; where a region is asked for [inputs, most regions], -inf where there is none. With the
             second loss its term beside them.
         """
-        if self.trunk is not None:
-            features = features_of(self.trunk, batch).index_select(0, batch["feature_rows"])
-            batch = {**batch, "features": features}
+        batch = with_features(self.trunk, batch)
         if self.task.reads == "input":
             rows = batch["text_ids"][:0] if self.objects is None else batch["object_rows"]
             found = self.encoder(batch, rows)

@@ -9,6 +9,8 @@ from xdscale.recipes.mlm.schema import LanguageModel, MaskedLM
 
 READING = ("corners", "end_sees_image", "own_masked_token")
 """Of the model: how it reads its input. Weights that were trained in one way are of no use in another."""
+RANDOM = "random"
+"""In the place of a file of weights."""
 FLIP: Any = Field(
     0.0, ge=0, lt=1, description="share of the images that training mirrors; where features are read, their boxes alone"
 )
@@ -25,10 +27,13 @@ class Pixels(Section):
 
 
 class TunedPixels(Pixels):
-    """VL-BERT's branch of Fast R-CNN that is finetuned along, on the images themselves."""
+    """VL-BERT's branch of Fast R-CNN, or r2c's of VisualBERT, that is finetuned along, on the images themselves."""
 
     weights: NameOrPath | None = Field(
-        None, description="ResNet-101 or its like: a file, or random; null takes the model's own"
+        None, description="ResNet-101 (VisualBERT: -50) or its like: a file, or random; null takes the model's own"
+    )
+    freeze: bool = Field(
+        False, description="leave what comes before RoIAlign as it is, as VisualBERT's runs without COCO do"
     )
 
 
