@@ -1,7 +1,9 @@
 """Finetuning recipes against the paper's numbers."""
 
+import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,7 +43,13 @@ def test_epochs_become_steps(examples, steps, per_epoch, tmp_path):
     assert (run.training.steps, run.run.eval_every, run.training.seed) == (steps, per_epoch, 3)
     assert run.optim.learning_rate == 1e-4
     if examples > 2**31 / 1e6:
-        long = load_settings("paper", ["training.epochs=1e6", "training.global_batch=1"])
+        fitting, least, long = (
+            load_settings("paper", [f"training.epochs={epochs!r}", "training.global_batch=1"])
+            for epochs in ((2**31 - 1) / examples, 2**31 / examples, 1e6)
+        )
+        assert resolve_run(fitting, data, **of_run).training.steps == 2**31 - 1
+        with pytest.raises(XdscaleError, match="are 2,147,483,648 steps of 1 ex"):
+            resolve_run(least, data, **of_run)
         with pytest.raises(XdscaleError, match=r"^rte: training.epochs = 1e\+06 are [\d,]+,000,000 steps of 1 ex"):
             resolve_run(long, data, **of_run)
     assert type(run).model_validate(run.model_dump(mode="json")) == run
@@ -200,6 +208,17 @@ def test_an_encoder_is_large_from_1024_on(tmp_path, width, size):
     (tmp_path / "clip.json").write_text(json.dumps(tower))
     settings = ModelSettings(weights="random", clip_weights="random")
     assert describe_subject(str(tmp_path / "clip.json"), "clip", settings)["size"] == size
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+def test_weights_that_are_read_identify_a_model(monkeypatch, tmp_path, weights):
+    """Some subjects say which files they have also where they begin with random weights."""
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    facts = SimpleNamespace(weights=[tmp_path / "model.safetensors"], hidden_size=8, encoder="small")
+    subject = SimpleNamespace(describe=lambda: facts)
+    monkeypatch.setattr("xdscale.finetune.command.find_subject", lambda kind: lambda model, settings: subject)
+    found = describe_subject("small", "language", ModelSettings(weights=weights))["weights_sha256"]
+    assert found == (hashlib.sha256(b"abc").hexdigest() if weights == "pretrained" else None)
 
 
 def test_regions_are_hashed_unless_somebody_says_otherwise():

@@ -156,7 +156,9 @@ def test_the_same_bits_twice():
 def test_small_outputs_are_pytorchs(launches, monkeypatch):
     monkeypatch.setattr(importlib.import_module("xdscale.kernels.linear"), "FEWEST_ELEMENTS", 3 * 7 * 40)
     for rows, found in ((20, []), (21, ["column_sums_kernel"] * 2)):
-        run(linear, draw((rows, 48), 40, torch.float32))
+        out = linear(*(tensor.requires_grad_() for tensor in draw((rows, 48), 40, torch.float32)[:3]))
+        assert isinstance(out.grad_fn, torch.autograd.function.BackwardCFunction) == bool(found)
+        out.sum().backward()
         assert launches == found
 
 

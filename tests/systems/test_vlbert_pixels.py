@@ -173,7 +173,9 @@ def test_a_batch_is_the_sum_of_its_samples(module, collate):
 )
 def test_parameters_of_published_runs(name, without, monkeypatch):
     """Spec VL-BERT fact 1: §1.7, and ResNet-101."""
-    counted = {row.part: row.parameters for row in parameter_table(load_recipe(name, ["model.pixels.weights=random"]))}
+    rows = parameter_table(load_recipe(name, ["model.pixels.weights=random"]))
+    counted = {row.part: row.parameters for row in rows}
+    assert [row.part for row in rows if row.total] == ["model without Fast R-CNN", "model during training"]
     assert counted["model without Fast R-CNN"] == without
     assert counted["Fast R-CNN"] == 42_500_160
     assert counted["model during training"] == without + 42_500_160
