@@ -69,7 +69,8 @@ def captions_of(dataset, split, cassette_model):
     table = open_table(dataset, split, "captions")
     rows = np.arange(len(table))
     words, bounds = table.read_ragged("words", rows)
-    texts = [tokenizer.decode(words[start:end].tolist()) for start, end in zip(bounds, bounds[1:])]
+    pieces = [words[start:end].tolist() for start, end in zip(bounds, bounds[1:])]
+    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in pieces]  # there are none
     images = RegionTable(table.linked("image")).image_ids(table.read("image", rows).astype(np.int64))
     return list(zip(images, texts)), table.read("siblings", rows)
 
