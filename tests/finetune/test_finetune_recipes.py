@@ -96,6 +96,12 @@ def test_models_of_other_losses_or_of_mirrored_images_are_not_comparable(tmp_pat
     assert other == plain | more
 
 
+def test_a_single_example_may_be_validated_on():
+    assert load_settings("paper", ["run.eval_samples=1"]).run.eval_samples == 1
+    with pytest.raises(XdscaleError, match="run.eval_samples = 0"):
+        load_settings("paper", ["run.eval_samples=0"])
+
+
 def test_one_learning_rate_for_all_can_be_given():
     settings = load_settings("paper", ["optim.learning_rate=3e-5", "seeds.cola=2"])
     assert {settings.learning_rate(name, "large") for name in SHIPPED} == {3e-5}

@@ -202,6 +202,9 @@ def test_a_budget_that_is_too_small_says_how_much_is_needed(small_dataset, recor
         table.prefetch(every)
     check_rows(table, local["train"], every)  # a reader that has time may read more than fits at once
     cache.close()
+    cache = open_cache(f"file://{small_dataset}", tmp_path, needed)
+    Table(cache.folder, "train", cache=cache).prefetch(every)
+    cache.close()
 
 
 def test_a_shard_in_use_stays_and_whoever_waits_for_room_goes_on(small_dataset, records, tmp_path):

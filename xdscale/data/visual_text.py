@@ -121,7 +121,7 @@ def with_spatial(regions: Regions) -> Regions:
 def _aligned(alignments: Sequence[np.ndarray], offsets: np.ndarray) -> dict[str, np.ndarray]:
     pairs = [np.asarray(found, np.int64).reshape(-1, 2) + [start, 0] for found, start in zip(alignments, offsets)]
     regions, positions = np.concatenate(pairs).T
-    counts = np.bincount(regions, minlength=int(offsets[-1]))
+    counts = np.bincount(regions)
     return {
         "aligned_regions": np.ascontiguousarray(regions),
         "aligned_positions": np.ascontiguousarray(positions),

@@ -90,7 +90,8 @@ def uniter(folder, those, packed="npz"):
     for i in those:
         fields = uniter_fields(i)
         fields = {key: np.concatenate([array, array[:1], array[:1]]) for key, array in fields.items()}
-        values[f"{i.id}.npz".encode()] = npz(**fields) if packed == "npz" else packed_arrays(fields)
+        beside = {"threshold": np.float32(0.2)}  # a number, as msgpack-numpy keeps it
+        values[f"{i.id}.npz".encode()] = npz(**fields) if packed == "npz" else packed_arrays(fields | beside)
     values[b"__keys__"] = json.dumps([f"{i.id}.npz" for i in those]).encode()
     counts = {f"{i.id}.npz": len(i.boxes) for i in those}
     (folder / "nbb_th0.2_max100_min10.json").write_text(json.dumps(counts))
