@@ -98,6 +98,7 @@ def test_a_run_that_was_continued_is_one_run_with_a_name(continued):
     assert list(read(continued / "tensorboard").Runs()) == ["first"]
     assert list(read(continued.parent).Runs()) == ["first/tensorboard/first"]
     multiplexer = read(continued / "tensorboard")
+    assert [event.step for event in multiplexer.Tensors("first", "recipe/text_summary")] == [0]
     assert [event.step for event in multiplexer.Tensors("first", "loss/total")] == [1, 2, 3, 4, 5, 6]
 
 
