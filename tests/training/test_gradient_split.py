@@ -61,6 +61,7 @@ def gradient(folder, system, ranks, micro_batch, stage):
     return dict(np.load(folder / f"{system}-{ranks}-{micro_batch}-{stage}.npz"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "micro_batch", "stage"), [(ranks, *split) for ranks, splits in SPLITS.items() for split in splits][1:]
 )

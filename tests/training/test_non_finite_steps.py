@@ -15,6 +15,7 @@ from xdscale.training.integrity import read_pickle
 from xdscale.training.run_folder import read_log
 from xdscale.training.skipping import skipped_so_far
 
+pytestmark = pytest.mark.slow  # fixtures make many runs
 WORKER = Path(__file__).with_name("poison_worker.py")
 LOSS_STEP, GRADIENT_STEP, STEPS = 2, 4, 5
 LAYOUTS = {
