@@ -36,6 +36,8 @@ def causal_attention(projected: torch.Tensor) -> torch.Tensor:
     narrow = autocast_dtype(projected.device)
     if narrow and projected.dtype != torch.float64:
         projected = projected.to(narrow)
+    if not projected.numel():  # nor can it be cut into blocks without a token
+        return projected[:, :, 2].clone()
     with without_autocast(projected.device):
         if runs_triton(projected.device, projected.dtype) and projected.shape[-1] <= LARGEST_TRITON_HEAD:
             return _CausalAttention.apply(projected)

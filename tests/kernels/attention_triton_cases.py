@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdscale.kernels import attention, attention_cpu, attention_launch, plain_causal_attention
+from xdscale.kernels import attention, attention_cpu, attention_launch, causal_attention, gpu, plain_causal_attention
 from xdscale.kernels.attention_launch import Tile
 from xdscale.kernels.causal_attention import _CausalAttention
 from xdscale.kernels.dropout_mask import drop_threshold, keep_mask
@@ -73,6 +73,15 @@ def test_causal_blocks_of_one_projection(blocks: int, length: int, heads: int, s
     for found, expected in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1])):
         # A token that reads itself alone has queries and keys without a gradient, up to rounding.
         assert float((found.double() - expected).norm()) <= TOLERANCE[dtype] * float(expected.norm().clamp_min(1.0))
+
+
+@pytest.mark.parametrize("shape", [(0, 77, 3, 2, 16), (4, 0, 3, 2, 16), (0, 0, 3, 2, 16)])
+def test_no_causal_block_and_none_of_a_token(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "FORCE_TRITON", True)
+    projected = torch.zeros(shape, device=DEVICE, requires_grad=True)
+    found = causal_attention(projected)
+    found.sum().backward()
+    assert (found.shape, projected.grad.shape) == ((*shape[:2], *shape[3:]), shape)
 
 
 @pytest.mark.parametrize("tile", [Tile(16, 64, 4, 1), Tile(64, 16, 4, 1), Tile(32, 32, 2, 1)])

@@ -38,6 +38,17 @@ def test_causal_attention(function, dtype, error, shape):
         assert (ours.double() - theirs).norm() <= error * scale
 
 
+@pytest.mark.parametrize("function", [causal_attention, plain_causal_attention])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 77, 3, 2, 16), (4, 0, 3, 2, 16), (0, 0, 3, 2, 16)])
+def test_nothing_to_attend_to_gives_nothing(function, dtype, shape):
+    projected = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    found = function(projected)
+    found.sum().backward()
+    assert (found.shape, found.dtype) == ((*shape[:2], *shape[3:]), dtype)
+    assert (projected.grad.shape, projected.grad.dtype) == (shape, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_token_reads_a_later_one(dtype):
     torch.manual_seed(6)
