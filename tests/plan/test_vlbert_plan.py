@@ -1,6 +1,7 @@
 """What a plan says of VL-BERT's activations and FLOPs, on features and from pixels, against autograd and torch."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from xdscale.models.fast_rcnn import FastRCNN, features_of
 from xdscale.recipe import load_recipe
-from xdscale.systems.contract import open_system
+from xdscale.systems.contract import Term, open_system
+from xdscale.training import tracing
 from xdscale.training.engine import to_device
 from xdscale.training.stored import build_module
 from xdscale.training.tracing import on_meta, trace
@@ -57,3 +60,47 @@ def test_flops_are_those_that_torch_counts(recipe):
         sum(term.loss_sum for term in terms.values()).backward()
     assert found == pytest.approx(counter.get_total_flops(), rel=0.03)
     assert np.isfinite(sum(term.loss_sum.item() for term in terms.values()))
+
+
+class Features(torch.nn.Module):
+    """The branch alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = FastRCNN((1, 1, 2, 2), width=16)
+
+    def forward(self, batch):
+        return {"features": Term(features_of(self.trunk, batch).float().sum(), {})}
+
+
+def python_calls(function):
+    """Returns how many Python functions are called, and what comes of it."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        found = function()
+    finally:
+        sys.setprofile(before)
+    return calls, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_an_operation_gives_is_worked_out_once(monkeypatch, dtype):
+    """Not anew for each layer of each picture: a plan from pixels took a minute of it."""
+    with torch.device("meta"):
+        module = Features().train().to(dtype)
+    sizes = [(64, 96, 5)] * 6 + [(64, 64, 3)]
+    arrays = {f"picture_{number}": np.zeros((3, *size[:2]), np.float32) for number, size in enumerate(sizes)}
+    arrays |= {f"boxes_{number}": np.zeros((size[2], 4), np.float32) for number, size in enumerate(sizes)}
+    trace(module, arrays, ["features"])  # what torch imports at first does not count
+    calls, found = python_calls(lambda: trace(module, arrays, ["features"]))
+    monkeypatch.setattr(tracing, "_remembered", lambda func, given, outputs: False)
+    slow_calls, expected = python_calls(lambda: trace(module, arrays, ["features"]))
+    assert found == expected
+    assert calls < slow_calls / 2
