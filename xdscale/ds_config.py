@@ -26,7 +26,7 @@ SIZES = {
     "bert-large": "electra-large",
     "electra-large": "electra-large",
 }
-"""Of encoders by a part of their names; there are files for these two and the quickstart's."""
+"""Of encoders by a part of their names; there are files for these two, also from pixels, and the quickstart's."""
 
 AUTO = "auto"
 
@@ -104,6 +104,11 @@ def read_ds_config(name: str) -> dict[str, Any]:
         for key in _section(name, values, section):
             _require_known(name, f"{section}.", key, keys)
     return values
+
+
+def pixels_suffix(recipe: Recipe) -> str:
+    """Returns "-pixels" for a recipe that trains a network on images along, of whose samples other numbers fit."""
+    return "-pixels" if getattr(recipe.model, "pixels", None) is not None else ""
 
 
 def check_sections(name: str, values: dict[str, Any]) -> None:

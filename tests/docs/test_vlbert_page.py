@@ -91,8 +91,7 @@ def smaller(command):
     if "xdscale train" in command:
         values = "training.steps=2 training.global_batch=4 run.eval_samples=4 run.eval_every=1 model.max_elements=32"
         values += " model.pixels.short_side=48 model.pixels.long_side=64 model.language.name=./small-bert"
-        command = command.replace("bert-base-zero1", "ds_configs/bert-base-zero1.json")
-        return f"{command.replace('xdscale train', 'xdscale train --ranks 2')} {values}"
+        return f"{command} --ranks 2 --deepspeed-config ds_configs/bert-base-zero1.json {values}"
     if "xdscale finetune" in command:
         return (
             f"{command} training.epochs=1 training.global_batch=8 model.pixels.short_side=48 model.pixels.long_side=64"

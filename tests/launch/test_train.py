@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from xdscale.ds_config import read_ds_config
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, XdscaleError
 from xdscale.launch import train
 from xdscale.training.checkpoint_folder import list_checkpoints
@@ -84,6 +85,27 @@ def test_gpus_without_bf16_train_in_fp16(started, gpus):
     train.train_here("xdbert-base-wikitext103", [], None, None)
     chosen = [command[-1] for command, _ in started]
     assert chosen == ["bert-base-zero2-fp16", "quickstart-zero2", "bert-base-zero2"]
+
+
+@pytest.mark.parametrize("capability", ["7.0", "9.0"])
+@pytest.mark.parametrize(
+    ("recipe", "size"),
+    [
+        ("vlbert-base-e2e", "bert-base"),
+        ("vlbert-base-e2e-paper", "bert-base"),
+        ("vlbert-large-e2e", "electra-large"),
+        ("vlbert-base-precomputed", "bert-base"),
+    ],
+)
+def test_from_pixels_as_many_samples_are_computed_at_a_time_as_fit(started, gpus, capfd, recipe, size, capability):
+    """On a GPU of 40 or 32 GB, as tests/plan looks at; the person is told which configuration it is."""
+    gpus(["0"], capability)
+    train.train_here(recipe, [], None, None)
+    ((command, _),) = started
+    name = f"{size}{'-pixels' * ('e2e' in recipe)}-zero2{'-fp16' * (capability < '8')}"
+    assert command[-1] == name
+    assert read_ds_config(name)["train_micro_batch_size_per_gpu"] > 1
+    assert f"--deepspeed_config {name}\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

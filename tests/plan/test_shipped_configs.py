@@ -8,23 +8,28 @@ import pytest
 
 from xdscale.ds_config import precision, read_ds_config, zero_stage
 from xdscale.plan.cluster import Cluster
-from xdscale.plan.configs import WAYS, ds_config
+from xdscale.plan.configs import WAYS, config_text, ds_config
 from xdscale.plan.hardware import find_gpu
 from xdscale.plan.planner import GIB, Machine, make_plan
 from xdscale.plan.profile import build_on_meta, profile_model
 from xdscale.plan.report import machine_from, run_plan
 from xdscale.plan.settings import read_settings
-from xdscale.plan.states import model_states
+from xdscale.plan.states import count, model_states
 from xdscale.plan.traffic import keeps_gathered
 from xdscale.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 RECIPES = {"bert-base": "xdbert-base-wikitext103", "electra-large": "xdelectra-large-wikitext103"}
+FROM_PIXELS = {"bert-base-pixels": "vlbert-base-e2e", "electra-large-pixels": "vlbert-large-e2e"}
 GPUS = {"bf16": "A100-40G", "fp16": "V100-32G"}
 SHIPPED = {
     f"{model}-{way}{'' if kind == 'bf16' else '-fp16'}": (model, way, kind)
     for model in RECIPES
     for way in WAYS
+    for kind in GPUS
+} | {
+    f"{model}-zero2{'' if kind == 'bf16' else '-fp16'}": (model, "zero2", kind)
+    for model in FROM_PIXELS
     for kind in GPUS
 }
 
@@ -58,10 +63,14 @@ def test_files_are_what_the_plan_writes_for_one_gpu(model, kind, tmp_path, capsy
 
 @functools.cache
 def profile(model, kind):
-    return profile_model(load_recipe(RECIPES[model]), precision=kind)
+    if model in FROM_PIXELS and kind == "fp16":
+        return profile(model, "bf16")._replace(precision=kind)  # as wide
+    return profile_model(load_recipe((RECIPES | FROM_PIXELS)[model]), precision=kind)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.proof if "large-pixels" in name else ()) for name in SHIPPED]
+)
 def test_micro_batch_is_the_largest_that_fits_the_gpu_and_its_share_of_a_step(name):
     model, way, kind = SHIPPED[name]
     values, gpu, known = read_ds_config(str(FOLDER / f"{name}.json")), find_gpu(GPUS[kind]), profile(model, kind)
@@ -71,9 +80,18 @@ def test_micro_batch_is_the_largest_that_fits_the_gpu_and_its_share_of_a_step(na
     usable = gpu.usable_gib * GIB
     assert states.device + known.peak(micro_batch) <= usable < states.device + known.peak(micro_batch + 1)
     machine = Machine(cluster=Cluster(gpu, 1, 1), memory_gib=gpu.memory_gib, price=1)
-    recipe = load_recipe(RECIPES[model], ["training.global_batch=20"])
+    recipe = load_recipe((RECIPES | FROM_PIXELS)[model], ["training.global_batch=20"])
     row = next(row for row in make_plan("x", recipe, machine, known).rows if row.way == way)
     assert (row.largest_micro_batch, row.micro_batch, row.accumulation) == (micro_batch, 20, 1)
+
+
+@pytest.mark.parametrize("kind", GPUS)
+@pytest.mark.parametrize("model", ["bert-base-pixels", pytest.param("electra-large-pixels", marks=pytest.mark.proof)])
+def test_files_for_pixels_are_what_the_plan_writes(model, kind):
+    """Of the way that commands take by themselves; `--write-configs` writes the others."""
+    name = f"{model}-zero2{'' if kind == 'bf16' else '-fp16'}"
+    micro_batch = read_ds_config(name)["train_micro_batch_size_per_gpu"]
+    assert config_text(ds_config("zero2", kind, micro_batch, count(profile(model, kind).modules))) == content(name)
 
 
 def test_a_file_that_is_written_asks_no_more_than_a_ranks_share(tmp_path, capsys):

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from xdscale.ds_config import SIZES, read_ds_config, resolve_ds_config, split_batch
+from xdscale.ds_config import SIZES, pixels_suffix, read_ds_config, resolve_ds_config, split_batch
 from xdscale.errors import XdscaleError
 from xdscale.names import is_url, resolve_path
 from xdscale.pretrained.architectures import read_encoder_config
@@ -60,7 +60,7 @@ def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str 
 def shipped_ds_config(recipe: Recipe) -> str:
     """Returns the name of the shipped ZeRO-2 configuration for the size of a recipe's language encoder.
 
-    The size stands in the encoder's name, or in the config.json in its folder.
+    The size stands in the encoder's name, or in the config.json in its folder. There are others for pixels.
 
     Raises:
         XdscaleError: neither says it, or the recipe's system has no such encoder.
@@ -81,7 +81,7 @@ def shipped_ds_config(recipe: Recipe) -> str:
                 "--deepspeed-config, such as bert-base-zero2"
             ) from None
         size = "quickstart" if width < 512 else "bert-base" if width < 1024 else "electra-large"
-    return f"{size}-zero2"
+    return "quickstart-zero2" if size == "quickstart" else f"{size}{pixels_suffix(recipe)}-zero2"
 
 
 def path_warnings(recipe: Recipe) -> list[str]:

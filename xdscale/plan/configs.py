@@ -2,13 +2,15 @@
 
 `xdscale plan … --write-configs FOLDER` writes them with the micro-batch that fits a GPU. The files that ship were
 written so for the two sizes of encoders, each for one A100-40G (bf16) or V100-32G (fp16): with more GPUs each holds
-less. A test writes them again and compares.
+less. Those with `pixels` in their names are for recipes that train a network on images along. A test writes them again
+and compares.
 """
 
 import json
 import math
 from typing import Any
 
+from xdscale.ds_config import pixels_suffix
 from xdscale.recipe import Recipe
 
 WAYS = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
@@ -48,11 +50,14 @@ def ds_config(
 
 
 def model_name(recipe: Recipe) -> str:
-    """Returns the name of a recipe's encoder in file names, such as `electra-large`; of its system if it has none."""
+    """Returns the name of a recipe's encoder in file names, such as `electra-large`; of its system if it has none.
+
+    `pixels_suffix` follows.
+    """
     if not hasattr(recipe.model, "language"):
         return recipe.system
     name = recipe.model.language.name.rstrip("/").split("/")[-1]
-    return name.removesuffix("-uncased").removesuffix("-discriminator")
+    return name.removesuffix("-uncased").removesuffix("-discriminator") + pixels_suffix(recipe)
 
 
 def file_name(model: str, way: str, precision: str) -> str:
