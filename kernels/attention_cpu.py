@@ -29,6 +29,7 @@ class _Block:
     queries: slice  # tokens
     keys: slice  # tokens
     first_query: int  # within the sample
+    last: bool  # of the sample's blocks with these heads
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -58,6 +59,25 @@ class _Buffer:
         if size > len(self.memory):
             self.memory = self.memory.new_empty(size)
         return self.memory[:size].view(shape)
+
+
+class _KeySums:
+    """Sums products over the blocks of queries that read the same keys."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        # Sums over blocks run in fp32, as they do inside a product.
+        self.product, self.wide = _Buffer(dtype), _Buffer(torch.float32)
+
+    def add(self, block: _Block, scores: torch.Tensor, rows: torch.Tensor, factor: float, out: torch.Tensor) -> None:
+        """Adds `factor * scores.T @ rows` per head; the last block's sum is written to its keys' rows of `out`."""
+        shape = block.shape[0], block.shape[2], rows.shape[-1]
+        total = _product(scores.transpose(1, 2), rows, factor, self.product(*shape))
+        if not (block.last and block.first_query == 0):
+            if block.first_query == 0:
+                self.total = self.wide(*shape).zero_()
+            total = self.total.add_(total)
+        if block.last:
+            block.key_rows(out).copy_(total)
 
 
 class _Dropout:
@@ -133,11 +153,10 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients of query, key and value; arguments as in `packed_attention`."""
     scale = query.shape[-1] ** -0.5
-    grad_query = query.new_zeros(query.shape)
-    # Sums over blocks of queries run in fp32, as they do inside a product.
-    grad_key, grad_value = (torch.zeros(tokens.shape, dtype=torch.float32) for tokens in (key, value))
+    grad_query, grad_key, grad_value = (tokens.new_zeros(tokens.shape) for tokens in (query, key, value))
     dropout = _Dropout(packing, query.shape[1], query.dtype)
     buffers = _Buffer(query.dtype), _Buffer(query.dtype)
+    sums = _KeySums(query.dtype), _KeySums(query.dtype)
     for block in _blocks(packing, query.shape[1]):
         grad_rows = block.query_rows(grad)
         probabilities = _probabilities(block, query, key, buffers[0](*block.shape))
@@ -147,10 +166,10 @@ def backward(
         dropout.apply_(grad_scores)
         torch._softmax_backward_data(grad_scores, probabilities, -1, grad_scores.dtype, grad_input=grad_scores)
         dropout.apply_(probabilities)
-        _add_product(block.key_rows(grad_value), probabilities.transpose(1, 2), grad_rows, dropout.rescale)
-        _add_product(block.key_rows(grad_key), grad_scores.transpose(1, 2), block.query_rows(query), scale)
+        sums[0].add(block, probabilities, grad_rows, dropout.rescale, grad_value)
+        sums[1].add(block, grad_scores, block.query_rows(query), scale, grad_key)
         _product(grad_scores, block.key_rows(key), scale, block.query_rows(grad_query))
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+    return grad_query, grad_key, grad_value
 
 
 def attend_without_dropout(
@@ -185,7 +204,8 @@ def _blocks(packing: Packing, heads: int) -> Iterator[_Block]:
         for head in range(0, heads, heads_step):
             for first in range(start, stop, rows):
                 queries = slice(first, min(first + rows, stop))
-                yield _Block(sample, slice(head, min(head + heads_step, heads)), queries, keys, first - start)
+                some_heads = slice(head, min(head + heads_step, heads))
+                yield _Block(sample, some_heads, queries, keys, first - start, queries.stop == stop)
 
 
 def _probabilities(block: _Block, query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -196,10 +216,3 @@ def _probabilities(block: _Block, query: torch.Tensor, key: torch.Tensor, out: t
 def _product(left: torch.Tensor, right: torch.Tensor, factor: float, out: torch.Tensor) -> torch.Tensor:
     """Writes `factor * left @ right` per head to `out`; the factor is applied inside the product."""
     return torch.baddbmm(out, left, right, beta=0, alpha=factor, out=out)
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float) -> None:
-    if left.dtype == total.dtype:
-        torch.baddbmm(total, left, right, alpha=factor, out=total)
-    else:
-        total.add_(_product(left, right, factor, left.new_empty(total.shape)))

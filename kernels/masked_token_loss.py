@@ -63,20 +63,18 @@ def plain_masked_token_loss(
         labels: int64 [n] in 0..V-1.
 
     Returns:
-        The summed loss and the number of rows whose highest logit is the label, as `masked_token_loss`.
+        The loss of each row, and whether its highest logit is the label, as `masked_token_loss`.
     """
     logits = F.linear(hidden, weight, bias)  # [n, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    correct = (logits.detach().argmax(-1) == labels).sum()
-    return loss, correct
+    return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(-1) == labels
 
 
 @torch.compiler.disable(reason="masked_token_loss runs as it is, between compiled graphs")
 def masked_token_loss(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Projects labelled hidden states onto the vocabulary and sums their cross-entropy.
+    """Projects labelled hidden states onto the vocabulary and returns the cross-entropy of each.
 
     Only labelled rows are passed in, and of their logits only a chunk of the vocabulary exists at any time.
     Sums and the softmax run in fp32 whatever the dtype of the inputs (fp64 stays fp64). Deterministic.
@@ -93,8 +91,9 @@ def masked_token_loss(
             meaningless loss, but no access outside of the tensors.
 
     Returns:
-        The summed loss, an fp32 scalar (for n = 0 exactly 0, with zero gradients for all three inputs), and the
-        number of rows whose highest logit is the label, an int64 scalar. Among equal logits the lowest id wins.
+        The loss of each row, fp32 [n] (for n = 0 all three inputs get gradients of zero), and whether the row's highest
+        logit is the label, bool [n]. Among equal logits the lowest id wins. Rows of several objectives that share a
+        vocabulary go through it once; each sums its own.
 
     Raises:
         ValueError: a shape, a device or (on a CPU) a label does not fit; the message names the argument.
@@ -151,9 +150,9 @@ class _MaskedTokenLoss(torch.autograd.Function):
         ctx.dtype = dtype
         if hidden.shape[0] == 0:
             ctx.save_for_backward(hidden, weight, bias)
-            correct = labels.new_zeros(())
+            correct = labels.new_zeros(0, dtype=torch.bool)
             ctx.mark_non_differentiable(correct)
-            return hidden.new_zeros((), dtype=_wide(dtype)), correct
+            return hidden.new_zeros(0, dtype=_wide(dtype)), correct
         if runs_triton(hidden.device, dtype):
             from xdscale.kernels.masked_token_loss_triton import row_statistics  # CPU runs never load Triton
         else:
@@ -161,17 +160,16 @@ class _MaskedTokenLoss(torch.autograd.Function):
             _check_labels(labels, weight.shape[0])
         with without_autocast(hidden.device):
             rows = row_statistics(hidden, weight, bias, labels, dtype)
-            loss = ((rows.maximum - rows.label_logit) / LOG2_E + rows.total.log()).sum()
-        correct = rows.correct.sum()
+            losses = (rows.maximum - rows.label_logit) / LOG2_E + rows.total.log()
         # The inputs themselves are saved, never a view or a cast: ZeRO-3 empties a parameter after this forward
         # and fills the same parameter again before the backward.
         ctx.save_for_backward(hidden, weight, bias, labels, rows.maximum, rows.total)
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        ctx.mark_non_differentiable(rows.correct)
+        return losses, rows.correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_losses: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, *rest = ctx.saved_tensors
         if hidden.shape[0] == 0:
             return torch.zeros_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias), None, None
@@ -182,7 +180,7 @@ class _MaskedTokenLoss(torch.autograd.Function):
             logit_gradients = _logit_gradients
         with without_autocast(hidden.device):
             grad_bias = torch.empty_like(bias)
-            chunks = logit_gradients(hidden, weight, bias, labels, maximum, total, grad_loss, grad_bias, ctx.dtype)
+            chunks = logit_gradients(hidden, weight, bias, labels, maximum, total, grad_losses, grad_bias, ctx.dtype)
             grad_hidden, grad_weight = _multiply_chunks(chunks, hidden, weight)
         needed = zip((grad_hidden, grad_weight, grad_bias), ctx.needs_input_grad)
         return (*(gradient if needs else None for gradient, needs in needed), None, None)
@@ -336,17 +334,17 @@ def _logit_gradients(
     labels: torch.Tensor,
     maximum: torch.Tensor,
     total: torch.Tensor,
-    grad_loss: torch.Tensor,
+    grad_losses: torch.Tensor,
     grad_bias: torch.Tensor,
     dtype: torch.dtype,
 ) -> Iterator[ChunkGradients]:
-    """Yields grad_loss * (softmax - one-hot) chunk by chunk in PyTorch operations; fills grad_bias."""
+    """Yields grad_losses * (softmax - one-hot) chunk by chunk in PyTorch operations; fills grad_bias."""
     chunk_logits = _ChunkLogits(hidden, weight, bias, labels, dtype)
-    scale = (grad_loss / total)[:, None]
+    scale = (grad_losses / total)[:, None]
     for columns in chunk_logits.chunks:
         chunk = chunk_logits(columns)
         gradients = chunk.logits.sub_(maximum[:, None]).exp2_().mul_(scale)
-        gradients[chunk.labels] -= grad_loss
+        gradients[chunk.labels] -= grad_losses[chunk.labels[0]]
         grad_bias[columns] = gradients.sum(0)
         if chunk_logits.narrow is not None:
             gradients = chunk_logits.view(chunk_logits.narrow, columns).copy_(gradients)

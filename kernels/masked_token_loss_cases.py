@@ -42,11 +42,11 @@ def _matrix_cases(target: str, product: torch.dtype, stored: torch.dtype, n: int
     inputs = hidden, weight, bias, labels
     with launches_on(target) as launches:
         rows = row_statistics(*inputs, product)
-        list(logit_gradients(*inputs, rows.maximum, rows.total, rows.total[0], torch.empty_like(bias), product))
+        list(logit_gradients(*inputs, rows.maximum, rows.total, rows.total, torch.empty_like(bias), product))
     statistics, _, gradients, *_ = launches
     read = sum(tensor.nbytes for tensor in inputs)
     chunk = min(gradients.arguments[-4], TRUE_COLUMNS)  # where it ends
-    chunk_bytes = hidden.nbytes + n * 16 + chunk * (TRUE_SIZE + 1) * stored.itemsize + n * chunk * product.itemsize
+    chunk_bytes = hidden.nbytes + n * 20 + chunk * (TRUE_SIZE + 1) * stored.itemsize + n * chunk * product.itemsize
     label = f"{TYPES[product]} x {TYPES[stored]}, n = {n}"
     return [
         compile_case(

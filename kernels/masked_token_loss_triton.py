@@ -166,12 +166,12 @@ def combine_kernel(
 
 @triton.jit(do_not_specialize=["rows", "columns", "end"], do_not_specialize_on_alignment=["total"])
 def logit_gradients_kernel(
-    hidden, weight, bias, labels, maximum, total, grad_loss, gradients, column_sums,
+    hidden, weight, bias, labels, maximum, total, grad_losses, gradients, column_sums,
     rows, columns, size, begin, end, hidden_stride, weight_stride, gradients_stride,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of grad_loss * (softmax - one-hot) and its column sums.
+    """One tile of grad_losses * (softmax - one-hot) and its column sums.
 
     gradients is [rows, gradients_stride], of which begin..end are the first columns and the others get zeros;
     column_sums is [blocks of rows, columns], for the bias.
@@ -184,10 +184,10 @@ def logit_gradients_kernel(
     )  # fmt: skip
     label = tl.load(labels + row, mask=row < rows, other=-1)
     shift = tl.load(maximum + row, mask=row < rows, other=0.0)
-    scale = tl.load(grad_loss).to(tl.float32)
+    scale = tl.load(grad_losses + row, mask=row < rows, other=0.0)
     row_scale = scale / tl.load(total + row, mask=row < rows, other=1.0)
     values = tl.exp2(logits - shift[:, None]) * row_scale[:, None]
-    values -= tl.where(column[None, :] == label[:, None], scale, 0.0)
+    values -= tl.where(column[None, :] == label[:, None], scale[:, None], 0.0)
     values = tl.where((row[:, None] < rows) & (column[None, :] < end), values, 0.0)
     # Of end nothing is known; of the stride, that 16 divides it: whole 16 bytes lie within it or outside.
     place = row[:, None].to(tl.int64) * gradients_stride + (column[None, :] - begin)
@@ -290,7 +290,7 @@ def combine(parts: torch.Tensor, best: torch.Tensor, labels: torch.Tensor) -> Ro
         combine_kernel, (triton.cdiv(n, COMBINED_ROWS),), *parts, best, labels, *joined, correct, n, splits,
         TILE_ROWS=COMBINED_ROWS, TILE_SPLITS=triton.next_power_of_2(splits), num_warps=4, num_stages=1,
     )  # fmt: skip
-    return RowStatistics(*joined, correct)
+    return RowStatistics(*joined, correct.view(torch.bool))
 
 
 def logit_gradients(
@@ -300,13 +300,13 @@ def logit_gradients(
     labels: torch.Tensor,
     maximum: torch.Tensor,
     total: torch.Tensor,
-    grad_loss: torch.Tensor,
+    grad_losses: torch.Tensor,
     grad_bias: torch.Tensor,
     dtype: torch.dtype,
 ) -> Iterator[ChunkGradients]:
     """Yields gradients of logits, as `masked_token_loss._logit_gradients`, for n > 0."""
     work = _Operands(hidden, weight, bias, dtype)
-    labels, n = labels.contiguous(), work.rows
+    labels, grad_losses, n = labels.contiguous(), grad_losses.contiguous(), work.rows
     width = min(chunk_columns(n, work.product_dtype.itemsize), work.columns)
     stride = triton.cdiv(width, STRIDE_COLUMNS) * STRIDE_COLUMNS
     scratch = hidden.new_empty((n, stride), dtype=work.product_dtype)
@@ -315,7 +315,7 @@ def logit_gradients(
         end = min(begin + width, work.columns)
         launch(
             logit_gradients_kernel, (work.row_blocks, triton.cdiv(end - begin, work.tile.columns)),
-            work.hidden, work.weight, work.bias, labels, maximum, total, grad_loss, scratch, sums,
+            work.hidden, work.weight, work.bias, labels, maximum, total, grad_losses, scratch, sums,
             n, work.columns, work.size, begin, end,
             work.hidden.stride(0), work.weight.stride(0), stride, **work.options,
         )  # fmt: skip

@@ -17,8 +17,6 @@ from xdscale.kernels.masked_token_loss import masked_token_loss, plain_masked_to
 operation = importlib.import_module("xdscale.kernels.masked_token_loss")
 
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-GRAD_LOSS = -1.75
-"""Not 1 and negative, so that a forgotten factor shows."""
 
 
 def draw(n, size, vocabulary, dtype=torch.float32, seed=0):
@@ -33,9 +31,14 @@ def draw(n, size, vocabulary, dtype=torch.float32, seed=0):
 
 def run(function, hidden, weight, bias, labels):
     inputs = [tensor.detach().requires_grad_() for tensor in (hidden, weight, bias)]
-    loss, correct = function(*inputs, labels)
-    (loss * GRAD_LOSS).backward()
-    return [loss.detach(), *(tensor.grad for tensor in inputs)], correct
+    losses, correct = function(*inputs, labels)
+    losses.backward(gradients(len(labels)).to(losses.dtype))
+    return [losses.detach(), *(tensor.grad for tensor in inputs)], correct
+
+
+def gradients(n):
+    """Of the rows' losses: each another one, of both signs, so that a forgotten factor shows."""
+    return torch.linspace(-1.75, 1.25, n + 1)[:n]
 
 
 def in_fp64(hidden, weight, bias, labels):
@@ -52,9 +55,9 @@ def assert_as_plain(*inputs):
     for value, reference, source in zip(found, expected, (None, *inputs)):
         assert relative_error(value, reference) <= LIMITS[inputs[0].dtype]
         assert value.dtype == (torch.float32 if source is None else source.dtype)
-    assert correct.dtype == torch.int64
+    assert correct.dtype == torch.bool
     if inputs[0].dtype == torch.float32:
-        assert int(correct) == int(expected_correct)
+        assert torch.equal(correct, expected_correct)
 
 
 @pytest.fixture
@@ -110,8 +113,8 @@ def test_equals_the_loss_of_pytorch():
 
     def reference(hidden, weight, bias, labels):
         if hasattr(F, "linear_cross_entropy"):
-            return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction="sum"), None
-        return F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum"), None
+            return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction="none"), None
+        return F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="none"), None
 
     found, expected = (run(each, hidden, weight, bias, labels)[0] for each in (masked_token_loss, reference))
     assert max(relative_error(value, other.double()) for value, other in zip(found, expected)) <= 2e-6
@@ -121,9 +124,8 @@ def test_equals_the_loss_of_pytorch():
 def test_no_labelled_position_gives_zero(dtype):
     """Every rank runs every head every step: gradients exist and are exactly 0."""
     found, correct = run(masked_token_loss, *draw(0, 32, 700, dtype))
-    assert found[0] == 0
-    assert correct == 0
-    assert [gradient.shape for gradient in found[1:]] == [(0, 32), (700, 32), (700,)]
+    assert len(correct) == 0
+    assert [value.shape for value in found] == [(0,), (0, 32), (700, 32), (700,)]
     assert not any(gradient.any() for gradient in found[1:])
 
 
@@ -131,7 +133,7 @@ def test_no_labelled_position_gives_zero(dtype):
 def test_among_equal_logits_the_lowest_id_is_the_prediction():
     hidden, weight, bias = torch.ones(4, 16), torch.zeros(700, 16), torch.zeros(700)
     bias[[130, 140, 650]] = 3.0  # two in one chunk, one in a later chunk
-    assert masked_token_loss(hidden, weight, bias, torch.tensor([130, 130, 140, 650]))[1] == 2
+    assert masked_token_loss(hidden, weight, bias, torch.tensor([130, 130, 140, 650]))[1].sum() == 2
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -181,7 +183,7 @@ def test_frozen_inputs_get_no_gradient(frozen):
     *inputs, labels = draw(7, 16, 90)
     for number, tensor in enumerate(inputs):
         tensor.requires_grad_(number != frozen)
-    masked_token_loss(*inputs, labels)[0].backward()
+    masked_token_loss(*inputs, labels)[0].sum().backward()
     assert [tensor.grad is None for tensor in inputs] == [number == frozen for number in range(3)]
 
 
@@ -210,10 +212,10 @@ def test_a_parameter_emptied_between_forward_and_backward():
     hidden, weight, bias, labels = draw(12, 32, 300)
     expected, _ = run(masked_token_loss, hidden, weight, bias, labels)
     parameter = torch.nn.Parameter(weight.clone())
-    loss, _ = masked_token_loss(hidden, parameter, bias, labels)
+    losses, _ = masked_token_loss(hidden, parameter, bias, labels)
     parameter.data = torch.empty(0)
     parameter.data = weight.clone()
-    (loss * GRAD_LOSS).backward()
+    losses.backward(gradients(12))
     assert torch.equal(parameter.grad, expected[2])
 
 
@@ -222,7 +224,7 @@ def test_tied_weights_sum_their_gradients():
     grads = []
     for function in (masked_token_loss, plain_masked_token_loss):
         embedding = weight.double().requires_grad_()
-        function(F.embedding(torch.arange(12), embedding), embedding, bias.double(), labels)[0].backward()
+        function(F.embedding(torch.arange(12), embedding), embedding, bias.double(), labels)[0].sum().backward()
         grads.append(embedding.grad)
     assert relative_error(*grads) < 1e-13
 
@@ -325,9 +327,9 @@ def test_few_rows_are_as_precise_as_many(rows):
     hidden = torch.randn(rows, 128, generator=generator)
     weight = torch.randn(30522, 128, generator=generator) * 0.1
     labels = torch.randint(30522, (rows,), generator=generator)
-    gradients = []
+    found = []
     for dtype in (torch.float32, torch.float64):
         states = hidden.to(dtype).requires_grad_()
-        loss, _ = masked_token_loss(states, weight.to(dtype), torch.zeros(30522, dtype=dtype), labels)
-        gradients.append(torch.autograd.grad(loss, states)[0].double())
-    assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[1].norm()
+        losses, _ = masked_token_loss(states, weight.to(dtype), torch.zeros(30522, dtype=dtype), labels)
+        found.append(torch.autograd.grad(losses.sum(), states)[0].double())
+    assert (found[0] - found[1]).norm() <= 1e-6 * found[1].norm()

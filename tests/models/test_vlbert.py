@@ -152,7 +152,7 @@ def test_losses_are_those_of_the_release(release, inputs):
     ).states
     of_captions, of_texts, of_regions = states.split([len(texts[0]), len(texts[1]), len(rows)])
     found = [
-        mlm(part, torch.tensor([label for _, label in wanted]))[0] / len(part)
+        mlm(part, torch.tensor([label for _, label in wanted]))[0].mean()
         for part, wanted in ((of_captions, texts[0]), (of_texts, texts[1]))
     ]
     found.append(masked_region(of_regions, targets)[0] / len(rows))

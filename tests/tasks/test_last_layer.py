@@ -41,7 +41,7 @@ def whole_losses(module, batch):
 def gradients(module, terms):
     """By name; None where no loss reaches the parameter."""
     module.zero_grad(set_to_none=True)
-    sum(term[0] for term in terms.values()).backward()
+    sum(term[0].sum() for term in terms.values()).backward()
     return {name: p.grad for name, p in module.named_parameters()}
 
 
@@ -77,9 +77,9 @@ def test_losses_and_gradients_are_those_of_the_whole_model(built, batch, off, ba
     module, batch = built(off), without_targets_of(batch, bare) if bare else batch
     found, expected = module(batch), whole_losses(module, batch)
     assert set(found) == set(TASKS) - set(off)
-    for name, (loss, correct) in expected.items():
-        assert found[name][0].item() == pytest.approx(loss.item(), rel=1e-10)
-        assert found[name].metrics["accuracy"] == correct
+    for name, (losses, correct) in expected.items():
+        assert found[name][0].item() == pytest.approx(losses.sum().item(), rel=1e-10)
+        assert found[name].metrics["accuracy"] == correct.sum()
     found, expected = gradients(module, found), gradients(module, expected)
     for name, gradient in expected.items():
         reached = gradient is not None and gradient.any()

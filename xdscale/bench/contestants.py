@@ -153,8 +153,8 @@ def loss_contestants(sizes: Sizes, dtype: torch.dtype) -> Contestants:
         return F.cross_entropy(logits, all_labels, ignore_index=IGNORED, reduction="sum")
 
     losses = {
-        "masked_token_loss": lambda: masked_token_loss(hidden[labelled], weight, bias, labels)[0],
-        "plain, labelled positions": lambda: plain_masked_token_loss(hidden[labelled], weight, bias, labels)[0],
+        "masked_token_loss": lambda: masked_token_loss(hidden[labelled], weight, bias, labels)[0].sum(),
+        "plain, labelled positions": lambda: plain_masked_token_loss(hidden[labelled], weight, bias, labels)[0].sum(),
         "plain, all positions": plain_everywhere,
     }
 

@@ -126,7 +126,7 @@ def _loss(device: torch.device) -> Iterator[tuple[str, Search]]:
     hidden, weight = _normal(rows, HIDDEN, device=device), _normal(VOCABULARY, HIDDEN, device=device) * HIDDEN**-0.5
     bias, labels = _normal(VOCABULARY, device=device), torch.randint(VOCABULARY, (rows,), device=device)
     maximum, total, _, _ = masked_token_loss_triton.row_statistics(hidden, weight, bias, labels, torch.bfloat16)
-    grad_loss, grad_bias = torch.ones((), device=device), torch.empty_like(bias)
+    grad_losses, grad_bias = torch.ones(rows, device=device), torch.empty_like(bias)
     tables = masked_token_loss_triton.TILES
     place = masked_token_loss_triton.FAMILIES[masked_token_loss_triton.architecture(device)], 2, 2
     few, shipped = tables[place]
@@ -146,7 +146,7 @@ def _loss(device: torch.device) -> Iterator[tuple[str, Search]]:
 
     def gradients(tile: LogitsTile) -> None:
         with _replaced(tables, place, (few, tile)):
-            given = (hidden, weight, bias, labels, maximum, total, grad_loss, grad_bias, torch.bfloat16)
+            given = (hidden, weight, bias, labels, maximum, total, grad_losses, grad_bias, torch.bfloat16)
             for _ in masked_token_loss_triton.logit_gradients(*given):
                 pass
 

@@ -52,7 +52,7 @@ class MaskedTokenHead(nn.Module):
             labels: int64 [n], the right tokens.
 
         Returns:
-            Summed cross-entropy (fp32 scalar) and the number of right predictions (int64 scalar).
+            Cross-entropy of each (fp32 [n]), and whether its likeliest token is the right one (bool [n]).
         """
         hidden = self.norm(self.activation(self.transform(states)))  # [n, embedding size]
         return self.function(hidden, self.decoder_weight, self.decoder_bias, labels)

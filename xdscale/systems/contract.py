@@ -33,9 +33,14 @@ class Term(NamedTuple):
     metrics: "Mapping[str, torch.Tensor]" = {}
 
     @classmethod
-    def scored(cls, loss_sum: "torch.Tensor", correct: "torch.Tensor") -> "Term":
-        """Returns the term of a classification: its loss, and the number of right predictions."""
-        return cls(loss_sum, {"accuracy": correct})
+    def scored(cls, losses: "torch.Tensor", correct: "torch.Tensor") -> "Term":
+        """Returns the term of a classification.
+
+        Args:
+            losses: of its targets, [n], or their sum.
+            correct: which of them are predicted right, bool [n], or how many.
+        """
+        return cls(losses.sum(), {"accuracy": correct.sum()})
 
 
 class Objective(NamedTuple):

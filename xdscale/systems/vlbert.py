@@ -78,12 +78,17 @@ class VLBERTPretraining(nn.Module):
         if self.trunk is not None:
             batch = {**batch, "features": features_of(self.trunk, batch)}
         names = [*self.words, *(["masked_region"] if self.masked_region is not None else [])]
-        rows = [batch[f"{name}_rows"] for name in names]
-        states = self.model(batch, torch.cat(rows)).states.split([len(part) for part in rows])
+        states = self.model(batch, torch.cat([batch[f"{name}_rows"] for name in names])).states
+        labels = [batch[f"{name}_labels"] for name in self.words]
+        counts = [len(part) for part in labels]
+        words, regions = states.tensor_split([sum(counts)])
         terms: dict[str, Term] = {}
-        for name, part in zip(names, states):
-            head = self.masked_region if name == "masked_region" else self.mlm
-            terms[name] = Term.scored(*head(part, batch[f"{name}_labels"]))
+        if self.words:  # both kinds of text together: the vocabulary is read, and its gradient written, once
+            losses, correct = self.mlm(words, torch.cat(labels))
+            scores = zip(losses.split(counts), correct.split(counts))
+            terms = {name: Term.scored(*score) for name, score in zip(self.words, scores)}
+        if self.masked_region is not None:
+            terms["masked_region"] = Term.scored(*self.masked_region(regions, batch["masked_region_labels"]))
         return terms
 
 
