@@ -107,8 +107,13 @@ def outline(box, part):
     return [[left - 3, top], [right, top + 1.5], [left + (right - left) * part, bottom]]
 
 
-def questions_in(folder, tags=(0, 0, 0)):
-    """Three questions of VCR to train on, with the metadata of their images; each one speaks of one object."""
+def questions_in(folder, tags=((0, 0), (0, 0), (0, 0))):
+    """Three questions of VCR to train on, with the metadata of their images.
+
+    Args:
+        folder: of the data.
+        tags: the object that each question speaks of, and that its third answer speaks of.
+    """
     images = folder / "VCR" / "vcr1images" / "m"
     images.mkdir(parents=True)
     lines = []
@@ -121,8 +126,8 @@ def questions_in(folder, tags=(0, 0, 0)):
         (images / f"{number}.json").write_text(json.dumps(stored))
         lines.append({
             "annot_id": f"x-{number}", "img_fn": f"m/{number}.jpg", "metadata_fn": f"m/{number}.json",
-            "objects": objects, "question": ["Is", [tags[number]], "on", "the", "left", "?"],
-            "answer_choices": [["No", "."], ["It", "is", "red", "."], [[tags[number]], "sits", "."], ["Yes"]],
+            "objects": objects, "question": ["Is", [tags[number][0]], "on", "the", "left", "?"],
+            "answer_choices": [["No", "."], ["It", "is", "red", "."], [[tags[number][1]], "sits", "."], ["Yes"]],
             "answer_label": number,
             "rationale_choices": [["Snow"], ["Rain"], ["It", "is"], ["So"]], "rationale_label": 0,
         })  # fmt: skip
