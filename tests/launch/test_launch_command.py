@@ -215,15 +215,12 @@ def test_the_share_of_padding_is_told(tmp_path):
     assert "a step of 16 samples: 16 ranks × 1 micro-batch of 1, no padding" in even.stderr
 
 
-def test_a_full_standard_output_is_one_message(tmp_path):
-    with open("/dev/full", "w") as full:
-        for command in (["plan", "quickstart"], ["launch", "quickstart", "--hosts", "a:1,b:1"]):
-            done = subprocess.run(
-                [sys.executable, PROGRAM, *command], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
-            )
-            assert done.returncode == 2
-            assert "error: cannot write the output: No space left on device" in done.stderr
-            assert "Traceback" not in done.stderr
+def test_a_full_standard_output_is_one_message(fork, tmp_path):
+    for number, command in enumerate((["plan", "quickstart"], ["launch", "quickstart", "--hosts", "a:1,b:1"])):
+        stderr = tmp_path / f"{number}.stderr"
+        assert fork("xdscale", *command, outputs=("/dev/full", stderr), folder=tmp_path).wait(timeout=120) == 2
+        assert "error: cannot write the output: No space left on device" in stderr.read_text()
+        assert "Traceback" not in stderr.read_text()
 
 
 def test_relative_paths_are_warned_about(tmp_path):
