@@ -227,6 +227,15 @@ def test_metadata_lie_nowhere_else_where_they_are_not_there_either(world, name):
         VCR_QA.read(world.data)
 
 
+def test_outlines_of_other_objects_are_found_before_a_run(world):
+    world.write_metadata()
+    examples = VCR_QA.read(world.data).train
+    assert len(VCR_QA.outlines_sha256(examples)) == 64
+    world.write_metadata(segms=[[]] * 3)
+    with pytest.raises(XdscaleError, match=r"0\.json: 4 boxes and 3 segms; the question has 4 objects"):
+        VCR_QA.outlines_sha256(examples)
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])
 def test_what_is_no_number_is_no_box_and_no_outline(world, number):
     """JSON has none of these, but many write and read them."""
@@ -235,8 +244,11 @@ def test_what_is_no_number_is_no_box_and_no_outline(world, number):
     assert VCR_QA.object_masks(examples[:1])[0].any((1, 2)).all()
     path = world.folder / "vcr1images" / "lsmdc" / "0.json"
     path.write_text(path.read_text().replace("7777", number))
-    with pytest.raises(XdscaleError, match=r"0\.json: segms\[0\]\[0\]\[2\]\[0\] = (nan|inf|-inf): expected a finite"):
-        VCR_QA.object_masks(examples[:1])
+    for read in (VCR_QA.object_masks, VCR_QA.outlines_sha256):  # the latter before a run begins
+        with pytest.raises(
+            XdscaleError, match=r"0\.json: segms\[0\]\[0\]\[2\]\[0\] = (nan|inf|-inf): expected a finite"
+        ):
+            read(examples[:1])
     world.write_metadata(boxes=[[0, 1, 7777, 30, 0.9]] * 4)
     path.write_text(path.read_text().replace("7777", number))
     with pytest.raises(XdscaleError, match=r"0\.json: boxes\[0\]\[2\] = (nan|inf|-inf): expected a finite"):

@@ -209,10 +209,12 @@ class CommonsenseReasoning(TextTask):
         """Returns the SHA-256 (hex) of the files that `object_masks` reads, in the order of their names.
 
         Raises:
-            XdscaleError: one of them cannot be read.
+            XdscaleError: one of them cannot be read, or as `object_masks`: a run would end in whatever step reads it.
         """
         digest = hashlib.sha256()
-        for path in sorted({example.truth.metadata for example in examples}):
+        truths = {example.truth.metadata: example.truth for example in examples}
+        for path in sorted(truths):
+            _read_outlines(truths[path])
             try:
                 digest.update(bytes.fromhex(file_sha256(path)))
             except OSError as error:
@@ -326,7 +328,7 @@ def _check_metadata(where: str, entry: _Question, images: Path, checked: dict[st
         )
 
 
-def _masks(truth: VCRTruth, *, centres: bool) -> np.ndarray:
+def _read_outlines(truth: VCRTruth) -> _Outlines:
     path, objects = truth.metadata, len(truth.objects)
     if not os.path.isfile(path):
         raise XdscaleError(f"{path}: no such file; unpack vcr1images.zip, which has the outlines of objects, there")
@@ -334,8 +336,13 @@ def _masks(truth: VCRTruth, *, centres: bool) -> np.ndarray:
     boxes, outlines = found["boxes"], found["segms"]
     if not len(boxes) == len(outlines) == objects or any(len(box) < 4 for box in boxes):
         raise XdscaleError(f"{path}: {len(boxes)} boxes and {len(outlines)} segms; the question has {objects} objects")
-    polygons = [[np.array(one) for one in mine if one] for mine in outlines]
-    masks = [object_mask(mine, box[:4], centres=centres) for box, mine in zip(boxes, polygons)]
+    return found
+
+
+def _masks(truth: VCRTruth, *, centres: bool) -> np.ndarray:
+    found = _read_outlines(truth)
+    polygons = [[np.array(one) for one in mine if one] for mine in found["segms"]]
+    masks = [object_mask(mine, box[:4], centres=centres) for box, mine in zip(found["boxes"], polygons)]
     return np.array(masks, bool).reshape(-1, SIDE, SIDE)
 
 
