@@ -3,7 +3,7 @@
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,7 +43,47 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         values = values["state_dict"]
     if not isinstance(values, Mapping):
         raise XdscaleError(f"{path}: expected a state dict, found {type(values).__name__}")
-    return {str(key): value for key, value in values.items() if isinstance(value, torch.Tensor)}
+    found = {str(key): value for key, value in values.items() if isinstance(value, torch.Tensor)}
+    odd = [name for name, value in found.items() if value.layout is not torch.strided or value.is_meta
+           or value.is_quantized or value.is_nested or value.is_complex()]  # fmt: skip
+    if odd:
+        raise XdscaleError(
+            f"{path}: holds {some(odd)} sparse, quantized, nested, complex or without values; expected plain tensors"
+        )
+    return found
+
+
+def require_numbers(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuses weights that are no numbers, with which no step of a run would be finite.
+
+    Raises:
+        XdscaleError: names some that are not.
+    """
+    if lost := [name for name, value in state.items() if value.isnan().any()]:
+        raise XdscaleError(f"{path}: {some(lost)}: not all values are numbers (NaN); take another checkpoint")
+
+
+def matrix_shapes(
+    state: Mapping[str, torch.Tensor], names: Sequence[str], path: Path, what: str
+) -> list[tuple[int, int]]:
+    """Returns the shapes of matrices, from which the configuration of a checkpoint follows.
+
+    Args:
+        state: what the checkpoint holds.
+        names: of the matrices.
+        path: of the checkpoint.
+        what: it is a checkpoint of.
+
+    Raises:
+        XdscaleError: one is not there, or is no matrix with numbers in it.
+    """
+    for name in names:
+        if name not in state:
+            raise XdscaleError(f"{path}: no checkpoint of {what}: it holds no {name}")
+        if state[name].ndim != 2 or not state[name].numel():
+            shape = list(state[name].shape)
+            raise XdscaleError(f"{path}: no checkpoint of {what}: {name} has the shape {shape}, expected a matrix")
+    return [tuple(state[name].shape) for name in names]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -103,7 +143,8 @@ def check_sha256(files: list[Path], expected: str) -> None:
 
 def reason(error: Exception) -> str:
     """Returns why a weights file could not be loaded, in words that suggest nothing unsafe."""
-    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it unsafely
+    # PyTorch's own text advises to load it unsafely; that of the others is a byte, or nothing.
+    if isinstance(error, pickle.UnpicklingError | KeyError | EOFError):
         return "it is damaged or holds other things than tensors; give a .safetensors file"
     return one_line(error)
 

@@ -140,6 +140,27 @@ def test_weights_of_a_resnet_are_read(tmp_path):
         load_fast_rcnn(tmp_path / "torn.model")
 
 
+@pytest.mark.parametrize("shape", [(), (0, 8, 3, 3), (7,), (10**6, 8, 3, 3)])
+def test_a_file_that_states_an_odd_width_is_refused(tmp_path, shape):
+    """A file of a few bytes may state any shape."""
+    state = FastRCNN((1, 1, 1, 1), width=8).state_dict()
+    state["layer1.0.conv2.weight"] = torch.zeros(1).expand(shape) if shape else torch.tensor(1.0)
+    torch.save(state, tmp_path / "odd.model")
+    with pytest.raises(XdscaleError, match=r"odd\.model: holds no fitting weights for "):
+        load_fast_rcnn(tmp_path / "odd.model")
+
+
+def test_counts_of_batches_may_be_of_any_shape_but_weights_are_numbers(tmp_path):
+    state = FastRCNN((1, 1, 1, 1), width=8).state_dict()
+    state["bn1.num_batches_tracked"] = torch.zeros(5)
+    torch.save(state, tmp_path / "odd.model")
+    assert load_fast_rcnn(tmp_path / "odd.model").name == "resnet14"
+    state["layer2.0.bn1.running_var"][3] = torch.nan
+    torch.save(state, tmp_path / "odd.model")
+    with pytest.raises(XdscaleError, match=r"layer2\.0\.bn1\.running_var: not all values are numbers \(NaN\)"):
+        load_fast_rcnn(tmp_path / "odd.model")
+
+
 def test_a_file_says_how_deep_and_wide_its_resnet_is(tmp_path):
     """Trained parts and outputs are as of 101 layers; the name says how many there are."""
     torch.manual_seed(3)

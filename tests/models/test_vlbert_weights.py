@@ -94,6 +94,37 @@ def test_what_is_no_vlbert_is_refused(release, change, message):
         load_vlbert(path)
 
 
+WORDS, TOKEN = "module.vlbert.word_embeddings.weight", "module.object_linguistic_embeddings.weight"
+PROJECTION = "module.image_feature_extractor.obj_downsample.1.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (WORDS, torch.tensor(1.0), r"vlbert\.word_embeddings\.weight has the shape \[\], expected a matrix"),
+        (WORDS, torch.zeros(64), r"has the shape \[64\], expected a matrix"),
+        (WORDS, torch.zeros(0, 64), r"has the shape \[0, 64\], expected a matrix"),
+        (WORDS, torch.zeros(1, 1).expand(10**6, 2**16), "no fitting weights for "),  # a few bytes of a file
+        (WORDS, torch.zeros(1, 1).expand(10**9, 64), "vocab_size is 1000000000; expected a whole number from 1 to 16,"),
+        (WORDS, torch.zeros(9, 200), "hidden_size = 200 is not a multiple of num_attention_heads = 3"),
+        (WORDS, torch.zeros(9, 64).to_sparse(), f"holds {WORDS} sparse, .*; expected plain tensors"),
+        (WORDS, torch.zeros(9, 64, device="meta"), f"holds {WORDS} .* without values; expected plain tensors"),
+        (TOKEN, torch.zeros(1, 32), r"no fitting weights for region_tokens\.weight"),
+        (PROJECTION, torch.zeros(64, 10), r"obj_downsample\.1\.weight reads 10 numbers; 2,048 are of the box"),
+        (WORDS, torch.full((99, 64), torch.nan), r"word_embeddings\.weight: not all values are numbers"),
+        ("module.vlbert.mvrc_head.transform.dense.weight", torch.zeros(3, 3), r"for masked_region\.transform\.weight"),
+    ],
+)
+def test_shapes_that_no_vlbert_has_are_refused(release, name, value, message):
+    _, path = release(classes=CLASSES)
+    stored = torch.load(path, weights_only=True)
+    assert name in stored["state_dict"]
+    stored["state_dict"][name] = value
+    torch.save(stored, path)
+    with pytest.raises(XdscaleError, match=f"^{path}: .*{message}"):
+        load_vlbert(path)
+
+
 def test_a_checkpoint_with_code_is_refused(tmp_path):
     class Trap:
         def __reduce__(self):
@@ -112,6 +143,16 @@ def test_a_checkpoint_with_code_is_refused(tmp_path):
         ({"hidden_act": "gelo"}, "hidden_act is 'gelo', which transformers does not know"),
         ({"num_attention_heads": 5}, "hidden_size = 64 is not a multiple of num_attention_heads = 5"),
         ({"num_attention_heads": 0}, "hidden_size = 64 is not a multiple of num_attention_heads = 0"),
+        (
+            {"num_hidden_layers": 10**13},
+            r"num_hidden_layers is 10000000000000; expected a whole number from 1 to 1,024",
+        ),
+        ({"vocab_size": -1}, "vocab_size is -1; expected a whole number from 1 to"),
+        ({"hidden_size": 10**9, "num_attention_heads": 1}, "hidden_size is 1000000000; expected a whole number from"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5; expected 0 to 1"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan; expected 0 to 1"),
+        ({"pad_token_id": 99}, "pad_token_id is 99; vocab_size is 99"),
+        ({"vocab_size": 2**24, "hidden_size": 2**16}, "no fitting weights for "),
         ({"num_hidden_layers": "three"}, "not a vl_bert configuration: "),
     ],
 )

@@ -187,6 +187,15 @@ def test_each_choice_is_right_or_wrong_by_itself(read, theirs, folder, table):
     assert torch.equal(encoder.pooler.weight, bert.pooler.dense.weight) == (folder / "pooler.safetensors").is_file()
 
 
+def test_a_pooler_of_another_model_is_refused(folder, table, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "model")
+    save_file({"pooler.weight": torch.zeros(3, 3), "pooler.bias": torch.zeros(3)}, copied / "pooler.safetensors")
+    with pytest.raises(
+        XdscaleError, match=r"pooler\.safetensors: holds no fitting weights for pooler\.bias, pooler\.w"
+    ):
+        VLBERTSubject(str(copied), ModelSettings(), table).build(task_of("input", sentences=2, choices=4, outputs=1))
+
+
 def test_as_the_paper_has_it_answers_and_choices_exclude_each_other(read):
     """Spec VL-BERT §8, 7 and 8: softmax cross-entropy; VQA's credits are weights of their answers' logarithms."""
     credits = np.array([[0, 0.3, 1, 0], [0, 0, 0, 0.6], [1, 0, 0, 0]])

@@ -12,7 +12,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import roi_align
 
 from xdscale.errors import XdscaleError
-from xdscale.weights import read_state_dict, some
+from xdscale.weights import read_state_dict, require_numbers, some
 
 STRIDE = 16
 """Pixels for each place of C4's map."""
@@ -207,13 +207,21 @@ def load_resnet(model: RegionResNet, state: Mapping[str, torch.Tensor], path: Pa
              and (name not in state or state[name].shape != value.shape)]  # fmt: skip
     if wrong:
         raise XdscaleError(f"{path}: holds no fitting weights for {some(wrong)} of a {model.like} or its like")
-    model.load_state_dict({name: state.get(name, value).float() for name, value in own.items()})
+    # Counts of batches, which have no effect, may be of any shape.
+    fit = (name for name, value in own.items() if name in state and state[name].shape == value.shape)
+    found = {name: state[name].float() for name in fit}
+    require_numbers(found, path)
+    model.load_state_dict(own | found)
 
 
 def resnet_shape(state: Mapping[str, torch.Tensor]) -> tuple[list[int], int]:
-    """Returns how many blocks each stage of a file's ResNet has, but one at least, and the width of the first one."""
-    found = [re.match(r"layer([1-4])\.(\d{1,3})\.", name) for name in state]
+    """Returns how many blocks each stage of a file's ResNet has, but one at least, and the width of the first one.
+
+    Of 100 blocks and a width of 256 at most: a few bytes of a file may state any shape.
+    """
+    found = [re.match(r"layer([1-4])\.(\d{1,2})\.", name) for name in state]
     places = [(int(match[1]), int(match[2])) for match in found if match]
     blocks = [1 + max((block for stage, block in places if stage == wanted), default=0) for wanted in range(1, 5)]
     first = state.get("layer1.0.conv2.weight")
-    return blocks, 64 if first is None else len(first)
+    width = 0 if first is None or first.ndim != 4 else len(first)
+    return blocks, width if 0 < width <= 256 else 64

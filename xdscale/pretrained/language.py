@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line, read_json
+from xdscale.files import one_line, read_json, shown
 from xdscale.names import PACKAGE_PREFIX, resolve_path
 from xdscale.pretrained.architectures import KNOWN, read_encoder_config
 from xdscale.recipes.mlm.schema import Language
@@ -26,6 +26,19 @@ _CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "electra": (ElectraConfig, ElectraModel),
 }
 _Config = TypeVar("_Config", bound=PretrainedConfig)
+_LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**16,
+    "num_hidden_layers": 2**10,
+    "intermediate_size": 2**18,
+    "max_position_embeddings": 2**20,
+    "type_vocab_size": 2**10,
+    "embedding_size": 2**16,
+    "appearance_size": 2**20,
+    "visual_embedding_dim": 2**20,
+}
+"""Far more than any encoder has: building one of more ends in an error of the library's, or without memory."""
+_SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "initializer_range")
 
 
 def language_config(spec: Language) -> PretrainedConfig:
@@ -64,14 +77,33 @@ def _checked_config(kind: type[_Config], values: dict[str, Any], source: str) ->
         config = kind.from_dict(values)
     except Exception as error:  # transformers and what it checks values with raise unrelated kinds
         raise XdscaleError(f"{source}: not a {kind.model_type} configuration: {one_line(error)}") from None
+    check_sizes(config, source)
     if config.hidden_act not in ACT2FN:
         raise XdscaleError(f"{source}: hidden_act is {config.hidden_act!r}, which transformers does not know")
+    return config
+
+
+def check_sizes(config: PretrainedConfig, source: str) -> None:
+    """Refuses a configuration of sizes that no encoder has.
+
+    Raises:
+        XdscaleError: begins with `source`.
+    """
+    for name, most in _LARGEST.items():
+        size = getattr(config, name, 1)
+        if not isinstance(size, int) or not 1 <= size <= most:
+            raise XdscaleError(f"{source}: {name} is {shown(size)}; expected a whole number from 1 to {most:,}")
     if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
         raise XdscaleError(
             f"{source}: hidden_size = {config.hidden_size} is not a multiple of num_attention_heads = "
             f"{config.num_attention_heads}"
         )
-    return config
+    for name in _SHARES:
+        if not 0 <= getattr(config, name) <= 1:  # NaN is neither
+            raise XdscaleError(f"{source}: {name} is {shown(getattr(config, name))}; expected 0 to 1")
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None and not -config.vocab_size <= pad < config.vocab_size:
+        raise XdscaleError(f"{source}: pad_token_id is {shown(pad)}; vocab_size is {config.vocab_size}")
 
 
 def load_language_encoder(spec: Language, *, dropout: float) -> PreTrainedModel:

@@ -11,8 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel, VisualBertConfig
 from xdscale.errors import XdscaleError
 from xdscale.models.single_stream import BERT_NAMES
 from xdscale.models.visualbert import VisualBERT
-from xdscale.pretrained.language import MASKED_LM_HEAD, MASKED_LM_KEYS, SENTENCE_HEAD, read_config
-from xdscale.weights import read_state_dict, some, weight_files
+from xdscale.pretrained.language import MASKED_LM_HEAD, MASKED_LM_KEYS, SENTENCE_HEAD, check_sizes, read_config
+from xdscale.weights import matrix_shapes, read_state_dict, require_numbers, some, weight_files
 
 ENCODER = "visual_bert."
 """What the names of the encoder's weights begin with where a file also holds heads."""
@@ -124,11 +124,13 @@ def load_visualbert(
         XdscaleError: nothing of the kind, or weights that are damaged or not those of the configuration.
     """
     config, state = _read(place)
+    check_sizes(config, str(place))
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    model = VisualBERT(config, alignment=alignment or getattr(config, "alignment", "mean"))
-    wanted = {name: ENCODER + published_name(name) for name in model.state_dict()}
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    alignment = alignment or getattr(config, "alignment", "mean")
+    with torch.device("meta"):  # what does not fit may be of any size
+        shapes = {name: value.shape for name, value in VisualBERT(config, alignment=alignment).state_dict().items()}
+    wanted = {name: ENCODER + published_name(name) for name in shapes}
     wrong = [
         theirs.removeprefix(ENCODER)
         for name, theirs in wanted.items()
@@ -136,10 +138,13 @@ def load_visualbert(
     ]
     if wrong:
         raise XdscaleError(f"{place}: holds no fitting weights for {some(wrong)} of its VisualBERT")
-    model.load_state_dict({name: state[theirs].float() for name, theirs in wanted.items()})
+    own = {name: state[theirs].float() for name, theirs in wanted.items()}
     heads = {ours: state[theirs].float() for ours, theirs in _HEADS.items() if theirs in state}
     if config.tie_word_embeddings:
         heads.pop("mlm.decoder_weight", None)
+    require_numbers(own | heads, place)
+    model = VisualBERT(config, alignment=alignment)
+    model.load_state_dict(own)
     return model.eval(), heads
 
 
@@ -196,19 +201,15 @@ def _read(place: Path) -> tuple[VisualBertConfig, dict[str, torch.Tensor]]:
 
 def _config_of(state: dict[str, torch.Tensor], path: Path) -> VisualBertConfig:
     """Returns the configuration that the weights of a checkpoint have, with heads of 64 as in every BERT."""
-    try:
-        words, projection, intermediate, segments, positions = (
-            state[ENCODER + name].shape
-            for name in (
-                "embeddings.word_embeddings.weight",
-                "embeddings.visual_projection.weight",
-                "encoder.layer.0.intermediate.dense.weight",
-                "embeddings.token_type_embeddings.weight",
-                "embeddings.position_embeddings.weight",
-            )
-        )
-    except KeyError as error:
-        raise XdscaleError(f"{path}: no checkpoint of VisualBERT: it holds no {error.args[0]}") from None
+    names = (
+        "embeddings.word_embeddings.weight",
+        "embeddings.visual_projection.weight",
+        "encoder.layer.0.intermediate.dense.weight",
+        "embeddings.token_type_embeddings.weight",
+        "embeddings.position_embeddings.weight",
+    )
+    found = matrix_shapes(state, [ENCODER + name for name in names], path, "VisualBERT")
+    words, projection, intermediate, segments, positions = found
     layers = {match[1] for name in state if (match := re.match(rf"{ENCODER}encoder\.layer\.(\d+)\.", name))}
     return VisualBertConfig(
         vocab_size=words[0],

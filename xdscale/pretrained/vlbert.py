@@ -11,9 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from xdscale.errors import XdscaleError
 from xdscale.models.single_stream import BERT_NAMES
 from xdscale.models.vlbert import GEOMETRY, REGION_SEGMENT, VLBERT, VLBertConfig
-from xdscale.pretrained.language import MASKED_LM_KEYS, language_weights, read_config
+from xdscale.pretrained.language import MASKED_LM_KEYS, check_sizes, language_weights, read_config
 from xdscale.recipes.mlm.schema import Language
-from xdscale.weights import read_state_dict, some, weight_files
+from xdscale.weights import matrix_shapes, read_state_dict, require_numbers, some, weight_files
 
 TRUNK, TRUNK_PREFIX = "fast_rcnn.safetensors", "trunk."
 """The branch of Fast R-CNN in an export, and what its names begin with in training."""
@@ -129,16 +129,21 @@ def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, d
             state |= {TRUNK_PREFIX + name: value for name, value in read_state_dict(place / TRUNK).items()}
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    model = VLBERT(config)
-    wanted = {name: f"model.{name}" for name in model.state_dict()}
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    with torch.device("meta"):  # what does not fit may be of any size
+        shapes = {name: value.shape for name, value in VLBERT(config).state_dict().items()}
+    wanted = {name: f"model.{name}" for name in shapes}
     wrong = [name for name, full in wanted.items() if full not in state or state[full].shape != shapes[name]]
+    wrong += [name for name in state if name in _HEADS and (".transform." in name or ".norm." in name)
+              and {*state[name].shape} != {config.hidden_size}]  # fmt: skip
     if wrong:
         raise XdscaleError(f"{place}: holds no fitting weights for {some(wrong)} of its VL-BERT")
-    model.load_state_dict({name: state[full].float() for name, full in wanted.items()})
+    own = {name: state[full].float() for name, full in wanted.items()}
     heads = {name: value.float() for name, value in state.items() if name in _HEADS or name.startswith(TRUNK_PREFIX)}
     if config.tie_word_embeddings:
         heads.pop("mlm.decoder_weight", None)
+    require_numbers(own | heads, place)
+    model = VLBERT(config)
+    model.load_state_dict(own)
     return model.eval(), heads
 
 
@@ -219,10 +224,13 @@ def _from_release(path: Path) -> tuple[VLBertConfig, dict[str, torch.Tensor]]:
         for name, value in read_state_dict(path).items()
     }
     config = _config_of(found, path)
+    check_sizes(config, str(path))
     size = config.hidden_size
     for name in _PRETRAINING_ALONE[:2]:
         found.setdefault(name, torch.zeros(1, size))
-    found["region_tokens.weight"] = torch.cat([found.pop(name, torch.empty(0, size)) for name in _REGION_TOKENS])
+    tokens = [found.pop(name, torch.empty(0, size)) for name in _REGION_TOKENS]
+    if all(token.shape[1:] == (size,) for token in tokens):  # else they are missed below
+        found["region_tokens.weight"] = torch.cat(tokens)
     with torch.device("meta"):
         names = VLBERT(config).state_dict()
     state = {f"model.{name}": found[published_name(name)] for name in names if published_name(name) in found}
@@ -243,18 +251,17 @@ def _trunk_of(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _config_of(found: dict[str, torch.Tensor], path: Path) -> VLBertConfig:
     """Returns the configuration that the weights of a checkpoint have, with heads of 64 as in every BERT."""
-    try:
-        words, positions, intermediate, projection = (
-            found[name].shape
-            for name in (
-                "vlbert.word_embeddings.weight",
-                "vlbert.position_embeddings.weight",
-                "vlbert.encoder.layer.0.intermediate.dense.weight",
-                published_name("regions.projection.weight"),
-            )
+    names = (
+        "vlbert.word_embeddings.weight",
+        "vlbert.position_embeddings.weight",
+        "vlbert.encoder.layer.0.intermediate.dense.weight",
+        published_name("regions.projection.weight"),
+    )
+    words, positions, intermediate, projection = matrix_shapes(found, names, path, "VL-BERT")
+    if projection[1] <= GEOMETRY:
+        raise XdscaleError(
+            f"{path}: no checkpoint of VL-BERT: {names[3]} reads {projection[1]} numbers; {GEOMETRY:,} are of the box"
         )
-    except KeyError as error:
-        raise XdscaleError(f"{path}: no checkpoint of VL-BERT: it holds no {error.args[0]}") from None
     layers = {match[1] for name in found if (match := re.match(r"vlbert\.encoder\.layer\.(\d+)\.", name))}
     return VLBertConfig(
         vocab_size=words[0],

@@ -22,7 +22,7 @@ from xdscale.pretrained.vlbert import POOLER, TRUNK, load_vlbert, read_pooler, s
 from xdscale.systems.contract import Objective, Term
 from xdscale.tasks.contract import OF_IMAGES, OF_VLBERT, SubjectFacts, Task
 from xdscale.tasks.visualbert import VisualBERTSubject
-from xdscale.weights import check_sha256, weight_files
+from xdscale.weights import check_sha256, some, weight_files
 
 _OF_HEAD = {"answer": "mlm.", "region": "masked_region."}
 """Whose first layer a task's head begins with, by what the task reads."""
@@ -133,8 +133,11 @@ class VLBERTSubject(VisualBERTSubject):
             if sha256 is not None:
                 check_sha256([*weight_files(self._folder), *self._trunk_file()], sha256)
             found, heads = load_vlbert(self._folder)
-            state = read_pooler(self._folder) | found.state_dict()
-            encoder.load_state_dict({name: state.get(name, value) for name, value in encoder.state_dict().items()})
+            state, own = read_pooler(self._folder) | found.state_dict(), encoder.state_dict()
+            wrong = [name for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
+            if wrong:
+                raise XdscaleError(f"{self._folder / POOLER}: holds no fitting weights for {some(sorted(wrong))}")
+            encoder.load_state_dict({name: state.get(name, value) for name, value in own.items()})
             if task.sentences > 1 and not config.second_segment:
                 segments = encoder.embeddings.token_type_embeddings.weight.data
                 segments[1] = segments[0]
