@@ -53,7 +53,8 @@ def pre_norm(
     if states.device.type != "cpu":
         return plain_pre_norm(states, residual, weight, bias, eps=eps)
     total = states if residual is None else residual + states
-    return total, F.layer_norm(total, weight.shape, weight, bias, eps).to(total.dtype)
+    wide = torch.promote_types(weight.dtype, total.dtype)  # of a sum in fp32 PyTorch takes no weight in bf16
+    return total, F.layer_norm(total, weight.shape, weight.to(wide), bias.to(wide), eps).to(total.dtype)
 
 
 class _PreNorm(torch.autograd.Function):

@@ -68,6 +68,17 @@ def test_under_autocast_sum_and_norm_are_as_wide_as_the_residual(function):
         assert float((value.double() - reference).norm()) <= 1e-2 * float(reference.norm())
 
 
+@pytest.mark.parametrize("function", [pre_norm, plain_pre_norm])
+def test_a_wide_residual_beside_narrow_weights(function):
+    states, residual, weight, bias, *gradients = draw(40, 96, torch.bfloat16, torch.float32)
+    inputs = [states, residual, weight.bfloat16(), bias.bfloat16(), *gradients]
+    found = run(function, inputs)
+    assert [tensor.dtype for tensor in found] == [torch.float32] * 2 + [tensor.dtype for tensor in inputs[:4]]
+    expected = run(torch_norm, [tensor.double() for tensor in inputs])
+    for value, reference in zip(found, expected):
+        assert float((value.double() - reference).norm()) <= 1e-2 * float(reference.norm())
+
+
 def test_recomputed_activations_are_the_same():
     inputs = draw(20, 48, torch.float32)
     found = run(lambda *leaves, eps: checkpoint(pre_norm, *leaves, eps=eps, use_reentrant=False), inputs)

@@ -189,6 +189,16 @@ def test_weights_of_another_encoder(folder):
         load_language_encoder(language(folder), dropout=0.1)
 
 
+def test_weights_that_are_no_numbers(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("encoder.layer.1.output.dense.weight"))
+    weights[name][0, 3] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    message = r"model\.safetensors: encoder\.layer\.1\.output\.dense\.weight: not all values are numbers"
+    with pytest.raises(XdscaleError, match=message):
+        load_language_encoder(language(folder), dropout=0.1)
+
+
 def test_config_of_another_family(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
@@ -276,6 +286,14 @@ def test_clip_weights_that_do_not_fit(clip_file):
         r"of another shape positional_embedding \[76, 24\], expected \[77, 24\]"
     )
     with pytest.raises(XdscaleError, match=message):
+        load_clip_text_tower(store(state))
+
+
+def test_clip_weights_that_are_no_numbers(clip_file):
+    clip, store = clip_file
+    state = clip.state_dict()
+    state["text_projection"] = torch.full_like(state["text_projection"], torch.nan)
+    with pytest.raises(XdscaleError, match=r"clip\.safetensors: text_projection: not all values are numbers"):
         load_clip_text_tower(store(state))
 
 

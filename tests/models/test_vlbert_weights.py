@@ -154,6 +154,7 @@ def test_a_checkpoint_with_code_is_refused(tmp_path):
         ({"pad_token_id": 99}, "pad_token_id is 99; vocab_size is 99"),
         ({"vocab_size": 2**24, "hidden_size": 2**16}, "no fitting weights for "),
         ({"num_hidden_layers": "three"}, "not a vl_bert configuration: "),
+        ({"masks_features": "false"}, "masks_features is 'false'; expected true or false"),
     ],
 )
 def test_a_configuration_that_no_layer_can_be_built_of_is_refused(release, tmp_path, values, message):

@@ -19,7 +19,15 @@ from xdscale.pretrained.architectures import KNOWN, read_encoder_config
 from xdscale.recipes.mlm.schema import Language
 from xdscale.shards.language import TOKENIZER_FILES, has_tokenizer, load_language_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
-from xdscale.weights import WEIGHT_FILES, check_sha256, read_state_dict, reason, some, weight_files
+from xdscale.weights import (
+    WEIGHT_FILES,
+    check_sha256,
+    read_state_dict,
+    reason,
+    require_numbers,
+    some,
+    weight_files,
+)
 
 _CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "bert": (BertConfig, BertModel),
@@ -80,6 +88,9 @@ def _checked_config(kind: type[_Config], values: dict[str, Any], source: str) ->
     check_sizes(config, source)
     if config.hidden_act not in ACT2FN:
         raise XdscaleError(f"{source}: hidden_act is {config.hidden_act!r}, which transformers does not know")
+    for name, default in vars(kind).items():  # of its own switches; a text would count as true
+        if isinstance(default, bool) and not isinstance(getattr(config, name), bool):
+            raise XdscaleError(f"{source}: {name} is {getattr(config, name)!r}; expected true or false")
     return config
 
 
@@ -114,8 +125,8 @@ def load_language_encoder(spec: Language, *, dropout: float) -> PreTrainedModel:
         dropout: replaces the configuration's rates for hidden states and attention weights.
 
     Raises:
-        XdscaleError: as `language_config`; or there are no weights, they differ from `spec.sha256`, or they
-            do not hold the encoder.
+        XdscaleError: as `language_config`; or there are no weights, they differ from `spec.sha256`, they do not hold
+            the encoder, or hold NaN.
     """
     config = language_config(spec)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
@@ -148,6 +159,7 @@ def load_language_encoder(spec: Language, *, dropout: float) -> PreTrainedModel:
             f"{weights}: not the weights of the encoder in {folder / 'config.json'}: "
             f"missing {some(missing)}; of another shape {some(mismatched)}"
         )
+    require_numbers(model.state_dict(), weights)
     return model
 
 
