@@ -1,12 +1,15 @@
 """A table's pictures come from anywhere: they are JPEGs of the size that the table says, and nothing else is opened."""
 
 import io
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from xdscale.data.pictures import read_picture
+from xdscale.data import pictures
+from xdscale.data.pictures import read_picture, read_pictures
 from xdscale.errors import XdscaleError
 from xdscale.extraction.pictures import read_pixels
 
@@ -67,3 +70,48 @@ def test_a_camera_held_otherwise(turned):
     else:
         with pytest.raises(XdscaleError, match="the image has 12 × 20 pixels, the table says 20 × 12"):
             read(content)
+
+
+def test_a_picture_is_blue_green_and_red_less_their_means():
+    content = saved(IMAGE)
+    pixels = np.asarray(Image.open(io.BytesIO(content)).resize((10, 6), Image.Resampling.BILINEAR), np.float64)
+    wanted = pixels.transpose(2, 0, 1)[::-1] - np.array([102.9801, 115.9465, 122.7717])[:, None, None]
+    found = read(content)
+    assert found.dtype == np.float32
+    assert found.flags.c_contiguous
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def stored(contents):
+    """A table with these images."""
+    files, bounds = np.frombuffer(b"".join(contents), np.uint8), np.cumsum([0, *map(len, contents)])
+    return SimpleNamespace(table=SimpleNamespace(folder="data", name="regions", read_ragged=lambda *_: (files, bounds)))
+
+
+PIXELS = SimpleNamespace(short_side=6, long_side=10)
+
+
+@pytest.mark.parametrize("threads", ["3", "1", "", "0", "2,4"])
+def test_pictures_stand_in_their_order_whoever_decodes_them(monkeypatch, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    several, decode, ids = threads == "3", pictures.read_picture, set()
+    together = threading.Barrier(3 if several else 1)
+
+    def counted(*arguments):
+        together.wait(20)  # three are at work at the same time, or this breaks
+        ids.add(threading.get_ident())
+        return decode(*arguments)
+
+    monkeypatch.setattr(pictures, "read_picture", counted)
+    contents = [saved(IMAGE.rotate(180 * (number % 2)), quality=60 + number) for number in range(6)]
+    found = read_pictures(stored(contents), np.arange(6), np.tile(IMAGE.size, (6, 1)), PIXELS)
+    assert len(ids) == (3 if several else 1)
+    for picture, content in zip(found, contents, strict=True):
+        np.testing.assert_array_equal(picture, read(content))
+
+
+def test_of_several_damaged_pictures_the_first_is_named(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    contents = [saved(IMAGE), b"", saved(IMAGE), b"", saved(IMAGE)]
+    with pytest.raises(XdscaleError, match="data: row 11 of regions: not a readable image"):
+        read_pictures(stored(contents), np.arange(10, 15), np.tile(IMAGE.size, (5, 1)), PIXELS)

@@ -1,7 +1,9 @@
 """Pictures as ResNets read them, scaled (spec VL-BERT §1.4, VisualBERT §3)."""
 
 import io
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,17 +22,17 @@ JPEG = ("JPEG",)
 _IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32) * 255
 """Mean and deviation of red, green and blue."""
 Normalise = Callable[[np.ndarray], np.ndarray]
-"""From pixels, fp32 [height, width, 3] of red, green and blue up to 255, to what a ResNet reads of them."""
+"""From pixels, fp32 [3, height, width] of red, green and blue up to 255, to what a ResNet reads of them."""
 
 
 def less_means(pixels: np.ndarray) -> np.ndarray:
     """Returns blue, green, red, less the mean of each, as VL-BERT's ResNet reads them."""
-    return pixels[:, :, ::-1] - MEANS
+    return pixels[::-1] - MEANS[:, None, None]
 
 
 def standardised(pixels: np.ndarray) -> np.ndarray:
     """Returns red, green, blue, less the mean of each and over its deviation, as torchvision's ResNets read them."""
-    mean, deviation = _IMAGENET
+    mean, deviation = _IMAGENET[:, :, None, None]
     return (pixels - mean) / deviation
 
 
@@ -55,7 +57,9 @@ def read_pictures(
     pixels: Pixels,
     normalise: Normalise = less_means,
 ) -> list[np.ndarray]:
-    """Returns images of a table, decoded and scaled; see `read_picture`.
+    """Returns images of a table, decoded and scaled by as many threads as `OMP_NUM_THREADS` says; see `read_picture`.
+
+    A GPU takes hundreds of images a second, a thread makes tens.
 
     Args:
         regions: the table.
@@ -65,12 +69,19 @@ def read_pictures(
         normalise: see `Normalise`.
     """
     files, bounds = regions.table.read_ragged("jpeg", rows)
-    found = []
-    for row, size, start, end in zip(rows.tolist(), map(tuple, sizes.tolist()), bounds, bounds[1:]):
+
+    def read(row: int, size: tuple[int, int], start: int, end: int) -> np.ndarray:
         scaled = scaled_size(*size, pixels.short_side, pixels.long_side)
         where = f"{regions.table.folder}: row {row} of {regions.table.name}"
-        found.append(read_picture(files[start:end].tobytes(), size, scaled, where, normalise))
-    return found
+        return read_picture(files[start:end].tobytes(), size, scaled, where, normalise)
+
+    images = rows.tolist(), list(map(tuple, sizes.tolist())), bounds, bounds[1:]
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(int(stated) if stated.isdecimal() else 1, len(rows))
+    if threads < 2:
+        return list(map(read, *images))
+    with ThreadPoolExecutor(threads, thread_name_prefix="xdscale-pictures") as pool:
+        return list(pool.map(read, *images))  # in the order of the rows, also what is raised
 
 
 def scaled_size(width: int, height: int, short: int, long: int) -> tuple[int, int]:
@@ -113,8 +124,9 @@ def read_picture(
     if image.size != size:
         raise XdscaleError(f"{where}: the image has {image.size[0]} × {image.size[1]} pixels, the table says "
                            f"{size[0]} × {size[1]}")  # fmt: skip
-    pixels = np.asarray(image.resize(scaled, Image.Resampling.BILINEAR), np.float32)
-    return np.ascontiguousarray(normalise(pixels).transpose(2, 0, 1))
+    pixels = np.asarray(image.resize(scaled, Image.Resampling.BILINEAR))
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))  # as bytes: turned as fp32 it takes half as long again
+    return np.ascontiguousarray(normalise(planes.astype(np.float32)))
 
 
 def blank(picture: np.ndarray, boxes: np.ndarray) -> None:
