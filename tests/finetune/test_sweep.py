@@ -208,7 +208,7 @@ def test_a_stopped_sweep_continues_where_it_was(
         run_command(request(cassette_model, other, out))
     with pytest.raises(XdscaleError, match=r"holds a run of a different recipe \(optim\.learning_rate was"):
         run_command(request(cassette_model, small_tasks, out, overrides=["optim.learning_rate=1e-3"]))
-    with pytest.raises(XdscaleError, match=r"sweep\.json: holds the sweep of another model"):
+    with pytest.raises(XdscaleError, match=r"sweep\.json: holds .* another model \(label was .*, now 'other'\)"):
         run_command(request(cassette_model, small_tasks, out, label="other"))
 
 

@@ -17,7 +17,7 @@ from xdscale.data.pictures import require_pictures
 from xdscale.devices import computes_in_bf16, visible_gpus
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import EXIT_STOPPED, XdscaleError
-from xdscale.files import DISKS_OWN, check_output_folder, read_json, write_outputs
+from xdscale.files import DISKS_OWN, check_output_folder, read_json, shown, write_outputs
 from xdscale.finetune.recipe import (
     FORMAT,
     MODEL,
@@ -348,9 +348,11 @@ def _summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[str, li
     if path.is_file():
         before = read_sweep_file(path)
         if before.model != model:
+            was, now = before.model.model_dump(), model.model_dump()
+            changed = [key for key in was if was[key] != now[key]]
+            other = ", ".join(f"{key} was {shown(was[key])}, now {shown(now[key])}" for key in changed)
             raise XdscaleError(
-                f"{path}: holds the sweep of another model, {before.model.label} ({before.model.name}, "
-                f"{before.model.subject}); choose another --out, or delete this one"
+                f"{path}: holds the sweep of another model ({other}); choose another --out, or delete this one"
             )
         planned = {task: entry.seeds for task, entry in before.tasks.items()}
     elif out.exists() and any(path.name != DISKS_OWN for path in out.iterdir()):
