@@ -26,6 +26,14 @@ for name in "${named[@]}"; do
     fi
 done
 [[ " ${PARTS:-}" == *" runs-"* && -z ${SHARDS:-} ]] && PARTS+=" shards"
+gpus=$("$python" -c 'import importlib.util, typer; assert importlib.util.find_spec("torch"), "no torch"
+from xdscale.devices import visible_gpus; print(len(visible_gpus()))' 2>&1) || {
+    echo "error: PYTHON: $python has no xdscale with all that it needs (${gpus##*$'\n'}); activate its environment" \
+        "('source .venv/bin/activate'), or name its interpreter" >&2
+    exit 2
+}
+gpus=${gpus##*$'\n'} # without Python's warnings
+[ "$gpus" -gt 0 ] && echo "GPUs: $gpus, of which one is used" || echo "no GPU was found: a tiny form runs on the CPU"
 out=$(within "${1:-runs/gpu}")
 mkdir -p "$out" || exit 2
 if [ -n "$(ls -A "$out")" ] && [ ! -e "$out/parts.txt" ]; then
@@ -62,7 +70,6 @@ patience=1
 measure=("$python" -m xdscale.bench.gpu)
 xdscale=("$python" -m xdscale)
 
-gpus=$("$python" -c 'from xdscale.devices import visible_gpus; print(len(visible_gpus()))') || exit 2
 if [ "$gpus" -gt 0 ]; then
     [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || export CUDA_VISIBLE_DEVICES=0
     base=(xdbert-base-wikitext103) large=(xdelectra-large-wikitext103)

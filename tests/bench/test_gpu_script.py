@@ -104,7 +104,8 @@ def test_what_matters_most_comes_first_and_a_part_that_fails_stops_none(tmp_path
 
 
 def test_on_a_gpu_the_true_shapes_run(tmp_path):
-    made, _ = calls(tmp_path, gpus=8)
+    made, said = calls(tmp_path, gpus=8)
+    assert said.startswith("GPUs: 8, of which one is used\n")
     assert parts(made) == ORDER
     assert made[2][3:] == ["xdbert-base-wikitext103", "36", "144"]
     zero2 = next(words for words in made if words[1] == "zero2")
@@ -114,8 +115,23 @@ def test_on_a_gpu_the_true_shapes_run(tmp_path):
     assert all("H200-141G" in words for words in plans)
 
 
+def test_a_python_without_xdscale_is_refused_before_anything_is_written(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    for python, why in ((bare, "No module named 'typer'"), (tmp_path / "none", "No such file or directory")):
+        command = ["bash", ROOT / "scripts" / "gpu.sh", tmp_path / "out"]
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert re.fullmatch(rf"error: PYTHON: {python} has no xdscale .*{why}\); activate .*\n", done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_part_begins_when_the_time_is_up(tmp_path):
     made, said = calls(tmp_path, gpus=0, seconds="0")
+    assert said.startswith("no GPU was found: a tiny form runs on the CPU\n")
     assert parts(made) == ["planned"]  # what is there already is only put side by side
     assert "== versions: left out, the time is up" in said
 
