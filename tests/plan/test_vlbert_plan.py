@@ -10,6 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from xdscale.models.fast_rcnn import FastRCNN, features_of
+from xdscale.plan import profile
+from xdscale.plan.planner import make_plan
+from xdscale.plan.report import machine_from, print_plan
 from xdscale.recipe import load_recipe
 from xdscale.systems.contract import Term, open_system
 from xdscale.training import tracing
@@ -104,3 +107,22 @@ def test_what_an_operation_gives_is_worked_out_once(monkeypatch, dtype):
     slow_calls, expected = python_calls(lambda: trace(module, arrays, ["features"]))
     assert found == expected
     assert calls < slow_calls / 2
+
+
+def test_images_that_each_gpu_takes_are_told_where_they_are_decoded(recipe, monkeypatch, capsys):
+    """Half of the samples have one; on features no word is said."""
+    monkeypatch.setattr(profile, "_SAMPLES", 8)
+    spec = recipe()
+    found = profile.profile_model(spec, precision="bf16")
+    plan = make_plan("x", spec, machine_from("H100", 2, None, None, 0.4, None), found)
+    print_plan(plan)
+    told = capsys.readouterr().out
+    if spec.model.pixels is None:
+        assert found.pictures_per_sequence == 0
+        assert "images a second" not in told
+        return
+    assert found.pictures_per_sequence == 0.5
+    seconds = next(row.step_seconds for row in plan.rows if row.way == plan.best)
+    rate = spec.training.global_batch / 2 / seconds / 2
+    assert f"each GPU takes {rate:.0f} images a second" in told
+    assert f"each GPU wants {-(-rate // 60):.0f} or more" in told

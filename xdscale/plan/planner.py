@@ -123,6 +123,7 @@ class Plan:
         frozen: number of those that it does not.
         sequence_length: language tokens of a sequence.
         flops_per_sequence: forward and backward.
+        pictures_per_step: that all ranks together decode.
         machine: what it is made for.
         precision: of parameters and activations.
         checkpointing: whether layers are recomputed.
@@ -135,6 +136,7 @@ class Plan:
     frozen: int
     sequence_length: int
     flops_per_sequence: float
+    pictures_per_step: float
     machine: Machine
     precision: str
     checkpointing: bool
@@ -168,6 +170,7 @@ def make_plan(name: str, recipe: Recipe, machine: Machine, profile: "Profile") -
         frozen=count(profile.modules, trained=False),
         sequence_length=profile.sequence_length,
         flops_per_sequence=profile.flops_per_sequence,
+        pictures_per_step=profile.pictures_per_sequence * recipe.training.global_batch,
         machine=machine,
         precision=profile.precision,
         checkpointing=profile.checkpointing,

@@ -35,6 +35,7 @@ class Profile(NamedTuple):
         objectives: number of objectives that are on.
         sequence_length: language tokens with [CLS] and [SEP].
         flops_per_sequence: forward and backward of average texts; what checkpointing computes again does not count.
+        pictures_per_sequence: that are decoded for a sequence, on average.
         precision: of parameters and activations.
         checkpointing: whether layers are recomputed in the backward pass.
         kept: activations held at the end of the forward pass, of the longest texts.
@@ -45,6 +46,7 @@ class Profile(NamedTuple):
     objectives: int
     sequence_length: int
     flops_per_sequence: float
+    pictures_per_sequence: float
     precision: str
     checkpointing: bool
     kept: Line
@@ -82,6 +84,7 @@ def profile_model(
         objectives=len(objectives),
         sequence_length=average.tokens // _SAMPLES,
         flops_per_sequence=flops,
+        pictures_per_sequence=sum(name.startswith("picture_") for name in average.arrays) / _SAMPLES,
         precision=precision,
         checkpointing=checkpointing,
         kept=_line(counts, few.kept_bytes, many.kept_bytes),

@@ -24,6 +24,9 @@ from xdscale.recipe import load_recipe
 _FILE_WIDTH = 140
 """Columns where there is no terminal to ask."""
 
+DECODED_PER_CORE = 60
+"""Images of 640 × 480 pixels that a core decodes and scales a second, at least (docs/measurements.md)."""
+
 _MOST = 1_000_000
 """More than any GPU's GiB, TFLOP/s or GB/s, and little enough that what follows from it is a number."""
 
@@ -221,7 +224,7 @@ def _verdict(plan: Plan) -> str:
         f"Use {which} (--write-configs FOLDER writes it for this GPU): a step is {row.accumulation} micro-batch"
         f"{'es' * (row.accumulation > 1)} of {row.micro_batch}. "
         f"{RESERVED_GIB:g} GiB for the context and {FRAGMENTED:.0%} for fragmentation are left free."
-        f"{_padding(row, plan.machine.cluster.gpus)}"
+        f"{_padding(row, plan.machine.cluster.gpus)}{_pictures(plan, row)}"
     )
 
 
@@ -231,6 +234,16 @@ def _padding(row: PlanRow, gpus: int) -> str:
     return (
         f" {row.padding:.1%} of what the {gpus} GPUs compute is padding: training.global_batch does not divide into "
         f"{gpus} × {row.accumulation} micro-batches."
+    )
+
+
+def _pictures(plan: Plan, row: PlanRow) -> str:
+    if not plan.pictures_per_step:
+        return ""
+    rate = plan.pictures_per_step / row.step_seconds / plan.machine.cluster.gpus
+    return (
+        f" At this rate each GPU takes {rate:.0f} images a second. Decoding them does not count here: a core makes "
+        f"{DECODED_PER_CORE} of 640 × 480 pixels, so each GPU wants {math.ceil(rate / DECODED_PER_CORE)} or more."
     )
 
 
