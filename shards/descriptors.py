@@ -45,11 +45,13 @@ class Descriptors:
         with self._next, self._changed:
             batch = self._batches = self._batches + 1
             self._last_use[numbers] = batch
-            self._changed.wait_for(lambda: self._make_room(numbers))
-            for number in np.unique(numbers[self._open[numbers] == _CLOSED]).tolist():
-                self._open[number] = open_file(number)
-            self._reading.add(batch)
             found = self._open[numbers]
+            if (found == _CLOSED).any():
+                self._changed.wait_for(lambda: self._make_room(numbers))
+                for number in np.unique(numbers[self._open[numbers] == _CLOSED]).tolist():
+                    self._open[number] = open_file(number)
+                found = self._open[numbers]
+            self._reading.add(batch)
         try:
             yield found
         finally:
@@ -60,8 +62,6 @@ class Descriptors:
     def _make_room(self, numbers: np.ndarray) -> bool:
         """Closes as many files as those that are wanted need; returns False where what is in use leaves no room."""
         closed = numbers[self._open[numbers] == _CLOSED]
-        if not closed.size:
-            return True
         opened = np.flatnonzero(self._open != _CLOSED)
         surplus = len(opened) + len(np.unique(closed)) - self._most
         if surplus > 0:

@@ -187,12 +187,12 @@ class Table:
         first, last = self._row_bounds(kind.offsets, shard, block, row)
         lengths = last - first
         most = np.iinfo(np.int64).max if kind.most is None else kind.most
-        wrong = np.flatnonzero((lengths < kind.fewest) | (lengths > most))
-        if wrong.size:
-            limit = "more" if kind.most is None else f"to {kind.most}"
+        wrong = (lengths < kind.fewest) | (lengths > most)
+        if wrong.any():
+            one, limit = wrong.argmax(), "more" if kind.most is None else f"to {kind.most}"
             raise self._damaged(
-                shard[wrong[0]],
-                f"gives {lengths[wrong[0]]} elements of {column} to row {np.asarray(rows)[wrong[0]]}, "
+                shard[one],
+                f"gives {lengths[one]} elements of {column} to row {np.asarray(rows)[one]}, "
                 f"expected {kind.fewest} {'or ' * (kind.most is None)}{limit}",
             )
         begin = self._layout[self._places[column], block] + first * kind.element_bytes
@@ -267,12 +267,14 @@ class Table:
 
     def _read(self, shard: np.ndarray, begin: np.ndarray, sizes: np.ndarray) -> bytes | memoryview:
         """Returns the bytes of places in shards, one after another; all arguments int64 [n]."""
-        beyond = np.flatnonzero(begin + sizes > self._bytes[shard])
-        for one in beyond[:1].tolist():  # before room is made for what damaged bounds ask for
+        beyond = begin + sizes > self._bytes[shard]
+        if beyond.any():  # before room is made for what damaged bounds ask for
+            one = beyond.argmax()
             raise self._damaged(shard[one], f"ends before byte {begin[one] + sizes[one]}")
-        ends, total = np.cumsum(sizes), int(sizes.sum())
+        total = int(sizes.sum())
         long = total >= max(LONG_BYTES, LONG_PIECE * len(sizes))  # read to where they are wanted
-        joined = memoryview(np.empty(total * long, np.uint8))
+        if long:
+            joined, ends = memoryview(np.empty(total, np.uint8)), np.cumsum(sizes)
         found: list[Any] = []  # the pieces, or the bytes that each of the long ones got
         for first in range(0, len(shard), self._max_open):  # so many places lie in so many shards at most
             part = slice(first, first + self._max_open)
@@ -285,11 +287,13 @@ class Table:
                     found.extend(map(read, descriptors.tolist(), wanted, begin[part].tolist()))
                 except OSError as error:
                     raise self._unreadable(shard[len(found)], error) from None
-        lengths = found if long else list(map(len, found))
-        if sum(lengths) != total:
+        if not long:
+            joined = b"".join(found)
+        if (sum(found) if long else len(joined)) != total:
+            lengths = found if long else map(len, found)
             short = next(number for number, length in enumerate(lengths) if length < sizes[number])
             raise self._damaged(shard[short], f"ends before byte {begin[short] + sizes[short]}")
-        return joined if long else b"".join(found)
+        return joined
 
     def _opened(self, shard: np.ndarray) -> AbstractContextManager[np.ndarray]:
         """Gives a file descriptor for each element, of `max_open_shards` shards at most, to be used in the block."""
