@@ -36,7 +36,8 @@ def write_vcr(out: Path, seed: int, counts: dict[str, int]) -> None:
 
 def _item(folder: Folder, seed: int, split: str, number: int) -> dict[str, Any]:
     random = generator(seed, "vcr", split, number)
-    kind, color = KINDS[number % len(KINDS)], COLORS[number // len(KINDS) % len(COLORS)]
+    # 30 items have each colour 5 times, with each kind 3 of the 6 pairs; the next 30 have the other pairs.
+    kind, color = KINDS[number % len(KINDS)], COLORS[(number + number // 30) % len(COLORS)]
     scene = draw_scene(random, [(kind, color)])
     name = f"{MOVIE}/{split}-{number:06}@0"
     folder.picture(f"vcr1images/{name}.jpg", scene)

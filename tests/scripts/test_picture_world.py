@@ -156,6 +156,18 @@ def test_things_of_vcr_are_of_its_classes(world):
     assert len(set(classes.tolist())) == 10
 
 
+def test_a_few_pictures_of_vcr_have_all_answers_and_sixty_each_pair(tmp_path):
+    folder = draw(tmp_path, "--only", "vcr", "--train", 60, "--val", 6) / "VCR"
+    asked = {}
+    for split in ("train", "val"):
+        rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        asked[split] = collections.Counter(
+            (row["objects"][row["question"][3][0]], row["answer_choices"][row["answer_label"]][2]) for row in rows
+        )
+    assert len({color for _, color in asked["val"]}) == 6
+    assert len(asked["train"]) == 60  # of ten kinds and six colours
+
+
 def test_choices_of_vcr_lie_anywhere(world):
     rows = [json.loads(line) for line in (world / "VCR/train.jsonl").read_text().splitlines()]
     for name in ("answer", "rationale"):
