@@ -135,7 +135,11 @@ def changed(number=0, **changes):
         ({"references": changed(1, ref_id=0)}, r"\[1\]: ref_id 0 stands twice"),
         ({"references": changed(2, ann_id=999)}, r"\[2\]: ann_id 999 of image 9 is not there in .*instances\.json"),
         ({"references": changed(2, ann_id=100)}, r"\[2\]: ann_id 100 of image 9 is of image 7 in"),
-        ({"references": changed(3, split="test")}, r"holds no expression of the split 'testB'"),
+        ({"references": changed(3, split="val")}, r"holds no expression of the split 'testB'"),
+        (
+            {"references": changed(4, split="testa")},
+            r"\[4\]: split = 'testa'; expected train, val, testA or testB; leave references of other splits out",
+        ),
         ({"references": changed(0, image_id="7")}, r"\[0\]\.image_id = '7': expected a valid integer"),
         ({"references": changed(0, sentences=[{"tokens": [], "sent_id": 1}])}, r"\[0\]: sentences\[0\] has no words"),
         (

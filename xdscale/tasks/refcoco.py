@@ -13,7 +13,7 @@ from typing_extensions import TypedDict  # pydantic needs this one on Python 3.1
 from xdscale.data.json_shapes import Text, first_problem, read_whole
 from xdscale.data.task_files import Example, Span
 from xdscale.errors import XdscaleError
-from xdscale.files import file_sha256, refuse_lfs_pointer
+from xdscale.files import file_sha256, refuse_lfs_pointer, shown
 from xdscale.shards.region_comparison import box_iou
 from xdscale.shards.sources.regions.plain_pickle import load_plain
 from xdscale.tasks.contract import TaskData
@@ -79,15 +79,14 @@ class ReferringExpressions(PhraseGrounding):
 
         Raises:
             XdscaleError: a file is missing or broken, a pickle asks for more than plain values, a number stands twice,
-                an expression is of no annotation, or a split has none.
+                an expression is of no annotation or of another split, or a split has none.
         """
         folder = self.locate(data)
         path, instances = folder / self.train, folder / INSTANCES
         boxes = _read_boxes(instances)
         found: dict[str, list[Example]] = {split: [] for split in (TRAIN, *self.dev)}
         for example, split in _examples(path, instances, boxes):
-            if split in found:
-                found[split].append(example)
+            found[split].append(example)
         counts = {split: len(examples) for split, examples in found.items()}
         for split, count in counts.items():
             if not count:
@@ -126,6 +125,11 @@ def _examples(path: Path, instances: Path, boxes: dict[int, tuple[int, Phrase]])
         seen[identifier] += 1
         if seen[identifier] > 1:
             raise XdscaleError(f"{where}: ref_id {identifier} stands twice; each reference has its own")
+        if reference["split"] not in (TRAIN, *DEV):
+            raise XdscaleError(
+                f"{where}: split = {shown(reference['split'])}; expected {TRAIN}, {', '.join(DEV[:-1])} or {DEV[-1]}; "
+                "leave references of other splits out of the file"
+            )
         image, gold = boxes.get(reference["ann_id"], (None, None))
         if image != reference["image_id"]:
             there = "is not there" if image is None else f"is of image {image}"
