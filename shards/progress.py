@@ -34,9 +34,13 @@ class Pace:
         parts.append(f"{_size(done, total)} of {_size(total, total)} {_unit(total)[1]} ({share:.1%})")
         if now > then and done > before:
             rate = (done - before) / (now - then)
-            left = timedelta(seconds=round((total - done) / rate))
-            parts += [f"{rate / 1e6:.2f} MB/s", f"{left} left"]
+            parts += [f"{rate / 1e6:.2f} MB/s", time_left((total - done) / rate)]
         return ", ".join(parts)
+
+
+def time_left(seconds: float) -> str:
+    """Returns for example "1:35:04 left"."""
+    return f"{timedelta(seconds=round(seconds))} left"
 
 
 def _unit(total: int) -> tuple[float, str]:

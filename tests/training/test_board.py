@@ -153,6 +153,36 @@ def test_units_stand_in_titles():
     assert describe("iou/regions") == ("iou, regions (per target)", "Mean over the targets of the global batch.")
 
 
+def test_an_objective_without_held_out_targets_is_said_and_has_no_curve(tmp_path, capsys):
+    monitor = Monitor(RunFolder(tmp_path), _Recipe(), 0, OBJECTIVES["adaptation"])
+    monitor.validation(0, {"loss/mlm": 9.5, "accuracy/mlm": 0.25, "loss/match": 0.5, "accuracy/match": 0.5})
+    monitor.end(0, [1.0], stopped=True)
+    assert capsys.readouterr().err.startswith(
+        "step 0: held-out loss/mlm 9.5, accuracy/mlm 0.25, loss/match 0.5, accuracy/match 0.5, "
+        "clip_tokens – (no targets)\n"
+    )
+    tags = {tag for run in read(tmp_path).Runs().values() for tag in run["tensors"]}
+    assert "validation/loss/match" in tags
+    assert not any(tag.endswith("clip_tokens") for tag in tags)
+
+
+def test_lines_of_a_log_say_how_long_the_run_will_take(tmp_path, monkeypatch, capsys):
+    """By a clock: what this process did since its first step, which takes longer than others, is the pace."""
+    clock = iter((100.0, 160.0, 220.0, 280.0))
+    monkeypatch.setattr("xdscale.training.monitor.time.monotonic", lambda: next(clock))
+    monitor = Monitor(RunFolder(tmp_path), _Recipe(), 2, OBJECTIVES["finetuning"])
+    for step in (3, 4, 5, 6):
+        values = ("loss/total", "loss/task", "throughput/tokens_per_second", "data/wait_fraction")
+        monitor.step(step, dict.fromkeys(values, 0.5), "hash")
+    lines = [re.sub("  .*  ", " … ", line) for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "step 3/6: loss total 0.500 … data wait 50.0%",
+        "step 4/6: loss total 0.500 … 0:02:00 left",
+        "step 5/6: loss total 0.500 … 0:01:00 left",
+        "step 6/6: loss total 0.500 … 0:00:00 left",
+    ]
+
+
 def test_a_narrow_terminal_shows_the_step_and_every_loss_and_texts_as_they_are(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # to rich this is a terminal
     monkeypatch.setenv("COLUMNS", "80")

@@ -292,6 +292,14 @@ def test_evaluation_is_the_mean_over_all_targets_of_all_ranks(ranks):
     assert not engine.recording
 
 
+def test_an_objective_without_held_out_targets_has_no_figure():
+    class Untargeted(Micro):
+        targets = {"first": 2, "second": 0}
+
+    metrics, _ = evaluate(FakeEngine(), [Untargeted([1.0, 2.0])], OBJECTIVES, FakeRanks(), lambda number: True)
+    assert metrics == {"loss/first": pytest.approx(1.5), "accuracy/first": pytest.approx(1.0)}
+
+
 def test_an_evaluation_that_is_broken_off_leaves_the_engine_in_training_mode():
     engine = FakeEngine()
     asked = []

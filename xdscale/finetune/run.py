@@ -121,7 +121,7 @@ class FinetuneSystem(System):
         for split, collate in (material.dev | material.test).items():
             setup.watchdog.enter("prediction", recipe.training.steps)
             slots = validation_slots(len(collate), len(collate), ranks.world_size, ranks.rank, micro_batch)
-            predicted[split] = predict(setup, task, engine, slots, collate)
+            predicted[split] = predict(setup, task, engine, split, slots, collate)
             if predicted[split] is None:
                 return EXIT_STOPPED
         if recipe.run.keep_model:

@@ -28,8 +28,8 @@ def evaluate(
 
     Returns:
         None when `go_on` said no; else
-        `loss/NAME` and `METRIC/NAME` per objective, means over all targets of all ranks; and the cross-attention
-        maps of the first sample, one per cross-modal layer.
+        `loss/NAME` and `METRIC/NAME` per objective that has targets there, means over all of them on all ranks; and the
+        cross-attention maps of the first sample, one per cross-modal layer.
     """
     columns = sum(1 + len(objective.metrics) for objective in objectives.values())
     carried = [name for name in objectives if any(name in batch.targets for batch in batches)]
@@ -52,6 +52,6 @@ def evaluate(
             sums[columns:] += torch.tensor([batch.targets.get(name, 0) for name in carried], device=engine.device)
     engine.train()
     sums = ranks.sum(sums)
-    counts = dict(zip(carried, map(int, sums[columns:].tolist())))
+    counts = {name: int(count) for name, count in zip(carried, sums[columns:].tolist()) if count}
     attention = [weights.float().cpu().numpy() for weights in itertools.chain(*maps)]
     return means(sums[:columns], objectives, counts), attention

@@ -18,11 +18,13 @@ from xdscale.data.token_order import TokenSplit
 from xdscale.ds_config import BatchSplit
 from xdscale.errors import writing
 from xdscale.recipe import Recipe
+from xdscale.shards.progress import time_left
 from xdscale.systems.contract import Objective
 from xdscale.training.board import Board
 from xdscale.training.run_folder import RunFolder
 
-_SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_LINES = 15.0
+"""Where there is no terminal for a bar."""
 
 
 class Monitor:
@@ -41,6 +43,7 @@ class Monitor:
     def __init__(self, run: RunFolder, recipe: Recipe, start_step: int, objectives: Mapping[str, Objective]) -> None:
         self._folder = run.folder
         self._recipe = recipe
+        self._objectives = tuple(objectives)
         threading.excepthook = _leave_to_the_writer
         with self._writing():
             if start_step == 0:
@@ -54,6 +57,7 @@ class Monitor:
                 self._add_recipe(0)
         self._progress = _progress_bar(recipe.training.steps, start_step)
         self._last_line_seconds = 0.0
+        self._first_step: tuple[int, float] | None = None
         self._validated: dict[str, float] = {}
 
     def step(self, step: int, scalars: dict[str, float], samples: str) -> None:
@@ -90,7 +94,8 @@ class Monitor:
         self._write(step, "validation", {f"validation/{name}": value for name, value in scalars.items()}, {})
         self._validated = scalars
         text = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-        self._say(f"step {step}: held-out {text}")
+        without = ", ".join(f"{name} – (no targets)" for name in self._objectives if f"loss/{name}" not in scalars)
+        self._say(f"step {step}: held-out {', '.join(filter(None, (text, without)))}")
 
     def attention(self, step: int, layer: int, weights: np.ndarray) -> None:
         """Adds one cross-attention map, language positions × CLIP positions, scaled to its largest weight."""
@@ -193,11 +198,14 @@ class Monitor:
             f"loss {losses}  {scalars['throughput/tokens_per_second']:,.0f} tokens/s  "
             f"data wait {scalars['data/wait_fraction']:.1%}"
         )
+        now, steps = time.monotonic(), self._recipe.training.steps
+        first, began = self._first_step = self._first_step or (step, now)
         if self._progress:
             self._progress[0].update(self._progress[1], completed=step, status=text)
-        elif time.monotonic() - self._last_line_seconds > _SECONDS_BETWEEN_LINES:
-            self._last_line_seconds = time.monotonic()
-            self._say(f"step {step}/{self._recipe.training.steps}: {text}")
+        elif now - self._last_line_seconds > SECONDS_BETWEEN_LINES:
+            self._last_line_seconds = now
+            left = f"  {time_left((steps - step) * (now - began) / (step - first))}" if step > first else ""
+            self._say(f"step {step}/{steps}: {text}{left}")
 
     def _say(self, text: str) -> None:
         if self._progress:
