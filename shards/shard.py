@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import os
 import tarfile
 from collections import Counter
@@ -264,7 +265,7 @@ def _find_array(
     if found != name.encode():
         raise ValueError(f"byte {at}: expected the member {name}, found {found.decode(errors='replace')!r}")
     size = int(headers[124:135], 8)
-    element_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    element_bytes = dtype.itemsize * math.prod(shape)
     if length is None:
         length = (size - NPY_HEADER_BYTES) // element_bytes
     begin = at + TAR_HEADER_BYTES + NPY_HEADER_BYTES

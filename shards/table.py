@@ -198,7 +198,9 @@ class Table:
         begin = self._layout[self._places[column], block] + first * kind.element_bytes
         values = np.frombuffer(self._read(shard, begin, lengths * kind.element_bytes), kind.dtype)
         values = self._checked_links(kind, values.reshape(-1, *kind.shape))
-        return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return Ragged(values, offsets)
 
     def _checked_links(self, column: Column, values: np.ndarray) -> np.ndarray:
         if column.rows_of is not None and values.size:
@@ -267,13 +269,13 @@ class Table:
 
     def _read(self, shard: np.ndarray, begin: np.ndarray, sizes: np.ndarray) -> bytes | memoryview:
         """Returns the bytes of places in shards, one after another; all arguments int64 [n]."""
-        beyond = begin + sizes > self._bytes[shard]
-        if beyond.any():  # before room is made for what damaged bounds ask for
-            one = beyond.argmax()
-            raise self._damaged(shard[one], f"ends before byte {begin[one] + sizes[one]}")
         total = int(sizes.sum())
         long = total >= max(LONG_BYTES, LONG_PIECE * len(sizes))  # read to where they are wanted
         if long:
+            beyond = begin + sizes > self._bytes[shard]
+            if beyond.any():  # before room is made for what damaged bounds ask for
+                one = beyond.argmax()
+                raise self._damaged(shard[one], f"ends before byte {begin[one] + sizes[one]}")
             joined, ends = memoryview(np.empty(total, np.uint8)), np.cumsum(sizes)
         found: list[Any] = []  # the pieces, or the bytes that each of the long ones got
         for first in range(0, len(shard), self._max_open):  # so many places lie in so many shards at most

@@ -82,7 +82,8 @@ class Order:
         tables = np.repeat(np.arange(len(sizes)), self._counts)
         places = np.argsort((within + 0.5) / np.array(self._counts)[tables], kind="stable")
         self._tables, self._within = tables[places], within[places]
-        self._slot_index, self._real = _rank_slots(global_batch, world_size, rank, micro_batch)
+        index, self._real = _rank_slots(global_batch, world_size, rank, micro_batch)
+        self._slots_by_table = self._by_table(index.reshape(-1))
 
     @classmethod
     def of(cls, recipe: Recipe, place: Place, *sizes: int, shares: Sequence[int] = (1,)) -> Self:
@@ -103,7 +104,7 @@ class Order:
 
     def global_batch_ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (epochs, sample ids), each int64 [global_batch]: what all ranks together see in `step`."""
-        return self._locate(step, np.arange(self.global_batch))
+        return self._locate(step, self._by_table(np.arange(self.global_batch)))
 
     def slots(self, step: int) -> list[Slots]:
         """Returns this rank's micro-batches of `step`.
@@ -112,17 +113,22 @@ class Order:
         left for the last round are spread evenly, so that ranks differ by one sample at most; its other slots are
         padding.
         """
-        epochs, sample_ids = self._locate(step, self._slot_index.reshape(-1))
-        shape = self._slot_index.shape
+        epochs, sample_ids = self._locate(step, self._slots_by_table)
+        shape = self._real.shape
         return [Slots(*part) for part in zip(epochs.reshape(shape), sample_ids.reshape(shape), self._real)]
 
-    def _locate(self, step: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (epochs, sample ids) of places in the global batch of `step`, in any order."""
-        epochs, sample_ids = np.empty_like(places), np.empty_like(places)
-        for table, (size, count, start) in enumerate(zip(self.sizes, self._counts, self._starts)):
-            here = np.flatnonzero(self._tables[places] == table)
-            epoch, index = divmod(step * count, size)
-            laps, index = np.divmod(index + self._within[places[here]], size)
+    def _by_table(self, places: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns of each table which of these places in a global batch it fills, and with which of its samples."""
+        owned = [np.flatnonzero(self._tables[places] == table) for table in range(len(self.sizes))]
+        return [(here, self._within[places[here]]) for here in owned]
+
+    def _locate(self, step: int, by_table: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (epochs, sample ids) of the places in the global batch of `step` that `_by_table` sorted."""
+        epochs, sample_ids = np.empty((2, sum(len(here) for here, _ in by_table)), np.int64)
+        for table, (here, within) in enumerate(by_table):
+            size, start = self.sizes[table], self._starts[table]
+            epoch, index = divmod(step * self._counts[table], size)
+            laps, index = np.divmod(index + within, size)
             epochs[here] = epoch + laps
             for lap in np.unique(laps):  # one, or two at an epoch border, unless the batch exceeds the data
                 now = laps == lap
