@@ -2,7 +2,7 @@
 
 Importing torch, DeepSpeed and transformers takes ten seconds of a core, twice that for two ranks, and the deepspeed
 launcher imports them twice more: longer than most tests train. So it is with the `xdscale` command and with the workers
-of its sweeps. Run by conftest: each line that it reads is a JSON object, a launch; it answers with the process that
+of its sweeps. Run by launching.py: each line that it reads is a JSON object, a launch; it answers with the process that
 leads it and, when that has ended, its exit code. Tests whose subject is a start use real ones.
 
 The deepspeed launcher's own code runs here too: its processes, their parents, groups, signals and what others see of

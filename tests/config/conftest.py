@@ -7,6 +7,15 @@ from typing import Any
 import pytest
 import yaml
 
+MINIMAL = {
+    "system": "xdbert",
+    "model": {"language": {"name": "bert-base-uncased"}, "clip": {"name": "ViT-B-32"}},
+    "data": {"shards": "shards"},
+    "training": {"steps": 10, "global_batch": 4},
+    "output": {"folder": "run"},
+}
+"""A recipe that says no more than it must."""
+
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[Any], str]:

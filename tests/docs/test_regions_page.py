@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,7 @@ from xdscale.commands.regions import regions_app
 from xdscale.shards.regions import RegionTable
 from xdscale.shards.sources.regions.importing import FORMATS
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "shards" / "regions"))
-import region_files as writers
+from ..shards.regions import region_files as writers
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "regions.md").read_text(encoding="utf-8")

@@ -1,8 +1,6 @@
 """VL-BERT on packed tokens against the release's computation on padded ones (spec VL-BERT §1, §10)."""
 
-import importlib.util
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +15,7 @@ from xdscale.pretrained.vlbert import from_bert, load_vlbert, published_name
 from xdscale.shards.regions import Regions
 from xdscale.training.engine import to_device
 
-_spec = importlib.util.spec_from_file_location("padded_vlbert", Path(__file__).with_name("padded_vlbert.py"))
-padded_vlbert = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(padded_vlbert)
+from . import padded_vlbert
 
 SIZES, release = padded_vlbert.SIZES, padded_vlbert.release
 TEXTS, REGIONS, CLASSES = (7, 12, 3, 5), (5, 0, 9, 1), 11

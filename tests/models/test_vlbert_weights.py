@@ -1,6 +1,5 @@
 """VL-BERT's weights: from a BERT, from the release and back, and in a folder of ours (spec VL-BERT §1.6, §1.7)."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,9 +11,7 @@ from xdscale.errors import XdscaleError
 from xdscale.models.heads import RegionClassHead, masked_lm_head
 from xdscale.pretrained.vlbert import from_bert, load_vlbert, save_release, save_vlbert
 
-_spec = importlib.util.spec_from_file_location("padded_vlbert", Path(__file__).with_name("padded_vlbert.py"))
-padded_vlbert = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(padded_vlbert)
+from . import padded_vlbert
 
 SIZES, release = padded_vlbert.SIZES, padded_vlbert.release
 CLASSES = 11

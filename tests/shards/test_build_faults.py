@@ -15,7 +15,6 @@ rounds of several faults each:
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import os
 import random
 import resource
@@ -23,7 +22,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -32,9 +30,7 @@ from xdscale.shards.build import merge_parts
 from xdscale.shards.verify import verify_shards
 from xdscale.shards.workplace import Part
 
-_spec = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
-faults = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(faults)
+from . import faults
 
 ROUNDS = int(os.environ.get("XDSCALE_CHAOS_ROUNDS", "8"))
 SEED = int(os.environ.get("XDSCALE_CHAOS_SEED", "0"))

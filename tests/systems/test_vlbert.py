@@ -1,8 +1,6 @@
 """VL-BERT's pretraining against its release's computation, and through the whole engine."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,9 +23,7 @@ from xdscale.training.run_folder import read_log
 from xdscale.training.stored import build_module
 from xdscale.training.tracing import on_meta, trace
 
-_spec = importlib.util.spec_from_file_location("padded_vlbert", Path(__file__).parents[1] / "models/padded_vlbert.py")
-padded_vlbert = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(padded_vlbert)
+from ..models import padded_vlbert
 
 TABLES = ["model.region_size=12", "model.region_classes=7", "model.max_elements=24"]
 FIXED = [*TABLES, "model.dropout=0", "training.global_batch=8", "training.steps=4"]

@@ -1,10 +1,8 @@
 """VisualBERT on VCR from pixels, with r2c's branch of ResNet-50 tuned along (spec VisualBERT §3, §4)."""
 
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,9 +34,7 @@ from xdscale.training.engine import to_device
 from xdscale.training.run_folder import read_log
 from xdscale.training.tracing import on_meta, trace
 
-_spec = importlib.util.spec_from_file_location("pixel_world", Path(__file__).with_name("pixel_world.py"))
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
+from . import pixel_world as world
 
 TASK, CPU = find_task("vcr_qa"), torch.device("cpu")
 TAGS = ((1, 1), (0, 0), (2, 0))

@@ -1,7 +1,5 @@
 """Mirrored images: pixels, boxes and the words left and right, against an independent flip (spec VL-BERT §1.4, §5)."""
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +17,7 @@ from xdscale.systems.contract import Slots
 from xdscale.tasks.contract import ModelSettings, find_task
 from xdscale.tasks.vlbert import VLBERTSubject
 
-_spec = importlib.util.spec_from_file_location("pixel_world", Path(__file__).with_name("pixel_world.py"))
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
+from . import pixel_world as world
 
 TASK = find_task("refcoco_plus")
 

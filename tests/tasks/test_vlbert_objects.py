@@ -1,10 +1,8 @@
 """VL-BERT on VCR: the loss on classes of objects, and their masks, as in its release (spec VL-BERT §1.4, §5)."""
 
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,16 +26,9 @@ from xdscale.training.distributed import Ranks
 from xdscale.training.engine import to_device
 from xdscale.training.run_folder import read_log
 
+from ..models import padded_vlbert
+from . import pixel_world as world
 
-def loaded(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-world = loaded(Path(__file__).with_name("pixel_world.py"))
-padded_vlbert = loaded(Path(__file__).parents[1] / "models" / "padded_vlbert.py")
 TASK = find_task("vcr_qa")
 NUMBERS = ((1, 3), (80,), (17, 17, 1))
 """Of the classes, COCO's in its order behind the background: `categories` in the release's vcr.py."""

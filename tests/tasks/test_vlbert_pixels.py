@@ -1,8 +1,6 @@
 """VL-BERT's tasks from pixels, with Fast R-CNN tuned along (spec VL-BERT §1.4, §5)."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,13 +26,8 @@ from xdscale.training.engine import to_device
 from xdscale.training.evaluation import evaluate
 from xdscale.training.run_folder import read_log
 
-_spec = importlib.util.spec_from_file_location("padded_vlbert", Path(__file__).parents[1] / "models/padded_vlbert.py")
-padded_vlbert = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(padded_vlbert)
-
-_spec = importlib.util.spec_from_file_location("pixel_world", Path(__file__).with_name("pixel_world.py"))
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
+from ..models import padded_vlbert
+from . import pixel_world as world
 
 TASK = find_task("refcoco_plus")
 

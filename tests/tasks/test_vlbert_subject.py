@@ -1,11 +1,9 @@
 """VL-BERT on tasks: what it reads, its heads and its losses against those of its release (spec VL-BERT §5)."""
 
-import importlib.util
 import json
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,9 +30,7 @@ from xdscale.tasks.vlbert import VLBERTSubject
 from xdscale.tasks.vqa import VQA
 from xdscale.training.engine import to_device
 
-_spec = importlib.util.spec_from_file_location("padded_vlbert", Path(__file__).parents[1] / "models/padded_vlbert.py")
-padded_vlbert = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(padded_vlbert)
+from ..models import padded_vlbert
 
 WIDTH = 12
 COUNTS = (3, 5, 2, 4)

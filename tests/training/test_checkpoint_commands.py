@@ -1,6 +1,5 @@
 """Loading refuses what is not what was saved or could run code; folders that ranks do not share; the commands."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -22,15 +21,9 @@ from xdscale.training.integrity import CHECKSUMS, check_pickles, checksum_text, 
 from xdscale.training.resharding import reshard_ahead
 from xdscale.training.run_folder import RunFolder
 
+from . import faulty_files
+from . import test_checkpoint_faults as faults
 
-def _neighbour(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-faults, faulty_files = _neighbour("test_checkpoint_faults"), _neighbour("faulty_files")
 PROGRAM = Path(sys.executable).with_name("xdscale")
 MODEL, OPTIMIZER = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 

@@ -9,7 +9,6 @@ Long form, with seeds printed on failure: XDSCALE_CHAOS_ROUNDS=1000 pytest tests
 (one of a hundred rounds is a real launch). XDSCALE_CHAOS_SEED=N starts at another seed.
 """
 
-import importlib.util
 import json
 import os
 import random
@@ -30,10 +29,8 @@ from xdscale.training import checkpoint as ckpt
 from xdscale.training import checkpoint_folder, resharding
 from xdscale.training.integrity import damage
 
-_spec = importlib.util.spec_from_file_location("faulty_files", Path(__file__).with_name("faulty_files.py"))
-faulty_files = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(faulty_files)
-run_ranks = faulty_files.run_ranks
+from . import faulty_files
+from .faulty_files import run_ranks
 
 SHORT = 50
 ROUNDS = int(os.environ.get("XDSCALE_CHAOS_ROUNDS", SHORT))

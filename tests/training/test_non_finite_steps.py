@@ -1,6 +1,5 @@
 """Steps without a finite loss and gradient: left out on all ranks, recorded, replayed, and stopped when in a row."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from xdscale.shards.table import Table
 from xdscale.training.integrity import read_pickle
 from xdscale.training.run_folder import read_log
 from xdscale.training.skipping import skipped_so_far
+
+from . import poison_worker
 
 pytestmark = pytest.mark.slow  # fixtures make many runs
 WORKER = Path(__file__).with_name("poison_worker.py")
@@ -151,10 +152,7 @@ def test_tensorboard_counts_them_on_through_a_restart(folder):
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_replay_finds_the_sample_and_the_module(folder, poisoned, kind, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("poison_worker", WORKER)
-    worker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(worker)
-    worker.poison(monkeypatch.setattr, **poisoned)
+    poison_worker.poison(monkeypatch.setattr, **poisoned)
     # A step's losses, put together from its samples, are what the run itself logged: without dropout, at step 1.
     step = {"loss": LOSS_STEP, "gradient": GRADIENT_STEP}[kind]
     samples = replay(folder / CONTINUED, step)

@@ -3,7 +3,6 @@
 Independent reference: autograd on the whole batch in one process, without an engine.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from xdscale.systems.contract import Slots
 from xdscale.training.schedule import learning_rate
 from xdscale.training.tracing import on_meta, trace
 
+from . import passes_worker as small
+
 WORKER = Path(__file__).with_name("passes_worker.py")
-_SPEC = importlib.util.spec_from_file_location("passes_worker", WORKER)
-small = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(small)
 HALVES = ["left"] * 6 + ["right"] * 6
 LEFT = ["left"] * 12
 # Ranks, micro-batch and ZeRO stage. Micro-batches of one number have samples of one half, but for splits 1, 2 and 5.

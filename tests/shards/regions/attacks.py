@@ -12,12 +12,13 @@ import h5py
 import lmdb
 import msgpack
 import numpy as np
-import region_files as writers
-from bad_arrays import arrays_damage, npy_lies, truncated, zipped
-from bad_images import INF, NAN
-from malicious import malicious
 
 from xdscale.shards.sources.regions.plain_pickle import load_plain
+
+from . import region_files as writers
+from .bad_arrays import arrays_damage, npy_lies, truncated, zipped
+from .bad_images import INF, NAN
+from .malicious import malicious
 
 NUMBERS = (-1, 0, 10**11, 2**63, NAN, INF, "x" * 40, "", None, True, [], {}, [1, 2])
 """What a count or a size may not be."""

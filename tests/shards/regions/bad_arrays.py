@@ -4,8 +4,9 @@ import io
 import zipfile
 
 import numpy as np
-import region_files as writers
-from malicious import malicious
+
+from . import region_files as writers
+from .malicious import malicious
 
 
 def truncated(value, chance, canary):

@@ -2,8 +2,6 @@
 
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +18,7 @@ from xdscale.shards.sources.regions.importing import region_files
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.shards.workplace import Part
 
-sys.path.insert(0, str(Path(__file__).parent))
-import region_files as writers
+from . import region_files as writers
 
 # Format, what the table holds beside ids, sizes, boxes and features, background of the detector.
 CASES = {

@@ -3,7 +3,6 @@
 import pickle
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +14,8 @@ from xdscale.errors import XdscaleError
 from xdscale.shards.regions import RegionTable
 from xdscale.shards.sources.regions.plain_pickle import load_plain
 
-sys.path.insert(0, str(Path(__file__).parent))
-import attacks
-import bad_images
-import region_files as writers
+from . import attacks, bad_images
+from . import region_files as writers
 
 WRITE = {
     "uniter_msgpack": lambda folder, those: writers.uniter(folder, those, packed="msgpack"),

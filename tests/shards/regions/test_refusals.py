@@ -2,8 +2,6 @@
 
 import io
 import json
-import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -17,8 +15,7 @@ from xdscale.shards.sources.regions.files import Reading, load_sizes
 from xdscale.shards.sources.regions.importing import region_files
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 
-sys.path.insert(0, str(Path(__file__).parent))
-import region_files as writers
+from . import region_files as writers
 
 
 @pytest.fixture
