@@ -9,10 +9,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from xdscale.kernels.dropout_mask import KEYS_PER_WORD, keep_rate, mix_, stream_keys, weyl
+from xdscale.kernels.dropout_mask import keep_rate
+from xdscale.kernels.dropout_mask_cpu import Masks
 from xdscale.kernels.packing import Packing
 
 BLOCK_SCORES = 1 << 18
@@ -81,53 +83,21 @@ class _KeySums:
 
 
 class _Dropout:
-    """Applies the masks of one call, block by block.
-
-    The masks of short samples are drawn together, as many as make a block: one by one each of the dozen operations
-    would take longer to call than to do.
-    """
+    """Applies the masks of one call, block by block."""
 
     def __init__(self, packing: Packing, heads: int, dtype: torch.dtype) -> None:
         self.threshold = packing.threshold
         self.rescale = 1.0 / keep_rate(packing.threshold)
         if packing.threshold:
-            self.keys = stream_keys(packing.seed, packing.samples, heads)
-            lengths = packing.cu_seqlens_q.diff(), packing.cu_seqlens_k.diff()
-            self.longest = tuple(int(side.max()) if len(side) else 0 for side in lengths)
-            self.together = BLOCK_SCORES // max(1, heads * math.prod(self.longest))  # samples
-            self.drawn = range(0)
-            self.weyl_shape = ()
-            self.words, self.scratch = _Buffer(torch.int32), _Buffer(torch.int32)
+            self.masks = Masks(packing.seed, packing.samples, heads, packing.threshold)
             self.wide = _Buffer(torch.int32 if dtype.itemsize == 4 else torch.int16)
 
     def draw(self, block: _Block) -> None:
         """Fixes the bits for `apply_`: -1 where a score of the block stays and 0 where not, as wide as a score."""
-        if not self.threshold:
-            return
-        heads, queries, keys = block.shape
-        if self.together < 2:
-            keep = self._keep(slice(block.sample, block.sample + 1), block.heads, block.first_query, queries, keys)[0]
-        else:  # then a block is a whole sample
-            if block.sample not in self.drawn:
-                self.drawn = range(block.sample, min(block.sample + self.together, len(self.keys[0])))
-                samples = slice(self.drawn.start, self.drawn.stop)
-                self.kept = self._keep(samples, slice(None), 0, *self.longest)
-            keep = self.kept[block.sample - self.drawn.start, :, :queries]
-        self.bits = self.wide(heads, queries, keys).copy_(keep[:, :, :keys])
-
-    def _keep(self, samples: slice, heads: slice, first_query: int, queries: int, keys: int) -> torch.Tensor:
-        """Returns -1 and 0 of some streams, int8 [samples, heads, queries, keys or more], valid until the next call."""
-        base = self._weyl(first_query, queries, -(-keys // KEYS_PER_WORD))
-        key_0, key_1 = (key[samples, heads, None, None] for key in self.keys)
-        shape = (*key_0.shape[:2], *base.shape)
-        words, scratch = self.words(*shape), self.scratch(*shape)
-        mix_(torch.add(base, key_0, out=words), key_1, scratch)
-        return words.view(torch.uint8).ge_(self.threshold).view(torch.int8).neg_()
-
-    def _weyl(self, *shape: int) -> torch.Tensor:
-        if shape != self.weyl_shape:  # the heads of a sample share it
-            self.weyl_shape, self.weyl = shape, weyl(*shape, torch.device("cpu"))
-        return self.weyl
+        if self.threshold:
+            kept = self.masks.keep(block.sample, block.heads, block.first_query, *block.shape[1:]).view(np.int8)
+            np.negative(kept, out=kept)
+            self.bits = self.wide(*block.shape).copy_(torch.from_numpy(kept)[:, :, : block.shape[2]])
 
     def apply_(self, scores: torch.Tensor) -> None:
         """Zeroes what the block's mask drops; the caller divides by the keep rate inside the next product."""
@@ -139,12 +109,12 @@ def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing
     """Returns the attended values [Tq, heads, d], and nothing to save; arguments as in `packed_attention`."""
     out = query.new_zeros(query.shape)
     dropout = _Dropout(packing, query.shape[1], query.dtype)
-    buffer = _Buffer(query.dtype)
+    scores, rows = _Buffer(query.dtype), _Buffer(query.dtype)
     for block in _blocks(packing, query.shape[1]):
-        probabilities = _probabilities(block, query, key, buffer(*block.shape))
+        probabilities = _probabilities(block, query, key, scores(*block.shape))
         dropout.draw(block)
         dropout.apply_(probabilities)
-        _product(probabilities, block.key_rows(value), dropout.rescale, block.query_rows(out))
+        _to_queries(block, probabilities, block.key_rows(value), dropout.rescale, rows, out)
     return (out,)
 
 
@@ -155,7 +125,7 @@ def backward(
     scale = query.shape[-1] ** -0.5
     grad_query, grad_key, grad_value = (tokens.new_zeros(tokens.shape) for tokens in (query, key, value))
     dropout = _Dropout(packing, query.shape[1], query.dtype)
-    buffers = _Buffer(query.dtype), _Buffer(query.dtype)
+    buffers, rows = (_Buffer(query.dtype), _Buffer(query.dtype)), _Buffer(query.dtype)
     sums = _KeySums(query.dtype), _KeySums(query.dtype)
     for block in _blocks(packing, query.shape[1]):
         grad_rows = block.query_rows(grad)
@@ -168,7 +138,7 @@ def backward(
         dropout.apply_(probabilities)
         sums[0].add(block, probabilities, grad_rows, dropout.rescale, grad_value)
         sums[1].add(block, grad_scores, block.query_rows(query), scale, grad_key)
-        _product(grad_scores, block.key_rows(key), scale, block.query_rows(grad_query))
+        _to_queries(block, grad_scores, block.key_rows(key), scale, rows, grad_query)
     return grad_query, grad_key, grad_value
 
 
@@ -216,3 +186,14 @@ def _probabilities(block: _Block, query: torch.Tensor, key: torch.Tensor, out: t
 def _product(left: torch.Tensor, right: torch.Tensor, factor: float, out: torch.Tensor) -> torch.Tensor:
     """Writes `factor * left @ right` per head to `out`; the factor is applied inside the product."""
     return torch.baddbmm(out, left, right, beta=0, alpha=factor, out=out)
+
+
+def _to_queries(
+    block: _Block, scores: torch.Tensor, rows: torch.Tensor, factor: float, buffer: _Buffer, out: torch.Tensor
+) -> None:
+    """Writes `factor * scores @ rows` per head to the rows of the block's queries in `out`."""
+    queries = block.query_rows(out)
+    if out.dtype.itemsize < 4:
+        _product(scores, rows, factor, queries)
+    else:  # into rows that do not lie one behind the other, PyTorch multiplies these head after head
+        queries.copy_(_product(scores, rows, factor, buffer(*queries.shape)))

@@ -1,4 +1,4 @@
-"""The random bits of attention dropout: one definition, bit-identical in PyTorch and in Triton.
+"""The random bits of attention dropout: one definition, bit-identical in PyTorch, in numpy and in Triton.
 
 The bits are counter-based, so that forward, backward, every tile shape and every device see the same mask
 without storing it. Each (seed, sample, head) has a stream key of 2 x 32 bits. One call turns the counter
@@ -21,13 +21,13 @@ THRESHOLDS = 256
 """A rate is a multiple of 1 / 256."""
 KEYS_PER_WORD = 4
 
-_START_0, _START_1 = 0x1B873593, 0x4CF5AD43  # two arbitrary odd constants: they tell the halves of the key apart
-_WEYL = 0x9E3779B1  # 2**32 divided by the golden ratio, made prime
-_MULTIPLIER_0, _MULTIPLIER_1 = 0x21F0AAAD, 0x735A2D97
+STARTS = (0x1B873593, 0x4CF5AD43)  # two arbitrary odd constants: they tell the halves of the key apart
+WEYL = 0x9E3779B1  # 2**32 divided by the golden ratio, made prime
+MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)
 
-START_0, START_1 = tl.constexpr(_START_0), tl.constexpr(_START_1)
-_TL_WEYL = tl.constexpr(_WEYL)
-_TL_MULTIPLIER_0, _TL_MULTIPLIER_1 = tl.constexpr(_MULTIPLIER_0), tl.constexpr(_MULTIPLIER_1)
+START_0, START_1 = (tl.constexpr(start) for start in STARTS)
+_TL_WEYL = tl.constexpr(WEYL)
+_TL_MULTIPLIER_0, _TL_MULTIPLIER_1 = (tl.constexpr(multiplier) for multiplier in MULTIPLIERS)
 
 
 def drop_threshold(dropout: float) -> int:
@@ -65,44 +65,40 @@ def stream_keys(seed: torch.Tensor, samples: int, heads: int) -> tuple[torch.Ten
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)  # narrowing keeps the low 32 bits
     sample = torch.arange(samples, dtype=torch.int32, device=seed.device)[:, None]
     head = torch.arange(heads, dtype=torch.int32, device=seed.device)
-    shape, options = (samples, heads), {"dtype": torch.int32, "device": seed.device}
-    # Both halves in one tensor: on a CPU these few numbers cost as much as the mask of a small batch.
-    start = torch.stack([torch.full(shape, value, **options) for value in (_START_0, _START_1)])
-    zero, scratch, state = torch.zeros_like(start), torch.empty_like(start), start
-    for part in (low, high, sample, head):
-        state = mix_(state ^ part, zero, scratch).add_(start)
-    return state[0], state[1]
+
+    def half(start: int) -> torch.Tensor:
+        state = torch.full((samples, heads), start, dtype=torch.int32, device=seed.device)
+        for part in (low, high, sample, head):
+            state = mix(state ^ part, 0) + start
+        return state
+
+    return half(STARTS[0]), half(STARTS[1])
 
 
 def weyl(first_query: int, queries: int, groups: int, device: torch.device) -> torch.Tensor:
     """Returns `counter * WEYL` of some queries and the first `groups` groups of four keys, int32 [queries, groups]."""
     row = torch.arange(first_query, first_query + queries, dtype=torch.int32, device=device) << 16
     group = torch.arange(groups, dtype=torch.int32, device=device)
-    return (row[:, None] + group).mul_(_WEYL - (1 << 32))  # int32 cannot hold the unsigned form
+    return (row[:, None] + group).mul_(WEYL - (1 << 32))  # int32 cannot hold the unsigned form
 
 
 def keep_mask(seed: torch.Tensor, sample: int, heads: int, queries: int, keys: int, threshold: int) -> torch.Tensor:
     """Returns which scores of one sample stay: bool [heads, queries, keys]. The definition in its readable form."""
     key_0, key_1 = (half[sample, :, None, None] for half in stream_keys(seed, sample + 1, heads))
-    words = key_0 + weyl(0, queries, -(-keys // KEYS_PER_WORD), seed.device)  # [heads, queries, groups]
-    mix_(words, key_1, torch.empty_like(words))
+    words = mix(key_0 + weyl(0, queries, -(-keys // KEYS_PER_WORD), seed.device), key_1)  # [heads, queries, groups]
     # Viewed as bytes, position k of a row belongs to key k: every host that PyTorch supports is little-endian.
     return words.view(torch.uint8)[:, :, :keys] >= threshold
 
 
-def mix_(words: torch.Tensor, key: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """Mixes int32 `words` with `key` in place, modulo 2**32; `scratch` is a buffer like `words`."""
-    _xor_shift_(words, 16, scratch)
-    torch.add(key, words, alpha=_MULTIPLIER_0, out=words)
-    _xor_shift_(words, 15, scratch)
-    words.mul_(_MULTIPLIER_1)
-    return _xor_shift_(words, 15, scratch)
+def mix(words: torch.Tensor, key: torch.Tensor | int) -> torch.Tensor:
+    """Returns int32 `words` mixed with `key`, modulo 2**32."""
+    words = _xor_shift(words, 16) * MULTIPLIERS[0] + key
+    return _xor_shift(_xor_shift(words, 15) * MULTIPLIERS[1], 15)
 
 
-def _xor_shift_(words: torch.Tensor, places: int, scratch: torch.Tensor) -> torch.Tensor:
-    torch.bitwise_right_shift(words, places, out=scratch)
-    scratch.bitwise_and_((1 << (32 - places)) - 1)  # int32 shifts copy the sign; this makes the shift logical
-    return words.bitwise_xor_(scratch)
+def _xor_shift(words: torch.Tensor, places: int) -> torch.Tensor:
+    # int32 shifts copy the sign; the "and" makes the shift logical.
+    return words ^ ((words >> places) & ((1 << (32 - places)) - 1))
 
 
 @triton.jit

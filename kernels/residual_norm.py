@@ -8,19 +8,12 @@ Triton kernels in `residual_norm_triton`, on a CPU of PyTorch operations; all of
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from xdscale.kernels.dropout_mask import (
-    KEYS_PER_WORD,
-    check_dropout,
-    drop_threshold,
-    keep_mask,
-    keep_rate,
-    mix_,
-    stream_keys,
-    weyl,
-)
+from xdscale.kernels.dropout_mask import check_dropout, drop_threshold, keep_mask, keep_rate
+from xdscale.kernels.dropout_mask_cpu import Masks
 from xdscale.kernels.gpu import TRITON_DTYPES, runs_triton, without_autocast
 
 LARGEST_TRITON_SIZE = 4096
@@ -210,17 +203,17 @@ def _blocks(
 ) -> Iterator[tuple[slice, torch.Tensor | None]]:
     """Yields blocks of rows and which of their elements stay, as 0 and 1; None where all do."""
     tokens, size = shape
-    keys = stream_keys(seed, -(-tokens // STREAM_ROWS), 1) if threshold else ()
+    masks = Masks(seed, -(-tokens // STREAM_ROWS), 1, threshold) if threshold else None
     # A power of two, which divides the rows of a stream.
     block_rows = min(STREAM_ROWS, 1 << max(0, (BLOCK_STATES // size).bit_length() - 1))
     for first in range(0, tokens, block_rows):
         count = min(block_rows, tokens - first)
         kept = None
-        if threshold:
-            key_0, key_1 = (half[first // STREAM_ROWS] for half in keys)
-            words = weyl(first % STREAM_ROWS, count, -(-size // KEYS_PER_WORD), seed.device).add_(key_0)
+        if masks is not None:
+            stream, row = divmod(first, STREAM_ROWS)
             # Not by way of bool, from which PyTorch is slow to convert.
-            kept = mix_(words, key_1, torch.empty_like(words)).view(torch.uint8).ge_(threshold)[:, :size].to(dtype)
+            mask = masks.keep(stream, slice(None), row, count, size)[0].view(np.uint8)
+            kept = torch.from_numpy(mask)[:, :size].to(dtype)
         yield slice(first, first + count), kept
 
 

@@ -2,17 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdscale.kernels.dropout_mask import drop_threshold, keep_mask, keep_rate, mix_, stream_keys, weyl
+from xdscale.kernels.dropout_mask import drop_threshold, keep_mask, keep_rate, mix, stream_keys, weyl
+from xdscale.kernels.dropout_mask_cpu import Masks
 
 MODULUS = 1 << 32
 
 
-def mix(word: int, key: int) -> int:
+def documented_mix(word: int, key: int) -> int:
     """The documented mixing in Python's unbounded integers."""
     word = ((word ^ word >> 16) * 0x21F0AAAD + key) % MODULUS
     word = (word ^ word >> 15) * 0x735A2D97 % MODULUS
@@ -25,9 +27,9 @@ def byte(seed: int, sample: int, head: int, query: int, key: int) -> int:
     for start in (0x1B873593, 0x4CF5AD43):
         state = start
         for part in (seed, seed >> 32, sample, head):
-            state = (mix(state ^ part % MODULUS, 0) + start) % MODULUS
+            state = (documented_mix(state ^ part % MODULUS, 0) + start) % MODULUS
         halves.append(state)
-    word = mix(((query * 65536 + key // 4) * 0x9E3779B1 + halves[0]) % MODULUS, halves[1])
+    word = documented_mix(((query * 65536 + key // 4) * 0x9E3779B1 + halves[0]) % MODULUS, halves[1])
     return word >> 8 * (key % 4) & 0xFF
 
 
@@ -52,7 +54,7 @@ def sample_bytes(seed: int) -> torch.Tensor:
     """Bytes of 3 samples x 8 heads, 256 queries and 512 keys: [24, 256, 512]."""
     key_0, key_1 = (half.flatten()[:, None, None] for half in stream_keys(torch.tensor([seed]), 3, 8))
     words = key_0 + weyl(0, 256, 128, torch.device("cpu"))
-    return mix_(words, key_1, torch.empty_like(words)).view(torch.uint8)
+    return mix(words, key_1).view(torch.uint8)
 
 
 def chi_squared_sigmas(values: torch.Tensor, cells: int) -> float:
@@ -111,6 +113,27 @@ def test_thresholds_at_the_ends() -> None:
     assert drop_threshold(0.0) == 0
     assert keep_rate(0) == 1.0
     assert drop_threshold(0.9999) == 255  # something is always kept, so that the rescaling is finite
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    heads=st.tuples(st.integers(0, 2), st.integers(1, 3)),
+    first=st.sampled_from([0, 1, 30, 65_500]),
+    queries=st.integers(1, 40),
+    keys=st.integers(1, 50),
+    threshold=st.integers(1, 255),
+)
+def test_pieces_drawn_on_a_cpu_are_the_definitions(
+    seed: int, heads: tuple[int, int], first: int, queries: int, keys: int, threshold: int
+) -> None:
+    some = slice(heads[0], sum(heads))
+    masks = Masks(torch.tensor([seed]), 3, 5, threshold)
+    masks.keep(0, slice(None), 0, 60, 60)  # leaves other bits in the memory that is used again
+    drawn = masks.keep(2, some, first, queries, keys)[:, :, :keys]
+    key_0, key_1 = (half[2, some, None, None] for half in stream_keys(torch.tensor([seed]), 3, 5))
+    words = mix(key_0 + weyl(first, queries, -(-keys // 4), torch.device("cpu")), key_1)
+    assert np.array_equal(drawn, words.view(torch.uint8)[:, :, :keys] >= threshold)
 
 
 def test_mask_does_not_depend_on_how_much_is_drawn() -> None:
