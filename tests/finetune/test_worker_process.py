@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -187,6 +189,42 @@ def test_a_result_that_cannot_be_read_is_a_failed_run(sweep):
     assert code == EXIT_FAULT
     assert "failed: rte seed 1\n" in said
     assert "result-1.json" in said
+
+
+REAL = """
+import pathlib, sys, time, types
+from xdscale.finetune import worker
+sys.modules["xdscale.training.distributed"] = types.SimpleNamespace(start_distributed=lambda: None)
+sys.modules["xdscale.finetune.run"] = types.SimpleNamespace()
+worker.calm_environment = lambda: None
+def work(job, ranks, stop, say):
+    assert not stop.requested
+    say("working")
+    end = time.monotonic() + 60
+    while not stop.requested and time.monotonic() < end:
+        time.sleep(0.05)
+    pathlib.Path(job["result"]).write_text(str(stop.requested))
+    return 75
+worker._work = work
+worker.main()
+"""
+KILLED_SWEEP = """
+import os, signal
+from xdscale.finetune import worker_process
+worker_process.PROGRAM = ("-c", %r)
+worker = worker_process.WorkerProcess({})
+worker.work({"result": %r}, lambda note: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_a_sweep_that_was_killed_leaves_no_worker_that_goes_on(tmp_path):
+    result = tmp_path / "result"
+    killed = subprocess.run([sys.executable, "-c", KILLED_SWEEP % (REAL, str(result))], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    end = time.monotonic() + 30
+    while not (result.is_file() and result.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert result.read_text() == "True"
 
 
 def test_a_run_that_is_to_stop_early_has_no_result_and_has_not_failed(sweep):

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from xdscale.training.signals import _holds_signal
+from xdscale.training.signals import StopRequest, _holds_signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -45,6 +45,15 @@ def test_a_signal_that_came_before_the_handlers_is_a_request(number):
     command = ["env", "--block-signal=TERM,USR1,INT", sys.executable, "-c", RANK.format(number=int(number))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_who_is_followed_and_gone_is_a_request():
+    with subprocess.Popen(["sleep", "60"]) as process, StopRequest() as stop:
+        stop.follow(process.pid)
+        assert not stop.requested
+        process.kill()
+        process.wait()
+        assert stop.requested
 
 
 INTERRUPTED = """

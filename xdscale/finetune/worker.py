@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ def main() -> None:
     jobs, answers = channel.makefile("r", encoding="utf-8"), channel.makefile("w", encoding="utf-8")
 
     def answer(**values: Any) -> None:
-        print(json.dumps(values), file=answers, flush=True)
+        with suppress(BrokenPipeError):  # of a sweep that was killed
+            print(json.dumps(values), file=answers, flush=True)
 
     with StopRequest() as stop:
+        stop.follow(os.getppid())  # a sweep that was killed tells nobody; its run is not to stand in the next one's way
         calm_environment()
         from xdscale.training.distributed import start_distributed
 

@@ -45,6 +45,10 @@ class StopRequest:
         self._signalled |= gone
         return self
 
+    def follow(self, process: int) -> None:
+        """Counts it as a request, too, once the process of this number is gone: it started this one to work for it."""
+        self._launchers.append(psutil.Process(process))
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
