@@ -30,7 +30,10 @@ def build(
     ],
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence, less [CLS] and [SEP].")] = 510,
     clip_blocks: Annotated[int, typer.Option(min=1, help="CLIP blocks of 75 tokens per sequence, at most.")] = 9,
-    validation_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of documents held out.")] = 0.01,
+    validation_fraction: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of documents held out; in plain text blank lines part documents."),
+    ] = 0.01,
     min_words: Annotated[int, typer.Option(min=0, help="Leave out paragraphs with fewer words.")] = 5,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     format: Annotated[
@@ -45,7 +48,7 @@ def build(
         str, typer.Option(help="join or keep the lines of a paragraph; auto: join in hard-wrapped text.")
     ] = "auto",
     part: Annotated[str, typer.Option(help="i/n: build part i (from 0) of n, then 'xdscale shards merge'.")] = "0/1",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the text alone in the folder.")] = False,
 ) -> None:
     """Turns text into shards; a build that was stopped goes on when started again."""
     from xdscale.shards.sources.text import TextOptions

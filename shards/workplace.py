@@ -39,6 +39,7 @@ LOCK_NAME = "lock"
 
 _PLANS = "plan*.json"
 _ELSEWHERE = "choose another folder, or replace it with --overwrite"
+_REPLACE = "choose another folder, or replace this table alone with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -349,5 +350,5 @@ def _require_same(what: str, there: dict[str, Any], wanted: dict[str, Any]) -> N
             continue
         if isinstance(old, dict | list) or isinstance(new, dict | list):
             difference = f"another {key.replace('_', ' ').removesuffix('s')}"
-            raise XdscaleError(f"{what} of {difference}; {_ELSEWHERE}")
-        raise XdscaleError(f"{what} with {key} {old!r}, now {new!r}; {_ELSEWHERE}")
+            raise XdscaleError(f"{what} of {difference}; {_REPLACE}")
+        raise XdscaleError(f"{what} with {key} {old!r}, now {new!r}; {_REPLACE}")

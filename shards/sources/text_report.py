@@ -59,11 +59,12 @@ def warnings(table: TableManifest) -> list[str]:
     if table.build["source"] != TEXT:
         return []
     build = TextBuild(**table.build)
-    fraction = build.validation_fraction
+    fraction, documents = build.validation_fraction, table.counts["documents"]
+    whole = "; documents are held out whole, and in plain text blank lines part them" if documents == 1 else ""
     return [
-        f"the split {name} is empty: {share:.4g} of {table.counts['documents']:,} documents give no sequence of "
-        f"{build.sequence_length} tokens; change --validation-fraction ({fraction:g}), or use more text or a shorter "
-        "--sequence-length"
+        f"the split {name} is empty: {share:.4g} of {documents:,} documents give no sequence of "
+        f"{build.sequence_length} tokens{whole}; change --validation-fraction ({fraction:g}), or use more text or a "
+        "shorter --sequence-length"
         for name, share in (("train", 1 - fraction), ("validation", fraction))
         if share and not table.splits[name].rows
     ]

@@ -212,7 +212,9 @@ def test_another_dataset_is_refused_and_named(small_build, expected, tmp_path):
     out = tmp_path / "out"
     small_build(out)
     for option, value in (("sequence_length", 20), ("min_words", 7), ("validation_fraction", 0.5)):
-        with pytest.raises(XdscaleError, match=rf"holds a dataset with {option} .*, now {value}; .*--overwrite"):
+        with pytest.raises(
+            XdscaleError, match=rf"a dataset with {option} .*, now {value}; .*table alone with --overwrite"
+        ):
             small_build(out, **{option: value})
     assert digests(out) == expected
     small_build(out, sequence_length=400, overwrite=True)

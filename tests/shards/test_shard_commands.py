@@ -59,6 +59,10 @@ def test_an_empty_split_is_named_with_the_option(tmp_path):
     result = build(tmp_path / "a.txt", tmp_path / "out", "--validation-fraction", 0.0001)
     assert "warning: the split validation is empty: 0.0001 of 1 documents" in result.stderr
     assert "--validation-fraction (0.0001)" in result.stderr
+    assert "documents are held out whole, and in plain text blank lines part them" in result.stderr
+    (tmp_path / "two.txt").write_text("\n\n".join([" ".join(["river"] * 400)] * 2))
+    result = build(tmp_path / "two.txt", tmp_path / "two", "--validation-fraction", 0.0001)
+    assert "0.0001 of 2 documents give no sequence of 30 tokens; change --validation-fraction" in result.stderr
     result = build(tmp_path / "a.txt", tmp_path / "all", "--validation-fraction", 1)
     assert result.stderr == ""
     result = build(tmp_path / "a.txt", tmp_path / "most", "--validation-fraction", 0.9999)
