@@ -168,6 +168,11 @@ def test_a_mistake_is_one_message_with_the_file_and_the_value(describe, lines, m
         (".tsv", lambda path: path.write_text("text\tgrade\nA\tyes\nB\tno\nC\tyes \n"), r"holds 'yes' and 'yes '"),
         (".tsv", lambda path: path.write_text("text\ttext\tgrade\n"), r"line 1: two columns are named 'text'"),
         (".tsv", lambda path: path.write_bytes(b"text\tgrade\n\xff\t1\n"), r"train\.tsv: not UTF-8 text"),
+        (
+            ".tsv",
+            lambda path: path.write_text("text\t\tgrade \nA\t\t1\n"),
+            r"no column 'grade'; .*, found text, '', 'grade '$",
+        ),
         (".csv", lambda path: path.write_text("text;grade\nA;1\n"), r"no column 'text', 'grade'; .* found text;grade"),
         (".jsonl", lambda path: path.write_text(""), r"train\.jsonl: no examples in it"),
         (".jsonl", lambda path: path.write_text('{"text": "A", "grade": 1}\n{"text": "B"}\n'), r"line 2: no column"),

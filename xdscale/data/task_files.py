@@ -212,9 +212,11 @@ def _checked(path: Path, line: int, name: str, value: Any) -> str:
 def _require_columns(where: str, wanted: Sequence[str], columns: Sequence[str], title: str) -> None:
     missing = [name for name in wanted if name not in columns]
     if missing:
+        # In quotes where else nobody could see of what it consists, such as a blank at its end.
+        found = ", ".join(name if name == " ".join(name.split()) and name else repr(name) for name in map(str, columns))
         raise XdscaleError(
             f"{where}: no column {', '.join(map(repr, missing))}; {title} has {', '.join(wanted)}, "
-            f"found {textwrap.shorten(', '.join(map(str, columns)), 300, placeholder=' …')}"
+            f"found {textwrap.shorten(found, 300, placeholder=' …')}"
         )
 
 
