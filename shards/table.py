@@ -105,8 +105,12 @@ class Table:
 
         Raises:
             IndexError: there is no such row; a negative one counts from the end.
-            XdscaleError: as `read`.
+            XdscaleError: as `read`; or not one row is asked for, but a slice, say.
         """
+        if not hasattr(row, "__index__"):
+            raise XdscaleError(
+                f"{self.folder}: [{row!r}]: expected the number of one row; `read` and `read_ragged` take many"
+            )
         if not -len(self) <= row < len(self):
             raise IndexError(f"{self.folder}: no row {row}; {self.split} has {len(self)}")
         rows = np.array([row % len(self)])

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from xdscale.data.collate import pack_clip_blocks
 from xdscale.errors import XdscaleError
+from xdscale.files import shown
 from xdscale.models.operations import use_definitions
 from xdscale.models.xdbert import XDBERT
 from xdscale.names import expand_home
@@ -19,7 +20,7 @@ from xdscale.recipes.mlm.schema import Language
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.systems.xdbert import build_adapted
-from xdscale.training.stored import LANGUAGE_PREFIX, language_folder, load_part, stored_recipe, stored_state
+from xdscale.training.stored import LANGUAGE_PREFIX, language_folder, load_part, part_of, stored_recipe, stored_state
 
 
 class Encoded(NamedTuple):
@@ -73,9 +74,14 @@ class Encoder:
             truncate: cut a text that has more tokens than the encoder has positions.
 
         Raises:
-            XdscaleError: a text is too long and `truncate` is not given.
+            XdscaleError: a text is too long and `truncate` is not given; something is no text, or `batch_size` below 1.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise XdscaleError(f"text {number} is {shown(text)}; expected a str")
+        if batch_size < 1:
+            raise XdscaleError(f"batch_size = {batch_size}; expected 1 or more")
         if device is not None:
             self.model.to(device)
         ids, texts = self._language_ids(texts, truncate=truncate)
@@ -126,7 +132,7 @@ def load_encoder(folder: str | Path) -> Encoder:
             local folder, `package:NAME/folder` or hub name.
 
     Raises:
-        XdscaleError: nothing of the kind, damaged, or without a tokenizer.
+        XdscaleError: nothing of the kind, such as a run of VisualBERT, damaged, or without a tokenizer.
     """
     name = expand_home(str(folder))
     path = Path(name)
@@ -135,7 +141,13 @@ def load_encoder(folder: str | Path) -> Encoder:
         return Encoder(load_language_encoder(spec, dropout=0.0), *own_tokenizer(name), name=name)
     source = str(language_folder(path).resolve())
     model = load_language_encoder(Language(name=source, weights="random"), dropout=0.0)
-    load_part(model, stored_state(path), LANGUAGE_PREFIX, path)
+    state = stored_state(path)
+    if not part_of(state, LANGUAGE_PREFIX):
+        raise XdscaleError(
+            f"{path}: was trained as {stored_recipe(path).system!r}: there is no encoder of texts alone in it; "
+            "'xdscale export' makes a folder of it, which docs/python.md says how to load"
+        )
+    load_part(model, state, LANGUAGE_PREFIX, path)
     return Encoder(model, *own_tokenizer(source), name=name)
 
 

@@ -65,6 +65,20 @@ def test_long_texts_are_an_error_or_cut(small_export):
         torch.testing.assert_close(cut, short, atol=1e-5, rtol=1e-4)
 
 
+def test_what_is_no_text_is_told(small_export):
+    encoder = xdscale.load_encoder(small_export)
+    with pytest.raises(XdscaleError, match="text 1 is None; expected a str"):
+        encoder.encode(["A dog.", None])
+    with pytest.raises(XdscaleError, match="batch_size = 0; expected 1 or more"):
+        encoder.encode(TEXTS, batch_size=0)
+
+
+def test_a_run_of_another_system_is_told(small_run, monkeypatch):
+    monkeypatch.setattr("xdscale.encoder.stored_state", lambda _: {"model.encoder.pooler.bias": torch.zeros(1)})
+    with pytest.raises(XdscaleError, match="was trained as 'xdbert': there is no encoder of texts alone in it; 'xdsc"):
+        xdscale.load_encoder(small_run)
+
+
 def test_what_is_no_model_is_told(small_export, tmp_path, wiki_shards):
     with pytest.raises(XdscaleError, match="neither a run folder"):
         xdscale.load_cross_modal(wiki_shards)
@@ -87,6 +101,8 @@ def test_a_table_has_rows_and_columns(wiki_shards):
     assert [row["language"].tolist() for row in table][-1] == language[1].tolist()
     with pytest.raises(IndexError, match=f"no row {len(table)}"):
         table[len(table)]
+    with pytest.raises(XdscaleError, match=r"\[slice\(0, 2, None\)\]: expected the number of one row; `read` and"):
+        table[0:2]
     with pytest.raises(XdscaleError, match="no column 'langauge'"):
         table.read("langauge", rows)
     with pytest.raises(XdscaleError, match="no split 'test'"):
