@@ -194,6 +194,17 @@ def test_deepspeeds_own_timer_never_waits_for_the_gpu(monkeypatch):
     assert len(engines) == 1
 
 
+def test_what_deepspeed_prints_of_memory_is_not_said(monkeypatch, capsys):
+    import torch
+    from deepspeed.runtime.utils import see_memory_usage
+
+    from xdscale.training.engine import build_engine
+
+    monkeypatch.setattr("deepspeed.initialize", lambda **_: [see_memory_usage("begin bf16_optimizer", force=True)])
+    build_engine(torch.nn.Linear(1, 1), Optim(), {}, load_universal=False)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_what_a_run_records_may_be_given_to_another(path, write):
     recipe = load_recipe("xdbert-base-wikitext103")

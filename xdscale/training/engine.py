@@ -1,7 +1,9 @@
 """The DeepSpeed engine and its optimizer."""
 
+import io
 import re
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -48,7 +50,8 @@ def build_engine(
     config |= {"checkpoint": {"load_universal": True}} if load_universal else {}
     # To DeepSpeed each pass is a micro-batch: it exchanges gradients behind the last one, and takes their mean.
     config["gradient_accumulation_steps"] = config.get("gradient_accumulation_steps", 1) * len(pass_numbers(module))
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    with redirect_stdout(io.StringIO()):  # its optimizer for bf16 prints 18 lines about memory
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     # Under stage 0 in bf16 and fp16 DeepSpeed makes an update of zeros here, which would count for bias correction.
     optimizer.state.clear()
     return engine
