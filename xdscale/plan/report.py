@@ -27,6 +27,9 @@ _FILE_WIDTH = 140
 DECODED_PER_CORE = 60
 """Images of 640 × 480 pixels that a core decodes and scales a second, at least (docs/measurements.md)."""
 
+HOST_SECONDS = 0.05
+"""Of computing in a micro-batch: less does not hide the host, which took 0.08 for BERT-base and CLIP (docs/gpu.md)."""
+
 _MOST = 1_000_000
 """More than any GPU's GiB, TFLOP/s or GB/s, and little enough that what follows from it is a number."""
 
@@ -224,7 +227,7 @@ def _verdict(plan: Plan) -> str:
         f"Use {which} (--write-configs FOLDER writes it for this GPU): a step is {row.accumulation} micro-batch"
         f"{'es' * (row.accumulation > 1)} of {row.micro_batch}. "
         f"{RESERVED_GIB:g} GiB for the context and {FRAGMENTED:.0%} for fragmentation are left free."
-        f"{_padding(row, plan.machine.cluster.gpus)}{_pictures(plan, row)}"
+        f"{_padding(row, plan.machine.cluster.gpus)}{_host(row)}{_pictures(plan, row)}"
     )
 
 
@@ -234,6 +237,16 @@ def _padding(row: PlanRow, gpus: int) -> str:
     return (
         f" {row.padding:.1%} of what the {gpus} GPUs compute is padding: training.global_batch does not divide into "
         f"{gpus} × {row.accumulation} micro-batches."
+    )
+
+
+def _host(row: PlanRow) -> str:
+    seconds = (row.step_seconds - row.communication_seconds) / row.accumulation
+    if seconds >= HOST_SECONDS:
+        return ""
+    return (
+        f" A micro-batch is {seconds * 1000:.0f} ms of computing; starting its kernels takes the host tens of ms, "
+        "which do not count here: expect longer, and on fewer GPUs with larger micro-batches hardly longer still."
     )
 
 
