@@ -23,22 +23,12 @@ from xdscale.files import shown
 from xdscale.names import check_stated_url, expand_home, is_url, own_or_shipped
 from xdscale.recipe_values import is_overridden, read_values, validated
 from xdscale.recipe_yaml import write_yaml
-from xdscale.registry import find, folder_of, locate
+from xdscale.registry import SYSTEMS, find, folder_of, locate
 
 SHIPPED = Path(__file__).parent / "recipes"
 
 GROUP = "xdscale.systems"
 """Entry points with which an installed package offers a system: its name, and `module:class` of its recipe."""
-
-SYSTEMS = {
-    "finetune": "xdscale.finetune.recipe:FinetuneRecipe",
-    "mlm": "xdscale.recipes.mlm.schema:MaskedLMRecipe",
-    "visualbert": "xdscale.recipes.visualbert.schema:VisualBERTRecipe",
-    "visualbert_task": "xdscale.recipes.visualbert.task_schema:VisualBERTTaskRecipe",
-    "vlbert": "xdscale.recipes.vlbert.schema:VLBERTRecipe",
-    "xdbert": "xdscale.recipes.xdbert.schema:XDBERTRecipe",
-}
-"""Those that ship."""
 
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
@@ -195,9 +185,12 @@ class Recipe(Section):
 
     Attributes:
         implementation: `module:class` of the system (see `xdscale.systems.contract`), imported when it is trained.
+        step_bench: `module:function` that `xdscale bench step` calls, if the system's step is measured against another
+            computation of it: with the recipe, and `against`, `pairs` and `sequences` as on the command line.
     """
 
     implementation: ClassVar[str]
+    step_bench: ClassVar[str | None] = None
 
     system: str
     model: Section

@@ -4,13 +4,37 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
 from xdscale.names import nearest
+
+SYSTEMS = {
+    "finetune": "xdscale.finetune.recipe:FinetuneRecipe",
+    "mlm": "xdscale.recipes.mlm.schema:MaskedLMRecipe",
+    "visualbert": "xdscale.recipes.visualbert.schema:VisualBERTRecipe",
+    "visualbert_task": "xdscale.recipes.visualbert.task_schema:VisualBERTTaskRecipe",
+    "vlbert": "xdscale.recipes.vlbert.schema:VLBERTRecipe",
+    "xdbert": "xdscale.recipes.xdbert.schema:XDBERTRecipe",
+}
+"""Recipes of the systems that ship; of others `xdscale.systems` in entry points."""
+
+SUBJECTS = {
+    "language": "xdscale.recipes.xdbert.task_schema:LanguageSettings",
+    "cross-modal": "xdscale.recipes.xdbert.task_schema:CrossModalSettings",
+    "clip": "xdscale.recipes.xdbert.task_schema:ClipSettings",
+    "visualbert": "xdscale.recipes.visualbert.schema:VisualBERTSettings",
+    "vlbert": "xdscale.recipes.vlbert.schema:VLBERTSettings",
+}
+"""Settings of what can be finetuned and ships; of others `xdscale.subjects` in entry points."""
+
+ANALYSES = {
+    "grounding": "xdscale.analysis.visualbert_command:grounding",
+    "attention-maps": "xdscale.analysis.vlbert_command:attention_maps",
+}
+"""Commands with which systems bring an analysis of their own. They are imported at every start: nothing heavy."""
 
 
 @cache
@@ -23,6 +47,8 @@ def offered(group: str) -> Mapping[str, str]:
     Raises:
         XdscaleError: two packages offer the same name.
     """
+    from importlib.metadata import entry_points  # takes longer than all else that `--help` needs
+
     found: dict[str, Any] = {}
     for point in entry_points(group=group):
         other = found.setdefault(point.name, point)
@@ -86,6 +112,21 @@ def load(place: str, where: str, kind: type | None = None) -> Any:
         ) from error
     if kind is not None and not (isinstance(found, type) and issubclass(found, kind)):
         raise XdscaleError(f"{where}: {place} is {found!r}; expected a subclass of {kind.__module__}.{kind.__name__}")
+    return found
+
+
+def implementation(schema: type, where: str, kind: type) -> Any:
+    """Imports the class that a schema names as its `implementation`.
+
+    Raises:
+        XdscaleError: it names none, which cannot be imported, or which is no whole subclass of `kind`.
+    """
+    place = getattr(schema, "implementation", None)
+    if not isinstance(place, str):
+        raise XdscaleError(f"{where}: {schema.__name__}.implementation = {place!r}; expected module:class")
+    found = load(place, where, kind)
+    if missing := sorted(found.__abstractmethods__):
+        raise XdscaleError(f"{where}: {place} does not define {', '.join(missing)}")
     return found
 
 

@@ -1,13 +1,15 @@
 import json
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from xdscale.bench import plain_model, step
-from xdscale.bench.step import activation_bytes, bench_step, measure_step
+from xdscale.bench import plain_model, xdbert_step
+from xdscale.bench.step import activation_bytes, bench_step
 from xdscale.bench.step_report import FAST, PARTS, PLAIN, Measured, StepReport, step_table
+from xdscale.bench.xdbert_step import measure_step
 from xdscale.data.collate import XDBERTCollator
 from xdscale.data.order import Order
 from xdscale.errors import XdscaleError
@@ -112,7 +114,7 @@ def test_flops_are_those_of_the_products_that_run(real, real_recipe, arrays, bat
     """As torch counts them while the step of the released code runs; the fast one needs less than half."""
     with FlopCounterMode(display=False) as counter:
         gradients(real, list(plain_model.plain_losses(real, batch, dropout=0.0).values()))
-    bench = step._Bench(real, real_recipe, MicroBatch(arrays, Counter(), 0))
+    bench = xdbert_step._Bench(real, real_recipe, MicroBatch(arrays, Counter(), 0))
     assert bench.flops(PLAIN) == counter.get_total_flops() > 2 * bench.flops(FAST) > 0
 
 
@@ -201,10 +203,18 @@ def test_wrong_arguments_are_named(tiny_recipe):
         bench_step(tiny_recipe, against="liger")
     with pytest.raises(XdscaleError, match="--pairs 0: expected at least 1"):
         bench_step(tiny_recipe, pairs=0)
-    with pytest.raises(
-        XdscaleError, match="system = 'mlm': the step that is measured.* are XDBERT's, VisualBERT's and VL-BERT's"
-    ):
+    with pytest.raises(XdscaleError, match="system = 'mlm': nothing else .* recipe of visualbert, .*vlbert, xdbert$"):
         bench_step(load_recipe("quickstart-mlm"))
+
+
+def test_a_package_brings_the_bench_of_its_system(tiny_recipe, tmp_path, monkeypatch, capsys):
+    class Toy(XDBERTRecipe):
+        step_bench: ClassVar[str] = "toy_bench:bench"
+
+    (tmp_path / "toy_bench.py").write_text("def bench(recipe, *rest): print(recipe.model.cross_layers, *rest)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    bench_step(Toy(**tiny_recipe.model_dump()), pairs=3)
+    assert capsys.readouterr().out == "2 plain 3 None\n"
 
 
 def test_ratios_are_taken_pair_by_pair():
@@ -231,7 +241,7 @@ def test_a_gpus_parts_are_timed_between_events(monkeypatch):
             return end.milliseconds - self.milliseconds
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    clock = step._Clock(torch.device("cuda"))
+    clock = xdbert_step._Clock(torch.device("cuda"))
     for part in (("heads", "forward"), None, ("heads", "backward"), None):
         clock.begin(part)
     assert clock.take() == {("heads", "forward"): 0.005, ("heads", "backward"): 0.012}

@@ -15,8 +15,8 @@ from rich.text import Text
 from typer.core import TyperOption
 
 from xdscale.cli import app, main
+from xdscale.registry import SUBJECTS
 from xdscale.report.published import layouts
-from xdscale.tasks.contract import SUBJECTS
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).with_name("xdscale")

@@ -10,6 +10,8 @@ from xdscale.recipe import Section, load_recipe
 from xdscale.recipes.keys import key_lines
 from xdscale.recipes.mlm.schema import MaskedLMRecipe
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
+from xdscale.registry import SUBJECTS
+from xdscale.tasks.contract import find_settings
 
 
 def leaves(values, prefix=""):
@@ -51,7 +53,7 @@ def test_the_lines_of_a_finetuning_recipe_are_overrides_too():
     assert lines[seeds - 1] == ""  # of no section
 
 
-@pytest.mark.parametrize("section", [XDBERTRecipe, MaskedLMRecipe, FinetuneSettings])
+@pytest.mark.parametrize("section", [XDBERTRecipe, MaskedLMRecipe, FinetuneSettings, *map(find_settings, SUBJECTS)])
 def test_every_key_has_a_meaning(section):
     def without(section):
         for name, field in section.model_fields.items():

@@ -13,7 +13,8 @@ from xdscale.finetune.command import default_ds_config, describe_subject
 from xdscale.finetune.recipe import RunSettings, check_tasks, load_settings, resolve_run
 from xdscale.finetune.run import _settings
 from xdscale.recipe import Run
-from xdscale.tasks.contract import SHIPPED, ModelSettings, TaskData, find_task
+from xdscale.recipes.xdbert.task_schema import ClipSettings, LanguageSettings
+from xdscale.tasks.contract import SHIPPED, TaskData, find_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -212,7 +213,7 @@ def test_an_encoder_is_large_from_1024_on(tmp_path, width, size):
     """Paper Table 4; learning rates are stated for both sizes."""
     tower = {"embed_dim": 64, "text_cfg": {"width": width, "heads": 8, "layers": 1}}
     (tmp_path / "clip.json").write_text(json.dumps(tower))
-    settings = ModelSettings(weights="random", clip_weights="random")
+    settings = ClipSettings(weights="random", clip_weights="random")
     assert describe_subject(str(tmp_path / "clip.json"), "clip", settings)["size"] == size
 
 
@@ -223,7 +224,7 @@ def test_weights_that_are_read_identify_a_model(monkeypatch, tmp_path, weights):
     facts = SimpleNamespace(weights=[tmp_path / "model.safetensors"], hidden_size=8, encoder="small")
     subject = SimpleNamespace(describe=lambda: facts)
     monkeypatch.setattr("xdscale.finetune.command.find_subject", lambda kind: lambda model, settings: subject)
-    found = describe_subject("small", "language", ModelSettings(weights=weights))["weights_sha256"]
+    found = describe_subject("small", "language", LanguageSettings(weights=weights))["weights_sha256"]
     assert found == (hashlib.sha256(b"abc").hexdigest() if weights == "pretrained" else None)
 
 

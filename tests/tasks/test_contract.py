@@ -6,8 +6,14 @@ import sys
 import pytest
 
 from xdscale import registry
+from xdscale.data.task_files import Example
 from xdscale.errors import XdscaleError
-from xdscale.tasks.contract import SHIPPED, SUBJECTS, ModelSettings, Task, find_subject, find_task, task_names
+from xdscale.finetune.command import _kind
+from xdscale.finetune.recipe import FinetuneRecipe, load_settings, resolve_run
+from xdscale.recipe_yaml import read_yaml
+from xdscale.recipes.keys import key_lines
+from xdscale.registry import SUBJECTS
+from xdscale.tasks.contract import SHIPPED, Task, TaskData, find_subject, find_task, task_names
 
 MODULE = """
 from xdscale.tasks.text import TextTask
@@ -17,12 +23,23 @@ TOY = TextTask(name="toy", title="Toy", folder="TOY", first="text", label="label
 
 
 SUBJECT = """
+from typing import ClassVar
+from pydantic import Field
+from xdscale.recipes.finetune.schema import ModelSettings
 from xdscale.tasks.contract import Subject
+
+class ToySettings(ModelSettings):
+    implementation: ClassVar[str] = f"{__name__}:ToySubject"
+    model_types: ClassVar[frozenset[str]] = frozenset({"toy_bert"})
+    tricks: int = Field(1, ge=1, description="how many it does")
 
 class ToySubject(Subject):
     def describe(self): ...
     def collator(self, task, examples): ...
     def build(self, task, *, sha256=None): ...
+
+class HalfSettings(ModelSettings):
+    implementation: ClassVar[str] = f"{__name__}:Half"
 
 class Half(Subject):
     def describe(self): ...
@@ -108,13 +125,68 @@ def test_without_a_near_name_all_are_listed():
         find_task("sentiment")
 
 
-def test_a_package_adds_what_can_be_finetuned(packages):
-    install(packages, "toy_subjects", "toy = toy_subjects:ToySubject", module=SUBJECT, group="xdscale.subjects")
-    subject = find_subject("toy")("model", ModelSettings())
-    assert subject.model == "model"
+@pytest.fixture
+def toy(packages):
+    sys.modules.pop("toy_subjects", None)
+    install(packages, "toy_subjects", "toy = toy_subjects:ToySettings", module=SUBJECT, group="xdscale.subjects")
+
+
+def test_a_package_adds_what_can_be_finetuned_with_keys_of_its_own(toy, tmp_path):
+    subject = find_subject("toy")("model", load_settings("paper", ["model.tricks=3"], "toy").model)
+    assert (subject.model, subject.settings.tricks, subject.settings.max_length) == ("model", 3, 128)
+    (tmp_path / "config.json").write_text('{"model_type": "toy_bert"}')
+    assert _kind(str(tmp_path)) == "toy"
     with pytest.raises(XdscaleError, match=r"--task vqa: model as it is finetuned here reads no images"):
         subject.require_readable(find_task("vqa"))
     subject.require_readable(find_task("rte"))
+    assert any(line.startswith("model.tricks=1 ") for line in key_lines(load_settings("paper", [])))
+
+
+@pytest.mark.parametrize(
+    ("subject", "override", "refused"),
+    [
+        (
+            "language",
+            "model.tricks=3",
+            r"model\.tricks = 3: .* as language has no such choice, it is one of toy;",
+        ),
+        (
+            "toy",
+            "model.flip=0.5",
+            r"model\.flip = 0\.5: .* as toy has no such choice, it is one of vlbert;",
+        ),
+        ("toy", "model.trick=3", r"unknown key 'model\.trick'; did you mean 'tricks'"),
+        ("toy", "model.tricks=0", r"model\.tricks = 0: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_key_that_a_subject_has_not_is_refused_and_its_owners_are_named(toy, subject, override, refused):
+    with pytest.raises(XdscaleError, match=f"^the command line: {refused}"):
+        load_settings("paper", [override], subject)
+
+
+def test_what_all_subjects_do_unless_told_otherwise_may_be_said_to_any(toy):
+    stated = ["model.tricks=1", "model.flip=0", "model.pixels=null", "model.objects=all", "model.loss=sigmoid"]
+    for subject in ("language", "vlbert", "toy"):
+        assert load_settings("paper", stated, subject).model == load_settings("paper", [], subject).model
+
+
+def test_a_run_stores_the_keys_of_its_subject_alone_and_finds_them_again(toy, tmp_path):
+    data = TaskData(find_task("rte"), [Example("0", (("a", "b"),), 0, 1)] * 10, {}, {}, {}, {})
+    of_run = {"source": tmp_path, "seed": 3, "label": "m", "folder": tmp_path / "r"}
+    known = {"name": "m", "subject": "toy", "size": "base", "weights_sha256": None}
+    run = resolve_run(load_settings("paper", ["model.tricks=3"], "toy"), data, subject=known, **of_run)
+    assert run.model.model_dump() == known | {
+        "dropout": 0.1, "max_length": 128, "weights": "pretrained", "freeze_pooler": False, "tricks": 3,
+    }  # fmt: skip
+    assert FinetuneRecipe.model_validate(read_yaml(run.to_yaml())) == run
+    other = resolve_run(load_settings("paper", []), data, subject=known | {"subject": "language"}, **of_run)
+    assert "tricks" not in other.model.model_dump()
+    # A run of before, whose recipe has everybody's keys, goes on.
+    stored = other.model_dump(mode="json")
+    stored["model"] |= {"flip": 0.0, "pixels": None, "objects": "all", "object_masks": None}
+    assert FinetuneRecipe.model_validate(stored).identity() == other.identity()
+    with pytest.raises(ValueError, match="as language has no such choice"):
+        FinetuneRecipe.model_validate(stored | {"model": stored["model"] | {"flip": 0.5}})
 
 
 def test_each_subject_that_ships_keeps_the_contract():
@@ -124,7 +196,8 @@ def test_each_subject_that_ships_keeps_the_contract():
 @pytest.mark.parametrize(
     ("point", "name", "message"),
     [
-        ("toy = half:Half", "toy", r"half:Half does not define build, collator"),
+        ("toy = half:HalfSettings", "toy", r"--subject toy: half:Half does not define build, collator"),
+        ("toy = half:Half", "toy", r"half:Half is .*; expected a subclass of .*\.ModelSettings"),
         ("toy = half:SUBJECT", "toy", "half:SUBJECT cannot be imported"),
         ("toy = half:Half", "lagnuage", "--subject = 'lagnuage': no such subject; did you mean 'language'"),
     ],

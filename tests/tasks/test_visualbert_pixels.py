@@ -23,10 +23,11 @@ from xdscale.pretrained.language import load_language_encoder
 from xdscale.pretrained.language_files import save_tokenizer
 from xdscale.pretrained.visualbert import from_bert, load_visualbert, save_visualbert
 from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.visualbert.schema import VisualBERTSettings
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.systems.contract import Place, Slots
-from xdscale.tasks.contract import ModelSettings, find_task, read_task
+from xdscale.tasks.contract import find_task, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.visualbert import VisualBERTSubject
 from xdscale.training.distributed import Ranks
@@ -74,7 +75,7 @@ def model(cassette_model, tmp_path_factory):
 
 
 def settings(*, pixels=world.PIXELS, **more):
-    return ModelSettings(**({"dropout": 0.0, "pixels": pixels, "objects": "named"} | more))
+    return VisualBERTSettings(**({"dropout": 0.0, "pixels": pixels, "objects": "named"} | more))
 
 
 def slots(*samples):

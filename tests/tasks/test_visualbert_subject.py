@@ -1,5 +1,6 @@
 """VisualBERT on tasks: what it reads of their examples; its heads against transformers' (spec VisualBERT §5)."""
 
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -16,15 +17,16 @@ from transformers import (
 
 from xdscale.data.task_files import Example, Span
 from xdscale.errors import XdscaleError
+from xdscale.finetune.recipe import load_settings
 from xdscale.models.visualbert import VisualBERT
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.pretrained.visualbert import from_bert, save_visualbert
 from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.visualbert.schema import VisualBERTSettings
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.systems.contract import Slots
-from xdscale.tasks.contract import ModelSettings, find_subject
 from xdscale.tasks.visualbert import VisualBERTClassifier, VisualBERTSubject
 from xdscale.training.engine import to_device
 
@@ -59,7 +61,7 @@ def read(folder, region_table):
     """Returns a task's first micro-batch as arrays, and the module of VisualBERT with its head."""
 
     def of(task, examples, real=None, **settings):
-        subject = VisualBERTSubject(str(folder), ModelSettings(dropout=0.0, **settings), region_table)
+        subject = VisualBERTSubject(str(folder), VisualBERTSettings(dropout=0.0, **settings), region_table)
         collate = subject.collator(task, examples)
         ids = np.arange(len(examples))
         batch = collate(Slots(np.zeros_like(ids), ids, np.ones(len(ids), bool) if real is None else np.array(real)))
@@ -254,10 +256,12 @@ def test_objects_that_nobody_names_are_left_out(read, folder, region_table):
     with pytest.raises(XdscaleError, match=r"model\.objects = named: toy does not say which regions are named"):
         read(task, tagged()[1], objects="named")
     for key, value in (("objects", "named"), ("truncation", "second_from_front")):
-        settings = ModelSettings(**{key: value})
         for subject in ("language", "vlbert"):
-            with pytest.raises(XdscaleError, match=rf"model\.{key} = {value}: .* has no such choice"):
-                find_subject(subject)(str(folder), settings, region_table)
+            refused = (
+                f"model.{key} = '{value}': what is finetuned as {subject} has no such choice, it is one of visualbert"
+            )
+            with pytest.raises(XdscaleError, match=rf"^the command line: {re.escape(refused)}; leave it out$"):
+                load_settings("paper", [f"model.{key}={value}"], subject)
 
 
 def test_text_alone_needs_no_image(read):
@@ -281,7 +285,7 @@ def test_images_and_features_that_do_not_fit_are_refused(read, folder, tmp_path)
     narrow = np.zeros((1, 5), np.float32)
     image = RegionImage("a", size=(9, 9), boxes=np.array([[0, 0, 5, 5]], np.float32), features=narrow)
     build_regions([image], tmp_path / "narrow", Detector(model="drawn", class_count=0))
-    subject = VisualBERTSubject(str(folder), ModelSettings(), RegionTable.open(tmp_path / "narrow"))
+    subject = VisualBERTSubject(str(folder), VisualBERTSettings(), RegionTable.open(tmp_path / "narrow"))
     with pytest.raises(XdscaleError, match="features of 5 numbers; the encoder reads 12 of each region"):
         subject.collator(task_of("input"), [example((("good",),), ("a",))])
 

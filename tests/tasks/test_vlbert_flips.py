@@ -10,11 +10,12 @@ from xdscale.data.task_files import Example
 from xdscale.data.vlbert_tasks import mirrored_answers
 from xdscale.errors import XdscaleError
 from xdscale.finetune.command import describe_subject
-from xdscale.finetune.recipe import SubjectSection, TaskFiles, TaskSection
+from xdscale.finetune.recipe import TaskFiles, TaskSection, load_settings, section_of
 from xdscale.finetune.run import prepare
+from xdscale.recipes.vlbert.schema import VLBERTSettings
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.systems.contract import Slots
-from xdscale.tasks.contract import ModelSettings, find_task
+from xdscale.tasks.contract import find_task
 from xdscale.tasks.vlbert import VLBERTSubject
 
 from . import pixel_world as world
@@ -38,7 +39,7 @@ def examples(tmp_path_factory):
 
 
 def settings(**more):
-    return ModelSettings(dropout=0.0, pixels=world.PIXELS | {"weights": "random"}, flip=0.5, **more)
+    return VLBERTSettings(dropout=0.0, pixels=world.PIXELS | {"weights": "random"}, flip=0.5, **more)
 
 
 def slots(epoch, *samples):
@@ -99,8 +100,8 @@ def test_words_that_the_tokenizer_does_not_know_are_not_exchanged_in_silence(tab
 
 
 def test_what_is_measured_is_never_mirrored(table, model, tmp_path):
-    section = SubjectSection(name=str(model), subject="vlbert", size="base", weights_sha256=None,
-                             **settings().model_dump())  # fmt: skip
+    named = {"name": str(model), "subject": "vlbert", "size": "base", "weights_sha256": None}
+    section = section_of(VLBERTSettings)(**named, **settings().model_dump())
     files = TaskFiles(folder=str(world.expressions_in(tmp_path)), regions=str(table.table.folder))
     material = prepare(TaskSection(name="refcoco_plus", epochs=1), files, section, 3)
     assert len(material.train.draws(slots(0, 1))) == 1
@@ -127,8 +128,8 @@ def test_answers_are_those_of_the_mirrored_image(table, model):
     )
 
 
-def test_what_has_nothing_to_mirror_refuses_it(model, cassette_model):
-    with pytest.raises(XdscaleError, match=r"model\.flip = 0\.5: .* has no such choice as it is finetuned"):
-        describe_subject(str(cassette_model), "language", ModelSettings(flip=0.5))
+def test_what_has_nothing_to_mirror_refuses_it(model):
+    with pytest.raises(XdscaleError, match=r"model\.flip = 0\.5: .* language has no such choice, it is one of vlbert;"):
+        load_settings("paper", ["model.flip=0.5"], "language")
     with pytest.raises(XdscaleError, match=r"--task rte reads no images: leave model\.flip out"):
-        describe_subject(str(model), None, ModelSettings(flip=0.5), [find_task("rte")])
+        describe_subject(str(model), None, VLBERTSettings(flip=0.5), [find_task("rte")])

@@ -17,8 +17,9 @@ from xdscale.finetune.recipe import load_settings, resolve_run
 from xdscale.finetune.run import FinetuneSystem
 from xdscale.models.fast_rcnn import load_fast_rcnn
 from xdscale.pretrained.vlbert import load_vlbert, save_release
+from xdscale.recipes.vlbert.schema import VLBERTSettings
 from xdscale.systems.contract import Objective, Place, Slots
-from xdscale.tasks.contract import ModelSettings, find_task, read_task
+from xdscale.tasks.contract import find_task, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.vcr import CLASSES
 from xdscale.tasks.vlbert import VLBERTSubject
@@ -52,7 +53,7 @@ def model(cassette_model, tmp_path_factory):
 
 def settings(**more):
     own = {"dropout": 0.0, "pixels": world.PIXELS, "object_loss": 1.0, "object_masks": "output"}
-    return ModelSettings(**(own | more))
+    return VLBERTSettings(**(own | more))
 
 
 def slots(*samples, real=True):
@@ -153,10 +154,10 @@ def test_what_has_no_objects_or_no_outlines_is_refused(table, model, data, tmp_p
     for name, value in (("object_loss", 1.0), ("object_masks", "output")):
         with pytest.raises(XdscaleError, match=rf"--task refcoco knows no objects, VCR does: leave model\.{name} out"):
             describe_subject(
-                str(model), None, ModelSettings(pixels=world.PIXELS, **{name: value}), [find_task("refcoco")]
+                str(model), None, VLBERTSettings(pixels=world.PIXELS, **{name: value}), [find_task("refcoco")]
             )
     with pytest.raises(XdscaleError, match=r"model\.object_masks are for C5, which reads pixels"):
-        describe_subject(str(model), None, ModelSettings(object_masks="input"), [TASK])
+        describe_subject(str(model), None, VLBERTSettings(object_masks="input"), [TASK])
     with pytest.raises(XdscaleError, match=r"model\.pixels\.freeze = true: .* no such choice, VisualBERT has"):
         describe_subject(str(model), None, settings(pixels=world.PIXELS | {"freeze": True}), [TASK])
     examples = TASK.read(data).train

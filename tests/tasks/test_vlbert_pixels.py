@@ -15,10 +15,12 @@ from xdscale.finetune.command import Request, TaskSource, _plan, _require_model,
 from xdscale.finetune.recipe import load_settings, resolve_run
 from xdscale.models.fast_rcnn import load_fast_rcnn
 from xdscale.pretrained.vlbert import load_vlbert, save_release
+from xdscale.recipes.vlbert.schema import VLBERTSettings
+from xdscale.recipes.xdbert.task_schema import LanguageSettings
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.systems.contract import Objective, Slots
-from xdscale.tasks.contract import ModelSettings, find_subject, find_task, read_task
+from xdscale.tasks.contract import find_subject, find_task, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.vlbert import VLBERTSubject
 from xdscale.training.distributed import Ranks
@@ -48,7 +50,7 @@ def expressions(tmp_path_factory):
 
 
 def settings(**pixels):
-    return ModelSettings(dropout=0.0, pixels=world.PIXELS | pixels)
+    return VLBERTSettings(dropout=0.0, pixels=world.PIXELS | pixels)
 
 
 def slots(*samples):
@@ -156,20 +158,20 @@ class Engine:
 
 
 def test_what_does_not_fit_is_refused(table, model, cassette_model, expressions, tmp_path):
-    with pytest.raises(XdscaleError, match=r"model\.pixels = .*: .* has no such choice as it is finetuned"):
-        describe_subject(str(cassette_model), "language", settings())
+    with pytest.raises(XdscaleError, match=r"model\.pixels = .*: .* no such choice, it is one of visualbert, vlbert;"):
+        load_settings("paper", ["model.pixels={weights: random}"], "language")
     with pytest.raises(XdscaleError, match="--task rte reads no images: leave model.pixels out"):
         describe_subject(str(model), None, settings(), [find_task("rte")])
     with pytest.raises(XdscaleError, match=r"nowhere\.pth: no such file or folder"):
         describe_subject(str(model), None, settings(weights=str(tmp_path / "nowhere.pth")), [TASK])
     with pytest.raises(XdscaleError, match="keep_model = true: .* as language is not exported"):
-        describe_subject(str(cassette_model), "language", ModelSettings(), keep_model=True)
-    with pytest.raises(XdscaleError, match="as it is finetuned here, it is not exported; VL-BERT is"):
-        find_subject("language")(str(cassette_model), ModelSettings()).export(TASK, {}, tmp_path)
+        describe_subject(str(cassette_model), "language", LanguageSettings(), keep_model=True)
+    with pytest.raises(XdscaleError, match="as it is finetuned here, it is not exported; visualbert, vlbert are"):
+        find_subject("language")(str(cassette_model), LanguageSettings()).export(TASK, {}, tmp_path)
     for name, value in (("loss", "softmax"), ("swap_words", False)):
-        with pytest.raises(XdscaleError, match=rf"model\.{name} = {value}: .* has no such choice as it is finetuned"):
-            describe_subject(str(cassette_model), "language", ModelSettings(**{name: value}))
-    own, other = (describe_subject(str(model), None, one) for one in (settings(), ModelSettings()))
+        with pytest.raises(XdscaleError, match=rf"model\.{name} = '?{value}'?: .* such choice, it is one of vlbert;"):
+            load_settings("paper", [f"model.{name}={value}"], "language")
+    own, other = (describe_subject(str(model), None, one) for one in (settings(), VLBERTSettings()))
     assert own["weights_sha256"] != other["weights_sha256"]
     assert own["encoder"] == other["encoder"] + ", with Fast R-CNN on 32 × 44 pixels at most"
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):

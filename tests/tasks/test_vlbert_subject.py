@@ -19,11 +19,12 @@ from xdscale.finetune.recipe import load_settings
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.pretrained.vlbert import from_bert, load_vlbert, save_pooler, save_release, save_vlbert
 from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.vlbert.schema import VLBERTSettings
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.systems.contract import Slots
-from xdscale.tasks.contract import ModelSettings, find_task
+from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.vcr import VCR_QA
 from xdscale.tasks.vlbert import VLBERTSubject
@@ -93,7 +94,7 @@ def read(folder, table):
     """Returns a task's first micro-batch, and the module with its head."""
 
     def of(task, examples, real=None, **settings):
-        subject = VLBERTSubject(str(folder), ModelSettings(dropout=0.0, **settings), table)
+        subject = VLBERTSubject(str(folder), VLBERTSettings(dropout=0.0, **settings), table)
         ids = np.arange(len(examples))
         batch = subject.collator(task, examples)(
             Slots(np.zeros_like(ids), ids, np.ones(len(ids), bool) if real is None else np.array(real))
@@ -189,7 +190,7 @@ def test_a_pooler_of_another_model_is_refused(folder, table, tmp_path):
     with pytest.raises(
         XdscaleError, match=r"pooler\.safetensors: holds no fitting weights for pooler\.bias, pooler\.w"
     ):
-        VLBERTSubject(str(copied), ModelSettings(), table).build(task_of("input", sentences=2, choices=4, outputs=1))
+        VLBERTSubject(str(copied), VLBERTSettings(), table).build(task_of("input", sentences=2, choices=4, outputs=1))
 
 
 def test_as_the_paper_has_it_answers_and_choices_exclude_each_other(read):
@@ -279,7 +280,7 @@ def test_an_encoder_of_pixels_takes_what_a_table_says_of_the_whole_image(folder,
         (tmp_path / "config.json").write_text(json.dumps(config))
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(folder / name, tmp_path)
-        subject = VLBERTSubject(str(tmp_path), ModelSettings(weights="random"), table)
+        subject = VLBERTSubject(str(tmp_path), VLBERTSettings(weights="random"), table)
         collate = subject.collator(task_of("input"), [example((("good",),), ("picture-1",))])
         found = collate(Slots(np.zeros(1, int), np.zeros(1, int), np.ones(1, bool))).arrays["features"]
         whole, others = (stored[0], stored[1:]) if table.build.whole_image == "first" else (None, stored)
@@ -307,10 +308,10 @@ def test_a_kept_model_brings_the_pooler_that_its_own_task_left_out(folder, table
     size = load_vlbert(folder)[0].config.hidden_size
     pooler = {"pooler.weight": torch.randn(size, size), "pooler.bias": torch.randn(size)}
     save_file(pooler, source / "pooler.safetensors")
-    subject = VLBERTSubject(str(source), ModelSettings(), table)
+    subject = VLBERTSubject(str(source), VLBERTSettings(), table)
     task = task_of("region", outputs=0)
     subject.export(task, subject.build(task).state_dict(), out)
-    built = VLBERTSubject(str(out), ModelSettings(), table).build(task_of("input"))
+    built = VLBERTSubject(str(out), VLBERTSettings(), table).build(task_of("input"))
     assert torch.equal(built.encoder.pooler.weight, pooler["pooler.weight"])
     assert torch.equal(built.encoder.pooler.bias, pooler["pooler.bias"])
 
@@ -322,7 +323,7 @@ def test_a_kept_model_begins_with_the_second_segment_that_its_task_trained(folde
     for path, trained in ((("pair",), True), (("answer",), True), (("region",), False), (("pair", "region"), True)):
         source = folder
         for name in path:
-            subject, out = VLBERTSubject(str(source), ModelSettings(), table), tmp_path / "-".join((*path, "of", name))
+            subject, out = VLBERTSubject(str(source), VLBERTSettings(), table), tmp_path / "-".join((*path, "of", name))
             built = subject.build(tasks[name])
             with torch.no_grad():  # as training does to all of them
                 built.encoder.embeddings.token_type_embeddings.weight += torch.randn(3, 1)
@@ -330,7 +331,7 @@ def test_a_kept_model_begins_with_the_second_segment_that_its_task_trained(folde
             subject.export(tasks[name], built.state_dict(), out)
             source = out
         left = load_vlbert(source)[0].embeddings.token_type_embeddings.weight
-        again = VLBERTSubject(str(source), ModelSettings(), table).build(pair).encoder.embeddings
+        again = VLBERTSubject(str(source), VLBERTSettings(), table).build(pair).encoder.embeddings
         assert torch.equal(again.token_type_embeddings.weight[1], left[1 if trained else 0])
         assert torch.equal(again.token_type_embeddings.weight[[0, 2]], left[[0, 2]])
         assert not torch.equal(left[0], left[1])
@@ -353,11 +354,11 @@ def test_a_loss_of_broken_weights_is_no_number(read, reads):
 
 def test_what_does_not_fit_is_refused(read, table, folder, tmp_path):
     with pytest.raises(XdscaleError, match="--task nlvr2: VL-BERT reads one image, not 2"):
-        VLBERTSubject(str(folder), ModelSettings(), table).require_readable(find_task("nlvr2"))
+        VLBERTSubject(str(folder), VLBERTSettings(), table).require_readable(find_task("nlvr2"))
     with pytest.raises(XdscaleError, match=r"model\.max_length = 511: .* has 510 positions for a text"):
-        VLBERTSubject(str(folder), ModelSettings(max_length=511), table).describe()
-    VLBERTSubject(str(folder), ModelSettings(max_length=510), table).describe()
-    subject, text = VLBERTSubject(str(folder), ModelSettings(), table), "a dog on a table"
+        VLBERTSubject(str(folder), VLBERTSettings(max_length=511), table).describe()
+    VLBERTSubject(str(folder), VLBERTSettings(max_length=510), table).describe()
+    subject, text = VLBERTSubject(str(folder), VLBERTSettings(), table), "a dog on a table"
     part, whole = (
         [example(((text,),), ("picture-1",), (((Span(0, end, -1),),),))] for end in (len("a dog"), len(text))
     )
@@ -367,6 +368,6 @@ def test_what_does_not_fit_is_refused(read, table, folder, tmp_path):
     narrow = np.zeros((1, 5), np.float32)
     image = RegionImage("a", size=(9, 9), boxes=np.array([[0, 0, 5, 5]], np.float32), features=narrow)
     build_regions([image], tmp_path / "narrow", Detector(model="drawn"))
-    subject = VLBERTSubject(str(folder), ModelSettings(), RegionTable.open(tmp_path / "narrow"))
+    subject = VLBERTSubject(str(folder), VLBERTSettings(), RegionTable.open(tmp_path / "narrow"))
     with pytest.raises(XdscaleError, match=r"features of 5 numbers; .* reads 12 of each region"):
         subject.collator(task_of("input"), [example((("good",),), ("a",))])

@@ -10,10 +10,10 @@ from xdscale.errors import XdscaleError
 from xdscale.pretrained.language import own_tokenizer
 from xdscale.pretrained.language_files import save_language_files
 from xdscale.recipes.mlm.schema import Language
+from xdscale.recipes.xdbert.task_schema import LanguageSettings
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.manifest import Manifest
 from xdscale.systems.mlm import check_language
-from xdscale.tasks.contract import ModelSettings
 from xdscale.tasks.text_subjects import LanguageSubject
 
 TEXT = "Hello ÉTÉ, naïve 漢字 cats"
@@ -88,6 +88,6 @@ def test_no_tokenizer_at_all(folder, short_shards, tmp_path):
     with pytest.raises(XdscaleError, match=r"the folder has no tokenizer\.json and no vocab\.txt"):
         check_language(spec(folder), Manifest.load(short_shards))
     with pytest.raises(XdscaleError, match=r"the folder has no tokenizer\.json and no vocab\.txt"):
-        LanguageSubject(str(folder), ModelSettings()).describe()
+        LanguageSubject(str(folder), LanguageSettings()).describe()
     check_language(spec(folder, "random"), Manifest.load(short_shards))  # any tokenizer will do
     assert not list(kept(folder, tmp_path).glob("tokenizer*"))

@@ -28,13 +28,11 @@ def bench_step_command(
     recipe: Annotated[str, typer.Option(help="Recipe file or name.")] = "xdbert-base-wikitext103",
     against: Annotated[
         str,
-        typer.Option(
-            help="plain: what XDBERT's and VL-BERT's released code computes. VisualBERT's is transformers' own."
-        ),
+        typer.Option(help="plain: what others compute, as published; fp32 leaves that out, of XDBERT alone."),
     ] = "plain",
     pairs: Annotated[int, typer.Option(min=1, help="Alternations.")] = 5,
     sequences: Annotated[
-        int | None, typer.Option(min=1, help="Per step; default: 2, of VisualBERT and of VL-BERT on features 8.")
+        int | None, typer.Option(min=1, help="Per step; default: 2, with features of image regions 8.")
     ] = None,
 ) -> None:
     """Time one training step: forward, backward and optimizer, on identical weights, tokens and targets."""

@@ -42,13 +42,14 @@ CLS, SEP, MASK = 101, 102, 103
 AGAINST = "transformers"
 
 
-def bench_visualbert(recipe: VisualBERTRecipe, pairs: int, sequences: int) -> None:
+def bench_visualbert(recipe: VisualBERTRecipe, against: str, pairs: int, sequences: int | None) -> None:
     """Measures pretraining and VQA and prints tables.
 
     Args:
         recipe: of its model, with random weights; its data is not read, lengths are drawn.
+        against: is transformers alone.
         pairs: how many times each contestant steps, in turns.
-        sequences: samples per step.
+        sequences: samples per step; None for 8.
 
     Raises:
         XdscaleError: an argument is out of range, the BERT's configuration cannot be read, or the recipe leaves out
@@ -60,7 +61,7 @@ def bench_visualbert(recipe: VisualBERTRecipe, pairs: int, sequences: int) -> No
         f"{recipe.model.language.name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; "
         "median (range) of the steps"
     )
-    for case in measure_visualbert(recipe, device, pairs, sequences):
+    for case in measure_visualbert(recipe, device, pairs, 8 if sequences is None else sequences):
         console.print(case_table(case))
 
 

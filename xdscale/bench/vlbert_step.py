@@ -24,7 +24,8 @@ from xdscale.data.vlbert_pretraining import Tokens, compose
 from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
 from xdscale.pretrained.vlbert import release_weights
-from xdscale.recipes.vlbert.schema import RANDOM, READING, GroundedModel, Pixels, VLBERTRecipe
+from xdscale.recipes.pixels import RANDOM, Pixels
+from xdscale.recipes.vlbert.schema import READING, GroundedModel, VLBERTRecipe
 from xdscale.systems.contract import MicroBatch, Slots, open_system
 from xdscale.systems.invented import invented_tokenizer
 from xdscale.systems.vlbert import VLBERTPretraining
@@ -43,11 +44,12 @@ FILE_SIZE = 640, 480
 """Width and height of the image whose file is decoded."""
 
 
-def bench_vlbert(recipe: VLBERTRecipe, pairs: int, sequences: int | None) -> None:
+def bench_vlbert(recipe: VLBERTRecipe, against: str, pairs: int, sequences: int | None) -> None:
     """Measures pretraining and prints a table.
 
     Args:
         recipe: of its model, with random weights; its data is not read, lengths are drawn.
+        against: is the release's computation alone.
         pairs: how many times each contestant steps, in turns.
         sequences: samples per step, half of them captions; None for 8, from pixels 2.
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
-from xdscale.recipes.vlbert.schema import Pixels
+from xdscale.recipes.pixels import Pixels
 from xdscale.shards.regions import RegionBuild, RegionTable
 from xdscale.systems.contract import Slots
 

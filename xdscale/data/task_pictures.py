@@ -8,7 +8,7 @@ import numpy as np
 from xdscale.data.outlines import SIDE
 from xdscale.data.pictures import Normalise, less_means, mirrored, read_pictures, require_pictures, scaled_boxes
 from xdscale.data.task_files import Example
-from xdscale.recipes.vlbert.schema import Pixels
+from xdscale.recipes.pixels import Pixels
 from xdscale.shards.regions import Regions, RegionTable
 
 

@@ -30,14 +30,14 @@ from xdscale.finetune.recipe import (
 )
 from xdscale.finetune.sweep import SIGNALS, FinetuneJob, SweepRunner
 from xdscale.names import expand_home, resolve_path
+from xdscale.recipes.finetune.schema import ModelSettings
 from xdscale.report.sweep import FinetunedModel, SweepFile, read_result, read_sweep_file
 from xdscale.tasks.contract import (
     LARGE_FROM,
-    SUBJECT_OF,
-    ModelSettings,
     Subject,
     Task,
     TaskData,
+    all_settings,
     find_subject,
     find_task,
     open_regions,
@@ -102,7 +102,8 @@ def run_command(request: Request) -> int:
     """
     with _stopped_at_once():
         check_output_folder(request.out, "--out")
-        settings = load_settings(request.recipe, request.overrides)
+        kind = request.subject or _kind(request.model)
+        settings = load_settings(request.recipe, request.overrides, kind)
         sources = _read_data(request, settings)
         if request.ds_config is not None:
             read_ds_config(request.ds_config)
@@ -201,7 +202,7 @@ def _read_data(request: Request, settings: FinetuneSettings) -> dict[str, TaskSo
         for task in tasks:
             task.fetch(folder)
     regions = open_regions(request.regions)
-    if regions is not None and settings.model.pixels is not None:
+    if regions is not None and settings.model.reads_pixels:
         require_pictures(regions.build)
     sources = {task.name: TaskSource(read_task(task, folder, regions), folder) for task in tasks}
     return sources | {
@@ -229,7 +230,7 @@ def _plan(
     if request.ds_config:
         ds_config = read_ds_config(request.ds_config)
     else:
-        micro_batch = MICRO_BATCH if settings.model.pixels is None else MICRO_BATCH_OF_PIXELS
+        micro_batch = MICRO_BATCH_OF_PIXELS if settings.model.reads_pixels else MICRO_BATCH
         ds_config = default_ds_config(gpu=gpu, bf16=gpu and computes_in_bf16(), micro_batch=micro_batch)
     jobs = []
     for task, numbers in seeds.items():
@@ -297,7 +298,8 @@ def describe_subject(
 def _kind(model: str) -> str:
     """Returns what a model is finetuned as where nobody says."""
     path = Path(expand_home(model)) / "config.json"
-    return SUBJECT_OF.get(read_json(path).get("model_type"), "language") if path.is_file() else "language"
+    stated = read_json(path).get("model_type") if path.is_file() else None
+    return next((name for name, kind in all_settings() if stated in kind.model_types), "language")
 
 
 def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], log: Path) -> FinetuneJob:

@@ -2,13 +2,15 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, create_model, field_validator
 
 from xdscale.errors import XdscaleError
+from xdscale.files import shown
 from xdscale.names import nearest, own_or_shipped
 from xdscale.recipe import (
     NameOrPath,
@@ -22,8 +24,9 @@ from xdscale.recipe import (
     shipped_recipes,
     shipped_settings,
 )
-from xdscale.recipe_values import read_validated
-from xdscale.tasks.contract import ModelSettings, Task, TaskData, find_task
+from xdscale.recipe_values import is_overridden, read_values, validated
+from xdscale.recipes.finetune.schema import ModelSettings
+from xdscale.tasks.contract import Task, TaskData, all_settings, find_settings, find_task
 from xdscale.tasks.own import OwnTask, check_values
 
 FORMAT = 1
@@ -68,7 +71,7 @@ class RunSettings(Section):
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(1, ge=1, description="while the run lasts; a finished one keeps none")
     keep_model: bool = Field(
-        False, description="export the finetuned model, a VL-BERT or a VisualBERT, into the run's folder model"
+        False, description="export the finetuned model, where its subject can, into the run's folder model"
     )
     stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows epochs")
     max_skipped_in_row: int = Field(5, ge=1, description="non-finite steps in a row that stop the run")
@@ -77,7 +80,7 @@ class RunSettings(Section):
 
 
 class FinetuneSettings(Section):
-    """A finetuning recipe file."""
+    """A finetuning recipe file, its section `model` that of a subject (see `load_settings`)."""
 
     model: ModelSettings = ModelSettings()
     optim: OptimSettings
@@ -98,12 +101,18 @@ class FinetuneSettings(Section):
 
 
 class SubjectSection(ModelSettings):
-    """What is finetuned in one run."""
+    """What is finetuned in one run; `section_of` has the subject's own settings too."""
 
     name: str
     subject: str
     size: Size
     weights_sha256: str | None
+
+
+@cache
+def section_of(settings: type[ModelSettings]) -> type[SubjectSection]:
+    """Returns the section of a run with a subject's settings."""
+    return create_model("SubjectSection", __base__=(settings, SubjectSection))
 
 
 class TaskSection(Section):
@@ -137,7 +146,7 @@ class FinetuneRun(Run):
 
     label: str = Field(description="the model's name in tables")
     keep_model: bool = Field(
-        False, description="export the finetuned model, a VL-BERT or a VisualBERT, into the run's folder model"
+        False, description="export the finetuned model, where its subject can, into the run's folder model"
     )
 
 
@@ -147,25 +156,78 @@ class FinetuneRecipe(Recipe):
     implementation: ClassVar[str] = "xdscale.finetune.run:FinetuneSystem"
 
     system: Literal["finetune"] = "finetune"
-    model: SubjectSection
+    model: SerializeAsAny[SubjectSection]
     data: TaskFiles
     run: FinetuneRun
     task: TaskSection
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _has_its_subjects_keys(cls, value: Any) -> Any:
+        if not (isinstance(value, dict) and isinstance(value.get("subject"), str)):
+            return value
+        try:
+            return section_of(find_settings(value["subject"])).model_validate(fitting(value, value["subject"]))
+        except XdscaleError as error:
+            raise ValueError(str(error)) from None
 
-def load_settings(name: str, overrides: list[str]) -> FinetuneSettings:
+
+def fitting(values: Mapping[str, Any], subject: str, where: Callable[[str], str] = "model.{}".format) -> dict[str, Any]:
+    """Returns a section `model` without the keys of other subjects, which may say what is so anyway.
+
+    Args:
+        values: the section.
+        subject: whose it is to be.
+        where: from a key to how a message about it begins.
+
+    Raises:
+        XdscaleError: it states another value than the default of those that have the key, who are named.
+    """
+    own, fit = {**find_settings(subject).model_fields, **SubjectSection.model_fields}, {}
+    for key, value in values.items():
+        others = {} if key in own else {name: kind.model_fields.get(key) for name, kind in all_settings()}
+        having = [name for name, field in others.items() if field is not None]
+        if not having:
+            fit[key] = value  # its own, or nobody's
+        elif all(value != others[name].default for name in having):
+            raise XdscaleError(
+                f"{where(key)} = {shown(value)}: what is finetuned as {subject} has no such choice, it is one of "
+                f"{', '.join(having)}; leave it out"
+            )
+    return fit
+
+
+def everything() -> type[ModelSettings]:
+    """Returns settings with the keys of all that can be finetuned."""
+    kinds = [kind for _, kind in all_settings()]
+    # Of a class and those made of it the latter, or Python finds no order of the bases.
+    bases = tuple(kind for kind in kinds if not any(kind in other.__mro__[1:] for other in kinds))
+    return create_model("ModelSettings", __base__=bases, __doc__=ModelSettings.__doc__)
+
+
+def load_settings(name: str, overrides: list[str], subject: str | None = None) -> FinetuneSettings:
     """Reads a finetuning recipe and applies overrides.
 
     Args:
         name: a YAML file, or the name of a shipped one.
         overrides: `section.key=value` items.
+        subject: what is finetuned; None to take the keys of whatever can be.
 
     Raises:
-        XdscaleError: no such recipe, not YAML, an unknown key, or a bad value. `check_tasks` checks names of tasks.
+        XdscaleError: no such recipe, not YAML, an unknown key, one that the subject has not, or a bad value.
+            `check_tasks` checks names of tasks.
     """
     use = "a recipe of this name is one of 'xdscale train'; 'xdscale recipes --finetuning' lists those of finetuning"
     path = own_or_shipped(name, shipped_settings(), ".yaml", "finetuning recipe", elsewhere=shipped_recipes(), use=use)
-    settings = read_validated(path, overrides, FinetuneSettings)
+    values = read_values(path, overrides, FinetuneSettings.model_fields)
+    model, kind = values.setdefault("model", {}), everything() if subject is None else find_settings(subject)
+    if subject is not None and isinstance(model, dict):
+        typed = {key for key in model if is_overridden(overrides, "model", key)}
+        values["model"] = fitting(
+            model, subject, lambda key: f"{'the command line' if key in typed else path}: model.{key}"
+        )
+    schema = create_model("FinetuneSettings", __base__=FinetuneSettings, model=(kind, ...))
+    settings = validated(values, schema, str(path), overrides)
     if isinstance(settings.optim.learning_rate, dict):
         for size in {"base", "large"} - settings.optim.learning_rate.keys():
             raise XdscaleError(f"{path}: optim.learning_rate has no {size!r}; it has base and large")
@@ -235,7 +297,7 @@ def resolve_run(
     rates = settings.optim.model_dump() | {"learning_rate": settings.learning_rate(task, subject["size"])}
     known = {key: subject[key] for key in ("name", "subject", "size", "weights_sha256")}
     return FinetuneRecipe(
-        model=SubjectSection(**settings.model.model_dump(), **known),
+        model=settings.model.model_dump() | known,
         task=TaskSection(name=task, epochs=training.epochs, own=own),
         data=TaskFiles(folder=str(source), regions=regions if data.task.images else None),
         optim=Optim(**rates),

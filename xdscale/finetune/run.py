@@ -22,7 +22,7 @@ from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, MODEL, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
 from xdscale.systems.contract import Data, ExampleCollator, Objective, Place, System
-from xdscale.tasks.contract import OF_VLBERT, OWN_SETTINGS, Subject, TaskData, find_subject, open_regions, read_task
+from xdscale.tasks.contract import Subject, TaskData, find_settings, find_subject, open_regions, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.metrics import METRICS
 from xdscale.training.best import final_step
@@ -58,7 +58,7 @@ class FinetuneSystem(System):
     @property
     def _material(self) -> Material:
         recipe = self.recipe
-        seed = recipe.training.seed if recipe.model.flip else None  # else all seeds share what is read
+        seed = recipe.training.seed if recipe.model.draws else None  # else all seeds share what is read
         return prepare(recipe.task, recipe.data, recipe.model, seed)
 
     def objectives(self) -> dict[str, Objective]:
@@ -198,7 +198,7 @@ def _result(setup: Setup, material: Material, predicted: dict[str, Predicted]) -
         "score": {"name": task.score, "value": metrics[task.score], "higher_is_better": better},
         "examples": len(material.dev[headline]),
         "data": material.data.files,
-        "model": recipe.model.model_dump(include={"weights_sha256", "pixels"}),
+        "model": recipe.model.model_dump(include={"weights_sha256"} | recipe.model.of_model),
         "settings": _settings(recipe, setup.ds_config),
         "curve": [{"step": entry["step"], "loss": entry["loss/total"]} for entry in curve],
     }
@@ -206,7 +206,7 @@ def _result(setup: Setup, material: Material, predicted: dict[str, Predicted]) -
 
 def _settings(recipe: FinetuneRecipe, ds_config: dict[str, Any]) -> dict[str, Any]:
     """Returns what must be equal for two models' results to be comparable."""
-    optim = recipe.optim.model_dump(mode="json")
+    optim, own = recipe.optim.model_dump(mode="json"), find_settings(recipe.model.subject).own_keys()
     return {
         "format": FORMAT,
         **optim,
@@ -217,8 +217,7 @@ def _settings(recipe: FinetuneRecipe, ds_config: dict[str, Any]) -> dict[str, An
         "clip_blocks_per_sentence": CLIP_BLOCKS,
         "dropout": recipe.model.dropout,
         **({"freeze_pooler": True} if recipe.model.freeze_pooler else {}),
-        # Pixels belong to the model: what is said of its encoder names them, and all seeds have the same.
-        **recipe.model.model_dump(include=OWN_SETTINGS | OF_VLBERT - {"pixels"}, exclude_defaults=True),
+        **recipe.model.model_dump(mode="json", include=own - recipe.model.of_model, exclude_defaults=True),
         "precision": precision(ds_config),
         **recipe.training.model_dump(include={"best", "patience"}, exclude_none=True),
         **({} if recipe.task.own is None else recipe.task.own.columns()),

@@ -10,7 +10,7 @@ import numpy as np
 
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Recipe
-from xdscale.registry import load
+from xdscale.registry import implementation
 
 if TYPE_CHECKING:  # data comes without it
     import torch
@@ -312,10 +312,4 @@ def open_system(recipe: Recipe) -> System:
     Raises:
         XdscaleError: it does not say where it is, its module cannot be imported, or holds no whole system there.
     """
-    where, place = f"system = {recipe.system!r}", getattr(recipe, "implementation", None)
-    if not isinstance(place, str):
-        raise XdscaleError(f"{where}: {type(recipe).__name__}.implementation = {place!r}; expected module:class")
-    found = load(place, where, System)
-    if missing := sorted(found.__abstractmethods__):
-        raise XdscaleError(f"{where}: {place} does not define {', '.join(missing)}")
-    return found(recipe)
+    return implementation(type(recipe), f"system = {recipe.system!r}", System)(recipe)

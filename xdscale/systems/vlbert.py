@@ -23,7 +23,8 @@ from xdscale.pretrained.language import language_config, load_language_encoder, 
 from xdscale.pretrained.language_files import copy_tokenizer, save_language_files
 from xdscale.pretrained.vlbert import config_from_bert, from_bert, load_vlbert, save_pooler, save_vlbert
 from xdscale.recipes.mlm.schema import Language
-from xdscale.recipes.vlbert.schema import RANDOM, READING, GroundedObjectives, VLBERTRecipe
+from xdscale.recipes.pixels import RANDOM
+from xdscale.recipes.vlbert.schema import READING, GroundedObjectives, VLBERTRecipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.regions import REGIONS, RegionBuild, Regions
 from xdscale.shards.sources.caption_build import CAPTIONS, CaptionBuild

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from xdscale import registry
 from xdscale.data.task_files import Example
 from xdscale.errors import XdscaleError
 from xdscale.names import is_url, nearest, resolve_path
-from xdscale.recipe import NameOrPath
-from xdscale.recipes.visualbert.schema import TaskInput
-from xdscale.recipes.vlbert.schema import FLIP, TunedPixels
+from xdscale.recipes.finetune.schema import ModelSettings
+from xdscale.registry import SUBJECTS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -188,47 +186,7 @@ LARGE_FROM = 1024
 """Hidden size from which an encoder is "large-sized" (paper Table 4)."""
 
 SUBJECT_GROUP = "xdscale.subjects"
-"""Of the entry points through which installed packages offer what can be finetuned."""
-
-SUBJECTS = {
-    "language": "xdscale.tasks.text_subjects:LanguageSubject",
-    "cross-modal": "xdscale.tasks.text_subjects:CrossModalSubject",
-    "clip": "xdscale.tasks.text_subjects:ClipSubject",
-    "visualbert": "xdscale.tasks.visualbert:VisualBERTSubject",
-    "vlbert": "xdscale.tasks.vlbert:VLBERTSubject",
-}
-"""What can be finetuned and comes with xdscale."""
-
-SUBJECT_OF = {"visual_bert": "visualbert", "vl_bert": "vlbert"}
-"""What a folder is finetuned as whose config.json states this `model_type`; any other is a language encoder."""
-
-
-class ModelSettings(TaskInput):
-    """How the subject is built and what it reads."""
-
-    dropout: float = Field(0.1, ge=0, lt=1, description="encoder and head")
-    max_length: int = Field(128, ge=8, description="language tokens with [CLS] and [SEP]")
-    weights: Literal["pretrained", "random"] = Field("pretrained", description="random: to see what they are worth")
-    freeze_pooler: bool = Field(False, description="leave it as it was pretrained, as VisualBERT's release does")
-    pixels: TunedPixels | None = Field(
-        None, description="of VL-BERT, and of VisualBERT on VCR; null reads features from the table of regions"
-    )
-    loss: Literal["sigmoid", "softmax"] = Field(
-        "sigmoid", description="of VL-BERT: each answer, choice or region by itself, or as the task has it for others"
-    )
-    flip: float = FLIP
-    swap_words: bool = Field(True, description="exchange the words left and right where the image is mirrored")
-    object_loss: float = Field(0.0, ge=0, description="weight of a second loss, on classes of VCR's objects; 0: none")
-    object_masks: Literal["input", "output"] | None = Field(
-        None, description="what of C5 is multiplied with VCR's masks of objects, with pixels; null for nothing"
-    )
-    clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
-
-
-OWN_SETTINGS = frozenset(TaskInput.model_fields)
-OF_IMAGES = frozenset({"pixels", "flip", "object_loss", "object_masks"})
-OF_VLBERT = OF_IMAGES | {"loss", "swap_words"}
-"""Of `ModelSettings` those that some subjects alone have: what they read of an input, and what VL-BERT has."""
+"""Of the entry points through which installed packages offer what can be finetuned: the class of its settings."""
 
 
 class SubjectFacts(NamedTuple):
@@ -250,19 +208,11 @@ class Subject(ABC):
 
     Args:
         model: folder or name.
-        settings: how it is built.
+        settings: how it is built: the class of settings that names it as its implementation.
         regions: where its task reads images.
     """
 
-    own_settings: ClassVar[frozenset[str]] = frozenset()
-    """Settings that not all subjects have, of those in `OWN_SETTINGS` and `OF_VLBERT`; the others are refused."""
-
     def __init__(self, model: str, settings: ModelSettings, regions: RegionTable | None = None) -> None:
-        for key in sorted((OWN_SETTINGS | OF_VLBERT) - self.own_settings):
-            if (value := getattr(settings, key)) != ModelSettings.model_fields[key].default:
-                raise XdscaleError(
-                    f"model.{key} = {value}: {model} has no such choice as it is finetuned; leave it out"
-                )
         self.model, self.settings, self.regions = model, settings, regions
 
     def require_readable(self, task: Task) -> None:
@@ -333,21 +283,36 @@ class Subject(ABC):
         Raises:
             XdscaleError: models of its kind are not exported.
         """
-        raise XdscaleError(f"{self.model}: as it is finetuned here, it is not exported; VL-BERT is, and VisualBERT")
+        exported = (name for name in SUBJECTS if find_subject(name).export is not Subject.export)
+        raise XdscaleError(f"{self.model}: as it is finetuned here, it is not exported; {', '.join(exported)} are")
+
+
+def find_settings(name: str) -> type[ModelSettings]:
+    """Returns the settings of what can be finetuned by its name, importing their module alone.
+
+    Raises:
+        XdscaleError: there is none of that name (the nearest right one is named), or they cannot be imported.
+    """
+    return registry.find(SUBJECT_GROUP, SUBJECTS, name, "--subject", ModelSettings)
+
+
+def all_settings() -> Iterator[tuple[str, type[ModelSettings]]]:
+    """Yields names and settings of all that can be finetuned: what ships first, then what packages offer.
+
+    What cannot be imported is left out: whoever names it is told.
+    """
+    for name in registry.locate(SUBJECT_GROUP, SUBJECTS):
+        with suppress(XdscaleError):
+            yield name, find_settings(name)
 
 
 def find_subject(name: str) -> type[Subject]:
-    """Returns what can be finetuned by its name, importing its module alone.
+    """Returns what can be finetuned by its name, importing its module.
 
     Raises:
-        XdscaleError: there is none of that name (the nearest right one is named), or it cannot be imported.
+        XdscaleError: as `find_settings`; or it cannot be imported.
     """
-    found = registry.find(SUBJECT_GROUP, SUBJECTS, name, "--subject", Subject)
-    if missing := sorted(found.__abstractmethods__):
-        raise XdscaleError(
-            f"--subject {name}: {found.__module__}:{found.__name__} does not define {', '.join(missing)}"
-        )
-    return found
+    return registry.implementation(find_settings(name), f"--subject {name}", Subject)
 
 
 def task_names() -> list[str]:

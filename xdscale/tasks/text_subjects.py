@@ -12,9 +12,10 @@ from xdscale.pretrained.clip import clip_config, clip_weights_path
 from xdscale.pretrained.language import language_config, language_weights, own_tokenizer
 from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import Clip
+from xdscale.recipes.xdbert.task_schema import TextSettings
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.sources.text_build import ClipTokenizer, LanguageTokenizer
-from xdscale.tasks.contract import ModelSettings, Subject, SubjectFacts, Task
+from xdscale.tasks.contract import Subject, SubjectFacts, Task
 from xdscale.tasks.finetuning import (
     build_clip_classifier,
     build_cross_modal_classifier,
@@ -71,6 +72,8 @@ class CrossModalSubject(Subject):
 class ClipSubject(Subject):
     """CLIP-T alone, by an open_clip architecture or its JSON file."""
 
+    settings: TextSettings
+
     def describe(self) -> SubjectFacts:
         """Checks architecture and weights."""
         spec = Clip(name=self.model, weights=self.settings.clip_weights)
@@ -88,7 +91,7 @@ class ClipSubject(Subject):
         return build_clip_classifier(Clip(name=self.model, weights=weights), task, dropout=self.settings.dropout)
 
 
-def _language_facts(spec: Language, settings: ModelSettings) -> SubjectFacts:
+def _language_facts(spec: Language, settings: TextSettings) -> SubjectFacts:
     config = language_config(spec)
     if settings.max_length > config.max_position_embeddings:
         raise XdscaleError(

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 from transformers import VisualBertConfig
 
@@ -16,29 +15,24 @@ from xdscale.errors import XdscaleError
 from xdscale.models.fast_rcnn import with_features
 from xdscale.models.r2c import R2CDetector, load_detector
 from xdscale.models.visualbert import VisualBERT
-from xdscale.names import resolve_path
 from xdscale.pretrained.language import read_config
 from xdscale.pretrained.language_files import save_tokenizer
 from xdscale.pretrained.visualbert import DETECTOR, load_visualbert, save_visualbert
-from xdscale.recipes.vlbert.schema import RANDOM
-from xdscale.shards.language import load_language_tokenizer
-from xdscale.shards.sources.text_build import LanguageTokenizer
-from xdscale.tasks.contract import OWN_SETTINGS, Subject, SubjectFacts, Task
+from xdscale.recipes.visualbert.schema import VisualBERTSettings
+from xdscale.tasks.contract import Task
 from xdscale.tasks.subjects import new_linear
+from xdscale.tasks.visual_subject import VisualSubject
 from xdscale.weights import check_sha256, weight_files
 
 POINTING_SIZE = 64
 """Width of query and keys with which a word asks for a region."""
 
 
-class VisualBERTSubject(Subject):
+class VisualBERTSubject(VisualSubject):
     """A VisualBERT in a Hugging Face folder: an export, or anybody's with its BERT's tokenizer beside the weights."""
 
-    own_settings = OWN_SETTINGS | {"pixels"}
-    own_positions = 0
-    """Positions of the text's table that it needs behind those of a text."""
+    settings: VisualBERTSettings
     own_trunk, trunk_like, trunk_words = DETECTOR, R2CDetector.like, "r2c's ResNet"
-    """Of the branch that is tuned along from pixels: its file in the folder, who it is like, and its name."""
 
     def require_readable(self, task: Task) -> None:
         """Checks that a task has objects where pixels are read; else any will do, also one of texts alone."""
@@ -52,23 +46,6 @@ class VisualBERTSubject(Subject):
     def reads_outlines(self) -> bool:
         """Returns whether masks of objects are read, as from pixels they are."""
         return self.settings.pixels is not None
-
-    def describe(self) -> SubjectFacts:
-        """Checks configuration, tokenizer and weights, those of the branch that is tuned along among them."""
-        folder, config = self._folder, self._config()
-        room = config.max_position_embeddings - self.own_positions
-        if self.settings.max_length > room:
-            raise XdscaleError(
-                f"model.max_length = {self.settings.max_length}: {self.model} has {room} positions for a text"
-            )
-        self._tokenizer()
-        encoder = f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
-        if (pixels := self.settings.pixels) is not None:
-            frozen = ", frozen before RoIAlign," if pixels.freeze else ""
-            size = f"{pixels.short_side:,} × {pixels.long_side:,} pixels at most"
-            encoder += f", with {self.trunk_words}{frozen} on {size}"
-        trunk, pretrained = self._trunk_file(), self.settings.weights == "pretrained"
-        return SubjectFacts(config.hidden_size, encoder, [*weight_files(folder), *trunk] if pretrained else None)
 
     def collator(self, task: Task, examples: Sequence[Example]) -> VisualTaskCollator:
         """Tokenises a split; regions are read when they are needed."""
@@ -121,40 +98,8 @@ class VisualBERTSubject(Subject):
         trunk = "" if self.settings.pixels is None else ", r2c's branch of ResNet-50"
         return f"finetuned VisualBERT{trunk} and the task's head"
 
-    def _trunk_file(self) -> list[Path]:
-        """Returns the file of the branch's weights; none where features are read, or weights are random.
-
-        Raises:
-            XdscaleError: it is not there.
-        """
-        pixels = self.settings.pixels
-        if pixels is None or pixels.weights == RANDOM:
-            return []
-        if pixels.weights is not None:
-            path, hint = resolve_path(pixels.weights), f"expected a {self.trunk_like} under torchvision's names"
-        else:
-            path = self._folder / self.own_trunk
-            hint = f"this model was pretrained on features; name a {self.trunk_like}: model.pixels.weights=FILE"
-        if not path.is_file():
-            raise XdscaleError(f"model.pixels: {path}: no such file; {hint}")
-        return [path]
-
     def _config(self) -> VisualBertConfig:
         return read_config(self._folder / "config.json", VisualBertConfig)
-
-    def _tokenizer(self) -> tuple[Tokenizer, LanguageTokenizer]:
-        tokenizer, info = load_language_tokenizer(str(self._folder))
-        embeddings = self._config().vocab_size
-        if info.vocab_size > embeddings:
-            raise XdscaleError(
-                f"{self.model}: its tokenizer has {info.vocab_size} ids, but the encoder has embeddings for "
-                f"{embeddings}; put the tokenizer there that the weights were trained with"
-            )
-        return tokenizer, info
-
-    @property
-    def _folder(self) -> Path:
-        return resolve_path(self.model)
 
 
 class VisualBERTClassifier(nn.Module):

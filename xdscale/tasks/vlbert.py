@@ -19,19 +19,20 @@ from xdscale.models.vlbert import VLBERT, VLBertConfig
 from xdscale.pretrained.language import read_config
 from xdscale.pretrained.language_files import save_tokenizer
 from xdscale.pretrained.vlbert import POOLER, TRUNK, load_vlbert, read_pooler, save_vlbert
+from xdscale.recipes.vlbert.schema import VLBERTSettings
 from xdscale.systems.contract import Objective, Term
-from xdscale.tasks.contract import OF_IMAGES, OF_VLBERT, SubjectFacts, Task
-from xdscale.tasks.visualbert import VisualBERTSubject
+from xdscale.tasks.contract import SubjectFacts, Task
+from xdscale.tasks.visual_subject import VisualSubject
 from xdscale.weights import check_sha256, some, weight_files
 
 _OF_HEAD = {"answer": "mlm.", "region": "masked_region."}
 """Whose first layer a task's head begins with, by what the task reads."""
 
 
-class VLBERTSubject(VisualBERTSubject):
+class VLBERTSubject(VisualSubject):
     """A VL-BERT in a folder: an export, with its BERT's tokenizer."""
 
-    own_settings = OF_VLBERT
+    settings: VLBERTSettings
     own_positions = 2
     """Of regions, which share one, and of [END]."""
     own_trunk, trunk_like, trunk_words = TRUNK, FastRCNN.like, "Fast R-CNN"
@@ -40,7 +41,7 @@ class VLBERTSubject(VisualBERTSubject):
         """Checks that a task has one image at most."""
         if task.images > 1:
             raise XdscaleError(f"--task {task.name}: VL-BERT reads one image, not {task.images}")
-        for name in sorted(OF_IMAGES):
+        for name in ("flip", "object_loss", "object_masks", "pixels"):
             if getattr(self.settings, name) and not task.images:
                 raise XdscaleError(f"--task {task.name} reads no images: leave model.{name} out")
         for name, methods in (

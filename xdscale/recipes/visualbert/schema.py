@@ -6,6 +6,7 @@ from pydantic import Field
 
 from xdscale.recipe import OBJECTIVE_WEIGHT, Objectives, Recipe, Section
 from xdscale.recipes.mlm.schema import LanguageModel, MaskedLM
+from xdscale.recipes.pixels import PixelSettings
 
 
 class VisualModel(LanguageModel):
@@ -55,6 +56,7 @@ class VisualBERTRecipe(Recipe):
     """Everything that decides the result of pretraining on captions."""
 
     implementation: ClassVar[str] = "xdscale.systems.visualbert:VisualBERTSystem"
+    step_bench: ClassVar[str | None] = "xdscale.bench.visualbert_step:bench_visualbert"
 
     system: Literal["visualbert"] = Field(description="the system that is trained")
     model: VisualModel
@@ -69,3 +71,10 @@ class VisualBERTRecipe(Recipe):
         """Returns what is inconsistent, if anything is."""
         mlm = self.objectives.mlm
         return super().problem() or (mlm and mlm.problem())
+
+
+class VisualBERTSettings(PixelSettings, TaskInput):
+    """How VisualBERT is finetuned."""
+
+    implementation: ClassVar[str] = "xdscale.tasks.visualbert:VisualBERTSubject"
+    model_types: ClassVar[frozenset[str]] = frozenset({"visual_bert"})

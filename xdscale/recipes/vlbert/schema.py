@@ -1,40 +1,15 @@
 """The recipe of VL-BERT: a BERT trained on with captions, image regions and text alone (spec VL-BERT §2, §4)."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from xdscale.recipe import OBJECTIVE_WEIGHT, NameOrPath, Objectives, Recipe, Section
+from xdscale.recipe import OBJECTIVE_WEIGHT, Objectives, Recipe, Section
 from xdscale.recipes.mlm.schema import LanguageModel, MaskedLM
+from xdscale.recipes.pixels import FLIP, Pixels, PixelSettings
 
 READING = ("corners", "end_sees_image", "own_masked_token")
 """Of the model: how it reads its input. Weights that were trained in one way are of no use in another."""
-RANDOM = "random"
-"""In the place of a file of weights."""
-FLIP: Any = Field(
-    0.0, ge=0, lt=1, description="share of the images that training mirrors; where features are read, their boxes alone"
-)
-
-
-class Pixels(Section):
-    """The branch of Fast R-CNN that is trained along, on the images themselves."""
-
-    weights: NameOrPath = Field(description="ResNet-101 or its like under torchvision's names: a file, or random")
-    short_side: int = Field(
-        600, ge=16, le=10_000, description="images are scaled so that their shorter side has these pixels"
-    )
-    long_side: int = Field(1000, ge=16, le=10_000, description="unless the longer one then has more than these")
-
-
-class TunedPixels(Pixels):
-    """VL-BERT's branch of Fast R-CNN, or r2c's of VisualBERT, that is finetuned along, on the images themselves."""
-
-    weights: NameOrPath | None = Field(
-        None, description="ResNet-101 (VisualBERT: -50) or its like: a file, or random; null takes the model's own"
-    )
-    freeze: bool = Field(
-        False, description="leave what comes before RoIAlign as it is, as VisualBERT's runs without COCO do"
-    )
 
 
 class GroundedModel(LanguageModel):
@@ -104,6 +79,7 @@ class VLBERTRecipe(Recipe):
     """Everything that decides the result of pretraining; `global_batch` counts captions and texts."""
 
     implementation: ClassVar[str] = "xdscale.systems.vlbert:VLBERTSystem"
+    step_bench: ClassVar[str | None] = "xdscale.bench.vlbert_step:bench_vlbert"
 
     system: Literal["vlbert"] = Field(description="the system that is trained")
     model: GroundedModel
@@ -116,3 +92,25 @@ class VLBERTRecipe(Recipe):
         words = {name: getattr(self.objectives, name) for name in ("mlm", "text_mlm")}
         wrong = (section.problem(name) for name, section in words.items() if section is not None)
         return super().problem() or next(filter(None, wrong), None)
+
+
+class VLBERTSettings(PixelSettings):
+    """How VL-BERT is finetuned."""
+
+    implementation: ClassVar[str] = "xdscale.tasks.vlbert:VLBERTSubject"
+    model_types: ClassVar[frozenset[str]] = frozenset({"vl_bert"})
+
+    loss: Literal["sigmoid", "softmax"] = Field(
+        "sigmoid", description="of VL-BERT: each answer, choice or region by itself, or as the task has it for others"
+    )
+    flip: float = FLIP
+    swap_words: bool = Field(True, description="exchange the words left and right where the image is mirrored")
+    object_loss: float = Field(0.0, ge=0, description="weight of a second loss, on classes of VCR's objects; 0: none")
+    object_masks: Literal["input", "output"] | None = Field(
+        None, description="what of C5 is multiplied with VCR's masks of objects, with pixels; null for nothing"
+    )
+
+    @property
+    def draws(self) -> bool:
+        """Whether images are mirrored."""
+        return self.flip > 0

@@ -49,6 +49,7 @@ class XDBERTRecipe(Recipe):
     """Everything that decides the result of an adaptation."""
 
     implementation: ClassVar[str] = "xdscale.systems.xdbert:XDBERTSystem"
+    step_bench: ClassVar[str | None] = "xdscale.bench.xdbert_step:bench_xdbert"
 
     system: Literal["xdbert"] = Field(description="the system that is trained")
     model: Model

@@ -1,0 +1,86 @@
+"""What subjects of texts with image regions share: the folder of the model, and the branch that is tuned along."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from tokenizers import Tokenizer
+from transformers import PretrainedConfig
+
+from xdscale.errors import XdscaleError
+from xdscale.names import resolve_path
+from xdscale.recipes.pixels import RANDOM, PixelSettings
+from xdscale.shards.language import load_language_tokenizer
+from xdscale.shards.sources.text_build import LanguageTokenizer
+from xdscale.tasks.contract import Subject, SubjectFacts
+from xdscale.weights import weight_files
+
+
+class VisualSubject(Subject):
+    """A model of texts and image regions in a folder, with its tokenizer beside the weights.
+
+    Attributes:
+        own_positions: of the text's table, which it needs behind those of a text.
+        own_trunk: file in the folder of the branch that is tuned along from pixels.
+        trunk_like: who that branch is like, for messages.
+        trunk_words: its name.
+    """
+
+    settings: PixelSettings
+    own_positions: ClassVar[int] = 0
+    own_trunk: ClassVar[str]
+    trunk_like: ClassVar[str]
+    trunk_words: ClassVar[str]
+
+    def describe(self) -> SubjectFacts:
+        """Checks configuration, tokenizer and weights, those of the branch that is tuned along among them."""
+        folder, config = self._folder, self._config()
+        room = config.max_position_embeddings - self.own_positions
+        if self.settings.max_length > room:
+            raise XdscaleError(
+                f"model.max_length = {self.settings.max_length}: {self.model} has {room} positions for a text"
+            )
+        self._tokenizer()
+        encoder = f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
+        if (pixels := self.settings.pixels) is not None:
+            frozen = ", frozen before RoIAlign," if pixels.freeze else ""
+            size = f"{pixels.short_side:,} × {pixels.long_side:,} pixels at most"
+            encoder += f", with {self.trunk_words}{frozen} on {size}"
+        trunk, pretrained = self._trunk_file(), self.settings.weights == "pretrained"
+        return SubjectFacts(config.hidden_size, encoder, [*weight_files(folder), *trunk] if pretrained else None)
+
+    def _trunk_file(self) -> list[Path]:
+        """Returns the file of the branch's weights; none where features are read, or weights are random.
+
+        Raises:
+            XdscaleError: it is not there.
+        """
+        pixels = self.settings.pixels
+        if pixels is None or pixels.weights == RANDOM:
+            return []
+        if pixels.weights is not None:
+            path, hint = resolve_path(pixels.weights), f"expected a {self.trunk_like} under torchvision's names"
+        else:
+            path = self._folder / self.own_trunk
+            hint = f"this model was pretrained on features; name a {self.trunk_like}: model.pixels.weights=FILE"
+        if not path.is_file():
+            raise XdscaleError(f"model.pixels: {path}: no such file; {hint}")
+        return [path]
+
+    @abstractmethod
+    def _config(self) -> PretrainedConfig:
+        """Reads the folder's config.json."""
+
+    def _tokenizer(self) -> tuple[Tokenizer, LanguageTokenizer]:
+        tokenizer, info = load_language_tokenizer(str(self._folder))
+        embeddings = self._config().vocab_size
+        if info.vocab_size > embeddings:
+            raise XdscaleError(
+                f"{self.model}: its tokenizer has {info.vocab_size} ids, but the encoder has embeddings for "
+                f"{embeddings}; put the tokenizer there that the weights were trained with"
+            )
+        return tokenizer, info
+
+    @property
+    def _folder(self) -> Path:
+        return resolve_path(self.model)
