@@ -16,6 +16,7 @@ from xdscale.commands.checkpoints import checkpoints_app
 from xdscale.commands.regions import regions_app
 from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
 from xdscale.names import UserPath
+from xdscale.registry import SUBJECTS
 from xdscale.shards.commands import shards_app
 from xdscale.version import commit
 
@@ -31,6 +32,7 @@ def _print_version(asked: bool) -> None:
 
 # The panels of the help, in the order in which a person works.
 _PANELS = ("Get data", "Train", "Finetune and report", "Look inside", "Clusters", "Measure")
+_TABLES = Path(__file__).parent / "report" / "tables"
 _DATA, _TRAIN, _FINETUNE, _, _CLUSTERS, _MEASURE = _PANELS
 
 
@@ -207,7 +209,8 @@ def finetune(
     subject: Annotated[
         str | None,
         typer.Option(
-            help="language, cross-modal (full model), clip (CLIP-T), visualbert or vlbert; default: as the folder says."
+            help=f"{', '.join(SUBJECTS)}; cross-modal is XDBERT's full model, clip its CLIP-T. Default: as the folder "
+            "says."
         ),
     ] = None,
     label: Annotated[str | None, typer.Option(help="The model's name in tables.")] = None,
@@ -242,7 +245,7 @@ def finetune(
 def report_command(
     runs: Annotated[list[UserPath], typer.Argument(metavar="RUN...", help="Folders written by 'xdscale finetune'.")],
     layout: Annotated[
-        str, typer.Option(help="table-1, table-3, table-8, visualbert, vlbert or visualbert-ablations.")
+        str, typer.Option(help=f"{', '.join(sorted(path.stem for path in _TABLES.glob('*.yaml')))}.")
     ] = "table-1",
     baseline: Annotated[
         list[str] | None,

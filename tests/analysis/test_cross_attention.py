@@ -238,7 +238,7 @@ def documented(run, exported, cassette_model, tmp_path):
         "exports/xdbert-base": str(exported),
         "exports/xdbert-base-mlm-match": str(run),
     }
-    ours = [command for command in commands if command[1] != "grounding"]  # test_head_grounding runs that one
+    ours = [command for command in commands if command[1] != "grounding"]  # test_visualbert_heads runs that one
     return [[smaller.get(word, word) for word in command] for command in ours]
 
 

@@ -1,11 +1,11 @@
-"""`xdscale pwcca | grounded-ratio | cross-attention | grounding | attention-maps`; `--help` must be quick."""
+"""`xdscale pwcca | grounded-ratio | cross-attention`, and the analyses that systems bring; `--help` must be quick."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from xdscale.names import UserPath
+from xdscale.registry import ANALYSES, load
 
 _PANEL = "Look inside"
 
@@ -71,36 +71,5 @@ def cross_attention(
     print_cross_attention(folder, sentences=sentences, against=against, plot=plot)
 
 
-@inside_app.command(rich_help_panel=_PANEL)
-def grounding(
-    model: Annotated[UserPath, typer.Argument(metavar="EXPORT", help="Exported VisualBERT, with its tokenizer.")],
-    data: Annotated[UserPath, typer.Option(help="Folder of Flickr30K Entities, or the one that holds it.")],
-    regions: Annotated[UserPath, typer.Option(metavar="DATASET", help="Dataset with the images' regions.")],
-    split: Annotated[str, typer.Option(help="train, dev or test.")] = "dev",
-    parses: Annotated[UserPath | None, typer.Option(help="The captions' dependencies in CoNLL-U.")] = None,
-    caption: Annotated[
-        str | None, typer.Option("--map", metavar="IMAGE#NUMBER", help="Also write this caption's map.")
-    ] = None,
-    categories: Annotated[
-        UserPath | None, typer.Option(help="JSON for --map: lists of regions by a name of yours.")
-    ] = None,
-    out: Annotated[UserPath, typer.Option(help="Folder for tables and pictures.")] = Path("grounding"),
-) -> None:
-    """Which attention heads ground words in image regions? (VisualBERT's Section 5)."""
-    from xdscale.analysis.commands import print_grounding
-
-    print_grounding(model, data, regions, split=split, parses=parses, caption=caption, categories=categories, out=out)
-
-
-@inside_app.command("attention-maps", rich_help_panel=_PANEL)
-def attention_maps(
-    model: Annotated[UserPath, typer.Argument(metavar="EXPORT", help="Exported VL-BERT, with its tokenizer.")],
-    data: Annotated[UserPath, typer.Argument(metavar="DATASET", help="With captions and the regions of their images.")],
-    split: Annotated[str, typer.Option(help="train or validation.")] = "validation",
-    number: Annotated[list[int] | None, typer.Option(help="Of a caption, from 0; may be repeated.")] = None,
-    out: Annotated[UserPath, typer.Option(help="Folder for tables, arrays and pictures.")] = Path("attention-maps"),
-) -> None:
-    """What do words read in image regions, head by head? (VL-BERT's figure of attention maps)."""
-    from xdscale.analysis.commands import print_attention_maps
-
-    print_attention_maps(model, data, split=split, numbers=number or [0], out=out)
+for _name, _place in ANALYSES.items():
+    inside_app.command(_name, rich_help_panel=_PANEL)(load(_place, f"xdscale {_name}"))

@@ -243,9 +243,9 @@ def open_network(options: ExtractOptions) -> Any:
 
     from xdscale.extraction.backbone import Backbone
     from xdscale.extraction.contract import Choice
+    from xdscale.extraction.fast_rcnn_backbone import FastRCNNBackbone
     from xdscale.extraction.faster_rcnn import FasterRcnn
     from xdscale.extraction.query_detector import QueryDetector
-    from xdscale.extraction.vlbert_backbone import VLBertBackbone
 
     library, _, name = options.network.partition(":")
     if library not in LIBRARIES or not name:
@@ -272,7 +272,7 @@ def open_network(options: ExtractOptions) -> Any:
     if library == "vlbert":
         if options.stage is not None:
             raise XdscaleError(f"--stage {options.stage}: {options.network} has one feature map")
-        return VLBertBackbone(name, options.weights, device, short_side=options.short_side)
+        return FastRCNNBackbone(name, options.weights, device, short_side=options.short_side)
     return Backbone(library, name, options.weights, device, stage=options.stage, short_side=options.short_side)
 
 

@@ -19,7 +19,7 @@ def make_report(
 
     Args:
         runs: sweep folders.
-        layout: a table of published.yaml.
+        layout: a table of `layouts`.
         baselines: labels, see `assemble`.
         metrics: items TASK=METRIC, each instead of a task's headline.
         out: folder for report.md, report.csv, report.html and comparisons/TASK-LABEL.csv; older ones are replaced.

@@ -1,4 +1,8 @@
-"""What the papers printed (published.yaml)."""
+"""What the papers printed: a file for each table in `tables`, and the tasks' columns in tasks.yaml.
+
+In a row `also` are other labels of it: the recipes and encoders that ship with, or are named by, xdscale. What a paper
+did not print is null.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -67,12 +71,13 @@ class Layout:
 @cache
 def layouts() -> dict[str, Layout]:
     """Returns all tables by their name on the command line."""
-    stored = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
-    tables = {}
-    for name, table in stored["tables"].items():
+    folder, tables = Path(__file__).parent, {}
+    tasks = yaml.safe_load((folder / "tasks.yaml").read_text(encoding="utf-8"))
+    for path in sorted((folder / "tables").glob("*.yaml")):
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
         columns = tuple(
             TaskColumn(task, known["title"], known["metric"], table.get("seeds", known.get("seeds")))
-            for task, known in ((task, stored["tasks"][task]) for task in table["tasks"])
+            for task, known in ((task, tasks[task]) for task in table["tasks"])
         )
         rows = tuple(
             PublishedRow(
@@ -82,5 +87,5 @@ def layouts() -> dict[str, Layout]:
             )
             for row in table["rows"]
         )
-        tables[name] = Layout(table["title"], table["caption"], table["note"], table["compare"], columns, rows)
+        tables[path.stem] = Layout(table["title"], table["caption"], table["note"], table["compare"], columns, rows)
     return tables

@@ -8,13 +8,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from rich.table import Table
 from transformers import VisualBertModel
 
+from xdscale.analysis import pictures
 from xdscale.analysis.conllu import arcs, read_parses
-from xdscale.analysis.grounding import ArcCounts, HeadAccuracy, HeadCounts
+from xdscale.analysis.grounding import (
+    PUBLISHED_ARCS,
+    PUBLISHED_ENTITIES,
+    ArcCounts,
+    HeadAccuracy,
+    HeadCounts,
+    arcs_csv,
+    head_name,
+    heads_csv,
+)
+from xdscale.analysis.shown import AttentionMap, map_csv, new_table, print_table
+from xdscale.data.json_shapes import read_whole
 from xdscale.data.task_files import Example, Span
 from xdscale.data.visual_tasks import VisualTaskCollator
 from xdscale.errors import XdscaleError
+from xdscale.files import check_output_folder, write_outputs
 from xdscale.pretrained.visualbert import load_visualbert, published_name
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.regions import RegionTable
@@ -32,20 +46,6 @@ class HeadGrounding(NamedTuple):
 
     entities: HeadAccuracy
     relations: dict[str, HeadAccuracy] | None
-
-
-class AttentionMap(NamedTuple):
-    """What one caption's word pieces read in its image's regions.
-
-    Attributes:
-        pieces: with [CLS] and [SEP].
-        keys: numbers of the regions, or names of categories of them.
-        weights: float32 [layers, heads, pieces, keys]; of a category the sum over its regions.
-    """
-
-    pieces: list[str]
-    keys: list[str]
-    weights: np.ndarray
 
 
 class Asked(NamedTuple):
@@ -206,3 +206,60 @@ def _eager(folder: Path) -> VisualBertModel:
     encoder = VisualBertModel(model.config)
     encoder.load_state_dict({published_name(name): value for name, value in model.state_dict().items()})
     return encoder.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def print_grounding(
+    model: Path,
+    data: Path,
+    regions: Path,
+    *,
+    split: str,
+    parses: Path | None,
+    caption: str | None,
+    categories: Path | None,
+    out: Path,
+) -> None:
+    """Counts what a VisualBERT's heads ground; writes heads.csv, heads.svg, captions.txt, relations.csv and a map."""
+    check_output_folder(out, "--out")
+    captions = captions_of(data, split)
+    reader = HeadReader(model, data, RegionTable.open(regions), split=split, parses=parses)
+    named = None if categories is None else read_whole(categories, dict[str, list[int]])
+    shown_map = None if caption is None else reader.map(caption, named)
+    entities, relations = reader.count()
+    shown = new_table("", "accuracy", "head", "published")
+    for name, active in (("best head", False), ("best active head", True)):
+        best = entities.best(active=active)
+        accuracy, head = ("–", "–") if best is None else (f"{100 * entities.accuracy[best]:.2f}", head_name(*best))
+        shown.add_row(name, accuracy, head, "" if active else str(PUBLISHED_ENTITIES["best head"]))
+    shown.add_row("surest region", f"{100 * entities.baseline:.2f}", "", str(PUBLISHED_ENTITIES["baseline"]))
+    active = f"{int(entities.active.sum())} of {entities.active.size} heads active"
+    print_table(f"{model}: {entities.words:,} entities, {active}", shown)
+    files: dict[Path, str | bytes] = {
+        out / "heads.csv": heads_csv(entities),
+        out / "heads.svg": pictures.picture_bytes(pictures.head_dots(entities), ".svg"),
+        out / "captions.txt": "".join(f"{one}\n" for one in captions),
+    }
+    if relations is not None:
+        files[out / "relations.csv"] = arcs_csv(relations)
+        print_table("", _relations(relations))
+    if shown_map is not None:
+        name = out / f"map-{caption.replace('#', '-')}"
+        files[name.with_suffix(".csv")] = map_csv(shown_map)
+        # Of each layer the head that grounds entities best.
+        maps = [weights[head] for weights, head in zip(shown_map.weights, entities.accuracy.argmax(1))]
+        picture = pictures.attention_maps({str(model): maps}, [shown_map.pieces], [shown_map.keys])
+        files[name.with_suffix(".svg")] = pictures.picture_bytes(picture, ".svg")
+    write_outputs(files)
+    for path in files:
+        print(path)
+
+
+def _relations(relations: dict[str, HeadAccuracy]) -> Table:
+    """Returns the table of relations: those that the paper has, then the rest."""
+    table = new_table("relation", "arcs", "surest region", "best active head", "", "published")
+    for relation, one in sorted(relations.items(), key=lambda item: item[0] not in PUBLISHED_ARCS):
+        best, printed = one.best(active=True), PUBLISHED_ARCS.get(relation)
+        accuracy, head = ("–", "–") if best is None else (f"{100 * one.accuracy[best]:.2f}", head_name(*best))
+        paper = f"{printed.baseline} → {printed.accuracy} ({printed.head})" if printed else ""
+        table.add_row(relation, f"{one.words:,}", f"{100 * one.baseline:.2f}", accuracy, head, paper)
+    return table

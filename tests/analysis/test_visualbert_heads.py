@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel, VisualBertModel
 from typer.testing import CliRunner
 
-from xdscale.analysis.head_grounding import HeadReader, captions_of
+from xdscale.analysis.visualbert_heads import HeadReader, captions_of
 from xdscale.cli import app
 from xdscale.errors import XdscaleError
 from xdscale.pretrained.language import load_language_encoder

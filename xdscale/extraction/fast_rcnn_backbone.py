@@ -17,7 +17,7 @@ from xdscale.weights import weights_sha256
 SHORT_SIDE, LONG_SIDE = 600, 1000
 
 
-class VLBertBackbone:
+class FastRCNNBackbone:
     """A network that is given its boxes.
 
     Args:

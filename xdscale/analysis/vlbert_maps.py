@@ -3,6 +3,7 @@
 Layers and heads are numbered from 0, as in the paper's figure.
 """
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from xdscale.analysis.head_grounding import AttentionMap
+from xdscale.analysis import pictures
+from xdscale.analysis.shown import AttentionMap, map_csv, new_table, print_table
 from xdscale.data.vlbert import pack, whole_image_first
 from xdscale.errors import XdscaleError
+from xdscale.files import check_output_folder, write_outputs
 from xdscale.models.operations import attention_by_head
 from xdscale.models.vlbert import VLBERT
 from xdscale.pretrained.vlbert import load_vlbert
@@ -131,3 +134,31 @@ def recorded_heads(model: VLBERT) -> Iterator[list[torch.Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def print_attention_maps(model: Path, data: Path, *, split: str, numbers: list[int], out: Path) -> None:
+    """Writes what words read in regions: of each caption a CSV, an npz, and a picture for each layer."""
+    check_output_folder(out, "--out")
+    reader = MapReader(model, data, split=split)
+    found = {number: reader.maps(number) for number in dict.fromkeys(numbers)}
+    for number, (image, shown, boxes) in found.items():
+        scaled, name = rescaled(shown.weights), out / f"caption-{number}"
+        arrays = io.BytesIO()
+        np.savez_compressed(
+            arrays, weights=shown.weights, rescaled=scaled, pieces=shown.pieces, keys=shown.keys, boxes=boxes
+        )
+        files: dict[Path, str | bytes] = {
+            name.with_suffix(".csv"): map_csv(shown, first=0, rescaled=scaled),
+            name.with_suffix(".npz"): arrays.getvalue(),
+        }
+        table = new_table("layer", "head", "word piece", "region", "weight", "share of regions in the layer")
+        for layer, weights in enumerate(shown.weights):
+            head, piece, key = np.unravel_index(weights.argmax(), weights.shape)
+            cells = f"{weights.max():.3f}", f"{weights.sum(-1).mean():.1%}"
+            table.add_row(str(layer), str(head), shown.pieces[piece], shown.keys[key], *cells)
+            picture = pictures.head_maps(scaled[layer], shown.pieces, shown.keys, f"layer {layer}")
+            files[out / f"{name.name}-layer-{layer}.svg"] = pictures.picture_bytes(picture, ".svg")
+        print_table(f"caption {number}, image {image}: the largest weight from a word to a region of each layer", table)
+        write_outputs(files)
+        for path in files:
+            print(path)

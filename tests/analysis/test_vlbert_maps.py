@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from xdscale.analysis.attention_maps import MapReader, rescaled
+from xdscale.analysis.vlbert_maps import MapReader, rescaled
 from xdscale.cli import app
 from xdscale.errors import XdscaleError
 from xdscale.models.vlbert import VLBERT, VLBertConfig
