@@ -97,6 +97,12 @@ def test_commands_treat_it_as_their_own(command, trained):
         *("--out", "finetuned", *small),
     )
     assert "2 of 2" in told
+    turned = ("--subject", "halves", "--label", "Turned", "--out", "turned", "model.turned=true")
+    assert "2 of 2" in command("finetune", "--model", out, "--task", "order", "--data", "data", *turned, *small)
+    settings = [json.loads((command.folder / name / "order/seed-0/result.json").read_text())["settings"]
+                for name in ("finetuned", "turned")]  # fmt: skip
+    assert settings[1] == settings[0] | {"turned": True}
+    assert "model.turned=false" in command("recipes", "--finetuning", "paper")
     command("report", "finetuned", "--out", "report")
     assert "| Halves |" in (command.folder / "report" / "report.md").read_text()
 

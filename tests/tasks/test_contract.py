@@ -30,7 +30,7 @@ from xdscale.tasks.contract import Subject
 
 class ToySettings(ModelSettings):
     implementation: ClassVar[str] = f"{__name__}:ToySubject"
-    model_types: ClassVar[frozenset[str]] = frozenset({"toy_bert"})
+    model_types: ClassVar[tuple[str, ...]] = ("toy_bert",)
     tricks: int = Field(1, ge=1, description="how many it does")
 
 class ToySubject(Subject):
@@ -179,6 +179,7 @@ def test_a_run_stores_the_keys_of_its_subject_alone_and_finds_them_again(toy, tm
         "dropout": 0.1, "max_length": 128, "weights": "pretrained", "freeze_pooler": False, "tricks": 3,
     }  # fmt: skip
     assert FinetuneRecipe.model_validate(read_yaml(run.to_yaml())) == run
+    assert any(line.startswith("model.tricks=3 ") for line in key_lines(run))
     other = resolve_run(load_settings("paper", []), data, subject=known | {"subject": "language"}, **of_run)
     assert "tricks" not in other.model.model_dump()
     # A run of before, whose recipe has everybody's keys, goes on.

@@ -37,7 +37,7 @@ def _lines(section: type[BaseModel], values: BaseModel | None, prefix: str) -> I
         about = (inner.__doc__ or "").split("\n")[0].rstrip(".")
         shown = f"{key}=null" if value is None and values is not None else key
         yield f"{shown:{_WIDTH}}  {about}" + (f" ({field.description})" if field.description else "")
-        yield from _lines(inner, value, f"{key}.")
+        yield from _lines(inner if value is None else type(value), value, f"{key}.")
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:

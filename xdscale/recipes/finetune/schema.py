@@ -17,7 +17,7 @@ class ModelSettings(Section):
     """
 
     implementation: ClassVar[str]
-    model_types: ClassVar[frozenset[str]] = frozenset()
+    model_types: ClassVar[tuple[str, ...]] = ()
     of_model: ClassVar[frozenset[str]] = frozenset()
 
     dropout: float = Field(0.1, ge=0, lt=1, description="encoder and head")

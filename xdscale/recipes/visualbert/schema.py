@@ -77,4 +77,4 @@ class VisualBERTSettings(PixelSettings, TaskInput):
     """How VisualBERT is finetuned."""
 
     implementation: ClassVar[str] = "xdscale.tasks.visualbert:VisualBERTSubject"
-    model_types: ClassVar[frozenset[str]] = frozenset({"visual_bert"})
+    model_types: ClassVar[tuple[str, ...]] = ("visual_bert",)

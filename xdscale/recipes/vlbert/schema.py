@@ -98,7 +98,7 @@ class VLBERTSettings(PixelSettings):
     """How VL-BERT is finetuned."""
 
     implementation: ClassVar[str] = "xdscale.tasks.vlbert:VLBERTSubject"
-    model_types: ClassVar[frozenset[str]] = frozenset({"vl_bert"})
+    model_types: ClassVar[tuple[str, ...]] = ("vl_bert",)
 
     loss: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="of VL-BERT: each answer, choice or region by itself, or as the task has it for others"

@@ -20,7 +20,7 @@ class LanguageSettings(TextSettings):
     """Of the language encoder alone."""
 
     implementation: ClassVar[str] = "xdscale.tasks.text_subjects:LanguageSubject"
-    model_types: ClassVar[frozenset[str]] = frozenset({"bert", "electra"})
+    model_types: ClassVar[tuple[str, ...]] = ("bert", "electra")
 
 
 class CrossModalSettings(TextSettings):
