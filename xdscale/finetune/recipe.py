@@ -183,13 +183,12 @@ def fitting(values: Mapping[str, Any], subject: str, where: Callable[[str], str]
     Raises:
         XdscaleError: it states another value than the default of those that have the key, who are named.
     """
-    own, fit = {**find_settings(subject).model_fields, **SubjectSection.model_fields}, {}
+    own, fit = find_settings(subject).model_fields.keys() | SubjectSection.model_fields.keys(), {}
     for key, value in values.items():
-        others = {} if key in own else {name: kind.model_fields.get(key) for name, kind in all_settings()}
-        having = [name for name, field in others.items() if field is not None]
-        if not having:
-            fit[key] = value  # its own, or nobody's
-        elif all(value != others[name].default for name in having):
+        having = {name: kind.model_fields[key].default for name, kind in all_settings() if key in kind.model_fields}
+        if key in own or not having:
+            fit[key] = value
+        elif value not in having.values():
             raise XdscaleError(
                 f"{where(key)} = {shown(value)}: what is finetuned as {subject} has no such choice, it is one of "
                 f"{', '.join(having)}; leave it out"
@@ -197,12 +196,13 @@ def fitting(values: Mapping[str, Any], subject: str, where: Callable[[str], str]
     return fit
 
 
-def everything() -> type[ModelSettings]:
-    """Returns settings with the keys of all that can be finetuned."""
-    kinds = [kind for _, kind in all_settings()]
+@cache
+def _schema(kinds: tuple[type[ModelSettings], ...]) -> type[FinetuneSettings]:
+    """Returns the class of a finetuning recipe whose section `model` has the keys of all kinds."""
     # Of a class and those made of it the latter, or Python finds no order of the bases.
     bases = tuple(kind for kind in kinds if not any(kind in other.__mro__[1:] for other in kinds))
-    return create_model("ModelSettings", __base__=bases, __doc__=ModelSettings.__doc__)
+    model = create_model("ModelSettings", __base__=bases, __doc__=ModelSettings.__doc__) if bases[1:] else bases[0]
+    return create_model("FinetuneSettings", __base__=FinetuneSettings, model=(model, ...))
 
 
 def load_settings(name: str, overrides: list[str], subject: str | None = None) -> FinetuneSettings:
@@ -220,14 +220,14 @@ def load_settings(name: str, overrides: list[str], subject: str | None = None) -
     use = "a recipe of this name is one of 'xdscale train'; 'xdscale recipes --finetuning' lists those of finetuning"
     path = own_or_shipped(name, shipped_settings(), ".yaml", "finetuning recipe", elsewhere=shipped_recipes(), use=use)
     values = read_values(path, overrides, FinetuneSettings.model_fields)
-    model, kind = values.setdefault("model", {}), everything() if subject is None else find_settings(subject)
+    model = values.setdefault("model", {})
+    kinds = [kind for _, kind in all_settings()] if subject is None else [find_settings(subject)]
     if subject is not None and isinstance(model, dict):
         typed = {key for key in model if is_overridden(overrides, "model", key)}
         values["model"] = fitting(
             model, subject, lambda key: f"{'the command line' if key in typed else path}: model.{key}"
         )
-    schema = create_model("FinetuneSettings", __base__=FinetuneSettings, model=(kind, ...))
-    settings = validated(values, schema, str(path), overrides)
+    settings = validated(values, _schema(tuple(kinds)), str(path), overrides)
     if isinstance(settings.optim.learning_rate, dict):
         for size in {"base", "large"} - settings.optim.learning_rate.keys():
             raise XdscaleError(f"{path}: optim.learning_rate has no {size!r}; it has base and large")

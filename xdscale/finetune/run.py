@@ -21,6 +21,7 @@ from xdscale.export import export_run
 from xdscale.files import write_atomically
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, MODEL, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
+from xdscale.recipes.finetune.schema import ModelSettings
 from xdscale.systems.contract import Data, ExampleCollator, Objective, Place, System
 from xdscale.tasks.contract import Subject, TaskData, find_settings, find_subject, open_regions, read_task
 from xdscale.tasks.finetuning import Finetuning
@@ -206,7 +207,8 @@ def _result(setup: Setup, material: Material, predicted: dict[str, Predicted]) -
 
 def _settings(recipe: FinetuneRecipe, ds_config: dict[str, Any]) -> dict[str, Any]:
     """Returns what must be equal for two models' results to be comparable."""
-    optim, own = recipe.optim.model_dump(mode="json"), find_settings(recipe.model.subject).own_keys()
+    optim, subject = recipe.optim.model_dump(mode="json"), find_settings(recipe.model.subject)
+    own = subject.model_fields.keys() - ModelSettings.model_fields.keys() - subject.of_model
     return {
         "format": FORMAT,
         **optim,
@@ -217,7 +219,7 @@ def _settings(recipe: FinetuneRecipe, ds_config: dict[str, Any]) -> dict[str, An
         "clip_blocks_per_sentence": CLIP_BLOCKS,
         "dropout": recipe.model.dropout,
         **({"freeze_pooler": True} if recipe.model.freeze_pooler else {}),
-        **recipe.model.model_dump(mode="json", include=own - recipe.model.of_model, exclude_defaults=True),
+        **recipe.model.model_dump(mode="json", include=own, exclude_defaults=True),
         "precision": precision(ds_config),
         **recipe.training.model_dump(include={"best", "patience"}, exclude_none=True),
         **({} if recipe.task.own is None else recipe.task.own.columns()),

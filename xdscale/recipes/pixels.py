@@ -45,6 +45,5 @@ class PixelSettings(ModelSettings):
     )
 
     @property
-    def reads_pixels(self) -> bool:
-        """Whether images are read themselves, and what computes features of them is tuned along."""
+    def reads_pixels(self) -> bool:  # noqa: D102 - see `ModelSettings`
         return self.pixels is not None
