@@ -16,8 +16,9 @@ from xdscale.pretrained.vlbert import load_vlbert, save_release
 from xdscale.recipe import load_recipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.table import Table
-from xdscale.systems.contract import Slots, open_system
+from xdscale.systems.contract import Place, Slots, open_system
 from xdscale.systems.vlbert import check_tables, continuations
+from xdscale.training.distributed import Ranks
 from xdscale.training.engine import to_device
 from xdscale.training.run_folder import read_log
 from xdscale.training.stored import build_module
@@ -101,6 +102,14 @@ def test_parameters_of_published_runs(name, parameters):
     size = "large" if "large" in name else "base"
     inner = {"base": 108_896_256, "large": 334_098_432}[size]
     assert counted[f"embeddings and layers of bert-{size}-uncased"] == inner
+
+
+def test_the_table_that_holds_nothing_out_is_named(grounded_pictures, monkeypatch):
+    monkeypatch.setattr(VLBERTCollator, "sizes", property(lambda collate: (0, len(collate.texts))))
+    system = open_system(recipe(f"data.shards={grounded_pictures}"))
+    message = "the split validation of captions holds 0 samples; .* larger --validation-fraction, or say otherwise what"
+    with pytest.raises(XdscaleError, match=message):
+        system.open(Place(Ranks(0, 1, 0), 2))
 
 
 @pytest.mark.parametrize("more", [(), ("objectives.text_mlm=null",), ("objectives.masked_region=null",)])

@@ -211,6 +211,6 @@ def check_size(size: int, split: str = "train") -> None:
     """
     if not 1 <= size <= MAX_SAMPLES:
         hint = "build shards from more text, or from less with a longer sequence length"
-        if split == "validation" and size == 0:
+        if split.startswith("validation") and size == 0:
             hint = "build the shards again with a larger --validation-fraction, or say otherwise what is held out"
         raise XdscaleError(f"the split {split} holds {size} samples; expected 1 to {MAX_SAMPLES}: {hint}")

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from xdscale.data.held_out import held_out_batches
 from xdscale.data.opening import open_shards
-from xdscale.data.order import Order, validation_slots
+from xdscale.data.order import Order, check_size, validation_slots
 from xdscale.data.pictures import require_pictures
 from xdscale.data.vlbert_pretraining import Tokens, VLBERTCollator, compose
 from xdscale.errors import XdscaleError
@@ -120,6 +120,8 @@ class VLBERTSystem(System):
             )
             for split in ("train", "validation")
         )
+        for name, size in zip(tables, held_out.sizes):
+            check_size(size, f"validation of {name}")
         most = len(tables) * min(held_out.sizes)
         slots = validation_slots(most, recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch)
         validation = held_out_batches(held_out, map(held_out.alternating, slots))
