@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.training.checkpoint import _load
+from xdscale.training.consolidate import consolidated_state
 from xdscale.training.engine_state import unordered_sum, weighted_sum
 from xdscale.training.integrity import damage, file_names
 from xdscale.training.resharding import reshard_ahead
@@ -75,6 +76,17 @@ def test_the_record_is_that_of_the_whole_parameters_under_every_stage(two_ranks,
     assert found["parameters"] == f"{(sum(sums.values()) - buffers) % 2**64:016x}"
     assert found["buffers"] == f"{buffers % 2**64:016x}"
     assert (found["optimizer_step"], found["learning_rate"]) == (3, 0.03)
+
+
+@pytest.mark.parametrize("case", ["0-fp32", "0-bf16", "1-fp32", "1-bf16", "2-fp32", "2-bf16", "3-fp32", "3-bf16"])
+def test_weights_of_all_ranks_are_put_together_under_every_stage(two_ranks, case):
+    """As an export does, in fp32 where such masters are kept; sizes are odd, and some parameters are frozen."""
+    folder, (_, tensors) = two_ranks
+    found = consolidated_state(folder / case / "step-00000003")
+    for name, value in tensors[f"{case} saved"].items():
+        assert torch.equal(found[name].to(value.dtype), value)
+    assert found["0.weight"].dtype == torch.float32
+    assert torch.equal(found["0.weight"].bfloat16().float(), found["0.weight"]) == (case == "0-bf16")
 
 
 def test_the_optimizers_checksum_does_not_depend_on_who_holds_what(two_ranks):

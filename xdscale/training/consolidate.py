@@ -50,11 +50,34 @@ def consolidated_state(checkpoint: Path) -> dict[str, Any]:
         return {name: wide[value.data_ptr()] for name, value in saved.items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    # It reports its progress by printing, and with a bar of its own.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    state = _of_bf16_optimizer(checkpoint) if stage == 1 else None
+    if state is None:
+        # It reports its progress by printing, and with a bar of its own.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if stage == 1:
         # DeepSpeed forgets parameters that take no gradient here.
         saved = read_pickle(checkpoint / "mp_rank_00_model_states.pt")["module"]
         state |= {name: value.float() for name, value in saved.items() if name not in state}
     return state
+
+
+def _of_bf16_optimizer(checkpoint: Path) -> dict[str, Any] | None:
+    """Returns the trained weights that DeepSpeed's optimizer for bf16 with sums in fp32 has sharded under stage 1.
+
+    DeepSpeed's own consolidation does not know its files. Each rank holds an equal part of each group of parameters,
+    which lie one behind the other. None where another optimizer wrote the checkpoint.
+    """
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_optim_files
+
+    shards = [read_pickle(Path(path))["optimizer_state_dict"] for path in get_optim_files(str(checkpoint))]
+    if "zero_stage" in shards[0]:
+        return None
+    saved, state = read_pickle(checkpoint / "mp_rank_00_model_states.pt"), {}
+    for shapes, *parts in zip(saved["param_shapes"], *(shard["single_partition_of_fp32_groups"] for shard in shards)):
+        flat, start = torch.cat(parts), 0
+        for name, shape in shapes.items():
+            state[name] = flat[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+    return state | {name: state[source] for name, source in saved["shared_params"].items() if source in state}
