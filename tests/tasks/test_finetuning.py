@@ -16,7 +16,7 @@ from transformers import (
 
 from xdscale.errors import XdscaleError
 from xdscale.finetune.run import FinetuneSystem, freeze_pooler
-from xdscale.models.operations import ActivatedLinear
+from xdscale.models.operations import ActivatedLinear, PackedAttention, ResidualNorm
 from xdscale.models.xdbert import XDBERT
 from xdscale.pretrained.clip import build_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder
@@ -180,6 +180,13 @@ def test_the_full_model_is_the_adapted_one_with_a_bert_pooler_on_its_first_outpu
             )
             pooled = torch.tanh(adaptation.match.pooler(language[:, 0]))
         torch.testing.assert_close(logits, subject.classifier(pooled), atol=2e-5, rtol=1e-5)
+
+
+def test_dropout_is_finetunings_in_all_parts_of_the_full_model(export_folder):
+    """It was adapted with 0.1."""
+    modules = list(build_cross_modal_classifier(export_folder[0], find_task("cola"), dropout=0.3).modules())
+    rates = {module.p for module in modules if isinstance(module, nn.Dropout)}
+    assert rates | {module.dropout for module in modules if isinstance(module, ResidualNorm | PackedAttention)} == {0.3}
 
 
 def test_clips_activation_is_the_one_that_its_weights_were_trained_with(adaptation_spec, cassette_model, tmp_path):

@@ -81,6 +81,13 @@ def test_each_phrase_with_boxes_is_an_example(world):
     assert shirt.truth == Phrase(((11, 21, 51, 81),), ("clothing", "bodyparts"))
 
 
+@pytest.mark.parametrize("box", [(0, 5, 9, 9), (5, 0, 9, 9), (5, 5, 5, 9), (5, 5, 9, 5)])
+def test_a_box_may_begin_at_an_edge_and_be_one_pixel_wide(world, box):
+    world.write("val", i65567=(["[/EN#9/animals Two dogs] ."], annotation(item([9], box))))
+    (example,) = world.read().dev["dev"]
+    assert example.truth.boxes == (box,)
+
+
 def test_a_phrase_that_stands_twice_is_marked_where_it_stands(world):
     world.write("val", i65567=(["a dog and [/EN#9/animals a dog]"], annotation(item([9], (5, 5, 9, 9)))))
     (example,) = world.read().dev["dev"]

@@ -169,6 +169,15 @@ def test_what_is_not_in_order_is_refused(files, change, message):
         TASK.read(files(**change))
 
 
+def test_an_object_of_one_pixel_is_a_box(files):
+    """Public files have such: a width or a height of 0."""
+    for size, box in (([3, 0], (1, 2, 4, 2)), ([0, 3], (1, 2, 1, 5))):
+        found = [
+            {"id": 100 + n, "image_id": 7 + n % 3, "bbox": [1, 2, *size], "category_id": 2} for n in range(len(SPLITS))
+        ]
+        assert TASK.read(files(annotations=found)).train[0].truth.boxes == (box,)
+
+
 def test_a_pickle_that_would_run_something_is_refused(files, tmp_path):
     class Trap:
         def __reduce__(self):

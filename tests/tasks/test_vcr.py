@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xdscale.data.outlines import object_mask
 from xdscale.errors import XdscaleError
 from xdscale.shards.regions import Regions
 from xdscale.tasks.vcr import NAMES, VCR_QA, VCR_QAR, _named, _render
@@ -120,6 +121,11 @@ def test_named_are_the_objects_that_r2c_keeps(texts, last):
     assert _named(item) == (0, *(number for number, kept in enumerate(keeps, 1) if kept))
 
 
+def test_a_tag_of_what_is_not_asked_for_may_name_nothing():
+    assert _named(entry(rationale_choices=[[[4]], [[-1]], ["It"], ["It"]])) == (0, 1, 2, 3, 4)
+    assert _named(entry(question=["It"], answer_choices=[["Yes"]] * 4, rationale_choices=[[[4], [2]]] * 4)) == (0, 3)
+
+
 def test_every_example_of_an_item_names_the_same_objects(world):
     world.write("train.jsonl", entry(0, rationale_choices=[["Snow"], [[2], "stands"], [[1]], ["It"]]))
     world.write("val.jsonl", entry(1, objects=["car", "dog", "person", "cat"], answer_choices=[["Yes"]] * 4))
@@ -205,9 +211,12 @@ def test_metadata_are_checked_where_they_are_there(world):
     world.write_metadata(boxes=[[0, 1, 20, 30, 0.9]] * 3)
     with pytest.raises(XdscaleError, match=r"0\.json: 3 boxes, but 4 names"):
         VCR_QA.read(world.data)
-    world.write_metadata(boxes=[[0, 1, 20, 30, 0.9]] * 3 + [[20, 1, 0, 30, 0.9]])
-    with pytest.raises(XdscaleError, match=r"0\.json: boxes\[3\] = \[20.0, 1.0, 0.0, 30.0, 0.9\]; expected x1 < x2"):
-        VCR_QA.read(world.data)
+    for box in ([20, 1, 0, 30, 0.9], [20, 1, 20, 30, 0.9], [0, 30, 20, 30, 0.9]):
+        world.write_metadata(boxes=[[0, 1, 20, 30, 0.9]] * 3 + [box])
+        with pytest.raises(
+            XdscaleError, match=rf"0\.json: boxes\[3\] = \[{box[0]}\.0, .*\]; expected x1 < x2, y1 < y2"
+        ):
+            VCR_QA.read(world.data)
     world.write("val.jsonl", entry(2, metadata_fn="lsmdc/1.json"))
     world.write_metadata()
     with pytest.raises(XdscaleError, match=r"val\.jsonl, line 1: metadata_fn = 'lsmdc/1\.json' is not in "):
@@ -234,6 +243,17 @@ def test_outlines_of_other_objects_are_found_before_a_run(world):
     world.write_metadata(segms=[[]] * 3)
     with pytest.raises(XdscaleError, match=r"0\.json: 4 boxes and 3 segms; the question has 4 objects"):
         VCR_QA.outlines_sha256(examples)
+
+
+def test_outlines_become_masks_as_either_release_makes_them(world):
+    world.write_metadata()
+    examples = VCR_QA.read(world.data).train[:1]
+    outline, box = [[1, 2], [19, 3], [9, 29]], [0, 1.5, 20, 30]
+    world.write_metadata(segms=[[outline, []]] * 4, boxes=[box] * 4)  # without scores
+    masks = {centres: VCR_QA.object_masks(examples, centres=centres)[0] for centres in (False, True)}
+    for centres, found in masks.items():
+        np.testing.assert_array_equal(found, [object_mask([np.array(outline)], box, centres=centres)] * 4)
+    assert (masks[False] != masks[True]).any()
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])

@@ -203,6 +203,13 @@ def test_the_list_is_made_of_the_commonest_answers_of_both_splits(tmp_path):
     assert data.files[annotations_file(VAL)]["rows"] == 5
 
 
+def test_two_answers_are_a_list(tmp_path):
+    world = World(tmp_path)
+    world.write(TRAIN, [(n, n, "?", [("yes", "no")[n % 2]] * 10) for n in range(18)])
+    world.write(VAL, [(100, 100, "?", ten("yes"))])
+    assert world.read().task.labels == ("yes", "no")
+
+
 def test_joined_validation_images_are_trained_on_but_for_a_tenth(world):
     world.write(VAL, [(100 + n, 50 + n // 3, "?", ten("red")) for n in range(300)])
     apart, joined = VQA.read(world.data), VQA_TRAINVAL.read(world.data)
