@@ -190,6 +190,25 @@ def test_progress_is_told_shard_by_shard_and_said_only_by_the_first_rank(wiki_sh
     assert len(ticks) == len(Manifest.load(wiki_shards).shards)
 
 
+@pytest.mark.parametrize("budget", [None, 10**9])
+def test_the_watchdog_hears_of_what_is_fetched(wiki_shards, tmp_path, budget):
+    """A file server may be slow: a rank that waits for it is not hung."""
+    ticks, run = [], Run(cache=str(tmp_path / "cache"), cache_bytes=budget)
+    ranks = ThreadRanks(0, 1, Barrier(1), [None])
+    place = {"check": lambda folder: None, "on_shard": lambda: ticks.append(1)}
+    found = open_shards(f"file://{wiki_shards}", run, ranks, ["text"], **place)
+    count = len(Manifest.load(wiki_shards).shards)
+    assert len(ticks) == (count if budget is None else 0)
+    if budget is not None:
+        found.table("train").read("language", np.array([0]))
+        assert ticks
+        found.cache.close()
+        ticks.clear()
+        again = open_shards(f"file://{wiki_shards}", run, ranks, ["text"], **place)  # what is there is hashed
+        assert ticks
+        again.cache.close()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -145,6 +145,12 @@ def test_a_split_of_impossible_size_is_refused(size):
         validation_slots(size, 4, 1, 0, 1)
 
 
+@pytest.mark.parametrize("size", [1, 2**32])
+def test_a_split_of_one_sample_and_of_the_most_has_an_order(size):
+    assert order(size, 4).slots(0)[0].sample_ids.max() < size
+    assert validation_slots(size, 1, 1, 0, 1)[0].sample_ids.tolist() == [0]
+
+
 def test_sample_hash_stands_for_epochs_ids_and_order():
     epochs, ids = np.array([0, 0, 1]), np.array([5, 6, 7])
     known = sample_hash(epochs, ids)

@@ -221,6 +221,17 @@ def test_the_hubs_rows_become_the_public_format(tmp_path, monkeypatch):
         fetch_task(find_task("read"), tmp_path)
 
 
+def test_a_text_has_100_000_characters_at_most(tmp_path):
+    path = tmp_path / "train.tsv"
+    for length in (100_000, 100_001):
+        path.write_text(f"x\t1\t\t{'a' * length}\n")
+        if length == 100_000:
+            assert len(find_task("cola").read_examples(path, labelled=True)[0].texts[0][0]) == length
+            continue
+        with pytest.raises(XdscaleError, match=r"line 1: column 'sentence' has 100,001 characters, at most 100,000"):
+            find_task("cola").read_examples(path, labelled=True)
+
+
 def test_csv_that_is_none_is_named_with_its_line(tmp_path):
     path = write(tmp_path, val__csv=SWAG + '1,a,b,"c"d,e\n') / "val.csv"
     with pytest.raises(XdscaleError, match=r"val\.csv, line 3: not CSV"):

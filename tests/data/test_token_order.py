@@ -104,5 +104,6 @@ def test_a_step_that_spans_several_epochs():
 def test_budgets_that_are_too_small_are_refused(tokens, micro, message):
     with pytest.raises(XdscaleError, match=message):
         order(np.array([3, 10]), tokens, world=2, micro=micro)
+    assert len(order(np.array([3, 10]), 29, world=2, micro=10).slots(0)) == 10  # the least of both
     with pytest.raises(XdscaleError, match="holds 0 samples"):
         order(np.array([], int), tokens)

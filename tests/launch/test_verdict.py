@@ -78,10 +78,23 @@ def test_what_is_wrong_with_the_second_machine_is_said_of_it(changes, check, lev
     assert set(rows["gpu-a"].values()) == {"ok"}
 
 
+def test_nothing_is_said_of_a_machine_at_the_limits():
+    least = {"output_free_bytes": 2**34, "open_files": 4096, "shared_memory_gib": 1.0, "cores": 64}
+    assert judge(evidence(**least)) == []
+
+
+def test_one_rank_needs_neither_shared_memory_nor_many_files_nor_a_name_that_others_reach():
+    alone = replace(SOUND, gpus=["NVIDIA A100"], local_ranks=1, open_files=64, shared_memory_gib=0.01)
+    found = Evidence(names=[""], hosts=[replace(alone, loopback_name=True)], clock_offsets={0: 0.0})
+    assert judge(found) == []
+
+
 def test_the_clock_may_be_almost_a_second_off():
     found = evidence()
     found.clock_offsets[8] = -0.99
     assert judge(found) == []
+    found.clock_offsets[8] = 1.0
+    assert [finding.level for finding in judge(found)] == ["FAIL"]
     found.clock_offsets[8] = -1.5
     (finding,) = judge(found)
     assert (finding.host, finding.check, finding.level) == ("gpu-b", "clock", "FAIL")

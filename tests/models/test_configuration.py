@@ -5,12 +5,14 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel, VisualBertConfig
 
+from xdscale.errors import XdscaleError
 from xdscale.models.encoders import use_kernels
 from xdscale.models.heads import MaskedTokenHead, masked_lm_head
 from xdscale.models.operations import ActivatedLinear
 from xdscale.models.visualbert import VisualBERT
 from xdscale.models.vlbert import VLBERT, VLBertConfig
 from xdscale.pretrained import visualbert, vlbert
+from xdscale.pretrained.language import check_sizes
 
 RATE, EPS, STD = 0.3, 0.125, 0.5
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -60,6 +62,42 @@ def test_a_head_with_words_of_its_own_begins_as_the_encoder_does():
     words = masked_lm_head(model).decoder_weight
     assert words is not model.get_input_embeddings().weight
     assert words.std().item() == pytest.approx(STD, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("key", "least", "most"),
+    [
+        ("vocab_size", 1, 2**24),
+        ("hidden_size", 1, 2**16),
+        ("num_hidden_layers", 1, 2**10),
+        ("intermediate_size", 1, 2**18),
+        ("max_position_embeddings", 1, 2**20),
+        ("type_vocab_size", 1, 2**10),
+        ("embedding_size", 1, 2**16),
+        ("appearance_size", 1, 2**20),
+        ("visual_embedding_dim", 1, 2**20),
+        ("num_attention_heads", 1, 32),
+        ("pad_token_id", -99, 98),
+        ("hidden_dropout_prob", 0.0, 1.0),
+        ("attention_probs_dropout_prob", 0.0, 1.0),
+        ("layer_norm_eps", 0.0, 1.0),
+        ("initializer_range", 0.0, 1.0),
+    ],
+)
+def test_sizes_and_shares_at_their_limits_are_an_encoders(key, least, most):
+    def config(value):
+        found = BertConfig(**SIZES | {"pad_token_id": None})
+        if key == "hidden_size":
+            found.num_attention_heads = 1
+        setattr(found, key, value)
+        return found
+
+    step = 1e-9 if isinstance(most, float) else 1
+    for value in (least, most):
+        check_sizes(config(value), "here")
+    for value in (least - step, most + step):
+        with pytest.raises(XdscaleError, match="^here: "):
+            check_sizes(config(value), "here")
 
 
 @pytest.mark.parametrize("published", [visualbert, vlbert], ids=lambda module: module.__name__.rpartition(".")[2])

@@ -1,16 +1,20 @@
 """The commands, as a user runs them."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from xdscale.errors import XdscaleError
+from xdscale.shards.build import Progress
 from xdscale.shards.commands import shards_app
 from xdscale.shards.manifest import MANIFEST_NAME, Manifest
+from xdscale.shards.sources.caption_build import CaptionOptions
 
 
 def run(*arguments):
@@ -126,6 +130,64 @@ def test_every_option_of_a_build_is_passed_on(monkeypatch):
     inputs, out, asked, workers, part, overwrite = found
     assert (inputs, str(out), workers, (part.index, part.of), overwrite) == (["a", "b"], "/o", 3, (1, 2), True)
     assert asked.model_dump(include=set(values)) == values
+
+
+@pytest.mark.parametrize(
+    ("held_out", "options", "files"),
+    [
+        ([], {}, []),
+        (["--validation-fraction", "0.25"], {"validation_fraction": 0.25}, []),
+        (["--karpathy", "k"], {"split": "karpathy"}, [Path("k")]),
+        (["--held-out", "l"], {"split": "list"}, [Path("l")]),
+        (["--validation", "v", "--validation", "w"], {"split": "files"}, [Path("v"), Path("w")]),
+    ],
+)
+def test_every_option_of_captions_is_passed_on(monkeypatch, held_out, options, files):
+    asked = []
+    monkeypatch.setattr("xdscale.shards.sources.captions.CaptionSource", lambda *given: asked.append(given))
+
+    def build_table(source, out, *, on_progress, **how):
+        asked.append((out, how))
+        raise XdscaleError("asked")
+
+    monkeypatch.setattr("xdscale.shards.build.build_table", build_table)
+    words = ["--out", "/o", "--language-tokenizer", "t", "--missing", "leave-out", "--workers", "3", "--overwrite"]
+    with pytest.raises(XdscaleError, match="^asked$"):
+        run("captions", "a", "b", *words, *held_out)
+    wanted = CaptionOptions(missing="leave-out", **options)
+    assert asked == [
+        ([Path("a"), Path("b")], Path("/o"), "t", wanted, files),
+        (Path("/o"), {"workers": 3, "overwrite": True}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "work", "told", "shown"),
+    [
+        (["build", "a"], "sources.text.build_shards", (Progress({"documents": 3}, 1, 2, 0, 0),), (1, 2, 3)),
+        (["captions", "a"], "build.build_table", (Progress({}, 1, 2, 0, 0),), (1, 2)),
+        (["merge", "/o"], "build.merge_parts", (1, 2), (1, 2)),
+        (["verify", "/o"], "verify.verify_shards", (1, 2), (1, 2)),
+    ],
+)
+def test_how_far_the_work_is_is_said(monkeypatch, words, work, told, shown):
+    said = []
+
+    @contextlib.contextmanager
+    def progress(what):
+        yield lambda *numbers: said.append(numbers)
+
+    def worked(*_, on_progress, **__):
+        on_progress(*told)
+        raise XdscaleError("worked")
+
+    monkeypatch.setattr("xdscale.shards.progress.shown_progress", progress)
+    monkeypatch.setattr(f"xdscale.shards.{work}", worked)
+    monkeypatch.setattr("xdscale.shards.sources.captions.CaptionSource", lambda *given: None)
+    more = ["--out", "/o", "--language-tokenizer", "t"] if words[1] == "a" else []
+    with pytest.raises(XdscaleError, match="^worked$"):
+        run(*words, *more)
+    assert said == [shown]
 
 
 def test_overwrite_and_bad_values(small_corpus, tmp_path):

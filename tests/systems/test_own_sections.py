@@ -1,5 +1,6 @@
 """What commands ask of a recipe: that of a system with neither a language encoder nor `data.shards`."""
 
+import json
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from xdscale.launch.facts import HostFacts
 from xdscale.launch.job import path_warnings, shipped_ds_config
 from xdscale.plan import profile
 from xdscale.plan.configs import model_name
-from xdscale.recipe import Recipe, Section
+from xdscale.recipe import Recipe, Section, load_recipe
 from xdscale.systems.contract import recompute_activations
 
 
@@ -51,6 +52,16 @@ def test_plans_name_configurations_after_the_system():
 def test_no_shipped_configuration_is_guessed():
     with pytest.raises(XdscaleError, match="system = 'regions'.*name one with --deepspeed-config"):
         shipped_ds_config(recipe_of("/data"))
+
+
+@pytest.mark.parametrize(
+    ("width", "name"),
+    [(511, "quickstart-zero2"), (512, "bert-base-zero2"), (1023, "bert-base-zero2"), (1024, "electra-large-zero2")],
+)
+def test_the_shipped_configuration_is_that_of_the_encoders_width(width, name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": width}))
+    spec = load_recipe("quickstart-mlm", [f"model.language.name={tmp_path}", "model.language.sha256=null"])
+    assert shipped_ds_config(spec) == name
 
 
 @pytest.mark.parametrize(("regions", "warnings"), [("here", 1), ("/here", 0), ("s3://bucket/here", 0)])
