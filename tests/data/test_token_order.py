@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xdscale.data.order import WINDOW
 from xdscale.data.permutation import permute
 from xdscale.data.token_order import TokenOrder, split_tokens
 from xdscale.errors import XdscaleError
@@ -92,6 +93,25 @@ def test_a_step_that_spans_several_epochs():
     assert set(epochs.tolist()) == {3, 4, 5, 6}
     for epoch in (4, 5):
         np.testing.assert_array_equal(np.sort(ids[epochs == epoch]), [0, 1, 2])
+
+
+def test_an_epoch_may_end_where_a_window_does():
+    one = order(np.ones(WINDOW, np.uint8), WINDOW)
+    epochs, ids = one.global_batch_ids(1)
+    assert set(epochs.tolist()) == {1}
+    np.testing.assert_array_equal(np.sort(ids), np.arange(WINDOW))
+    assert (one.position(2).epoch, one.position(2).index) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("world", "micro", "said"),
+    [
+        (1, 29, "29 tokens, 20 on average: 1 rank × 1 micro-batch of at most 29"),
+        (2, 10, "29 tokens, 20 on average: 2 ranks × 10 micro-batches of at most 10"),
+    ],
+)
+def test_how_a_step_is_split_is_said(world, micro, said):
+    assert str(split_tokens(29, 10, world, micro)) == f"a step of at most {said}"
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,16 @@ def test_missing_file_is_named(tmp_path):
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "LARGEST_LINE_CHARACTERS", 64)
     with pytest.raises(XdscaleError, match=r"a\.txt: line 2 is longer than 64 characters"):
-        write_and_read(tmp_path, "a.txt", b"123456789\n" + b"x" * 100)
+        write_and_read(tmp_path, "a.txt", b"123456789\n" + b"x" * 65)
+    assert write_and_read(tmp_path, "a.txt", b"123456789\n" + b"x" * 64) == ["123456789\n" + "x" * 64]
+
+
+def test_a_text_without_blank_lines_is_cut_where_it_has_grown_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LARGEST_DOCUMENT_BYTES", 20)
+    lines = ["a" * 10, "b" * 10, "c" * 19, "d", "e"]
+    assert write_and_read(tmp_path, "a.txt", "\n".join(lines).encode()) == [
+        "\n".join(lines[:2]), "\n".join(lines[2:4]), "e"
+    ]  # fmt: skip
 
 
 def test_a_long_line_takes_time_in_proportion(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer import event_file_writer
 
+from xdscale.recipe import load_recipe
 from xdscale.systems.contract import Objective
 from xdscale.training.board import describe
 from xdscale.training.monitor import Monitor
@@ -114,6 +115,7 @@ def test_every_chart_of_the_layout_has_curves_and_every_curve_a_chart(continued,
             shown |= set(chart.multiline.tag)
     assert {tag for tag in written if not tag.startswith("final/")} - shown <= {"loss/total"}
     assert shown - written <= {"data/quarantined_shards"}
+    assert ("loss/total" in shown) == (len(objectives) > 1)  # that of one objective is its own
     assert {f"validation/{kind}/{name}" for name, each in objectives.items() for kind in each.metrics} <= shown
 
 
@@ -134,6 +136,23 @@ def test_last_figures_stand_in_the_run_itself(continued, objectives):
     name = f"final/accuracy/{next(iter(objectives))}"
     assert multiplexer.Tensors("first", name)[-1].step == 6
     assert "_hparams_/session_start_info" in multiplexer.PluginRunToTagToContent("hparams")["first"]
+
+
+@pytest.mark.parametrize(
+    ("step", "stopped", "how"),
+    [
+        (9, False, "done after step 9 of 9; peak"),
+        (4, True, "stopped by a signal after step 4 of 9; the same command continues; peak"),
+        (5, False, "stopped after step 5 of 9, as run.stop_at_step = 5 says; the same command without it"),
+        (4, False, "ended after step 4 of 9: 2 validations in a row had no better loss/mlm; peak"),
+    ],
+)
+def test_the_last_line_says_why_a_run_ended(tmp_path, capsys, step, stopped, how):
+    stated = ["training.steps=9", "run.stop_at_step=5", "training.best=loss/mlm", "training.patience=2"]
+    Monitor(RunFolder(tmp_path), load_recipe("quickstart", stated), 0, {}).end(step, [1.0, 2.5], stopped=stopped)
+    said = capsys.readouterr()
+    assert how in said.out + said.err
+    assert "peak memory 2.50 GiB per rank" in said.out + said.err
 
 
 def test_settings_are_those_of_the_newest_end(tmp_path, capsys):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.files import read_json, refuse_lfs_pointer, shown
+from xdscale.files import one_line, read_json, refuse_lfs_pointer
 from xdscale.names import nearest
 from xdscale.shards.regions import Detector
 from xdscale.shards.sources.text_build import named_problem
@@ -115,5 +115,5 @@ def _category_names(values: dict, path: Path) -> list[str]:
         if not 0 <= min(named) <= max(named) < 2**16:
             raise ValueError(f"ids {min(named)} to {max(named)}")
     except (KeyError, TypeError, ValueError) as error:
-        raise XdscaleError(f"{path}: expected COCO's 'categories' with id and name: {shown(error)}") from None
+        raise XdscaleError(f"{path}: expected COCO's 'categories' with id and name: {one_line(error)}") from None
     return [named.get(place, "") for place in range(max(named) + 1)]
