@@ -9,6 +9,8 @@ from torchvision.models import resnet101
 from xdscale.data.pictures import scaled_size
 from xdscale.errors import XdscaleError
 from xdscale.models.fast_rcnn import load_fast_rcnn
+from xdscale.shards.regions import Detector
+from xdscale.weights import weights_sha256
 
 MEANS = np.array([102.9801, 115.9465, 122.7717], np.float32)
 
@@ -40,7 +42,19 @@ def test_features_are_those_of_the_scaled_image_in_blue_green_and_red(extract, p
     names = [photographs / f"COCO_val2014_{number:012}.png" for number in (1, 2)]
     table = extract(names, "vlbert:resnet101", boxes="grid:1x2", weights=str(weights), short_side=64, whole_image=True)
     assert (table.width, table.build.whole_image) == (2048, "first")
-    assert table.build.detector.model == "vlbert:resnet101"
+    assert table.build.detector == Detector(
+        model="vlbert:resnet101",
+        sha256=weights_sha256([weights]),
+        settings={
+            "short_side": 64,
+            "long_side": 1000,
+            "pooling": "RoIAlign 14 × 14 of C4, one sample each, then C5, mean",
+            "mean_bgr": MEANS.tolist(),
+            "given_boxes": True,
+            "standardized": None,
+            "batch": 8,
+        },
+    )
     model = load_fast_rcnn(weights).eval()
     regions = table.read(np.arange(2))
     for path, first, end in zip(names, regions.offsets, regions.offsets[1:]):

@@ -14,6 +14,8 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from xdscale.errors import XdscaleError
 from xdscale.extraction.contract import Choice, state_sha256
 from xdscale.extraction.faster_rcnn import surviving_scores
+from xdscale.shards.regions import Detector
+from xdscale.weights import weights_sha256
 
 DETECTOR = "fasterrcnn_mobilenet_v3_large_320_fpn"
 
@@ -73,9 +75,24 @@ def test_faster_rcnn_gives_what_torchvision_gives_by_hand(extract, photographs, 
     for hook in hooks:
         hook.remove()
     detector = table.build.detector
-    assert (detector.class_count, detector.background) == (7, 0)
-    assert detector.settings["threshold"] == 0.15
-    assert table.build.region_order == "confidence"
+    assert detector == Detector(
+        model=f"torchvision:{DETECTOR}",
+        sha256=weights_sha256([weights]),
+        class_count=7,
+        background=0,
+        settings={
+            "boxes": "proposals, before regression",
+            "suppression_iou": 0.3,
+            "threshold": 0.15,
+            "fewest": 4,
+            "most": 9,
+            "given_boxes": False,
+            "standardized": None,
+            "batch": 8,
+        },
+    )
+    assert (table.build.region_order, table.build.whole_image) == ("confidence", "none")
+    assert table.build.options == {"ids": "stem", "bad_images": "refuse"}
 
 
 def test_given_boxes_go_through_the_box_head(extract, photographs, faster_rcnn):
@@ -138,7 +155,19 @@ def test_a_box_of_whole_cells_is_the_mean_of_its_crop(extract, photographs, tmp_
     expected = maps[:, down : down + side, across : across + side].mean((1, 2))
     ((features, _, _),) = each(table)
     assert torch.allclose(features[0], expected, atol=1e-3, rtol=2e-3)
-    assert table.build.detector.sha256 == state_sha256(model)
+    detector = table.build.detector
+    assert (detector.model, detector.sha256) == ("timm:test_resnet", state_sha256(model))
+    assert detector.settings == {
+        "stage": "0",
+        "short_side": None,
+        "pooling": "RoIAlign 7 × 7, aligned, mean",
+        "mean": mean.flatten().tolist(),
+        "std": std.flatten().tolist(),
+        "given_boxes": True,
+        "standardized": None,
+        "batch": 8,
+    }
+    assert (table.build.region_order, table.build.whole_image) == ("source", "none")
 
 
 def test_the_last_stage_has_the_classifiers_distribution(extract, photographs):
@@ -147,6 +176,7 @@ def test_the_last_stage_has_the_classifiers_distribution(extract, photographs):
     path = photographs / "COCO_val2014_000000000001.png"
     table = extract(path, "timm:test_resnet", boxes="grid:1x1", short_side=224)  # the map is 7 cells high, and wider
     assert table.build.detector.class_count == 1000
+    assert [table.build.detector.settings[name] for name in ("stage", "short_side")] == ["last", 224]
     assert table.width == model.num_features
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     image = torch.nn.functional.interpolate(
@@ -186,8 +216,23 @@ def test_a_detector_of_transformers(extract, photographs, yolos):
         inside = expected["boxes"][order].clamp(min=0).minimum(size.flip(1).repeat(1, 2))
         assert torch.allclose(boxes, inside, atol=1e-3)
         assert torch.allclose(features, outputs.last_hidden_state[0, -12:][order], atol=2e-3, rtol=2e-3)
-    assert table.build.detector.classes[-1] == "no object"
-    assert table.build.detector.background == 5
+    assert table.build.detector == Detector(
+        model=f"transformers:{yolos.name}",
+        sha256=weights_sha256([yolos / "model.safetensors"]),
+        classes=[*(model.config.id2label[number] for number in range(5)), "no object"],
+        class_count=6,
+        background=5,
+        settings={
+            "architecture": "YolosForObjectDetection",
+            "weights": "given",
+            "threshold": 0.5,
+            "fewest": 3,
+            "most": 6,
+            "given_boxes": False,
+            "standardized": None,
+            "batch": 8,
+        },
+    )
     assert table.build.class_probs == "all"
 
 

@@ -15,6 +15,7 @@ from xdscale.finetune.run import _settings
 from xdscale.recipe import Run
 from xdscale.recipes.xdbert.task_schema import ClipSettings, LanguageSettings
 from xdscale.tasks.contract import SHIPPED, TaskData, find_task
+from xdscale.tasks.own import OwnTask
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,6 +96,32 @@ def test_models_of_other_losses_or_of_mirrored_images_are_not_comparable(tmp_pat
         for chosen in ([], overrides)
     )
     assert other == plain | more
+
+
+@pytest.mark.parametrize(("task", "regions"), [("vqa", "r"), ("rte", None)])
+def test_all_that_is_asked_for_stands_in_a_runs_recipe(task, regions, tmp_path):
+    data = TaskData(find_task(task), [Example("0", (("a", "b"),), 0, 1)] * 10, {}, {}, {}, {})
+    subject = {"name": "m", "subject": "vlbert", "size": "large", "weights_sha256": "0" * 64, "encoder": "in words"}
+    asked = ["training.global_batch=5", "training.epochs=2", "optim.momentum=0.5", "optim.optimizer=sgd"]
+    asked += ["run.eval_samples=7", "run.keep_model=true", "run.stop_at_step=2", "model.max_length=99"]
+    own = OwnTask(name="mine", train="t.tsv", dev="d.tsv")
+    settings = load_settings("vlbert-vqa", asked)
+    where = {"source": tmp_path / "data", "regions": "r", "folder": tmp_path / "run"}
+    run = resolve_run(settings, data, subject=subject, seed=3, label="l", own=own, **where)
+    assert run.model.model_dump(include={"name", "subject", "size", "weights_sha256", "max_length"}) == {
+        "name": "m",
+        "subject": "vlbert",
+        "size": "large",
+        "weights_sha256": "0" * 64,
+        "max_length": 99,
+    }
+    assert run.data.model_dump() == {"folder": str(tmp_path / "data"), "regions": regions}
+    assert (run.task.name, run.task.epochs, run.task.own) == (task, 2, own)
+    assert (run.training.steps, run.training.seed, run.training.global_batch) == (4, 3, 5)
+    assert (run.optim.optimizer, run.optim.momentum) == ("sgd", 0.5)
+    assert (run.run.label, run.run.keep_model, run.run.stop_at_step) == ("l", True, 2)
+    assert (run.run.eval_samples, run.run.eval_every) == (7, 2)
+    assert run.output.folder == str(tmp_path / "run")
 
 
 def test_a_single_example_may_be_validated_on():

@@ -1,5 +1,6 @@
 """Packed attention: the plain definition against the formula, the CPU path against the plain definition in fp64."""
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -242,6 +243,14 @@ def test_compile_cases_name_every_argument_once() -> None:
         assert list(case.signature) == case.kernel.arg_names
         assert {name for name, kind in case.signature.items() if kind == "constexpr"} == set(case.constexprs)
         assert case.lower_bound_bytes < case.bytes_moved <= 1.1 * case.lower_bound_bytes
+
+
+def test_kernels_take_heads_of_up_to_128_and_cpus_the_rest(monkeypatch) -> None:
+    monkeypatch.setattr("xdscale.kernels.gpu.FORCE_TRITON", True)
+    backend = importlib.import_module("xdscale.kernels.attention")._backend
+    found = [backend(torch.zeros(1, 1, size)).__name__.rpartition("_")[2] for size in (1, 128, 129)]
+    assert found == ["launch", "launch", "cpu"]
+    assert backend(torch.zeros(1, 1, 8, dtype=torch.float64)) is None
 
 
 def test_a_seed_overwritten_before_the_backward_is_noticed() -> None:

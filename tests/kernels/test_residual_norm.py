@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from xdscale.kernels.dropout_mask import drop_threshold
-from xdscale.kernels.residual_norm import STREAM_ROWS, plain_residual_norm, residual_norm, rows_kept
+from xdscale.kernels.residual_norm import STREAM_ROWS, norm_runs_triton, plain_residual_norm, residual_norm, rows_kept
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPS = 1e-12
@@ -175,6 +175,17 @@ def test_wrong_arguments_are_named(name, wrong, error, expected):
     with pytest.raises(error, match=expected) as raised:
         residual_norm(**({**fitting, "eps": EPS} | {name: wrong}))
     assert name in str(raised.value)
+
+
+def test_kernels_take_rows_of_up_to_4096_states(monkeypatch):
+    monkeypatch.setattr("xdscale.kernels.gpu.FORCE_TRITON", True)
+    assert [norm_runs_triton(torch.zeros(1, size)) for size in (1, 4096, 4097)] == [True, True, False]
+
+
+def test_eps_may_be_0():
+    states, residual, weight, bias, _ = draw(3, 8, torch.float64)
+    found = residual_norm(states, residual, weight, bias, eps=0.0)
+    torch.testing.assert_close(found, F.layer_norm(states + residual, (8,), weight, bias, eps=0.0))
 
 
 def test_a_bias_in_another_dtype_than_the_weight_is_named():

@@ -1,9 +1,12 @@
 """Rates, norms, activations and first values that a configuration states arrive in every module that has such."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel, VisualBertConfig
+from transformers.activations import SiLUActivation
 
 from xdscale.errors import XdscaleError
 from xdscale.models.encoders import use_kernels
@@ -13,6 +16,10 @@ from xdscale.models.visualbert import VisualBERT
 from xdscale.models.vlbert import VLBERT, VLBertConfig
 from xdscale.pretrained import visualbert, vlbert
 from xdscale.pretrained.language import check_sizes
+from xdscale.recipes.vlbert.schema import GroundedObjectives
+from xdscale.systems.vlbert import VLBERTPretraining
+from xdscale.tasks.contract import find_task
+from xdscale.tasks.vlbert import VLBERTClassifier
 
 RATE, EPS, STD = 0.3, 0.125, 0.5
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -109,3 +116,30 @@ def test_all_that_a_bert_states_is_stated_of_what_is_made_of_it(published):
     assert {key: getattr(made, key) for key in stated} == stated
     model = published.from_bert(BertModel(bert), **more)
     assert {key: getattr(model.config, key) for key in stated} == stated
+
+
+@pytest.mark.parametrize("kind", ["masked_region", "objects"])
+def test_a_head_of_classes_activates_and_begins_as_the_encoder_does(kind):
+    torch.manual_seed(0)
+    encoder = VLBERT(VLBertConfig(**SIZES, **STATED, appearance_size=9, with_pooler=True))
+    if kind == "masked_region":
+        head = VLBERTPretraining(encoder, GroundedObjectives(), 70).masked_region
+    else:
+        head = VLBERTClassifier(encoder, find_task("vcr_qa"), dropout=0.1, loss="sigmoid", object_count=70).objects
+    assert isinstance(head.activation, SiLUActivation)
+    for linear in (head.transform, head.classifier):
+        assert linear.weight.std().item() == pytest.approx(STD, rel=0.1)
+        assert not linear.bias.any()
+    assert head.classifier.out_features == 70
+
+
+@pytest.mark.parametrize(("task", "rate"), [("vqa", 0.4), ("vcr_qa", 0.4), ("refcoco", 0.0)])
+def test_a_tasks_head_drops_what_finetuning_says(task, rate):
+    encoder = VLBERT(VLBertConfig(**SIZES, **STATED, appearance_size=9, with_pooler=True))
+    task = find_task(task)
+    task = replace(task, labels=("yes", "no")) if task.reads == "answer" else task
+    head = VLBERTClassifier(encoder, task, dropout=0.4, loss="sigmoid", object_count=0)
+    assert head.dropout.p == rate
+    assert head.objects is None
+    assert head.norm is None or head.norm.eps == EPS
+    assert (head.norm is None) == (task.reads != "answer")

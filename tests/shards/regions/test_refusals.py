@@ -1,5 +1,6 @@
 """What is refused, in which words: file, row, field, what was found and what to do."""
 
+import hashlib
 import io
 import json
 
@@ -10,6 +11,7 @@ import pytest
 from xdscale.errors import XdscaleError
 from xdscale.shards.build import build_table
 from xdscale.shards.regions import Detector, RegionBuild, RegionTable
+from xdscale.shards.sources.regions import hdf5
 from xdscale.shards.sources.regions.decoding import from_npy
 from xdscale.shards.sources.regions.files import Reading, load_sizes
 from xdscale.shards.sources.regions.importing import region_files
@@ -138,6 +140,9 @@ def test_sizes_come_from_where_they_are_said_to(tmp_path, those):
     assert np.allclose(found.boxes, writers.shares(those[1])[:, :4] * 1000, atol=0.6)
     (tmp_path / "sizes.json").write_text(json.dumps({"1000": [320, 240]}))
     sizes = load_sizes(str(tmp_path / "sizes.json"))
+    assert sizes.sha256 == hashlib.sha256((tmp_path / "sizes.json").read_bytes()).hexdigest()
+    one = region_files(paths, "uniter", detector, reading=Reading(sizes=sizes))
+    assert one.build["options"] == {"ids": "as-given", "columns": [], "sizes": sizes.sha256}
     with pytest.raises(XdscaleError, match=r"key '1001.npz': image '1001': its size does not stand in sizes.json"):
         build_table(region_files(paths, "uniter", detector, reading=Reading(sizes=sizes)), tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
@@ -277,3 +282,32 @@ def test_places_of_regions_of_another_shape_are_named(tmp_path, those, change, w
             file[name] = values
     with pytest.raises(XdscaleError, match=rf"train\.hdf5: {words}"):
         region_files([str(path)], "ban", str(writers.detector(tmp_path)))
+
+
+def test_an_image_without_regions_or_with_too_many_is_named(tmp_path, those, monkeypatch):
+    [path] = writers.ban(tmp_path, those)  # of 2, 3 and 4 regions
+    detector = str(writers.detector(tmp_path))
+    monkeypatch.setattr(hdf5, "_MOST_REGIONS", 5)
+    build_table(region_files([str(path)], "ban", detector), tmp_path / "out")
+    monkeypatch.setattr(hdf5, "_MOST_REGIONS", 4)
+    with pytest.raises(XdscaleError, match=r"train\.hdf5, image 2: pos_boxes: 4 regions of one image"):
+        build_table(region_files([str(path)], "ban", detector), tmp_path / "other")
+    with h5py.File(path, "r+") as file:
+        file["pos_boxes"][:] = [[0, 5], [5, 5], [5, 9]]
+    with pytest.raises(XdscaleError, match=r"train\.hdf5, image 1: pos_boxes: \[5, 5\]; images must have the 9 rows"):
+        region_files([str(path)], "ban", detector)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (65535, 65535)])
+def test_shares_tell_the_size_of_an_image(size):
+    boxes, shares = np.array([[0, 0, *size]], np.float64), np.array([[0, 0, 1, 1]], np.float64)
+    assert hdf5._size_of(boxes, shares, "x") == size
+
+
+@pytest.mark.parametrize(
+    ("size", "share"), [((0.4, 1), 1), ((1, 0.4), 1), ((65536, 9), 1), ((9, 65536), 1), ((9, 9), 0)]
+)
+def test_shares_that_tell_no_size_are_refused(size, share):
+    boxes, shares = np.array([[0, 0, *size]], np.float64), np.array([[0, 0, share, share]], np.float64)
+    with pytest.raises(XdscaleError, match="^x: spatial_features do not tell the image's size"):
+        hdf5._size_of(boxes, shares, "x")
