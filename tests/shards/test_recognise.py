@@ -158,6 +158,10 @@ def test_a_number_of_thousands_of_digits_is_no_fault(tmp_path):
         ("u.gz", gzipped(bz2.compress(LONG.encode())), "is compressed twice"),
         ("v.parquet.gz", gzipped(b"PAR1" + bytes(50)), "not a whole parquet file: .* decompress it first"),
         ("p.txt", "\\documentclass{article}\n\\begin{document}", "is LaTeX"),
+        ("w.txt", b"\x01" * 6 + b"a" * 94, "is no text: 6 of its first 100 bytes are control characters"),
+        ("x.txt", b"\0a" * 4 + b"\0\0\0\0" * 4 + b"a" * 26, "is no text: 20 of its first 50 bytes are zero"),
+        ("y.txt", b"\0\0\0\0\0\0" + b"\0a" * 10 + b"a" * 4, "looks like UTF-16 .* say --encoding utf-16-be"),
+        ("z.txt", "a,b\n1,2\n", "is a table"),
         (
             "q.jsonl",
             '{"text": "<p>one two</p>"}\n{"text": "<div>three</div>"}\n',
@@ -183,12 +187,21 @@ def test_what_is_no_corpus_is_refused_with_advice(tmp_path, name, content, messa
         f"From here on\n{LONG} at 10:30",
         f"{LONG} < 3 </p> {LONG}",
         '"Quoted," she said, "twice."',
+        "\x01" * 5 + "a" * 95,
+        "\0a" * 10 + "a" * 30,
+        "name,place",
+        "name\nplace\nname",
     ],
 )
 def test_what_only_looks_like_it_is_text(tmp_path, content):
     found = documents(write(tmp_path, "a.txt", content))
     assert {kind for _, kind in found} == {"text"}
     assert "\n\n".join(text for text, _ in found) == content
+
+
+def test_rows_of_which_half_is_html_are_texts(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"text": "<p>one two</p>"}\n{"text": "three"}\n')
+    assert documents(path) == [("<p>one two</p>", "jsonl"), ("three", "jsonl")]
 
 
 def test_whoever_means_it_gets_it(tmp_path):

@@ -44,6 +44,16 @@ def test_a_box_is_named_with_its_image_and_line(tmp_path, those):
     )
 
 
+def test_a_box_of_a_matrix_is_named_with_its_image_and_number(tmp_path, those):
+    those[1].boxes[2] = [10, 20, 5, 30]
+    [path] = writers.ban(tmp_path, those)
+    source = region_files([str(path)], "ban", str(writers.detector(tmp_path)))
+    with pytest.raises(
+        XdscaleError, match=r"^train\.hdf5, image 1: image '1001': boxes: region 2 is \(10\.0, 20\.0, 5\."
+    ):
+        build_table(source, tmp_path / "out")
+
+
 def test_two_pixels_outside_are_allowed_and_no_more(tmp_path, those):
     width, height = those[0].size
     those[0].boxes[0] = [-1.9, -2, width + 1.5, height + 2]
@@ -246,6 +256,18 @@ def npy(shape, descr, content=b"\0" * 32):
 def test_headers_that_state_no_array_are_refused(content):
     with pytest.raises(XdscaleError, match="here: its header states .* which is no array"):
         from_npy(content, "here")
+
+
+def test_as_many_regions_may_be_stated_as_have_features(tmp_path):
+    np.save(tmp_path / "1.npy", np.ones((2, 4), np.float32))
+    for stated in (1, 2, 3):
+        info = {"bbox": np.array([[0, 0, 5, 5], [1, 1, 6, 6]]), "image_h": 10, "image_w": 10, "num_boxes": stated}
+        np.save(tmp_path / "1_info.npy", np.array(info, object), allow_pickle=True)
+        if stated == 3:
+            with pytest.raises(XdscaleError, match=r"1_info\.npy: num_boxes: 3 are stated, features are there for 2"):
+                region_files([str(tmp_path / "1.npy")], "pythia", str(writers.detector(tmp_path)))
+        else:
+            region_files([str(tmp_path / "1.npy")], "pythia", str(writers.detector(tmp_path)))
 
 
 @pytest.mark.parametrize(
