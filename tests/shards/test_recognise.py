@@ -189,6 +189,7 @@ def test_what_is_no_corpus_is_refused_with_advice(tmp_path, name, content, messa
         '"Quoted," she said, "twice."',
         "\x01" * 5 + "a" * 95,
         "\0a" * 10 + "a" * 30,
+        f"{LONG}\n = = Its past = = \n{LONG}",
         "name,place",
         "name\nplace\nname",
     ],

@@ -191,3 +191,16 @@ def test_the_real_dump_keeps_its_prose_and_loses_its_markup(wiki_dump):
     assert [line for line in kept if left.search(line)] == []
     assert any(line.startswith("Golden eagle") for line in kept) is False  # a picture's caption
     assert paragraphs("== A heading of many words ==", "mediawiki", 5) == []
+
+
+@pytest.mark.parametrize(
+    ("wikitext", "lines"),
+    [
+        ("a {{b}} c }} d", ["a  c  d"]),
+        ("a {{{b}}} c }}} d", ["a  c  d"]),
+        ("{|\n|a\n|}\n! b\n|} c", ["! b", "c"]),
+        ("[[a]] b ]] c", ["a b  c"]),
+    ],
+)
+def test_what_closes_nothing_is_left_out_alone(wikitext, lines):
+    assert prose(wikitext) == lines

@@ -249,6 +249,8 @@ def test_images_whose_files_cannot_be_read_can_be_left_out(tmp_path):
     for one in those[1:]:
         (tmp_path / "images" / f"{one.id}.jpg").write_bytes(saved(one.size)[: -900 if one is those[3] else None])
     words = ["import", path, "--format", "butd", "--detector", writers.detector(tmp_path)]
+    run_raising(*words, "--bad-images", "skip", "--out", tmp_path / "without")  # nothing is read that nobody asked for
+    assert len(RegionTable.open(tmp_path / "without")) == 5
     words += ["--jpegs", tmp_path / "images", "--shard-images", "1", "--out", tmp_path / "out"]
     with pytest.raises(XdscaleError, match=r"1000\.jpg does not exist \(--jpegs\); --bad-images skip leaves such"):
         run_raising(*words)
