@@ -6,11 +6,14 @@ import hashlib
 import os
 import shutil
 
+import numpy as np
 import pytest
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.build import merge_parts
 from xdscale.shards.manifest import Manifest
+from xdscale.shards.regions import Detector
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.shards.table import Table
 from xdscale.shards.verify import verify_shards
 from xdscale.shards.workplace import Part
@@ -180,3 +183,14 @@ def test_overwriting_one_part_is_refused(small_build, parts):
 def test_what_is_no_part(text):
     with pytest.raises(XdscaleError, match="expected i/n with i from 0 to n - 1"):
         Part.parse(text)
+
+
+def test_parts_of_another_table_are_merged_into_a_dataset(small_build, tmp_path):
+    out, boxes = tmp_path / "out", np.array([[0, 0, 5, 5]], np.float32)
+    build_regions([RegionImage("a", (9, 9), boxes)], out, Detector(model="m"))
+    regions = Manifest.load(out).tables["regions"]
+    for number in (0, 1):
+        small_build(out, part=Part(number, 2))
+    text = merge_parts(out)
+    assert Manifest.load(out).tables == {"regions": regions, "text": text}
+    assert merge_parts(out) in (regions, text)  # nothing is left to merge
