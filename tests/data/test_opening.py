@@ -197,16 +197,12 @@ def test_the_watchdog_hears_of_what_is_fetched(wiki_shards, tmp_path, budget):
     ranks = ThreadRanks(0, 1, Barrier(1), [None])
     place = {"check": lambda folder: None, "on_shard": lambda: ticks.append(1)}
     found = open_shards(f"file://{wiki_shards}", run, ranks, ["text"], **place)
-    count = len(Manifest.load(wiki_shards).shards)
-    assert len(ticks) == (count if budget is None else 0)
+    assert len(ticks) == len(Manifest.load(wiki_shards).shards)
     if budget is not None:
-        found.table("train").read("language", np.array([0]))
+        ticks.clear()
+        found.table("train").read("language", np.array([0]))  # fetches a shard
         assert ticks
         found.cache.close()
-        ticks.clear()
-        again = open_shards(f"file://{wiki_shards}", run, ranks, ["text"], **place)  # what is there is hashed
-        assert ticks
-        again.cache.close()
 
 
 @pytest.mark.parametrize(

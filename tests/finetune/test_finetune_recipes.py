@@ -85,6 +85,25 @@ def test_models_of_the_best_and_of_the_last_weights_are_not_comparable(tmp_path)
     assert best == last | {"best": "accuracy/task", "patience": 2}
 
 
+def test_what_must_be_equal_is_what_a_text_model_was_trained_with(tmp_path):
+    """What other models have beside it is no part of it: results of before such options stay comparable."""
+    data = TaskData(find_task("rte"), [Example("0", (("a", "b"),), 0, 1)] * 10, {}, {}, {}, {})
+    subject = {"name": "m", "subject": "language", "size": "base", "weights_sha256": None}
+    of_run = {"subject": subject, "source": tmp_path, "seed": 3, "label": "m", "folder": tmp_path / "r"}
+    run = resolve_run(load_settings("paper", []), data, **of_run)
+    optim = run.optim.model_dump(mode="json")
+    assert _settings(run, {}) == optim | {
+        "format": 1,
+        "epochs": 3,
+        "steps": 1,
+        "global_batch": 32,
+        "max_length": 128,
+        "clip_blocks_per_sentence": 2,
+        "dropout": 0.1,
+        "precision": "fp32",
+    }
+
+
 def test_models_of_other_losses_or_of_mirrored_images_are_not_comparable(tmp_path):
     data = TaskData(find_task("rte"), [Example("0", (("a", "b"),), 0, 1)] * 10, {}, {}, {}, {})
     subject = {"name": "m", "subject": "vlbert", "size": "base", "weights_sha256": None}

@@ -141,6 +141,23 @@ def test_a_killed_rank_or_launcher_is_a_fault(end, capfd):
     assert capfd.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "looked_for"),
+    [
+        ("quickstart", ["data.shards=there"], ["there"]),
+        ("quickstart", ["data.shards=s3://bucket/wiki", "run.cache=/cache"], []),
+        ("visualbert-nlvr2-task", [], []),
+    ],
+)
+def test_folders_of_shards_alone_are_looked_for(started, gpus, monkeypatch, tmp_path, recipe, overrides, looked_for):
+    gpus([])
+    found = []
+    monkeypatch.setattr(train, "shards_folder", found.append)
+    train.train_here(recipe, [f"output.folder={tmp_path}", *overrides], "bert-base-zero2", None)
+    assert found == looked_for
+    assert len(started) == 1
+
+
 def test_missing_shards_are_said_at_once_with_what_to_do(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "run_launcher", pytest.fail)
