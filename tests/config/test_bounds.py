@@ -8,9 +8,9 @@ from pydantic import BaseModel, ValidationError
 
 from xdscale.finetune.recipe import FinetuneSettings
 from xdscale.recipes.mlm.schema import MaskedLMRecipe
-from xdscale.recipes.visualbert.schema import VisualBERTRecipe
+from xdscale.recipes.visualbert.schema import VisualBERTRecipe, VisualBERTSettings
 from xdscale.recipes.visualbert.task_schema import VisualBERTTaskRecipe
-from xdscale.recipes.vlbert.schema import VLBERTRecipe
+from xdscale.recipes.vlbert.schema import VLBERTRecipe, VLBERTSettings
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.shards.manifest import Column, InputFile, ShardRecord, Split
 from xdscale.shards.regions import RegionBuild
@@ -69,6 +69,9 @@ VISUALBERT = {
     "objectives.match.weight": "(0, inf)",
 }
 PIXELS = {"model.pixels.short_side": "[16, 10000]", "model.pixels.long_side": "[16, 10000]", "model.flip": "[0, 1)"}
+TUNED = {"dropout": "[0, 1)", "max_length": "[8, inf)"}
+TUNED |= {"pixels.short_side": "[16, 10000]", "pixels.long_side": "[16, 10000]"}
+SUBJECT = {"model.dropout": "[0, 1)", "model.max_length": "[8, inf)"}
 BOUNDS = {
     MaskedLMRecipe: EVERY | masked_words("mlm"),
     XDBERTRecipe: EVERY
@@ -95,11 +98,8 @@ BOUNDS = {
         "objectives.masked_region.mask": "(0, 1]",
     },
     FinetuneSettings: OPTIM
-    | PIXELS
+    | SUBJECT
     | {
-        "model.dropout": "[0, 1)",
-        "model.max_length": "[8, inf)",
-        "model.object_loss": "[0, inf)",
         "training.epochs": "(0, 1000000]",
         "training.global_batch": INT32,
         "training.patience": COUNT,
@@ -111,6 +111,8 @@ BOUNDS = {
         "run.hang_seconds": COUNT,
         "seeds": "[1, 10000]",
     },
+    VisualBERTSettings: TUNED,
+    VLBERTSettings: TUNED | {"flip": "[0, 1)", "object_loss": "[0, inf)"},
     PackingOptions: {
         "min_words": "[0, inf)",
         "sequence_length": INT32,

@@ -6,8 +6,9 @@ from xdscale.errors import XdscaleError
 from xdscale.names import resolve_path
 from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import Clip
+from xdscale.recipes.xdbert.task_schema import LanguageSettings
 from xdscale.tasks import text_subjects
-from xdscale.tasks.contract import ModelSettings, find_task
+from xdscale.tasks.contract import find_task
 from xdscale.tasks.text_subjects import ClipSubject, CrossModalSubject, LanguageSubject
 
 TASK, SHA256 = find_task("rte"), "0" * 64
@@ -35,7 +36,8 @@ def called(monkeypatch):
 
 def test_weights_and_dropout_are_those_of_the_settings(called, tmp_path):
     settings = {
-        weights: ModelSettings(dropout=0.3, weights=weights, clip_weights="w") for weights in ("pretrained", "random")
+        weights: LanguageSettings(dropout=0.3, weights=weights, clip_weights="w")
+        for weights in ("pretrained", "random")
     }
     LanguageSubject("m", settings["pretrained"]).build(TASK, sha256=SHA256)
     assert called["build_language_classifier"] == ((Language(name="m", sha256=SHA256), TASK), {"dropout": 0.3})
@@ -53,7 +55,7 @@ def test_weights_and_dropout_are_those_of_the_settings(called, tmp_path):
     [(LanguageSubject, True, False), (CrossModalSubject, True, True), (ClipSubject, False, True)],
 )
 def test_texts_are_split_for_the_encoders_that_read_them(called, subject, language, clip):
-    subject("m", ModelSettings(max_length=77)).collator(TASK, ["example"])
+    subject("m", LanguageSettings(max_length=77)).collator(TASK, ["example"])
     tokenizer, ids = ("tokenizer of m", "ids of m") if language else (None, None)
     bpe, clip_ids = ("ClipBPE", "describe_clip_tokenizer") if clip else (None, None)
     assert called["encode_examples"] == ((["example"], TASK.targets, tokenizer, bpe), {})
@@ -61,13 +63,13 @@ def test_texts_are_split_for_the_encoders_that_read_them(called, subject, langua
 
 
 def test_texts_may_be_as_long_as_the_encoder_has_positions(cassette_model):
-    assert LanguageSubject(str(cassette_model), ModelSettings(max_length=512)).describe().hidden_size == 128
+    assert LanguageSubject(str(cassette_model), LanguageSettings(max_length=512)).describe().hidden_size == 128
     with pytest.raises(XdscaleError, match=r"model\.max_length = 513: .* has 512 positions"):
-        LanguageSubject(str(cassette_model), ModelSettings(max_length=513)).describe()
+        LanguageSubject(str(cassette_model), LanguageSettings(max_length=513)).describe()
 
 
 def test_clip_is_described_with_the_weights_of_the_settings(tmp_path):
     (weights := tmp_path / "w.pt").touch()
-    found = ClipSubject("ViT-B-32", ModelSettings(clip_weights=str(weights))).describe()
+    found = ClipSubject("ViT-B-32", LanguageSettings(clip_weights=str(weights))).describe()
     assert (found.hidden_size, found.weights) == (512, [weights])
-    assert ClipSubject("ViT-B-32", ModelSettings(clip_weights="random")).describe().weights is None
+    assert ClipSubject("ViT-B-32", LanguageSettings(clip_weights="random")).describe().weights is None
