@@ -243,8 +243,8 @@ def test_the_command(pair, tmp_path):
     wrong = subprocess.run([PROGRAM, "report", "x", "--layout", "table-2"], capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stderr) == (
         2,
-        "error: --layout table-2: expected one of table-1, table-3, table-8, visualbert, vlbert, "
-        "visualbert-ablations\n",
+        "error: --layout table-2: expected one of table-1, table-3, table-8, visualbert, "
+        "visualbert-ablations, vlbert\n",
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def layouts() -> dict[str, Layout]:
     """Returns all tables by their name on the command line."""
     folder, tables = Path(__file__).parent, {}
     tasks = yaml.safe_load((folder / "tasks.yaml").read_text(encoding="utf-8"))
-    for path in sorted((folder / "tables").glob("*.yaml")):
+    for path in sorted((folder / "tables").glob("*.yaml"), key=lambda path: path.stem):
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
         columns = tuple(
             TaskColumn(task, known["title"], known["metric"], table.get("seeds", known.get("seeds")))
