@@ -22,9 +22,9 @@ SYSTEMS = {
 """Recipes of the systems that ship; of others `xdscale.systems` in entry points."""
 
 SUBJECTS = {
-    "language": "xdscale.recipes.xdbert.task_schema:LanguageSettings",
-    "cross-modal": "xdscale.recipes.xdbert.task_schema:CrossModalSettings",
-    "clip": "xdscale.recipes.xdbert.task_schema:ClipSettings",
+    "language": "xdscale.recipes.xdbert.schema:LanguageSettings",
+    "cross-modal": "xdscale.recipes.xdbert.schema:CrossModalSettings",
+    "clip": "xdscale.recipes.xdbert.schema:ClipSettings",
     "visualbert": "xdscale.recipes.visualbert.schema:VisualBERTSettings",
     "vlbert": "xdscale.recipes.vlbert.schema:VLBERTSettings",
 }

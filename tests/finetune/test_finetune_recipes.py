@@ -13,7 +13,7 @@ from xdscale.finetune.command import default_ds_config, describe_subject
 from xdscale.finetune.recipe import RunSettings, check_tasks, load_settings, resolve_run
 from xdscale.finetune.run import _settings
 from xdscale.recipe import Run
-from xdscale.recipes.xdbert.task_schema import ClipSettings, LanguageSettings
+from xdscale.recipes.xdbert.schema import ClipSettings, LanguageSettings
 from xdscale.tasks.contract import SHIPPED, TaskData, find_task
 from xdscale.tasks.own import OwnTask
 

@@ -16,7 +16,7 @@ from xdscale.finetune.recipe import load_settings, resolve_run
 from xdscale.models.fast_rcnn import load_fast_rcnn
 from xdscale.pretrained.vlbert import load_vlbert, save_release
 from xdscale.recipes.vlbert.schema import VLBERTSettings
-from xdscale.recipes.xdbert.task_schema import LanguageSettings
+from xdscale.recipes.xdbert.schema import LanguageSettings
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.systems.contract import Objective, Slots

@@ -10,7 +10,7 @@ from xdscale.errors import XdscaleError
 from xdscale.pretrained.language import own_tokenizer
 from xdscale.pretrained.language_files import save_language_files
 from xdscale.recipes.mlm.schema import Language
-from xdscale.recipes.xdbert.task_schema import LanguageSettings
+from xdscale.recipes.xdbert.schema import LanguageSettings
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.manifest import Manifest
 from xdscale.systems.mlm import check_language

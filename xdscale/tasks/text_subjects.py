@@ -11,8 +11,7 @@ from xdscale.names import resolve_path
 from xdscale.pretrained.clip import clip_config, clip_weights_path
 from xdscale.pretrained.language import language_config, language_weights, own_tokenizer
 from xdscale.recipes.mlm.schema import Language
-from xdscale.recipes.xdbert.schema import Clip
-from xdscale.recipes.xdbert.task_schema import TextSettings
+from xdscale.recipes.xdbert.schema import Clip, TextSettings
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.sources.text_build import ClipTokenizer, LanguageTokenizer
 from xdscale.tasks.contract import Subject, SubjectFacts, Task

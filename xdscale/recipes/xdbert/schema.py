@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from xdscale.recipe import OBJECTIVE_WEIGHT, NameOrPath, Objectives, Recipe, Section
+from xdscale.recipes.finetune.schema import ModelSettings
 from xdscale.recipes.mlm.schema import LanguageModel, MaskedLM
 
 
@@ -59,3 +60,30 @@ class XDBERTRecipe(Recipe):
         """Returns what is inconsistent, if anything is."""
         mlm = self.objectives.mlm
         return super().problem() or (mlm and mlm.problem())
+
+
+class TextSettings(ModelSettings):
+    """How what reads texts alone is finetuned; one recipe serves all three, which stand in one table (paper §3)."""
+
+    of_model: ClassVar[frozenset[str]] = frozenset({"clip_weights"})
+
+    clip_weights: NameOrPath = Field("openai", description="for CLIP-T alone: open_clip tag, weights file, or 'random'")
+
+
+class LanguageSettings(TextSettings):
+    """Of the language encoder alone."""
+
+    implementation: ClassVar[str] = "xdscale.tasks.text_subjects:LanguageSubject"
+    model_types: ClassVar[tuple[str, ...]] = ("bert", "electra")
+
+
+class CrossModalSettings(TextSettings):
+    """Of the full model."""
+
+    implementation: ClassVar[str] = "xdscale.tasks.text_subjects:CrossModalSubject"
+
+
+class ClipSettings(TextSettings):
+    """Of CLIP-T alone."""
+
+    implementation: ClassVar[str] = "xdscale.tasks.text_subjects:ClipSubject"
