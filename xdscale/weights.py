@@ -53,6 +53,24 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def part_of(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Returns the weights whose names begin with a prefix, under the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def require_fitting(
+    wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], where: Path | str, whose: str
+) -> None:
+    """Refuses weights that are not those of a module.
+
+    Raises:
+        XdscaleError: names some that are missing or of another shape.
+    """
+    wrong = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
+    if wrong:
+        raise XdscaleError(f"{where}: holds no fitting weights for {some(wrong)} of {whose}")
+
+
 def require_numbers(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Refuses weights that are no numbers, with which no step of a run would be finite.
 
@@ -136,8 +154,8 @@ def check_sha256(files: list[Path], expected: str) -> None:
     found = weights_sha256(files)
     if found != expected.lower():
         raise XdscaleError(
-            f"{', '.join(map(str, files))}: SHA-256 is {found}, but model.language.sha256 says {expected}; the weights "
-            "are damaged or not those the recipe was written for"
+            f"{', '.join(map(str, files))}: SHA-256 is {found}, but the recipe says {expected}; the weights "
+            "are damaged or not those that it was written for"
         )
 
 

@@ -144,7 +144,7 @@ def build_case(case, ranks):
     import torch
 
     from xdscale.ds_config import activation_checkpointing, resolve_ds_config
-    from xdscale.systems.contract import open_system
+    from xdscale.systems.contract import open_system, recompute_activations
     from xdscale.training.engine import build_engine
     from xdscale.training.stored import build_module
 
@@ -153,7 +153,7 @@ def build_case(case, ranks):
     torch.manual_seed(0)
     module = build_module(open_system(recipe), continued=False)
     if activation_checkpointing(config):
-        module.enable_activation_checkpointing()
+        recompute_activations(module)
     for name in case.get("frozen", ()):
         module.get_submodule(name).requires_grad_(False)
     return recipe, config, module, build_engine(module, recipe.optim, config, load_universal=False)

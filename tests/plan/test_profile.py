@@ -7,7 +7,7 @@ from xdscale.errors import XdscaleError
 from xdscale.plan.profile import build_on_meta, modules, parameter_table, profile_model
 from xdscale.plan.states import count
 from xdscale.recipe import load_recipe, shipped_recipes
-from xdscale.systems.contract import open_system
+from xdscale.systems.contract import open_system, recompute_activations
 from xdscale.systems.xdbert import build_adaptation
 from xdscale.training.engine import to_device
 from xdscale.training.tracing import on_meta, trace
@@ -96,7 +96,7 @@ def test_kept_bytes_within_a_tenth_of_what_autograd_keeps(
     spec = load_recipe("quickstart", [*RANDOM, f"model.dropout={dropout}", f"model.cross_layers={layers}"])
     module = build_adaptation(spec).to(precision).train()
     if checkpointing:
-        module.enable_activation_checkpointing()
+        recompute_activations(module)
     module.model.clip.requires_grad_(not frozen)
     arrays = open_system(spec).example(module, 3, 128, longest=True).arrays
     kept = kept_bytes(module, to_device(arrays, torch.device("cpu")))

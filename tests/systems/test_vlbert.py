@@ -261,5 +261,6 @@ def test_an_export_is_read_and_begun_with(runs, tmp_path):
     for place in (out, runs[2], tmp_path / "vl.model"):
         with pytest.raises(XdscaleError, match=r"trained with model\.corners=false, which this recipe has not"):
             built(f"model.start={place}", "model.corners=true")
-    with pytest.raises(XdscaleError, match=r"model\.start = .*: holds no fitting weights for model\.regions\.mask"):
+    wrong = r"model\.regions\.projection\.weight, model\.regions\.mask\.weight of this recipe"
+    with pytest.raises(XdscaleError, match=rf"model\.start = .*: holds no fitting weights for {wrong}"):
         built(f"model.start={out}", "model.region_size=13")

@@ -15,7 +15,7 @@ from xdscale import recipe
 from xdscale.data.visualbert import VisualBERTCollator
 from xdscale.plan.profile import build_on_meta
 from xdscale.shards.table import Table
-from xdscale.systems.contract import Slots
+from xdscale.systems.contract import Slots, recompute_activations
 from xdscale.systems.mlm import build_masked_lm
 from xdscale.systems.xdbert import build_adaptation, build_model
 from xdscale.tasks.contract import find_task
@@ -97,7 +97,7 @@ def test_adaptation(adaptation_spec, arrays, launched, name, checkpointing):
     with META:
         module = build_adaptation(adaptation_spec(name, weights="random", dropout=0.1))
     if checkpointing:
-        module.enable_activation_checkpointing()
+        recompute_activations(module)
     terms = step(module, arrays)
     assert terms.keys() == {"mlm", "match", "clip_tokens"}
     # On a GPU CLIP's own attention is PyTorch's.
@@ -124,7 +124,7 @@ def test_visualbert(captioned_pictures, launched, early, checkpointing, layers):
     spec = recipe.load_recipe("visualbert-vqa-coco", ["model.region_size=12", f"model.early_fusion={early}"])
     module = build_on_meta(spec)
     if checkpointing:
-        module.enable_activation_checkpointing()
+        recompute_activations(module)
     collate = VisualBERTCollator(Table(captioned_pictures, "train", "captions"), spec)
     batch = collate(Slots(np.zeros(5, int), np.arange(5) * 7, np.arange(5) < 4))
     assert step(module, batch.arrays).keys() == {"mlm", "match"}
@@ -154,7 +154,7 @@ def test_finetuning(adaptation_spec, task_arrays, launched, kind, task, labels, 
         subject = build_clip_classifier(spec.clip, find_task(task), dropout=0.1)
     module = Finetuning(subject, find_task(task))
     if checkpointing:
-        module.enable_activation_checkpointing()
+        recompute_activations(module)
     assert step(module, task_arrays(task, labels))["logits"].device == META
     kernels = {"attention_forward", "attention_backward_query", "attention_backward_key_value"}
     assert kernels <= set(launched)

@@ -30,6 +30,7 @@ from xdscale.training.best import final_step
 from xdscale.training.checkpoint_folder import list_checkpoints, step_of
 from xdscale.training.run_folder import read_log
 from xdscale.training.session import Setup
+from xdscale.weights import part_of
 
 
 class Material(NamedTuple):
@@ -110,9 +111,7 @@ class FinetuneSystem(System):
 
     def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
         """Writes the finetuned model as its subject does."""
-        prefix = "subject."
-        inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        return self._subject.export(self.recipe.task.find(), inner, out)
+        return self._subject.export(self.recipe.task.find(), part_of(state, "subject."), out)
 
     def finish(self, setup: Setup, engine: Any) -> int:
         """Predicts every example of the development and test splits once, and writes the result."""

@@ -11,8 +11,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import roi_align
 
-from xdscale.errors import XdscaleError
-from xdscale.weights import read_state_dict, require_numbers, some
+from xdscale.weights import read_state_dict, require_fitting, require_numbers
 
 STRIDE = 16
 """Pixels for each place of C4's map."""
@@ -203,10 +202,8 @@ def load_resnet(model: RegionResNet, state: Mapping[str, torch.Tensor], path: Pa
         XdscaleError: it holds no such ResNet.
     """
     own = model.state_dict()
-    wrong = [name for name, value in own.items() if "num_batches" not in name and name not in new
-             and (name not in state or state[name].shape != value.shape)]  # fmt: skip
-    if wrong:
-        raise XdscaleError(f"{path}: holds no fitting weights for {some(wrong)} of a {model.like} or its like")
+    needed = {name: value for name, value in own.items() if "num_batches" not in name and name not in new}
+    require_fitting(needed, state, path, f"a {model.like} or its like")
     # Counts of batches, which have no effect, may be of any shape.
     fit = (name for name, value in own.items() if name in state and state[name].shape == value.shape)
     found = {name: state[name].float() for name in fit}

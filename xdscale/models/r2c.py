@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xdscale.models.fast_rcnn import FEATURES, RegionResNet, load_resnet, resnet_shape
-from xdscale.weights import read_state_dict
+from xdscale.weights import part_of, read_state_dict
 
 RESNET_50 = (3, 4, 6, 3)
 """Blocks of each of its stages."""
@@ -98,8 +98,7 @@ def load_detector(path: Path | None, *, size: int, dropout: float) -> R2CDetecto
         return R2CDetector(size=size, dropout=dropout)
     state = read_state_dict(path)
     for theirs, ours in _RELEASE.items():
-        prefix = f"detector.{theirs}"
-        state |= {ours + name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+        state |= {ours + name: value for name, value in part_of(state, f"detector.{theirs}").items()}
     model = R2CDetector(*resnet_shape(state), size=size, dropout=dropout)
     own = ("masks.", "classes.", "projection.")
     whole = any(name.startswith(own) for name in state)

@@ -22,6 +22,7 @@ from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.weights import (
     WEIGHT_FILES,
     check_sha256,
+    part_of,
     read_state_dict,
     reason,
     require_numbers,
@@ -229,8 +230,7 @@ def sentence_head_state(spec: Language) -> dict[str, torch.Tensor] | None:
     """
     head: dict[str, torch.Tensor] = {}
     for path in language_weights(spec) or ():
-        found = read_state_dict(path).items()
-        head |= {name.removeprefix(SENTENCE_HEAD): value for name, value in found if name.startswith(SENTENCE_HEAD)}
+        head |= part_of(read_state_dict(path), SENTENCE_HEAD)
     return {name: value.float() for name, value in head.items()} if {*head} == {"weight", "bias"} else None
 
 

@@ -70,7 +70,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         XdscaleError: the encoder's files are not there.
     """
     if not (source / "config.json").is_file():
-        raise XdscaleError(f"{source}: holds no config.json; copy the whole run folder, which has the BERT's files")
+        raise XdscaleError(f"{source}: holds no config.json; copy the whole run folder, which has the encoder's files")
     for path in source.iterdir():
         if path.name != "config.json":
             shutil.copyfile(path, out / path.name)
@@ -87,11 +87,8 @@ def export_language(source: Path, weights: dict[str, Any], out: Path) -> str:
     Raises:
         XdscaleError: the encoder's files are not there.
     """
-    if not (source / "config.json").is_file():
-        raise XdscaleError(f"{source}: holds no config.json; copy the whole run folder, which has the encoder's files")
+    copy_tokenizer(source, out)
     logging.disable_progress_bar()
-    for path in source.iterdir():
-        shutil.copyfile(path, out / path.name)
     model = AutoModel.from_config(AutoConfig.from_pretrained(source))
     model.load_state_dict(weights, strict=True)
     model.save_pretrained(out)

@@ -1,32 +1,23 @@
 """VisualBERT's weights: from a BERT, from what others published, and for transformers to load."""
 
-import json
-import re
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel, VisualBertConfig
 
 from xdscale.errors import XdscaleError
 from xdscale.models.single_stream import BERT_NAMES
 from xdscale.models.visualbert import VisualBERT
+from xdscale.pretrained.bert_checkpoint import FROM_BERT, TRUNK_PREFIX, bert_sizes, filled, save_model
 from xdscale.pretrained.language import MASKED_LM_HEAD, MASKED_LM_KEYS, SENTENCE_HEAD, check_sizes, read_config
-from xdscale.weights import matrix_shapes, read_state_dict, require_numbers, some, weight_files
+from xdscale.weights import matrix_shapes, part_of, read_state_dict, weight_files
 
 ENCODER = "visual_bert."
 """What the names of the encoder's weights begin with where a file also holds heads."""
 
 DETECTOR = "detector.safetensors"
 """Of a finetuned VisualBERT: the branch of ResNet-50 that was tuned along."""
-_TRUNK = "trunk."
-
-_SHARED = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size"),
-    *("initializer_range", "layer_norm_eps", "pad_token_id", "tie_word_embeddings"),
-)
-"""What a configuration has from that of its BERT."""
 
 _RELEASE = (
     ("bert.bert.", ENCODER),
@@ -77,7 +68,7 @@ def config_from_bert(config: PretrainedConfig, *, region_size: int, early_fusion
         raise XdscaleError(f"model.language: VisualBERT is made of a BERT, not of {config.model_type!r}")
     if config.type_vocab_size < 2:
         raise XdscaleError("model.language: VisualBERT tells two captions, or images, by segments: it needs 2, not 1")
-    values = {name: getattr(config, name) for name in _SHARED}
+    values = {name: getattr(config, name) for name in (*FROM_BERT, "type_vocab_size")}
     return VisualBertConfig(**values, visual_embedding_dim=region_size, bypass_transformer=not early_fusion)
 
 
@@ -106,16 +97,12 @@ def from_bert(
     return model.train(language.training)
 
 
-def load_visualbert(
-    place: Path, *, dropout: float | None = None, alignment: str | None = None
-) -> tuple[VisualBERT, dict[str, torch.Tensor]]:
+def load_visualbert(place: Path, *, dropout: float | None = None) -> tuple[VisualBERT, dict[str, torch.Tensor]]:
     """Loads a VisualBERT in fp32: an export, any `visual_bert` folder of transformers, or a checkpoint of the release.
 
     Args:
         place: the folder, or the release's `.th` file.
         dropout: in the place of the configuration's.
-        alignment: "sum" or "mean" (see `xdscale.models.visualbert.VisualTextEmbeddings`); None for what an export says,
-            and for the mean elsewhere, as transformers and the release compute it.
 
     Returns:
         The encoder, and the heads that come with it under the names that they have in training.
@@ -127,25 +114,10 @@ def load_visualbert(
     check_sizes(config, str(place))
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    alignment = alignment or getattr(config, "alignment", "mean")
-    with torch.device("meta"):  # what does not fit may be of any size
-        shapes = {name: value.shape for name, value in VisualBERT(config, alignment=alignment).state_dict().items()}
-    wanted = {name: ENCODER + published_name(name) for name in shapes}
-    wrong = [
-        theirs.removeprefix(ENCODER)
-        for name, theirs in wanted.items()
-        if theirs not in state or state[theirs].shape != shapes[name]
-    ]
-    if wrong:
-        raise XdscaleError(f"{place}: holds no fitting weights for {some(wrong)} of its VisualBERT")
-    own = {name: state[theirs].float() for name, theirs in wanted.items()}
-    heads = {ours: state[theirs].float() for ours, theirs in _HEADS.items() if theirs in state}
-    if config.tie_word_embeddings:
-        heads.pop("mlm.decoder_weight", None)
-    require_numbers(own | heads, place)
-    model = VisualBERT(config, alignment=alignment)
-    model.load_state_dict(own)
-    return model.eval(), heads
+    alignment = getattr(config, "alignment", "mean")  # an export says which; transformers and the release: the mean
+    heads = {ours: state[theirs] for ours, theirs in _HEADS.items() if theirs in state}
+    build = partial(VisualBERT, config, alignment=alignment)
+    return filled(build, part_of(state, ENCODER), heads, place, published_name)
 
 
 def published_weights(config: VisualBertConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -175,13 +147,9 @@ def save_visualbert(config: VisualBertConfig, state: dict[str, torch.Tensor], ou
         out: an existing folder.
         alignment: of the model; transformers always computes the mean.
     """
-    weights = {name: value.contiguous() for name, value in published_weights(config, state).items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    trunk = {name.removeprefix(_TRUNK): value for name, value in state.items() if name.startswith(_TRUNK)}
-    if trunk:
-        save_file({name: value.contiguous() for name, value in trunk.items()}, out / DETECTOR)
-    values = config.to_dict() | {"architectures": ["VisualBertForPreTraining"], "alignment": alignment}
-    (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    trunk = {name: value for name, value in state.items() if name.startswith(TRUNK_PREFIX)}
+    values = {"architectures": ["VisualBertForPreTraining"], "alignment": alignment}
+    save_model(config, published_weights(config, state) | trunk, out, DETECTOR, **values)
 
 
 def _read(place: Path) -> tuple[VisualBertConfig, dict[str, torch.Tensor]]:
@@ -200,26 +168,15 @@ def _read(place: Path) -> tuple[VisualBertConfig, dict[str, torch.Tensor]]:
 
 
 def _config_of(state: dict[str, torch.Tensor], path: Path) -> VisualBertConfig:
-    """Returns the configuration that the weights of a checkpoint have, with heads of 64 as in every BERT."""
-    names = (
-        "embeddings.word_embeddings.weight",
-        "embeddings.visual_projection.weight",
-        "encoder.layer.0.intermediate.dense.weight",
-        "embeddings.token_type_embeddings.weight",
-        "embeddings.position_embeddings.weight",
-    )
-    found = matrix_shapes(state, [ENCODER + name for name in names], path, "VisualBERT")
-    words, projection, intermediate, segments, positions = found
-    layers = {match[1] for name in state if (match := re.match(rf"{ENCODER}encoder\.layer\.(\d+)\.", name))}
+    """Returns the configuration that the weights of a checkpoint have."""
+    embeddings, what = f"{ENCODER}embeddings.", "VisualBERT"
+    sizes = bert_sizes(state, embeddings, f"{ENCODER}encoder.layer.", path, what)
+    names = [f"{embeddings}visual_projection.weight", f"{embeddings}token_type_embeddings.weight"]
+    projection, segments = matrix_shapes(state, names, path, what)
     return VisualBertConfig(
-        vocab_size=words[0],
-        hidden_size=words[1],
-        num_attention_heads=max(1, words[1] // 64),
-        num_hidden_layers=len(layers),
-        intermediate_size=intermediate[0],
+        **sizes,
         visual_embedding_dim=projection[1],
         type_vocab_size=segments[0],
-        max_position_embeddings=positions[0],
         bypass_transformer=any(name.startswith(ENCODER + "additional_layer.") for name in state),
         pad_token_id=0,
     )

@@ -1,7 +1,6 @@
 """VL-BERT's weights: from a BERT, from the release's `.model` files and back, and in a folder of ours."""
 
-import json
-import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,23 +10,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from xdscale.errors import XdscaleError
 from xdscale.models.single_stream import BERT_NAMES
 from xdscale.models.vlbert import GEOMETRY, REGION_SEGMENT, VLBERT, VLBertConfig
+from xdscale.pretrained.bert_checkpoint import FROM_BERT, TRUNK_PREFIX, bert_sizes, filled, save_model
 from xdscale.pretrained.language import MASKED_LM_KEYS, check_sizes, language_weights, read_config
 from xdscale.recipes.mlm.schema import Language
-from xdscale.weights import matrix_shapes, read_state_dict, require_numbers, some, weight_files
+from xdscale.weights import matrix_shapes, part_of, read_state_dict, weight_files
 
-TRUNK, TRUNK_PREFIX = "fast_rcnn.safetensors", "trunk."
-"""The branch of Fast R-CNN in an export, and what its names begin with in training."""
+TRUNK = "fast_rcnn.safetensors"
+"""The branch of Fast R-CNN in an export."""
 _TRUNK_PLACES = ("image_feature_extractor.roi_head_feature_extractor.", "image_feature_extractor.head.0.")
 """Where the release has C5, twice; the rest of the branch is in its `image_feature_extractor.backbone.`."""
 POOLER = "pooler.safetensors"
 """The BERT's, in a run's `language` folder and in an export."""
-
-_SHARED = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "initializer_range"),
-    *("layer_norm_eps", "pad_token_id", "tie_word_embeddings"),
-)
-"""What a configuration has from that of its BERT."""
 
 _RELEASE = {
     "embeddings.LayerNorm": "vlbert.embedding_LayerNorm",
@@ -79,9 +72,7 @@ def from_bert(language: PreTrainedModel, **more: bool | int) -> VLBERT:
         inner = published_name(name).removeprefix("vlbert.")
         theirs = next((theirs for theirs in (inner, name) if theirs in bert), None)
         if name == "embeddings.token_type_embeddings.weight":
-            value[:REGION_SEGMENT] = bert[name][
-                :REGION_SEGMENT
-            ]  # the one row of a BERT with one segment stands for both
+            value[:REGION_SEGMENT] = bert[name][:REGION_SEGMENT]  # of a BERT with one segment its row stands for both
         elif theirs is not None:
             own[name] = bert[theirs]
     model.load_state_dict(own)
@@ -100,7 +91,7 @@ def config_from_bert(bert: PretrainedConfig, **more: bool | int) -> VLBertConfig
     """
     if bert.model_type != "bert":
         raise XdscaleError(f"model.language: VL-BERT is made of a BERT, not of {bert.model_type!r}")
-    return VLBertConfig(**{name: getattr(bert, name) for name in _SHARED}, **more)
+    return VLBertConfig(**{name: getattr(bert, name) for name in FROM_BERT}, **more)
 
 
 def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, dict[str, torch.Tensor]]:
@@ -129,22 +120,8 @@ def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, d
             state |= {TRUNK_PREFIX + name: value for name, value in read_state_dict(place / TRUNK).items()}
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    with torch.device("meta"):  # what does not fit may be of any size
-        shapes = {name: value.shape for name, value in VLBERT(config).state_dict().items()}
-    wanted = {name: f"model.{name}" for name in shapes}
-    wrong = [name for name, full in wanted.items() if full not in state or state[full].shape != shapes[name]]
-    wrong += [name for name in state if name in _HEADS and (".transform." in name or ".norm." in name)
-              and {*state[name].shape} != {config.hidden_size}]  # fmt: skip
-    if wrong:
-        raise XdscaleError(f"{place}: holds no fitting weights for {some(wrong)} of its VL-BERT")
-    own = {name: state[full].float() for name, full in wanted.items()}
-    heads = {name: value.float() for name, value in state.items() if name in _HEADS or name.startswith(TRUNK_PREFIX)}
-    if config.tie_word_embeddings:
-        heads.pop("mlm.decoder_weight", None)
-    require_numbers(own | heads, place)
-    model = VLBERT(config)
-    model.load_state_dict(own)
-    return model.eval(), heads
+    heads = {name: value for name, value in state.items() if name in _HEADS or name.startswith(TRUNK_PREFIX)}
+    return filled(partial(VLBERT, config), part_of(state, "model."), heads, place)
 
 
 def save_vlbert(config: VLBertConfig, state: dict[str, torch.Tensor], out: Path) -> None:
@@ -157,14 +134,9 @@ def save_vlbert(config: VLBertConfig, state: dict[str, torch.Tensor], out: Path)
         state: of a module in training, in fp32: `model.…`, and `mlm.…`, `masked_region.…` and `trunk.…` if it has them.
         out: an existing folder.
     """
-    names = [name for name in state if name != "mlm.decoder_weight" or not config.tie_word_embeddings]
-    trunk = {name.removeprefix(TRUNK_PREFIX): name for name in names if name.startswith(TRUNK_PREFIX)}
-    if trunk:
-        save_file({ours: state[name].contiguous() for ours, name in trunk.items()}, out / TRUNK)
-    names = [name for name in names if not name.startswith(TRUNK_PREFIX)]
-    save_file({name: state[name].contiguous() for name in names}, out / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config.to_dict() | {"architectures": ["VLBERT"]}, indent=2, sort_keys=True)
-    (out / "config.json").write_text(text + "\n", encoding="utf-8")
+    tied = {"mlm.decoder_weight"} if config.tie_word_embeddings else set()
+    kept = {name: value for name, value in state.items() if name not in tied}
+    save_model(config, kept, out, TRUNK, architectures=["VLBERT"])
 
 
 def save_release(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -179,16 +151,14 @@ def save_release(state: dict[str, torch.Tensor], path: Path) -> None:
 
 def release_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the weights of a module in training under the names that they have in the release."""
-    model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    model = part_of(state, "model.")
     found = dict(zip(_REGION_TOKENS, model.pop("region_tokens.weight").split(1)))
     found |= {published_name(name): value for name, value in model.items()}
     found |= {theirs: state[ours] for ours, theirs in _HEADS.items() if ours in state}
-    for name, value in state.items():
-        if name.startswith(TRUNK_PREFIX):
-            inner = name.removeprefix(TRUNK_PREFIX)
-            places = [f"{place}{inner[7:]}" for place in _TRUNK_PLACES] if inner.startswith("layer4.") else [
-                f"image_feature_extractor.backbone.{inner}"]  # fmt: skip
-            found |= dict.fromkeys(places, value)
+    for name, value in part_of(state, TRUNK_PREFIX).items():
+        places = [f"{place}{name[7:]}" for place in _TRUNK_PLACES] if name.startswith("layer4.") else [
+            f"image_feature_extractor.backbone.{name}"]  # fmt: skip
+        found |= dict.fromkeys(places, value)
     if "mlm.decoder_bias" in state:
         found.setdefault("vlbert.mlm_head.predictions.decoder.weight", model["embeddings.word_embeddings.weight"])
     return found
@@ -241,36 +211,21 @@ def _from_release(path: Path) -> tuple[VLBertConfig, dict[str, torch.Tensor]]:
 def _trunk_of(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the branch of Fast R-CNN of a checkpoint of the release, under the names that it has in training."""
     places = {"image_feature_extractor.backbone.": TRUNK_PREFIX, _TRUNK_PLACES[0]: f"{TRUNK_PREFIX}layer4."}
-    return {
-        ours + name.removeprefix(place): value
-        for name, value in found.items()
-        for place, ours in places.items()
-        if name.startswith(place)
-    }
+    return {ours + name: value for place, ours in places.items() for name, value in part_of(found, place).items()}
 
 
 def _config_of(found: dict[str, torch.Tensor], path: Path) -> VLBertConfig:
-    """Returns the configuration that the weights of a checkpoint have, with heads of 64 as in every BERT."""
-    names = (
-        "vlbert.word_embeddings.weight",
-        "vlbert.position_embeddings.weight",
-        "vlbert.encoder.layer.0.intermediate.dense.weight",
-        published_name("regions.projection.weight"),
-    )
-    words, positions, intermediate, projection = matrix_shapes(found, names, path, "VL-BERT")
-    if projection[1] <= GEOMETRY:
+    """Returns the configuration that the weights of a checkpoint have."""
+    name, what = published_name("regions.projection.weight"), "VL-BERT"
+    sizes = bert_sizes(found, "vlbert.", "vlbert.encoder.layer.", path, what)
+    ((_, width),) = matrix_shapes(found, [name], path, what)
+    if width <= GEOMETRY:
         raise XdscaleError(
-            f"{path}: no checkpoint of VL-BERT: {names[3]} reads {projection[1]} numbers; {GEOMETRY:,} are of the box"
+            f"{path}: no checkpoint of {what}: {name} reads {width} numbers; {GEOMETRY:,} are of the box"
         )
-    layers = {match[1] for name in found if (match := re.match(r"vlbert\.encoder\.layer\.(\d+)\.", name))}
     return VLBertConfig(
-        vocab_size=words[0],
-        hidden_size=words[1],
-        num_attention_heads=max(1, words[1] // 64),
-        num_hidden_layers=len(layers),
-        intermediate_size=intermediate[0],
-        max_position_embeddings=positions[0],
-        appearance_size=projection[1] - GEOMETRY,
+        **sizes,
+        appearance_size=width - GEOMETRY,
         masks_features=_PRETRAINING_ALONE[2] in found,
         with_pooler="vlbert.pooler.dense.weight" in found,
     )

@@ -196,7 +196,7 @@ class System(ABC):
     def build(self) -> "nn.Module":
         """Builds the module: `forward(arrays as tensors) -> {objective: Term}`, a term for each that the arrays carry.
 
-        Its `enable_activation_checkpointing()`, if it has one, is called where a DeepSpeed config asks for that.
+        `enable_activation_checkpointing()` of it, and of its parts, is called where a DeepSpeed config asks for that.
         With `passes`, a number above 1, training runs forward and backward so often for a micro-batch, as
         `forward(arrays, number)` from 0 on, and averages gradients and sums. What one pass leaves for the next, such
         as the gradient of a perturbation, the module keeps itself. Validation calls `forward(arrays)`.
@@ -279,17 +279,18 @@ class System(ABC):
 
 
 def recompute_activations(module: "nn.Module") -> None:
-    """Has a module compute its layers again in the backward pass, instead of keeping their activations.
+    """Has the encoders in a module compute their layers again in the backward pass; the result stays the same.
 
     Raises:
-        XdscaleError: it cannot.
+        XdscaleError: none of them can.
     """
-    enable = getattr(module, "enable_activation_checkpointing", None)
-    if enable is None:
+    able = [part for part in module.modules() if hasattr(part, "enable_activation_checkpointing")]
+    if not able:
         raise XdscaleError(
             f"activation_checkpointing: {type(module).__name__} has no enable_activation_checkpointing(); leave it out"
         )
-    enable()
+    for part in able:
+        part.enable_activation_checkpointing()
 
 
 def pass_numbers(module: "nn.Module") -> list[tuple[int, ...]]:

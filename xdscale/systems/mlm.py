@@ -27,7 +27,8 @@ from xdscale.shards.manifest import Manifest
 from xdscale.shards.sources.text_build import TEXT, LanguageTokenizer, TextBuild
 from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, System, Term, parameter_count
 from xdscale.systems.invented import InventedText
-from xdscale.training.stored import LANGUAGE_PREFIX, language_folder, part_of
+from xdscale.training.stored import LANGUAGE_PREFIX, language_folder
+from xdscale.weights import part_of
 
 
 class MaskedLMAdaptation(nn.Module):

@@ -51,10 +51,6 @@ class VisualBERTPretraining(nn.Module):
             nn.init.normal_(self.match.weight, std=model.config.initializer_range)
             nn.init.zeros_(self.match.bias)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recomputes each layer in the backward pass; the result stays the same."""
-        self.model.enable_activation_checkpointing()
-
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Term]:
         """Computes the summed loss of each objective; the last layer runs at the places that a loss reads alone.
 

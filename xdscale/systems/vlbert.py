@@ -63,10 +63,6 @@ class VLBERTPretraining(nn.Module):
             activation, std = ACT2FN[config.hidden_act], config.initializer_range
             self.masked_region = RegionClassHead(config.hidden_size, classes, activation=activation, std=std)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recomputes each layer in the backward pass; the result stays the same."""
-        self.model.enable_activation_checkpointing()
-
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Term]:
         """Computes the summed loss of each objective; the last layer runs at the places that a loss reads alone.
 

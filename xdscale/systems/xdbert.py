@@ -32,11 +32,11 @@ from xdscale.training.stored import (
     MODEL_PREFIX,
     language_folder,
     load_part,
-    part_of,
     save_full_model,
     stored_recipe,
     stored_state,
 )
+from xdscale.weights import part_of
 
 
 class XDBERTAdaptation(nn.Module):
@@ -58,10 +58,6 @@ class XDBERTAdaptation(nn.Module):
         self.clip_tokens = None
         if objectives.clip_tokens is not None:
             self.clip_tokens = MaskedTokenHead(clip.output_size, clip.tower.token_embedding.weight)
-
-    def enable_activation_checkpointing(self) -> None:
-        """Trades a second forward pass of the encoder for its activations; the result stays the same."""
-        self.model.enable_activation_checkpointing()
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Term]:
         """Computes the summed loss of each objective.

@@ -24,7 +24,8 @@ from xdscale.systems.contract import Term
 from xdscale.systems.xdbert import build_adapted
 from xdscale.tasks.contract import Task
 from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
-from xdscale.training.stored import FULL_MODEL, part_of, stored_recipe, stored_state
+from xdscale.training.stored import FULL_MODEL, stored_recipe, stored_state
+from xdscale.weights import part_of
 
 _CLASSES: dict[tuple[str, bool], type[PreTrainedModel]] = {
     ("bert", False): BertForSequenceClassification,
@@ -45,10 +46,6 @@ class Finetuning(nn.Module):
         super().__init__()
         self.subject = subject
         self.task = task
-
-    def enable_activation_checkpointing(self) -> None:
-        """Trades a second forward pass of the encoder for its activations; the result stays the same."""
-        self.subject.enable_activation_checkpointing()
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Term | torch.Tensor]:
         """Computes the task's summed loss.

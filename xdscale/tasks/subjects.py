@@ -57,10 +57,6 @@ class CrossModalClassifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = new_linear(size, outputs)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recomputes each layer in the backward pass."""
-        self.encoder.enable_activation_checkpointing()
-
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Reads the arrays of both encoders; returns logits [texts, outputs].
 
@@ -95,10 +91,6 @@ class ClipClassifier(nn.Module):
         self.sentences = sentences
         self.dropout = nn.Dropout(dropout)
         self.classifier = new_linear(sentences * encoder.output_size, outputs)
-
-    def enable_activation_checkpointing(self) -> None:
-        """Recomputes each layer in the backward pass."""
-        self.encoder.enable_activation_checkpointing()
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Reads clip_ids, clip_lengths and clip_blocks; returns logits [texts, outputs]."""

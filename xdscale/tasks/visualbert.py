@@ -128,10 +128,6 @@ class VisualBERTClassifier(nn.Module):
         if task.reads != "input":
             encoder.pooler.requires_grad_(False)  # no loss reaches it
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recomputes each layer in the backward pass."""
-        self.encoder.enable_activation_checkpointing()
-
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Computes logits; the last layer is computed only where they come from.
 

@@ -252,10 +252,6 @@ class VLBERTClassifier(nn.Module):
             found = {name.removeprefix("masked_region."): heads[name] for name in heads if name.startswith(begin)}
             self.objects.load_state_dict(own | found)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recomputes each layer in the backward pass."""
-        self.encoder.enable_activation_checkpointing()
-
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, dict[str, Term]]:
         """Computes logits; the last layer is computed only where a loss comes from.
 

@@ -18,7 +18,7 @@ from xdscale.training.best import final_step
 from xdscale.training.checkpoint import choose_checkpoint
 from xdscale.training.consolidate import final_state
 from xdscale.training.distributed import Ranks
-from xdscale.weights import read_state_dict, some
+from xdscale.weights import part_of, read_state_dict, require_fitting
 
 MODEL_PREFIX = "model."
 LANGUAGE_PREFIX = MODEL_PREFIX + "language."
@@ -79,11 +79,6 @@ def language_folder(folder: Path) -> Path:
     return folder / "language" if (folder / "recipe.yaml").is_file() else folder
 
 
-def part_of(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Returns the weights whose names begin with a prefix, under the rest of their names."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
 def load_part(module: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, folder: Path) -> None:
     """Loads a module that is a part of what `folder` holds, under names that begin with a prefix.
 
@@ -91,9 +86,7 @@ def load_part(module: torch.nn.Module, state: dict[str, torch.Tensor], prefix: s
         XdscaleError: the weights are not those of the module.
     """
     found, wanted = part_of(state, prefix), module.state_dict()
-    wrong = sorted(name for name, value in wanted.items() if name not in found or found[name].shape != value.shape)
-    if wrong:
-        raise XdscaleError(f"{folder}: holds no fitting weights for {some(wrong)} of the model in its recipe")
+    require_fitting(wanted, found, folder, "the model in its recipe")
     module.load_state_dict({name: found[name] for name in wanted})
 
 
@@ -154,10 +147,8 @@ def begin_with(module: torch.nn.Module, folder: Path, state: dict[str, torch.Ten
         stored_recipe(folder)
         state = stored_state(folder)
     wanted = module.state_dict()
-    wrong = [name for name in wanted if name.startswith(MODEL_PREFIX) and name not in state]
-    wrong += [name for name in wanted.keys() & state.keys() if state[name].shape != wanted[name].shape]
-    if wrong:
-        raise XdscaleError(f"model.start = {folder}: holds no fitting weights for {some(sorted(wrong))} of this recipe")
+    needed = {name: value for name, value in wanted.items() if name.startswith(MODEL_PREFIX) or name in state}
+    require_fitting(needed, state, f"model.start = {folder}", "this recipe")
     module.load_state_dict({name: state[name] for name in wanted.keys() & state.keys()}, strict=False)
 
 
