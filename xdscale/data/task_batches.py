@@ -54,14 +54,21 @@ class EncodedSplit:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def first_cut(self, max_length: int) -> tuple[int, int]:
-        """Returns how many examples are longer than `max_length` tokens for the language encoder, and the first one."""
-        if self.language is None:
-            return 0, -1
-        sentences = self.index.shape[-1]
-        longest = self.language.lengths()[self.index].sum(-1).max(1) + 1 + sentences
-        cut = np.flatnonzero(longest > max_length)
-        return len(cut), int(cut[0]) if len(cut) else -1
+
+def distinct_texts(examples: Sequence[Example]) -> tuple[list[str], np.ndarray]:
+    """Returns the distinct texts of examples, and of each example their numbers: int64 [n, choices or 1, sentences]."""
+    numbers: dict[str, int] = {}
+    index = [
+        [[numbers.setdefault(text, len(numbers)) for text in choice] for choice in example.texts]
+        for example in examples
+    ]
+    return list(numbers), np.array(index, np.int64)
+
+
+def first_longer(texts: Texts, index: np.ndarray, room: int) -> tuple[int, int]:
+    """Returns how many examples, `index` as `distinct_texts` has it, have more ids than `room`, and the first one."""
+    cut = np.flatnonzero(texts.lengths()[index].sum(-1).max(1) > room)
+    return len(cut), int(cut[0]) if len(cut) else -1
 
 
 def encode_examples(
@@ -78,16 +85,11 @@ def encode_examples(
         language: the language encoder's tokenizer, set to give plain ids; None when no language encoder reads.
         clip: CLIP's tokenizer; None when CLIP does not read.
     """
-    numbers: dict[str, int] = {}
-    index = [
-        [[numbers.setdefault(text, len(numbers)) for text in choice] for choice in example.texts]
-        for example in examples
-    ]
-    texts = list(numbers)
+    texts, index = distinct_texts(examples)
     return EncodedSplit(
         examples,
         targets,
-        np.array(index, np.int64),
+        index,
         Texts([encoding.ids for encoding in language.encode_batch_fast(texts, add_special_tokens=False)])
         if language
         else None,
@@ -130,7 +132,9 @@ class TaskCollator:
 
     def first_cut(self) -> tuple[int, int]:
         """Returns how many examples are longer than the language encoder reads, and the first one."""
-        return self.split.first_cut(self._max_length)
+        if self.split.language is None:
+            return 0, -1
+        return first_longer(self.split.language, self.split.index, self._max_length - 1 - self.split.index.shape[-1])
 
     def __call__(self, slots: Slots) -> MicroBatch:
         """Prepares the examples of one micro-batch."""

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from xdscale.data.task_batches import Texts, cut_longest_first, cut_second_from_front, label_arrays
+from xdscale.data.task_batches import (
+    Texts,
+    cut_longest_first,
+    cut_second_from_front,
+    distinct_texts,
+    first_longer,
+    label_arrays,
+)
 from xdscale.data.task_files import Example, Span
 from xdscale.data.task_pictures import Look, TaskPictures
 from xdscale.data.visual_text import chosen_regions, pack, region_rows, with_spatial
@@ -90,22 +97,15 @@ class VisualTaskCollator:
             )
         images = [image for example in examples for image in example.images] if task.images else []
         self._rows = regions.rows(images).reshape(-1, task.images) if images else np.zeros((len(examples), 0), np.int64)
-        numbers: dict[str, int] = {}
-        index = [
-            [[numbers.setdefault(text, len(numbers)) for text in choice] for choice in example.texts]
-            for example in examples
-        ]
-        self._index = np.array(index, np.int64)  # [n, choices or 1, sentences]
-        self._ids, self._begins = tokenise(list(numbers), tokenizer[0], begins=any(one.spans for one in examples))
+        texts, self._index = distinct_texts(examples)  # [n, choices or 1, sentences]
+        self._ids, self._begins = tokenise(texts, tokenizer[0], begins=any(one.spans for one in examples))
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def first_cut(self) -> tuple[int, int]:
         """Returns how many examples are longer than the encoder reads, and the first one."""
-        longest = self._ids.lengths()[self._index].sum(-1).max(1) + self._specials
-        cut = np.flatnonzero(longest > self._max_length)
-        return len(cut), int(cut[0]) if len(cut) else -1
+        return first_longer(self._ids, self._index, self._max_length - self._specials)
 
     def prefetch(self, step: list[Slots]) -> None:
         """Has the regions of a step fetched."""

@@ -35,16 +35,39 @@ def pack(
         positions, and aligned_counts int64 [a]: how many words are aligned with that region.
 
     Raises:
+        ValueError: as `pack_tokens`.
+    """
+    arrays = pack_tokens(texts, segments, regions)
+    none = np.zeros(len(regions.features), np.int64)
+    arrays["region_segments"] = none if visual_segments is None else visual_segments.astype(np.int64)
+    return arrays if alignments is None else arrays | _aligned(alignments, regions.offsets)
+
+
+def pack_tokens(
+    texts: Sequence[np.ndarray], segments: Sequence[np.ndarray], regions: Regions, behind: int = 0
+) -> dict[str, np.ndarray]:
+    """Packs what any model of texts and regions reads: each sample's text, then its regions, then tokens of its own.
+
+    Args:
+        texts: as `pack`.
+        segments: as `pack`.
+        regions: as `pack`.
+        behind: how many tokens of its own the model has behind the regions of each sample.
+
+    Returns:
+        text_lengths, cu_seqlens, longest, text_ids, text_positions, text_segments, features and rows, as `pack`; in
+        `rows` regions count before tokens of the model's own.
+
+    Raises:
         ValueError: numbers of samples, or of tokens and segments, do not agree.
     """
     counts = np.array([len(text) for text in texts], np.int64)
     region_counts = np.diff(regions.offsets).astype(np.int64)
     if len(counts) != len(region_counts) or [len(row) for row in segments] != counts.tolist():
         raise ValueError(f"{len(counts)} texts, {len(segments)} rows of segments and {len(region_counts)} of regions")
-    cu_seqlens, rows = interleaved(counts, region_counts)
+    cu_seqlens, rows = interleaved(counts, region_counts, np.full_like(counts, behind))
     text_starts = _starts(counts)
-    none = np.zeros(len(regions.features), np.int64)
-    arrays = {
+    return {
         "text_lengths": counts,
         "cu_seqlens": cu_seqlens.astype(np.int32),
         "longest": np.array(np.diff(cu_seqlens).max(initial=0)),
@@ -52,10 +75,8 @@ def pack(
         "text_positions": np.arange(text_starts[-1]) - np.repeat(text_starts[:-1], counts),
         "text_segments": np.concatenate(segments).astype(np.int64),
         "features": np.require(regions.features, requirements="CW"),  # torch takes no array that it may not write
-        "region_segments": none if visual_segments is None else visual_segments.astype(np.int64),
         "rows": rows,
     }
-    return arrays if alignments is None else arrays | _aligned(alignments, regions.offsets)
 
 
 def region_rows(packed: dict[str, np.ndarray], offsets: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xdscale.data.pictures import mirrored_boxes
-from xdscale.data.visual_text import chosen_regions, interleaved
+from xdscale.data.visual_text import chosen_regions, pack_tokens
 from xdscale.shards.regions import Regions
 
 
@@ -41,35 +41,15 @@ def pack(
         ValueError: numbers of samples, or of tokens and segments, do not agree; or a word sees a region that its sample
             has not.
     """
-    counts, region_counts = _counts(texts, segments, regions)
-    cu_seqlens, rows = interleaved(counts, region_counts, np.ones_like(counts))
-    total = int(regions.offsets[-1])
-    return {
-        "text_lengths": counts,
-        "cu_seqlens": cu_seqlens.astype(np.int32),
-        "longest": np.array(np.diff(cu_seqlens).max(initial=0)),
-        "text_ids": np.concatenate(texts).astype(np.int64),
-        "text_positions": np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts),
-        "text_segments": np.concatenate(segments).astype(np.int64),
+    arrays = pack_tokens(texts, segments, regions, behind=1)
+    counts, region_counts, total = arrays["text_lengths"], np.diff(regions.offsets), int(regions.offsets[-1])
+    return arrays | {
         "text_visual": _seen_by_words(counts, regions, looks_at),
         "end_visual": np.where(region_counts > 0, regions.offsets[:-1], total),
-        "features": np.require(regions.features, requirements="CW"),  # torch takes no array that it may not write
         "places": centres(regions),
         "masked_regions": np.zeros(total, np.int64) if masked is None else masked.astype(np.int64),
         "region_positions": np.repeat(counts, region_counts),
-        "rows": rows,
     }
-
-
-def _counts(
-    texts: Sequence[np.ndarray], segments: Sequence[np.ndarray], regions: Regions
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns how many tokens and regions each sample has, int64 [b] each; arguments as `pack`."""
-    counts = np.array([len(text) for text in texts], np.int64)
-    region_counts = np.diff(regions.offsets).astype(np.int64)
-    if len(counts) != len(region_counts) or [len(row) for row in segments] != counts.tolist():
-        raise ValueError(f"{len(counts)} texts, {len(segments)} rows of segments and {len(region_counts)} of regions")
-    return counts, region_counts
 
 
 def _seen_by_words(counts: np.ndarray, regions: Regions, looks_at: Sequence[np.ndarray] | None) -> np.ndarray:
