@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from xdscale.bench.gpu_step import Tell, TrainedStep, definitions, reason, recipe_and_micros, step, step_rivals
-from xdscale.bench.kernels import bench_kernels
+from xdscale.bench.gpu_step import Tell, TrainedStep, definitions, recipe_and_micros, step, step_rivals
+from xdscale.bench.kernels import bench_kernels, reason
 from xdscale.bench.tiles import tiles
 from xdscale.devices import rank_device
 from xdscale.kernels import (

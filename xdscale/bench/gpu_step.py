@@ -13,6 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from xdscale.bench.batch import bench_batch
+from xdscale.bench.kernels import device_milliseconds, reason
 from xdscale.bench.plain_model import attending_by, fused_attend, plain_losses
 from xdscale.devices import rank_device
 from xdscale.models.operations import use_definitions
@@ -158,15 +159,7 @@ def _replay_graph(tell: Tell, name: dict[str, Any], trained: TrainedStep) -> Non
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             trained.forward().backward()
-        times = []
-        for _ in range(5):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        tell(**name, graph_ms=statistics.median(times))
+        tell(**name, graph_ms=statistics.median(device_milliseconds(graph.replay) for _ in range(5)))
     except RuntimeError as error:
         torch.cuda.synchronize()
         tell(**name, graph_problem=reason(error))
@@ -284,8 +277,3 @@ def recipe_and_micros(rest: list[str]) -> tuple[Recipe, list[int]]:
     # There are no such shards, so that ids are drawn at the true shape, whatever lies where the recipe's should.
     random.append("data.shards=invented")
     return load_recipe(rest[0], [*random, *overrides]), [int(word) for word in rest[1:] if "=" not in word]
-
-
-def reason(error: Exception) -> str:
-    """Returns what an error says, in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

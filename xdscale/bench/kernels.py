@@ -128,13 +128,13 @@ def _compete(
         try:
             turns[name], hows[name], problems[name] = _prepare([copy[name] for copy in copies], sizes.device)
         except Exception as error:  # whatever a rival, its import or its compiler raises is the finding
-            hows[name], problems[name] = "", _reason(error)
+            hows[name], problems[name] = "", reason(error)
     for _ in range(rounds):
         for name in list(turns):
             try:
                 found[name].append(turns[name]())
             except Exception as error:
-                problems[name], found[name] = _reason(error), []
+                problems[name], found[name] = reason(error), []
                 del turns[name]
     ours = found[next(iter(found))]
     for name, values in found.items():
@@ -160,14 +160,15 @@ def _prepare(calls: list[Callable[[], object]], device: str) -> tuple[Callable[[
                 call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        graph = _graph(calls)
+        graph = captured(calls)
     except RuntimeError as error:
         torch.cuda.synchronize()
-        return lambda: _device_milliseconds(lambda: [call() for call in calls]) / len(calls), "calls", _reason(error)
-    return lambda: _device_milliseconds(graph.replay) / len(calls), "graph", ""
+        return lambda: device_milliseconds(lambda: [call() for call in calls]) / len(calls), "calls", reason(error)
+    return lambda: device_milliseconds(graph.replay) / len(calls), "graph", ""
 
 
-def _graph(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+def captured(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """Returns a CUDA graph of calls, one after the other."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # the first calls on a stream set libraries up, which a graph cannot hold
@@ -187,7 +188,8 @@ def _host_milliseconds(call: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def _device_milliseconds(call: Callable[[], object]) -> float:
+def device_milliseconds(call: Callable[[], object]) -> float:
+    """Returns how long the device takes for a call."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
@@ -196,8 +198,9 @@ def _device_milliseconds(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+def reason(error: Exception) -> str:
+    """Returns what an error says, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _line(row: KernelTiming) -> str:

@@ -16,6 +16,7 @@ from multiprocessing import get_context
 
 import torch
 
+from xdscale.bench.kernels import captured, device_milliseconds
 from xdscale.kernels import (
     activated_linear_triton,
     attention_launch,
@@ -232,7 +233,7 @@ def _linear(device: torch.device) -> Iterator[tuple[str, Search]]:
 def tiles(tell: Callable[..., None], _out: object, rest: list[str]) -> None:
     """Times every candidate of every kernel, or of those named; what ships comes first, then the others by time."""
     if not torch.cuda.is_available():
-        tell(problem="tiles are tried on a GPU, and here is none")
+        tell(problem="tiles are tried on a GPU, and there is none here")
         return
     with ProcessPoolExecutor(min(12, os.cpu_count() or 1), get_context("spawn")) as pool:
         parts = min(12, os.cpu_count() or 1)
@@ -272,24 +273,9 @@ def _compile(part: int, parts: int, names: list[str]) -> None:
 
 def _milliseconds(call: Callable[[], object]) -> tuple[float, float, float]:
     """Returns the median, shortest and longest time of a call, replayed four at a time."""
-    calls = 4
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    times = []
-    for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / calls)
+    calls = [call] * 4
+    graph = captured(calls)
+    times = [device_milliseconds(graph.replay) / len(calls) for _ in range(ROUNDS)]
     return statistics.median(times), min(times), max(times)
 
 

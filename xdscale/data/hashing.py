@@ -16,9 +16,6 @@ MAX_SAMPLES = 2**32
 MAX_EPOCH = 2**32 - 1
 """Highest epoch number."""
 
-MAX_COUNTERS = 2**25
-"""Most draws for one purpose of one sample: 24 bits of the packed word, two draws each."""
-
 PURPOSE_SHIFT = np.uint64(24)
 SAMPLE_SHIFT = np.uint64(32)
 # Odd constants of Stafford's mix 13 (splitmix64) and the golden ratio: known for good avalanche.
@@ -86,7 +83,7 @@ def random_bits_at(
         epochs: int64 [n] or one number.
         sample_ids: int64 [n].
         purpose: what the numbers are for, as `Purpose`.
-        counters: int64 [n], each below `MAX_COUNTERS`.
+        counters: int64 [n], each below 2**25: 24 bits of the packed word, two draws each.
 
     Returns:
         uint32 [n].

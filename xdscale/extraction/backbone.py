@@ -38,8 +38,6 @@ class Backbone:
         device: where it computes.
     """
 
-    needs_boxes = True
-
     def __init__(
         self,
         library: str,
@@ -54,7 +52,6 @@ class Backbone:
         self._short_side = short_side
         (mean, std), model, self._map, self._pool = (_timm if library == "timm" else _torchvision)(name, weights, stage)
         self._normalization = mean, std
-        self._device = device
         classes = getattr(model, "num_classes", 0) if self._pool is not _mean else 0
         self.detector = Detector(
             model=self._name,

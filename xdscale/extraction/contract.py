@@ -41,11 +41,9 @@ class Network(Protocol):
 
     Attributes:
         detector: what `dataset.json` says of it.
-        needs_boxes: whether it finds none itself; None where it can do both.
     """
 
     detector: Detector
-    needs_boxes: bool | None
 
     def __call__(self, images: Tensor, boxes: Sequence[Tensor] | None) -> list[Found]:
         """Returns the regions of images of one size.

@@ -31,8 +31,6 @@ class FastRCNNBackbone:
         XdscaleError: no weights are published for download, or the file holds no such ResNet.
     """
 
-    needs_boxes = True
-
     def __init__(self, name: str, weights: str, device: torch.device, *, short_side: int | None = None) -> None:
         if weights == PUBLISHED:
             raise XdscaleError(
@@ -47,7 +45,7 @@ class FastRCNNBackbone:
                 f"--network vlbert:{name}: --weights {weights} are those of a {self._model.name}: "
                 f"--network vlbert:{self._model.name}"
             )
-        self._short_side, self._device = short_side or SHORT_SIDE, device
+        self._short_side = short_side or SHORT_SIDE
         self.detector = Detector(
             model=f"vlbert:{name}",
             sha256=state_sha256(self._model) if path is None else weights_sha256([path]),

@@ -33,8 +33,6 @@ class FasterRcnn:
         device: where it computes.
     """
 
-    needs_boxes = None
-
     def __init__(self, name: str, weights: str, choice: Choice, device: torch.device) -> None:
         published: Any = "DEFAULT" if weights == PUBLISHED else None
         # Backbones and heads as published, also where the weights come from a file.

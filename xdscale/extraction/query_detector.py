@@ -27,8 +27,6 @@ class QueryDetector:
         device: where it computes.
     """
 
-    needs_boxes = False
-
     def __init__(self, name: str, weights: str, choice: Choice, device: torch.device) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 

@@ -1,7 +1,6 @@
 """A recipe from 1 to 1,024 GPUs: steps, hours and cost, with the recipe's own batch and with one that grows."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -47,9 +46,7 @@ class ScalingPoint:
     efficiency: float
 
 
-def scale(
-    name: str, recipe: Recipe, machine: Machine, profile: "Profile", *, grow: bool, counts: Iterable[int] = COUNTS
-) -> list[ScalingPoint]:
+def scale(name: str, recipe: Recipe, machine: Machine, profile: "Profile", *, grow: bool) -> list[ScalingPoint]:
     """Plans a recipe on each number of GPUs.
 
     Args:
@@ -59,14 +56,13 @@ def scale(
         profile: of the recipe's model.
         grow: whether the global batch grows so that each GPU keeps `FEWEST_PER_GPU` sequences; otherwise it is the
             recipe's, and numbers of GPUs beyond it are left out. A larger batch needs its own learning rate.
-        counts: numbers of GPUs.
 
     Raises:
         XdscaleError: the recipe fits on none.
     """
     points: list[ScalingPoint] = []
     training = recipe.training
-    for gpus in counts:
+    for gpus in COUNTS:
         batch = max(training.global_batch, FEWEST_PER_GPU * gpus) if grow else training.global_batch
         if gpus > batch:
             continue
@@ -95,7 +91,7 @@ def scale(
             )
         )
     if not points:
-        raise XdscaleError(f"{name}: fits on no number of {machine.cluster.gpu.name} up to {max(counts)}")
+        raise XdscaleError(f"{name}: fits on no number of {machine.cluster.gpu.name} up to {max(COUNTS)}")
     return points
 
 
