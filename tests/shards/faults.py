@@ -116,3 +116,25 @@ def run_killed(root, at, action):
     process.join(120)
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
     return process.exitcode == -signal.SIGKILL
+
+
+def killed_at(number, action):
+    """Runs an action in a child that ends, as if killed, at its `number`-th fsync; tells whether it was killed."""
+    real, calls = os.fsync, 0
+
+    def fsync(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os._exit(9)
+        real(descriptor)
+
+    def child():
+        os.fsync = fsync
+        action()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode in (0, 9)
+    return process.exitcode == 9

@@ -22,6 +22,8 @@ from xdscale.shards.sources.text import TextOptions, build_shards
 from xdscale.shards.table import Table
 from xdscale.shards.verify import verify_shards
 
+from .faults import killed_at
+
 
 def digests(folder):
     """SHA-256 of everything in the folder, by name; there are no folders left in a finished dataset."""
@@ -99,28 +101,6 @@ def test_size_of_the_real_slice(wiki_dump, cassette_model, tmp_path):
     needed = manifest.splits["train"].counts["blocks_needed"]
     assert sum(needed[:9]) > 0.99 * sum(needed)
     verify_shards(tmp_path / "out")
-
-
-def killed_at(number, build):
-    """Runs `build` in a child that ends, as if killed, at its `number`-th fsync; tells whether it was killed."""
-    real, calls = os.fsync, 0
-
-    def fsync(descriptor):
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os._exit(9)
-        real(descriptor)
-
-    def child():
-        os.fsync = fsync
-        build()
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(60)
-    assert process.exitcode in (0, 9)
-    return process.exitcode == 9
 
 
 def test_killed_again_and_again_it_goes_on(small_build, expected, tmp_path):

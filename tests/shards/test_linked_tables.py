@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import tracemalloc
@@ -22,6 +21,8 @@ from xdscale.shards.shard import ShardWriter, write_shard
 from xdscale.shards.table import Table, open_table
 from xdscale.shards.verify import verify_shards
 from xdscale.shards.workplace import Part
+
+from .faults import killed_at
 
 IMAGES = 30
 
@@ -140,28 +141,6 @@ def test_bytes_depend_neither_on_workers_nor_on_calls(
     build_table(sources.RegionSource(images[0], at_once=at_once), out, workers=workers)
     build_table(sources.CaptionSource(images[0]), out, workers=workers)
     assert files(out) == files(expected)
-
-
-def killed_at(number, action):
-    """Runs `action` in a child that ends, as if killed, at its `number`-th fsync; tells whether it was killed."""
-    real, calls = os.fsync, 0
-
-    def fsync(descriptor):
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os._exit(9)
-        real(descriptor)
-
-    def child():
-        os.fsync = fsync
-        action()
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(60)
-    assert process.exitcode in (0, 9)
-    return process.exitcode == 9
 
 
 @pytest.mark.usefixtures("small_blocks")
