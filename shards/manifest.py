@@ -82,7 +82,7 @@ class InputFile(ManifestSection):
     @classmethod
     def _can_be_stated(cls, value: str) -> str:
         if not is_text(value):  # said before the work, not when the file is written behind it
-            raise XdscaleError(f"{value}: its name is no text in UTF-8, as {MANIFEST_NAME} is; rename the file")
+            raise XdscaleError(f"{value}: its name is not UTF-8 text, as {MANIFEST_NAME} is; rename the file")
         return value
 
 

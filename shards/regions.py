@@ -172,7 +172,7 @@ class RegionTable:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise XdscaleError(
-                f"{table.folder}: {table.name} is no table of image regions: build.{key}: {first['msg']}; "
+                f"{table.folder}: {table.name} is not a table of image regions: build.{key}: {first['msg']}; "
                 "make one with 'xdscale regions import' or 'xdscale regions extract'"
             ) from None
         self.width = self.build.width
@@ -230,7 +230,7 @@ class RegionTable:
             return [whole[first:end].decode() for first, end in zip(bounds, bounds[1:])]
         except UnicodeDecodeError as error:
             raise XdscaleError(
-                f"{self.table.folder}: an image's id in {self.table.name} is no text ({error}): a shard is damaged "
+                f"{self.table.folder}: an image's id in {self.table.name} is not text ({error}): a shard is damaged "
                 "('xdscale shards verify' finds it)"
             ) from None
 

@@ -9,7 +9,7 @@ import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, TextIO
 
 from xdscale.errors import XdscaleError, writing
 
@@ -222,6 +222,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise XdscaleError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+@contextlib.contextmanager
+def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
+    """Opens a text in UTF-8, less a byte order mark, to be read in the block; `newline` as in `open`.
+
+    Raises:
+        XdscaleError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise XdscaleError(f"{path}: not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def refuse_lfs_pointer(path: Path) -> None:

@@ -171,7 +171,7 @@ class Run(Section):
         None, ge=1, description="bytes for shards from a URL, fetched when needed; null fetches all first"
     )
     verify: bool = Field(True, description="check every shard's SHA-256 before the first step")
-    max_damaged_shards: int = Field(0, ge=0, description="train without so many damaged shards; 0 stops instead")
+    max_damaged_shards: int = Field(0, ge=0, description="train without up to this many damaged shards")
 
 
 class Output(Section):

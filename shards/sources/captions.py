@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from xdscale.errors import XdscaleError
-from xdscale.files import is_text, read_json, shown
+from xdscale.files import is_text, open_text, read_json, shown
 from xdscale.shards.build import Write
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.manifest import Counts
@@ -194,7 +194,7 @@ def read_captions(path: Path) -> list[CaptionedImage]:
         where = f"{path}: annotations[{number}]"
         key, caption = _field(entry, "image_id", int, where), _field(entry, "caption", str, where)
         if key not in images:
-            raise XdscaleError(f"{where}: image_id {key} is none of the file's images")
+            raise XdscaleError(f"{where}: image_id {key} is not among the file's images")
         if caption.strip():
             images[key].captions.append(caption)
         else:
@@ -270,10 +270,8 @@ def _karpathy(path: Path) -> dict[str, str | None]:
 
 def _listed(path: Path) -> set[int]:
     """Returns the image ids in a file, one a line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise XdscaleError(f"{path}: cannot be read: {error}") from None
+    with open_text(path) as file:
+        lines = file.read().splitlines()
     chosen = set()
     for number, line in enumerate(lines, 1):
         if not line.strip().isdecimal():

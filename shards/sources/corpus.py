@@ -280,7 +280,7 @@ def _extracted(path: Path, lines: Iterator[str]) -> Iterator[str]:
             title, document = (html.unescape(found[1]) if found else "") if begin else None, []
         elif stripped and title is None:
             raise XdscaleError(
-                f"{path}:{number}: text outside of <doc …> and </doc>; say --format text if it is no output of "
+                f"{path}:{number}: text outside of <doc …> and </doc>; say --format text if it is not the output of "
                 "WikiExtractor"
             )
         elif stripped:

@@ -258,7 +258,7 @@ def test_own_stop_words_replace_the_list(tmp_path, cassette_model):
     [
         ("a.csv", "id,sentence1,correct_ours\n", "a.csv, line 1: the header lacks correct_baseline; it has id"),
         ("a.csv", "", "a.csv, line 1: the header lacks id, sentence1"),
-        ("a.csv", "id,sentence1,correct_baseline,correct_ours\n1,x,2\n", "a.csv, line 2: has not 4 columns"),
+        ("a.csv", "id,sentence1,correct_baseline,correct_ours\n1,x,2\n", "a.csv, line 2: does not have the 4 columns"),
         ("a.csv", "id,sentence1,correct_baseline,correct_ours\n1,x,2,3\n1,y,2,3\n", "line 3: id '1' stands in line 2"),
         ("a.csv", "id,sentence1,correct_baseline,correct_ours\n1,x,2,1e1\n", "line 2: correct_ours = '1e1'; expected"),
         (

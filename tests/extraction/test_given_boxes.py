@@ -94,7 +94,10 @@ def test_own_proposals_have_confidences(tmp_path):
         ([{"image_id": 17, "category_id": 1, "bbox": [1, 2, 3]}], "record 0: bbox: expected left, top, width, height"),
         ([{"image_id": 17, "category_id": 1, "bbox": [1, 2, 3, 4]}], "record 0: score: expected a number; all"),
         ({"images": [], "annotations": [{"bbox": [1, 2]}]}, "COCO's instances"),
-        ({"images": [_image(5)], "annotations": [{"bbox": [0, 0, 1, 1], "image_id": "5"}]}, "image_id '5' is none of"),
+        (
+            {"images": [_image(5)], "annotations": [{"bbox": [0, 0, 1, 1], "image_id": "5"}]},
+            "image_id '5' is not among",
+        ),
         ({"images": [_image(5), _image(6)], "annotations": []}, "two images have the same file_name"),
         ({"images": [_image(5), _image(5) | {"file_name": "b.jpg"}], "annotations": []}, "two images have the same id"),
         ({"images": [_image(5)], "annotations": [{"bbox": list("1234"), "image_id": 5}]}, r"bbox is \['1', '2', '3'"),

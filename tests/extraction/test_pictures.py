@@ -110,5 +110,5 @@ def test_links_and_names_that_cannot_be_are_refused_by_name(tmp_path):
     (tmp_path / "linked").symlink_to("inner")
     assert [found.image_id for found in find_pictures([str(tmp_path)], "path")] == ["inner/a.png", "linked/a.png"]
     good.rename(os.fsdecode(os.fsencode(tmp_path / "inner") + b"/\xff.png"))
-    with pytest.raises(XdscaleError, match="is no text in UTF-8"):
+    with pytest.raises(XdscaleError, match="is not UTF-8 text"):
         find_pictures([str(tmp_path)], "stem")

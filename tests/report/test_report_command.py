@@ -141,12 +141,16 @@ def test_unfinished_seeds_are_shown_and_warned_of_but_not_compared(report, write
     ("file", "content", "message"),
     [
         ("sweep.json", None, "has no sweep.json; expected a folder written by 'xdscale finetune"),
-        ("sweep.json", "{", "sweep.json: "),
-        ("rte/seed-1/result.json", '{"format": 2}', r"result.json: format: Input should be 1"),
+        ("sweep.json", "{", r"sweep\.json: not JSON: "),
+        ("rte/seed-1/result.json", '{"format": 2}', r"result\.json: format = 2: expected 1"),
         ("rte/seed-1/predictions-dev.jsonl", None, r"predictions-dev.jsonl: is missing"),
         ("rte/seed-1/predictions-dev.jsonl", "", r"predictions-dev.jsonl: holds no examples"),
-        ("rte/seed-1/predictions-dev.jsonl", '{"index": 0}\n', r"predictions-dev.jsonl, line 1: id: Field required"),
-        ("rte/seed-1/predictions-dev.jsonl", b"\xff", r"predictions-dev.jsonl: not UTF-8"),
+        (
+            "rte/seed-1/predictions-dev.jsonl",
+            '{"index": 0}\n',
+            r"predictions-dev\.jsonl, line 1: id is missing; found 'index'",
+        ),
+        ("rte/seed-1/predictions-dev.jsonl", b"\xff", r"predictions-dev\.jsonl, line 1: not JSON"),
     ],
 )
 def test_a_broken_file_is_named(report, write_sweep, tmp_path, file, content, message):

@@ -198,7 +198,7 @@ def change(place, **fields):
         (change(("images", 3), id="4"), r"images\[3\]: id = '4': expected a whole number"),
         (change(("images", 3), id=1), r"images\[3\]: id 1 stands twice"),
         (change(("images", 3), file_name=None), r"images\[3\]: file_name = None: expected a text"),
-        (change(("annotations", 5), image_id=77), r"annotations\[5\]: image_id 77 is none of the file's images"),
+        (change(("annotations", 5), image_id=77), r"annotations\[5\]: image_id 77 is not among the file's images"),
         (change(("annotations", 5), caption="a \ud800"), r"annotations\[5\]: caption = 'a \\ud800': holds half a char"),
         (change(("images", 3), file_name="\ud800.jpg"), r"images\[3\]: file_name = '\\ud800.jpg': holds half a char"),
         (change(("annotations", 5), caption=["a"]), r"annotations\[5\]: caption = \['a'\]: expected a text"),

@@ -285,9 +285,9 @@ def test_a_name_that_is_no_text_is_refused_before_anything_is_built(tmp_path):
     """As files from an old archive have: `dataset.json`, which names them, is written last."""
     path = tmp_path / os.fsdecode(b"caf\xe9.txt")
     path.write_text(LONG)
-    with pytest.raises(XdscaleError, match=r"its name is no text in UTF-8, as dataset\.json is; rename the file"):
+    with pytest.raises(XdscaleError, match=r"its name is not UTF-8 text, as dataset\.json is; rename the file"):
         describe_inputs([path])
     sizes = path.with_suffix(".json")
     sizes.write_text('{"1": [2, 3]}')
-    with pytest.raises(XdscaleError, match="--sizes .* no text in UTF-8; rename the file"):
+    with pytest.raises(XdscaleError, match="--sizes .* not UTF-8 text; rename the file"):
         load_sizes(str(sizes))

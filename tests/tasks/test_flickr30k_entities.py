@@ -249,7 +249,7 @@ def test_odd_lists_and_missing_files_are_named(world):
     path = world.folder / "val.txt"
     for text, message in (
         ("65567\n\n65567\n", "line 3: image 65567 stands in line 1 already"),
-        ("65567\n../../x\n", r"line 2: '../../x' is no id of an image"),
+        ("65567\n../../x\n", r"line 2: '../../x' is not an image id"),
         ("12\n", r"line 1: image 12 has no Sentences/12\.txt"),
         ("\n", "no phrase of its images has a box"),
     ):

@@ -181,7 +181,7 @@ def test_a_mistake_is_one_message_with_the_file_and_the_value(describe, lines, m
         (".jsonl", lambda path: path.write_text('{"text": 1e999, "grade": 1}\n'), r"line 1: column 'text' has the"),
         (".jsonl", lambda path: path.write_text('{"text": "A", "text": "B"}\n'), r"line 1: .* key 'text' stands twice"),
         (".jsonl", lambda path: path.write_text('{"text": ["A"], "grade": 1}\n'), r"line 1: column 'text' has a list"),
-        (".jsonl", lambda path: path.write_text('{"text": "\\ud800", "grade": 1}\n'), r"'text' is no valid Unicode"),
+        (".jsonl", lambda path: path.write_text('{"text": "\\ud800", "grade": 1}\n'), r"'text' is not valid Unicode"),
         (".jsonl", lambda path: path.write_text("\n{text: 1}\n"), r"line 2: not JSON: .*; expected an object"),
         (".jsonl", lambda path: path.write_text("[1]\n"), r"line 1: list, expected a JSON object"),
         (".parquet", lambda path: path.write_text("text"), r"train\.parquet: not readable parquet"),

@@ -156,7 +156,7 @@ def changed(number=0, **changes):
         ),
         (
             {"annotations": [{"id": 1, "image_id": 7, "bbox": [1, 2, 3, 4], "category_id": 5}]},
-            r"annotations\[0\]: category_id 5 is none of the file's categories",
+            r"annotations\[0\]: category_id 5 is not among the file's categories",
         ),
         (
             {"annotations": [{"id": 1, "image_id": 7, "bbox": [1, 2, 3, 4], "category_id": 2}] * 2},

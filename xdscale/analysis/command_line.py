@@ -17,7 +17,7 @@ def pwcca(
     first: Annotated[str, typer.Argument(help="Language model, exported run, clip:NAME/WEIGHTS or random[:WIDTH].")],
     second: Annotated[str, typer.Argument(help="Another one.")],
     seed: Annotated[int, typer.Option(min=0, help="Of random embeddings and of the words drawn.")] = 0,
-    words: Annotated[int | None, typer.Option(min=1, help="Draw so many of the shared words; default: all.")] = None,
+    words: Annotated[int | None, typer.Option(min=1, help="Draw this many of the shared words; default: all.")] = None,
     plot: Annotated[UserPath | None, typer.Option(help=".png or .svg: the correlations beside random ones.")] = None,
 ) -> None:
     """Compare the word embeddings of two models (the paper's Table 2)."""

@@ -78,7 +78,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for values in reader:
             if None in values or None in values.values():
                 columns = len(reader.fieldnames)
-                raise XdscaleError(f"{path}, line {reader.line_num}: has not {columns} columns as the header has")
+                raise XdscaleError(f"{path}, line {reader.line_num}: does not have the {columns} columns of the header")
             yield reader.line_num, values
     except csv.Error as error:
         raise XdscaleError(f"{path}, line {reader.line_num}: not CSV ({error})") from None

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from xdscale.data.task_files import Example, place
 from xdscale.errors import XdscaleError
+from xdscale.files import open_text
 
 COLUMNS = 10
 
@@ -84,12 +85,8 @@ def arcs(parse: list[Word], phrases: list[Example]) -> Iterator[Arc]:
 def _sentences(path: Path) -> Iterator[tuple[int, list[tuple[int, list[str]]]]]:
     """Yields the line on which each sentence begins, and its words' lines and columns."""
     rows: list[tuple[int, list[str]]] = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise XdscaleError(f"{path}: not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+    with open_text(path) as file:
+        lines = file.read().split("\n")
     for number, line in enumerate([*lines, ""], 1):
         line = line.rstrip("\r")
         if not line.strip():

@@ -69,7 +69,7 @@ def cross_attention(folder: Path, sentences: list[str]) -> CrossAttention:
     model = encoder.model
     language_ids, language_tokens = _language_input(encoder, sentences)
     if clip_ids.max() >= model.clip.tower.vocab_size:
-        raise XdscaleError(f"{folder}: its CLIP text tower has not CLIP's vocabulary")
+        raise XdscaleError(f"{folder}: its CLIP text tower does not have CLIP's vocabulary")
     positions = model.language.config.max_position_embeddings
     if len(language_ids) > positions:
         raise XdscaleError(f"the example has {len(language_ids)} word pieces, but the encoder in {folder} {positions}")

@@ -5,13 +5,12 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line
+from xdscale.files import one_line, open_text
 
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 """What a task's files may end with."""
@@ -137,7 +136,7 @@ def _of_cells(
 
 def _tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Splits lines at tabs; quotes are text. Only line feeds end a line: sentences may hold other separators."""
-    with _text(path, newline="\n") as file:
+    with open_text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             yield number, line.rstrip("\r\n").split("\t")
 
@@ -145,7 +144,7 @@ def _tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     reader = None
     try:
-        with _text(path, newline="") as file:
+        with open_text(path, newline="") as file:
             reader = csv.reader(file, strict=True)
             line = 1
             for row in reader:
@@ -158,7 +157,7 @@ def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _of_json_lines(
     path: Path, wanted: Sequence[str], title: str, optional: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _text(path, newline="\n") as file:
+    with open_text(path, newline="\n") as file:
         for number, text in enumerate(file, 1):
             if not text.strip():
                 continue
@@ -205,7 +204,7 @@ def _checked(path: Path, line: int, name: str, value: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise XdscaleError(f"{where} is no valid Unicode: {error.reason}") from None
+        raise XdscaleError(f"{where} is not valid Unicode: {error.reason}") from None
     return text
 
 
@@ -240,14 +239,3 @@ def _require_bearable(path: Path, line: int, name: str, text: str) -> None:
             f"{place(path, line)}: column {name!r} has {len(text):,} characters, at most "
             f"{LONGEST_TEXT:,} are expected; is a quote or a line break missing?"
         )
-
-
-@contextmanager
-def _text(path: Path, *, newline: str) -> Iterator[TextIO]:
-    try:
-        with path.open(encoding="utf-8-sig", newline=newline) as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise XdscaleError(f"{path}: not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -152,7 +152,7 @@ def _by_image(path: Path) -> dict[str, dict[str, Any]]:
             for image in values["images"]
         }
         if unknown := boxes.keys() - {image["id"] for image in values["images"]}:
-            raise ValueError(f"image_id {shown(min(unknown, key=str))} is none of the file's images")
+            raise ValueError(f"image_id {shown(min(unknown, key=str))} is not among the file's images")
         if len(found) < len(values["images"]):
             raise ValueError("two images have the same file_name")
         if len({image["id"] for image in values["images"]}) < len(found):

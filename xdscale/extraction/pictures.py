@@ -87,7 +87,7 @@ def _size(path: Path) -> int:
 
 def _image_id(path: Path, root: Path, ids: Ids) -> str:
     if not is_text(path.name if ids != "path" else str(path)):
-        raise XdscaleError(f"{path}: its name is no text in UTF-8, as image ids are; rename it")
+        raise XdscaleError(f"{path}: its name is not UTF-8 text, as image ids are; rename it")
     if ids == "path" and path != root:
         return path.relative_to(root).as_posix()
     if ids in ("name", "path"):

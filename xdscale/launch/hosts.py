@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from xdscale.errors import XdscaleError
+from xdscale.files import open_text
 
 _SLOTS = "[0-9]{1,6}"
 # DeepSpeed, too, looks at nothing behind the slots, such as OpenMPI's max_slots. A second machine there would be lost.
@@ -60,10 +61,8 @@ def read_hostfile(path: Path) -> list[Host]:
     Raises:
         XdscaleError: no such file, a line of another form (it is named), or a name stands there twice.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise XdscaleError(f"{path}: cannot read the hostfile: {error}") from None
+    with open_text(path) as file:
+        lines = file.read().splitlines()
     hosts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.strip().startswith("#"):

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from xdscale.data.json_shapes import read_lines, read_whole
 from xdscale.errors import XdscaleError
 from xdscale.report.metrics import measure
 from xdscale.tasks.metrics import METRICS
@@ -215,7 +216,7 @@ def read_sweep_file(path: Path) -> SweepFile:
     Raises:
         XdscaleError: missing, unreadable or not one.
     """
-    return _parse(SweepFile, path)
+    return read_whole(path, SweepFile)
 
 
 def read_result(path: Path) -> Result:
@@ -224,7 +225,7 @@ def read_result(path: Path) -> Result:
     Raises:
         XdscaleError: missing, unreadable or not one.
     """
-    return _parse(Result, path)
+    return read_whole(path, Result)
 
 
 def _read_task(folder: Path, task: str, planned: list[int], metric: str | None) -> TaskRuns | None:
@@ -328,15 +329,10 @@ def _credits(path: Path, lines: list[Prediction], metric: str) -> list[float] | 
 
 
 def _read_predictions(path: Path) -> list[Prediction]:
-    adapter = TypeAdapter(Prediction)
-    lines = []
-    for number, text in enumerate(_text(path).split("\n"), 1):
-        if not text:
-            continue
-        try:
-            line = adapter.validate_json(text)
-        except ValidationError as error:
-            raise XdscaleError(f"{path}, line {number}: {_first_problem(error)}") from None
+    if not path.is_file():
+        raise XdscaleError(f"{path}: is missing, though the run beside it is finished; finetune this seed anew")
+    lines: list[Prediction] = []
+    for number, line in read_lines(path, Prediction):
         if line.index != len(lines):
             raise XdscaleError(f"{path}, line {number}: index {line.index}, expected {len(lines)}; a line is missing")
         lines.append(line)
@@ -348,32 +344,3 @@ def _read_predictions(path: Path) -> list[Prediction]:
 def _texts(line: Prediction) -> tuple[str, str]:
     second = line.sentence2
     return line.sentence1, " ".join(second) if isinstance(second, list) else second or ""
-
-
-_Parsed = TypeVar("_Parsed", bound=_Stored)
-
-
-def _parse(kind: type[_Parsed], path: Path) -> _Parsed:
-    try:
-        return kind.model_validate_json(_text(path))
-    except ValidationError as error:
-        raise XdscaleError(f"{path}: {_first_problem(error)}") from None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise XdscaleError(
-            f"{path}: is missing, though the run beside it is finished; finetune this seed anew"
-        ) from None
-    except OSError as error:
-        raise XdscaleError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise XdscaleError(f"{path}: not UTF-8 text ({error.reason})") from None
-
-
-def _first_problem(error: ValidationError) -> str:
-    item = error.errors()[0]
-    place = ".".join(map(str, item["loc"]))
-    return f"{place}: {item['msg']}" if place else item["msg"]

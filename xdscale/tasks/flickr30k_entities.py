@@ -13,7 +13,7 @@ import numpy as np
 
 from xdscale.data.task_files import Example, Span
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line
+from xdscale.files import one_line, open_text
 from xdscale.shards.region_comparison import box_iou
 from xdscale.tasks.contract import TaskData
 from xdscale.tasks.text import TextTask
@@ -209,7 +209,7 @@ def read_captions(path: Path) -> Iterator[Caption]:
         if not image:
             continue
         if not re.fullmatch(r"[A-Za-z0-9_-]+", image):
-            raise XdscaleError(f"{where}: {image!r} is no id of an image; expected one, as 1000092795")
+            raise XdscaleError(f"{where}: {image!r} is not an image id, such as 1000092795")
         if image in seen:
             raise XdscaleError(f"{where}: image {image} stands in line {seen[image]} already")
         seen[image] = line
@@ -287,12 +287,8 @@ def _parse(path: Path) -> ET.Element:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
-        raise XdscaleError(f"{path}: not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+    with open_text(path) as file:
+        return [line.strip() for line in file.read().split("\n")]
 
 
 FLICKR30K_ENTITIES = PhraseGrounding(

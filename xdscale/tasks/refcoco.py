@@ -178,7 +178,7 @@ def _read_boxes(path: Path) -> dict[int, tuple[int, Phrase]]:
         if len(box) != 4 or not (box[2] >= 0 and box[3] >= 0 and np.isfinite(box).all()):
             raise XdscaleError(f"{where}: bbox = {box}; expected left, top, width and height")
         if annotation["category_id"] not in names:
-            raise XdscaleError(f"{where}: category_id {annotation['category_id']} is none of the file's categories")
+            raise XdscaleError(f"{where}: category_id {annotation['category_id']} is not among the file's categories")
         left, top, width, height = box
         gold = Phrase(((left, top, left + width, top + height),), (names[annotation["category_id"]],))
         boxes[annotation["id"]] = annotation["image_id"], gold

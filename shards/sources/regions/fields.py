@@ -99,7 +99,7 @@ def whole_number(fields: Mapping[str, Any], name: str, where: str) -> int:
             raise ValueError
         return int(value)
     except (ValueError, TypeError, OverflowError, UnicodeDecodeError):
-        raise XdscaleError(f"{where}: {name}: {shown(fields[name])} is no whole number") from None
+        raise XdscaleError(f"{where}: {name}: {shown(fields[name])} is not a whole number") from None
 
 
 def array_of(value: Any, name: str, where: str) -> np.ndarray:

@@ -7,12 +7,13 @@ an index: a place for each image, and while ids are compared a hash.
 import hashlib
 import re
 import sys
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -48,22 +49,24 @@ class Reading:
     objects: int = 0
 
 
-class RegionFormat(Protocol):
+class RegionFormat(ABC):
     """One format of files.
 
     Attributes:
         box_units: of its boxes.
         box_form: of its boxes.
         background: which class of its distributions is no object.
+        reading: how files are to be read.
     """
 
-    box_units: ClassVar[str]
-    box_form: ClassVar[str]
-    background: ClassVar[int | None]
+    box_units: ClassVar[str] = "pixels"
+    box_form: ClassVar[str] = "xyxy"
+    background: ClassVar[int | None] = 0
 
     def __init__(self, reading: Reading) -> None:
-        """Takes how files are to be read."""
+        self.reading = reading
 
+    @abstractmethod
     def files(self, path: Path) -> list[Path]:
         """Returns all files that are read of one input.
 
@@ -71,9 +74,11 @@ class RegionFormat(Protocol):
             XdscaleError: it is no input of this format.
         """
 
+    @abstractmethod
     def places(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Yields the id of each image of an input, and where it lies; picklable."""
 
+    @abstractmethod
     def read(self, path: Path, places: Sequence[Any]) -> Iterator[RegionImage]:
         """Yields the images at these places."""
 
@@ -145,7 +150,7 @@ def load_sizes(name: str) -> ImageSizes:
         return ImageSizes(name, {}, (int(match[1]), int(match[2])))
     path = Path(name)
     if not is_text(path.name):
-        raise XdscaleError(f"--sizes {name}: its name is no text in UTF-8; rename the file")
+        raise XdscaleError(f"--sizes {name}: its name is not UTF-8 text; rename the file")
     values = read_json(path)
     known: dict[str, tuple[int, int] | None] = {}
     try:
@@ -168,7 +173,7 @@ def load_sizes(name: str) -> ImageSizes:
 def _side(value: Any) -> int:
     """Returns a width or height, a whole number as text or not."""
     if isinstance(value, bool) or int(value) != float(value):
-        raise ValueError(f"{shown(value)} is no whole number")
+        raise ValueError(f"{shown(value)} is not a whole number")
     return int(value)
 
 
@@ -290,7 +295,7 @@ class FileImages:
 
     def _renamed(self, image_id: str, where: str) -> str:
         if not is_text(image_id):
-            raise XdscaleError(f"{where}: image id {shown(image_id)} is no text in UTF-8; rename the image")
+            raise XdscaleError(f"{where}: image id {shown(image_id)} is not UTF-8 text; rename the image")
         if self._reading.ids == "as-given":
             return image_id
         name = PurePosixPath(image_id).stem if self._reading.ids == "stem" else trailing_number(image_id)

@@ -9,7 +9,7 @@ import numpy as np
 
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line, shown
-from xdscale.shards.sources.regions.files import Reading
+from xdscale.shards.sources.regions.files import RegionFormat
 from xdscale.shards.sources.regions.plain_pickle import load_plain
 from xdscale.shards.sources.regions.source import RegionImage
 
@@ -28,14 +28,8 @@ class Rows(NamedTuple):
     end: int
 
 
-class BanHdf5:
+class BanHdf5(RegionFormat):
     """BAN and bottom-up-attention-vqa: NAME.hdf5, and NAME_imgid2idx.pkl beside it."""
-
-    box_units, box_form = "pixels", "xyxy"
-    background: int | None = 0
-
-    def __init__(self, reading: Reading) -> None:
-        self._sizes = reading.sizes
 
     def files(self, path: Path) -> list[Path]:
         """Returns the matrix and the ids."""
@@ -62,8 +56,8 @@ class BanHdf5:
                 where = f"{path.name}, image {rows.number}"
                 boxes = _read(sets, "image_bb", rows, where)
                 shares = _read(sets, "spatial_features", rows, where) if "spatial_features" in sets else None
-                if self._sizes is not None:
-                    size = self._sizes.of(rows.image_id, where)
+                if self.reading.sizes is not None:
+                    size = self.reading.sizes.of(rows.image_id, where)
                 elif shares is not None:
                     size = _size_of(boxes, shares, where)
                 else:
@@ -139,7 +133,7 @@ def _opened(path: Path) -> Iterator[dict[str, Any]]:
             if sets["image_features"].shape[:-1] != sets["image_bb"].shape[:-1]:
                 shapes = [list(sets[name].shape) for name in ("image_features", "image_bb")]
                 raise XdscaleError(
-                    f"{path.name}: image_features {shapes[0]} and image_bb {shapes[1]} have not the same rows"
+                    f"{path.name}: image_features {shapes[0]} and image_bb {shapes[1]} do not have the same rows"
                 )
             yield sets
     except (OSError, RuntimeError, KeyError, ValueError) as error:

@@ -14,20 +14,14 @@ from xdscale.errors import XdscaleError
 from xdscale.files import one_line, shown
 from xdscale.shards.sources.regions.decoding import LARGEST_IMAGE_BYTES, from_json
 from xdscale.shards.sources.regions.fields import image_of
-from xdscale.shards.sources.regions.files import Reading
+from xdscale.shards.sources.regions.files import Reading, RegionFormat
 from xdscale.shards.sources.regions.source import RegionImage
 
 _SUFFIX = ".json"
 
 
-class VlbertJson:
+class VlbertJson(RegionFormat):
     """VL-BERT: `ID.json` in a folder or zip: image_w, image_h, num_boxes, boxes, classes and features in base64."""
-
-    box_units, box_form = "pixels", "xyxy"
-    background: int | None = 0
-
-    def __init__(self, reading: Reading) -> None:
-        pass
 
     def files(self, path: Path) -> list[Path]:
         """Returns all files of a folder, or the zip or JSON file."""
@@ -53,15 +47,15 @@ class VlbertJson:
                 yield image_of(fields, PurePosixPath(name).name.removesuffix(_SUFFIX), where)
 
 
-class CocoDetections:
+class CocoDetections(RegionFormat):
     """Detections in COCO's form, without features: a list of image_id, category_id, bbox (xywh) and score."""
 
-    box_units, box_form = "pixels", "xywh"
-    background: int | None = None
+    box_form = "xywh"
+    background = None
 
     def __init__(self, reading: Reading) -> None:
-        self._sizes = reading.sizes
-        if self._sizes is None:
+        super().__init__(reading)
+        if reading.sizes is None:
             raise XdscaleError("detections do not say how large images are; name COCO's annotation file with --sizes")
 
     def files(self, path: Path) -> list[Path]:
@@ -95,7 +89,7 @@ class CocoDetections:
             if None not in scores:
                 labels["confidences"] = np.array(scores, np.float64)
             boxes = np.array([row[1] for row in rows], np.float64)
-            yield RegionImage(image_id, self._sizes.of(image_id, where), boxes, labels=labels, where=where)
+            yield RegionImage(image_id, self.reading.sizes.of(image_id, where), boxes, labels=labels, where=where)
 
 
 def detection(one: Any, where: str) -> tuple[str, tuple]:

@@ -11,7 +11,7 @@ from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json, shown
 from xdscale.shards.sources.regions.decoding import from_json, from_msgpack, from_npz
 from xdscale.shards.sources.regions.fields import image_of
-from xdscale.shards.sources.regions.files import Reading
+from xdscale.shards.sources.regions.files import RegionFormat
 from xdscale.shards.sources.regions.plain_pickle import load_plain
 from xdscale.shards.sources.regions.source import RegionImage
 
@@ -20,14 +20,10 @@ _ROUNDED = 0.01
 _RECORD = ("features", "classes", "boxes", "num_boxes", "image_h", "image_w", "image_id", "caption")
 
 
-class UniterLmdb:
+class UniterLmdb(RegionFormat):
     """UNITER: `.npz` or msgpack of features, norm_bb, conf, soft_labels; `nbb_*.json` says how many regions to take."""
 
-    box_units, box_form = "shares", "xyxy"
-    background: int | None = 0
-
-    def __init__(self, reading: Reading) -> None:
-        self._sizes = reading.sizes
+    box_units = "shares"
 
     def files(self, path: Path) -> list[Path]:
         """Returns the data, and the counts beside the folder, where they are."""
@@ -51,7 +47,7 @@ class UniterLmdb:
             fields = from_npz(value, where) if value[:2] == b"PK" else from_msgpack(value, where)
             if not isinstance(fields, dict) or not isinstance(fields.get("norm_bb"), np.ndarray):
                 raise XdscaleError(f"{where}: expected arrays with norm_bb among them, found {shown(fields)}")
-            if self._sizes is None:
+            if self.reading.sizes is None:
                 raise XdscaleError(
                     f"{where}: image {image_id!r}: UNITER's files do not say how large images are; give a file that "
                     "does, such as COCO's annotations, with --sizes (or 1000x1000: boxes are then in thousandths)"
@@ -63,17 +59,11 @@ class UniterLmdb:
                 raise XdscaleError(f"{where}: rows of its arrays: {shown(rows)}, expected equally many{stated}")
             fields = {name: array[:regions] for name, array in fields.items()}
             fields["boxes"] = _checked_shares(fields.pop("norm_bb"), where)
-            yield image_of(fields, image_id, where, self._sizes.of(image_id, where))
+            yield image_of(fields, image_id, where, self.reading.sizes.of(image_id, where))
 
 
-class VilbertLmdb:
+class VilbertLmdb(RegionFormat):
     """ViLBERT and InterBERT: pickled dicts with base64, listed in `keys`; or tensorpack's records, in `__keys__`."""
-
-    box_units, box_form = "pixels", "xyxy"
-    background: int | None = 0
-
-    def __init__(self, reading: Reading) -> None:
-        pass
 
     def files(self, path: Path) -> list[Path]:
         """Returns the data."""
@@ -209,4 +199,4 @@ def _text(key: bytes, path: Path) -> str:
     try:
         return key.decode()
     except UnicodeDecodeError:
-        raise XdscaleError(f"{path.name}, key {shown(key)}: is no text in UTF-8") from None
+        raise XdscaleError(f"{path.name}, key {shown(key)}: is not UTF-8 text") from None

@@ -10,20 +10,14 @@ from xdscale.errors import XdscaleError
 from xdscale.files import shown
 from xdscale.shards.sources.regions.decoding import from_npy, from_npz
 from xdscale.shards.sources.regions.fields import array_of, image_of, whole_number
-from xdscale.shards.sources.regions.files import Reading
+from xdscale.shards.sources.regions.files import RegionFormat
 from xdscale.shards.sources.regions.source import RegionImage
 
 _INFO = "_info.npy"
 
 
-class PythiaNpy:
+class PythiaNpy(RegionFormat):
     """Pythia and VisualBERT: `ID.npy` [regions, width], and `ID_info.npy`, a pickled dict with boxes and image size."""
-
-    box_units, box_form = "pixels", "xyxy"
-    background: int | None = 0
-
-    def __init__(self, reading: Reading) -> None:
-        self._objects = reading.objects
 
     def files(self, path: Path) -> list[Path]:
         """Returns all files of a folder, or both of one image."""
@@ -50,19 +44,13 @@ class PythiaNpy:
                 raise XdscaleError(f"{info.name}: num_boxes: {rows} are stated, features are there for {len(features)}")
             if isinstance(probs := fields.get("cls_prob"), list):
                 probs = fields["cls_prob"] = array_of(probs, "cls_prob", info.name)
-            left_out = np.shape(probs)[1:] == (self._objects,)
+            left_out = np.shape(probs)[1:] == (self.reading.objects,)
             image_id = Path(name).name.removesuffix(".npy")
             yield image_of(fields | {"features": features}, image_id, info.name, background_left_out=left_out)
 
 
-class MilvlgNpz:
+class MilvlgNpz(RegionFormat):
     """MILVLG: `ID.npz` with x [width, regions] (in later files [regions, width]), bbox, num_bbox, image_h, image_w."""
-
-    box_units, box_form = "pixels", "xyxy"
-    background: int | None = 0
-
-    def __init__(self, reading: Reading) -> None:
-        pass
 
     def files(self, path: Path) -> list[Path]:
         """Returns all files of a folder, or the file."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from xdscale.errors import XdscaleError
 from xdscale.files import shown
 from xdscale.shards.sources.regions.fields import NAMES, image_of
-from xdscale.shards.sources.regions.files import LinePlace, Reading
+from xdscale.shards.sources.regions.files import LinePlace, Reading, RegionFormat
 from xdscale.shards.sources.regions.source import RegionImage
 
 LONGEST_LINE = 1 << 28
@@ -56,7 +56,7 @@ def text_of(values: list[bytes], where: str) -> str:
         return values[0].decode()
     except UnicodeDecodeError:
         raise XdscaleError(
-            f"{where}: image id: {shown(values[0])} is no text in UTF-8; is it a TSV of regions?"
+            f"{where}: image id: {shown(values[0])} is not UTF-8 text; is it a TSV of regions?"
         ) from None
 
 
@@ -71,14 +71,13 @@ def existing(path: Path) -> Path:
     return path
 
 
-class ButdTsv:
+class ButdTsv(RegionFormat):
     """Bottom-up attention: image_id, image_w, image_h, num_boxes, boxes, features."""
 
-    box_units, box_form = "pixels", "xyxy"
-    background: int | None = 0
     columns: tuple[str, ...] = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 
     def __init__(self, reading: Reading) -> None:
+        super().__init__(reading)
         self.columns = reading.columns or self.columns
         known = {*_IDS, *(name for names in NAMES.values() for name in names)}
         for name in self.columns:

@@ -10,7 +10,7 @@ from xdscale.errors import XdscaleError
 from xdscale.files import shown
 from xdscale.shards.sources.regions.decoding import from_base64, from_json
 from xdscale.shards.sources.regions.fields import NAMES, array_of, image_of, whole_number
-from xdscale.shards.sources.regions.files import LinePlace, Reading
+from xdscale.shards.sources.regions.files import LinePlace, Reading, RegionFormat
 from xdscale.shards.sources.regions.source import RegionImage
 from xdscale.shards.sources.regions.tsv import each_line, existing, lines_at, text_of
 
@@ -19,14 +19,14 @@ GEOMETRY = 6
 _ROUNDED = 0.01
 
 
-class VinvlTsv:
+class VinvlTsv(RegionFormat):
     """VinVL: key and JSON."""
 
-    box_units, box_form = "pixels", "xyxy"
-    background: int | None = None
+    background = None
 
     def __init__(self, reading: Reading) -> None:
-        self._sizes, self._classes = reading.sizes, {name: place for place, name in enumerate(reading.class_names)}
+        super().__init__(reading)
+        self._classes = {name: place for place, name in enumerate(reading.class_names)}
 
     def files(self, path: Path) -> list[Path]:
         """Returns the file itself."""
@@ -56,12 +56,12 @@ class VinvlTsv:
             raise XdscaleError(f"{where}: expected a JSON object, found {shown(fields)}")
         size = None
         if not any(name in fields for name in NAMES["width"]):
-            if self._sizes is None:
+            if self.reading.sizes is None:
                 raise XdscaleError(
                     f"{where}: image {shown(key)}: its width and height are not stated; give a file that states them, "
                     "such as COCO's annotations, with --sizes"
                 )
-            size = self._sizes.of(key, where)
+            size = self.reading.sizes.of(key, where)
         if "objects" in fields:
             fields = {name: fields[name] for name in fields if name.startswith("image_")} | self._of_objects(
                 fields, where

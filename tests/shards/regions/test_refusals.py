@@ -187,7 +187,7 @@ def test_probabilities_are_scaled_to_one_within_a_tenth(tmp_path, those):
 def test_ids_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "detections.json"
     path.write_text('[{"image_id": "\\ud800", "category_id": 1, "bbox": [1, 1, 2, 2]}]')
-    with pytest.raises(XdscaleError, match=r"detections.json, image 1: image id '\\ud800' is no text in UTF-8"):
+    with pytest.raises(XdscaleError, match=r"detections.json, image 1: image id '\\ud800' is not UTF-8 text"):
         region_files(
             [str(path)], "coco", str(writers.detector(tmp_path, None)), reading=Reading(sizes=load_sizes("9x9"))
         )
