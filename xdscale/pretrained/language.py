@@ -253,8 +253,12 @@ def own_tokenizer(name: str) -> tuple[Tokenizer, LanguageTokenizer]:
         XdscaleError: there is none, so that nobody can say what ids mean; it is damaged, of another kind, or has more
             ids than the encoder has embeddings.
     """
-    tokenizer, info = load_language_tokenizer(str(_language_folder(name)))
-    embeddings = language_config(Language(name=name)).vocab_size
+    return tokenizer_of(_language_folder(name), name, language_config(Language(name=name)).vocab_size)
+
+
+def tokenizer_of(folder: Path, name: str, embeddings: int) -> tuple[Tokenizer, LanguageTokenizer]:
+    """Returns the tokenizer in an encoder's folder; `name` is the encoder, for messages; errors as `own_tokenizer`."""
+    tokenizer, info = load_language_tokenizer(str(folder))
     if info.vocab_size > embeddings:
         raise XdscaleError(
             f"{name}: its tokenizer has {info.vocab_size} ids, but the encoder has embeddings for {embeddings} "

@@ -9,8 +9,8 @@ from transformers import PretrainedConfig
 
 from xdscale.errors import XdscaleError
 from xdscale.names import resolve_path
+from xdscale.pretrained.language import tokenizer_of
 from xdscale.recipes.pixels import RANDOM, PixelSettings
-from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.tasks.contract import Subject, SubjectFacts
 from xdscale.weights import weight_files
@@ -72,14 +72,7 @@ class VisualSubject(Subject):
         """Reads the folder's config.json."""
 
     def _tokenizer(self) -> tuple[Tokenizer, LanguageTokenizer]:
-        tokenizer, info = load_language_tokenizer(str(self._folder))
-        embeddings = self._config().vocab_size
-        if info.vocab_size > embeddings:
-            raise XdscaleError(
-                f"{self.model}: its tokenizer has {info.vocab_size} ids, but the encoder has embeddings for "
-                f"{embeddings}; put the tokenizer there that the weights were trained with"
-            )
-        return tokenizer, info
+        return tokenizer_of(self._folder, self.model, self._config().vocab_size)
 
     @property
     def _folder(self) -> Path:
