@@ -85,7 +85,7 @@ def test_weights_of_all_ranks_are_put_together_under_every_stage(two_ranks, case
     found = consolidated_state(folder / case / "step-00000003")
     for name, value in tensors[f"{case} saved"].items():
         assert torch.equal(found[name].to(value.dtype), value)
-    assert found["0.weight"].dtype == torch.float32
+        assert found[name].dtype == torch.float32, name
     assert torch.equal(found["0.weight"].bfloat16().float(), found["0.weight"]) == (case == "0-bf16")
 
 

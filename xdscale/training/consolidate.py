@@ -45,9 +45,7 @@ def consolidated_state(checkpoint: Path) -> dict[str, Any]:
     stage = read_position(checkpoint).zero_stage
     if stage == 0:
         # Nothing is sharded, and DeepSpeed's own consolidation does not know this case.
-        saved = read_pickle(checkpoint / "mp_rank_00_model_states.pt")["module"]
-        wide = {value.data_ptr(): value.float() for value in saved.values()}  # ties keep sharing storage
-        return {name: wide[value.data_ptr()] for name, value in saved.items()}
+        return _in_fp32(read_pickle(checkpoint / "mp_rank_00_model_states.pt")["module"])
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     state = _of_bf16_optimizer(checkpoint) if stage == 1 else None
@@ -58,8 +56,15 @@ def consolidated_state(checkpoint: Path) -> dict[str, Any]:
     if stage == 1:
         # DeepSpeed forgets parameters that take no gradient here.
         saved = read_pickle(checkpoint / "mp_rank_00_model_states.pt")["module"]
-        state |= {name: value.float() for name, value in saved.items() if name not in state}
-    return state
+        state |= {name: value for name, value in saved.items() if name not in state}
+    return _in_fp32(state)
+
+
+def _in_fp32(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns weights of which some, such as frozen ones, are as narrow as the engine had them; ties stay."""
+    narrow = [value for value in state.values() if value.is_floating_point() and value.element_size() < 4]
+    wide = {value.data_ptr(): value.float() for value in narrow}
+    return {name: wide.get(value.data_ptr(), value) for name, value in state.items()}
 
 
 def _of_bf16_optimizer(checkpoint: Path) -> dict[str, Any] | None:
