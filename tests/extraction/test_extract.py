@@ -89,6 +89,22 @@ def test_small_images_and_stored_files(extract, tmp_path):
     assert stored == (tmp_path / "images" / "line.jpg").read_bytes()
 
 
+def test_a_stored_image_that_is_no_jpeg_is_refused_or_left_out(extract, tmp_path, capsys):
+    """Whatever its name says: of images from the web some always are of another kind."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    image = Image.effect_noise((30, 20), 50)
+    image.save(folder / "one.jpg")
+    image.save(folder / "two.jpg", "PNG")
+    with pytest.raises(XdscaleError, match=r"two\.jpg: is no JPEG, .* \(--store-images\); .* --bad-images skip"):
+        extract(folder, NETWORK, boxes="grid:1x2", store_images=True)
+    assert not (tmp_path / "table" / "dataset.json").exists()
+    table = extract(folder, NETWORK, "rest", boxes="grid:1x2", store_images=True, bad_images="skip")
+    assert table.image_ids(np.arange(len(table))) == ["one"]
+    assert f"warning: left out: {folder / 'two.jpg'}: is no JPEG" in capsys.readouterr().err
+    assert len(extract(folder, NETWORK, "both", boxes="grid:1x2")) == 2
+
+
 def test_standardized_features(extract, photographs):
     plain, scaled = (
         extract(photographs, NETWORK, name, boxes="grid:2x2", standardize=name == "scaled")

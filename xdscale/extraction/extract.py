@@ -21,6 +21,7 @@ from xdscale.extraction.pictures import Ids, Picture, find_pictures, read_bytes,
 from xdscale.names import nearest
 from xdscale.shards.manifest import InputFile
 from xdscale.shards.regions import Detector, RegionBuild
+from xdscale.shards.sources.regions.checks import JPEG_BEGINS
 from xdscale.shards.sources.regions.source import RegionImage, RegionSource, layout_of
 
 LIBRARIES = ("timm", "torchvision", "transformers", "vlbert")
@@ -190,7 +191,13 @@ class ExtractedImages:
     def _read(self, picture: Picture) -> tuple[Picture, np.ndarray, bytes] | None:
         try:
             content = read_bytes(picture.path)
-            return picture, read_pixels(picture.path, content), content
+            pixels = read_pixels(picture.path, content)
+            if self._options.store_images and not content.startswith(JPEG_BEGINS):
+                raise XdscaleError(
+                    f"{picture.path}: is no JPEG, as training from pixels reads them (--store-images); save it as one, "
+                    "take it away, or use --bad-images skip"
+                )
+            return picture, pixels, content
         except XdscaleError as error:
             if self._options.bad_images == "refuse":
                 raise

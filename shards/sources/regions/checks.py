@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from xdscale.shards.sources.regions.source import RegionImage
 
 LARGEST_SIDE = 2**16 - 1
+JPEG_BEGINS = b"\xff\xd8"
 OUTSIDE_PIXELS = 2.0
 """How far a box may reach out of its image: detectors round, and some count pixels from their middles."""
 SUM_OF_PROBABILITIES = 0.1
@@ -125,7 +126,7 @@ def refusal(image: "RegionImage", field: str, problem: str) -> XdscaleError:
 
 def check_jpeg(image: "RegionImage") -> None:
     """Refuses a file that is no whole JPEG of the image's size: training would stop at it, in whatever step."""
-    if not image.jpeg.startswith(b"\xff\xd8"):
+    if not image.jpeg.startswith(JPEG_BEGINS):
         raise refusal(image, "jpeg", f"the file begins with {image.jpeg[:4]!r}, which no JPEG does")
     try:
         found = Image.open(io.BytesIO(image.jpeg), formats=("JPEG",))
