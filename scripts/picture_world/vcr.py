@@ -19,18 +19,22 @@ CLASSES = {
     "fish": "bird",
 }
 """VCR knows the things of COCO alone: what stands for those that are drawn here, each kind for itself."""
+LABELS = ("answer_label", "rationale_label")
 Tokens = list[str | list[int]]
 """As VCR writes them: words, and lists of numbers of things."""
 
 
 def write_vcr(out: Path, seed: int, counts: dict[str, int]) -> None:
-    """Writes a picture, its metadata, a question, four answers and four rationales for each item, and two splits.
+    """Writes a picture, its metadata, a question, four answers and four rationales for each item, and three splits.
 
-    Colours, kinds and the place of the right choice take turns, so none of them can be told from the words.
+    The test split has no labels. Colours, kinds and the place of the right choice take turns, so none of them can be
+    told from the words.
     """
     with Folder(out / "VCR", seed) as folder:
-        for split in ("train", "val"):
-            rows = [_item(folder, seed, split, number) for number in range(counts[split])]
+        for split, count in (counts | {"test": counts["val"]}).items():
+            rows = [_item(folder, seed, split, number) for number in range(count)]
+            if split == "test":
+                rows = [{key: row[key] for key in row if key not in LABELS} for row in rows]
             folder.lines(f"{split}.jsonl", rows)
 
 

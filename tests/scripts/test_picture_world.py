@@ -168,6 +168,14 @@ def test_a_few_pictures_of_vcr_have_all_answers_and_sixty_each_pair(tmp_path):
     assert len(asked["train"]) == 60  # of ten kinds and six colours
 
 
+def test_vcrs_test_split_has_no_labels(world):
+    for name in ("vcr_qa", "vcr_qar"):
+        (test,) = find_task(name).read(world).test.values()
+        assert len({example.id.partition("#")[0] for example in test}) == 24
+        assert all(example.label is None for example in test)
+    assert "_label" not in (world / "VCR/test.jsonl").read_text()
+
+
 def test_choices_of_vcr_lie_anywhere(world):
     rows = [json.loads(line) for line in (world / "VCR/train.jsonl").read_text().splitlines()]
     for name in ("answer", "rationale"):
