@@ -107,6 +107,12 @@ class XDBERTCollator:
         return slots, np.where(usable, text_ids, instead), labels
 
 
+def readable(table: Table, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which rows lie in no quarantined shard, and the rows with one that does not in place of those that do."""
+    usable = table.usable(rows)
+    return usable, rows if usable.all() else np.where(usable, rows, table.first_usable())
+
+
 def language_lengths(table: Table) -> np.ndarray:
     """Returns the tokens of each row for a language encoder, with [CLS] and [SEP]: as many in all of them."""
     return np.full(len(table), TextBuild.of(table.manifest).sequence_length + 2)

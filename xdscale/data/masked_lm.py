@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from xdscale.data.collate import language_ids
+from xdscale.data.collate import language_ids, readable
 from xdscale.data.masking import drawn_masks, mask_language_ids
 from xdscale.recipes.mlm.schema import MaskedLMObjectives
 from xdscale.shards.sources.text_build import TextBuild
@@ -33,10 +33,8 @@ class MaskedLMCollator:
 
     def __call__(self, slots: Slots) -> MicroBatch:
         """Reads and prepares samples; those in quarantine become padding."""
-        usable = self.split.usable(slots.sample_ids)
-        if not usable.all():
-            ids = np.where(usable, slots.sample_ids, self.split.first_usable())
-            slots = Slots(slots.epochs, ids, slots.real & usable)
+        usable, rows = readable(self.split, slots.sample_ids)
+        slots = Slots(slots.epochs, rows, slots.real & usable)
         tokenizer = self.text.language_tokenizer
         ids = language_ids(self.split, tokenizer, slots.sample_ids)
         positions, labels = mask_language_ids(ids, slots, self.objectives.mlm, tokenizer, seed=self.seed)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from xdscale.data.collate import readable
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.data.masking import mask_language_ids
 from xdscale.data.pairing import OTHER_TEXT, PADDING, SAME_TEXT, one_of
@@ -83,18 +84,17 @@ class VisualBERTCollator:
             The slots, the rows of second captions or None, the rows of images, and labels or None.
         """
         table, match = self.captions, self.recipe.objectives.match
-        usable, instead = table.usable(slots.sample_ids), table.first_usable()
-        rows = np.where(usable, slots.sample_ids, instead)
+        usable, rows = readable(table, slots.sample_ids)
         images = table.read("image", rows).astype(np.int64)
         second = labels = None
         if match is not None:
             bits = pair_bits(slots, match.mismatch, seed=self.recipe.training.seed)
             second, labels = second_captions(rows, table.read("siblings", rows).astype(np.int64), len(table), *bits)
-            usable &= table.usable(second)
-            second = np.where(table.usable(second), second, instead)
-        if self.regions is not None and not (readable := self.regions.table.usable(images)).all():
-            usable &= readable
-            images = np.where(readable, images, self.regions.table.first_usable())
+            of_second, second = readable(table, second)
+            usable &= of_second
+        if self.regions is not None:
+            of_images, images = readable(self.regions.table, images)
+            usable &= of_images
         slots = Slots(slots.epochs, rows, slots.real & usable)
         return slots, second, images, None if labels is None else np.where(slots.real, labels, PADDING)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xdscale.data.collate import readable
 from xdscale.data.hashing import Purpose, below, random_bits
 from xdscale.data.masking import mask_language_ids
 from xdscale.data.pictures import blank, draw_flips, mirrored, read_pictures, scaled_boxes
@@ -151,11 +152,11 @@ class VLBERTCollator:
         has_image = self._has_image(slots)
         usable = np.ones(len(has_image), bool)
         captions, texts = slots.sample_ids[has_image], slots.sample_ids[~has_image] - len(self.captions)
-        usable[has_image], captions = _readable(self.captions, captions)
+        usable[has_image], captions = readable(self.captions, captions)
         if self.texts is not None:
-            usable[~has_image], texts = _readable(self.texts, texts)
-        readable, images = _readable(self.regions.table, self.captions.read("image", captions).astype(np.int64))
-        usable[has_image] &= readable
+            usable[~has_image], texts = readable(self.texts, texts)
+        images_usable, images = readable(self.regions.table, self.captions.read("image", captions).astype(np.int64))
+        usable[has_image] &= images_usable
         return Slots(slots.epochs, slots.sample_ids, slots.real & usable), captions, texts, images
 
 
@@ -347,9 +348,3 @@ def _of_samples(regions: Regions, has_image: np.ndarray) -> Regions:
     counts, sizes = np.zeros(len(has_image), np.int64), np.ones((len(has_image), 2), np.uint16)
     counts[has_image], sizes[has_image] = np.diff(regions.offsets), regions.sizes
     return regions._replace(sizes=sizes, offsets=np.concatenate([[0], np.cumsum(counts)]))
-
-
-def _readable(table: Table, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which rows may be read, and the rows with others in the place of those that may not."""
-    usable = table.usable(rows)
-    return usable, rows if usable.all() else np.where(usable, rows, table.first_usable())
