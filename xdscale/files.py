@@ -1,13 +1,15 @@
 """Files: JSON read with messages; outputs tried before the work and written whole or not at all; modes by the umask."""
 
 import contextlib
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TextIO
 
@@ -263,6 +265,13 @@ def shown(value: object) -> str:
         return _REPR.repr(value).replace("\n", " ")
     except ValueError:  # Python writes no number of more than 4,300 digits
         return f"a number too long to be shown ({type(value).__name__})"
+
+
+def csv_text(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Returns CSV with a line of names of columns."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([head, *rows])
+    return file.getvalue()
 
 
 def is_text(name: str) -> bool:

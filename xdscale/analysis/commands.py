@@ -1,7 +1,5 @@
 """What `xdscale pwcca | grounded-ratio | cross-attention` print."""
 
-import csv
-import io
 import math
 from collections import Counter
 from pathlib import Path
@@ -15,7 +13,7 @@ from xdscale.analysis import pictures
 from xdscale.analysis.comparison import CATEGORIES, ComparedExample, read_comparison
 from xdscale.analysis.shown import new_table, print_table
 from xdscale.errors import XdscaleError
-from xdscale.files import check_output_file, write_outputs
+from xdscale.files import check_output_file, csv_text, write_outputs
 
 if TYPE_CHECKING:
     from xdscale.analysis.grounded_ratio import GroundedWords
@@ -93,7 +91,7 @@ def print_grounded_ratio(
         groups[name], own_rows = _split(name, examples, counts, runs)
         rows += own_rows
     if out is not None:
-        _write_csv(out, ("data", "id", "category", "grounded", "not_grounded", "ratio"), rows)
+        write_outputs({out: csv_text(["data", "id", "category", "grounded", "not_grounded", "ratio"], rows)})
     if plot is not None:
         unequal = {name: {key: parts[key] for key in CATEGORIES[:2]} for name, parts in groups.items()}
         pictures.save_picture(pictures.ratio_boxes(unequal), plot)
@@ -157,11 +155,3 @@ def _ratios(groups: dict[str, list[float]]) -> Table:
         figures = [*np.quantile(values, (0.25, 0.5, 0.75)), np.mean(values)] if values else []
         table.add_row(name, f"{len(values):,}", *(f"{value:.4f}" for value in figures))
     return table
-
-
-def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_outputs({path: text.getvalue()})

@@ -5,8 +5,6 @@ how much of it goes to regions at all. Only the columns of regions are looked at
 normalised anew. Heads are numbered layer-head from 1, as "10-1" in VisualBERT's tables may be.
 """
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xdscale.files import csv_text
 from xdscale.shards.region_comparison import box_iou
 from xdscale.tasks.flickr30k_entities import MATCH
 
@@ -144,7 +143,7 @@ def heads_csv(found: HeadAccuracy) -> str:
          int(found.active[layer, head]), f"{found.baseline:.6f}", found.words]
         for layer, head in np.ndindex(found.accuracy.shape)
     ]  # fmt: skip
-    return _csv(["layer", "head", "accuracy", "region_mass", "active", "baseline", "words"], rows)
+    return csv_text(["layer", "head", "accuracy", "region_mass", "active", "baseline", "words"], rows)
 
 
 def arcs_csv(found: Mapping[str, HeadAccuracy]) -> str:
@@ -154,16 +153,8 @@ def arcs_csv(found: Mapping[str, HeadAccuracy]) -> str:
         best, printed = one.best(active=True), PUBLISHED_ARCS.get(relation)
         shown = ["", ""] if best is None else [f"{one.accuracy[best]:.6f}", head_name(*best)]
         rows.append([relation, one.words, f"{one.baseline:.6f}", *shown, *(printed or ("", "", ""))])
-    return _csv(
+    return csv_text(
         ["relation", "arcs", "baseline", "accuracy", "head"]
         + ["published_baseline", "published_accuracy", "published_head"],
         rows,
     )
-
-
-def _csv(head: list[str], rows: list[list]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return file.getvalue()

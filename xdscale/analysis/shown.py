@@ -1,12 +1,12 @@
 """What analyses print and write: tables, and attention maps as CSV."""
 
-import csv
-import io
 from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from xdscale.files import csv_text
 
 
 class AttentionMap(NamedTuple):
@@ -31,14 +31,12 @@ def map_csv(shown: AttentionMap, *, first: int = 1, **more: np.ndarray) -> str:
         first: number of the first layer and head.
         more: columns of the shape of the weights.
     """
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["layer", "head", "position", "piece", "region", "weight", *more])
+    rows = []
     for place in np.ndindex(shown.weights.shape):
         layer, head, piece, key = place
         values = [f"{weights[place]:.6f}" for weights in (shown.weights, *more.values())]
-        writer.writerow([layer + first, head + first, piece, shown.pieces[piece], shown.keys[key], *values])
-    return file.getvalue()
+        rows.append([layer + first, head + first, piece, shown.pieces[piece], shown.keys[key], *values])
+    return csv_text(["layer", "head", "position", "piece", "region", "weight", *more], rows)
 
 
 def new_table(*columns: str) -> Table:

@@ -1,7 +1,5 @@
 """A model beside its baseline: whether they may be compared, by how much they differ, where."""
 
-import csv
-import io
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from xdscale.errors import XdscaleError
+from xdscale.files import csv_text
 from xdscale.report.bootstrap import Difference, paired_bootstrap
 from xdscale.report.sweep import FinetunedRun, Sweep, TaskRuns
 from xdscale.tasks.metrics import METRICS
@@ -144,13 +143,9 @@ def comparison_csv(comparison: Comparison, runs: TaskRuns) -> str:
         comparison: the counts.
         runs: our model's, for the texts.
     """
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["id", "sentence1", "sentence2", "correct_baseline", "correct_ours"])
-    counts = zip(comparison.correct_baseline, comparison.correct_ours)
-    for identifier, (first, second), (theirs, mine) in zip(runs.ids, runs.texts, counts):
-        writer.writerow([identifier, first, second, int(theirs), int(mine)])
-    return file.getvalue()
+    counts = zip(map(int, comparison.correct_baseline), map(int, comparison.correct_ours))
+    rows = ([identifier, *texts, *correct] for identifier, texts, correct in zip(runs.ids, runs.texts, counts))
+    return csv_text(["id", "sentence1", "sentence2", "correct_baseline", "correct_ours"], rows)
 
 
 def _right(metric: str, mine: TaskRuns, theirs: TaskRuns) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,6 @@
 """VCR, in its public files (`train.jsonl`): which of four answers is right (Q→A), and which of four reasons (QA→R)."""
 
-import csv
 import hashlib
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from xdscale.data.json_shapes import Text, read_lines, read_whole
 from xdscale.data.outlines import SIDE, object_mask
 from xdscale.data.task_files import Example, Span, place
 from xdscale.errors import XdscaleError
-from xdscale.files import file_sha256, shown
+from xdscale.files import csv_text, file_sha256, shown
 from xdscale.tasks.text import TextTask
 
 NAMES = (
@@ -172,11 +170,8 @@ class CommonsenseReasoning(TextTask):
         for example, row in zip(examples, predictions):
             rows.setdefault(example.id.partition("#")[0], []).extend(f"{value:.6g}" for value in row.tolist())
         columns = [f"rationale_conditioned_on_a{n}" for n in range(CHOICES)] if self.reasons else ["answer"]
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["annot_id", *(f"{column}_{n}" for column in columns for n in range(CHOICES))])
-        writer.writerows([identifier, *row] for identifier, row in rows.items())
-        return file.getvalue()
+        head = ["annot_id", *(f"{column}_{n}" for column in columns for n in range(CHOICES))]
+        return csv_text(head, ([identifier, *row] for identifier, row in rows.items()))
 
     def object_classes(self, examples: Sequence[Example]) -> list[np.ndarray]:
         """Returns the classes of the objects of each example, int64 [objects], counted from 1.
