@@ -14,12 +14,12 @@ FEWEST_ELEMENTS = 1 << 25
 """Of a gradient whose sum is a kernel of ours: below, the host takes longer to ask for it than a GPU saves by it."""
 
 
-def plain_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def plain_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The definition of `linear`: PyTorch's own."""
     return F.linear(states, weight, bias)
 
 
-def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Returns states weightᵀ + bias.
 
     Under `torch.autocast` the products run in autocast's dtype while gradients keep their tensor's own dtype. With an
@@ -29,7 +29,7 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     Args:
         states: [..., width].
         weight: [size, width].
-        bias: [size].
+        bias: [size], or None for none.
 
     Returns:
         [..., size] in the dtype of the products.
@@ -56,12 +56,14 @@ class _Linear(torch.autograd.Function):
     """Keeps states and weight, each where a gradient needs it."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: FunctionCtx, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         # The parameter itself is saved, never a view or a cast: ZeRO-3 empties it after this forward and fills the
         # same parameter again before the backward.
         for_states, for_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(states if for_weight else None, weight if for_states else None)
-        ctx.dtypes = states.dtype, weight.dtype, bias.dtype
+        ctx.dtypes = states.dtype, weight.dtype, None if bias is None else bias.dtype
         return F.linear(states, weight, bias)
 
     @staticmethod
@@ -82,5 +84,5 @@ class _Linear(torch.autograd.Function):
 
 
 @torch.compiler.disable(reason="linear runs as it is, between compiled graphs")
-def _apply(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _apply(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return _Linear.apply(states, weight, bias)

@@ -37,3 +37,11 @@ def test_compiled_models_have_no_break_here_on_a_cpu():
     weight, bias = torch.randn(8, 16), torch.randn(8)
     explained = torch._dynamo.explain(lambda x: linear(x * 2, weight, bias) + 1)(torch.randn(4, 16))
     assert explained.graph_break_count == 0
+
+
+def test_a_large_output_on_a_gpu_needs_no_bias():
+    states, weight = (torch.empty(shape, device="meta", requires_grad=True) for shape in ((1 << 15, 8), (1 << 10, 8)))
+    out = linear(states, weight, None)
+    assert type(out.grad_fn).__name__ == "_LinearBackward"
+    found = torch.autograd.grad(out, (states, weight), torch.empty_like(out))
+    assert [tuple(one.shape) for one in found] == [(1 << 15, 8), (1 << 10, 8)]
