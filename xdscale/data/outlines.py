@@ -6,6 +6,8 @@ import numpy as np
 
 SIDE = 14
 """Places along each side, as RoIAlign has them."""
+_AT_ONCE = 4096
+"""Edges of a polygon, which take 4 KB of memory each."""
 
 
 def object_mask(outlines: Sequence[np.ndarray], box: Sequence[float], *, centres: bool = False) -> np.ndarray:
@@ -28,12 +30,26 @@ def object_mask(outlines: Sequence[np.ndarray], box: Sequence[float], *, centres
         points = (np.asarray(outline, np.float64) - corner) * ratios
         if not centres:
             points = np.clip(points, 0, SIDE - 1)
-        x1, y1 = points[:, 0] - places[None, :, None], points[:, 1] - places[:, None, None]  # from each place
-        x2, y2 = np.roll(x1, -1, -1), np.roll(y1, -1, -1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            crossing = (x2 * y1 - x1 * y2) / (y1 - y2)  # where an edge meets the place's horizontal; unused if level
+        edges, sides = np.concatenate([points, np.roll(points, -1, 0)], 1), np.zeros((2, SIDE, SIDE), np.int64)
+        for first in range(0, len(edges), _AT_ONCE):
+            sides += _sides(edges[first : first + _AT_ONCE], places, found)
         # Odd numbers of edges to both sides are inside; unlike numbers mean that the place is on an edge.
-        to_right = (((y1 > 0) != (y2 > 0)) & (crossing > 0)).sum(-1)
-        to_left = (((y1 < 0) != (y2 < 0)) & (crossing < 0)).sum(-1)
-        found |= ((to_right | to_left) % 2 == 1) | ((x1 == 0) & (y1 == 0)).any(-1)
+        found |= (sides[0] | sides[1]) % 2 == 1
     return found
+
+
+def _sides(edges: np.ndarray, places: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Returns how many edges pass to the right and to the left of each place: int64 [2, 14, 14].
+
+    Args:
+        edges: float64 [n, 4], x and y of both ends.
+        places: float64 [14], along each side.
+        found: bool [14, 14], where the places are marked that an edge begins at.
+    """
+    x1, x2 = (edges[:, end] - places[None, :, None] for end in (0, 2))  # from each place
+    y1, y2 = (edges[:, end] - places[:, None, None] for end in (1, 3))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        crossing = (x2 * y1 - x1 * y2) / (y1 - y2)  # where an edge meets the place's horizontal; unused if level
+    found |= ((x1 == 0) & (y1 == 0)).any(-1)
+    to_right = (((y1 > 0) != (y2 > 0)) & (crossing > 0)).sum(-1)
+    return np.stack([to_right, (((y1 < 0) != (y2 < 0)) & (crossing < 0)).sum(-1)])
