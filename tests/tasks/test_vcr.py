@@ -275,6 +275,19 @@ def test_what_is_no_number_is_no_box_and_no_outline(world, number):
         VCR_QA.read(world.data)
 
 
+def test_outlines_far_from_any_image_are_refused(world):
+    """1e308 was multiplied until it was no number, and the object's mask was empty."""
+    world.write_metadata(segms=[[[[1, 2], [30, 2], [-1e6, 40]]]] * 4)
+    examples = VCR_QA.read(world.data).train[:1]
+    assert VCR_QA.object_masks(examples)[0].any()
+    world.write_metadata(segms=[[[[1, 2], [30, 2], [1e308, 40]]]] * 4)
+    with pytest.raises(XdscaleError, match=r"segms\[0\]\[0\]\[2\]\[0\] = 1e\+308: expected less than or equal"):
+        VCR_QA.outlines_sha256(examples)
+    world.write_metadata(boxes=[[0, 1, 1e308, 30, 0.9]] * 4)
+    with pytest.raises(XdscaleError, match=r"0\.json: boxes\[0\]\[2\] = 1e\+308: expected less than or equal"):
+        VCR_QA.read(world.data)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

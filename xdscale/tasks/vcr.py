@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import (
+    Annotated,
     Any,
     ClassVar,
     NamedTuple,
@@ -14,7 +15,7 @@ from typing import (
 )
 
 import numpy as np
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from xdscale.data.json_shapes import Text, read_lines, read_whole
@@ -48,6 +49,8 @@ CHOICES = 4
 IMAGES = "vcr1images"
 """Folder of images and metadata, as its download is unpacked."""
 
+_Pixels = Annotated[float, Field(ge=-1e6, le=1e6)]
+"""A coordinate: of an object that its image shows in part, outside of it; far from any image nothing is meant."""
 Tokens = list[str | list[int]]
 """Words, and lists of numbers of objects that stand for words."""
 
@@ -68,15 +71,15 @@ class _Question(TypedDict):
 class _Metadata(TypedDict):
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)
     names: list[str]
-    boxes: list[list[float]]
+    boxes: list[list[_Pixels]]
     width: int
     height: int
 
 
 class _Outlines(TypedDict):
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)
-    boxes: list[list[float]]
-    segms: list[list[list[tuple[float, float]]]]
+    boxes: list[list[_Pixels]]
+    segms: list[list[list[tuple[_Pixels, _Pixels]]]]
 
 
 class VCRTruth(NamedTuple):
