@@ -272,6 +272,18 @@ def test_a_run_knows_the_outlines_that_it_was_trained_on(table, model, data, tmp
     assert before != fingerprints()
 
 
+def test_outlines_of_the_test_split_are_read_before_a_run(table, model, data, tmp_path):
+    copied = shutil.copytree(data, tmp_path / "data")
+    (entry, *_) = map(json.loads, (copied / "VCR" / "val.jsonl").read_text().splitlines())
+    (copied / "VCR" / "test.jsonl").write_text(json.dumps(entry | {"metadata_fn": "m/test.json"}) + "\n")
+    images = copied / "VCR" / "vcr1images" / "m"
+    without = {key: value for key, value in json.loads((images / "0.json").read_text()).items() if key != "segms"}
+    (images / "test.json").write_text(json.dumps(without))
+    recipe = resolved(model, copied, table.table.folder, tmp_path / "run")
+    with pytest.raises(XdscaleError, match=r"test\.json: segms is missing"):
+        FinetuneSystem(recipe).open(Place(Ranks(0, 1, 0), 2))
+
+
 @pytest.fixture(scope="module")
 def runs(adapt, model, data, table, tmp_path_factory):
     """Four steps on one rank, and on two under ZeRO-3 that are stopped and continued; both keep their model."""
