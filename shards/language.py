@@ -11,7 +11,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.models import WordPiece
 
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line, read_json, refuse_lfs_pointer
+from xdscale.files import one_line, read_json, require_real_file
 from xdscale.names import PACKAGE_PREFIX, expand_home, resolve_path
 from xdscale.shards.manifest import canonical_json
 from xdscale.shards.sources.text_build import LanguageTokenizer
@@ -100,7 +100,7 @@ def read_tokenizer(name: str) -> Tokenizer:
             found = f" but {others[0]}, which is not BERT's; {_HOW_TO_CONVERT}" if others else ""
             raise XdscaleError(f"{name}: the folder has no {FILE_NAME} and no {VOCABULARY}{found}")
         path = path / (FILE_NAME if (path / FILE_NAME).is_file() else VOCABULARY)
-    refuse_lfs_pointer(path)
+    require_real_file(path)
     if path.suffix == ".txt":
         return _from_vocabulary(path)
     try:

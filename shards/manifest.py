@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from xdscale.errors import XdscaleError
-from xdscale.files import is_text
+from xdscale.files import is_text, require_real_file
 
 MANIFEST_NAME = "dataset.json"
 WORK_FOLDER = ".build"
@@ -221,6 +221,7 @@ class Manifest(ManifestSection):
             XdscaleError: the folder or the file is missing or invalid, or the build was not finished.
         """
         path = Path(folder) / MANIFEST_NAME
+        require_real_file(path)
         try:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from xdscale.errors import XdscaleError
+from xdscale.files import READ_AT_ONCE
 from xdscale.names import expand_home
 from xdscale.shards.cache import ShardCache
 from xdscale.shards.descriptors import Descriptors
@@ -320,7 +321,7 @@ class Table:
         if not self._healthy[number]:
             raise self._in_quarantine(number)
         try:
-            descriptor = os.open(self.folder / record.file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.folder / record.file, READ_AT_ONCE)
         except OSError as error:
             raise self._unreadable(number, error) from None
         found = os.fstat(descriptor).st_size

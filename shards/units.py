@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.files import file_sha256, replaced_when_complete
+from xdscale.files import file_sha256, replaced_when_complete, require_real_file
 from xdscale.shards.manifest import (
     MANIFEST_NAME,
     WORK_FOLDER,
@@ -107,6 +107,7 @@ class UnitBuilder:
 
     def _kept(self, record_path: Path, key: str) -> UnitRecord | None:
         """Returns the record of an earlier build if it and its shards are whole and of the same input."""
+        require_real_file(record_path)
         try:
             record = UnitRecord.model_validate_json(record_path.read_bytes())
             shards = [split.shard for split in record.splits.values()]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field, ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.files import DISKS_OWN, lock, replaced_when_complete
+from xdscale.files import DISKS_OWN, lock, replaced_when_complete, require_real_file
 from xdscale.shards.manifest import (
     MANIFEST_NAME,
     PART_FILES,
@@ -325,6 +325,7 @@ def _plans(out: Path) -> list[dict[str, Any]]:
     """Returns those of the unfinished builds in a folder, also of parts that were copied here without theirs."""
     plans = []
     for path in sorted((out / WORK_FOLDER).glob(_PLANS)):
+        require_real_file(path)
         try:
             plan = json.loads(path.read_bytes())
         except (OSError, ValueError):
@@ -334,6 +335,7 @@ def _plans(out: Path) -> list[dict[str, Any]]:
 
 
 def _read_part(path: Path) -> PartManifest:
+    require_real_file(path)
     try:
         manifest = PartManifest.model_validate_json(path.read_bytes())
         manifest.numbered()

@@ -20,6 +20,9 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST_REASON
 _REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxtuple = 3, 8, 8, 8
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+READ_AT_ONCE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""Flags to open a file with: a pipe in its place is not waited for, and has no bytes."""
+_SPECIAL = "a pipe or a device, which may never end"
 
 
 @contextlib.contextmanager
@@ -176,7 +179,13 @@ def sync(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 (hex) of a file, read in constant memory."""
+    """Returns the SHA-256 (hex) of a file, read in constant memory.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+    """
+    if _is_special(path):
+        raise OSError(errno.EINVAL, f"is {_SPECIAL}")
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -216,7 +225,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         XdscaleError: unreadable, not JSON, or not an object.
     """
-    refuse_lfs_pointer(path)
+    require_real_file(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -242,17 +251,21 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
         raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """Refuses the few lines that a clone without Git LFS has in the place of a large file.
+def require_real_file(path: Path) -> None:
+    """Refuses what stands in a file's place: a pipe or a device, or the few lines that a clone without Git LFS has.
+
+    What is not there, and a folder, pass: whoever reads the file says so in words of its own.
 
     Raises:
-        XdscaleError: says how to fetch the file.
+        XdscaleError: says what it is, and what to do.
     """
     try:
+        if _is_special(path):
+            raise XdscaleError(f"{path}: is {_SPECIAL}; expected a file: put it there, or take this away")
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
     except OSError:
-        return  # whoever reads it says so in its own words
+        return
     if start == _LFS_POINTER:
         raise XdscaleError(
             f"{path}: this is a Git LFS pointer, not the file itself; fetch it with 'git lfs pull' in {path.parent}"

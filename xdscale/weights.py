@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line, read_json, refuse_lfs_pointer
+from xdscale.files import one_line, read_json, require_real_file
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In order of preference; each also in parts, with an index."""
@@ -22,7 +22,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         XdscaleError: it cannot be read so, or is a Git LFS pointer.
     """
-    refuse_lfs_pointer(path)
+    require_real_file(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -116,7 +116,7 @@ def weight_files(folder: Path) -> list[Path]:
             if path.is_file():
                 files = _parts(path, Path(name).suffix) if path.suffix == ".json" else [path]
                 for file in files:
-                    refuse_lfs_pointer(file)
+                    require_real_file(file)
                 return files
     raise XdscaleError(
         f"{folder}: holds neither {' nor '.join(WEIGHT_FILES)}, nor the index of one in parts; or use weights: random"

@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from xdscale.errors import XdscaleError
-from xdscale.files import check_output_file, check_output_folder, read_json, write_outputs
+from xdscale.files import check_output_file, check_output_folder, file_sha256, read_json, write_outputs
 
 
 def listing(folder):
@@ -153,6 +154,19 @@ def test_a_read_only_file_is_refused_where_its_mode_counts(tmp_path, monkeypatch
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the superuser may write everything
     with pytest.raises(XdscaleError, match="file: is read-only; choose another name"):
         check_output_file(tmp_path / "file")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    for path in (tmp_path / "config.json", tmp_path / "socket", Path("/dev/zero")):
+        with pytest.raises(XdscaleError, match=f"^{path}: is a pipe or a device, .*; expected a file: put it there"):
+            read_json(path)
+        with pytest.raises(OSError, match="is a pipe or a device"):
+            file_sha256(path)
+    with pytest.raises(XdscaleError, match="not a readable JSON file: .*Is a directory"):
+        read_json(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", '{"a": ' + "1" * 5000 + "}", '{"a": ' + "[" * 100_000, "[1]"])

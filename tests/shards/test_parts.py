@@ -163,6 +163,10 @@ def test_a_damaged_part_file_is_named(parts):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(XdscaleError, match=r"part-00002-of-00003\.json: cannot be read .*build this part again"):
         merge_parts(parts)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(XdscaleError, match=r"part-00002-of-00003\.json: is a pipe or a device"):
+        merge_parts(parts)
 
 
 def test_merging_again_and_building_again_change_nothing(small_build, parts, expected):

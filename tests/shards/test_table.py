@@ -246,6 +246,9 @@ def test_torn_and_missing_shards_are_named(small_build, tmp_path):
     path.unlink()
     with pytest.raises(XdscaleError, match=f"{record.file}: cannot be read: No such file"):
         Table(tmp_path / "out", "train").read_ragged("clip", np.array([0]))
+    os.mkfifo(path)  # which nobody writes to
+    with pytest.raises(XdscaleError, match=f"{record.file}: expected {record.bytes} bytes, found 0"):
+        Table(tmp_path / "out", "train").read_ragged("clip", np.array([0]))
 
 
 def test_damage_that_appears_while_reading_is_named(small_build, tmp_path):
@@ -306,6 +309,10 @@ def test_manifest_errors_say_what_to_do(small_dataset, tmp_path):
     (tmp_path / ".build").mkdir()
     with pytest.raises(XdscaleError, match="the build was not finished; run the same"):
         Manifest.load(tmp_path)
+    os.mkfifo(tmp_path / MANIFEST_NAME)
+    with pytest.raises(XdscaleError, match=r"dataset\.json: is a pipe or a device, .*; expected a file"):
+        Manifest.load(tmp_path)
+    (tmp_path / MANIFEST_NAME).unlink()
     good = (small_dataset / MANIFEST_NAME).read_text()
     for old, new, message in (
         ('"format_version": 4', '"format_version": 1', "format_version"),

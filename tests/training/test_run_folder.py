@@ -170,5 +170,27 @@ def test_records_tell_of_the_newest_start_and_the_list_of_all(tmp_path):
     assert set(environment["xdscale"]) == {"version", "commit"}
 
 
+@pytest.mark.parametrize("content", [b"{", b"[1]", b'{"recipe": {}}\n', b"\xff", b"[" * 100_000])
+def test_a_damaged_list_of_starts_is_named_and_nothing_is_written(tmp_path, content):
+    (tmp_path / "starts.jsonl").write_bytes(content)
+    with pytest.raises(XdscaleError, match=r"starts\.jsonl: its last line is no record of a start .*; mend"):
+        RunFolder(tmp_path).write_records(load_recipe("quickstart"), {}, 1, 1, continued=True)
+    assert os.listdir(tmp_path) == ["starts.jsonl"]
+
+
+def test_pipes_among_the_records_are_not_waited_for(run):
+    recipe = load_recipe("quickstart")
+    for name, read in (
+        ("log.jsonl", lambda: read_log(run.log)),
+        ("recipe.yaml", lambda: run.check(recipe)),
+        ("starts.jsonl", lambda: run.write_records(recipe, {}, 1, 1, continued=True)),
+    ):
+        path = run.folder / name
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        with pytest.raises(XdscaleError, match=rf"{name}: is a pipe or a device"):
+            read()
+
+
 def test_half_of_a_last_line_is_passed_over(run):
     assert [entry["step"] for entry in read_log(run.log)] == [1, 2, 3]

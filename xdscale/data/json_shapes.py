@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from xdscale.data.task_files import LONGEST_TEXT, place
 from xdscale.errors import XdscaleError
-from xdscale.files import refuse_lfs_pointer, shown
+from xdscale.files import require_real_file, shown
 
 Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
 """A text that a model reads."""
@@ -31,7 +31,7 @@ def read_whole(path: Path, shape: type[_Shape]) -> _Shape:
         XdscaleError: the file cannot be read, is not JSON, or holds something else; the first place is named, as
             `annotations[3].answers[0].answer`.
     """
-    refuse_lfs_pointer(path)
+    require_real_file(path)
     try:
         data = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
     except OSError as error:
@@ -52,7 +52,7 @@ def read_lines(path: Path, shape: type[_Shape]) -> Iterator[tuple[int, _Shape]]:
     Raises:
         XdscaleError: the file cannot be read, or a line is not JSON or holds something else.
     """
-    refuse_lfs_pointer(path)
+    require_real_file(path)
     adapter = _adapter(shape)
     try:
         with path.open("rb") as file:

@@ -9,7 +9,7 @@ import numpy as np
 
 from xdscale.errors import XdscaleError
 from xdscale.extraction.pictures import Picture, read_bytes
-from xdscale.files import file_sha256, read_json, refuse_lfs_pointer, shown
+from xdscale.files import file_sha256, read_json, require_real_file, shown
 from xdscale.shards.manifest import InputFile
 from xdscale.shards.sources.regions.decoding import from_json
 from xdscale.shards.sources.regions.json_files import detection
@@ -125,7 +125,7 @@ class GivenBoxes:
 
 
 def _by_image(path: Path) -> dict[str, dict[str, Any]]:
-    refuse_lfs_pointer(path)
+    require_real_file(path)
     values = from_json(read_bytes(path), str(path))
     if isinstance(values, list):
         return _of_detections(path, values)

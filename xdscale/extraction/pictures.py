@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xdscale.errors import XdscaleError
-from xdscale.files import is_text, one_line, refuse_lfs_pointer, shown
+from xdscale.files import is_text, one_line, require_real_file, shown
 from xdscale.names import resolve_path
 from xdscale.shards.sources.regions.checks import LARGEST_SIDE
 
@@ -124,7 +124,7 @@ def read_pixels(path: Path, content: bytes) -> np.ndarray:
     except Image.DecompressionBombError:
         raise XdscaleError(f"{path}: has more than {MOST_PIXELS:,} pixels; scale it down") from None
     except Exception as error:  # Pillow's decoders raise what they come upon
-        refuse_lfs_pointer(path)
+        require_real_file(path)
         why = f"none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise XdscaleError(
             f"{path}: not a readable image ({why}); mend it, take it away, or use --bad-images skip"

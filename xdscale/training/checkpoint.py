@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdscale.errors import XdscaleError, free_mib, refusal
-from xdscale.files import file_sha256, one_line, sync, write_atomically
+from xdscale.files import file_sha256, one_line, require_real_file, sync, write_atomically
 from xdscale.training.checkpoint_folder import (
     LATEST,
     Retention,
@@ -317,6 +317,7 @@ def _read_engine_state(checkpoint: Path) -> "EngineState":
 
 def _read_record(checkpoint: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
     path = checkpoint / POSITION
+    require_real_file(path)
     try:
         return read(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
-from xdscale.files import file_sha256, one_line, sync
+from xdscale.files import file_sha256, one_line, require_real_file, sync
 
 CHECKSUMS = "checksums.json"
 _OWN = "sha256 of the lines above"
@@ -58,6 +58,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
         XdscaleError: the file is missing or not byte for byte what was written.
     """
     path = folder / CHECKSUMS
+    require_real_file(path)
     try:
         text = path.read_bytes().decode()
         checksums = json.loads(text)

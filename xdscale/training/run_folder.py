@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from xdscale import __version__
 from xdscale.errors import XdscaleError, writing
-from xdscale.files import DISKS_OWN, lock, one_line, write_atomically
+from xdscale.files import DISKS_OWN, lock, one_line, require_real_file, write_atomically
 from xdscale.recipe import Recipe
 from xdscale.recipe_values import NOT_YAML
 from xdscale.recipe_yaml import read_yaml
@@ -65,6 +65,7 @@ class RunFolder:
                     f"folder ({foreign[0]} …); choose an empty or new one"
                 )
             return
+        require_real_file(stored)
         try:
             before = type(recipe).model_validate(read_yaml(stored.read_text(encoding="utf-8"))).identity()
         except (OSError, UnicodeDecodeError) as error:
@@ -189,7 +190,7 @@ class RunFolder:
             What differs from the start before, one phrase per value; nothing for a run that is not continued.
 
         Raises:
-            XdscaleError: the folder takes no files.
+            XdscaleError: the folder takes no files, or the list of starts is damaged.
         """
         environment = {
             "xdscale": {"version": __version__, "commit": commit() or None},
@@ -201,23 +202,40 @@ class RunFolder:
         }
         now = {"recipe": recipe.model_dump(mode="json"), "ds_config": ds_config, "environment": environment}
         starts = self.folder / "starts.jsonl"
-        lines = starts.read_text(encoding="utf-8") if starts.exists() else ""
+        lines, before = _starts(starts)
         began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_atomically(self.folder / "recipe.yaml", recipe.to_yaml())
         write_atomically(self.folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         write_atomically(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
         write_atomically(starts, lines + json.dumps({"step": step, "time": began} | now) + "\n")
-        if not lines or not continued:
+        if before is None or not continued:
             return []
-        before, after = (json.loads(text) for text in (lines.splitlines()[-1], json.dumps(now)))
+        after = json.loads(json.dumps(now))
         for start in (before, after):
-            del start["environment"]["command"]  # it says what the others say
+            start["environment"].pop("command", None)  # it says what the others say
         return _differences({name: before[name] for name in now}, after)
 
     def truncate_log(self, step: int) -> None:
         """Drops log lines of steps after `step`, which a resumed run will write again."""
         kept = [json.dumps(entry) + "\n" for entry in read_log(self.log) if entry["step"] <= step]
         write_atomically(self.log, "".join(kept))
+
+
+def _starts(path: Path) -> tuple[str, dict[str, Any] | None]:
+    """Returns the list of a run's starts, and the last of them; nothing where there is no list."""
+    require_real_file(path)
+    if not path.exists() or not path.stat().st_size:
+        return "", None
+    try:
+        lines = path.read_text(encoding="utf-8")
+        last = json.loads(lines.splitlines()[-1])
+        if not all(isinstance(last[name], dict) for name in ("recipe", "ds_config", "environment")):
+            raise ValueError("no recipe, ds_config and environment")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise XdscaleError(
+            f"{path}: its last line is no record of a start ({one_line(error)}); mend it, or take the file away"
+        ) from None
+    return lines, last
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -229,6 +247,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         XdscaleError: it cannot be read, or holds something that no run writes.
     """
     entries = []
+    require_real_file(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line, read_json, refuse_lfs_pointer
+from xdscale.files import one_line, read_json, require_real_file
 from xdscale.names import nearest
 from xdscale.shards.regions import Detector
 from xdscale.shards.sources.text_build import named_problem
@@ -95,7 +95,7 @@ def _described(path: Path) -> Detector:
 
 def _named(path: Path, count: int, background: int | None, what: str) -> dict[str, list[str] | int]:
     """Returns the names of classes or attributes and how many there are."""
-    refuse_lfs_pointer(path)
+    require_real_file(path)
     try:
         text = path.read_text(encoding="utf-8")
         names = _category_names(json.loads(text), path) if text.startswith("{") else text.splitlines()
