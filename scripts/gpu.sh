@@ -9,11 +9,19 @@
 #   PARTS            names of the parts that run, as they are printed; default: all. Runs bring the part shards along
 # What an earlier run found in OUT is moved into a folder there.
 set -uo pipefail
+unset CDPATH # which cd would follow
+SECONDS=0    # an exported one would be counted
 from=$PWD
 cd "$(dirname "$0")/.." || exit 2
 within() { [[ $1 == /* || $1 == *:* ]] && echo "$1" || echo "$from/$1"; } # as the caller means it
 python=${PYTHON:-python3}
+[[ $python != */* ]] || python=$(within "$python")
 limit=${SECONDS_IN_ALL:-590}
+if [[ ! $limit =~ ^[0-9]{1,9}$ ]]; then
+    echo "error: SECONDS_IN_ALL: $limit; expected a number of seconds, such as 590" >&2
+    exit 2
+fi
+limit=$((10#$limit))
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 known=(versions kernels step shards runs-zero2 runs-zero2-killed rivals runs-zero1 runs-zero3 runs-zero0 runs-large
     definitions compare step_rivals tiles planned)
@@ -25,6 +33,10 @@ for name in "${named[@]}"; do
         exit 2
     fi
 done
+if [[ -n ${SHARDS:-} && $SHARDS != *:* && ! -e $(within "$SHARDS")/dataset.json ]]; then
+    echo "error: SHARDS: $(within "$SHARDS") holds no dataset.json; make it with 'xdscale shards build', or leave SHARDS out" >&2
+    exit 2
+fi
 [[ " ${PARTS:-}" == *" runs-"* && -z ${SHARDS:-} ]] && PARTS+=" shards"
 gpus=$("$python" -c 'import importlib.util, typer; assert importlib.util.find_spec("torch"), "no torch"
 from xdscale.devices import visible_gpus; print(len(visible_gpus()))' 2>&1) || {

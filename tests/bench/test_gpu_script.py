@@ -69,7 +69,7 @@ esac
 """
 
 
-def calls(tmp_path, *, gpus, seconds="590", fails="none", chosen=""):
+def calls(tmp_path, *, gpus, seconds="590", fails="none", chosen="", script=ROOT / "scripts" / "gpu.sh"):
     """Runs the script with a stand-in for Python, on a machine with so many GPUs; returns its calls and its words."""
     python, called = tmp_path / "python", tmp_path / "calls"
     python.write_text(STAND_IN)
@@ -82,7 +82,7 @@ def calls(tmp_path, *, gpus, seconds="590", fails="none", chosen=""):
         "FAILS": fails,
     }
     environment |= {"SECONDS_IN_ALL": seconds, "SHARDS": "", "PARTS": chosen, "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", ROOT / "scripts" / "gpu.sh", tmp_path / "out"]
+    command = ["bash", script, tmp_path / "out"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return [line.split() for line in called.read_text().splitlines()], done.stdout
 
@@ -151,6 +151,32 @@ def test_each_part_can_be_chosen_by_the_name_that_is_printed_and_others_are_refu
         calls(tmp_path, gpus=1, chosen="versions kernel")
     assert refused.value.returncode == 2
     assert refused.value.stderr == f"error: PARTS: no part kernel; there are {' '.join(names)}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SECONDS_IN_ALL", "10m", "error: SECONDS_IN_ALL: 10m; expected a number of seconds, such as 590"),
+        ("SECONDS_IN_ALL", "-5", "error: SECONDS_IN_ALL: -5; expected a number"),
+        ("SHARDS", "nowhere", "error: SHARDS: {}/nowhere holds no dataset.json; make it with"),
+    ],
+)
+def test_odd_settings_are_refused_before_anything_is_written(tmp_path, name, value, message):
+    environment = os.environ | {"PYTHON": sys.executable, "SHARDS": "", name: value}
+    command = ["bash", ROOT / "scripts" / "gpu.sh", "out"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(message.format(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_clock_and_the_folder_do_not_come_from_outside(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECONDS", "5000")
+    monkeypatch.setenv("CDPATH", str(tmp_path))
+    (tmp_path / ROOT.name / "scripts").mkdir(parents=True)
+    monkeypatch.chdir(ROOT.parent)
+    made, _ = calls(tmp_path, gpus=1, chosen="versions", seconds="0590", script=Path(ROOT.name, "scripts", "gpu.sh"))
+    assert parts(made) == ["versions"]
 
 
 def test_where_findings_cannot_be_written_nothing_is_done(tmp_path):
