@@ -14,7 +14,7 @@ from xdscale.analysis.command_line import inside_app
 from xdscale.bench.commands import bench_app
 from xdscale.commands.checkpoints import checkpoints_app
 from xdscale.commands.regions import regions_app
-from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
+from xdscale.errors import EXIT_BAD_INPUT, XdscaleError, refusal
 from xdscale.names import UserPath
 from xdscale.registry import SUBJECTS
 from xdscale.shards.commands import shards_app
@@ -366,6 +366,10 @@ def report(
     print_report(write=write, check=check)
 
 
+_OF_NAMES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system has against a name that a user gave, wherever it is looked at first."""
+
+
 def main() -> None:
     """Runs the command line; a user's mistake or a full disk becomes one message and exit code 2."""
     if sys.stdout:
@@ -380,6 +384,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except OSError as error:
+        if error.filename is not None and error.errno in _OF_NAMES:
+            print(f"error: {refusal(error)}; choose another place, or mend it", file=sys.stderr)
+            sys.exit(EXIT_BAD_INPUT)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}; make room", file=sys.stderr)

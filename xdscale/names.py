@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
+from xdscale.files import shown
 
 PACKAGE_PREFIX = "package:"
 
@@ -140,15 +141,18 @@ def resolve_path(name: str, *, base: Path | None = None) -> Path:
         base: folder against which a relative path is tried when it does not exist in the working folder.
 
     Raises:
-        XdscaleError: the package is not installed or nothing exists under that name.
+        XdscaleError: the package is not installed, or nothing exists under that name, or it may not be looked at.
     """
     if name.startswith(PACKAGE_PREFIX):
         return _inside_package(name)
     path = Path(expand_home(name))
-    if not path.exists() and base is not None and not path.is_absolute():
-        path = base / path
-    if not path.exists():
-        raise XdscaleError(f"{name}: no such file or folder")
+    try:
+        if not path.exists() and base is not None and not path.is_absolute():
+            path = base / path
+        if not path.exists():
+            raise XdscaleError(f"{name}: no such file or folder")
+    except OSError as error:  # a name too long, or a folder that nobody may look into
+        raise XdscaleError(f"{shown(name)}: cannot be read: {error.strerror or error}") from None
     return path
 
 

@@ -121,3 +121,16 @@ def test_a_terminal_that_knows_only_ascii_stops_no_command(monkeypatch):
         main()
     assert not ended.value.code
     assert b"8 \\xd7 L4-24G" in stdout.buffer.getvalue()
+
+
+@pytest.mark.parametrize("words", [["checkpoints", "list"], ["shards", "verify"], ["report"]])
+def test_a_name_that_the_system_does_not_take_is_one_message(monkeypatch, capfd, tmp_path, words):
+    name = "a" * 5000
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM), *words, name])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert re.fullmatch(r"error: \S*aaa\S*: .*File name too long.*\n", said)
+    assert list(tmp_path.iterdir()) == []
