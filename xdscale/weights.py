@@ -1,5 +1,6 @@
 """Reading other people's weights, never code."""
 
+import errno
 import hashlib
 import pickle
 import zipfile
@@ -72,13 +73,15 @@ def require_fitting(
 
 
 def require_numbers(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuses weights that are no numbers, with which no step of a run would be finite.
+    """Refuses weights that are not finite, with which no step of a run would be.
 
     Raises:
         XdscaleError: names some that are not.
     """
-    if lost := [name for name, value in state.items() if value.isnan().any()]:
-        raise XdscaleError(f"{path}: {some(lost)}: not all values are numbers (NaN); take another checkpoint")
+    if lost := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise XdscaleError(
+            f"{path}: {some(lost)}: not all values are finite (NaN or infinite); take another checkpoint"
+        )
 
 
 def matrix_shapes(
@@ -161,8 +164,9 @@ def check_sha256(files: list[Path], expected: str) -> None:
 
 def reason(error: Exception) -> str:
     """Returns why a weights file could not be loaded, in words that suggest nothing unsafe."""
-    # PyTorch's own text advises to load it unsafely; that of the others is a byte, or nothing.
-    if isinstance(error, pickle.UnpicklingError | KeyError | EOFError):
+    # PyTorch's own text advises to load it unsafely; that of the others is a byte, a seek in a torn file, or nothing.
+    torn = isinstance(error, OSError) and error.errno == errno.EINVAL
+    if torn or isinstance(error, pickle.UnpicklingError | KeyError | EOFError):
         return "it is damaged or holds other things than tensors; give a .safetensors file"
     return one_line(error)
 

@@ -150,14 +150,29 @@ def test_a_file_that_states_an_odd_width_is_refused(tmp_path, shape):
         load_fast_rcnn(tmp_path / "odd.model")
 
 
+def test_a_small_file_that_states_a_vast_resnet_is_refused_before_one_is_made(tmp_path):
+    """Of 100 blocks each, 256 wide, it would have 24 GB; random weights would be drawn for it."""
+    state = {f"layer{stage}.99.conv1.weight": torch.zeros(1) for stage in range(1, 5)}
+    state["layer1.0.conv2.weight"] = torch.zeros(1).expand(256, 1, 1, 1)
+    torch.save(state, tmp_path / "vast.model")
+    before = torch.get_rng_state()
+    with pytest.raises(XdscaleError, match=r"vast\.model: holds no fitting weights for .* and 60\d\d more"):
+        load_fast_rcnn(tmp_path / "vast.model")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_counts_of_batches_may_be_of_any_shape_but_weights_are_numbers(tmp_path):
     state = FastRCNN((1, 1, 1, 1), width=8).state_dict()
     state["bn1.num_batches_tracked"] = torch.zeros(5)
     torch.save(state, tmp_path / "odd.model")
     assert load_fast_rcnn(tmp_path / "odd.model").name == "resnet14"
-    state["layer2.0.bn1.running_var"][3] = torch.nan
-    torch.save(state, tmp_path / "odd.model")
-    with pytest.raises(XdscaleError, match=r"layer2\.0\.bn1\.running_var: not all values are numbers \(NaN\)"):
+    for odd in (torch.nan, torch.inf, -torch.inf):
+        state["layer2.0.bn1.running_var"][3] = odd
+        torch.save(state, tmp_path / "odd.model")
+        with pytest.raises(XdscaleError, match=r"layer2\.0\.bn1\.running_var: not all values are finite \(NaN or inf"):
+            load_fast_rcnn(tmp_path / "odd.model")
+    (tmp_path / "odd.model").write_bytes((tmp_path / "odd.model").read_bytes()[:5000])
+    with pytest.raises(XdscaleError, match=r"odd\.model: not a readable weights file: it is damaged or holds other"):
         load_fast_rcnn(tmp_path / "odd.model")
 
 

@@ -108,7 +108,7 @@ PROJECTION = "module.image_feature_extractor.obj_downsample.1.weight"
         (WORDS, torch.zeros(9, 64, device="meta"), f"holds {WORDS} .* without values; expected plain tensors"),
         (TOKEN, torch.zeros(1, 32), r"no fitting weights for region_tokens\.weight"),
         (PROJECTION, torch.zeros(64, 10), r"obj_downsample\.1\.weight reads 10 numbers; 2,048 are of the box"),
-        (WORDS, torch.full((99, 64), torch.nan), r"word_embeddings\.weight: not all values are numbers"),
+        (WORDS, torch.full((99, 64), torch.nan), r"word_embeddings\.weight: not all values are finite"),
         ("module.vlbert.mvrc_head.transform.dense.weight", torch.zeros(3, 3), r"for masked_region\.transform\.weight"),
     ],
 )

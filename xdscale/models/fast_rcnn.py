@@ -1,9 +1,10 @@
 """ResNets that see regions, and the branch of Fast R-CNN that VL-BERT tunes along (spec VL-BERT §1.4)."""
 
+import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,9 @@ class RegionResNet(nn.Module):
         return found.to(states.dtype)
 
 
+_Trunk = TypeVar("_Trunk", bound=RegionResNet)
+
+
 class FastRCNN(RegionResNet):
     """VL-BERT's ResNet-101, whose C5 is dilated, with a mean over each region's places.
 
@@ -184,31 +188,35 @@ def load_fast_rcnn(path: Path | None) -> FastRCNN:
     if path is None:
         return FastRCNN()
     state = read_state_dict(path)
-    model = FastRCNN(*resnet_shape(state))
-    load_resnet(model, state, path)
-    return model
+    return load_resnet(functools.partial(FastRCNN, *resnet_shape(state)), state, path)
 
 
-def load_resnet(model: RegionResNet, state: Mapping[str, torch.Tensor], path: Path, new: Collection[str] = ()) -> None:
-    """Takes a file's weights over, in fp32.
+def load_resnet(
+    build: Callable[[], _Trunk], state: Mapping[str, torch.Tensor], path: Path, new: tuple[str, ...] = ()
+) -> _Trunk:
+    """Builds a ResNet with a file's weights, in fp32.
 
     Args:
-        model: of the shape that the file has.
+        build: makes one of the shape that the file has.
         state: what the file holds.
         path: the file, for messages.
-        new: names of parameters that the file need not have.
+        new: what the names of parameters begin with that the file need not have.
 
     Raises:
         XdscaleError: it holds no such ResNet.
     """
-    own = model.state_dict()
-    needed = {name: value for name, value in own.items() if "num_batches" not in name and name not in new}
-    require_fitting(needed, state, path, f"a {model.like} or its like")
+    with torch.device("meta"):  # what does not fit may be of any size
+        outline = build()
+    own = outline.state_dict()
+    needed = {name: value for name, value in own.items() if "num_batches" not in name and not name.startswith(new)}
+    require_fitting(needed, state, path, f"a {outline.like} or its like")
     # Counts of batches, which have no effect, may be of any shape.
     fit = (name for name, value in own.items() if name in state and state[name].shape == value.shape)
     found = {name: state[name].float() for name in fit}
     require_numbers(found, path)
-    model.load_state_dict(own | found)
+    model = build()
+    model.load_state_dict(model.state_dict() | found)
+    return model
 
 
 def resnet_shape(state: Mapping[str, torch.Tensor]) -> tuple[list[int], int]:

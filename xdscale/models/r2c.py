@@ -1,5 +1,6 @@
 """r2c's ResNet-50, which VisualBERT tunes along on VCR: from pixels, masks, classes to features (VisualBERT §4)."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,8 +100,6 @@ def load_detector(path: Path | None, *, size: int, dropout: float) -> R2CDetecto
     state = read_state_dict(path)
     for theirs, ours in _RELEASE.items():
         state |= {ours + name: value for name, value in part_of(state, f"detector.{theirs}").items()}
-    model = R2CDetector(*resnet_shape(state), size=size, dropout=dropout)
+    build = functools.partial(R2CDetector, *resnet_shape(state), size=size, dropout=dropout)
     own = ("masks.", "classes.", "projection.")
-    whole = any(name.startswith(own) for name in state)
-    load_resnet(model, state, path, () if whole else [name for name in model.state_dict() if name.startswith(own)])
-    return model
+    return load_resnet(build, state, path, () if any(name.startswith(own) for name in state) else own)
