@@ -178,6 +178,7 @@ def test_a_checkpoint_of_the_release_is_the_same_model(folder, inputs, tmp_path)
         (lambda values, state: values.update(num_attention_heads=5), "hidden_size = 48 is not a multiple of num_att"),
         (lambda values, state: values.update(hidden_act="gelo"), "hidden_act is 'gelo', which transformers does not"),
         (lambda values, state: values.update(num_hidden_layers="three"), "not a visual_bert configuration: "),
+        (lambda values, state: values.update(alignment="max"), "alignment is 'max'; expected 'sum' or 'mean'"),
         (lambda values, state: values.update(visual_embedding_dim=9), r"for embeddings\.visual_projection\.weight"),
     ],
 )

@@ -157,7 +157,8 @@ def test_spans_cut_out_exactly_the_words_of_tags(tokens):
 
 
 def test_the_leaderboards_columns(world):
-    world.write("test.jsonl", *({k: v for k, v in entry(n).items() if not k.endswith("label")} for n in (4, 5)))
+    entries = [entry(4), entry(5), entry(6, annot_id="train#6")]
+    world.write("test.jsonl", *({k: v for k, v in one.items() if not k.endswith("label")} for one in entries))
     qa, qar = VCR_QA.read(world.data).test["vcr_qa.csv"], VCR_QAR.read(world.data).test["vcr_qar.csv"]
     assert [example.id for example in qar[:5]] == ["train-4#0", "train-4#1", "train-4#2", "train-4#3", "train-5#0"]
     assert qar[2].texts[0][0] == "Does Casey feel comfortable ? car is red ."
@@ -168,7 +169,7 @@ def test_the_leaderboards_columns(world):
         logits = np.random.default_rng(1).normal(size=(len(examples), 4)).astype(np.float32)
         rows = list(csv.reader(io.StringIO(task.submission("x.csv", examples, task.predict(logits)))))
         assert rows[0] == ["annot_id", *(f"{column}_{n}" for column in columns for n in range(4))]
-        assert [row[0] for row in rows[1:]] == ["train-4", "train-5"]
+        assert [row[0] for row in rows[1:]] == ["train-4", "train-5", "train#6"]
         found = np.array([row[1:] for row in rows[1:]], float).reshape(-1, 4)
         exponents = np.exp(logits.astype(float))
         np.testing.assert_allclose(found, exponents / exponents.sum(1, keepdims=True), atol=1e-6)

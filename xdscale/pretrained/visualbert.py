@@ -7,6 +7,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, VisualBertConfig
 
 from xdscale.errors import XdscaleError
+from xdscale.files import shown
 from xdscale.models.single_stream import BERT_NAMES
 from xdscale.models.visualbert import VisualBERT
 from xdscale.pretrained.bert_checkpoint import FROM_BERT, TRUNK_PREFIX, bert_sizes, filled, save_model
@@ -115,6 +116,8 @@ def load_visualbert(place: Path, *, dropout: float | None = None) -> tuple[Visua
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     alignment = getattr(config, "alignment", "mean")  # an export says which; transformers and the release: the mean
+    if alignment not in ("sum", "mean"):
+        raise XdscaleError(f"{place / 'config.json'}: alignment is {shown(alignment)}; expected 'sum' or 'mean'")
     heads = {ours: state[theirs] for ours, theirs in _HEADS.items() if theirs in state}
     build = partial(VisualBERT, config, alignment=alignment)
     return filled(build, part_of(state, ENCODER), heads, place, published_name)

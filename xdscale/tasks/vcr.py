@@ -171,7 +171,8 @@ class CommonsenseReasoning(TextTask):
         """
         rows: dict[str, list[str]] = {}
         for example, row in zip(examples, predictions):
-            rows.setdefault(example.id.partition("#")[0], []).extend(f"{value:.6g}" for value in row.tolist())
+            identifier = example.id.rpartition("#")[0] if self.reasons else example.id
+            rows.setdefault(identifier, []).extend(f"{value:.6g}" for value in row.tolist())
         columns = [f"rationale_conditioned_on_a{n}" for n in range(CHOICES)] if self.reasons else ["answer"]
         head = ["annot_id", *(f"{column}_{n}" for column in columns for n in range(CHOICES))]
         return csv_text(head, ([identifier, *row] for identifier, row in rows.items()))
