@@ -3,15 +3,17 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 LINE_SECONDS = 30.0
 """Between plain lines: a log of a day's build stays readable."""
 WINDOW_SECONDS = 300.0
 """The rate is that of the last minutes: finished shards that a restart skips say nothing about the rest."""
 
+Item = TypeVar("Item")
 Advance = Callable[[int, int, int | None], None]
 """Takes bytes done, bytes of all, and documents so far if those are counted."""
 
@@ -36,6 +38,17 @@ class Pace:
             rate = (done - before) / (now - then)
             parts += [f"{rate / 1e6:.2f} MB/s", time_left((total - done) / rate)]
         return ", ".join(parts)
+
+
+def counted(what: str, items: Sequence[Item]) -> Iterator[tuple[int, Item]]:
+    """Numbers items, and says now and then on stderr how many are done and how long the others will take."""
+    said = began = time.monotonic()
+    for number, item in enumerate(items):
+        now = time.monotonic()
+        if number and now - said >= LINE_SECONDS:
+            said, left = now, time_left((len(items) - number) * (now - began) / number)
+            print(f"{what}: {number}/{len(items)}, {left}", file=sys.stderr, flush=True)
+        yield number, item
 
 
 def time_left(seconds: float) -> str:

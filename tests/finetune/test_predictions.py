@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from xdscale.errors import XdscaleError
-from xdscale.finetune import predictions
 from xdscale.finetune.predictions import Predicted, write_predictions, write_submission
 from xdscale.finetune.run import FinetuneSystem
 from xdscale.recipe import load_recipe
@@ -21,13 +20,6 @@ def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(XdscaleError, match=rf"cannot write dev.jsonl in {tmp_path}: .*a directory"):
         write_predictions(tmp_path / "dev.jsonl", find_task("rte"), [], NOTHING)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dev.jsonl", "predictions"]
-
-
-def test_long_predictions_say_how_far_they_are(monkeypatch, capsys):
-    clock = iter((0.0, 0.0, 10.0, 20.0, 30.0))
-    monkeypatch.setattr(predictions.time, "monotonic", lambda: next(clock))
-    assert list(predictions._told("val", ["a", "b", "c", "d"])) == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
-    assert capsys.readouterr().err == "predicting val: 2/4 batches  0:00:20 left\n"
 
 
 def test_a_finished_run_that_is_started_again_says_so(tmp_path):

@@ -37,6 +37,17 @@ def test_shards_kept_from_an_earlier_run_do_not_promise_too_much():
     assert ", 2.00 MB/s, 1:03:20 left" in text  # (14,000 - 6,400) MB at 2 MB/s are 3,800 s
 
 
+def test_counted_work_says_how_far_it_is(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    seen = []
+    for number, item in progress.counted("predicting val, batches", "abcd"):
+        seen.append((number, item))
+        clock.now += 20
+    assert seen == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
+    assert capsys.readouterr().err == "predicting val, batches: 2/4, 0:00:40 left\n"
+
+
 def test_ends_and_beginnings():
     assert Pace(lambda: 0.0).describe(0, 0) == "0.00 of 0.00 MB (100.0%)"
     assert Pace(lambda: 0.0).describe(1_000_000, 4_000_000) == "1.00 of 4.00 MB (25.0%)"

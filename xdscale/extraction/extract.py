@@ -20,6 +20,7 @@ from xdscale.extraction.given_boxes import VCR, GivenBoxes
 from xdscale.extraction.pictures import Ids, Picture, find_pictures, read_bytes, read_pixels
 from xdscale.names import nearest
 from xdscale.shards.manifest import InputFile
+from xdscale.shards.progress import counted
 from xdscale.shards.regions import Detector, RegionBuild
 from xdscale.shards.sources.regions.checks import JPEG_BEGINS
 from xdscale.shards.sources.regions.source import RegionImage, RegionSource, layout_of
@@ -177,7 +178,8 @@ class ExtractedImages:
     def images(self, work: Sequence[Picture]) -> Iterator[RegionImage]:
         """Yields the images of a unit with their regions, in its order."""
         window = WINDOW_BATCHES * self._options.batch
-        for first in range(0, len(work), window):
+        windows = range(0, len(work), window)
+        for _, first in counted(f"images of a shard, {window} at a time", windows):
             read = [found for picture in work[first : first + window] if (found := self._read(picture))]
             done: dict[int, RegionImage] = {}
             by_size = sorted(range(len(read)), key=lambda place: read[place][1].shape)  # stable

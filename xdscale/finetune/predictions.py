@@ -1,9 +1,7 @@
 """Predicts whole splits, and writes predictions down: for people and reports, and as submissions."""
 
 import json
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,10 @@ import torch
 from xdscale.data.task_files import Example
 from xdscale.errors import writing
 from xdscale.files import write_atomically
-from xdscale.shards.progress import time_left
+from xdscale.shards.progress import counted
 from xdscale.systems.contract import ExampleCollator, Slots
 from xdscale.tasks.contract import Task
 from xdscale.training.engine import to_device
-from xdscale.training.monitor import SECONDS_BETWEEN_LINES
 from xdscale.training.session import Setup
 
 MOST_SCORES = 100
@@ -56,8 +53,9 @@ def predict(
     """
     mine: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     engine.eval()
+    numbered = counted(f"predicting {split}, batches", slots) if setup.ranks.is_first else enumerate(slots)
     with torch.no_grad():
-        for number, part in _told(split, slots) if setup.ranks.is_first else enumerate(slots):
+        for number, part in numbered:
             setup.watchdog.enter("prediction", setup.recipe.training.steps, number)
             if setup.ranks.sum(torch.tensor(int(setup.stop.requested), device=engine.device)).item():
                 return None
@@ -69,17 +67,6 @@ def predict(
     everyone = {sample: row for share in setup.ranks.gather(mine) for sample, row in share.items()}
     values, scores = zip(*(everyone[sample] for sample in range(len(everyone))))
     return Predicted(_stacked(values, np.nan), _stacked(scores, -np.inf) if len(scores[0]) else None)
-
-
-def _told(split: str, slots: list[Slots]) -> Iterator[tuple[int, Slots]]:
-    """Numbers batches, and says now and then how far they are and how long the others will take."""
-    said = began = time.monotonic()
-    for number, part in enumerate(slots):
-        now = time.monotonic()
-        if number and now - said > SECONDS_BETWEEN_LINES:
-            said, left = now, time_left((len(slots) - number) * (now - began) / number)
-            print(f"predicting {split}: {number}/{len(slots)} batches  {left}", file=sys.stderr, flush=True)
-        yield number, part
 
 
 def _stacked(rows: Sequence[np.ndarray], filling: float) -> np.ndarray:
