@@ -5,6 +5,7 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -228,3 +229,31 @@ def test_a_slow_phase_that_goes_on_is_no_hang(tmp_path, monkeypatch):
     watchdog.enter("data", 3)
     assert judge_for(3600, fetching=True) is None
     assert "made no progress for 46 s in phase 'data'" in judge_for(3600)
+
+
+def test_a_device_that_has_come_to_nothing_yet_is_behind_its_host(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    watchdog = Watchdog(Ranks(0, 1, 0), tmp_path, 45, lambda: SimpleNamespace(query=lambda: False))
+    watchdog.enter("data", 0)
+    record = watchdog._record()
+    assert tuple(record["device_place"]) == (0, 0, "data")
+    assert tuple(record["host_place"]) == (1, 0, "data")
+    said = None
+    while said is None:
+        clock[0] += 1
+        watchdog._beat()
+        said = watchdog._judge()
+    assert "(its GPU has not left 'data')" in said
+
+
+@pytest.mark.parametrize(("rank", "world_size", "waits"), [(0, 1, 0), (0, 2, 1), (1, 2, 0)])
+def test_the_rank_that_holds_the_store_of_others_waits_for_them_to_read_it(
+    monkeypatch, tmp_path, rank, world_size, waits
+):
+    slept = []
+    monkeypatch.setattr("xdscale.training.watchdog._open_store", lambda ranks: None)
+    watchdog = Watchdog(Ranks(rank, world_size, rank), tmp_path, 45)
+    monkeypatch.setattr("xdscale.training.watchdog.time.sleep", slept.append)
+    watchdog._linger()
+    assert len(slept) == waits
