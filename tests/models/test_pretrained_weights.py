@@ -12,7 +12,13 @@ from xdscale.errors import XdscaleError
 from xdscale.plan.profile import build_on_meta, modules, parameter_table
 from xdscale.plan.states import count
 from xdscale.pretrained.clip import load_clip_text_tower
-from xdscale.pretrained.language import language_config, language_weights, load_language_encoder, own_tokenizer
+from xdscale.pretrained.language import (
+    _language_folder,
+    language_config,
+    language_weights,
+    load_language_encoder,
+    own_tokenizer,
+)
 from xdscale.recipes.mlm.schema import Language, MaskedLMRecipe
 from xdscale.recipes.xdbert.schema import Clip
 from xdscale.systems.mlm import build_masked_lm
@@ -57,6 +63,33 @@ def in_parts(folder):
         return index
 
     return split
+
+
+@pytest.mark.parametrize(
+    ("there", "asked_for"),
+    [
+        ("model.safetensors", 1),
+        ("model.safetensors.index.json", 1),
+        ("pytorch_model.bin", 2),
+        ("pytorch_model.bin.index.json", 2),
+    ],
+)
+def test_of_a_model_on_the_hub_one_kind_of_weights_is_fetched(tmp_path, monkeypatch, there, asked_for):
+    """Safetensors if there are any: a second copy of the weights would be gigabytes for nothing."""
+    asked = []
+
+    def fetch(name, *, allow_patterns):
+        asked.append((name, allow_patterns))
+        if there in allow_patterns:
+            (tmp_path / there).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("xdscale.pretrained.language.snapshot_download", fetch)
+    assert _language_folder("someone/model") == tmp_path
+    assert [name for name, _ in asked] == ["someone/model"] * asked_for
+    assert {"config.json", "tokenizer.json", "vocab.txt"} <= set(asked[0][1])
+    assert "model-*.safetensors" in asked[0][1]
+    assert not any(pattern.endswith(".bin") for pattern in asked[0][1])
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
