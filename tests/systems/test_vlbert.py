@@ -17,7 +17,7 @@ from xdscale.recipe import load_recipe
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.table import Table
 from xdscale.systems.contract import Place, Slots, open_system
-from xdscale.systems.vlbert import check_tables, continuations
+from xdscale.systems.vlbert import check_tables, continuations, invented
 from xdscale.training.distributed import Ranks
 from xdscale.training.engine import to_device
 from xdscale.training.run_folder import read_log
@@ -144,6 +144,14 @@ def test_a_batch_is_the_sum_of_its_samples(grounded_pictures):
         found.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters()]))
     for split in found[1:]:
         assert (split - found[0]).norm() / found[0].norm() < 1e-10
+
+
+@pytest.mark.parametrize(("texts", "images"), [(True, 3), (False, 5)])
+def test_every_second_sample_of_a_plan_is_a_text_where_texts_are_trained_on(texts, images):
+    made = invented(recipe(*([] if texts else ["objectives.text_mlm=null"])), 5, longest=True)
+    assert made.arrays["features"].shape == (images * 12, 12)  # half of 24 elements, the whole image among them
+    assert (made.targets.get("text_mlm", 0) > 0) == texts
+    assert np.diff(made.arrays["cu_seqlens"]).tolist() == [25] * 5
 
 
 def test_the_plan_runs_on_batches_like_real_ones(micro_batch):
