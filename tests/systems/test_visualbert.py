@@ -158,6 +158,14 @@ def test_the_longest_samples_have_as_many_tokens_as_there_may_be(text, overrides
     assert np.diff(arrays["cu_seqlens"]).tolist() == [text + 8] * 3
 
 
+@pytest.mark.parametrize(("captions", "length"), [(1, 3), (1, 10), (1, 60), (2, 5), (2, 11), (2, 61), (2, 10)])
+def test_samples_of_a_stated_length_have_as_many_tokens(captions, length):
+    """Two captions of equal lengths have an odd number of tokens; what they leave of the length are regions."""
+    one = recipe(*([] if captions == 2 else ["objectives.match=null"]))
+    tokens = np.diff(invented(one, 3, length).arrays["cu_seqlens"])
+    assert tokens.tolist() == [length - (captions == 2 and length == 10)] * 3
+
+
 def changed(folder, tmp_path, **tables):
     """A copy of a dataset whose dataset.json says something else."""
     copied = tmp_path / "changed"
