@@ -65,10 +65,17 @@ def require_fitting(
     """Refuses weights that are not those of a module.
 
     Raises:
-        XdscaleError: names some that are missing or of another shape.
+        XdscaleError: names some that are missing, of another shape, or whole numbers in the place of others: quantised
+            weights without their scales.
     """
-    wrong = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
-    if wrong:
+
+    def fits(name: str, value: torch.Tensor) -> bool:
+        found = state.get(name)
+        return (
+            found is not None and found.shape == value.shape and found.is_floating_point() == value.is_floating_point()
+        )
+
+    if wrong := [name for name, value in wanted.items() if not fits(name, value)]:
         raise XdscaleError(f"{where}: holds no fitting weights for {some(wrong)} of {whose}")
 
 

@@ -164,6 +164,12 @@ def test_a_small_file_that_states_a_vast_resnet_is_refused_before_one_is_made(tm
 def test_counts_of_batches_may_be_of_any_shape_but_weights_are_numbers(tmp_path):
     state = FastRCNN((1, 1, 1, 1), width=8).state_dict()
     state["bn1.num_batches_tracked"] = torch.zeros(5)
+    quantised = {name: value.to(torch.int8) if value.ndim == 4 else value for name, value in state.items()}
+    torch.save(quantised, tmp_path / "int8.model")
+    with pytest.raises(
+        XdscaleError, match=r"int8\.model: holds no fitting weights for conv1\.weight, layer1\.0\.conv1"
+    ):
+        load_fast_rcnn(tmp_path / "int8.model")
     torch.save(state, tmp_path / "odd.model")
     assert load_fast_rcnn(tmp_path / "odd.model").name == "resnet14"
     for odd in (torch.nan, torch.inf, -torch.inf):

@@ -12,7 +12,7 @@ from rich.table import Table
 from xdscale.data.order import refuse_tokens
 from xdscale.ds_config import SHIPPED, split_batch
 from xdscale.errors import XdscaleError
-from xdscale.files import write_outputs
+from xdscale.files import check_output_folder, write_outputs
 from xdscale.plan.cluster import NETWORK_EFFICIENCY, Cluster
 from xdscale.plan.configs import WAYS, config_text, ds_config
 from xdscale.plan.hardware import FRAGMENTED, RESERVED_GIB, describe_gpu
@@ -95,6 +95,8 @@ def run_plan(
     Raises:
         XdscaleError: as `profile_model` and `make_plan`; or files are to be written and nothing fits.
     """
+    if write_configs is not None:
+        check_output_folder(write_configs, "--write-configs")
     own = machine.cluster.gpu.precision
     if precision not in (None, "fp16", own):
         raise XdscaleError(
