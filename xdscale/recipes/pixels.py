@@ -45,5 +45,6 @@ class PixelSettings(ModelSettings):
     )
 
     @property
-    def reads_pixels(self) -> bool:  # noqa: D102 - see `ModelSettings`
+    def reads_pixels(self) -> bool:
+        """Whether images are read themselves."""
         return self.pixels is not None
