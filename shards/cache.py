@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.files import READ_AT_ONCE, lock
+from xdscale.files import lock
 from xdscale.shards.manifest import ShardRecord
 from xdscale.shards.remote import AT_ONCE, address_of, download, is_sound
 
@@ -245,8 +245,11 @@ class ShardCache:
 
     def _open_present(self, record: ShardRecord) -> int | None:
         """Opens a shard that is there, with a shared lock, so that it stays; returns None if it is not."""
+        path = self.folder / record.file
         try:
-            descriptor = os.open(self.folder / record.file, READ_AT_ONCE)
+            if path.is_fifo():  # to open it would wait for whoever writes
+                return None
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:

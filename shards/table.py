@@ -11,7 +11,6 @@ from typing import Any, Self
 import numpy as np
 
 from xdscale.errors import XdscaleError
-from xdscale.files import READ_AT_ONCE
 from xdscale.names import expand_home
 from xdscale.shards.cache import ShardCache
 from xdscale.shards.descriptors import Descriptors
@@ -320,8 +319,11 @@ class Table:
         record = self._shards[number]
         if not self._healthy[number]:
             raise self._in_quarantine(number)
+        path = self.folder / record.file
         try:
-            descriptor = os.open(self.folder / record.file, READ_AT_ONCE)
+            if path.is_fifo():  # to open it would wait for whoever writes
+                raise self._damaged(number, "is a pipe")
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise self._unreadable(number, error) from None
         found = os.fstat(descriptor).st_size

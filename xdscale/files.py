@@ -20,8 +20,6 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST_REASON
 _REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxtuple = 3, 8, 8, 8
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-READ_AT_ONCE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-"""Flags to open a file with: a pipe in its place is not waited for, and has no bytes."""
 _SPECIAL = "a pipe or a device, which may never end"
 
 

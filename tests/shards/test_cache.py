@@ -392,3 +392,13 @@ def test_threads_of_one_rank_do_not_disturb_each_other(small_dataset, records, l
         list(pool.map(read, range(4)))
     assert (cache.folder / MANIFEST_NAME).is_file()
     cache.close()
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for_but_fetched_over(server, records, local, tmp_path):
+    cache = open_cache(server.url, tmp_path, sum(record.bytes for record in records))
+    path = cache.folder / records[0].file
+    os.mkfifo(path)
+    table = Table(cache.folder, "train", cache=cache)
+    check_rows(table, local["train"], first_rows(table, 1))
+    cache.close()
+    assert path.is_file()

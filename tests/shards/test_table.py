@@ -247,7 +247,7 @@ def test_torn_and_missing_shards_are_named(small_build, tmp_path):
     with pytest.raises(XdscaleError, match=f"{record.file}: cannot be read: No such file"):
         Table(tmp_path / "out", "train").read_ragged("clip", np.array([0]))
     os.mkfifo(path)  # which nobody writes to
-    with pytest.raises(XdscaleError, match=f"{record.file}: expected {record.bytes} bytes, found 0"):
+    with pytest.raises(XdscaleError, match=f"{record.file}: is a pipe; copy the shard again"):
         Table(tmp_path / "out", "train").read_ragged("clip", np.array([0]))
 
 
