@@ -230,6 +230,14 @@ def test_metadata_are_checked_where_they_are_there(world):
         VCR_QA.read(world.data)
 
 
+def test_messages_about_metadata_have_a_bearable_length(world):
+    for more in ({"names": ["car", "9" * 5000, "x", "x"]}, {"boxes": [[0] * 5000] * 4}):
+        world.write_metadata(**more)
+        with pytest.raises(XdscaleError) as refused:
+            VCR_QA.read(world.data)
+        assert len(str(refused.value)) < 1000
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../val.jsonl"])
 def test_metadata_lie_nowhere_else_where_they_are_not_there_either(world, name):
     world.write("val.jsonl", entry(2, metadata_fn=name))

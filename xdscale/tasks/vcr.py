@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -319,12 +320,11 @@ def _check_metadata(where: str, entry: _Question, images: Path, checked: dict[st
             raise XdscaleError(f"{path}: {len(metadata['boxes'])} boxes, but {len(metadata['names'])} names")
         for number, box in enumerate(metadata["boxes"]):
             if len(box) != 5 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
-                raise XdscaleError(f"{path}: boxes[{number}] = {box}; expected x1 < x2, y1 < y2 and a score")
+                raise XdscaleError(f"{path}: boxes[{number}] = {shown(box)}; expected x1 < x2, y1 < y2 and a score")
         checked[name] = metadata["names"]
     if checked[name] != entry["objects"]:
-        raise XdscaleError(
-            f"{where}: objects are {', '.join(entry['objects'])}, but {name} names {', '.join(checked[name])}"
-        )
+        ours, theirs = (textwrap.shorten(", ".join(names), 300) for names in (entry["objects"], checked[name]))
+        raise XdscaleError(f"{where}: objects are {ours}, but {name} names {theirs}")
 
 
 def _read_outlines(truth: VCRTruth) -> _Outlines:
