@@ -96,7 +96,7 @@ def test_whole_numbers(value):
 
 @pytest.mark.parametrize("value", ["0000000000001", 10**12, -(10**12), 0.5, True, None, "1e", np.array([3])])
 def test_what_is_no_whole_number_is_refused(value):
-    with pytest.raises(XdscaleError, match="^x: width: .* is no whole number"):
+    with pytest.raises(XdscaleError, match="^x: width: .* is not a whole number"):
         whole_number({"width": value}, "width", "x")
 
 
