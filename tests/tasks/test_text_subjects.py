@@ -5,8 +5,7 @@ import pytest
 from xdscale.errors import XdscaleError
 from xdscale.names import resolve_path
 from xdscale.recipes.mlm.schema import Language
-from xdscale.recipes.xdbert.schema import Clip
-from xdscale.recipes.xdbert.task_schema import LanguageSettings
+from xdscale.recipes.xdbert.schema import Clip, LanguageSettings
 from xdscale.tasks import text_subjects
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.text_subjects import ClipSubject, CrossModalSubject, LanguageSubject
