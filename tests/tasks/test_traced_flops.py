@@ -153,6 +153,23 @@ def test_pictures_of_many_sizes_need_few_traces(monkeypatch):
     assert len(calls) < 4
 
 
+def test_an_array_that_some_micro_batches_lack(monkeypatch):
+    """As where no word of a few questions names a region."""
+
+    class Sometimes(nn.Linear):
+        def forward(self, batch):
+            rows = torch.cat([batch["rows"], *([batch["more"]] if "more" in batch else [])])
+            return {"task": (super().forward(rows).sum(),)}
+
+    calls, module = [], on_meta(Sometimes(3, 5))
+    monkeypatch.setattr(tracing, "trace", lambda *arguments: calls.append(1) or trace(*arguments))
+    flops = TracedFlops(module, ["task"], pytest.fail)
+    for rows, more in ((4, 0), (4, 2), (4, 0), (4, 3), (4, 6)):
+        arrays = {"rows": np.ones((rows, 3), np.float32)} | ({"more": np.ones((more, 3), np.float32)} if more else {})
+        assert flops(arrays) == pytest.approx(trace(module, arrays, ["task"]).flops)
+    assert len(calls) < 5
+
+
 def test_a_trace_changes_nothing(adaptation_spec, arrays):
     """No draw of a random generator, no weight, no gradient: training goes on as if it had not been."""
     module = build_adaptation(adaptation_spec(dropout=0.1)).train()

@@ -102,9 +102,9 @@ class TracedFlops:
         self._objectives = list(objectives)
         self._say = say
         self._traceable = True
-        self._units: np.ndarray | None = None  # sizes of the first micro-batch
-        self._terms: list[np.ndarray] = []
-        self._flops: list[float] = []
+        # By the names of the arrays, of which some micro-batches lack a few: the sizes of the first one, and the terms
+        # and FLOPs of those that were traced.
+        self._known: dict[tuple[str, ...], tuple[np.ndarray, list[np.ndarray], list[float]]] = {}
 
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> float:
         """Returns the FLOPs of a micro-batch; nan where the module does what needs values, which a trace has not.
@@ -128,17 +128,17 @@ class TracedFlops:
         for name, array in arrays.items():  # pictures of single samples, each of its own size, count by their sum
             totals[name.rstrip("0123456789")] += array.size
         sizes = np.array([1.0, *(size / samples for size in totals.values())])
-        self._units = np.maximum(sizes, 1) if self._units is None else self._units
-        terms = np.outer(sizes / self._units, sizes / self._units)[np.triu_indices(len(sizes))]
-        if self._terms:
-            traced = np.stack(self._terms, 1)
-            shares = np.linalg.lstsq(traced, terms)[0]
-            if np.abs(traced @ shares - terms).max() < _TOLERANCE:
-                return samples * float(shares @ self._flops)
-        flops = trace(self._module.train(), arrays, self._objectives).flops
-        self._terms.append(terms)
-        self._flops.append(flops / samples)
-        return flops
+        units, terms, flops = self._known.setdefault(tuple(totals), (np.maximum(sizes, 1), [], []))
+        mine = np.outer(sizes / units, sizes / units)[np.triu_indices(len(sizes))]
+        if terms:
+            traced = np.stack(terms, 1)
+            shares = np.linalg.lstsq(traced, mine)[0]
+            if np.abs(traced @ shares - mine).max() < _TOLERANCE:
+                return samples * float(shares @ flops)
+        found = trace(self._module.train(), arrays, self._objectives).flops
+        terms.append(mine)
+        flops.append(found / samples)
+        return found
 
 
 class _Watch(TorchDispatchMode):
