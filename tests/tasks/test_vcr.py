@@ -248,7 +248,9 @@ def test_metadata_lie_nowhere_else_where_they_are_not_there_either(world, name):
 def test_outlines_of_other_objects_are_found_before_a_run(world):
     world.write_metadata()
     examples = VCR_QA.read(world.data).train
-    assert len(VCR_QA.outlines_sha256(examples)) == 64
+    ticks = []
+    assert len(VCR_QA.outlines_sha256(examples, lambda: ticks.append(None))) == 64
+    assert len(ticks) == len({example.truth.metadata for example in examples})
     world.write_metadata(segms=[[]] * 3)
     with pytest.raises(XdscaleError, match=r"0\.json: 4 boxes and 3 segms; the question has 4 objects"):
         VCR_QA.outlines_sha256(examples)

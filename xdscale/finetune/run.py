@@ -92,7 +92,7 @@ class FinetuneSystem(System):
         fingerprints = material.data.fingerprints()
         if material.subject.reads_outlines():
             seen = [material.data.train, *material.data.dev.values(), *material.data.test.values()]
-            fingerprints["outlines of objects"] = material.data.task.outlines_sha256(list(chain(*seen)))
+            fingerprints["outlines of objects"] = material.data.task.outlines_sha256(list(chain(*seen)), place.tick)
         return Data(order, material.train, held_out_batches(dev, slots), fingerprints, notes=notes)
 
     def build(self) -> Finetuning:

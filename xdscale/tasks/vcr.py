@@ -3,7 +3,7 @@
 import hashlib
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -205,8 +205,12 @@ class CommonsenseReasoning(TextTask):
         """
         return [_masks(example.truth, centres=centres) for example in examples]
 
-    def outlines_sha256(self, examples: Sequence[Example]) -> str:
+    def outlines_sha256(self, examples: Sequence[Example], tick: Callable[[], None] = lambda: None) -> str:
         """Returns the SHA-256 (hex) of the files that `object_masks` reads, in the order of their names.
+
+        Args:
+            examples: whose.
+            tick: called behind each file: VCR has tens of thousands, which a slow disk reads for minutes.
 
         Raises:
             XdscaleError: one of them cannot be read, or as `object_masks`: a run would end in whatever step reads it.
@@ -219,6 +223,7 @@ class CommonsenseReasoning(TextTask):
                 digest.update(bytes.fromhex(file_sha256(path)))
             except OSError as error:
                 raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+            tick()
         return digest.hexdigest()
 
     def _examples(self, where: str, line: int, entry: _Question, labelled: bool, metadata: Path) -> list[Example]:
