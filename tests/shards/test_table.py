@@ -342,6 +342,15 @@ def test_fingerprint_follows_the_content(small_dataset, tmp_path):
     assert Manifest.load(tmp_path).fingerprint != manifest.fingerprint
 
 
+def test_where_rows_begin_and_end_is_read_once(small_dataset, monkeypatch):
+    table, rows, reads, pread = Table(small_dataset, "train"), np.array([4, 0, 7]), [], os.pread
+    first = table.read_ragged("clip", rows)
+    monkeypatch.setattr(os, "pread", lambda *place: reads.append(place) or pread(*place))
+    again = table.read_ragged("clip", rows)
+    assert np.array_equal(first.values, again.values)
+    assert len(reads) == len(rows)
+
+
 def test_reading_needs_neither_torch_nor_tokenizers():
     """Data-loading workers import the reader; each library here would cost every rank."""
     heavy = ("torch", "tokenizers", "ftfy", "transformers", "webdataset")

@@ -310,7 +310,8 @@ def test_a_kept_model_brings_the_pooler_that_its_own_task_left_out(folder, table
     save_file(pooler, source / "pooler.safetensors")
     subject = VLBERTSubject(str(source), VLBERTSettings(), table)
     task = task_of("region", outputs=0)
-    subject.export(task, subject.build(task).state_dict(), out)
+    said = subject.export(task, subject.build(task).state_dict(), out)
+    assert said == "finetuned VL-BERT and the task's head"
     built = VLBERTSubject(str(out), VLBERTSettings(), table).build(task_of("input"))
     assert torch.equal(built.encoder.pooler.weight, pooler["pooler.weight"])
     assert torch.equal(built.encoder.pooler.bias, pooler["pooler.bias"])

@@ -12,6 +12,7 @@ from xdscale.shards.sources.regions.fields import image_of, whole_number
 from xdscale.shards.sources.regions.importing import _background
 from xdscale.shards.sources.regions.json_files import detection
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
+from xdscale.shards.sources.regions.vinvl import _cut_geometry
 
 HALF, SINGLE = 65504.0, float(np.finfo(np.float32).max)
 
@@ -145,3 +146,10 @@ def test_the_background_of_the_command_line(text, number):
 def test_what_is_no_background_is_refused(text):
     with pytest.raises(XdscaleError, match=f"^--background {text}: expected a number, or none"):
         _background(text)
+
+
+@pytest.mark.parametrize(("off", "width"), [(0.0, 3), (0.01, 3), (0.0101, 9)])
+def test_the_box_that_features_end_with_may_be_off_by_a_hundredth(off, width):
+    features = np.array([[7, 8, 9, off, 0, 0.5, 0.25, 0.5, 0.25]])
+    image = RegionImage("a", (100, 200), np.array([[0, 0, 50, 50]], np.float64), features)
+    assert _cut_geometry(image).features.shape == (1, width)
