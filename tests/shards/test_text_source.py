@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from xdscale.shards.manifest import Column
 from xdscale.shards.sources import text
 from xdscale.shards.sources.corpus import Document
 from xdscale.shards.sources.text import TextOptions, TextSource, build_shards
@@ -55,3 +56,10 @@ def test_how_a_build_is_to_be_made_is_passed_on(monkeypatch):
     how = {"workers": 3, "part": Part(1, 2), "overwrite": True, "on_progress": print}
     build_shards(["a"], Path("o"), "options", **how)
     assert asked == [((("source", ["a"], "options"), Path("o")), how)]
+
+
+def test_rows_have_at_least_one_clip_token_and_as_many_as_fill_the_blocks(source):
+    assert source(sequence_length=30, clip_blocks=2).columns == [
+        Column(name="language", dtype="<u2", shape=(30,)),
+        Column(name="clip", dtype="<u2", offsets="clip_offsets", fewest=1, most=150),
+    ]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.shards.sources.corpus import read_documents, sort_out, stream_documents
-from xdscale.shards.sources.wrapping import count_words, joined, looks_wrapped
+from xdscale.shards.sources.wrapping import LEAST_PAIRS, count_words, joined, looks_wrapped
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +107,34 @@ def test_chinese_and_thai_keep_their_paragraphs():
     for line in ("河水人的野天山低用造小镇和，麦过较水用桥易山丘附建在。", "แม่น้ำไหลช้าๆ ผ่านกำแพงเก่า"):
         assert sort_out(line, "text", 5)[0] == [line]
     assert sort_out("历史", "text", 5)[0] == []
+
+
+def wrapped(pairs, *, full=0, ended=0, width=40):
+    """One paragraph in lower case; so many of its pairs of lines are full, and so many lines end as sentences do."""
+    lines = []
+    for number in range(pairs):
+        line = "word " + ("b" * (width - 5) if number < full else "b" * 12)
+        lines.append(line[:-1] + "." if number < ended else line)
+    return "\n".join([*lines, "word at the end"])
+
+
+def test_three_lines_of_four_are_full_in_wrapped_text():
+    assert looks_wrapped(wrapped(20, full=15))
+    assert not looks_wrapped(wrapped(20, full=14))
+
+
+def test_half_of_the_lines_may_end_as_sentences_do():
+    assert looks_wrapped(wrapped(20, full=20, ended=10))
+    assert not looks_wrapped(wrapped(20, full=20, ended=11))
+
+
+def test_a_line_is_full_where_the_next_word_would_just_not_fit():
+    """A blank stands before it: a word as long as what is left does not fit."""
+    for word, is_full in (("fives", True), ("four", False)):
+        lines = [f"{word} {'b' * (34 - len(word))}" for _ in range(20)]  # of 35 letters
+        assert looks_wrapped("\n".join(["b" * 40, "b" * 40, *lines, f"{word} end"])) == is_full
+
+
+def test_few_lines_tell_nothing():
+    assert looks_wrapped(wrapped(LEAST_PAIRS, full=LEAST_PAIRS))
+    assert not looks_wrapped(wrapped(LEAST_PAIRS - 1, full=LEAST_PAIRS))
