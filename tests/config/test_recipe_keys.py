@@ -31,7 +31,7 @@ def test_the_lines_of_a_recipe_name_every_key_and_are_overrides_that_give_the_sa
     assert load_recipe(write({section: {} for section in type(recipe).model_fields}), overrides) == recipe
     everything = set(leaves(type(recipe).model_validate(recipe.model_dump()).model_dump()))
     assert everything <= {re.split("=| ", shown)[0] for shown in lines}
-    assert lines["run.max_damaged_shards=2"].endswith("0 stops instead (default 0)")
+    assert lines["run.max_damaged_shards=2"].endswith("up to this many damaged shards (default 0)")
     assert lines["optim.gradient_clipping=1.0"] == "largest global gradient norm (the default)"
 
 

@@ -40,7 +40,8 @@ def test_the_layout_has_every_file(task):
 def test_vcrs_two_files_become_the_leaderboards(tmp_path):
     (command,) = re.findall(r"^paste .*", PAGE, re.MULTILINE)
     for task, count in ((VCR_QA, 1), (VCR_QAR, 4)):
-        examples = [Example(f"test-{n}#{k}", ((),), None, 1) for n in range(3) for k in range(count)]
+        names = [f"test-{n}" + f"#{k}" * task.reasons for n in range(3) for k in range(count)]
+        examples = [Example(name, ((),), None, 1) for name in names]
         folder = tmp_path / "finetuned" / "model" / task.name / "seed-0" / "predictions"
         folder.mkdir(parents=True)
         (name,) = task.test
