@@ -4,8 +4,6 @@ Layers and heads are numbered from 0, as in the paper's figure.
 """
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +15,7 @@ from xdscale.analysis.shown import AttentionMap, map_csv, new_table, print_table
 from xdscale.data.vlbert import pack, whole_image_first
 from xdscale.errors import XdscaleError
 from xdscale.files import check_output_folder, write_outputs
-from xdscale.models.operations import attention_by_head
-from xdscale.models.vlbert import VLBERT
+from xdscale.models.operations import attention_by_head, recorded
 from xdscale.pretrained.vlbert import load_vlbert
 from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.regions import RegionTable
@@ -96,7 +93,8 @@ class MapReader:
         regions = whole_image_first(self._regions.read(image), has_whole, mean=self._model.config.masks_features)
         text = np.concatenate([[self._special.cls_id], words, [self._special.sep_id]])
         batch = to_device(pack([text], [np.zeros_like(text)], regions), torch.device("cpu"))
-        with torch.no_grad(), recorded_heads(self._model) as layers:
+        attentions = [layer.attention.attention for layer in self._model.layers]
+        with torch.no_grad(), recorded(attentions, attention_by_head) as layers:
             self._model(batch | {"features": batch["features"].float()})
         last = len(text) + len(regions.boxes)
         weights = torch.stack(layers)[:, :, : len(text), len(text) : last].float().numpy()
@@ -114,26 +112,6 @@ def rescaled(weights: np.ndarray) -> np.ndarray:
     """
     least, most = (reduce(weights, axis=(1, 2, 3), keepdims=True) for reduce in (np.min, np.max))
     return (weights - least) / np.where(most > least, most - least, 1)
-
-
-@contextmanager
-def recorded_heads(model: VLBERT) -> Iterator[list[torch.Tensor]]:
-    """Records attention in the forward passes made while it is open.
-
-    Yields:
-        A list that grows with each layer that runs: the weights of the first sample, [heads, queries, keys].
-    """
-    layers: list[torch.Tensor] = []
-
-    def record(_module: torch.nn.Module, inputs: tuple, _output: torch.Tensor) -> None:
-        layers.append(attention_by_head(*inputs))
-
-    hooks = [layer.attention.attention.register_forward_hook(record) for layer in model.layers]
-    try:
-        yield layers
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def print_attention_maps(model: Path, data: Path, *, split: str, numbers: list[int], out: Path) -> None:

@@ -3,7 +3,8 @@
 A module calls its operation in its own forward because ZeRO-3 gathers a parameter for the module that owns it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,30 @@ class PackedAttention(nn.Module):
             [q tokens, heads, d].
         """
         return attend(self.function, query, key, value, queries, keys, self.dropout if self.training else 0.0)
+
+
+@contextmanager
+def recorded(attentions: Iterable[nn.Module], weights: Callable[..., torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Records what these attentions weigh in the forward passes made while it is open.
+
+    Args:
+        attentions: modules, one for each layer.
+        weights: makes of an attention's inputs what is recorded: `attention_map` or `attention_by_head`.
+
+    Yields:
+        A list that grows with each of them that runs.
+    """
+    found: list[torch.Tensor] = []
+
+    def record(_module: nn.Module, inputs: tuple, _output: object) -> None:
+        found.append(weights(*inputs))
+
+    hooks = [attention.register_forward_hook(record) for attention in attentions]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def attention_map(*inputs: torch.Tensor | PackedTokens) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """XDBERT: a language encoder and CLIP's text tower joined by cross-modal layers (spec xdbert §2)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer, SelectedTokens
 from xdscale.models.encoders import recompute_layers, valid_tokens
-from xdscale.models.operations import attention_map
+from xdscale.models.operations import attention_map, recorded
 from xdscale.models.packed_tokens import PackedTokens, chosen_tokens, packed_by_lengths, packed_evenly, unpack
 from xdscale.padding import clip_layout, language_layout
 
@@ -104,25 +104,14 @@ class XDBERT(nn.Module):
             clip = unpack(clip, encoded.clip_positions, (len(clip_ids), clip_ids[0].numel()))
         return language, clip
 
-    @contextmanager
-    def recorded_attention(self) -> Iterator[list[torch.Tensor]]:
+    def recorded_attention(self) -> AbstractContextManager[list[torch.Tensor]]:
         """Records the attention weights from language to CLIP tokens in the forward passes made while it is open.
 
-        Yields:
-            A list that grows with each cross-modal layer that runs: the weights of the first sample without dropout,
-            averaged over heads, fp32 [its language tokens, its CLIP tokens].
+        Returns:
+            What gives a list that grows with each cross-modal layer that runs: the weights of the first sample without
+            dropout, averaged over heads, fp32 [its language tokens, its CLIP tokens].
         """
-        maps: list[torch.Tensor] = []
-
-        def record(_: nn.Module, inputs: tuple, __: torch.Tensor) -> None:
-            maps.append(attention_map(*inputs))
-
-        hooks = [layer.language_cross.attention.register_forward_hook(record) for layer in self.layers]
-        try:
-            yield maps
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return recorded([layer.language_cross.attention for layer in self.layers], attention_map)
 
     def _encode(
         self,
