@@ -92,6 +92,17 @@ def test_clip_reads_two_blocks_per_sentence_and_sentences_share_none():
     assert np.array_equal(pair["clip_ids"][1, :2, 1:-1], blocks)
 
 
+def test_where_clip_alone_reads_its_tokens_are_counted():
+    """Of real examples, with start and end of each block; padding weighs nothing."""
+    bpe = ClipBPE()
+    for task, choices in (("cola", ()), ("swag", ("one", "two words"))):
+        batch = collate(task, [example(SHORT, *choices) for _ in range(3)], clip=bpe, micro_batch=4)
+        first, *others = (len(ids) + 2 for ids in bpe.encode([SHORT, *choices]))
+        wanted = first + sum(others) + first * (len(others) > 1)
+        assert batch.arrays["clip_lengths"].reshape(4, -1).sum(1).tolist() == [wanted] * 4
+        assert batch.tokens == 3 * wanted
+
+
 def test_examples_that_are_too_long_are_counted(tokenizer, reference):
     texts = [(SHORT, SHORT), (SHORT, LONG), (LONG, SHORT)]
     split = encode_examples([example(*pair) for pair in texts], find_task("rte").targets, tokenizer[0], None)

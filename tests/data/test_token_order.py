@@ -87,6 +87,22 @@ def test_a_late_step_of_many_samples_is_found_at_once():
     assert time.process_time() - began < 5
 
 
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_batches_are_those_of_the_whole_order_where_samples_are_many_windows(epoch):
+    """Of 20,000 samples of 1 to 9 tokens: from the middle of the epoch over the borders of windows into the next."""
+    lengths = np.random.default_rng(1).integers(1, 10, 20_000).astype(np.uint8)
+    one = order(lengths, 9008)
+    ids = [permute(np.arange(20_000), 20_000, seed=0, epoch=number) for number in (epoch, epoch + 1)]
+    tokens = np.concatenate([lengths[part].astype(int) for part in ids])
+    begins = epoch * lengths.sum(dtype=int) + np.cumsum(tokens) - tokens
+    first = begins[0] // 9000 + 1
+    for step in range(first, first + 12):
+        inside = (begins >= 9000 * step) & (begins < 9000 * (step + 1))
+        epochs, found = one.global_batch_ids(step)
+        np.testing.assert_array_equal(found, np.concatenate(ids)[inside])
+        np.testing.assert_array_equal(epochs, np.repeat([epoch, epoch + 1], 20_000)[inside])
+
+
 def test_a_step_that_spans_several_epochs():
     lengths = np.array([3, 1, 2])
     epochs, ids = order(lengths, 22).global_batch_ids(1)  # tokens 20 to 39, of 6 per epoch

@@ -40,13 +40,13 @@ def weights(tmp_path_factory):
 def test_features_are_those_of_the_scaled_image_in_blue_green_and_red(extract, photographs, weights):
     """Scaled by Pillow, as the release does, which rounds to whole numbers."""
     names = [photographs / f"COCO_val2014_{number:012}.png" for number in (1, 2)]
-    table = extract(names, "vlbert:resnet101", boxes="grid:1x2", weights=str(weights), short_side=64, whole_image=True)
+    table = extract(names, "vlbert:resnet101", boxes="grid:1x2", weights=str(weights), short_side=32, whole_image=True)
     assert (table.width, table.build.whole_image) == (2048, "first")
     assert table.build.detector == Detector(
         model="vlbert:resnet101",
         sha256=weights_sha256([weights]),
         settings={
-            "short_side": 64,
+            "short_side": 32,
             "long_side": 1000,
             "pooling": "RoIAlign 14 × 14 of C4, one sample each, then C5, mean",
             "mean_bgr": MEANS.tolist(),
@@ -59,7 +59,7 @@ def test_features_are_those_of_the_scaled_image_in_blue_green_and_red(extract, p
     regions = table.read(np.arange(2))
     for path, first, end in zip(names, regions.offsets, regions.offsets[1:]):
         image = Image.open(path).convert("RGB")
-        size = scaled_size(*image.size, 64, 1000)
+        size = scaled_size(*image.size, 32, 1000)
         pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32)[:, :, ::-1] - MEANS
         ratios = np.tile(np.array(size) / image.size, 2)
         boxes = np.clip(regions.boxes[first:end] * ratios, 0, np.tile(np.array(size) - 1, 2)).astype(np.float32)

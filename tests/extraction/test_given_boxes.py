@@ -113,3 +113,31 @@ def test_wrong_boxes_are_refused_by_name(tmp_path, value, words):
 def test_an_unknown_source_of_boxes(name):
     with pytest.raises(XdscaleError, match="--boxes"):
         GivenBoxes(name)
+
+
+@pytest.mark.parametrize(
+    ("box", "cut"),
+    [
+        ([-2, -2, 62, 42], [0, 0, 60, 40]),
+        ([0, 0, 0.5, 0.25], [0, 0, 0.5, 0.25]),
+        ([-2.5, 0, 5, 5], None),
+        ([0, -2.5, 5, 5], None),
+        ([0, 0, 62.5, 5], None),
+        ([0, 0, 5, 42.5], None),
+        ([5, 0, 5, 5], None),  # of no column
+        ([0, 5, 5, 5], None),  # of no row
+    ],
+)
+def test_a_box_may_reach_out_by_two_pixels_and_has_a_column_and_a_row(tmp_path, box, cut):
+    given = GivenBoxes(written(tmp_path, {"17": {"boxes": [[0, 0, 9, 9], box]}}))
+    if cut is None:
+        with pytest.raises(XdscaleError, match=r"image '17': box 1 is \(.*\), expected left < right and top < bottom"):
+            given.of(PICTURE, SIZE)
+    else:
+        assert given.of(PICTURE, SIZE).boxes.tolist() == [[0, 0, 9, 9], cut]
+
+
+def test_without_scores_boxes_have_no_confidences(tmp_path):
+    for whole_image in (False, True):
+        given = GivenBoxes(written(tmp_path, {"17": {"boxes": [[0, 0, 9, 9]]}}), whole_image=whole_image)
+        assert given.of(PICTURE, SIZE).confidences is None

@@ -188,6 +188,22 @@ def test_the_last_stage_has_the_classifiers_distribution(extract, photographs):
         assert torch.allclose(each_features(table), maps.mean((2, 3)), atol=0.1 * float(maps.std()))
 
 
+def test_a_scaled_image_shows_all_of_its_pixels(extract, tmp_path):
+    """Scaled to a quarter, stripes of two pixels are as grey as they are in the mean, not what single pixels show."""
+    stripes = np.full((64, 64, 3), 255, np.uint8)
+    stripes[:, ::4] = stripes[:, 3::4] = 0
+    for name, pixels in (("grey", stripes * 0 + 128), ("stripes", stripes), ("white", stripes * 0 + 255)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    table = extract(
+        [tmp_path / f"{name}.png" for name in ("grey", "stripes", "white")],
+        "timm:test_resnet",
+        boxes="grid:1x1",
+        short_side=16,
+    )
+    grey, striped, white = (features[0] for features, _, _ in each(table))
+    assert (striped - grey).norm() < 0.3 * (white - grey).norm()
+
+
 def each_features(table):
     return next(iter(each(table)))[0]
 

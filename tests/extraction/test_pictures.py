@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from xdscale.errors import XdscaleError
+from xdscale.extraction import pictures
 from xdscale.extraction.pictures import find_pictures, read_pixels
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (12, 20, 3), np.uint8)
@@ -112,3 +113,20 @@ def test_links_and_names_that_cannot_be_are_refused_by_name(tmp_path):
     good.rename(os.fsdecode(os.fsencode(tmp_path / "inner") + b"/\xff.png"))
     with pytest.raises(XdscaleError, match="is not UTF-8 text"):
         find_pictures([str(tmp_path)], "stem")
+
+
+def test_an_image_has_at_most_65535_pixels_a_side_and_so_many_in_all(tmp_path, monkeypatch):
+    for size, most, is_read in (
+        ((65_535, 1), 65_535, True),
+        ((1, 65_535), 65_535, True),
+        ((65_536, 1), 10**9, False),
+        ((20, 12), 240, True),
+        ((20, 12), 239, False),
+    ):
+        monkeypatch.setattr(pictures, "MOST_PIXELS", most)
+        content = saved(Image.new("1", size))
+        if is_read:
+            assert read_pixels(tmp_path, content).shape == (*size[::-1], 3)
+        else:
+            with pytest.raises(XdscaleError, match=rf"has {size[0]:,} × {size[1]:,} pixels; at most 65,535 a side"):
+                read_pixels(tmp_path, content)

@@ -25,6 +25,8 @@ def test_file_folder_and_package_are_the_same_tokenizer(cassette_model, tmp_path
 
 def test_fingerprint_ignores_padding_and_sees_the_vocabulary(cassette_model):
     stored = json.loads((cassette_model / "tokenizer.json").read_text())
+    words = sorted(stored["model"]["vocab"], key=lambda word: (word[0] != "[", word not in ("cat", "dog")))
+    stored["model"]["vocab"] = {word: number for number, word in enumerate(words[:3000])}
     plain = fingerprint(Tokenizer.from_str(json.dumps(stored)))
     padded = Tokenizer.from_str(json.dumps(stored))
     padded.enable_padding(length=8)
@@ -34,8 +36,16 @@ def test_fingerprint_ignores_padding_and_sees_the_vocabulary(cassette_model):
     vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
     assert fingerprint(Tokenizer.from_str(json.dumps(stored))) != plain
     vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
-    stored["normalizer"]["lowercase"] = False
-    assert fingerprint(Tokenizer.from_str(json.dumps(stored))) != plain
+    others = {plain}
+    for stage, name, value in (
+        ("normalizer", "lowercase", False),
+        ("model", "max_input_chars_per_word", 7),
+        ("model", "unk_token", "[PAD]"),
+        ("pre_tokenizer", "type", "Whitespace"),
+    ):
+        changed = stored | {stage: stored[stage] | {name: value}}
+        others.add(fingerprint(Tokenizer.from_str(json.dumps(changed))))
+    assert len(others) == 5
 
 
 def test_stored_truncation_and_padding_are_switched_off(cassette_model, tmp_path):
@@ -53,7 +63,7 @@ def test_text_that_spells_a_special_token_is_text(cassette_model):
     assert not {info.mask_id, info.sep_id} & set(ids)
 
 
-def test_bad_tokenizers_are_named(tmp_path):
+def test_bad_tokenizers_are_named(tmp_path, monkeypatch):
     with pytest.raises(XdscaleError, match=r"no tokenizer\.json"):
         load_language_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -63,7 +73,12 @@ def test_bad_tokenizers_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": words}))
     with pytest.raises(XdscaleError, match=r"has no \[MASK\], \[PAD\]"):
         load_language_tokenizer(str(tmp_path))
-    words["vocab"] |= {"[MASK]": 3, "[PAD]": 4} | {f"w{n}": n for n in range(5, 65_537)}
+    words["vocab"] |= {"[MASK]": 3, "[PAD]": 4}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": words}))
+    monkeypatch.setattr("xdscale.shards.language.LARGEST_VOCABULARY", 5)
+    assert load_language_tokenizer(str(tmp_path))[1].vocab_size == 5
+    monkeypatch.undo()
+    words["vocab"] |= {f"w{n}": n for n in range(5, 65_537)}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": words}))
     with pytest.raises(XdscaleError, match="65537 ids do not fit the shards' 16 bits"):
         load_language_tokenizer(str(tmp_path))

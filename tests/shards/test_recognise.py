@@ -114,6 +114,7 @@ def test_json_arrays(tmp_path, values, indent, monkeypatch):
             r"a\.json:1: no field 'text' \(found: data, version\).*jq -c '\.data\[\]'",
         ),
         ('{"text": "a", "id": ' + "9" * 5000 + "}\n{", r"a\.json:2: not valid JSON"),
+        ('{"text": "a"}\nnothing of this kind is JSON', r"a\.json:2: not valid JSON: .*: 'nothing of this kind'$"),
         ('{"text": "a", "x": ' + "[" * 200_000, r"a\.json:1: not valid JSON: maximum recursion"),
     ],
 )
@@ -161,6 +162,7 @@ def test_a_number_of_thousands_of_digits_is_no_fault(tmp_path):
         ("w.txt", b"\x01" * 6 + b"a" * 94, "is no text: 6 of its first 100 bytes are control characters"),
         ("x.txt", b"\0a" * 4 + b"\0\0\0\0" * 4 + b"a" * 26, "is no text: 20 of its first 50 bytes are zero"),
         ("y.txt", b"\0\0\0\0\0\0" + b"\0a" * 10 + b"a" * 4, "looks like UTF-16 .* say --encoding utf-16-be"),
+        ("y2.txt", b"\0a" * 4 + b"a\0" + b"a" * 14, "is no text: 5 of its first 24 bytes are zero"),
         ("z.txt", "a,b\n1,2\n", "is a table"),
         (
             "q.jsonl",
@@ -203,6 +205,18 @@ def test_what_only_looks_like_it_is_text(tmp_path, content):
 def test_rows_of_which_half_is_html_are_texts(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"text": "<p>one two</p>"}\n{"text": "three"}\n')
     assert documents(path) == [("<p>one two</p>", "jsonl"), ("three", "jsonl")]
+
+
+@pytest.mark.parametrize(("limit", "value"), [("SAMPLE_ROWS", 2), ("LARGEST_DOCUMENT_BYTES", 18)])
+def test_the_first_rows_tell_what_all_are(tmp_path, monkeypatch, limit, value):
+    """The first two, of 9 characters each; of all four three are HTML."""
+    monkeypatch.setattr(f"xdscale.shards.sources.corpus.{limit}", value)
+    texts = ["<p>ab</p>", "plaintext", "<p>cd</p>", "<p>ef</p>"]
+    path = write(tmp_path, "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert [text for text, _ in documents(path)] == texts
+    monkeypatch.setattr(f"xdscale.shards.sources.corpus.{limit}", value + 1)
+    with pytest.raises(XdscaleError, match="its texts are HTML"):
+        documents(path)
 
 
 def test_whoever_means_it_gets_it(tmp_path):

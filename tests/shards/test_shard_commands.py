@@ -15,6 +15,7 @@ from xdscale.shards.build import Progress
 from xdscale.shards.commands import shards_app
 from xdscale.shards.manifest import MANIFEST_NAME, Manifest
 from xdscale.shards.sources.caption_build import CaptionOptions
+from xdscale.shards.sources.text_report import left_out
 
 
 def run(*arguments):
@@ -78,6 +79,44 @@ def test_files_of_no_bytes_are_named(small_corpus, tmp_path):
     (tmp_path / "lost.jsonl").touch()
     result = build(tmp_path / "lost.jsonl", tmp_path / "out", small_corpus)
     assert "empty: lost.jsonl: 0 bytes; look whether a download failed" in result.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("counts", "empty", "said"),
+    [
+        ({}, 0, []),
+        ({}, 3, ["empty: a0, a1, a2: 0 bytes; look whether a download failed"]),
+        ({}, 4, ["empty: a0, a1, a2 and 1 more: 0 bytes; look whether a download failed"]),
+        ({"bad_bytes": 1}, 0, ["bad bytes: 1 were replaced by U+FFFD"]),
+        (
+            {"joined_documents": 1200},
+            0,
+            ["hard-wrapped: the lines of 1,200 documents were joined (--line-breaks keep)"],
+        ),
+        (
+            {"dropped_tokens": 3, "short_paragraphs": 1, "short_words": 1, "headings": 2, "heading_words": 6},
+            0,
+            [
+                "left out: 1 paragraphs of fewer than 5 words (--min-words): 1 words (10.0%)",
+                "left out: 2 headings: 6 words (60.0%)",
+                "left out: 3 language ids that fill no sequence at unit ends ({ids:.1%})",
+            ],
+        ),
+    ],
+)
+def test_only_what_was_left_out_is_told(small_dataset, counts, empty, said):
+    table = Manifest.load(small_dataset).tables["text"]
+    (item,) = table.build["inputs"]
+    none = dict.fromkeys(("dropped_tokens", "short_paragraphs", "short_words", "headings", "heading_words"), 0)
+    inputs = [item | {"name": f"a{number}", "bytes": 0} for number in range(empty)]
+    change = {
+        "counts": table.counts | none | {"words": 3, "bad_bytes": 0, "joined_documents": 0} | counts,
+        "build": table.build | {"inputs": [item, *inputs]},
+    }
+    kept, *found = left_out(table.model_copy(update=change))
+    assert kept.startswith(f"kept: {table.counts['paragraphs']:,} paragraphs of 3 words (")
+    ids = 3 / (3 + 30 * sum(split.rows for split in table.splits.values()))
+    assert found == [line.format(ids=ids) for line in said]
 
 
 def test_finished_shards_survive_a_bad_byte(tmp_path, monkeypatch):
@@ -219,6 +258,26 @@ def test_info_shows_splits_and_the_share_that_was_cut(small_dataset):
         assert f" {number:,} " in row
     cut = next(line for line in output.splitlines() if "over 1, cut" in line)
     assert f" {sum(split.counts['blocks_needed'][1:]) / split.rows:.2%} " in cut
+
+
+def test_info_shows_every_number_of_blocks_that_some_text_needs(small_dataset, tmp_path):
+    """By hand: of 10 texts for training 3 need one block, 5 two and 2 four; one of validation needs five."""
+    values = json.loads(Manifest.load(small_dataset).to_json())
+    for split, needed in (("train", [3, 5, 0, 2]), ("validation", [0, 0, 0, 0, 1])):
+        one = values["tables"]["text"]["splits"][split]
+        (shard,) = one["shards"] = [one["shards"][0] | {"rows": sum(needed)}]
+        one |= {"rows": shard["rows"], "counts": {"blocks_needed": needed}}
+    values["tables"]["text"]["build"]["clip_blocks"] = 2
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(values))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in run("info", tmp_path).stdout.splitlines()]
+    begin = next(number for number, cells in enumerate(lines) if cells and cells[0] == "over 2, cut")
+    assert lines[begin - 4 : begin + 1] == [
+        ["1", "30.00%", "0.00%"],
+        ["2", "50.00%", "0.00%"],
+        ["4", "20.00%", "0.00%"],
+        ["5", "0.00%", "100.00%"],
+        ["over 2, cut", "20.00%", "100.00%"],
+    ]
 
 
 def test_info_of_a_folder_with_brackets_in_its_name(small_dataset, tmp_path):

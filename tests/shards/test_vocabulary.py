@@ -105,6 +105,11 @@ def test_word_pieces_with_capitals_need_a_word_about_case(folder):
         ({"do_lower_case": "no"}, {}, r"tokenizer_config\.json: do_lower_case.*true or false"),
         (None, {"added_tokens": {"newword": 40_000}}, r"'newword' is to have id 40000, but the next free one is 30522"),
         (None, {"added_tokens": {"newword": "x"}}, "its added tokens cannot be read"),
+        (
+            None,
+            {"added_tokens": {"newone": 30_522, "newtwo": 30_522}},
+            "'newtwo' is to have id 30522, but the next .* is 30523",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_told(folder, settings, files, message):

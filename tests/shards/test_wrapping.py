@@ -138,3 +138,21 @@ def test_a_line_is_full_where_the_next_word_would_just_not_fit():
 def test_few_lines_tell_nothing():
     assert looks_wrapped(wrapped(LEAST_PAIRS, full=LEAST_PAIRS))
     assert not looks_wrapped(wrapped(LEAST_PAIRS - 1, full=LEAST_PAIRS))
+
+
+@pytest.mark.parametrize(("begun", "continued", "is_wrapped"), [(2, 6, True), (1, 6, False), (2, 5, False)])
+def test_uneven_lines_are_wrapped_where_paragraphs_begin_and_lines_go_on_as_sentences_do(begun, continued, is_wrapped):
+    """Half of four paragraphs in upper case, and six lines of ten in lower case, are just enough."""
+    lines, left = [], continued
+    for number in range(4):
+        first = "Word" if number < begun else "word"
+        lines.append([f"{first} {'b' * (40 if number == 0 else 12)}"])
+        for _ in range(3 if number < 2 else 2):
+            lines[-1].append(f"{'word' if left > 0 else 'Word'} and so on")
+            left -= 1
+    assert looks_wrapped("\n\n".join("\n".join(paragraph) for paragraph in lines)) == is_wrapped
+
+
+@pytest.mark.parametrize(("width", "is_wrapped"), [(29, False), (30, True), (200, True), (201, False)])
+def test_lines_are_wrapped_at_30_to_200_characters(width, is_wrapped):
+    assert looks_wrapped(wrapped(20, full=20, width=width)) == is_wrapped

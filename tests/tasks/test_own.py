@@ -163,6 +163,7 @@ def test_a_mistake_is_one_message_with_the_file_and_the_value(describe, lines, m
     [
         (".tsv", lambda path: path.write_text(""), r"train\.tsv: is empty; expected a header line"),
         (".tsv", lambda path: path.write_text("text\tgrade\n"), r"train\.tsv: no examples in it"),
+        (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\t1\n"), r"only \['1'\] in 'grade'; expected"),
         (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\n"), r"train\.tsv, line 3: 1 columns, expected 2"),
         (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\t\n"), r"train\.tsv, line 3: grade is empty"),
         (".tsv", lambda path: path.write_text("text\tgrade\nA\tyes\nB\tno\nC\tyes \n"), r"holds 'yes' and 'yes '"),
@@ -202,7 +203,8 @@ def test_a_file_that_is_wrong_is_named_with_its_line(describe, suffix, change, m
 
 
 def test_a_column_of_texts_or_numbers_is_not_taken_for_labels(describe):
-    rows = [row | {"text": f"{number}"} for number in range(101) for row in ROWS[:1]]
+    rows = [ROWS[0] | {"text": f"{number}"} for number in range(101)]
+    assert len(read(describe("text: more", "label: text", rows=rows[:100]))[0].labels) == 100
     path = describe("text: more", "label: text", rows=rows)
     with pytest.raises(XdscaleError, match=r"line 102: more than 100 labels in 'text', such as '100'; for a number"):
         read(path)

@@ -48,7 +48,8 @@ def test_iou_is_torchvisions():
     boxes = np.sort(chance.random((2, 30, 2, 2)), axis=2).reshape(2, 30, 4) * 100
     expected = torchvision_iou(*map(torch.from_numpy, boxes)).numpy()
     assert np.allclose(box_iou(*boxes), expected, atol=1e-12)
-    assert box_iou(np.zeros((1, 4)), np.zeros((1, 4))).tolist() == [[0]]
+    with np.errstate(divide="raise", invalid="raise"):
+        assert box_iou(np.zeros((1, 4)), np.zeros((1, 4))).tolist() == [[0]]
 
 
 def test_boxes_are_paired_whatever_their_order(tables):

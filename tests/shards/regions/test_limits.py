@@ -47,6 +47,7 @@ AT = {
     "classes that nobody counts": labels("object_ids", 0, 65535),
     "two pixels of the edge": {"boxes": [(2, 2, 8, 18), (0, 0, 5, 5)]} | WHOLE,
     "two pixels outside": {"boxes": [(-2, -2, 12, 22)]},
+    "a probability of nothing": {"class_probs": np.array([[1.0, 0.0], [0.0, 1.0]])},
     "65 classes": probabilities(65) | {"how": {"class_probs": "top-64"}},
 }
 BEYOND = {
@@ -153,3 +154,8 @@ def test_the_box_that_features_end_with_may_be_off_by_a_hundredth(off, width):
     features = np.array([[7, 8, 9, off, 0, 0.5, 0.25, 0.5, 0.25]])
     image = RegionImage("a", (100, 200), np.array([[0, 0, 50, 50]], np.float64), features)
     assert _cut_geometry(image).features.shape == (1, width)
+
+
+def test_features_that_are_a_box_alone_are_not_cut():
+    image = RegionImage("a", (100, 200), np.array([[0, 0, 50, 50.0]]), np.array([[0, 0, 0.5, 0.25, 0.5, 0.25]]))
+    assert _cut_geometry(image).features.shape == (1, 6)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import zipfile
 
 import h5py
 import numpy as np
@@ -333,3 +334,33 @@ def test_shares_that_tell_no_size_are_refused(size, share):
     boxes, shares = np.array([[0, 0, *size]], np.float64), np.array([[0, 0, share, share]], np.float64)
     with pytest.raises(XdscaleError, match="^x: spatial_features do not tell the image's size"):
         hdf5._size_of(boxes, shares, "x")
+
+
+@pytest.mark.parametrize("name", ["1.json", "folder", "a.zip"])
+def test_a_file_of_an_image_is_named_with_the_archive_it_lies_in(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("train/1.json", "[1]")
+    else:
+        path = path / "1.json" if name == "folder" else path
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("[1]")
+    where = {"1.json": "1.json", "folder": "1.json", "a.zip": "a.zip, train/1.json"}[name]
+    with pytest.raises(XdscaleError, match=f"^{where}: expected a JSON object, found"):
+        region_files([str(tmp_path / name)], "vlbert", str(writers.detector(tmp_path)))
+
+
+@pytest.mark.parametrize("length", [511, 512])  # LMDB has no longer keys than 511 bytes
+def test_keys_that_an_environment_lists_and_has_not_are_named(tmp_path, length):
+    path = writers.environment(tmp_path / "feat", {b"__keys__": json.dumps(["a" * length]).encode()})
+    with pytest.raises(XdscaleError, match="key 'aaa.*: is listed but not there; copy the environment again"):
+        region_files([str(path)], "uniter", str(writers.detector(tmp_path)))
+
+
+@pytest.mark.parametrize(("width", "words"), [(6, "6 numbers for 1 regions and no boxes"), (7, "no boxes: neither")])
+def test_features_that_hold_no_box_are_named(tmp_path, width, words):
+    fields = {"num_boxes": 1, "features": writers.b64(np.full(width, 9, np.float32)), "image_h": 9, "image_w": 9}
+    [path] = writers.text(tmp_path / "a.tsv", [("1", json.dumps(fields))])
+    with pytest.raises(XdscaleError, match=rf"^a\.tsv, line 1: (features: )?{words}"):
+        region_files([str(path)], "vinvl", str(writers.detector(tmp_path, None)))

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as arrays
 from xdscale.errors import XdscaleError
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.region_encoding import compand, expand, largest_classes, whole_distributions
-from xdscale.shards.regions import Detector, RegionTable
+from xdscale.shards.regions import Detector, RegionTable, other_forms
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.shards.table import Table
 
@@ -84,7 +84,9 @@ def test_dataset_json_says_where_regions_come_from(stored):
     assert len(Table(table.table.folder, "all").manifest.shards) == 5
 
 
-def test_images_are_found_by_id_and_the_message_knows_other_forms(tmp_path):
+@pytest.mark.parametrize("at_once", [1 << 16, 4, 9])
+def test_images_are_found_by_id_and_the_message_knows_other_forms(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr("xdscale.shards.regions._IDS_AT_ONCE", at_once)
     images = [drawn_image(number, 2, image_id=str(393225 + number)) for number in range(9)]
     build_regions(images, tmp_path / "out", DETECTOR)
     table = RegionTable.open(tmp_path / "out")
@@ -94,6 +96,20 @@ def test_images_are_found_by_id_and_the_message_knows_other_forms(tmp_path):
         table.rows(["393226", "COCO_val2014_000000393225.jpg"])
     with pytest.raises(XdscaleError, match=r"no image 'x', 'y', 'z' and 1 more; its ids look like '393225'"):
         table.rows(["x", "y", "z", "x", "w"])
+
+
+@pytest.mark.parametrize("number", [42, 0, 123456789012])
+def test_every_form_of_an_images_name_leads_to_the_others(number):
+    names = [str(number), f"{number:012d}", f"{number:012d}.jpg"]
+    for split in ("COCO_train2014", "COCO_val2014", "COCO_test2015", "coco_val2014"):
+        names.append(f"{split}_{number:012d}")
+    names.append(f"COCO_val2014_{number:012d}.jpg")
+    for name in {*names, f"folder/COCO_val2014_{number:012d}.jpg"}:
+        forms = other_forms(name)
+        assert {*names} - {name} <= {*forms}
+        assert name not in forms
+        assert len(forms) == len({*forms})
+    assert other_forms("folder/one.png") == ["one.png", "one", "one.jpg"]
 
 
 def test_boxes_alone(tmp_path):
@@ -120,8 +136,9 @@ FEATURES = arrays.arrays(np.float32, SHAPES, elements=st.floats(0, 60, width=32)
 @given(FEATURES)
 def test_companded_bytes_err_as_told(features):
     """By no more than half a step of the square root, zeros and the largest stay; the error is the true one."""
-    codes, scales, errors = compand(features)
-    found = expand(codes, scales)
+    with np.errstate(divide="raise", invalid="raise"):  # also of regions of zeros
+        codes, scales, errors = compand(features)
+        found = expand(codes, scales)
     steps = np.sqrt(found / np.where(scales > 0, scales, 1)[:, None]) - np.sqrt(
         features / np.where(scales > 0, scales, 1)[:, None]
     )
