@@ -181,6 +181,7 @@ def test_the_command_of_the_documentation_writes_tables_picture_and_captions(
     model, data, table, parses, tmp_path, monkeypatch
 ):
     page = (Path(__file__).parents[2] / "docs" / "analyses.md").read_text(encoding="utf-8")
+    page = page.replace(" \\\n    ", " ")
     (command,) = re.findall(r"^xdscale (grounding .*)$", page, re.MULTILINE)
     here = {"exports/visualbert-flickr30k": model, "data": data, "data/flickr30k-regions": table, "val.conllu": parses}
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,7 @@ from xdscale.tasks.metrics import METRICS
 from xdscale.tasks.own import OwnTask, read_own_task
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "add-a-task.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "add-a-task.md").read_text(encoding="utf-8").replace(" \\\n    ", " ")
 BLOCKS = {
     re.match(r"# (\S+)\n", text)[1]: text for text in re.findall(r"```(?:yaml|python|toml)\n(.*?)```", PAGE, re.DOTALL)
 }

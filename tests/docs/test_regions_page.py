@@ -18,7 +18,7 @@ from xdscale.shards.sources.regions.importing import FORMATS
 from ..shards.regions import region_files as writers
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "regions.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "regions.md").read_text(encoding="utf-8").replace(" \\\n    ", " ")
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)

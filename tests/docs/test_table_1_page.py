@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "from-text-to-table-1.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "from-text-to-table-1.md").read_text(encoding="utf-8").replace(" \\\n    ", " ")
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines() if line.strip()
 ]

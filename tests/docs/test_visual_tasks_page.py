@@ -12,7 +12,7 @@ from xdscale.tasks.contract import SHIPPED, find_task
 from xdscale.tasks.vcr import VCR_QA, VCR_QAR
 from xdscale.tasks.vqa import ANSWERS, _annotations_of
 
-PAGE = (Path(__file__).parents[2] / "docs" / "visual-tasks.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "visual-tasks.md").read_text(encoding="utf-8").replace(" \\\n    ", " ")
 TASKS = [task for task in map(find_task, SHIPPED) if task.images]
 
 

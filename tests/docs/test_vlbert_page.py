@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "from-pixels-to-vcr-and-refcoco.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "from-pixels-to-vcr-and-refcoco.md").read_text(encoding="utf-8").replace(" \\\n    ", " ")
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [
     command

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "from-features-to-vqa.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "from-features-to-vqa.md").read_text(encoding="utf-8").replace(" \\\n    ", " ")
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines() if line.strip()
 ]

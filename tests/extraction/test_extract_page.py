@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from xdscale.cli import app
 from xdscale.shards.regions import RegionTable
 
-PAGE = (Path(__file__).parents[2] / "docs" / "extract.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "extract.md").read_text(encoding="utf-8").replace(" \\\n    ", " ")
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
