@@ -157,7 +157,7 @@ def plan(
     write_configs: Annotated[
         UserPath | None, typer.Option(help="Folder for DeepSpeed configurations that fit.")
     ] = None,
-    scaling: Annotated[bool, typer.Option("--scaling", help="From 1 to 1,024 GPUs instead.")] = False,
+    scaling: Annotated[bool, typer.Option("--scaling", help="From 1 to 1,024 GPUs instead of --gpus.")] = False,
     chart: Annotated[UserPath | None, typer.Option(help="With --scaling: SVG file to write.")] = None,
 ) -> None:
     """Memory, traffic, time and cost of a recipe for each ZeRO stage: without a GPU and without weights."""
@@ -166,19 +166,14 @@ def plan(
     machine = machine_from(
         gpu, gpus, nodes, gpu_memory, mfu, price, tflops=tflops, bandwidth=bandwidth, network=network
     )
-    if scaling or chart is not None:
-        run_scaling(recipe, overrides or [], machine, as_json=as_json, chart=chart)
+    model = {"sequence_length": sequence_length, "precision": precision, "checkpointing": checkpointing}
+    if not scaling and chart is None:
+        run_plan(recipe, overrides or [], machine, **model, as_json=as_json, write_configs=write_configs)
         return
-    run_plan(
-        recipe,
-        overrides or [],
-        machine,
-        sequence_length=sequence_length,
-        precision=precision,
-        checkpointing=checkpointing,
-        as_json=as_json,
-        write_configs=write_configs,
-    )
+    for option, value in (("--nodes", nodes), ("--write-configs", write_configs)):
+        if value is not None:
+            raise XdscaleError(f"{option} {value}: goes with one number of GPUs, not with --scaling; leave one out")
+    run_scaling(recipe, overrides or [], machine, **model, as_json=as_json, chart=chart)
 
 
 @app.command(rich_help_panel=_FINETUNE)

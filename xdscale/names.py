@@ -167,8 +167,8 @@ def shards_folder(name: str) -> Path:
     except XdscaleError as error:
         here = "" if name.startswith(PACKAGE_PREFIX) or Path(name).is_absolute() else f" in {Path.cwd()}"
         raise XdscaleError(
-            f"data.shards = {error}{here}; make it with 'xdscale shards build INPUT... --out FOLDER', or say where it "
-            "is with data.shards=FOLDER"
+            f"data.shards = {error}{here}; make it with 'xdscale shards build INPUT... --out FOLDER' (for captions "
+            "first 'xdscale regions', then 'xdscale shards captions'), or say where it is with data.shards=FOLDER"
         ) from None
 
 

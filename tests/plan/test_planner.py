@@ -269,6 +269,11 @@ def test_says_what_to_do_when_nothing_fits():
         (["xdbert-base-wikitext103", "--sequence-length", "1024"], "sequence length 1024"),
         (["xdbert-base-wikitext103", "--gpu-memory", "2", "--write-configs", "c"], "nothing fits, nothing written"),
         (["xdbert-bse-wikitext103", "--write-configs", "/dev/null"], "--write-configs /dev/null: exists and is not a"),
+        (
+            ["xdbert-base-wikitext103", "--scaling", "--write-configs", "c"],
+            "--write-configs c: goes with one number of",
+        ),
+        (["xdbert-base-wikitext103", "--chart", "c.svg", "--nodes", "2"], "--nodes 2: goes with"),
         (["xdbert-base-wikitext103", "--scaling", "--chart", "."], ".: cannot be written: it is a folder"),
         (["xdbert-base-wikitext103", "--scaling", "--chart", "/dev/full"], "cannot be written: No space left"),
         (["xdbert-bse-wikitext103"], "did you mean 'xdbert-base-wikitext103'"),

@@ -1,12 +1,14 @@
 """docs/scaling.md says what the plan says."""
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
 
+from xdscale.errors import XdscaleError
 from xdscale.plan.profile import profile_model
-from xdscale.plan.report import machine_from
+from xdscale.plan.report import machine_from, run_scaling
 from xdscale.plan.scaling import FEWEST_PER_GPU, chart, markdown, scale
 from xdscale.recipe import load_recipe
 
@@ -43,3 +45,15 @@ def test_every_point_covers_the_corpus_once():
             assert point.efficiency <= 1.0001
     assert [point.gpus for point in curves("A100-80G")["growing batch"]] == [2**power for power in range(11)]
     assert all(point.global_batch >= FEWEST_PER_GPU * point.gpus for point in curves("A100-80G")["growing batch"][5:])
+
+
+def test_length_precision_and_recomputing_count_here_too(capsys):
+    def hours(**changed):
+        options = {"sequence_length": None, "precision": None, "checkpointing": False} | changed
+        run_scaling("xdbert-base-mlm", [], machine_from("A100-80G", 8, None, None, 0.4, None), **options,
+                    as_json=True, chart=None)  # fmt: skip
+        return json.loads(capsys.readouterr().out)["batch of the recipe"][0]["hours"]
+
+    assert hours(sequence_length=128) < hours() / 3 < hours(checkpointing=True) / 3
+    with pytest.raises(XdscaleError, match="--precision fp8: A100-80G computes in bf16 or fp16"):
+        hours(precision="fp8")

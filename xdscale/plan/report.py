@@ -97,19 +97,13 @@ def run_plan(
     """
     if write_configs is not None:
         check_output_folder(write_configs, "--write-configs")
-    own = machine.cluster.gpu.precision
-    if precision not in (None, "fp16", own):
-        raise XdscaleError(
-            f"--precision {precision}: {machine.cluster.gpu.name} computes in {own}{' or fp16' * (own != 'fp16')}"
-        )
+    chosen = _precision(machine, precision)
     spec = load_recipe(recipe, overrides)
     refuse_tokens(spec, "a plan")
     split_batch(spec.training.global_batch, machine.cluster.gpus, 1)  # refuses GPUs that would idle
     from xdscale.plan.profile import profile_model  # torch, which a mistake need not wait for
 
-    profile = profile_model(
-        spec, precision=precision or own, checkpointing=checkpointing, sequence_length=sequence_length
-    )
+    profile = profile_model(spec, precision=chosen, checkpointing=checkpointing, sequence_length=sequence_length)
     plan = make_plan(recipe, spec, machine, profile)
     if as_json:
         print(json.dumps(plan.to_dict(), indent=2))
@@ -119,12 +113,32 @@ def run_plan(
         _write(plan, write_configs, as_json)
 
 
-def run_scaling(recipe: str, overrides: list[str], machine: Machine, *, as_json: bool, chart: Path | None) -> None:
+def _precision(machine: Machine, asked: str | None) -> str:
+    own = machine.cluster.gpu.precision
+    if asked not in (None, "fp16", own):
+        raise XdscaleError(
+            f"--precision {asked}: {machine.cluster.gpu.name} computes in {own}{' or fp16' * (own != 'fp16')}"
+        )
+    return asked or own
+
+
+def run_scaling(
+    recipe: str,
+    overrides: list[str],
+    machine: Machine,
+    *,
+    sequence_length: int | None,
+    precision: str | None,
+    checkpointing: bool,
+    as_json: bool,
+    chart: Path | None,
+) -> None:
     """Plans the recipe from 1 to 1,024 GPUs and prints Markdown or JSON; writes the chart if asked to.
 
     Raises:
-        XdscaleError: as `scale`.
+        XdscaleError: as `profile_model` and `scale`.
     """
+    chosen = _precision(machine, precision)
     spec = load_recipe(recipe, overrides)
     refuse_tokens(spec, "a plan")
     batch = spec.training.global_batch
@@ -136,7 +150,7 @@ def run_scaling(recipe: str, overrides: list[str], machine: Machine, *, as_json:
         )
     from xdscale.plan.profile import profile_model
 
-    profile = profile_model(spec, precision=machine.cluster.gpu.precision)
+    profile = profile_model(spec, precision=chosen, checkpointing=checkpointing, sequence_length=sequence_length)
     curves = {
         "batch of the recipe": scale(recipe, spec, machine, profile, grow=False),
         "growing batch": scale(recipe, spec, machine, profile, grow=True),

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from xdscale.errors import XdscaleError
 from xdscale.models.single_stream import BERT_NAMES
 from xdscale.models.vlbert import GEOMETRY, REGION_SEGMENT, VLBERT, VLBertConfig
+from xdscale.names import expand_home
 from xdscale.pretrained.bert_checkpoint import FROM_BERT, TRUNK_PREFIX, bert_sizes, filled, save_model
 from xdscale.pretrained.language import MASKED_LM_KEYS, check_sizes, language_weights, read_config
 from xdscale.recipes.mlm.schema import Language
@@ -94,7 +95,7 @@ def config_from_bert(bert: PretrainedConfig, **more: bool | int) -> VLBertConfig
     return VLBertConfig(**{name: getattr(bert, name) for name in FROM_BERT}, **more)
 
 
-def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, dict[str, torch.Tensor]]:
+def load_vlbert(place: str | Path, *, dropout: float | None = None) -> tuple[VLBERT, dict[str, torch.Tensor]]:
     """Loads a VL-BERT in fp32: an export, or a checkpoint of the release.
 
     Args:
@@ -108,6 +109,7 @@ def load_vlbert(place: Path, *, dropout: float | None = None) -> tuple[VLBERT, d
     Raises:
         XdscaleError: nothing of the kind, or weights that are damaged or not those of the configuration.
     """
+    place = Path(expand_home(str(place)))
     if not place.exists():
         raise XdscaleError(f"{place}: no such folder or file; expected a VL-BERT")
     if place.is_file():
