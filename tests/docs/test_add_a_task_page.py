@@ -65,8 +65,9 @@ def workplace(tmp_path_factory, cassette_model):
 
 
 @pytest.mark.slow
-def test_the_pages_commands_end_in_a_report_with_a_column_of_ones_own(workplace, launch_ranks):
+def test_the_pages_commands_end_in_a_report_with_a_column_of_ones_own(workplace, launch_ranks, monkeypatch):
     small = ["--seeds", "2", "--jobs", "1", "training.epochs=1", "training.global_batch=16", "model.max_length=16"]
+    small += ["run.keep_model=true"]
     for command in COMMANDS:
         program, verb, *words = shlex.split(command)
         if program == "pip":
@@ -86,13 +87,19 @@ def test_the_pages_commands_end_in_a_report_with_a_column_of_ones_own(workplace,
     report = (workplace / "report" / "report.md").read_text()
     assert "|  | Reviews |" in report
     assert "paper" not in report.split("##")[0].replace("that the paper does not have", "")
-    run = workplace / "finetuned" / "bert-base" / "reviews" / "seed-1"
+    run = workplace / "finetuned" / "xdbert-base" / "reviews" / "seed-1"
     predicted = [line.split("\t") for line in (run / "predictions" / "reviews.tsv").read_text().splitlines()]
     assert [row[0] for row in predicted] == ["index", "0", "1"]
     assert {row[1] for row in predicted[1:]} <= {"negative", "positive"}
     assert len((run / "predictions-dev.jsonl").read_text().splitlines()) == 20
     result = json.loads((workplace / "finetuned" / "order" / "order" / "seed-0" / "result.json").read_text())
     assert (result["title"], result["examples"], result["data"]["dev.txt"]["rows"]) == ("Order", 16, 16)
+    names = {}
+    monkeypatch.chdir(workplace)
+    exec(compile(BLOCKS["classify.py"], "docs/add-a-task.md", "exec"), names)
+    _, *lines = (run.with_name("seed-0") / "predictions" / "reviews.tsv").read_text().splitlines()
+    found = names["classify"](["Fine.", "Dull."])  # the two unlabelled ones
+    assert [one["label"] for one in found] == [line.split("\t")[1] for line in lines]
 
 
 def test_every_description_of_the_page_is_a_task(workplace):

@@ -1,6 +1,7 @@
 """Subjects and heads, against transformers' own classes with the same weights."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     ElectraConfig,
     ElectraForSequenceClassification,
@@ -22,7 +24,7 @@ from xdscale.pretrained.clip import build_clip_text_tower
 from xdscale.pretrained.language import load_language_encoder
 from xdscale.recipe import Optim
 from xdscale.recipes.mlm.schema import Language, MaskedLMRecipe
-from xdscale.recipes.xdbert.schema import Clip
+from xdscale.recipes.xdbert.schema import Clip, LanguageSettings
 from xdscale.systems.xdbert import build_adaptation, build_model, join_encoders
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.finetuning import (
@@ -32,6 +34,7 @@ from xdscale.tasks.finetuning import (
     build_language_classifier,
 )
 from xdscale.tasks.subjects import CrossModalClassifier
+from xdscale.tasks.text_subjects import LanguageSubject
 from xdscale.training.engine import to_device
 from xdscale.training.optimizer import build_optimizer
 from xdscale.training.stored import save_full_model
@@ -43,18 +46,22 @@ def make_batch(task_arrays):
 
 
 @pytest.fixture(scope="module")
-def electra_folder(tmp_path_factory):
+def electra_folder(cassette_model, tmp_path_factory):
     """A small ELECTRA as a Hugging Face folder; no registry package ships a pretrained English one."""
     folder = tmp_path_factory.mktemp("electra")
     torch.manual_seed(0)
     config = ElectraConfig(hidden_size=64, embedding_size=32, num_hidden_layers=2, num_attention_heads=2)
     ElectraForSequenceClassification(config).save_pretrained(folder)
+    shutil.copy(cassette_model / "tokenizer.json", folder)
     return folder
 
 
 @pytest.mark.parametrize("family", ["bert", "electra"])
 @pytest.mark.parametrize(("task", "labels"), [("mnli", [2, 0, 1]), ("cola", [1, 0, 1]), ("swag", [3, 1, 0])])
-def test_logits_are_those_of_transformers_own_model(cassette_model, electra_folder, make_batch, family, task, labels):
+def test_logits_are_those_of_transformers_own_model(
+    cassette_model, electra_folder, make_batch, tmp_path, family, task, labels
+):
+    """Also of the one that it reads where the finetuned model was kept (run.keep_model)."""
     folder = cassette_model if family == "bert" else electra_folder
     torch.manual_seed(1)
     module = Finetuning(
@@ -64,22 +71,27 @@ def test_logits_are_those_of_transformers_own_model(cassette_model, electra_fold
     reference = kind.from_pretrained(
         folder, num_labels=find_task(task).outputs, attn_implementation="eager", ignore_mismatched_sizes=True
     ).eval()
+    subject, state = LanguageSubject(str(folder), LanguageSettings()), module.subject.state_dict()
+    said = subject.export(find_task(task), state, tmp_path)
+    kept = kind.from_pretrained(tmp_path).eval()
+    assert said == f"finetuned {type(kept).__name__}"
+    words = {"mnli": "entailment", "cola": "0", "swag": "LABEL_0"}
+    assert kept.config.id2label[0] == words[task]
+    assert AutoTokenizer.from_pretrained(tmp_path)("a dog").input_ids[0] == 101
     heads = {k: v for k, v in module.subject.model.state_dict().items() if not k.startswith(f"{family}.")}
     pooler = {k: v for k, v in module.subject.model.state_dict().items() if ".pooler." in k}  # the file has none
     found = reference.load_state_dict(heads | pooler, strict=False)
     assert heads
     assert not found.unexpected_keys
     batch = make_batch(task, labels)
-    wanted = reference(
-        input_ids=batch["language_ids"],
-        attention_mask=batch["language_mask"].long(),
-        token_type_ids=batch["segments"],
-        labels=batch["labels"],
-    )
+    given = {"input_ids": batch["language_ids"], "attention_mask": batch["language_mask"].long()}
+    given |= {"token_type_ids": batch["segments"], "labels": batch["labels"]}
     with torch.no_grad():
         terms = module(batch)
-    torch.testing.assert_close(terms["logits"], wanted.logits.view_as(terms["logits"]), atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(terms["task"][0] / len(labels), wanted.loss, atol=1e-5, rtol=1e-5)
+        for model in (reference, kept):
+            wanted = model(**given)
+            torch.testing.assert_close(terms["logits"], wanted.logits.view_as(terms["logits"]), atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(terms["task"][0] / len(labels), wanted.loss, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["language", "cross-modal", "clip"])

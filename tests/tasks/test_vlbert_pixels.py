@@ -164,10 +164,10 @@ def test_what_does_not_fit_is_refused(table, model, cassette_model, expressions,
         describe_subject(str(model), None, settings(), [find_task("rte")])
     with pytest.raises(XdscaleError, match=r"nowhere\.pth: no such file or folder"):
         describe_subject(str(model), None, settings(weights=str(tmp_path / "nowhere.pth")), [TASK])
-    with pytest.raises(XdscaleError, match="keep_model = true: .* as language is not exported"):
-        describe_subject(str(cassette_model), "language", LanguageSettings(), keep_model=True)
-    with pytest.raises(XdscaleError, match="as it is finetuned here, it is not exported; visualbert, vlbert are"):
-        find_subject("language")(str(cassette_model), LanguageSettings()).export(TASK, {}, tmp_path)
+    with pytest.raises(XdscaleError, match="keep_model = true: .* as clip is not exported"):
+        describe_subject("ViT-B-32", "clip", LanguageSettings(), keep_model=True)
+    with pytest.raises(XdscaleError, match="as it is finetuned here, it is not exported; language, visualbert, vlbert"):
+        find_subject("clip")("ViT-B-32", LanguageSettings()).export(TASK, {}, tmp_path)
     for name, value in (("loss", "softmax"), ("swap_words", False)):
         with pytest.raises(XdscaleError, match=rf"model\.{name} = '?{value}'?: .* such choice, it is one of vlbert;"):
             load_settings("paper", [f"model.{name}={value}"], "language")

@@ -13,11 +13,13 @@ from transformers import (
     ElectraForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from xdscale.errors import XdscaleError
 from xdscale.models.encoders import use_kernels
 from xdscale.pretrained.clip import load_clip_text_tower
-from xdscale.pretrained.language import load_language_encoder
+from xdscale.pretrained.language import language_config, load_language_encoder, tokenizer_folder
+from xdscale.pretrained.language_files import save_tokenizer
 from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.xdbert.schema import Clip, XDBERTRecipe
 from xdscale.systems.contract import Term
@@ -85,6 +87,40 @@ def build_language_classifier(spec: Language, task: Task, *, dropout: float) -> 
     model.config = config
     use_kernels(model)
     return LanguageClassifier(model)
+
+
+def save_language_classifier(
+    spec: Language, task: Task, state: Mapping[str, torch.Tensor], out: Path, *, dropout: float
+) -> PreTrainedModel:
+    """Writes a finetuned language encoder as a Hugging Face folder, with its head and its tokenizer.
+
+    transformers' `AutoModelForSequenceClassification` loads it, of choices `AutoModelForMultipleChoice`.
+
+    Args:
+        spec: what was finetuned.
+        task: on which; where it has labels, config.json names the outputs as they are.
+        state: fp32, of `LanguageClassifier.model`.
+        out: an existing folder.
+        dropout: that it was trained with.
+
+    Returns:
+        The model.
+    """
+    config = language_config(spec)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    if config.model_type == "electra":
+        config.summary_last_dropout = dropout
+    config.num_labels = task.outputs
+    if not task.choices:
+        config.problem_type = "regression" if task.outputs == 1 else "single_label_classification"
+        if labels := getattr(task, "labels", ()):
+            config.id2label, config.label2id = dict(enumerate(labels)), {name: n for n, name in enumerate(labels)}
+    model = _CLASSES[config.model_type, task.choices > 0](config)
+    model.load_state_dict(state)
+    logging.disable_progress_bar()
+    model.save_pretrained(out)
+    save_tokenizer(tokenizer_folder(spec), out, positions=config.max_position_embeddings)
+    return model
 
 
 def build_cross_modal_classifier(folder: Path, task: Task, *, dropout: float) -> CrossModalClassifier:

@@ -1,7 +1,9 @@
 """What is finetuned on texts: a language encoder, the full cross-modal model, or CLIP-T (spec xdbert §5.2)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
 from xdscale.data.task_batches import TaskCollator, encode_examples
@@ -20,9 +22,11 @@ from xdscale.tasks.finetuning import (
     build_cross_modal_classifier,
     build_language_classifier,
     read_full_model,
+    save_language_classifier,
 )
 from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
 from xdscale.training.stored import FULL_MODEL
+from xdscale.weights import part_of
 
 
 class LanguageSubject(Subject):
@@ -43,6 +47,12 @@ class LanguageSubject(Subject):
         return build_language_classifier(
             self._spec(sha256 if pretrained else None), task, dropout=self.settings.dropout
         )
+
+    def export(self, task: Task, state: dict[str, torch.Tensor], out: Path) -> str:
+        """Writes encoder and head as a Hugging Face folder."""
+        weights, dropout = part_of(state, "model."), self.settings.dropout
+        model = save_language_classifier(self._spec(), task, weights, out, dropout=dropout)
+        return f"finetuned {type(model).__name__}"
 
     def _spec(self, sha256: str | None = None) -> Language:
         return Language(name=self.model, weights=self.settings.weights, sha256=sha256)
