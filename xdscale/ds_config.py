@@ -91,7 +91,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
             raise
         raise XdscaleError(f"{name}: no such file; {size} and {word} have one size: did you mean {same!r}?") from None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(name))
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_refuse_duplicates(name))
     except (OSError, ValueError, RecursionError) as error:
         raise XdscaleError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(values, dict):

@@ -225,7 +225,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     require_real_file(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise XdscaleError(f"{path}: not a readable JSON file: {one_line(error)}") from None
     if not isinstance(values, dict):

@@ -96,6 +96,7 @@ def test_duplicate_key_and_bad_json(write):
         read_ds_config(write('{"bf16": {}, "bf16": {}}'))
     with pytest.raises(XdscaleError, match="not valid JSON"):
         read_ds_config(write("{"))
+    assert read_ds_config(write("\ufeff{}")) == {}  # as editors under Windows begin it
     with pytest.raises(XdscaleError, match="not valid JSON: Exceeds the limit"):
         read_ds_config(write('{"train_batch_size": ' + "1" * 5000 + "}"))
 

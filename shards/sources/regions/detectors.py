@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line, read_json, require_real_file
-from xdscale.names import nearest
+from xdscale.names import expand_home, nearest
 from xdscale.shards.regions import Detector
 from xdscale.shards.sources.text_build import named_problem
 
@@ -62,8 +62,8 @@ def load_detector(
             attribute_count=known.attributes + (more if known.attributes else 0),
             background=background,
         )
-    elif Path(name).is_file():
-        width, detector = 0, _described(Path(name))
+    elif (path := Path(expand_home(name))).is_file():
+        width, detector = 0, _described(path)
     else:
         hint = nearest(name, sorted(KNOWN), f"known are {', '.join(sorted(KNOWN))}.")
         raise XdscaleError(
@@ -97,7 +97,7 @@ def _named(path: Path, count: int, background: int | None, what: str) -> dict[st
     """Returns the names of classes or attributes and how many there are."""
     require_real_file(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         names = _category_names(json.loads(text), path) if text.startswith("{") else text.splitlines()
     except (OSError, ValueError, RecursionError) as error:
         raise XdscaleError(f"{path}: no readable list of names: {error}") from None

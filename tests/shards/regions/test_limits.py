@@ -119,7 +119,7 @@ def test_categories_and_sides_of_detections():
             detection(one | change, "x")
 
 
-def test_the_background_is_one_of_the_classes(tmp_path):
+def test_the_background_is_one_of_the_classes(tmp_path, monkeypatch):
     path, names = tmp_path / "detector.json", tmp_path / "classes.json"
     for counted, background in (({"class_count": 3}, 2), ({"classes": ["a", "b"]}, 1), ({}, 0)):
         path.write_text(json.dumps({"model": "m", "background": background} | counted))
@@ -132,6 +132,12 @@ def test_the_background_is_one_of_the_classes(tmp_path):
         names.write_text(json.dumps({"categories": [{"id": one, "name": f"thing {one}"} for one in ids]}))
         found = load_detector(str(path), classes=names)[0]
         assert (found.class_count, found.classes[most]) == (most + 1, f"thing {most}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in (path, names):  # as editors under Windows write it
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_detector("~/detector.json", classes=names)[0] == found
+    names.write_bytes(b"\xef\xbb\xbfa dog\r\na cat\r\n")
+    assert load_detector(str(path), classes=names)[0].classes == ["a dog", "a cat"]
     for ids in ([-1, 3], [65536]):
         names.write_text(json.dumps({"categories": [{"id": one, "name": "thing"} for one in ids]}))
         with pytest.raises(XdscaleError, match=f"expected COCO's 'categories' with id and name: ids {ids[0]} to"):
