@@ -1,5 +1,10 @@
 """What a recipe or a build leaves out: published results and the bytes of shards hang on these values."""
 
+from dataclasses import asdict
+from inspect import signature
+
+from xdscale.extraction.contract import Choice
+from xdscale.extraction.extract import ExtractOptions, region_source
 from xdscale.finetune.recipe import RunSettings, TrainingSettings
 from xdscale.recipes.mlm.schema import MaskedLMRecipe
 from xdscale.recipes.visualbert.schema import VisualBERTRecipe
@@ -162,3 +167,26 @@ def test_what_a_build_of_shards_leaves_out():
         "missing": "refuse",
         "shard_images": 8192,
     }
+
+
+def test_what_regions_of_images_leave_out():
+    options = asdict(ExtractOptions("torchvision:x", "hub"))
+    assert options == {
+        "network": "torchvision:x",
+        "weights": "hub",
+        "boxes": None,
+        "whole_image": False,
+        "stage": None,
+        "short_side": None,
+        "standardize": False,
+        "threshold": 0.2,
+        "fewest": 10,
+        "most": 100,
+        "batch": 8,
+        "ids": "stem",
+        "bad_images": "refuse",
+        "store_images": False,
+        "device": "cpu",
+    }
+    assert Choice() == (0.2, 10, 100)  # bottom-up attention's
+    assert signature(region_source).parameters["shard_images"].default == 512

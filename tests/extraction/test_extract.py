@@ -11,6 +11,7 @@ from PIL import Image
 from xdscale.errors import XdscaleError
 from xdscale.extraction import extract as extracting
 from xdscale.extraction.backbone import Backbone
+from xdscale.extraction.pictures import find_pictures
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.verify import verify_shards
 
@@ -137,3 +138,11 @@ def test_another_image_or_box_is_another_table(extract, photographs, tmp_path):
         extract(photographs, NETWORK, boxes=str(path))
     build = Manifest.load(tmp_path / "table").tables["regions"].build
     assert [entry["name"] for entry in build["inputs"]] == ["7 images", "boxes.json"]
+
+
+def test_how_far_it_is_is_told_in_bytes_of_all_images(photographs):
+    pictures = find_pictures([str(photographs)], "stem")
+    images = extracting.ExtractedImages(pictures, extracting.ExtractOptions(NETWORK, "random"), None, 3)
+    sizes = np.cumsum([path.stat().st_size for path in sorted(photographs.iterdir())])
+    assert [read for _, read in images.units(1)] == sizes[[2, 5, 6]].tolist()
+    assert images.total_bytes == sizes[-1]

@@ -39,6 +39,14 @@ def do(job):
     os.write(1, b'{"code": 8}\\nfrom C\\n')
     finish(job)
 """
+HALVES = """
+def do(job):
+    for part in (b'{"no', b'te": "' + b"long " * 40000, b'"}\\n{"note": "short"}\\n{"note": "sho'):
+        channel.sendall(part)
+        time.sleep(0.1)
+    channel.sendall(b'rt"}\\n')
+    finish(job)
+"""
 EATS = """
 def do(job):
     subprocess.run(["cat"])  # would eat the next job, were it on stdin
@@ -259,3 +267,10 @@ def test_a_signal_before_any_run_ends_the_command_at_once(tmp_path, monkeypatch,
     assert capsys.readouterr().err == "stopped by a signal, no run is under way; the same command continues\n"
     assert not (tmp_path / "out").exists()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_answers_may_come_in_pieces_and_a_note_is_said_once(sweep):
+    code, said, _ = sweep(HALVES)
+    assert code == 0, said
+    notes = [line for line in said.splitlines() if line.startswith("note: ")]
+    assert [(note[:11], len(note)) for note in notes] == [("note: long ", 200_006), ("note: short", 11)]

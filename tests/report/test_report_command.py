@@ -211,10 +211,11 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_needs_nothing_else(report, pair, write_sweep, tmp_path):
-    sly = "<script>alert(1)</script> & $x$"
+def test_the_page_is_whole_and_needs_nothing_else(report, pair, write_sweep, tmp_path, capsys):
+    sly = "<script>alert(1)</script> & $x$ [b]"
     runs = [*pair, write_sweep(sly, {"rte": 0.7}, folder="sly")]
     report(runs, tmp_path / "out")
+    assert f"{sly} against BERT-b" in capsys.readouterr().out
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     page = Page()
     page.feed(text)

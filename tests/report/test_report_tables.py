@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from xdscale.errors import XdscaleError
+from xdscale.report.assemble import assemble
 from xdscale.report.published import layouts
+from xdscale.report.sweep import read_sweep
+from xdscale.report.text import terminal_table
 
 
 def scores_of(sweep, task, metric):
@@ -231,3 +234,23 @@ def test_one_seed_is_not_compared_with_three(report, write_sweep, tmp_path, caps
     assert (line["difference"], line["verdict"]) == ("", "")
     assert "the finished seeds differ: 0 of XDBERT-b, 0, 1, 2 of BERT-b" in capsys.readouterr().err
     assert "▲" not in forms(tmp_path / "out")["html"]
+
+
+def test_the_table_on_a_terminal(write_sweep):
+    runs = [write_sweep("BERT-b", {"rte": 0.7}, unfinished=(1,)), write_sweep("mine", {"mrpc": 0.7}, seeds=1)]
+    report = assemble([read_sweep(run, {}) for run in runs], layouts()["table-1"], [])
+    first, *others = grid = terminal_table(report).columns
+    assert [first.header.plain, *(column.header.plain for column in others[:2])] == ["", "RTE", "MRPC"]
+    assert others[-1].header.plain == "READ↓"
+    assert (first.justify, {column.justify for column in others}) == ("left", {"right"})
+    assert all(column.no_wrap for column in grid)
+    rows = list(zip(*([cell.plain for cell in column.cells] for column in grid), strict=True))
+    ours = [row for row in rows if row[0] in ("BERT-b", "mine")]
+    scores = [100 * score for score in scores_of(runs[0], "rte", "accuracy")]
+    other = 100 * scores_of(runs[1], "mrpc", "f1")[0]
+    told = f"{median(scores):.2f}\n({min(scores):.2f}–{max(scores):.2f})\n4 of 5 seeds"
+    assert ours == [("BERT-b", told, *["–"] * 9), ("mine", "–", f"{other:.2f}\n1 seed", *["–"] * 8)]
+    place = rows.index(ours[0])
+    assert rows[place - 1][:2] == ("BERT-b (paper)", "66.43")
+    styles = [row.style for row in terminal_table(report).rows]
+    assert (styles[place - 1], styles[place], styles[-1]) == ("dim", "bold", "bold")

@@ -112,6 +112,10 @@ def test_any_number_of_workers_and_shards_gives_the_same_rows(dataset, tmp_path,
     assert results[0] == results[1]
     assert results[0][0] == results[2][0]
     assert len(results[0][1]) > 6 > len(results[2][1])
+    shares = [bytes_read / source.total_bytes for _, bytes_read in source.units(1)]
+    assert shares == [1]
+    source = CaptionSource([path], dataset, str(cassette_model), options.model_copy(update={"shard_images": 16}))
+    assert [round(40 * bytes_read / source.total_bytes, 1) for _, bytes_read in source.units(1)] == [16, 32, 40]
 
 
 def test_the_file_that_says_what_is_held_out_is_read_once(dataset, tmp_path, cassette_model, monkeypatch):

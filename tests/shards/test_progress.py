@@ -41,16 +41,26 @@ def test_counted_work_says_how_far_it_is(monkeypatch, capsys):
     clock = Clock()
     monkeypatch.setattr(progress.time, "monotonic", clock)
     seen = []
-    for number, item in progress.counted("predicting val, batches", "abcd"):
+    for number, item in progress.counted("predicting val, batches", "abcdef"):
         seen.append((number, item))
-        clock.now += 20
-    assert seen == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
-    assert capsys.readouterr().err == "predicting val, batches: 2/4, 0:00:40 left\n"
+        clock.now += 15
+    assert seen == list(enumerate("abcdef"))
+    assert capsys.readouterr().err == (
+        "predicting val, batches: 2/6, 0:01:00 left\npredicting val, batches: 4/6, 0:00:30 left\n"
+    )
 
 
 def test_ends_and_beginnings():
     assert Pace(lambda: 0.0).describe(0, 0) == "0.00 of 0.00 MB (100.0%)"
     assert Pace(lambda: 0.0).describe(1_000_000, 4_000_000) == "1.00 of 4.00 MB (25.0%)"
+    assert Pace(lambda: 0.0).describe(0, 10**9, 0) == "0 documents, 0.00 of 1.00 GB (0.0%)"
+    assert Pace(lambda: 0.0).describe(0, 10**9 - 10**7) == "0.00 of 990.00 MB (0.0%)"
+    clock = Clock()
+    pace = Pace(clock)
+    clock.now += 4
+    assert pace.describe(0, 20) == "0.00 of 0.00 MB (0.0%)"  # nothing tells how long
+    clock.now += 6
+    assert pace.describe(10, 20) == "0.00 of 0.00 MB (50.0%), 0.00 MB/s, 0:00:10 left"
 
 
 def test_plain_lines_now_and_then_where_there_is_no_terminal(monkeypatch):

@@ -141,6 +141,7 @@ def test_a_number_of_thousands_of_digits_is_no_fault(tmp_path):
         ("a.html", LONG, "is HTML"),
         ("c.txt", f"<?xml version='1.0'?>\n<TEI xmlns='http://t'><text>{LONG}</text></TEI>", "is marked up"),
         ("d.txt", f"<DOC>\n<DOCNO>1</DOCNO>\n{LONG}\n</DOC>\n", "is marked up"),
+        ("d2.txt", f"<seg>{LONG}</seg>\n<seg>{LONG}</seg>", "is marked up"),
         ("e.txt", f'id,label,text\n1,x,{LONG}\n2,y,"{LONG}, and more"\n3,z,{LONG}\n', "is a table"),
         ("f.txt", f"1\t{LONG}\n2\t{LONG}\n3\t{LONG}\n", "is a table .*pandas.*--text-field"),
         ("a.csv", f"{LONG}\n{LONG}\n", "is a table"),

@@ -98,6 +98,21 @@ def test_borders_of_blocks_and_shards(many_blocks):
     assert np.array_equal(stock[0], language)
 
 
+def test_one_row_is_asked_for_by_its_number_also_from_the_end(many_blocks):
+    folder, language, clip = many_blocks
+    table, size = Table(folder, "train"), len(language)
+    for row in (0, 5, size - 1, -1, -size, np.int64(7)):
+        found = table[row]
+        assert list(found) == ["language", "clip"]
+        assert np.array_equal(found["language"], language[row])
+        assert np.array_equal(found["clip"], clip[row])
+    for row in (size, -size - 1):
+        with pytest.raises(IndexError, match=f"no row {row}; train has {size}$"):
+            table[row]
+    with pytest.raises(XdscaleError, match=r"\[slice\(None, 2, None\)\]: expected the number of one row"):
+        table[:2]
+
+
 def test_results_do_not_depend_on_the_file_staying_open(many_blocks):
     folder, language, _ = many_blocks
     reader = Table(folder, "train", max_open_shards=1)

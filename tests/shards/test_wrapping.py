@@ -156,3 +156,15 @@ def test_uneven_lines_are_wrapped_where_paragraphs_begin_and_lines_go_on_as_sent
 @pytest.mark.parametrize(("width", "is_wrapped"), [(29, False), (30, True), (200, True), (201, False)])
 def test_lines_are_wrapped_at_30_to_200_characters(width, is_wrapped):
     assert looks_wrapped(wrapped(20, full=20, width=width)) == is_wrapped
+
+
+@pytest.mark.parametrize(
+    ("lines", "line"),
+    [
+        ("a well-\nknown man", "a well-known man"), ("so -\nor so", "so - or so"), ("-\nso", "- so"),
+        ("x-\nray", "x-ray"), ("河水\n人的", "河水人的"), ("河水\nriver", "河水 river"), ("river\n河水", "river 河水"),
+        (" one \n  two\n\n\nthree\nfour ", "one two\nthree four"), ("one\n \ntwo", "one\ntwo"), ("", ""),
+    ],
+)  # fmt: skip
+def test_lines_are_joined_as_they_were_before_the_break(lines, line):
+    assert joined(lines) == line

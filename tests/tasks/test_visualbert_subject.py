@@ -123,6 +123,7 @@ def test_an_open_question_is_answered_at_the_mask_behind_it(read, folder):
     mask = load_language_tokenizer(str(folder))[1].mask_id
     ids, first = batch.arrays["text_ids"], batch.arrays["cu_seqlens"]
     assert [(ids == mask).sum(), len(first) - 1] == [3, 3]
+    assert not any(parameter.requires_grad for parameter in module.encoder.pooler.parameters())  # no loss reaches it
 
 
 def test_two_images_are_told_apart_by_their_segments(read, folder):
@@ -160,6 +161,7 @@ def test_each_choice_is_read_with_the_image(read, folder):
     torch.testing.assert_close(ours(module, batch).view(2, 4), wanted, atol=1e-5, rtol=1e-5)
     assert batch.targets == {"task": 2}
     assert batch.tokens == batch.arrays["cu_seqlens"][-1]
+    assert all(parameter.requires_grad for parameter in module.parameters())
 
 
 def test_a_phrase_points_at_a_region(read, folder):

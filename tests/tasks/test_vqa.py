@@ -175,6 +175,10 @@ def test_accuracy_answers_and_the_servers_file(world):
     assert name == "v2_OpenEnded_mscoco_test2015_results.json"
     written = json.loads(task.submission(name, data.test[name], np.array([1.0, 2.0])))
     assert written == [{"question_id": 11, "answer": "cat"}, {"question_id": 12, "answer": "2"}]
+    world.dump("answers.json", ["café", "cat", "2", "red", "two", "<unk>"])
+    assert world.read().task.submission(name, data.test[name][:1], np.array([0.0])) == (
+        '[{"question_id": 11, "answer": "café"}]\n'
+    )
 
 
 def test_the_loss_is_kl_divergence_from_credits_that_do_not_sum_to_one(world):

@@ -105,3 +105,34 @@ def test_tables_without_a_common_image_are_refused(tables, tmp_path):
     build_regions([drawn(3)._replace(image_id="COCO_3")], tmp_path / "other", Detector(model="one"))
     with pytest.raises(XdscaleError, match="no image in common: ids look like '0' and 'COCO_3'"):
         common_images(RegionTable.open(tables[0]), RegionTable.open(tmp_path / "other"))
+
+
+def test_means_are_over_pairs_and_cosines_do_not_depend_on_the_scale(tmp_path):
+    """One image has four pairs of equal features, one has pairs of cosine .8 and .6, and one has no pair."""
+    places = np.array([[40 * n, 0, 40 * n + 20, 20] for n in range(5)], np.float32)
+    flat, turned = np.array([[1, 0]] * 4), np.array([[0.8, 0.6], [0.6, 0.8]])
+    half = places[:2] - [[0, 0, 0, 10], [0, 0, 0, 11]]  # of an IoU of .5, which counts, and of less
+    first = [("a", places[:4], flat), ("b", places[:3], np.array([[1, 0]] * 3)), ("c", places[:1], flat[:1])]
+    second = [("a", places[:4], flat * 3), ("b", half, turned), ("c", places[4:], flat[:1])]
+    for name, images in (("first", first), ("second", second)):
+        given = [
+            RegionImage(image, (400, 300), boxes.astype(np.float32), (features * 2**-9).astype(np.float32), {})
+            for image, boxes, features in images
+        ]
+        build_regions(given, tmp_path / name, Detector(model=name))
+    both = RegionTable.open(tmp_path / "first"), RegionTable.open(tmp_path / "second")
+    found = list(compare_images(*both, common_images(*both), least_iou=0.5))
+    assert [image.matched for image in found] == [4, 1, 0]
+    found = list(compare_images(*both, common_images(*both), least_iou=0.4))
+    assert [image.matched for image in found] == [4, 2, 0]
+    assert [image.boxes for image in found] == [(4, 4), (3, 2), (1, 1)]
+    assert [image.cosine for image in found] == pytest.approx([1, 0.7, np.nan], abs=1e-3, nan_ok=True)
+    assert [image.lowest_cosine for image in found] == pytest.approx([1, 0.6, np.nan], abs=1e-3, nan_ok=True)
+    whole = overall(found, (3, 4))
+    assert (whole.images, whole.only, whole.boxes, whole.matched) == (3, (0, 1), (8, 7), 6)
+    assert (whole.cosine, whole.lowest_cosine) == pytest.approx((5.4 / 6, 0.6), abs=1e-3)
+    assert whole.iou == pytest.approx((4 + 0.5 + 0.45) / 6, abs=1e-3)
+    assert whole.same_class is None
+    nothing = overall(found[2:], (1, 1))
+    assert (nothing.matched, nothing.in_place) == (0, 0)
+    assert np.isnan([nothing.iou, nothing.cosine, nothing.lowest_cosine]).all()

@@ -1,0 +1,104 @@
+"""What the command asks for, what it says in the end, and what it leaves as it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xdscale.errors import XdscaleError
+from xdscale.finetune import command
+from xdscale.finetune.command import Request, TaskSource
+from xdscale.finetune.recipe import load_settings
+from xdscale.tasks.contract import TaskData, find_task, task_names
+
+SUBJECT = {"name": "m", "subject": "language", "encoder": "bert", "weights_sha256": "ab", "size": "base"}
+
+
+def data_of(task, **files):
+    stated = {name: {"sha256": digest, "rows": 1} for name, digest in files.items()}
+    return TaskData(find_task(task), [], {}, {}, stated, {})
+
+
+def write_result(out, task, seed, score, **files):
+    """A finished run as its folder says it."""
+    folder = out / task / f"seed-{seed}"
+    folder.mkdir(parents=True)
+    score = {"name": "accuracy", "value": score, "higher_is_better": True}
+    data = {name: {"sha256": digest, "rows": 1} for name, digest in files.items()}
+    values = {"format": 1, "task": task, "seed": seed, "split": "dev", "metrics": {}, "score": score, "examples": 1}
+    (folder / "result.json").write_text(json.dumps(values | {"data": data, "settings": {}, "curve": []}))
+    return folder / "result.json"
+
+
+def test_the_table_has_a_row_for_each_task_with_a_finished_seed(tmp_path, capsys):
+    out = tmp_path / "[bold]"  # which is no markup
+    for seed, score in enumerate((0.5, 0.75, 0.125)):
+        write_result(out, "rte", seed, score)
+    sources = {task: TaskSource(data_of(task), tmp_path) for task in ("rte", "cola")}
+    command._print_table(out, sources, {"rte": [0, 1, 2, 3], "cola": [0]})
+    shown = capsys.readouterr().out
+    (row,) = [line for line in shown.splitlines() if "RTE" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "RTE", "accuracy", "0.5000", "0.1250", "0.7500", "3 of 4"
+    ]  # fmt: skip
+    assert "CoLA" not in shown
+    assert "[bold]" in "".join(shown.split())
+    command._print_table(out, sources, {"cola": [0]})
+    assert capsys.readouterr().out == ""
+
+
+def request(**values):
+    known = {
+        "model": "m", "subject": None, "tasks": ["rte"], "data": "d", "out": Path("o"), "seeds": None, "label": None,
+        "recipe": "paper", "overrides": [], "ds_config": None, "jobs": None,
+    }  # fmt: skip
+    return Request(**known | values)
+
+
+@pytest.mark.parametrize("regions", [None, "r"])
+def test_all_are_the_tasks_with_images_or_those_without(monkeypatch, tmp_path, regions):
+    read = []
+    monkeypatch.setattr(command, "open_regions", lambda name: None)
+    monkeypatch.setattr(command, "read_task", lambda task, folder, regions: read.append((task.name, folder)))
+    asked = request(tasks=["all", "rte" if regions is None else "vqa"], data=str(tmp_path), regions=regions)
+    found = command._read_data(asked, load_settings("paper", []))
+    wanted = [name for name in task_names() if bool(find_task(name).images) == (regions is not None)]
+    assert list(found) == wanted
+    assert read == [(name, tmp_path) for name in wanted]
+    assert {source.folder for source in found.values()} == {tmp_path}
+
+
+def test_tasks_are_fetched_where_no_folder_is_named(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(type(find_task("rte")), "fetch", lambda task, folder: fetched.append((task.name, folder)))
+    monkeypatch.setattr(command, "read_task", lambda *_: None)
+    command._read_data(request(tasks=["rte", "cola"], data=None), load_settings("paper", []))
+    assert fetched == [("rte", command.HUB_DATA), ("cola", command.HUB_DATA)]
+
+
+def test_a_sweep_goes_on_with_more_seeds_and_tasks_of_the_same_model(tmp_path):
+    first = command._summary(tmp_path / "new", SUBJECT, "mine", {"rte": [0, 2]})
+    assert {task: entry.seeds for task, entry in first.tasks.items()} == {"rte": [0, 2]}
+    (tmp_path / "lost+found").mkdir()  # of the disk
+    assert command._summary(tmp_path, SUBJECT, "mine", {"rte": [0, 2]}) == first
+    (tmp_path / "sweep.json").write_text(first.model_dump_json())
+    more = command._summary(tmp_path, SUBJECT, "mine", {"rte": [1, 0], "cola": [0]})
+    assert {task: entry.seeds for task, entry in more.tasks.items()} == {"rte": [0, 1, 2], "cola": [0]}
+    with pytest.raises(XdscaleError, match=r"sweep of another model \(label was 'mine', now 'other'\); choose another"):
+        command._summary(tmp_path, SUBJECT, "other", {"rte": [0]})
+    (tmp_path / "sweep.json").rename(tmp_path / "else.json")
+    with pytest.raises(XdscaleError, match=r"holds files but no sweep\.json; choose an empty or new folder"):
+        command._summary(tmp_path, SUBJECT, "mine", {"rte": [0]})
+
+
+def test_a_finished_run_stays_where_its_files_are_the_same_and_its_model_is_kept(tmp_path):
+    path = write_result(tmp_path, "rte", 0, 0.5, train="1", dev="2")
+    command._require_same_files(path, data_of("rte", dev="2", train="1"), tmp_path)
+    for files, name in (({"train": "1", "dev": "3"}, "dev"), ({"dev": "2"}, "train"), ({"a": "1"}, "a")):
+        with pytest.raises(XdscaleError, match=f"this run is finished, but {name} of .* is another file than then"):
+            command._require_same_files(path, data_of("rte", **files), tmp_path)
+    with pytest.raises(XdscaleError, match=r"this run is finished, but has kept no model \(run\.keep_model\)"):
+        command._require_model(path)
+    (path.parent / "model").mkdir()
+    (path.parent / "model" / "config.json").write_text("{}")
+    command._require_model(path)
