@@ -1,11 +1,14 @@
 """What the command asks for, what it says in the end, and what it leaves as it is."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from xdscale.errors import XdscaleError
+from xdscale.data.task_files import Example
+from xdscale.errors import EXIT_FAULT, XdscaleError
 from xdscale.finetune import command
 from xdscale.finetune.command import Request, TaskSource
 from xdscale.finetune.recipe import load_settings
@@ -102,3 +105,74 @@ def test_a_finished_run_stays_where_its_files_are_the_same_and_its_model_is_kept
     (path.parent / "model").mkdir()
     (path.parent / "model" / "config.json").write_text("{}")
     command._require_model(path)
+
+
+def test_each_worker_has_its_gpu_and_its_share_of_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
+    for jobs, threads in ((1, "7"), (3, "2"), (7, "1"), (9, "1")):
+        slots = command._slots(jobs, [])
+        assert [slot["OMP_NUM_THREADS"] for slot in slots] == [threads] * jobs
+        assert {slot["DS_ACCELERATOR"] for slot in slots} == {"cpu"}
+        assert not any("CUDA_VISIBLE_DEVICES" in slot for slot in slots)
+    slots = command._slots(5, ["4", "6"])
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["4", "6", "4", "6", "4"]
+    assert {slot["OMP_NUM_THREADS"] for slot in slots} == {"1"}
+    assert not any("DS_ACCELERATOR" in slot for slot in slots)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert {slot["OMP_NUM_THREADS"] for slot in (*command._slots(9, []), *command._slots(1, ["0"]))} == {"3"}
+
+
+def test_of_every_task_the_first_seeds_come_first_and_finished_ones_stay(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "describe_subject", lambda *_, **__: SUBJECT)
+    checked = []
+    monkeypatch.setattr(command, "RunFolder", lambda folder: SimpleNamespace(check=lambda _: checked.append(folder)))
+    examples = [Example("0", (("a", "b"),), 0, 1)] * 10
+    sources = {
+        task: TaskSource(TaskData(find_task(task), examples, {}, {}, {}, {}), tmp_path / task)
+        for task in ("rte", "cola")
+    }
+    asked = request(model="models/mine/", out=tmp_path / "out"), load_settings("paper", []), sources
+    jobs = command._plan(*asked, {"rte": [0, 1, 2], "cola": [0, 1]}, gpu=False)
+    assert [job.name for job in jobs] == ["rte seed 0", "cola seed 0", "rte seed 1", "cola seed 1", "rte seed 2"]
+    assert sorted(checked) == sorted(job.result.parent for job in jobs)
+    last, folder = jobs[-1], tmp_path / "out" / "rte" / "seed-2"
+    assert (last.result, last.log) == (folder / "result.json", tmp_path / "out" / "logs" / "rte-seed-2.log")
+    assert (last.message["log"], last.stops_early) == (str(last.log), False)
+    assert last.message["ds_config_name"] == "the default DeepSpeed configuration"
+    assert last.message["ds_config"] == command.default_ds_config(gpu=False)
+    recipe = last.message["recipe"]
+    assert (recipe["training"]["seed"], recipe["run"]["label"], recipe["output"]["folder"]) == (2, "mine", str(folder))
+    assert recipe["data"]["folder"] == str(tmp_path / "rte")
+    write_result(tmp_path / "out", "cola", 0, 0.5)
+    again = command._plan(*asked, {"rte": [0, 1, 2], "cola": [0, 1]}, gpu=False)
+    assert [job.name for job in again] == ["rte seed 0", "rte seed 1", "cola seed 1", "rte seed 2"]
+    stated = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert (stated["model"]["label"], stated["tasks"]["rte"]["seeds"]) == ("mine", [0, 1, 2])
+
+
+def test_what_a_sweep_says_goes_to_stderr_as_it_is(monkeypatch, capsys, tmp_path):
+    said = f"[1/2] rte[/b] [bold]{'long ' * 60}end"
+    started = []
+
+    class Sweep:
+        def __init__(self, slots, say):
+            self.say, self.run = say, lambda jobs: say(said) or EXIT_FAULT
+            started.append(len(slots))
+
+        def start_workers(self, most):
+            started.append(most)
+
+        def end_workers(self):
+            started.append("ended")
+
+    monkeypatch.setattr(command, "SweepRunner", Sweep)
+    monkeypatch.setattr(command, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(command, "_read_data", lambda *_: {"rte": TaskSource(data_of("rte"), tmp_path)})
+    monkeypatch.setattr(command, "_plan", lambda *_, gpu: [])
+    write_result(tmp_path / "out", "rte", 1, 0.25)
+    assert command.run_command(request(subject="language", out=tmp_path / "out", seeds=3)) == EXIT_FAULT
+    assert started == [2, 2, "ended"]  # workers for the GPUs, and no more than there are runs to do
+    printed = capsys.readouterr()
+    assert printed.err == said + "\n"
+    assert "1 of 3" in printed.out

@@ -139,6 +139,7 @@ def test_a_number_of_thousands_of_digits_is_no_fault(tmp_path):
         ("a.txt", f"<!DOCTYPE html>\n<html><body><p>{LONG}</p></body></html>", "is HTML; .*--format text"),
         ("b.txt", f"\n<!-- saved -->\n<div class='x'>{LONG}</div>", "is HTML"),
         ("a.html", LONG, "is HTML"),
+        ("a.txt.html-00000-of-00001", LONG, "is HTML"),
         ("c.txt", f"<?xml version='1.0'?>\n<TEI xmlns='http://t'><text>{LONG}</text></TEI>", "is marked up"),
         ("d.txt", f"<DOC>\n<DOCNO>1</DOCNO>\n{LONG}\n</DOC>\n", "is marked up"),
         ("d2.txt", f"<seg>{LONG}</seg>\n<seg>{LONG}</seg>", "is marked up"),

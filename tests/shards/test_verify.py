@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.manifest import Manifest
+from xdscale.shards.manifest import Manifest, add_counts
 from xdscale.shards.verify import verify_shards
 
 
@@ -85,3 +85,10 @@ def test_a_copy_under_another_name_is_recognised(dataset):
     shutil.copy(dataset / first.file, dataset / second.file)
     with pytest.raises(XdscaleError, match=rf"{second.file}: altered: .*\(the content of {first.file}\)"):
         verify_shards(dataset)
+
+
+def test_counts_are_summed_by_name_and_histograms_place_by_place():
+    parts = [{"rows": 2, "lengths": [1, 2]}, {"lengths": [1, 0, 5], "images": 1}, {"rows": 3, "lengths": []}]
+    assert add_counts(parts) == {"rows": 5, "lengths": [2, 2, 5], "images": 1}
+    assert add_counts(reversed(parts)) == add_counts(parts)
+    assert add_counts([]) == {}

@@ -264,3 +264,10 @@ def test_odd_lists_and_missing_files_are_named(world):
     (world.folder / "Annotations" / "65567.xml").write_text(annotation())
     with pytest.raises(XdscaleError, match=r"65567\.txt: not UTF-8 text"):
         world.read()
+
+
+def test_of_regions_that_are_equally_likely_the_earlier_comes_first():
+    """However a machine sorts: 200 regions of three scores."""
+    scores = np.random.default_rng(0).integers(0, 3, 200)
+    (ranked,) = FLICKR30K_ENTITIES.predict(scores[None].astype(float), regions([MISS] * 200))
+    assert ranked[:, 0].tolist() == sorted(range(200), key=lambda region: (-scores[region], region))
