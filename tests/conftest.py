@@ -1,5 +1,6 @@
 """Small real data that ships in registry packages, and what is made of it."""
 
+import gc
 import io
 import json
 import os
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts files with slow tests first: begun last, they would keep one of two workers long after the other is done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported to itself: else each search for garbage looks through millions of lasting objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ in one process, those of the first run.
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import logging
@@ -66,6 +67,7 @@ def main():
 
     tracing.trace = trace_once
     warnings.filterwarnings("ignore", message=".* found in sys.modules after import", category=RuntimeWarning)
+    gc.freeze()  # half a million objects of imported modules, which each child would look through, and copy by that
     # What a thread holds at the time of a fork stays locked in the child for ever.
     assert os.listdir("/proc/self/task") == [str(os.getpid())]
     for line in sys.stdin:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ from xdscale.commands.kernel_report import (
 )
 from xdscale.errors import XdscaleError
 from xdscale.kernels import masked_token_loss_triton
+
+from ..launching import Launch
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "kernels.md"
@@ -61,11 +64,17 @@ def integer(cell: str) -> int:
     return int(cell.replace(",", ""))
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a process in which kernels are compiled, not interpreted."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def compiled(launch_ranks: Callable[..., Launch], tmp_path: Path) -> Callable[[str], str]:
+    """Runs code in a process in which kernels are compiled, not interpreted; returns what it printed."""
+
+    def compiled(code: str) -> str:
+        (tmp_path / "code.py").write_text(code)
+        done = launch_ranks(tmp_path / "code.py")
+        assert done.code == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return compiled
 
 
 def test_rows_are_the_shipped_configurations(documented):
@@ -97,18 +106,20 @@ def test_what_needs_no_compiler_is_as_the_docs_say(documented):
         assert said == (*sizes, str(case.num_warps), str(case.num_stages)), (case.name, case.target)
 
 
-def test_compilers_give_what_the_docs_say(documented):
+def test_compilers_give_what_the_docs_say(documented, compiled):
     by_name = {(row["kernel"], row["target"]): position for position, row in enumerate(documented)}
     positions = [by_name[name] for name in COMPILED_HERE]
-    code = "import json; from xdscale.commands.kernel_report import measure_all; print(json.dumps(measure_all({})))"
-    result = python(code.format(positions))
-    assert result.returncode == 0, result.stderr
-    assert differences([documented[position] for position in positions], json.loads(result.stdout), "docs") == []
+    code = (
+        "import json; from xdscale.commands.kernel_report import measure_all\n"
+        "if __name__ == '__main__': print(json.dumps(measure_all({})))"  # not in the processes that it starts
+    )
+    found = json.loads(compiled(code.format(positions)))
+    assert differences([documented[position] for position in positions], found, "docs") == []
 
 
-def test_a_configuration_known_to_spill_is_named():
+def test_a_configuration_known_to_spill_is_named(compiled):
     # 128 x 128 with dropout on sm_80 spills with 4 warps, 128 x 64 with 8 does not: seen with ptxas -v.
-    result = python(
+    said = compiled(
         "from dataclasses import replace\n"
         "from xdscale.commands.kernel_report import measure, shipped_cases, verdict\n"
         "name = 'forward bf16 d=64 dropout', 'sm_80'\n"
@@ -116,8 +127,7 @@ def test_a_configuration_known_to_spill_is_named():
         "large = replace(case, num_warps=4, constexprs=case.constexprs | {'BLOCK_K': 128})\n"
         "print(verdict([measure(large)]))"
     )
-    assert result.returncode == 0, result.stderr
-    assert "packed_attention forward bf16 d=64 dropout sm_80: spills" in result.stdout
+    assert "packed_attention forward bf16 d=64 dropout sm_80: spills" in said
 
 
 def test_launches_take_no_variant_that_the_table_does_not_show():
@@ -130,8 +140,10 @@ def test_launches_take_no_variant_that_the_table_does_not_show():
 
 
 def test_interpreted_kernels_are_refused():
+    """In a process of its own: whether kernels are interpreted is decided when they are imported."""
     code = "from xdscale.commands.kernel_report import measure_all; measure_all([0])"
-    result = python(code, TRITON_INTERPRET="1")
+    settings = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=settings, capture_output=True, text=True)
     assert "XdscaleError: TRITON_INTERPRET is set" in result.stderr
 
 
@@ -225,7 +237,7 @@ def test_splits_leave_processors_idle_for_a_tenth_of_the_time_at_most(blocks, re
     assert splits <= masked_token_loss_triton.MAX_SPLITS
 
 
-def test_gradients_of_logits_are_stored_16_bytes_at_a_time():
+def test_gradients_of_logits_are_stored_16_bytes_at_a_time(compiled):
     """The stride is an argument that 16 divides; with the chunk's own width every store took 2 bytes."""
     case = next(c for c in shipped_cases() if c.name == "logit_gradients bf16 x bf16, n = 2458" and c.target == "sm_90")
     assert "gradients_stride" in case.divisible_by_16
@@ -235,7 +247,5 @@ def test_gradients_of_logits_are_stored_16_bytes_at_a_time():
         "assert case.target == 'sm_90'\n"
         "print(r._compiled(case).asm['ptx'])"
     )
-    done = python(code)
-    assert done.returncode == 0, done.stderr[-2000:]
-    stores = [line for line in done.stdout.splitlines() if "st.global" in line]
+    stores = [line for line in compiled(code).splitlines() if "st.global" in line]
     assert sum(".v4.b32" in store for store in stores) == len(stores) - 1 == 8  # and the sums of columns

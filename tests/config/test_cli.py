@@ -86,7 +86,6 @@ def test_starts_within_a_second_where_it_needs_no_torch(arguments):
     ("arguments", "message"),
     [
         (["params", "xdbert-bse-wikitext103"], "did you mean 'xdbert-base-wikitext103'"),
-        (["export", "nowhere", "out"], "nowhere: not a run folder"),
         (["shards", "verify", "nowhere"], "nowhere"),
         (["shards", "build", "nowhere.txt", "--out", "o", "--language-tokenizer", "t"], "nowhere.txt"),
     ],
@@ -94,11 +93,20 @@ def test_starts_within_a_second_where_it_needs_no_torch(arguments):
 def test_a_mistake_is_one_message_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run(*arguments)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert_one_message(result.returncode, result.stderr, message, tmp_path)
+
+
+def test_so_is_one_of_a_command_that_needs_torch(launch_ranks, tmp_path):
+    result = launch_ranks("xdscale", "export", "nowhere", "out", folder=tmp_path)
+    assert_one_message(result.code, result.stderr, "nowhere: not a run folder", tmp_path)
+
+
+def assert_one_message(code, stderr, message, folder):
+    assert code == 2
+    assert stderr.startswith("error: ")
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(

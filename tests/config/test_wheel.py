@@ -73,22 +73,46 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
     assert found == wanted
 
 
+COMMANDS = """
+import sys
+from xdscale.cli import main
+for words in %r:
+    sys.argv = ["xdscale", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, words
+    print("== end", flush=True)
+"""
+
+
 def test_light_commands_work_from_an_empty_folder(run, wheel, tmp_path, wiki_text, cassette_model):
     assert "site-packages/xdscale/" in run("python", "-c", "import xdscale; print(xdscale.__file__)")
     assert run("xdscale", "--version") == f"xdscale {wheel.name.split('-')[1]}\n"
     assert "Finetune and report" in run("python", "-m", "xdscale", "--help")
     assert "xdbert-base-wikitext103" in run("xdscale", "recipes")
-    said = run("xdscale", "plan", "xdelectra-large-wikipedia")
-    assert run("xdscale", "launch", "xdelectra-large-wikipedia", "--hosts", "a:8", *said.split("Use ")[1].split()[:2])
-    assert "Use model-zero3.json (--write-configs FOLDER writes it for this GPU)" in run(
-        "xdscale", "plan", "quickstart"
-    )  # one that does not ship
-    for name in ("electra-large-zero2", "electra-large-zero3-offload.json"):
-        asked = ["--hosts", "a:8,b:8", "--deepspeed-config", name, "--out", tmp_path / name]
-        assert f"--deepspeed_config {name}" in run("xdscale", "launch", "xdelectra-large-wikitext103", *asked)
-    assert "--deepspeed_config electra-large-zero2" in run(
-        "xdscale", "launch", "xdelectra-large-wikitext103", "--hosts", "a:8,b:8", "--out", tmp_path / "default"
-    )
     shards = tmp_path / "shards"
     run("xdscale", "shards", "build", wiki_text, "--out", shards, "--language-tokenizer", cassette_model)
-    assert "sequences" in run("xdscale", "shards", "info", shards)
+
+    def run_all(*commands):
+        """In one process, which imports torch once."""
+        given = [list(map(str, words)) for words in commands]
+        *said, end = run("python", "-c", COMMANDS % given).split("== end\n")
+        assert (len(said), end) == (len(commands), "")
+        return said
+
+    planned, small, info = run_all(
+        ["plan", "xdelectra-large-wikipedia"], ["plan", "quickstart"], ["shards", "info", shards]
+    )
+    assert "Use model-zero3.json (--write-configs FOLDER writes it for this GPU)" in small  # one that does not ship
+    assert "sequences" in info
+    names = ("electra-large-zero2", "electra-large-zero3-offload.json")
+    asked = [["--hosts", "a:8,b:8", "--deepspeed-config", name, "--out", tmp_path / name] for name in names]
+    _, *named, default = run_all(
+        ["launch", "xdelectra-large-wikipedia", "--hosts", "a:8", *planned.split("Use ")[1].split()[:2]],
+        *(["launch", "xdelectra-large-wikitext103", *words] for words in asked),
+        ["launch", "xdelectra-large-wikitext103", "--hosts", "a:8,b:8", "--out", tmp_path / "default"],
+    )
+    for name, said in zip(names, named, strict=True):
+        assert f"--deepspeed_config {name}" in said
+    assert "--deepspeed_config electra-large-zero2" in default

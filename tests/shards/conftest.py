@@ -103,7 +103,7 @@ def server(small_dataset, monkeypatch):
     ) as server:
         server.asked, server.spoil = [], {}
         server.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # or each end takes half a second
         thread.start()
         yield server
         server.shutdown()

@@ -24,6 +24,8 @@ from xdscale.shards.verify import verify_shards
 
 from .faults import killed_at
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 def digests(folder):
     """SHA-256 of everything in the folder, by name; there are no folders left in a finished dataset."""
