@@ -125,6 +125,7 @@ def wait_for_moment(launched, moment, before, rng):
     time.sleep(rng.uniform(0, 0.6))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(max(600, 120 * LAUNCHES))
 def test_every_signal_leaves_a_verified_checkpoint_of_the_last_step(wiki_shards, tmp_path, free_port, fork):
     run, config = tmp_path / "run", tmp_path / "ds.json"

@@ -88,6 +88,7 @@ def test_a_rank_that_dies(launch, rank):
     assert re.search(rf"rank {rank} on \S+ died or froze .* in phase '\w+' of step \d+", lines[0])
 
 
+@pytest.mark.slow
 def test_a_rank_that_freezes(launch):
     """With the limits that everybody has."""
     launched = launch()
