@@ -42,6 +42,15 @@ MODULES = [
     "xdscale.finetune.run",
     *(f"xdscale.systems.{name}" for name in ("visualbert", "vlbert", "xdbert")),
     "xdscale.training.session",
+    # What a rank would import on its way, as an engine, a trace or TensorBoard needs it.
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "PIL.PngImagePlugin",
+    "tensorboard.plugins.hparams.metadata",
+    *(f"xdscale.kernels.{name}_triton" for name in ("activated_linear", "attention", "masked_token_loss")),
+    *(f"xdscale.kernels.{name}" for name in ("attention_launch", "quick_gelu_triton", "residual_norm_triton")),
 ]
 COMMANDS = {"xdscale": "xdscale.cli", "deepspeed": "deepspeed.launcher.runner"}
 """Programs that start their own processes, in place of ranks that are started here."""

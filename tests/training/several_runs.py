@@ -1,6 +1,6 @@
 """Runs `xdscale.train` several times in one launch: importing torch and DeepSpeed takes longer than a short run.
 
-Run by test_launches on one rank or several. The argument is JSON: {name of run: its arguments}.
+On one rank or several. The argument is JSON: {name of run: its arguments}. A line with the name begins what it prints.
 """
 
 import json
@@ -13,7 +13,8 @@ from xdscale import train
 def main():
     for name, arguments in json.loads(sys.argv[-1]).items():
         if os.environ.get("RANK", "0") == "0":
-            print(f"== {name}", file=sys.stderr, flush=True)
+            for stream in (sys.stdout, sys.stderr):
+                print(f"== {name}", file=stream, flush=True)
         code = train.main(arguments)
         if code:
             return code
