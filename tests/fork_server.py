@@ -76,6 +76,7 @@ def main():
 
     tracing.trace = trace_once
     warnings.filterwarnings("ignore", message=".* found in sys.modules after import", category=RuntimeWarning)
+    os.fsync = lambda descriptor: None  # as in the tests' own process: see conftest.py
     gc.freeze()  # half a million objects of imported modules, which each child would look through, and copy by that
     # What a thread holds at the time of a fork stays locked in the child for ever.
     assert os.listdir("/proc/self/task") == [str(os.getpid())]

@@ -12,3 +12,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def _no_waiting_for_the_disk() -> None:
+    """What is measured waits for it, as with users."""

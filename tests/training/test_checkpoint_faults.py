@@ -39,12 +39,6 @@ LAUNCHES = max(1, ROUNDS // 100)
 UNREACHED = 4
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    """What a sync achieves is simulated by the file layer, which sees the calls."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 class Engine:
     """What checkpointing needs of DeepSpeed's: weights, Adam's state, files named per rank."""
 
