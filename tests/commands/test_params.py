@@ -3,6 +3,7 @@ import pytest
 from xdscale.commands.params import print_parameters
 from xdscale.errors import XdscaleError
 from xdscale.plan.profile import parameter_table
+from xdscale.recipe import load_recipe
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
 
 
@@ -83,3 +84,22 @@ def test_printed_table(capsys):
     printed = capsys.readouterr().out
     for number in ("109,482,240", "63,165,952", "14,574,336", "202,059,009", "203,586,877"):
         assert number in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "totals"),
+    [
+        ("bert-base-mlm-wikitext103", [True, False, True]),
+        ("quickstart-visualbert", [True, False, False, True]),
+        ("quickstart-vlbert", [False] * 4 + [True]),
+        ("vlbert-base-e2e", [False] * 4 + [True, False, True]),
+    ],
+)
+def test_lines_that_sum_up_others_are_marked(name, totals):
+    """The last one counts everything once."""
+    rows = parameter_table(load_recipe(name))
+    assert [row.total for row in rows] == totals
+    parts = sum(row.parameters for row in rows if not row.total)
+    if totals[0]:
+        parts += rows[0].parameters
+    assert rows[-1].parameters == parts

@@ -86,3 +86,54 @@ def test_a_system_touches_its_own_files_and_two_others(system):
 @pytest.mark.parametrize("task", ["vqa", "vcr", "nlvr2", "refcoco"])
 def test_a_task_touches_its_own_file_and_one_other(task):
     assert others_that_know(task) == {"xdscale/tasks/contract.py"}
+
+
+CHANGING = {
+    *("Best", "Skipped", "Trainer", "_Place", "_Seen"),  # what a run counts, and where ranks are
+    *("Outcome", "Evidence"),  # what a doctor finds out, one thing after the other
+    *("ArcCounts", "HeadCounts", "ImageSizes", "_Held", "Case", "Contestant", "Measured"),
+}
+BY_NAME = {
+    *("CheckpointPosition", "EngineState", "Retention", "Trainer"),
+    *("Gpu", "Machine", "Plan", "PlanRow", "Settings", "States"),
+    *("CommonsenseReasoning", "Hub", "ReferringExpressions", "Request", "TextTask", "VisualQuestions"),
+}
+
+
+def test_records_stay_as_they_were_made_but_those_that_count_and_many_numbers_are_given_by_name():
+    """Nobody who is handed one changes it under those who hold it too."""
+    found = [
+        (each.name, ast.unparse(decorator))
+        for tree in FILES.values()
+        for each in tree.body
+        if isinstance(each, ast.ClassDef)
+        for decorator in each.decorator_list
+        if ast.unparse(decorator).startswith("dataclass")
+    ]
+    assert len(found) > 60
+    assert {name for name, words in found if "frozen=True" not in words} == CHANGING
+    assert {name for name, words in found if "kw_only=True" in words} == BY_NAME
+
+
+LOCKS = {"(folder / '.locks').open('w')", "path.open('w')"}
+"""Files that nothing is written to."""
+
+
+def test_texts_are_read_and_written_in_a_stated_encoding():
+    """Not in that of the machine's locale."""
+    calls = [node for tree in FILES.values() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    methods = [call for call in calls if isinstance(call.func, ast.Attribute)]
+    whole = [call for call in methods if call.func.attr in ("read_text", "write_text")]
+    modes = {"r", "w", "a", "x", "r+", "w+", "a+"}
+    opened = [
+        call
+        for call in methods
+        if call.func.attr == "open"
+        and ast.unparse(call.func) != "tarfile.open"
+        and (not call.args or isinstance(call.args[0], ast.Constant) and call.args[0].value in modes)
+    ]
+    assert len(whole) > 30
+    assert len(opened) > 5
+    silent = [call for call in (*whole, *opened) if not any(option.arg == "encoding" for option in call.keywords)]
+    assert {ast.unparse(call) for call in silent} - LOCKS == set()
+    assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "open"]

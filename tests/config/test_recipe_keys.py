@@ -9,9 +9,14 @@ from xdscale.finetune.recipe import FinetuneSettings, load_settings
 from xdscale.recipe import Section, load_recipe
 from xdscale.recipes.keys import key_lines
 from xdscale.recipes.mlm.schema import MaskedLMRecipe
+from xdscale.recipes.visualbert.schema import VisualBERTRecipe
+from xdscale.recipes.visualbert.task_schema import VisualBERTTaskRecipe
+from xdscale.recipes.vlbert.schema import VLBERTRecipe
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.registry import SUBJECTS
 from xdscale.tasks.contract import find_settings
+
+RECIPES = (XDBERTRecipe, MaskedLMRecipe, VisualBERTRecipe, VisualBERTTaskRecipe, VLBERTRecipe)
 
 
 def leaves(values, prefix=""):
@@ -53,7 +58,7 @@ def test_the_lines_of_a_finetuning_recipe_are_overrides_too():
     assert lines[seeds - 1] == ""  # of no section
 
 
-@pytest.mark.parametrize("section", [XDBERTRecipe, MaskedLMRecipe, FinetuneSettings, *map(find_settings, SUBJECTS)])
+@pytest.mark.parametrize("section", [*RECIPES, FinetuneSettings, *map(find_settings, SUBJECTS)])
 def test_every_key_has_a_meaning(section):
     def without(section):
         for name, field in section.model_fields.items():

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from pydantic import ValidationError
 
 from xdscale.errors import XdscaleError
 from xdscale.finetune.recipe import load_settings
@@ -276,3 +277,20 @@ def test_a_file_may_not_name_a_url_that_does_more_than_read(write, url):
 @pytest.mark.parametrize("url", READ)
 def test_a_file_may_name_a_url_that_is_read(write, url):
     assert load_recipe(write(MINIMAL | {"data": {"shards": url}, "run": {"cache": "/cache"}})).data.shards == url
+
+
+def test_values_are_never_changed_after_loading():
+    recipe, settings = load_recipe("quickstart"), load_settings("paper", [])
+    for section, key in ((recipe, "training"), (recipe.training, "steps"), (recipe.model.language, "name")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, getattr(section, key))
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.training.epochs = 1
+
+
+def test_a_number_that_is_meant_as_a_text_belongs_in_quotes(write):
+    with pytest.raises(XdscaleError, match=r"model\.language\.name = 7: .*; write a number that is meant as a text in"):
+        load_recipe(write(MINIMAL), ["model.language.name=7"])
+    with pytest.raises(XdscaleError, match="steps = 'many'") as error:
+        load_recipe(write(MINIMAL), ["training.steps=many"])
+    assert "quotes" not in str(error.value)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xdscale.kernels import linear, plain_linear
+from xdscale.kernels import gpu, linear, plain_linear
+from xdscale.kernels.linear import FEWEST_ELEMENTS, bias_gradient
 
 
 def run(function, leaves, grad, autocast):
@@ -45,3 +46,11 @@ def test_a_large_output_on_a_gpu_needs_no_bias():
     assert type(out.grad_fn).__name__ == "_LinearBackward"
     found = torch.autograd.grad(out, (states, weight), torch.empty_like(out))
     assert [tuple(one.shape) for one in found] == [(1 << 15, 8), (1 << 10, 8)]
+
+
+@pytest.mark.parametrize(("rows", "launched"), [(FEWEST_ELEMENTS // 1024 - 1, 0), (FEWEST_ELEMENTS // 1024, 2)])
+def test_small_gradients_of_a_bias_are_summed_by_pytorch(rows, launched):
+    """A GPU would be done before the host has asked for two kernels."""
+    with gpu.launches_on("sm_90") as launches:
+        found = bias_gradient(torch.empty(rows, 1024, dtype=torch.bfloat16, device="meta"), torch.float32)
+    assert (len(launches), found.shape, found.dtype) == (launched, (1024,), torch.float32)

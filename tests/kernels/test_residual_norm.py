@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from xdscale.kernels.dropout_mask import drop_threshold
-from xdscale.kernels.residual_norm import STREAM_ROWS, norm_runs_triton, plain_residual_norm, residual_norm, rows_kept
+from xdscale.kernels.residual_norm import (
+    BLOCK_STATES,
+    STREAM_ROWS,
+    _blocks,
+    norm_runs_triton,
+    plain_residual_norm,
+    residual_norm,
+    rows_kept,
+)
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPS = 1e-12
@@ -200,3 +208,26 @@ def test_compiled_models_break_the_graph_here():
     explained = torch._dynamo.explain(lambda x: residual_norm(x * 2, residual, weight, bias, eps=EPS) + 1)(states)
     assert explained.graph_break_count == 1
     assert explained.graph_count == 2
+
+
+def test_rows_beyond_one_stream_have_the_mask_of_the_next_one():
+    """Counters have 16 bits for rows."""
+    inputs = draw(STREAM_ROWS + 300, 8, torch.float32)
+    kept = rows_kept(SEED, STREAM_ROWS + 300, 8, 128)
+    for function in (residual_norm, plain_residual_norm):
+        _, of_states, of_residual, *_ = run(function, inputs, eps=EPS, dropout=0.5, seed=SEED)
+        assert torch.equal(of_states != 0, kept)
+        torch.testing.assert_close(of_states, 2 * of_residual * kept)
+
+
+@pytest.mark.parametrize("size", [1, 16, 768, 5000, 2 * BLOCK_STATES])
+def test_rows_are_computed_in_pieces_that_a_cache_holds(size):
+    """Each of a power of two of rows, as many as fit, one at least; together all rows in their order."""
+    tokens = 200_000 if size < BLOCK_STATES else 50
+    pieces = [rows for rows, kept in _blocks(None, torch.Size((tokens, size)), 0, torch.float32)]
+    assert [rows.start for rows in pieces[1:]] == [rows.stop for rows in pieces[:-1]]
+    assert (pieces[0].start, pieces[-1].stop) == (0, tokens)
+    most = pieces[0].stop
+    assert STREAM_ROWS % most == 0
+    assert most == 1 or most * size <= BLOCK_STATES
+    assert most == STREAM_ROWS or 2 * most * size > BLOCK_STATES

@@ -242,8 +242,9 @@ def test_every_shipped_recipe_has_a_configuration(name):
 
 
 def test_a_model_whose_name_says_nothing_has_the_configuration_of_its_size(tmp_path):
-    shapes = {"electra-large": ("bert", 1024), "bert-base": ("electra", 768), "quickstart": ("bert", 384)}
-    for size, (family, width) in shapes.items():
+    shapes = {("bert", 1024): "electra-large", ("electra", 768): "bert-base", ("bert", 384): "quickstart"}
+    shapes |= {("bert", 1023): "bert-base", ("bert", 512): "bert-base", ("bert", 511): "quickstart"}
+    for (family, width), size in shapes.items():
         (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "hidden_size": width}))
         arguments = check_job("bert-base-mlm-wikitext103", [f"model.language.name={tmp_path}"], None, 8).arguments
         assert arguments[-1] == f"{size}-zero2"

@@ -92,3 +92,21 @@ def test_collectives_in_one_node_take_the_time_of_a_ring(operation, passes):
 def test_one_gpu_waits_for_nobody():
     step = step_time(Cluster(find_gpu("H100"), 1, 1), 10, 100, [Collective("all_reduce", "", 10**9, "")])
     assert (step.computing_seconds, step.communicating_seconds) == (0.1, 0)
+
+
+def test_each_call_between_nodes_waits_for_a_tree_of_them():
+    """Five calls over 33 nodes: six levels of 10 µs each, twice for an all-reduce; inside a node nothing is counted."""
+    nodes = Cluster(find_gpu("A100-80G"), 33 * 8, 33)
+    assert nodes.per_node == 8
+    assert collective_seconds(nodes, "all_gather", 0, 5) == pytest.approx(5 * 6 * 10e-6)
+    assert collective_seconds(nodes, "all_reduce", 0, 5) == pytest.approx(2 * 5 * 6 * 10e-6)
+    assert collective_seconds(Cluster(find_gpu("A100-80G"), 8, 1), "all_reduce", 0, 5) == 0
+
+
+def test_between_nodes_their_cards_carry_each_gpus_share_at_once():
+    """4 nodes of 8 GPUs, 1 GB: 7 / 8 of it over 300 GB/s, and 3 / 4 of it over the 200 GB/s of a node's cards."""
+    nodes = Cluster(find_gpu("A100-80G"), 32, 4)
+    expected = (7 / 8 * 1e9 / 300e9 + 3 / 4 * 1e9 / 200e9) / 0.43 + 2 * 10e-6
+    assert collective_seconds(nodes, "reduce_scatter", 1e9) == pytest.approx(expected)
+    traffic = [Collective("reduce_scatter", "", 10**9, "")] * 3
+    assert step_time(nodes, 1, 1, traffic).communicating_seconds == pytest.approx(3 * expected)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from xdscale.plan.cluster import Cluster
 from xdscale.plan.configs import WAYS, ds_config
 from xdscale.plan.hardware import GPUS, find_gpu
 from xdscale.plan.planner import GIB, Machine, make_plan
-from xdscale.plan.report import machine_from
+from xdscale.plan.report import machine_from, print_plan
 from xdscale.plan.settings import read_settings
 from xdscale.plan.states import model_states
 from xdscale.recipe import load_recipe
@@ -102,6 +103,11 @@ def test_offloading_moves_bytes_to_the_host():
         assert offloaded.states.host > row.states.optimizer
         assert offloaded.device_bytes < row.device_bytes
         assert offloaded.step_seconds > row.step_seconds
+    # The same collectives; beside them gradients in fp32 to the host, AdamW there (28 bytes each), parameters back.
+    _, _, whole, _, offloaded, _ = plan().rows
+    part = 445_118_524 / 8
+    seconds = part * ((4 + 2) / 25e9 + 28 / 20e9)
+    assert offloaded.communication_seconds - whole.communication_seconds == pytest.approx(seconds, rel=1e-6)
 
 
 def test_what_is_suggested_is_what_training_resolves():
@@ -249,6 +255,17 @@ def test_json_is_the_whole_plan():
     assert [row["way"] for row in values["rows"]] == ["zero0", *WAYS]
     assert (values["trained"], values["frozen"]) == (445_118_524, 1)
     assert values["rows"][0]["activations"].keys() == {"kept", "working"}
+    assert result.stdout == json.dumps(values, indent=2) + "\n"
+    scaled = run("xdelectra-large-wikipedia", "--scaling", "--json").stdout
+    curves = json.loads(scaled)
+    assert scaled == json.dumps(curves, indent=2) + "\n"
+    assert [[points[0]["gpus"], points[0]["efficiency"]] for points in curves.values()] == [[1, 1.0]] * 2
+    for points in curves.values():
+        for point in points:
+            assert point["hours"] == pytest.approx(point["steps"] * point["step_seconds"] / 3600)
+            alone = points[0]["global_batch"] / points[0]["step_seconds"]
+            each = point["global_batch"] / point["step_seconds"] / point["gpus"]
+            assert point["efficiency"] == pytest.approx(each / alone)
 
 
 def test_says_what_to_do_when_nothing_fits():
@@ -287,3 +304,69 @@ def test_a_mistake_is_one_message(arguments, message, tmp_path, monkeypatch):
     assert (result.returncode, list(tmp_path.iterdir())) == (2, [])
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def cells(text):
+    """The rows of both tables by way: what stands behind it."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if "│ " in line]
+    ways = ("zero0", *WAYS)
+    memory, time = (
+        {row[0]: row[1:] for row in part if row[0] in ways} for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :])
+    )
+    return memory, time
+
+
+@pytest.mark.parametrize(("gpus", "memory"), [("8", "40"), ("3", "9")])
+def test_what_is_printed_adds_up(gpus, memory):
+    """Bytes to their sum, hours from seconds, dollars from hours, traffic as each way has it."""
+    told = run("xdelectra-large-wikipedia", "--gpus", gpus, "--gpu-memory", memory, "--price", "2", "--mfu", "0.35")
+    bytes_of, time_of = cells(told.stdout)
+    made = {row.way: row for row in machine_plan(int(gpus), float(memory)).rows}
+    assert bytes_of.keys() == time_of.keys() == made.keys()
+    assert "MFU 35%; links at 43%, nothing hidden behind computing; $2 per GPU and hour (--price)" in told.stdout
+    for way, row in made.items():
+        *parts, total, host = map(float, bytes_of[way])
+        assert sum(parts) == pytest.approx(total, abs=0.04)
+        assert total == pytest.approx(row.device_bytes / GIB, abs=0.006)
+        assert host == pytest.approx(row.states.host / GIB, abs=0.006)
+        given = [row.states.parameters, row.states.gradients, row.states.optimizer]
+        assert parts[:3] == pytest.approx([value / GIB for value in given], abs=0.006)
+        assert parts[3:5] == pytest.approx([row.activations.kept / GIB, row.activations.working / GIB], abs=0.006)
+        if row.step_seconds is None:
+            assert time_of[way][0] == "does not fit"
+            assert not any(time_of[way][1:])
+            continue
+        largest, chosen, times, padding, payload, sent, seconds, waiting, hours, dollars = time_of[way]
+        assert [int(largest), int(chosen), int(times)] == [row.largest_micro_batch, row.micro_batch, row.accumulation]
+        assert padding == f"{1 - 288 / (int(gpus) * int(chosen) * int(times)):.1%}"
+        assert [float(payload), float(sent)] == pytest.approx(
+            [row.payload_bytes / 1e9, row.wire_bytes / 1e9], abs=0.006
+        )
+        assert float(seconds) == pytest.approx(row.step_seconds, abs=6e-4)
+        assert waiting == f"{row.communication_seconds / row.step_seconds:.0%}"
+        assert float(hours) == pytest.approx(LARGE.training.steps * row.step_seconds / 3600, abs=0.006)
+        assert float(dollars.replace(",", "")) == pytest.approx(int(gpus) * 2 * row.hours, abs=0.006)
+
+
+def machine_plan(gpus, memory_gib):
+    machine = machine_from("A100-80G", gpus, None, memory_gib, 0.35, 2)
+    return make_plan("xdelectra-large-wikipedia", LARGE, machine, large())
+
+
+def test_a_recommendation_says_how_often_and_on_how_many_nodes():
+    told = " ".join(run("xdbert-base-wikitext103", "--gpus", "1", "--gpu", "A100-40G").stdout.split())
+    assert re.search(
+        r"1 × A100-40G in 1 node, bf16, sequences of 512, [\d.]+ TFLOP each; 35\.9 of 39\.4 GiB usable", told
+    )
+    assert re.search(r"a step is (\d+) micro-batches of \d+\. 1\.5 GiB for the context and 5% for fragmentation", told)
+    told = run("xdbert-base-wikitext103", "--gpus", "16").stdout
+    assert "16 × A100-80G in 2 nodes, " in told
+    assert "images a second" not in told
+
+
+def test_a_path_is_printed_as_it_is(monkeypatch, capsys):
+    """Also to a terminal, where rich might take a part of it for markup."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    print_plan(replace(plan(), recipe="runs[/x]/[red]a.yaml"))
+    assert "runs[/x]/[red]a.yaml: 445,118,524 trained parameters, 1 not trained" in capsys.readouterr().out

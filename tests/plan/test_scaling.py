@@ -17,12 +17,16 @@ NAME = "xdelectra-large-wikipedia"
 
 
 @functools.cache
+def profiled():
+    return profile_model(load_recipe(NAME), precision="bf16")
+
+
+@functools.cache
 def curves(gpu):
     spec, machine = load_recipe(NAME, ["training.steps=22000"]), machine_from(gpu, 8, None, None, 0.4, None)
-    profiled = profile_model(spec, precision="bf16")
     return {
-        "batch of the recipe": scale(NAME, spec, machine, profiled, grow=False),
-        "growing batch": scale(NAME, spec, machine, profiled, grow=True),
+        "batch of the recipe": scale(NAME, spec, machine, profiled(), grow=False),
+        "growing batch": scale(NAME, spec, machine, profiled(), grow=True),
     }
 
 
@@ -60,3 +64,13 @@ def test_length_precision_and_recomputing_count_here_too(monkeypatch):
         run_scaling(NAME, [], machine, **asked, as_json=True, chart=None)
     with pytest.raises(XdscaleError, match="--precision fp8: A100-80G computes in bf16 or fp16"):
         run_scaling(NAME, [], machine, **asked | {"precision": "fp8"}, as_json=True, chart=None)
+
+
+@pytest.mark.parametrize(("batch", "last"), [(256, 256), (255, 128), (1, 1)])
+def test_every_gpu_has_a_sequence_of_the_recipes_batch(batch, last):
+    machine = machine_from("A100-80G", 8, None, None, 0.4, None)
+    spec = load_recipe(NAME, ["training.steps=22000", f"training.global_batch={batch}"])
+    points = scale(NAME, spec, machine, profiled(), grow=False)
+    assert [point.gpus for point in points][-1] == last
+    assert {point.global_batch for point in points} == {batch}
+    assert [point.nodes for point in points] == [-(-point.gpus // 8) for point in points]

@@ -158,7 +158,39 @@ def test_the_longest_samples_have_as_many_tokens_as_there_may_be(text, overrides
     assert np.diff(arrays["cu_seqlens"]).tolist() == [text + 8] * 3
 
 
-@pytest.mark.parametrize(("captions", "length"), [(1, 3), (1, 10), (1, 60), (2, 5), (2, 11), (2, 61), (2, 10)])
+@pytest.mark.parametrize(
+    ("overrides", "longest", "tokens"),
+    [
+        # COCO's captions have 12 word pieces and its images 36 regions on average, [CLS] and [SEP] apart.
+        ([], False, 1 + 2 * 13 + 36),
+        (["objectives.match=null"], False, 1 + 13 + 36),
+        (["model.images=false"], False, 1 + 2 * 13),
+        (["model.max_text=20"], False, 20 + 36),
+        # At most captions fill max_text, two of one length if there are two, and there are 100 regions.
+        (["model.max_text=128"], True, 127 + 100),
+        (["model.max_text=128", "objectives.match=null"], True, 128 + 100),
+    ],
+)
+def test_samples_of_a_plan_are_as_long_as_cocos(overrides, longest, tokens):
+    made = invented(recipe(*overrides), 4, longest=longest)
+    assert np.diff(made.arrays["cu_seqlens"]).tolist() == [tokens] * 4
+    assert made.arrays["features"].shape == (4 * (tokens - len(made.arrays["text_ids"]) // 4), 12)
+    if "objectives.match=null" not in overrides:
+        assert made.arrays["match_labels"].tolist() == [0, 1, 0, 1]
+        assert made.targets["match"] == 4
+
+
+def test_a_sample_has_a_word_in_each_caption():
+    for overrides, least in (([], 5), (["objectives.match=null"], 3)):
+        assert invented(recipe(*overrides), 2, least).arrays["cu_seqlens"][-1] == 2 * least
+        with pytest.raises(XdscaleError, match=f"sequence length {least - 1}: a sample has at least {least} tokens"):
+            invented(recipe(*overrides), 2, least - 1)
+
+
+@pytest.mark.parametrize(
+    ("captions", "length"),
+    [(1, 3), (1, 10), (1, 14), (1, 60), (2, 5), (2, 11), (2, 27), (2, 28), (2, 61), (2, 10)],
+)
 def test_samples_of_a_stated_length_have_as_many_tokens(captions, length):
     """Two captions of equal lengths have an odd number of tokens; what they leave of the length are regions."""
     one = recipe(*([] if captions == 2 else ["objectives.match=null"]))
@@ -190,6 +222,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(captioned_pictures
         with pytest.raises(XdscaleError, match=message):
             check_captions(recipe(*overrides), manifest)
     check_captions(recipe("model.region_size=13", "model.images=false"), manifest)
+    check_captions(recipe("model.max_text=512"), manifest)
     lone = changed(captioned_pictures, tmp_path, captions=lambda table: table["splits"]["train"]["counts"].update(
         lone_captions=3))  # fmt: skip
     with pytest.raises(XdscaleError, match=r"some images have one alone \(3 in train\)"):

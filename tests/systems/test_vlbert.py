@@ -154,6 +154,35 @@ def test_every_second_sample_of_a_plan_is_a_text_where_texts_are_trained_on(text
     assert np.diff(made.arrays["cu_seqlens"]).tolist() == [25] * 5
 
 
+@pytest.mark.parametrize(
+    ("kept", "length", "longest", "caption"),
+    [
+        # A caption has 12 word pieces on average, [CLS] and [SEP]; half of the elements and one more at most.
+        (64, None, False, 14),
+        (27, None, False, 14),
+        (25, None, False, 13),
+        (64, 10, False, 5),
+        (64, 5, False, 3),
+        (64, None, True, 32),
+        (25, None, True, 12),
+    ],
+)
+def test_samples_of_a_plan_are_captions_and_as_many_regions_as_are_kept(kept, length, longest, caption):
+    made = invented(recipe(f"model.max_elements={kept}"), 6, length, longest=longest)
+    elements = kept if length is None else length - 1
+    assert np.diff(made.arrays["cu_seqlens"]).tolist() == [elements + 1] * 6  # and the end
+    assert made.arrays["features"].shape == (3 * (elements - caption), 12)  # every second sample is a text
+
+
+@pytest.mark.parametrize(("long", "longest", "width"), [(160, False, 120), (100, False, 100), (160, True, 160)])
+def test_pictures_of_a_plan_are_four_to_three_or_as_wide_as_may_be(long, longest, width):
+    pixels = f"model.pixels={{weights: random, short_side: 90, long_side: {long}}}"
+    found = recipe("model.region_size=2048", pixels)
+    arrays = invented(found, 4, longest=longest).arrays
+    images = [array.shape for name, array in arrays.items() if name.startswith("picture_")][::2]  # the others are blank
+    assert images == [(3, 90, width)] * 2
+
+
 def test_the_plan_runs_on_batches_like_real_ones(micro_batch):
     found = profile_model(recipe(), precision="bf16")
     assert found.sequence_length == 25
@@ -179,6 +208,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(grounded_pictures,
     for message, override in cases.items():
         with pytest.raises(XdscaleError, match=message):
             check_tables(recipe(override), manifest)
+    check_tables(recipe("model.max_elements=510"), manifest)
     with pytest.raises(XdscaleError, match="no table of packed text, only captions, regions"):
         check_tables(recipe(), Manifest.load(captioned_pictures))
     check_tables(recipe("objectives.text_mlm=null"), Manifest.load(captioned_pictures))

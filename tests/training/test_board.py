@@ -1,7 +1,9 @@
 """What a run wrote, read back with TensorBoard's own readers, as its dashboards do."""
 
+import math
 import re
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -186,8 +188,11 @@ def test_an_objective_without_held_out_targets_is_said_and_has_no_curve(tmp_path
 
 
 def test_lines_of_a_log_say_how_long_the_run_will_take(tmp_path, monkeypatch, capsys):
-    """By a clock: what this process did since its first step, which takes longer than others, is the pace."""
-    clock = iter((100.0, 160.0, 220.0, 280.0))
+    """By a clock: what this process did since its first step, which takes longer than others, is the pace.
+
+    After 15 seconds nothing is said yet.
+    """
+    clock = iter((100.0, 160.0, 175.0, 190.5))
     monkeypatch.setattr("xdscale.training.monitor.time.monotonic", lambda: next(clock))
     monitor = Monitor(RunFolder(tmp_path), _Recipe(), 2, OBJECTIVES["finetuning"])
     for step in (3, 4, 5, 6):
@@ -197,7 +202,6 @@ def test_lines_of_a_log_say_how_long_the_run_will_take(tmp_path, monkeypatch, ca
     assert lines == [
         "step 3/6: loss total 0.500 … data wait 50.0%",
         "step 4/6: loss total 0.500 … 0:02:00 left",
-        "step 5/6: loss total 0.500 … 0:01:00 left",
         "step 6/6: loss total 0.500 … 0:00:00 left",
     ]
 
@@ -211,3 +215,58 @@ def test_a_narrow_terminal_shows_the_step_and_every_loss_and_texts_as_they_are(t
     *_, last = shown.split("step 4/6 ")
     for part in ("total 1.500", "mlm 0.500", "match 0.500", "clip_tokens 0.500", "0 tokens/s", "data wait 25.0%"):
         assert part in last
+
+
+def suspects(count):
+    return [{"rank": n, "micro_batch": n + 1, "sample_ids": [n, 9]} for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (0, "the gradient is not finite"),
+        (1, "the loss is not finite (rank 0, micro-batch 1, samples 0, 9)"),
+        (4, "the loss is not finite (rank 0, micro-batch 1, samples 0, 9; rank 1, micro-batch 2, samples 1, 9; "
+         "rank 2, micro-batch 3, samples 2, 9)"),
+    ],
+)  # fmt: skip
+def test_a_step_that_is_left_out_is_said_with_the_first_suspects(tmp_path, capsys, named, said):
+    monitor = Monitor(RunFolder(tmp_path), _Recipe(), 0, OBJECTIVES["finetuning"])
+    monitor.skipped(
+        3, {"suspects": suspects(named), "replay": "xdscale replay run 3", "loss/task": math.inf}, "hash", 2
+    )
+    assert capsys.readouterr().err == (f"warning: step 3 skipped on all ranks: {said}; see why: xdscale replay run 3\n")
+    (entry,) = read_log(tmp_path / "log.jsonl")
+    assert (entry["step"], entry["kind"], entry["health/skipped_steps"], entry["samples"]) == (3, "skipped", 2, "hash")
+    assert (entry["loss/task"], entry["suspects"]) == ("inf", suspects(named))
+
+
+def test_what_is_other_than_before_is_said_and_what_a_longer_run_means_for_the_rate(tmp_path, monkeypatch, capsys):
+    monitor = Monitor(RunFolder(tmp_path), _Recipe(), 2, OBJECTIVES["finetuning"])
+    texts = []
+    monkeypatch.setattr(monitor._board.writer, "add_text", lambda *given: texts.append(given))
+    monitor.changed(2, ["recipe.run.eval_every was 1, now 2", "environment.world_size was 1, now 2"])
+    monitor.changed(2, ["recipe.training.steps was 4, now 6"])
+    monitor.quarantine(2, {"a.tar": "a.tar is altered", "b.tar": "b.tar is missing"})
+    monitor.quarantine(2, {})
+    assert capsys.readouterr().err.splitlines() == [
+        "changed since the last start: recipe.run.eval_every was 1, now 2; environment.world_size was 1, now 2",
+        "changed since the last start: recipe.training.steps was 4, now 6; from step 3 on the learning rate is that of "
+        "a run of 6 steps",
+        "shards in quarantine from step 2 on: 2",
+        "a.tar is altered",
+        "b.tar is missing",
+    ]
+    shards = "a.tar is altered\n\nb.tar is missing", "none"
+    assert texts == [("recipe", "```yaml\na: 1\n```", 2)] * 2 + [("quarantined shards", each, 2) for each in shards]
+    assert [entry.get("data/quarantined_shards") for entry in read_log(tmp_path / "log.jsonl")] == [None, None, 2, 0]
+
+
+def test_a_map_of_attention_is_scaled_to_its_largest_weight(tmp_path, monkeypatch):
+    monitor = Monitor(RunFolder(tmp_path), _Recipe(), 0, OBJECTIVES["finetuning"])
+    images = []
+    monkeypatch.setattr(monitor._board.writer, "add_image", lambda *given, **options: images.append((given, options)))
+    monitor.attention(4, 1, np.array([[0.0, 0.2], [0.1, 0.4]]))
+    (((tag, image, step), options),) = images
+    assert (tag, step, options) == ("cross_attention/layer_1", 4, {"dataformats": "HW"})
+    np.testing.assert_allclose(image, [[0, 0.5], [0.25, 1]])

@@ -177,6 +177,9 @@ def test_list_and_verify_tell_what_is_there_and_what_is_damaged(run):
     assert [(row[0], row[2], row[3], row[4]) for row in rows] == [("2", "1", "1", "fp32"), ("3", "1", "1", "fp32")]
     verified = command("verify", run)
     assert (verified.returncode, verified.stderr) == (0, "step-00000002: verified\nstep-00000003: verified\n")
+    position = (run / "checkpoints" / "step-00000003" / "position.json").read_text()
+    assert position == json.dumps(json.loads(position), indent=2) + "\n"
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000003\n"
     faults.flip_bit(run / "checkpoints" / "step-00000002" / OPTIMIZER, 3)
     (run / "checkpoints" / "step-00000003" / MODEL).unlink()
     verified = command("verify", run)

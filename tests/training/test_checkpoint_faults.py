@@ -56,6 +56,7 @@ class Engine:
         self.rank, self.through_python = rank, through_python
 
     def save_checkpoint(self, folder, tag, save_latest):
+        assert not save_latest  # it would name what not all ranks have written
         parts = {f"zero_pp_rank_{self.rank}_mp_rank_00_optim_states.pt": self.optimizer.state_dict()}
         if self.rank == 0:
             parts["mp_rank_00_model_states.pt"] = self.module.state_dict()

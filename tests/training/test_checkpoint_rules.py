@@ -1,5 +1,6 @@
 """What a checkpoint may be continued with, what is cleared away and by whom it is read again; without an engine."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ import torch
 
 from xdscale.errors import XdscaleError
 from xdscale.training import checkpoint as ckpt
-from xdscale.training import checkpoint_folder, engine_state
+from xdscale.training import checkpoint_folder, engine, engine_state, integrity, resharding
+from xdscale.training.engine import buffers_of
 from xdscale.training.engine_state import unordered_sum, weighted_sum
 
 POSITION = ckpt.CheckpointPosition(
@@ -79,7 +81,7 @@ def test_leftovers_go_when_the_last_rank_has_read_them(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_each_file_is_read_again_by_another_rank_than_hashed_it(tmp_path, monkeypatch, rank):
+def test_each_file_is_read_again_by_another_rank_than_hashed_it(tmp_path, monkeypatch, capsys, rank):
     for step in (1, 2):
         (tmp_path / checkpoint_folder.checkpoint_name(step)).mkdir()
     parts = []
@@ -89,6 +91,15 @@ def test_each_file_is_read_again_by_another_rank_than_hashed_it(tmp_path, monkey
     )
     assert parts == [((rank + 1) % 3, 3)]
     assert len(checkpoint_folder.list_checkpoints(tmp_path)) == 2  # nothing goes while the new one is damaged
+    said = "warning: older checkpoints stay, step-00000002 is damaged: altered; altered; altered\n"
+    assert capsys.readouterr().err == said * (rank == 0)
+    monkeypatch.setattr(checkpoint_folder, "damage", lambda folder, part: [])
+    monkeypatch.setattr(checkpoint_folder, "remove", lambda path: (tmp_path / "step-00000001" / "none").rmdir())
+    checkpoint_folder.prune(
+        tmp_path / checkpoint_folder.checkpoint_name(2), checkpoint_folder.Retention(newest=1), Ranks(rank, 3)
+    )
+    said = capsys.readouterr().err
+    assert said.startswith("warning: cannot delete an old checkpoint: ") if rank == 0 else said == ""
 
 
 def test_checksums_in_checkpoints_are_those_of_earlier_versions():
@@ -136,3 +147,125 @@ def test_retention_keeps_the_newest_and_every_nth_and_ignores_an_abandoned_futur
     # A run that fell back to 40 and saved 50: what lies ahead of it is damaged and must not push 50 out.
     assert gone(50, newest=1) == [10, 20, 30, 40]
     assert gone(50, newest=5) == []
+
+
+def test_buffers_of_a_checkpoint_are_those_of_its_module_and_no_tied_weights():
+    module = torch.nn.ModuleDict(
+        {"norm": torch.nn.BatchNorm1d(2), "a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)}
+    )
+    module["b"].weight = module["a"].weight
+    module.register_buffer("ids", torch.arange(3), persistent=False)
+    found = buffers_of(module)
+    assert list(found) == ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
+    found["norm.running_mean"] += 1
+    assert module["norm"].running_mean.tolist() == [1, 1]
+
+
+def raise_alone(problem, what):
+    if problem is not None:
+        raise XdscaleError(f"{what}: rank 0: {problem}")
+
+
+def test_a_save_that_cannot_even_begin_says_so(monkeypatch):
+    """Below /dev/null nothing can be made, and nothing has to be cleared away."""
+    monkeypatch.setattr(engine_state, "engine_state", lambda engine, ranks: engine_state.EngineState(
+        parameters="", buffers="", optimizer="", optimizer_step=0, learning_rate=0.0))  # fmt: skip
+    monkeypatch.setattr(engine_state, "give_moments", lambda engine: None)
+    ranks = Ranks()
+    ranks.raise_first = raise_alone
+    engine = SimpleNamespace(module=torch.nn.Linear(1, 1))
+    with pytest.raises(XdscaleError, match="^cannot write checkpoint /dev/null/checkpoints/step-00000007 .*Not a dir"):
+        ckpt.save_checkpoint(
+            engine, Path("/dev/null/checkpoints"), POSITION, checkpoint_folder.Retention(newest=1), ranks
+        )
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "problem"),
+    [
+        ("a warning\nKeyError: 'x'\n\n", 1, "KeyError: 'x'"),
+        ("", 3, "the converter ended with code 3"),
+        ("all is well\n", 0, None),
+    ],
+)
+def test_the_converters_last_words_say_why_it_failed(tmp_path, monkeypatch, said, code, problem):
+    """It runs on the CPU, as a process of its own and not as a rank."""
+    calls = []
+
+    def run(command, *, env, **options):
+        calls.append((command, env))
+        return SimpleNamespace(returncode=code, stderr=said)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(resharding.subprocess, "run", run)
+    checkpoint, target = tmp_path / "step-00000007", resharding._hidden(tmp_path / "step-00000007")
+    checkpoint.mkdir()
+    assert resharding._convert(checkpoint, target) == problem
+    ((command, env),) = calls
+    assert command[-4:] == ["--input_folder", str(checkpoint), "--output_folder", str(target)]
+    assert env["DS_ACCELERATOR"] == "cpu"
+    assert not env.keys() & {"RANK", "WORLD_SIZE"}
+    assert target.parent.exists() == (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "written", "now", "needs"), [(0, 2, 1, False), (1, 2, 1, True), (3, 1, 2, True), (2, 2, 2, False)]
+)
+def test_what_is_sharded_is_converted_for_another_number_of_ranks(stage, written, now, needs):
+    position = replace(POSITION, zero_stage=stage, world_size=written)
+    assert resharding.needs_resharding(position, now) == needs
+
+
+@pytest.mark.parametrize("damaged", [[], ["optimizer.pt is missing"]])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_conversion_that_was_made_ahead_is_used_if_it_verifies(tmp_path, monkeypatch, capsys, damaged, rank):
+    """Else the first rank converts anew, and the others wait."""
+    checkpoint, ready = tmp_path / "step-00000007", tmp_path / "universal-step-00000007"
+    for folder in (checkpoint, ready):
+        folder.mkdir()
+        (folder / "position.json").write_text("7")
+    made, ranks = [], Ranks(rank, 2)
+    ranks.raise_first = raise_alone
+    monkeypatch.setattr(resharding, "damage", lambda folder, part: damaged if part == (rank, 2) else None)
+    monkeypatch.setattr(resharding, "_convert", lambda *given: made.append(given))
+    hidden = tmp_path / ".universal-step-00000007" / "universal"
+    assert resharding.reshard(checkpoint, ranks) == (hidden if damaged else ready)
+    assert made == [(checkpoint, hidden)] * (bool(damaged) and rank == 0)
+    said = "warning: converting anew, universal-step-00000007 is damaged: optimizer.pt is missing; optimizer.pt is "
+    assert capsys.readouterr().err.startswith(said if made else "")
+    (ready / "position.json").write_text("8")  # of a checkpoint that had this step before
+    assert resharding.reshard(checkpoint, ranks) == hidden
+
+
+def test_checksums_protect_themselves_as_in_earlier_versions():
+    """By the SHA-256 of the other lines, with the brace behind them."""
+    names = {"b.pt": "1" * 64, "a.pt": "0" * 64}
+    lines = '{\n  "a.pt": "' + "0" * 64 + '",\n  "b.pt": "' + "1" * 64 + '"'
+    own = hashlib.sha256(f"{lines}\n}}".encode()).hexdigest()
+    assert integrity.checksum_text(names) == f'{lines},\n  "sha256 of the lines above": "{own}"\n}}\n'
+
+
+def test_what_no_optimizer_holds_is_put_together_in_the_order_of_ranks(monkeypatch, tmp_path):
+    """Of twelve ranks, of which the last one's part is padded; by their names rank 10 would come before rank 2."""
+    for rank in range(12):
+        (tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
+    module = torch.nn.Module()
+    module.sharded = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    module.sharded.ds_id, module.sharded.ds_numel, module.sharded.ds_shape = 0, 22, (2, 11)
+    module.whole = torch.nn.Parameter(torch.empty(3), requires_grad=False)
+    module.trained = torch.nn.Parameter(torch.empty(3))
+    module.register_buffer("ids", torch.zeros(2))
+    saved = {"whole": torch.ones(3), "ids": torch.tensor([4.0, 5.0]), "sharded": None}
+
+    def read(path):
+        rank = int(path.name.split("_")[3])
+        return {"module": saved, "frozen_param_fragments": {"sharded": torch.tensor([2.0 * rank, 2.0 * rank + 1])}}
+
+    put = {}
+    monkeypatch.setattr(engine, "read_pickle", read)
+    monkeypatch.setattr(engine, "_put", lambda parameter, value: put.update({parameter: value.tolist()}))
+    engine.put_fixed(SimpleNamespace(module=module), tmp_path)
+    rows = [[float(number) for number in range(first, first + 11)] for first in (0, 11)]
+    assert put == {module.sharded: rows, module.whole: [1.0] * 3}
+    assert module.ids.tolist() == [4.0, 5.0]

@@ -1,10 +1,13 @@
 """How ranks meet: from what a launcher says, or by itself where there is one rank and no launcher."""
 
 import os
+import threading
 
 import deepspeed
 import pytest
+import torch
 
+from xdscale.errors import XdscaleError
 from xdscale.training import distributed
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -41,3 +44,66 @@ def test_what_a_launcher_says_stays_and_of_several_ranks_it_must_say_the_port(st
     ranks, left = start(**said)
     assert (ranks.rank, ranks.world_size, ranks.local_rank) == (3, 4, 1)
     assert left == said
+
+
+def failed(error):
+    """An error as it is caught, with where it was raised."""
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+def test_an_error_out_of_an_exchange_is_told_from_others():
+    """Another rank is its likely cause, and is waited for."""
+    for error in (RuntimeError("[gloo/transport] reset"), RuntimeError("NCCL error"), torch.distributed.DistError("x")):
+        assert distributed.is_collective(failed(error))
+    with pytest.raises(ValueError, match="process group") as raised:
+        torch.distributed.get_rank(object())  # of PyTorch's own files
+    assert distributed.is_collective(raised.value)
+    for error in (ValueError("a shape"), RuntimeError("out of memory"), OSError(5, "Input/output error")):
+        assert not distributed.is_collective(failed(error))
+
+
+@pytest.mark.parametrize("problem", ["EADDRINUSE", "the port is already in use"])
+def test_ranks_that_cannot_meet_are_told_what_to_do(monkeypatch, problem):
+    monkeypatch.setenv("MASTER_ADDR", "node-1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    ranks = distributed.Ranks(2, 4, 0)
+    said = distributed._why_apart(ranks, problem)
+    assert "port 29500 of node-1, where the ranks meet, is in use" in said
+    assert "deepspeed --master_port 29501 " in said
+    said = distributed._why_apart(ranks, "x" * 500)
+    assert said.startswith(f"rank 2 of 4 does not meet the others at node-1:29500 ({'x' * 200}); ")
+
+
+def test_what_one_rank_cannot_do_all_are_told_with_its_number(monkeypatch):
+    ranks = distributed.Ranks(1, 3, 1)
+    monkeypatch.setattr(distributed.Ranks, "gather", lambda self, value: [None, value, "disk full"])
+    with pytest.raises(XdscaleError, match="^cannot write: rank 1: no room$"):
+        ranks.raise_first("no room", "cannot write")
+    with pytest.raises(XdscaleError, match="^cannot write: rank 2: disk full$"):
+        ranks.raise_first(None, "cannot write")
+    done = []
+    monkeypatch.setattr(distributed.Ranks, "gather", lambda self, value: [None])
+    ranks.on_first(lambda: done.append(1))
+    assert done == []  # it is not the first
+    distributed.Ranks(0, 3, 0).on_first(lambda: done.append(1))
+    assert done == [1]
+
+
+def test_a_thread_in_an_exchange_is_told_from_others():
+    waiting, done = threading.Barrier(3), threading.Event()
+    found = {}
+    code = "def exchange():\n    waiting.wait()\n    done.wait()\n"
+    for place in ("/site/torch/distributed/distributed_c10d.py", "/site/torch/nn/functional.py"):
+        functions = {"waiting": waiting, "done": done}
+        exec(compile(code, place, "exec"), functions)
+        found[place] = threading.Thread(target=functions["exchange"])
+        found[place].start()
+    waiting.wait(10)
+    assert [distributed.in_collective(thread.ident) for thread in found.values()] == [True, False]
+    done.set()
+    for thread in found.values():
+        thread.join()
+        assert not distributed.in_collective(thread.ident)

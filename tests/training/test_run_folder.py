@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import re
 
 import pytest
@@ -168,6 +169,10 @@ def test_records_tell_of_the_newest_start_and_the_list_of_all(tmp_path):
     assert [(start["step"], start["environment"]["world_size"]) for start in starts] == [(0, 2), (3, 2), (5, 4)]
     assert [start["recipe"]["training"]["steps"] for start in starts] == [recipe.training.steps] * 2 + [70]
     assert set(environment["xdscale"]) == {"version", "commit"}
+    assert environment["python"] == platform.python_version()
+    for name, values in (("ds_config.json", config), ("environment.json", environment)):  # as people read them
+        assert (tmp_path / name).read_text() == json.dumps(values, indent=2) + "\n"
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", start["time"]) for start in starts)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b'{"recipe": {}}\n', b"\xff", b"[" * 100_000])

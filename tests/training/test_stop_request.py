@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from xdscale.training import signals
 from xdscale.training.signals import StopRequest, _holds_signal
 
 
@@ -48,12 +50,22 @@ def test_a_signal_that_came_before_the_handlers_is_a_request(number):
 
 
 def test_who_is_followed_and_gone_is_a_request():
-    with subprocess.Popen(["sleep", "60"]) as process, StopRequest() as stop:
-        stop.follow(process.pid)
+    with (
+        subprocess.Popen(["sleep", "60"]) as other,
+        subprocess.Popen(["sleep", "60"]) as process,
+        StopRequest() as stop,
+    ):
+        for each in (other, process):
+            stop.follow(each.pid)
         assert not stop.requested
-        process.kill()
+        process.kill()  # also one that nobody has asked for yet how it ended
+        deadline = time.monotonic() + 10
+        while not stop.requested and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stop.requested
         process.wait()
         assert stop.requested
+        other.kill()
 
 
 INTERRUPTED = """
@@ -74,3 +86,41 @@ def test_a_second_ctrl_c_ends_at_once():
         time.sleep(0.4)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == -signal.SIGINT
+
+
+class Process:
+    """Stands for a process above a rank."""
+
+    def __init__(self, command, parent=5):
+        self.command, self.parent = command.split(), parent
+
+    def cmdline(self):
+        if self.command == ["gone"]:
+            raise psutil.NoSuchProcess(7)
+        return self.command
+
+    def ppid(self):
+        return self.parent
+
+
+NODE, COMMAND = "python -u -m deepspeed.launcher.launch --x", "python /venv/bin/deepspeed --module xdscale.train"
+
+
+@pytest.mark.parametrize(
+    ("above", "launchers", "gone"),
+    [
+        ([Process(NODE), Process(COMMAND), Process("bash", 1)], [0, 1], False),
+        ([Process(NODE), Process("python -m deepspeed.launcher.runner x"), Process("gone")], [0, 1], False),
+        ([Process(NODE, 7), Process("sshd: me")], [0], False),  # through ssh: its command is on another machine
+        ([Process(NODE, 1)], [0], True),  # left to the machine's first process
+        ([Process(NODE, 1), Process(COMMAND)], [0, 1], False),
+        ([Process("systemd")], [], True),
+        ([Process("vim a b c deepspeed.launcher.launch")], [], True),  # a file that is edited is no launcher
+    ],
+)
+def test_launchers_are_told_from_other_ancestors_and_missed(monkeypatch, above, launchers, gone):
+    monkeypatch.setattr(signals.psutil, "Process", lambda: SimpleNamespace(parents=lambda: above))
+    monkeypatch.setenv("CROSS_RANK", "0")
+    assert signals._launchers_above() == ([above[number] for number in launchers], gone)
+    monkeypatch.delenv("CROSS_RANK")  # no launcher started this one
+    assert signals._launchers_above()[1] is False

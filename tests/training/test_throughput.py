@@ -1,5 +1,7 @@
 """The rate that utilisation is measured against."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -30,3 +32,20 @@ def test_products_grow_as_long_as_the_next_one_is_short(monkeypatch, rate, large
     assert throughput.matmul_flops_per_second(torch.device("cpu"), torch.float32) == pytest.approx(rate)
     assert max(sizes) == largest
     assert sizes == sorted(sizes)
+
+
+def test_peak_memory_is_told_in_gib(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {"cuda:1": 3 * 2**29}[str(device)])
+    assert throughput.peak_memory_gib(torch.device("cuda", 1)) == 1.5
+    usage = {throughput.resource.RUSAGE_SELF: SimpleNamespace(ru_maxrss=3 * 2**19)}
+    monkeypatch.setattr(throughput.resource, "getrusage", usage.__getitem__)
+    assert throughput.peak_memory_gib(torch.device("cpu")) == 1.5  # Linux counts in KiB
+    monkeypatch.setattr(throughput.sys, "platform", "darwin")
+    assert throughput.peak_memory_gib(torch.device("cpu")) == 1.5 / 1024
+
+
+def test_of_two_products_the_shorter_counts(monkeypatch):
+    """The first one chooses kernels. The clock is read before and behind each."""
+    clock = iter((0.0, 5.0, 10.0, 12.0, 20.0, 21.0, 30.0, 34.0))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    assert [throughput._product_seconds(torch.ones(2, 2)) for _ in range(2)] == [2.0, 1.0]

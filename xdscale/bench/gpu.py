@@ -187,7 +187,9 @@ def compare(tell: Tell, _out: Path, rest: list[str]) -> None:
 
 def planned(tell: Tell, out: Path, rest: list[str]) -> None:
     """What `xdscale plan --json` says (files in `rest`) beside what was measured."""
-    measured = [json.loads(line) for path in out.glob("step.jsonl") for line in path.read_text().splitlines()]
+    measured = [
+        json.loads(line) for path in out.glob("step.jsonl") for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     for path in map(Path, rest):
         plan = json.loads(path.read_text(encoding="utf-8"))
         row = next((row for row in plan["rows"] if row["way"] == "zero1" and row["micro_batch"]), None)

@@ -254,7 +254,7 @@ def _many_shards(source: Path, folder: Path, count: int) -> Path:
     for record in records:
         os.link(source / first.file, folder / record.file)
     table = table.model_copy(update={"splits": {"all": Split.of(records, {})}})
-    (folder / MANIFEST_NAME).write_text(Manifest(tables={REGIONS: table}).to_json())
+    (folder / MANIFEST_NAME).write_text(Manifest(tables={REGIONS: table}).to_json(), encoding="utf-8")
     return folder
 
 
@@ -273,7 +273,7 @@ def _in_child(folder: Path) -> None:
     ready = time.monotonic()
     for _ in range(100):
         table.read(chance.integers(0, len(table), FIRST_BATCH))
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     print(json.dumps({"ready": ready, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}))
 
 

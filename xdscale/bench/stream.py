@@ -115,7 +115,7 @@ def _write_theirs(source: Table, chosen: np.ndarray, folder: Path) -> list[str]:
 def _write_manifest(source: Table, folder: Path, records: list[ShardRecord]) -> Path:
     """Describes shards of this bench as a dataset; what its source counted plays no part in reading."""
     table = source.manifest.tables[source.name].model_copy(update={"splits": {"train": Split.of(records, {})}})
-    (folder / MANIFEST_NAME).write_text(Manifest(tables={source.name: table}).to_json())
+    (folder / MANIFEST_NAME).write_text(Manifest(tables={source.name: table}).to_json(), encoding="utf-8")
     return folder
 
 
@@ -189,7 +189,7 @@ def _in_child(folder: Path) -> None:
     for step in range(1, 400):
         collate(order.slots(step)[0])
     # Not getrusage: its peak begins with that of the process which started this one.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     print(json.dumps({"ready": ready, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}))
 
 
