@@ -28,13 +28,14 @@ class Masks:
     def keep(self, sample: int, heads: slice, first_query: int, queries: int, keys: int) -> np.ndarray:
         """Returns which scores stay: bool [heads, queries, keys or up to 3 more], valid until the next call."""
         key_0, key_1 = self._keys[:, sample, heads, None, None]
-        row = np.arange(first_query, first_query + queries, dtype=np.uint32)[:, None] << 16
-        counter = row + np.arange(-(-keys // KEYS_PER_WORD), dtype=np.uint32)
-        shape = len(key_0), *counter.shape
+        # counter * WEYL is the sum of what row and column make of it, modulo 2**32: one pass over the words.
+        row = (np.arange(first_query, first_query + queries, dtype=np.uint32)[:, None] << 16) * WEYL + key_0
+        column = np.arange(-(-keys // KEYS_PER_WORD), dtype=np.uint32) * WEYL
+        shape = len(key_0), queries, len(column)
         if (size := shape[0] * shape[1] * shape[2]) > len(self._words):
             self._words, self._scratch = np.empty((2, size), np.uint32)
         words, scratch = (memory[:size].reshape(shape) for memory in (self._words, self._scratch))
-        _mix(np.add(counter * WEYL, key_0, out=words), key_1, scratch)
+        _mix(np.add(row, column, out=words), key_1, scratch)
         # Viewed as bytes, position k of a row belongs to key k: every host that PyTorch supports is little-endian.
         return np.greater_equal(words.view(np.uint8), self._threshold, out=scratch.view(np.bool_))
 

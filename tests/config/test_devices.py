@@ -1,5 +1,6 @@
 """Which device a rank has, on machines with and without GPUs."""
 
+import subprocess
 import sys
 
 import pytest
@@ -66,3 +67,24 @@ def test_without_a_driver_nobody_waits_for_torch(machine, monkeypatch):
     machine(gpus=0)
     monkeypatch.setitem(sys.modules, "torch", None)  # an import would fail
     assert devices.visible_gpus() == []
+
+
+FAULTS_OF_64_MIB = """
+import resource
+from xdscale.devices import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(64 << 20)  # freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(), print(faults())
+keep_freed_memory()
+faults(), print(faults())
+"""
+
+
+def test_memory_that_is_kept_costs_no_faults_when_it_is_used_again():
+    done = subprocess.run([sys.executable, "-c", FAULTS_OF_64_MIB], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < given_back / 10

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from xdscale.devices import rank_device
+from xdscale.devices import keep_freed_memory, rank_device
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
 
@@ -103,6 +103,8 @@ def start_distributed() -> Ranks:
     device = rank_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     import deepspeed
     import deepspeed.ops
 
