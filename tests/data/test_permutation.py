@@ -60,3 +60,12 @@ def test_each_sample_comes_first_equally_often_over_seeds():
     ordered = np.delete(pairs, np.arange(size) * (size + 1))
     expected = seeds / len(ordered)
     assert abs(((ordered - expected) ** 2 / expected).sum() - 109) < 5 * np.sqrt(2 * 109)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_the_smallest_sizes_are_shuffled_too(size):
+    """Over seeds each position gets each id, and about as often."""
+    orders = np.array([whole(size, seed=seed) for seed in range(600)])
+    for position in range(size):
+        counts = np.bincount(orders[:, position], minlength=size)
+        assert np.abs(counts - 600 / size).max() < 5 * np.sqrt(600 / size)

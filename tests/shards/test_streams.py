@@ -46,6 +46,8 @@ def test_frames_come_back_in_order(text, suffix, frames, threads, tmp_path, monk
     pieces = [COMPRESS[suffix](text[first : first + step]) for first in range(0, len(text), step)]
     path.write_bytes(b"".join(pieces))
     assert content(path, threads) == text
+    monkeypatch.undo()
+    assert content(path, threads) == text
     if suffix == ".zst":
         path.write_bytes(SKIPPED + SKIPPED.join(pieces))
         assert content(path, threads) == text

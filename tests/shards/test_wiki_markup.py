@@ -74,6 +74,8 @@ def test_what_is_no_prose_goes_and_the_text_around_it_stays(note):
          "b c  f ville Star Trek: Voyager"),
         ("[http://a.b the site] [https://a.b] [//a.b it] http://a.b/c [sic] x[1] [[http://a.b net]]",
          "the site  it http://a.b/c [sic] x[1] net"),
+        ("see [http://a.b its\nsite] of x[1] [http://a.b c][2]", "see its\nsite] of x[1] c[2]"),
+        ("[[Help:Town (river)|]] [[Town|]] [[Town (a) b|]]", "Town Town Town (a) b"),
         ("'''Bold''', ''italic'', '''''both''''' and ''''four'''' don't", "Bold, italic, both and 'four' don't"),
         ("L'auteur de l'''Iliade'' et l{{'}}''Odyssée'', '''Homère'''", "L'auteur de l'Iliade et lOdyssée, Homère"),
         ("<nowiki>''[[a]]'' {{b}} <i>&amp;</i> '''</nowiki> c", "''[[a]]'' {{b}} <i>&</i> ''' c"),
