@@ -88,12 +88,11 @@ def test_any_shape(tokens, size, dropout, seed):
     assert_as_plain(draw(tokens, size, torch.float32), dropout, seed_tensor(seed), absolute=1.0)
 
 
-@pytest.mark.parametrize("tile", [(64, 1, 1, 1), (512, 4, 3, 40), (4096, 4, 2, 2)])
-def test_mask_on_every_path_and_tile_is_the_same_bits(tile):
+@pytest.mark.parametrize(("tile", "threshold"), [((64, 1, 1, 1), 64), ((512, 4, 3, 40), 1), ((4096, 4, 2, 2), 255)])
+def test_mask_on_every_path_and_tile_is_the_same_bits(tile, threshold):
     """The kept sum shows the mask in the forward pass, zeros among gradients in the backward pass."""
     tile = kernels.NormTile(*tile)
     states, _, weight, bias, grad = draw(45, 60, torch.float32)
-    threshold = drop_threshold(0.25)
     kept = operation.rows_kept(seed_tensor(), 45, 60, threshold)
     inputs = states, torch.zeros_like(states), weight, bias, seed_tensor(), EPS, threshold
     _, total, *rows = kernels.forward(*inputs, tile=tile)

@@ -1,6 +1,7 @@
 """The doctor's probe as two "machines" on loopback: every planted fault is found and named."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+
+from xdscale.errors import XdscaleError
+from xdscale.launch import doctor
+from xdscale.launch.hosts import Host
+from xdscale.launch.start import Rendezvous
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["model.clip.name=clip-tiny.json", "model.clip.weights=random"]
@@ -53,11 +59,18 @@ def recipe(wiki_shards):
 def test_two_sound_machines(free_port, recipe, tmp_path):
     out = tmp_path / "runs" / "new"
     arguments = [*recipe, f"output.folder={out}", "--hosts", "a:1,b:1"]
+    began = time.monotonic()
     (code, stdout, stderr), (other, _, _) = pair(free_port, (arguments, {}), (arguments, {}))
     assert (code, other) == (0, 0), stdout + stderr
     assert "verdict: ok (0 failures" in stdout
     assert list(tmp_path.iterdir()) == []  # the question left nothing behind
-    assert "64 MiB" in stdout
+    elapsed = time.monotonic() - began
+    small, large, width = map(
+        float, re.search(r" ([\d.]+) ms, 64 MiB ([\d.]+) ms, bus bandwidth ([\d.]+) GB", stdout).groups()
+    )
+    assert small < large < 1000 * elapsed
+    # Of two ranks each sends half of it twice.
+    assert width == pytest.approx(2**26 / large / 1e6, rel=0.02, abs=0.01)
 
 
 def test_every_planted_fault_is_named(free_port, recipe, wiki_shards, tmp_path):
@@ -160,3 +173,98 @@ def test_a_bad_recipe_is_one_message(tmp_path):
     )
     assert result.returncode == 2
     assert result.stderr.startswith("error: quickstrat: no such recipe")
+
+
+MEET = Rendezvous("node-1", 29500)
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Lays programs for one that `examine` calls, which note their words and what is set for them."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("srun", "scontrol", "pdsh", "ssh", "python"):
+        said = "node-7" if name == "scontrol" else ""
+        (folder / name).write_text(
+            f"#!/bin/bash\nprintf '%s\\n' \"$@\" > {folder}/{name}.words\nenv > {folder}/{name}.env\n"
+            f"echo {said}\nexit 2\n"
+        )
+        (folder / name).chmod(0o755)
+    for name in ("SLURM_JOB_ID", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def noted(folder, name):
+    environment = dict(line.partition("=")[::2] for line in (folder / f"{name}.env").read_text().splitlines())
+    return (folder / f"{name}.words").read_text().splitlines(), environment
+
+
+def test_this_machine_alone_is_one_rank(programs, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    assert doctor.examine([], MEET, "quickstart", ["training.seed=3"], timeout_seconds=9) == 2
+    words, environment = noted(programs, "python")
+    assert words == ["-m", "xdscale.launch.probe", "quickstart", "training.seed=3", "--timeout", "9"]
+    expected = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_PORT": "0"}
+    assert {name: environment[name] for name in expected} == expected
+
+
+def test_inside_an_allocation_slurm_starts_the_probes(programs, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "40007")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node-[7-8]")
+    assert doctor.examine([], MEET, None, [], timeout_seconds=120) == 2
+    words, environment = noted(programs, "srun")
+    assert words[-4:] == ["-m", "xdscale.launch.probe", "--timeout", "120"]
+    assert environment["TRITON_CACHE_DIR"].startswith("/tmp/triton-")
+    expected = {
+        "MASTER_ADDR": "node-7",
+        "MASTER_PORT": "20007",
+        "NCCL_DEBUG": "INFO",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    assert {name: environment[name] for name in expected} == expected
+    (programs / "srun").unlink()
+    with pytest.raises(XdscaleError, match="srun is not on PATH"):
+        doctor.examine([], MEET, None, [], timeout_seconds=120)
+
+
+@pytest.mark.parametrize("name", ["localhost", "node-1"])
+def test_named_machines_are_examined_through_the_launcher(programs, tmp_path, monkeypatch, capsys, name):
+    """Its own words and the machine's name before each line are not passed on."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text(
+        f"#!/bin/bash\nprintf '%s\\n' \"$@\" > {programs}/launcher.words; env > {programs}/launcher.env\n"
+        f'cat "${{DS_ENV_FILE:-/dev/null}}" > {programs}/file; cat "$2" > {programs}/hostfile\n'
+        "printf '%s: [INFO] [launch.py:1] x\\n%s: verdict: FAIL\\nplain\\n' node-1 node-1; exit 70\n"
+    )
+    launcher.chmod(0o755)
+    asked = []
+
+    def command(hosts, hostfile, meet, module, arguments):
+        asked.append((hosts, meet, module, arguments))
+        return [str(launcher), str(hostfile)]
+
+    monkeypatch.setattr(doctor, "launcher_command", command)
+    hosts = [Host(name, 2)]
+    assert doctor.examine(hosts, MEET, None, [], timeout_seconds=5) == 70
+    assert asked == [(hosts, MEET, "xdscale.launch.probe", ("--timeout", "5", "--hosts", f"{name}:2"))]
+    prefix = "" if name == "node-1" else "node-1: "
+    assert capsys.readouterr().out == f"{prefix}verdict: FAIL\nplain\n"
+    words, environment = noted(programs, "launcher")
+    assert words[0] == "-q"
+    assert (programs / "hostfile").read_text() == f"{name} slots=2\n"
+    file = (programs / "file").read_text()
+    if name == "localhost":  # nothing is carried anywhere
+        assert (file, environment["TRITON_CACHE_DIR"][:12]) == ("", "/tmp/triton-")
+        (programs / "pdsh").unlink()
+        assert doctor.examine(hosts, MEET, None, [], timeout_seconds=5) == 70
+    else:
+        assert {"NCCL_DEBUG=INFO", "TOKENIZERS_PARALLELISM=false"} <= set(file.splitlines())
+        assert "TRITON_CACHE_DIR=/tmp/triton-" in file
+        assert "TRITON_CACHE_DIR" not in environment
+        (programs / "pdsh").unlink()
+        with pytest.raises(XdscaleError, match="pdsh not found on PATH"):
+            doctor.examine(hosts, MEET, None, [], timeout_seconds=5)

@@ -4,6 +4,7 @@ import argparse
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from xdscale.launch.hosts import (
     rank_names,
     read_hostfile,
 )
-from xdscale.launch.start import Rendezvous, launcher_command, on_one_node, with_environment
+from xdscale.launch.start import Rendezvous, launcher_command, on_one_node, program, with_environment
 
 NAMES = st.from_regex(r"[a-z][a-z0-9.-]{0,8}", fullmatch=True)
 HOSTS = st.dictionaries(NAMES, st.integers(1, 16), min_size=1, max_size=5)
@@ -213,3 +214,26 @@ def test_the_line_for_one_machine_is_one_that_deepspeed_takes(tmp_path):
     options = parse_args(output[1:])
     assert output[0] == "a $b"
     assert (options.no_ssh, options.node_rank, options.user_args) == (True, 1, ["a b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("beside", "found", "called"),
+    [
+        (True, "own", "tool"),  # what PATH finds is that of this Python's environment
+        (True, "other", "own"),
+        (True, None, "own"),
+        (False, "other", "tool"),
+        (False, None, "own"),
+    ],
+)
+def test_programs_of_this_pythons_environment_are_called_by_what_finds_them(
+    tmp_path, monkeypatch, beside, found, called
+):
+    for folder in ("own", "other"):
+        (tmp_path / folder).mkdir()
+    for folder in {"own" if beside else None, found} - {None}:
+        (tmp_path / folder / "tool").write_text("")
+        (tmp_path / folder / "tool").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "own" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / (found or "nowhere")))
+    assert program("tool") == ("tool" if called == "tool" else str(tmp_path / "own" / "tool"))

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from xdscale.finetune.command import _slots
+from xdscale.training import environment
 from xdscale.training.environment import threads_per_rank
 
 
@@ -52,3 +53,35 @@ def test_torch_is_told_also_where_torchrun_says_one():
         [sys.executable, "-c", script], env=kept | settings, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["3", "3"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({}, "12"),
+        ({"OMP_NUM_THREADS": "5"}, None),  # a person's word
+        ({"OMP_NUM_THREADS": "1"}, None),
+        ({"OMP_NUM_THREADS": "4", "TORCHELASTIC_RUN_ID": "x"}, None),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, "12"),  # torchrun's own
+        ({"TOKENIZERS_PARALLELISM": "true", "DS_ACCELERATOR": "cpu", "TORCH_LOGS": "dynamo"}, "12"),
+    ],
+)
+def test_what_a_person_has_set_stays(monkeypatch, given, threads):
+    told, environ = [], {"LOCAL_WORLD_SIZE": "2"} | given
+    monkeypatch.setattr(environment, "uses_gpus", lambda: False)
+    monkeypatch.setattr("torch.set_num_threads", told.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)))
+    monkeypatch.setattr(os, "environ", environ)
+    environment.calm_environment()
+    usual = {"TOKENIZERS_PARALLELISM": "false", "TORCH_LOGS": "-all", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    expected = usual | {"DS_ACCELERATOR": "cpu", "LOCAL_WORLD_SIZE": "2"} | given
+    assert environ == expected | ({"OMP_NUM_THREADS": threads} if threads else {})
+    assert told == ([int(threads)] if threads else [])
+
+
+def test_deepspeed_is_not_told_of_a_cpu_where_there_are_gpus(monkeypatch):
+    environ = {"OMP_NUM_THREADS": "2"}
+    monkeypatch.setattr(environment, "uses_gpus", lambda: True)
+    monkeypatch.setattr(os, "environ", environ)
+    environment.calm_environment()
+    assert "DS_ACCELERATOR" not in environ

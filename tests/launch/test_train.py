@@ -15,6 +15,7 @@ import pytest
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, XdscaleError
 from xdscale.launch import train
+from xdscale.recipe import load_recipe
 from xdscale.training.checkpoint_folder import list_checkpoints
 from xdscale.training.integrity import damage
 
@@ -81,10 +82,13 @@ def test_gpus_without_bf16_train_in_fp16(started, gpus):
     gpus(["0"], "7.0")
     train.train_here("xdbert-base-wikitext103", [], None, None)
     train.train_here("quickstart", [], None, None)
-    gpus(["0"], "[N/A]")
-    train.train_here("xdbert-base-wikitext103", [], None, None)
+    for capability in ("[N/A]", "8.0"):
+        gpus(["0"], capability)
+        train.train_here("xdbert-base-wikitext103", [], None, None)
     chosen = [command[-1] for command, _ in started]
-    assert chosen == ["bert-base-zero2-fp16", "quickstart-zero2", "bert-base-zero2"]
+    assert chosen == ["bert-base-zero2-fp16", "quickstart-zero2", "bert-base-zero2", "bert-base-zero2"]
+    mixed = [train._Gpu("0", "a", 9.0), train._Gpu("1", "b", 7.5)]
+    assert train._default(load_recipe("xdbert-base-wikitext103"), ["0", "1"], mixed) == "bert-base-zero2-fp16"
 
 
 @pytest.mark.parametrize("capability", ["7.0", "9.0"])
@@ -136,6 +140,7 @@ def test_exit_codes_of_ranks_are_passed_on(end):
 @pytest.mark.parametrize("end", ["sys.exit(-9)", "os.kill(os.getpid(), 9)", "sys.exit(0)"])
 def test_a_killed_rank_or_launcher_is_a_fault(end, capfd):
     """The launcher says 247 for a rank that was killed, and 0 when its part on the node was."""
+    assert [train.truthful(code, ended=True) for code in (127, 128, 255, -15)] == [127, *[EXIT_FAULT] * 3]
     code = train.run_launcher([sys.executable, "-c", f"import os, sys; {end}"], {})
     assert train.truthful(code, ended=False) == EXIT_FAULT
     assert capfd.readouterr().err.startswith("error: ")

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from xdscale.errors import EXIT_BAD_INPUT
+from xdscale.launch import facts as facts_module
 from xdscale.launch.facts import HostFacts, _recipe_facts, existing_parent, file_system
 from xdscale.launch.probe import _checkpoint_bytes
+from xdscale.launch.report import print_report
 from xdscale.launch.verdict import CHECKS, AllReduceTimes, Evidence, judge, table
 from xdscale.recipe import load_recipe
 
@@ -122,6 +125,68 @@ def test_machines_of_one_name_are_told_apart_by_rank():
     assert [found.label(rank) for rank in (0, 7, 8, 15)] == ["gpu-a (rank 0)"] * 2 + ["gpu-a (rank 8)"] * 2
 
 
+def told(found, capsys):
+    """The exit code, and the lines below the table."""
+    code = print_report(found)
+    lines = capsys.readouterr().out.splitlines()
+    return code, lines[max(number for number, line in enumerate(lines) if not line.strip()) + 1 :]
+
+
+def test_a_report_says_what_was_measured_what_is_wrong_and_what_to_make_of_it(capsys):
+    """16 ranks sum 64 MiB in 10 ms: each sends and receives 2 × 15 / 16 of it."""
+    measured = [
+        "python 3.11.7, torch 2.14.1",
+        "first machine: 8 × NVIDIA A100, driver 570.1; 64 cores; /dev/shm 64.0 GiB",
+        "checkpoints need about 16.0 GiB; free: 1024.0 GiB",
+        "clocks within 200.0 ms of the first machine's",
+        "all-reduce over 16 ranks (nccl): 1 number 0.10 ms, 64 MiB 10.0 ms, bus bandwidth 12.58 GB/s",
+    ]
+    assert told(evidence(), capsys) == (0, [*measured, "verdict: ok (0 failures, 0 warnings)"])
+    code, lines = told(evidence(gpus=["NVIDIA A100"] * 7, open_files=64, driver=""), capsys)
+    assert (code, lines[:5]) == (EXIT_BAD_INPUT, measured)
+    assert [line.partition(";")[0] for line in lines[5:]] == [
+        "FAIL gpu-b, gpus: 8 ranks for 7 GPUs",
+        "warn gpu-b, gpus: driver none, the first machine has 570.1",
+        "warn gpu-b, environment: at most 64 open files",
+        "verdict: FAIL (1 failure, 2 warnings)",
+    ]
+    # Long lines, and what rich takes for markup, stay as they are.
+    many = {f"package-{number}": "1.2.3" for number in range(15)}
+    found = evidence(shards_problem="[/data]: missing", loopback_name=True, versions=many)
+    found.hosts[0] = replace(SOUND, versions=many)
+    _, lines = told(found, capsys)
+    assert lines[0] == ", ".join(f"{name} 1.2.3" for name in many)
+    assert lines[5] == "FAIL gpu-b, paths: data.shards: [/data]: missing; build or copy the shards"
+    assert lines[6].startswith("warn gpu-b, environment: its own name gpu-b stands for a loopback address, which other")
+    assert len(lines) == 8
+    failed = evidence()
+    failed.collective = AllReduceTimes({9: "no result"}, 0.1, 10.0, 2**26)
+    assert told(failed, capsys)[1][3].startswith("clocks within")
+    assert not any("all-reduce over" in line for line in told(failed, capsys)[1])
+
+
+def test_a_report_of_one_rank_compares_it_with_nothing(capsys):
+    alone = replace(SOUND, gpus=[], driver="", local_ranks=1)
+    found = Evidence(names=[""], hosts=[alone], clock_offsets={0: 0.0}, collective_backend="gloo")
+    found.collective = AllReduceTimes({}, 0.02, 5.25, 2**25)
+    assert told(found, capsys)[1] == [
+        "python 3.11.7, torch 2.14.1",
+        "first machine: no GPU: CPU ranks; 64 cores; /dev/shm 64.0 GiB",
+        "all-reduce over 1 rank (gloo): 1 number 0.02 ms, 32 MiB 5.2 ms",
+        "verdict: ok (0 failures, 0 warnings)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("own", "meeting", "wrong"),
+    [("127.0.1.1", "10.0.0.1", True), ("127.0.1.1", "127.0.0.1", False), ("10.0.0.2", "10.0.0.1", False)],
+)
+def test_a_machines_own_name_may_be_loopback_only_where_ranks_meet_there(monkeypatch, own, meeting, wrong):
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    monkeypatch.setattr("socket.gethostbyname", lambda name: meeting if name == "first" else own)
+    assert facts_module._name_is_loopback() == wrong
+
+
 MOUNTS = """\
 /dev/sda1 / ext4 rw 0 0
 tmpfs /tmp tmpfs rw 0 0
@@ -171,3 +236,18 @@ def test_shards_behind_a_url_are_looked_at_there(wiki_shards, tmp_path, monkeypa
     assert "shards_problem" not in found
     assert found["shards_fingerprint"]
     assert "/nowhere/dataset.json: cannot be fetched" in facts("/nowhere")["shards_problem"]
+
+
+@pytest.mark.parametrize(
+    ("text", "driver"),
+    [
+        ("NVRM version: NVIDIA Kernel Module  570.133.20  Sun Mar 30 2025\nGCC version:  gcc 12.2.0\n", "570.133.20"),
+        (None, ""),
+    ],
+)  # fmt: skip
+def test_nvidias_driver_is_that_which_the_kernel_has_loaded(tmp_path, monkeypatch, text, driver):
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    places = {"/proc/driver/nvidia/version": tmp_path / "version"}
+    monkeypatch.setattr(facts_module, "Path", places.__getitem__)
+    assert facts_module._driver() == driver

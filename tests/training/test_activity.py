@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from xdscale.training import distributed
@@ -144,6 +145,15 @@ def test_a_host_that_is_behind_is_to_blame_though_its_gpu_has_done_all_it_was_gi
     assert "GPU" not in accused
 
 
+def test_of_ranks_at_the_same_place_the_first_is_named_and_the_others_are_counted(two_ranks):
+    for watchdog, device in zip(two_ranks.watchdogs, two_ranks.devices):
+        watchdog.enter("data", 0)
+        device.reached = 2
+    accused = two_ranks.judge(60)
+    assert accused.startswith("rank 0 on ")
+    assert accused.endswith(" made no progress for 46 s in phase 'data' of step 1 (as did 1 other ranks there)")
+
+
 def test_a_gpu_that_goes_on_is_no_hang(two_ranks):
     for watchdog in two_ranks.watchdogs:
         enqueue_step(watchdog)
@@ -227,3 +237,60 @@ def test_the_usual_patience_begins_anew_when_a_disk_answers(two_ranks, tmp_path)
     assert two_ranks.judge(100, lambda: two_ranks.watchdogs[1]._look(activity)) is None
     stand_in(tmp_path, reader=("S", 0))
     assert "made no progress for 145 s" in two_ranks.judge(60, lambda: two_ranks.watchdogs[1]._look(activity))
+
+
+def test_time_of_this_process_and_of_all_that_it_started_counts_but_not_that_of_looking(monkeypatch):
+    child = SimpleNamespace(cpu_times=lambda: (0.25, 0.5, 1.0, 2.0, 64.0))  # the last is waiting, which is no work
+
+    def gone():
+        raise psutil.NoSuchProcess(7)
+
+    times = SimpleNamespace(user=16.0, system=32.0, children_user=128.0, children_system=256.0)
+    activity = Activity()
+    activity._process = SimpleNamespace(
+        cpu_times=lambda: times, children=lambda recursive: [child, SimpleNamespace(cpu_times=gone), child] * recursive
+    )
+    monkeypatch.setattr("time.thread_time", lambda: 8.0)
+    assert activity._cpu_seconds() == 16 + 32 + 128 + 256 - 8 + 2 * (0.25 + 0.5 + 1 + 2)
+
+
+@pytest.mark.parametrize(
+    ("spent", "moved", "busy"),
+    [
+        (0.25, 0, True),  # a tenth of a core
+        (0.24, 0, False),
+        (-0.25, 0, True),  # a process has ended, whose time is not counted any more
+        (0.0, 65_536, True),
+        (0.24, 65_535, False),
+        (0.0, None, True),  # where the system does not tell
+    ],
+)
+def test_a_tenth_of_a_core_or_64_kib_is_busy(monkeypatch, tmp_path, spent, moved, busy):
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    activity = Activity(tmp_path)
+    activity._seconds, activity._bytes = 7.0, 1000
+    monkeypatch.setattr("time.monotonic", lambda: 102.5)
+    monkeypatch.setattr(activity, "_cpu_seconds", lambda: 7.0 + spent)
+    monkeypatch.setattr(activity, "_bytes_moved", lambda: None if moved is None else 1000 + moved)
+    assert activity.busy() == busy
+    monkeypatch.setattr(activity, "_bytes_moved", lambda: 1000 + (moved or 0))
+    monkeypatch.setattr("time.monotonic", lambda: 105.0)
+    activity._bytes = 1000 + (moved or 0)
+    assert not activity.busy()  # nothing since then
+
+
+def test_a_device_that_is_asked_for_its_place_is_never_waited_for():
+    device = _Device()
+    arrivals = Arrivals(device.record)
+    places = [Arrival(number, 0, "data") for number in range(1, 4)]
+    for place in places:
+        arrivals.pass_by(place)
+    assert arrivals.last() is None
+    device.reached = 2
+    assert arrivals.last() == places[1]
+    device.reached = 3
+    assert [arrivals.last(), arrivals.last()] == [places[2]] * 2
+    on_host = Arrivals(None)
+    assert on_host.last() is None
+    on_host.pass_by(places[1])
+    assert on_host.last() == places[1]

@@ -258,3 +258,137 @@ def test_the_rank_that_holds_the_store_of_others_waits_for_them_to_read_it(
     monkeypatch.setattr("xdscale.training.watchdog.time.sleep", slept.append)
     watchdog._linger()
     assert len(slept) == waits
+
+
+@pytest.mark.parametrize(
+    ("phase", "samples", "said"),
+    [
+        ("data", [5, 6, 9], "error: no shard (rank 0, phase 'data' of step 4, sample 5 and 2 more)"),
+        ("data", [5, 6], "error: no shard (rank 0, phase 'data' of step 4, sample 5 and 1 more)"),
+        ("data", [5], "error: no shard (rank 0, phase 'data' of step 4, sample 5)"),
+        ("data", [], "error: no shard (rank 0, phase 'data' of step 4)"),
+        ("evaluation", [5], "error: no shard"),
+    ],
+)
+def test_where_data_fails_the_samples_are_named(tmp_path, capsys, phase, samples, said):
+    watchdog = Watchdog(Ranks(0, 1, 0), tmp_path, 45)
+    watchdog._store.set("verdict", "")
+    watchdog.samples = lambda step, micro_batch: samples if (step, micro_batch) == (3, 1) else None
+    watchdog.enter(phase, 3, 1)
+    assert watchdog.report(XdscaleError("no shard"), stopping=False) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err == said + "\n"
+
+
+@pytest.mark.parametrize(
+    ("hang_seconds", "phase", "failed", "patience"),
+    [
+        (45, "forward", False, 15),
+        (10, "forward", False, 10),  # no longer than what counts as hanging
+        (2, "forward", False, 4),  # nor shorter than a store may need
+        (45, "saving", False, 45),  # reading large files keeps the interpreter's lock
+        (45, "starting", False, 45),
+        (45, "forward", True, 4),  # it is the likely cause of the failed exchange
+    ],
+)
+def test_how_long_a_rank_may_be_silent(tmp_path, monkeypatch, hang_seconds, phase, failed, patience):
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    watchdog = Watchdog(Ranks(0, 1, 0), tmp_path, hang_seconds)
+    watchdog.enter(phase, 0)
+    watchdog._failed_collective = failed
+    watchdog._beat()
+    while clock[0] < 100 + patience:
+        assert watchdog._find_silent(clock[0]) is None
+        watchdog._judge()
+        clock[0] += 1
+    assert watchdog._find_silent(100.0 + patience) is None
+    clock[0] += 0.5
+    said = f"died or froze (silent for {clock[0] - 100:.0f} s) in phase '{phase}' of step 1"
+    assert said in watchdog._judge()
+    watchdog.enter("ended", 0)
+    watchdog._store.set("rank-0", json.dumps(watchdog._record()))
+    assert watchdog._judge() is None  # who is done is not missed
+
+
+def test_a_judge_that_was_suspended_itself_accuses_nobody(tmp_path, monkeypatch):
+    """More than five seconds between two looks: most likely all ranks were, and their beats are old."""
+    for gap, accused in ((5, True), (6, False)):
+        clock = [100.0]
+        monkeypatch.setattr("time.monotonic", lambda clock=clock: clock[0])
+        watchdog = Watchdog(Ranks(0, 1, 0), tmp_path, 45)
+        watchdog.enter("forward", 0)
+        watchdog._beat()
+        for _ in range(12):
+            assert watchdog._judge() is None
+            clock[0] += 1
+        clock[0] += gap - 1
+        assert (watchdog._judge() is not None) == accused, gap
+
+
+class Ended(Exception):
+    """In the place of the end of a process."""
+
+
+@pytest.mark.parametrize(
+    ("rank", "phase", "pattern", "told"),
+    [
+        (1, "forward", "xx.xxx", r"rank 0 on .* froze \(its store does not answer\) in phase 'forward' of step 1; all"),
+        (2, "forward", "xxx", None),  # the second rank speaks for all
+        (1, "ended", "xxx", None),
+    ],
+)  # fmt: skip
+def test_a_store_that_answers_no_more_for_three_beats_is_the_death_of_the_first_rank(
+    tmp_path, monkeypatch, capsys, rank, phase, pattern, told
+):
+    beats = iter(pattern)
+
+    class Store(dict):
+        lost = True
+
+        def wait(self, seconds):
+            self.lost = next(beats) == "x"
+            return watchdog._was_closed
+
+        def answer(self, found):
+            if self.lost:
+                raise RuntimeError("Broken pipe")
+            return found
+
+        def set(self, name, value):
+            self[name] = self.answer(value.encode())
+
+        def get(self, name):
+            return self.answer(b"")
+
+        def multi_get(self, names):
+            return self.answer([json.dumps(watchdog._record()).encode() for _ in names])
+
+        def compare_set(self, *_):
+            return self.answer(b"")
+
+    store, slept = Store(), []
+    monkeypatch.setattr("xdscale.training.watchdog._open_store", lambda ranks: store)
+    monkeypatch.setattr("xdscale.training.watchdog.time.sleep", slept.append)
+
+    def leave(code):
+        raise Ended(code)
+
+    watchdog = Watchdog(Ranks(rank, 3, rank), tmp_path, 45)
+    watchdog._was_closed = False
+    watchdog.enter(phase, 0)
+    monkeypatch.setattr(watchdog, "_leave", leave)
+
+    def close():
+        watchdog._was_closed = True
+
+    watchdog._closed = SimpleNamespace(wait=store.wait, is_set=lambda: watchdog._was_closed, set=close)
+    if phase == "ended":
+        beats = iter(pattern + ".")
+        watchdog._watch()
+    else:
+        with pytest.raises(Ended, match=str(EXIT_FAULT)):
+            watchdog._watch()
+    assert next(beats, None) is None
+    said = capsys.readouterr().err
+    assert re.search(told, said) if told else not said
+    assert slept == ([5.0] if rank == 2 else [])

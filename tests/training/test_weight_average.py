@@ -12,7 +12,7 @@ from xdscale.export import export_run
 from xdscale.training.consolidate import consolidated_state
 from xdscale.training.distributed import Ranks
 from xdscale.training.run_folder import read_log
-from xdscale.training.weight_average import WeightAverage
+from xdscale.training.weight_average import WeightAverage, saved_pieces
 
 
 def engine_of(values):
@@ -56,6 +56,123 @@ def test_a_checkpoint_without_all_of_it_is_refused(tmp_path):
     WeightAverage(engine_of([1.0, 2.0]), 0.5, Ranks(0, 1, 0)).load(tmp_path)
     with pytest.raises(XdscaleError, match="holds no whole average of trained; expected average-"):
         WeightAverage(engine_of([1.0, 2.0, 3.0]), 0.5, Ranks(0, 1, 0)).load(tmp_path)
+
+
+SIZES = {"a": 5, "b": 4, "c": 1}
+PADDING = 77.0
+
+
+def whole(shift=0.0):
+    """Values of three parameters, all other than each other."""
+    values = torch.arange(10.0) + shift
+    return dict(zip(SIZES, values.split(list(SIZES.values()))))
+
+
+def stage_3(rank, ranks, values):
+    """What the average asks of an engine whose parameters are cut over ranks, each padded to equal parts."""
+    gathered, parts, module = [], [], torch.nn.ParameterDict()
+    for name, size in SIZES.items():
+        part = -(-size // ranks)
+        mine = torch.full((part,), PADDING)
+        real = values[name][rank * part : (rank + 1) * part]
+        mine[: len(real)] = real
+        parts.append(mine)
+        module[name] = torch.nn.Parameter(torch.empty(0))
+        module[name].ds_numel, module[name].ds_tensor = size, mine.bfloat16()
+        module[name].ds_tensor.ds_numel = part
+    wrapper = SimpleNamespace(
+        fp32_partitioned_groups_flat=[torch.cat(parts)],
+        fp16_groups=[list(module.values())],
+        persistent_parameters=[SimpleNamespace(all_gather=gathered.append)],
+    )
+    return SimpleNamespace(module=module, optimizer=wrapper, zero_optimization=lambda: True), gathered
+
+
+def test_what_stage_3_cuts_over_ranks_is_averaged_saved_and_read_by_any_number_of_them(tmp_path):
+    """Weights that rose by 1 once: their average rose by a quarter. Padding is nobody's."""
+    for rank in range(2):
+        engine, _ = stage_3(rank, 2, whole())
+        average = WeightAverage(engine, 0.75, Ranks(rank, 2, rank))
+        engine.optimizer.fp32_partitioned_groups_flat[0] += 1.0
+        average.update()
+        average.save(tmp_path)
+    found = {}
+    for name, start, values in saved_pieces(tmp_path):
+        found.setdefault(name, {})[start] = values[:].tolist()
+    assert found == {"a": {0: [0.25, 1.25, 2.25], 3: [3.25, 4.25]}, "b": {0: [5.25, 6.25], 2: [7.25, 8.25]},
+                     "c": {0: [9.25], 1: []}}  # fmt: skip
+    for rank in range(3):
+        engine, gathered = stage_3(rank, 3, whole(100))
+        average = WeightAverage(engine, 0.75, Ranks(rank, 3, rank))
+        average.load(tmp_path)
+        before = {name: parameter.ds_tensor.clone() for name, parameter in engine.module.items()}
+        with average.in_use():
+            for name, parameter in engine.module.items():
+                part = -(-SIZES[name] // 3)
+                real = whole(0.25)[name][rank * part : (rank + 1) * part].tolist()
+                assert parameter.ds_tensor.tolist() == real + [PADDING] * (part - len(real))
+            assert gathered == [engine.optimizer.persistent_parameters]
+        assert all(torch.equal(parameter.ds_tensor, before[name]) for name, parameter in engine.module.items())
+        assert len(gathered) == 2
+
+
+def flat_parts(rank, cut, values):
+    """An engine under stage 1 or 2: of all trained elements a rank has those up to `cut`, or from there on, in fp32."""
+    begin, end = ((0, cut), (cut, 10))[rank]
+    module, offset = torch.nn.ParameterDict(), 0
+    for name, size in SIZES.items():
+        module[name] = torch.nn.Parameter(values[name].bfloat16())
+        first, last = max(begin, offset), min(end, offset + size)
+        mapping = SimpleNamespace(
+            lp_fragment_address=SimpleNamespace(start=first - offset),
+            hp_fragment=values[name][first - offset : last - offset].clone(),
+        )
+        module[name]._hp_mapping = mapping if first < last else None
+        offset += size
+    return SimpleNamespace(module=module, optimizer=SimpleNamespace(), zero_optimization=lambda: True)
+
+
+def test_what_stages_1_and_2_cut_anywhere_is_put_together_to_compute_with(tmp_path):
+    """The first rank has 7 of 10 elements, so that one parameter lies on both."""
+    engines = [flat_parts(rank, 7, whole(8)) for rank in range(2)]
+    averages = [WeightAverage(engine, 0.5, Ranks(rank, 2, rank)) for rank, engine in enumerate(engines)]
+    for engine, average in zip(engines, averages):
+        for parameter in engine.module.values():
+            if parameter._hp_mapping is not None:
+                parameter._hp_mapping.hp_fragment += 2.0
+        average.update()
+        average.save(tmp_path)
+    found = {f"{name}@{start}": values[:].tolist() for name, start, values in saved_pieces(tmp_path)}
+    assert found == {"a@0": [9, 10, 11, 12, 13], "b@0": [14, 15], "b@2": [16, 17], "c@0": [18]}
+    for engine in (flat_parts(0, 3, whole(50)), flat_parts(1, 3, whole(50))):
+        handed = []
+
+        class Summing(Ranks):
+            def sum(self, values, handed=handed):
+                handed.append(values.clone())
+                return values + 100
+
+        read = WeightAverage(engine, 0.5, Summing(0, 2, 0))
+        read.load(tmp_path)
+        with read.in_use():
+            for parameter, mine in zip(engine.module.values(), handed, strict=True):
+                torch.testing.assert_close(parameter.data, (mine + 100).bfloat16())
+        given = torch.cat(handed).tolist()
+        assert given == [9, 10, 11, *[0] * 7] or given == [*[0] * 3, 12, 13, 14, 15, 16, 17, 18]
+        assert torch.equal(
+            torch.cat([p.data for p in engine.module.values()]), torch.cat(list(whole(50).values())).bfloat16()
+        )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_weights_in_16_bits_that_every_rank_has_the_first_one_saves_the_average_in_32(tmp_path, rank):
+    module = torch.nn.ParameterDict({name: torch.nn.Parameter(part.bfloat16()) for name, part in whole().items()})
+    masters = [part.clone() for part in whole(0.001).values()]
+    wrapper = SimpleNamespace(fp16_groups=[list(module.values())], fp32_groups=[masters])
+    engine = SimpleNamespace(module=module, optimizer=wrapper, zero_optimization=lambda: False)
+    WeightAverage(engine, 0.5, Ranks(rank, 2, rank)).save(tmp_path)
+    found = {name: values[:].tolist() for name, start, values in saved_pieces(tmp_path)}
+    assert found == ({name: part.tolist() for name, part in whole(0.001).items()} if rank == 0 else {})
 
 
 @pytest.fixture(scope="module")
