@@ -172,3 +172,19 @@ def test_kept_classes_and_the_rest(classes, seed, spread):
         others = np.delete(whole[row], those)
         assert (others == others[0]).all()
         assert values.min() >= np.delete(probs[row], those).max().astype(np.float16)
+
+
+def test_the_largest_error_is_what_a_region_may_have_and_errors_are_counted_by_thousandths(tmp_path):
+    chance = np.random.default_rng(4)
+    images = [
+        drawn_image(number, 5, features=chance.gamma(0.3, size=(5, 24)).astype(np.float32), class_probs=None)
+        for number in range(20)  # more than are packed at a time
+    ]
+    lost = np.concatenate([compand(image.features)[2] for image in images])
+    most = float(lost.max())
+    built = build_regions(images, tmp_path / "out", DETECTOR, encoding="u8", largest_error=most)
+    assert (built.counts["images"], built.counts["regions"]) == (20, 100)
+    counted = np.bincount((1000 * lost).astype(int), minlength=int(1000 * most) + 1)
+    assert built.counts["relative_error_thousandths"] == counted.tolist()
+    with pytest.raises(XdscaleError, match=rf"would change by {most:.1e} as companded bytes, allowed are {most:.1e}"):
+        build_regions(images, tmp_path / "other", DETECTOR, encoding="u8", largest_error=float(np.nextafter(most, 0)))
