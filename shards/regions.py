@@ -234,19 +234,20 @@ class RegionTable:
                 "('xdscale shards verify' finds it)"
             ) from None
 
-    def read(self, rows: np.ndarray) -> Regions:
+    def read(self, rows: np.ndarray, *, boxes_only: bool = False) -> Regions:
         """Returns the regions of images, in the order of `rows`; errors as `Table.read_ragged`.
 
         Args:
             rows: int64 [n], any order, repeats allowed.
+            boxes_only: leave features out, which are most of the bytes: then their width is 0.
         """
         boxes, offsets = self.table.read_ragged("boxes", rows)
-        if not self.width:
+        if boxes_only or not self.width:
             features = np.empty((len(boxes), 0), np.float16)
         else:
             features = self.table.read_ragged("features", rows).values
-        if "scales" in self.table.columns:
-            features = expand(features, self.table.read_ragged("scales", rows).values)
+            if "scales" in self.table.columns:
+                features = expand(features, self.table.read_ragged("scales", rows).values)
         if "confidences" in self.table.columns:
             confidences = self.table.read_ragged("confidences", rows).values
         else:

@@ -1,8 +1,10 @@
 """VCR from its public files: tags, names, alignment and the leaderboard's columns."""
 
 import csv
+import hashlib
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 
 from xdscale.data.outlines import object_mask
 from xdscale.errors import XdscaleError
-from xdscale.shards.regions import Regions
+from xdscale.shards.regions import Detector, Regions, RegionTable
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
+from xdscale.tasks.contract import read_task
 from xdscale.tasks.vcr import NAMES, VCR_QA, VCR_QAR, _named, _render
 
 
@@ -198,6 +202,41 @@ def test_an_image_with_other_regions_is_refused(world):
         VCR_QA.targets(examples, regions(5, 4))
 
 
+BOXES = np.array([[0, 0, 40, 40], *[[0, 1.5, 20, 30]] * 3, [22.25, 3, 39.75, 24]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda boxes: boxes, None),
+        (lambda boxes: boxes.astype(np.float16) - [0, 0, 1, 1], None),
+        (lambda boxes: boxes[[0, 4, 2, 3, 1]], "region 1 in the table is (55.6%, 7.5%, 99.4%, 60.0%)"),
+        (lambda boxes: boxes[[1, 1, 2, 3, 4]], "region 0 in the table is (0.0%, 3.8%, 50.0%, 75.0%)"),
+        (lambda boxes: boxes + np.array([[0] * 4] * 4 + [[0, 0, -2.5, 0]]), "region 4 in the table"),
+    ],
+)
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_table_of_other_boxes_is_refused(world, tmp_path, change, wrong, scale):
+    """Before a run and in each batch: words and masks would be of other objects. Scaled images have the same boxes."""
+    world.write_metadata(boxes=[[*box, 0.9] for box in BOXES[1:].tolist()])
+    examples, boxes = VCR_QA.read(world.data).train, (change(BOXES) * scale).astype("<f4")
+    image = RegionImage("lsmdc/0.jpg", (40 * scale, 40 * scale), boxes, np.zeros((5, 2), np.float32))
+    build_regions([image], tmp_path / "regions", Detector(model="d"))
+    table = RegionTable.open(tmp_path / "regions")
+    checks = (VCR_QA.check_regions, lambda some, table: VCR_QA.targets(some, table.read(table.rows(["lsmdc/0.jpg"]))))
+    for check in checks:
+        if wrong is None:
+            check(examples[:1], table)
+            continue
+        with pytest.raises(XdscaleError, match=re.escape(wrong)) as refused:
+            check(examples[:1], table)
+        assert str(refused.value).startswith("train-0: image lsmdc/0.jpg: region")
+        assert str(world.folder / "vcr1images" / "lsmdc" / "0.json") in str(refused.value)
+    if wrong is not None:
+        with pytest.raises(XdscaleError, match=r"VCR/train\.jsonl: train-\d: image lsmdc/0\.jpg: region"):
+            read_task(VCR_QA, world.data, table)
+
+
 def test_metadata_are_checked_where_they_are_there(world):
     world.write_metadata()
     assert len(VCR_QA.read(world.data).train) == 2
@@ -212,12 +251,23 @@ def test_metadata_are_checked_where_they_are_there(world):
     world.write_metadata(boxes=[[0, 1, 20, 30, 0.9]] * 3)
     with pytest.raises(XdscaleError, match=r"0\.json: 3 boxes, but 4 names"):
         VCR_QA.read(world.data)
-    for box in ([20, 1, 0, 30, 0.9], [20, 1, 20, 30, 0.9], [0, 30, 20, 30, 0.9]):
-        world.write_metadata(boxes=[[0, 1, 20, 30, 0.9]] * 3 + [box])
+    wrong = ([20, 1, 0, 30], [20, 1, 20, 30], [0, 30, 20, 30], [0, 1, 42.5, 30], [0, 1, 20, 42.5])
+    for box in wrong:
+        world.write_metadata(boxes=[[0, 1, 20, 30, 0.9]] * 3 + [[*box, 0.9]])
         with pytest.raises(
-            XdscaleError, match=rf"0\.json: boxes\[3\] = \[{box[0]}\.0, .*\]; expected x1 < x2, y1 < y2"
+            XdscaleError,
+            match=rf"0\.json: boxes\[3\] = \[{box[0]}\.0, .*\]; expected x1 < x2, y1 < y2 .* within 40 × 40",
         ):
             VCR_QA.read(world.data)
+    world.write_metadata(boxes=[[0, 1, 42, 42, 0.9]] * 4)
+    np.testing.assert_array_equal(VCR_QA.read(world.data).train[0].truth.stated.boxes[1], np.float32([0, 0.025, 1, 1]))
+    for side in ("width", "height"):
+        world.write_metadata(**{side: 0})
+        with pytest.raises(XdscaleError, match=rf"0\.json: {side} = 0: expected greater than or equal to 1"):
+            VCR_QA.read(world.data)
+    world.write_metadata(segms=[[]] * 3)
+    with pytest.raises(XdscaleError, match=r"0\.json: 3 segms, but 4 names"):
+        VCR_QA.read(world.data)
     world.write("val.jsonl", entry(2, metadata_fn="lsmdc/1.json"))
     world.write_metadata()
     with pytest.raises(XdscaleError, match=r"val\.jsonl, line 1: metadata_fn = 'lsmdc/1\.json' is not in "):
@@ -245,22 +295,42 @@ def test_metadata_lie_nowhere_else_where_they_are_not_there_either(world, name):
         VCR_QA.read(world.data)
 
 
-def test_outlines_of_other_objects_are_found_before_a_run(world):
+def test_the_hash_of_outlines_is_that_of_the_files_in_the_order_of_their_names(world):
     world.write_metadata()
-    examples = VCR_QA.read(world.data).train
-    ticks = []
-    assert len(VCR_QA.outlines_sha256(examples, lambda: ticks.append(None))) == 64
-    assert len(ticks) == len({example.truth.metadata for example in examples})
-    world.write_metadata(segms=[[]] * 3)
-    with pytest.raises(XdscaleError, match=r"0\.json: 4 boxes and 3 segms; the question has 4 objects"):
-        VCR_QA.outlines_sha256(examples)
+    path = world.folder / "vcr1images" / "lsmdc" / "0.json"
+    (path.parent / "00.json").write_text(path.read_text() + " ")
+    world.write("train.jsonl", entry(0, metadata_fn="lsmdc/00.json"), entry(1), entry(3))
+    wanted = hashlib.sha256()
+    for name in ("0.json", "00.json"):
+        wanted.update(hashlib.sha256((path.parent / name).read_bytes()).digest())
+    assert VCR_QA.outlines_sha256(VCR_QA.read(world.data).train) == wanted.hexdigest()
+
+
+def test_objects_without_an_outline_are_counted_and_without_any_refused(world):
+    triangle = [[[1, 2], [3, 4], [5, 2]]]
+    world.write_metadata(segms=[triangle, [[], *triangle], [], [[[1, 2], [3, 4]]]])
+    told = r"^2 of 4 objects have no outline of three points or more, the first in .*0\.json; their masks are empty"
+    (note,) = VCR_QA.outline_notes(VCR_QA.read(world.data).train)
+    assert re.match(told, note)
+    world.write_metadata(segms=[triangle] * 4)
+    assert VCR_QA.outline_notes(VCR_QA.read(world.data).train) == []
+    world.write_metadata()
+    with pytest.raises(XdscaleError, match=r"^4 of 4 objects have no outline .*: is the download whole\?"):
+        VCR_QA.outline_notes(VCR_QA.read(world.data).train)
+
+
+def test_metadata_that_are_changed_during_a_run_are_refused(world):
+    world.write_metadata()
+    examples = VCR_QA.read(world.data).train[:1]
+    world.write_metadata(width=41)
+    with pytest.raises(XdscaleError, match=r"0\.json: was changed since the task was read; start again"):
+        VCR_QA.object_masks(examples)
 
 
 def test_outlines_become_masks_as_either_release_makes_them(world):
-    world.write_metadata()
-    examples = VCR_QA.read(world.data).train[:1]
     outline, box = [[1, 2], [19, 3], [9, 29]], [0, 1.5, 20, 30]
-    world.write_metadata(segms=[[outline, []]] * 4, boxes=[box] * 4)  # without scores
+    world.write_metadata(segms=[[outline, []]] * 4)
+    examples = VCR_QA.read(world.data).train[:1]
     masks = {centres: VCR_QA.object_masks(examples, centres=centres)[0] for centres in (False, True)}
     for centres, found in masks.items():
         np.testing.assert_array_equal(found, [object_mask([np.array(outline)], box, centres=centres)] * 4)
@@ -275,11 +345,11 @@ def test_what_is_no_number_is_no_box_and_no_outline(world, number):
     assert VCR_QA.object_masks(examples[:1])[0].any((1, 2)).all()
     path = world.folder / "vcr1images" / "lsmdc" / "0.json"
     path.write_text(path.read_text().replace("7777", number))
-    for read in (VCR_QA.object_masks, VCR_QA.outlines_sha256):  # the latter before a run begins
+    for read in (lambda: VCR_QA.object_masks(examples[:1]), lambda: VCR_QA.read(world.data)):
         with pytest.raises(
             XdscaleError, match=r"0\.json: segms\[0\]\[0\]\[2\]\[0\] = (nan|inf|-inf): expected a finite"
         ):
-            read(examples[:1])
+            read()
     world.write_metadata(boxes=[[0, 1, 7777, 30, 0.9]] * 4)
     path.write_text(path.read_text().replace("7777", number))
     with pytest.raises(XdscaleError, match=r"0\.json: boxes\[0\]\[2\] = (nan|inf|-inf): expected a finite"):
@@ -293,7 +363,7 @@ def test_outlines_far_from_any_image_are_refused(world):
     assert VCR_QA.object_masks(examples)[0].any()
     world.write_metadata(segms=[[[[1, 2], [30, 2], [1e308, 40]]]] * 4)
     with pytest.raises(XdscaleError, match=r"segms\[0\]\[0\]\[2\]\[0\] = 1e\+308: expected less than or equal"):
-        VCR_QA.outlines_sha256(examples)
+        VCR_QA.read(world.data)
     world.write_metadata(boxes=[[0, 1, 1e308, 30, 0.9]] * 4)
     with pytest.raises(XdscaleError, match=r"0\.json: boxes\[0\]\[2\] = 1e\+308: expected less than or equal"):
         VCR_QA.read(world.data)

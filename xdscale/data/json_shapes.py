@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -20,12 +20,13 @@ _adapter = functools.cache(TypeAdapter)  # making one takes as long as reading a
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_whole(path: Path, shape: type[_Shape]) -> _Shape:
+def read_whole(path: Path, shape: type[_Shape], digest: Any = None) -> _Shape:
     """Reads a JSON file.
 
     Args:
         path: the file.
         shape: what it must hold; a TypedDict keeps the keys that it names.
+        digest: a hash of `hashlib` that takes in the file's bytes.
 
     Raises:
         XdscaleError: the file cannot be read, is not JSON, or holds something else; the first place is named, as
@@ -33,11 +34,13 @@ def read_whole(path: Path, shape: type[_Shape]) -> _Shape:
     """
     require_real_file(path)
     try:
-        data = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
+        data = path.read_bytes()
     except OSError as error:
         raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if digest is not None:
+        digest.update(data)
     try:
-        return _adapter(shape).validate_json(data)
+        return _adapter(shape).validate_json(data.removeprefix(_BYTE_ORDER_MARK))
     except ValidationError as error:
         raise XdscaleError(f"{path}: {first_problem(error)}") from None
 

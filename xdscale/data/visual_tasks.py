@@ -180,10 +180,8 @@ class VisualTaskCollator:
             none = np.empty((0, self._width), np.float16)
             empty = np.empty((0, 4), np.float32)
             return Regions(none, empty, empty[:, 0], np.empty((0, 2), np.uint16), np.zeros(1, np.int64))
-        regions = self._regions.read(rows.ravel())
-        if self._pictures is not None:
-            return regions._replace(features=regions.features[:, :0])
-        if regions.features.shape[1] == self._width:
+        regions = self._regions.read(rows.ravel(), boxes_only=self._pictures is not None)
+        if self._pictures is not None or regions.features.shape[1] == self._width:
             return regions
         return with_spatial(regions)
 

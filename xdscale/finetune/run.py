@@ -91,8 +91,10 @@ class FinetuneSystem(System):
         notes = (*material.data.notes, *_notes_on_length(material, self.recipe.model.max_length))
         fingerprints = material.data.fingerprints()
         if material.subject.reads_outlines():
-            seen = [material.data.train, *material.data.dev.values(), *material.data.test.values()]
-            fingerprints["outlines of objects"] = material.data.task.outlines_sha256(list(chain(*seen)), place.tick)
+            task, splits = material.data.task, material.data.dev | material.data.test
+            seen = list(chain(material.data.train, *splits.values()))
+            fingerprints["outlines of objects"] = task.outlines_sha256(seen)
+            notes = (*notes, *task.outline_notes(seen))
         return Data(order, material.train, held_out_batches(dev, slots), fingerprints, notes=notes)
 
     def build(self) -> Finetuning:

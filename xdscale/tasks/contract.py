@@ -146,7 +146,8 @@ def read_task(task: Task, folder: Path, regions: RegionTable | None) -> TaskData
         regions: where images are looked up; the data's files then count the table as "regions".
 
     Raises:
-        XdscaleError: as `Task.read`; or it reads images, and there are no regions, or not those of each of its images.
+        XdscaleError: as `Task.read`; or it reads images, and there are no regions, or not those of each of its images;
+            or the task can tell (`check_regions`) that they are of something else.
     """
     data = task.read(folder)
     if not task.images:
@@ -156,6 +157,8 @@ def read_task(task: Task, folder: Path, regions: RegionTable | None) -> TaskData
     for split, examples in {"train": data.train, **data.dev, **data.test}.items():
         try:
             regions.rows([image for example in examples for image in example.images])
+            if hasattr(task, "check_regions"):
+                task.check_regions(examples, regions)
         except XdscaleError as error:
             raise XdscaleError(f"{data.sources[split]}: {error}") from None
     return replace(data, files=data.files | {"regions": {"sha256": regions.fingerprint, "rows": len(regions)}})

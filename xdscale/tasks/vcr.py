@@ -1,14 +1,12 @@
 """VCR, in its public files (`train.jsonl`): which of four answers is right (Q→A), and which of four reasons (QA→R)."""
 
-import hashlib
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import (
-    Annotated,
     Any,
     ClassVar,
     NamedTuple,
@@ -16,15 +14,24 @@ from typing import (
 )
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from xdscale.data.json_shapes import Text, read_lines, read_whole
-from xdscale.data.outlines import SIDE, object_mask
+from xdscale.data.json_shapes import Text, read_lines
 from xdscale.data.task_files import Example, Span, place
 from xdscale.errors import XdscaleError
-from xdscale.files import csv_text, file_sha256, shown
+from xdscale.files import csv_text, shown
+from xdscale.shards.regions import RegionTable
 from xdscale.tasks.text import TextTask
+from xdscale.tasks.vcr_metadata import (
+    ORDER,
+    VCRMetadata,
+    outline_notes,
+    outlines_sha256,
+    read_masks,
+    read_metadata,
+    require_boxes,
+)
 
 NAMES = (
     "Casey", "Riley", "Jessie", "Jackie", "Avery", "Jaime", "Peyton", "Kerry", "Jody", "Kendall", "Peyton", "Skyler",
@@ -50,8 +57,8 @@ CHOICES = 4
 IMAGES = "vcr1images"
 """Folder of images and metadata, as its download is unpacked."""
 
-_Pixels = Annotated[float, Field(ge=-1e6, le=1e6)]
-"""A coordinate: of an object that its image shows in part, outside of it; far from any image nothing is meant."""
+_AT_ONCE = 4096
+"""Images whose boxes are compared together."""
 Tokens = list[str | list[int]]
 """Words, and lists of numbers of objects that stand for words."""
 
@@ -69,20 +76,6 @@ class _Question(TypedDict):
     rationale_label: NotRequired[int]
 
 
-class _Metadata(TypedDict):
-    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
-    names: list[str]
-    boxes: list[list[_Pixels]]
-    width: int
-    height: int
-
-
-class _Outlines(TypedDict):
-    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
-    boxes: list[list[_Pixels]]
-    segms: list[list[list[tuple[_Pixels, _Pixels]]]]
-
-
 class VCRTruth(NamedTuple):
     """What is known of a question beside its label.
 
@@ -91,12 +84,14 @@ class VCRTruth(NamedTuple):
         answer: the answer that a reason is asked for; None where an answer is asked for.
         objects: classes of the objects.
         metadata: file with the outlines of the objects.
+        stated: what was found in it; None where there is no folder of such files.
     """
 
     regions: int
     answer: int | None
     objects: tuple[str, ...]
     metadata: Path
+    stated: VCRMetadata | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +112,12 @@ class CommonsenseReasoning(TextTask):
 
         Raises:
             XdscaleError: a question has not four choices, a label is none of them, a tag names no object, an id
-                stands twice, or the metadata, where they are there, name other objects or boxes that are none.
+                stands twice, or the metadata, where they are there, name other objects, or boxes or outlines that are
+                none.
         """
         examples: list[Example] = []
         seen: dict[str, int] = {}
-        checked: dict[str, list[str]] = {}
+        known: dict[str, tuple[list[str], VCRMetadata]] = {}
         images = path.parent / IMAGES
         for line, entry in read_lines(path, _Question):
             where, identifier = place(path, line), entry["annot_id"]
@@ -130,9 +126,8 @@ class CommonsenseReasoning(TextTask):
             seen[identifier] = line
             if Path(name := entry["metadata_fn"]).is_absolute() or ".." in Path(name).parts:
                 raise XdscaleError(f"{where}: metadata_fn = {name!r} leads out of {images}")
-            if images.is_dir():
-                _check_metadata(where, entry, images, checked)
-            examples += self._examples(where, line, entry, labelled, images / entry["metadata_fn"])
+            stated = _metadata_of(where, entry, images, known) if images.is_dir() else None
+            examples += self._examples(where, line, entry, labelled, images / entry["metadata_fn"], stated)
         if not examples:
             raise XdscaleError(f"{path}: holds no examples")
         return examples
@@ -141,16 +136,28 @@ class CommonsenseReasoning(TextTask):
         """Returns the numbers of the right choices, int64 [n].
 
         Raises:
-            XdscaleError: an image has other regions than its question counts on.
+            XdscaleError: an image has other regions than its question counts on, or than its metadata state.
         """
         if regions is not None:
-            for example, found in zip(examples, np.diff(regions.offsets).tolist()):
-                if found != example.truth.regions:
+            bounds = regions.offsets.tolist()
+            for example, size, first, end in zip(examples, regions.sizes, bounds, bounds[1:]):
+                truth, where = example.truth, f"{example.id}: image {example.images[0]}"
+                if end - first != truth.regions:
                     raise XdscaleError(
-                        f"{example.id}: image {example.images[0]} has {found} regions in the table, its question "
-                        f"needs {example.truth.regions}: the whole image, then the boxes of its metadata in their order"
+                        f"{where} has {end - first} regions in the table, its question needs {truth.regions}: {ORDER}"
                     )
+                if truth.stated is not None:
+                    require_boxes(where, regions.boxes[first:end], size, truth.metadata, truth.stated)
         return super().targets(examples)
+
+    def check_regions(self, examples: Sequence[Example], regions: RegionTable) -> None:
+        """Compares the regions of all images with their metadata, before anything is trained; errors as `targets`."""
+        each = {(one.images, one.truth.metadata, one.truth.objects): one for one in examples}
+        distinct = list(each.values())
+        for first in range(0, len(distinct), _AT_ONCE):
+            some = distinct[first : first + _AT_ONCE]
+            rows = regions.rows([example.images[0] for example in some])
+            self.targets(some, regions.read(rows, boxes_only=True))
 
     def predict(self, logits: np.ndarray, regions: Any = None) -> np.ndarray:
         """Returns the probability of each choice, float64 [n, choices]: the leaderboard asks for all of them."""
@@ -203,30 +210,28 @@ class CommonsenseReasoning(TextTask):
         Raises:
             XdscaleError: the metadata are not there, or have not the outlines of these objects.
         """
-        return [_masks(example.truth, centres=centres) for example in examples]
+        truths = [example.truth for example in examples]
+        return [read_masks(one.metadata, len(one.objects), one.stated, centres=centres) for one in truths]
 
-    def outlines_sha256(self, examples: Sequence[Example], tick: Callable[[], None] = lambda: None) -> str:
+    def outlines_sha256(self, examples: Sequence[Example]) -> str:
         """Returns the SHA-256 (hex) of the files that `object_masks` reads, in the order of their names.
 
-        Args:
-            examples: whose.
-            tick: called behind each file: VCR has tens of thousands, which a slow disk reads for minutes.
+        Raises:
+            XdscaleError: one of them is not there or has no outlines: a run would end in whatever step reads it.
+        """
+        return outlines_sha256({example.truth.metadata: example.truth.stated for example in examples})
+
+    def outline_notes(self, examples: Sequence[Example]) -> list[str]:
+        """Returns what a person should know of these outlines.
 
         Raises:
-            XdscaleError: one of them cannot be read, or as `object_masks`: a run would end in whatever step reads it.
+            XdscaleError: no object has one.
         """
-        digest = hashlib.sha256()
-        truths = {example.truth.metadata: example.truth for example in examples}
-        for path in sorted(truths):
-            _read_outlines(truths[path])
-            try:
-                digest.update(bytes.fromhex(file_sha256(path)))
-            except OSError as error:
-                raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
-            tick()
-        return digest.hexdigest()
+        return outline_notes({example.truth.metadata: example.truth.stated for example in examples})
 
-    def _examples(self, where: str, line: int, entry: _Question, labelled: bool, metadata: Path) -> list[Example]:
+    def _examples(
+        self, where: str, line: int, entry: _Question, labelled: bool, metadata: Path, stated: VCRMetadata | None
+    ) -> list[Example]:
         answers, reasons = entry["answer_choices"], entry["rationale_choices"]
         for key, choices in (("answer_choices", answers), ("rationale_choices", reasons)):
             if len(choices) != CHOICES:
@@ -244,7 +249,7 @@ class CommonsenseReasoning(TextTask):
                 line,
                 images=(entry["img_fn"],),
                 spans=tuple((spans, others) for _, others, _ in seconds),
-                truth=VCRTruth(regions, answer, tuple(entry["objects"]), metadata),
+                truth=VCRTruth(regions, answer, tuple(entry["objects"]), metadata, stated),
                 named=named,
             )
 
@@ -313,41 +318,21 @@ def _label(where: str, entry: _Question, key: str) -> int:
     return label
 
 
-def _check_metadata(where: str, entry: _Question, images: Path, checked: dict[str, list[str]]) -> None:
-    """Refuses metadata that name other objects than the question does, or boxes that are none."""
+def _metadata_of(
+    where: str, entry: _Question, images: Path, known: dict[str, tuple[list[str], VCRMetadata]]
+) -> VCRMetadata:
+    """Reads the metadata of a question's image, once; refuses those that name other objects than the question does."""
     name = entry["metadata_fn"]
-    if name not in checked:
+    if name not in known:
         path = images / name
         if not os.path.isfile(path):  # unlike Path.is_file also where a name is too long
             raise XdscaleError(f"{where}: metadata_fn = {shown(name)} is not in {images}; is the download whole?")
-        metadata = read_whole(path, _Metadata)
-        if len(metadata["boxes"]) != len(metadata["names"]):
-            raise XdscaleError(f"{path}: {len(metadata['boxes'])} boxes, but {len(metadata['names'])} names")
-        for number, box in enumerate(metadata["boxes"]):
-            if len(box) != 5 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
-                raise XdscaleError(f"{path}: boxes[{number}] = {shown(box)}; expected x1 < x2, y1 < y2 and a score")
-        checked[name] = metadata["names"]
-    if checked[name] != entry["objects"]:
-        ours, theirs = (textwrap.shorten(", ".join(names), 300) for names in (entry["objects"], checked[name]))
+        known[name] = read_metadata(path)
+    found, stated = known[name]
+    if found != entry["objects"]:
+        ours, theirs = (textwrap.shorten(", ".join(names), 300) for names in (entry["objects"], found))
         raise XdscaleError(f"{where}: objects are {ours}, but {name} names {theirs}")
-
-
-def _read_outlines(truth: VCRTruth) -> _Outlines:
-    path, objects = truth.metadata, len(truth.objects)
-    if not os.path.isfile(path):
-        raise XdscaleError(f"{path}: no such file; unpack vcr1images.zip, which has the outlines of objects, there")
-    found = read_whole(path, _Outlines)
-    boxes, outlines = found["boxes"], found["segms"]
-    if not len(boxes) == len(outlines) == objects or any(len(box) < 4 for box in boxes):
-        raise XdscaleError(f"{path}: {len(boxes)} boxes and {len(outlines)} segms; the question has {objects} objects")
-    return found
-
-
-def _masks(truth: VCRTruth, *, centres: bool) -> np.ndarray:
-    found = _read_outlines(truth)
-    polygons = [[np.array(one) for one in mine if one] for mine in found["segms"]]
-    masks = [object_mask(mine, box[:4], centres=centres) for box, mine in zip(found["boxes"], polygons)]
-    return np.array(masks, bool).reshape(-1, SIDE, SIDE)
+    return stated
 
 
 def _task(name: str, title: str, label: str, *, reasons: bool) -> CommonsenseReasoning:
