@@ -16,6 +16,7 @@ from xdscale.shards.cache import ShardCache
 from xdscale.shards.descriptors import Descriptors
 from xdscale.shards.manifest import Column, Manifest, members
 from xdscale.shards.shard import OFFSETS, Ragged, read_layout
+from xdscale.shards.verify import damaged_shards
 
 MAX_BOUNDS = 8 << 20
 """Bounds of ragged rows kept in memory, 4 bytes each: more than all of Wikipedia in sequences of 512."""
@@ -88,7 +89,8 @@ class Table:
         self._block_rows = np.repeat(self._starts[:-1], blocks)
         self._layout = np.zeros((len(self._places), every_block), np.int64)
         self._bounds_at = np.full((len(self._bounded), every_block), NOT_KEPT, np.int64)
-        self._known = np.zeros(len(self._shards), bool)
+        # The latter: when each file was, as it was last opened; of another one its hash says whether it is as good.
+        self._known, self._written = np.zeros(len(self._shards), bool), np.zeros(len(self._shards), np.int64)
         self._bounds = np.empty(min((len(self) + every_block) * len(self._bounded), MAX_BOUNDS), OFFSETS)
         self._bounds_kept = 0
         self._max_open = max_open_shards or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
@@ -303,9 +305,8 @@ class Table:
 
     def _opened(self, shard: np.ndarray) -> AbstractContextManager[np.ndarray]:
         """Gives a file descriptor for each element, of `max_open_shards` shards at most, to be used in the block."""
-        if self._cache is None:
-            return self._descriptors.opened(shard, self._open_file)
-        return self._fetched(shard, self._cache)
+        cache = self._cache
+        return self._descriptors.opened(shard, self._open_file) if cache is None else self._fetched(shard, cache)
 
     @contextmanager
     def _fetched(self, shard: np.ndarray, cache: ShardCache) -> Iterator[np.ndarray]:
@@ -326,10 +327,14 @@ class Table:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise self._unreadable(number, error) from None
-        found = os.fstat(descriptor).st_size
-        if found != record.bytes:
+        found, before = os.fstat(descriptor), int(self._written[number])
+        problem = f"expected {record.bytes} bytes, found {found.st_size}" if found.st_size != record.bytes else ""
+        if before and before != found.st_mtime_ns and damaged_shards(self.folder, [record], [record]):
+            problem = "was replaced by another file while it was in use"
+        if problem:
             os.close(descriptor)
-            raise self._damaged(number, f"expected {record.bytes} bytes, found {found}")
+            raise self._damaged(number, problem)
+        self._written[number] = found.st_mtime_ns
         return descriptor
 
     def _learn(self, number: int, descriptor: int) -> None:

@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -372,3 +373,22 @@ def test_reading_needs_neither_torch_nor_tokenizers():
     code = f"import sys, xdscale.shards.table, xdscale.shards.verify; print([n for n in {heavy} if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_shard_that_is_replaced_while_it_is_in_use_is_refused_unless_it_is_as_good(many_blocks, tmp_path):
+    """Of the same size and form, so that nothing else tells; a copy of it is another file, too."""
+    folder = shutil.copytree(many_blocks[0], tmp_path / "copy")
+    reader = Table(folder, "train", max_open_shards=1)
+    first = folder / "train-000000.tar"
+    whole, row = first.read_bytes(), reader[0]["language"]
+    reader[5]  # of the next shard, so that the first one is closed
+    first.write_bytes(whole)
+    os.utime(first, ns=(1, 1))
+    np.testing.assert_array_equal(reader[0]["language"], row)
+    begin = whole.index(row.tobytes())
+    for _ in range(2):  # and the next time
+        reader[5]
+        first.write_bytes(whole[:begin] + bytes(60) + whole[begin + 60 :])
+        os.utime(first, ns=(2, 2))
+        with pytest.raises(XdscaleError, match=r"train-000000\.tar: was replaced by another file while it was in use"):
+            reader[0]
