@@ -5,6 +5,7 @@ an index: a place for each image, and while ids are compared a hash.
 """
 
 import hashlib
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -197,7 +198,8 @@ class FileImages:
         shard_images: images per unit.
 
     Raises:
-        XdscaleError: a file cannot be read or is of another format, or two images have the same id.
+        XdscaleError: a file cannot be read or is of another format, two images have the same id, or one JPEG file would
+            be that of two.
     """
 
     def __init__(self, paths: list[Path], format: RegionFormat, reading: Reading, shard_images: int) -> None:
@@ -262,36 +264,41 @@ class FileImages:
     def _index(self) -> list[_Places]:
         """Returns the places of all images of each input, after comparing their ids."""
         index: list[_Places] = []
-        hashes: list[np.ndarray] = []
+        ids, files = bytearray(), bytearray()
         for path in self._paths:
-            places, found = _Places(), bytearray()
-            for image_id, place in self._format.places(path):
-                name = self._renamed(image_id, f"{path.name}, image {len(places) + 1}")
-                found += hashlib.blake2b(name.encode(), digest_size=8).digest()
+            places = _Places()
+            for number, (image_id, place) in enumerate(self._format.places(path), 1):
+                ids += _hash(self._renamed(image_id, f"{path.name}, image {number}"))
+                if self._reading.jpegs is not None:
+                    file = self._jpeg_file(image_id)
+                    files += _hash(f"{len(index)}/{number}" if file is None else file.name)
                 places.append(place)
             index.append(places)
-            hashes.append(np.frombuffer(bytes(found), np.uint64))
-        whole = np.concatenate(hashes)
-        order = np.argsort(whole, kind="stable")
-        same = np.flatnonzero(whole[order][1:] == whole[order][:-1])
-        if same.size:
-            self._refuse_twins(order[same[0]], order[same[0] + 1], [len(places) for places in index])
+        lengths = [len(places) for places in index]
+        if twins := _twins(ids):
+            said = [self._described(image, lengths) for image in twins]
+            raise XdscaleError(
+                f"{said[1]}: image id: stands already in {said[0]}; ids must be unique: take one away"
+                + ("" if self._reading.ids == "as-given" else f", or keep ids apart (--ids {self._reading.ids} now)")
+            )
+        if twins := _twins(files):
+            said = [self._described(image, lengths) for image in twins]
+            raise XdscaleError(
+                f"{said[1]}: its file in {self._reading.jpegs} (--jpegs) is that of {said[0]} already, since files are "
+                "found by what stands behind the last / of an id; import the two into tables of their own, each with "
+                "the folder of its files"
+            )
         return index
 
-    def _refuse_twins(self, first: int, second: int, lengths: list[int]) -> None:
+    def _described(self, image: int, lengths: list[int]) -> str:
+        """Returns where an image stands, counted over all inputs of these lengths."""
         ends = np.cumsum(lengths)
-        said = []
-        for image in (first, second):
-            number = int(np.searchsorted(ends, image, side="right"))
-            row = int(image - ends[number] + lengths[number])
-            path = self._paths[number]
-            name, place = next(islice(self._format.places(path), row, None))
-            next(self._format.read(path, [place]))  # what is no image at all has a message that says more
-            said.append(f"{path.name}, image {row + 1} ({name})")
-        raise XdscaleError(
-            f"{said[1]}: image id: stands already in {said[0]}; ids must be unique: take one away"
-            + ("" if self._reading.ids == "as-given" else f", or keep ids apart (--ids {self._reading.ids} now)")
-        )
+        number = int(np.searchsorted(ends, image, side="right"))
+        row = int(image - ends[number] + lengths[number])
+        path = self._paths[number]
+        name, place = next(islice(self._format.places(path), row, None))
+        next(self._format.read(path, [place]))  # what is no image at all has a message that says more
+        return f"{path.name}, image {row + 1} ({name})"
 
     def _renamed(self, image_id: str, where: str) -> str:
         if not is_text(image_id):
@@ -304,17 +311,33 @@ class FileImages:
         return name
 
     def _jpeg(self, image: RegionImage) -> bytes | None:
-        folder = self._reading.jpegs
-        if folder is None:
+        if self._reading.jpegs is None:
             return None
-        name = PurePosixPath(image.image_id).name
-        for path in (folder / name, folder / f"{name}.jpg", folder / f"{PurePosixPath(name).stem}.jpg"):
-            if path.is_file():
-                return path.read_bytes()
+        if path := self._jpeg_file(image.image_id):
+            return path.read_bytes()
+        expected = self._reading.jpegs / PurePosixPath(image.image_id).name
         raise XdscaleError(
-            f"{image.where}: image {shown(image.image_id)}: {folder / name}.jpg does not exist (--jpegs); "
+            f"{image.where}: image {shown(image.image_id)}: {expected}.jpg does not exist (--jpegs); "
             "--bad-images skip leaves such images out"
         )
+
+    def _jpeg_file(self, image_id: str) -> Path | None:
+        """Returns the file of an image among those of `--jpegs`; None where there is none."""
+        name, folder = PurePosixPath(image_id).name, self._reading.jpegs
+        files = (folder / name, folder / f"{name}.jpg", folder / f"{PurePosixPath(name).stem}.jpg")
+        return next((path for path in files if os.path.isfile(path)), None)  # unlike Path.is_file for any name
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=8).digest()
+
+
+def _twins(hashes: bytes) -> tuple[int, int] | None:
+    """Returns the places of the first two equal ones of hashes of 8 bytes, by their value."""
+    whole = np.frombuffer(bytes(hashes), np.uint64)
+    order = np.argsort(whole, kind="stable")
+    same = np.flatnonzero(whole[order][1:] == whole[order][:-1])
+    return (int(order[same[0]]), int(order[same[0] + 1])) if same.size else None
 
 
 def describe(path: Path, files: Sequence[Path]) -> InputFile:

@@ -105,7 +105,7 @@ def _options(reading: Reading) -> dict[str, Any]:
     """Returns what of `reading` decides the bytes."""
     sizes = reading.sizes
     stated: dict[str, Any] = {"ids": reading.ids, "columns": list(reading.columns)}
-    if reading.bad_images != "refuse":
+    if reading.jpegs is not None and reading.bad_images != "refuse":
         stated["bad_images"] = reading.bad_images
     if sizes is not None:
         stated["sizes"] = sizes.name if sizes.every else sizes.sha256

@@ -251,6 +251,7 @@ def test_images_whose_files_cannot_be_read_can_be_left_out(tmp_path):
     words = ["import", path, "--format", "butd", "--detector", writers.detector(tmp_path)]
     run_raising(*words, "--bad-images", "skip", "--out", tmp_path / "without")  # nothing is read that nobody asked for
     assert len(RegionTable.open(tmp_path / "without")) == 5
+    assert "bad_images" not in RegionTable.open(tmp_path / "without").build.options  # of which it decides nothing
     words += ["--jpegs", tmp_path / "images", "--shard-images", "1", "--out", tmp_path / "out"]
     with pytest.raises(XdscaleError, match=r"1000\.jpg does not exist \(--jpegs\); --bad-images skip leaves such"):
         run_raising(*words)
@@ -261,3 +262,22 @@ def test_images_whose_files_cannot_be_read_can_be_left_out(tmp_path):
     assert done.exit_code == 0
     assert "warning: left out: " in done.stderr
     assert f"image '{those[3].id}': jpeg: not a readable image" in done.stderr
+
+
+def test_images_of_one_file_are_refused(tmp_path):
+    """Ids in two folders, or with two endings: the file of the one was stored for both."""
+    those = [one._replace(id=name) for one, name in zip(writers.images(4), ("a/1.v", "b/2.v", "b/1.v", "c/3"))]
+    (path,) = writers.butd(tmp_path, those)
+    (tmp_path / "images").mkdir()
+    for name in ("1.v", "2.v", "3"):
+        (tmp_path / "images" / f"{name}.jpg").write_bytes(saved(those[0].size))
+    words = ["import", path, "--format", "butd", "--detector", writers.detector(tmp_path), "--out", tmp_path / "out"]
+    with pytest.raises(
+        XdscaleError,
+        match=rf"image 3 \(b/1\.v\): its file in .*images \(--jpegs\) is that of {path.name}, image 1 \(a/1",
+    ):
+        run_raising(*words, "--jpegs", tmp_path / "images")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "images" / "1.v.jpg").unlink()  # what is not there is told as before
+    with pytest.raises(XdscaleError, match=r"1\.v\.jpg does not exist \(--jpegs\)"):
+        run_raising(*words, "--jpegs", tmp_path / "images")
