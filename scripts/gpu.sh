@@ -13,7 +13,8 @@ unset CDPATH # which cd would follow
 SECONDS=0    # an exported one would be counted
 from=$PWD
 cd "$(dirname "$0")/.." || exit 2
-within() { [[ $1 == /* || $1 == *:* ]] && echo "$1" || echo "$from/$1"; } # as the caller means it
+within() { [[ $1 == /* ]] && echo "$1" || echo "$from/$1"; } # as the caller means it
+no_path() { [[ $1 == *://* || $1 == package:* ]]; }
 python=${PYTHON:-python3}
 [[ $python != */* ]] || python=$(within "$python")
 limit=${SECONDS_IN_ALL:-590}
@@ -33,7 +34,7 @@ for name in "${named[@]}"; do
         exit 2
     fi
 done
-if [[ -n ${SHARDS:-} && $SHARDS != *:* && ! -e $(within "$SHARDS")/dataset.json ]]; then
+if [[ -n ${SHARDS:-} && ! -e $(within "$SHARDS")/dataset.json ]] && ! no_path "$SHARDS"; then
     echo "error: SHARDS: $(within "$SHARDS") holds no dataset.json; make it with 'xdscale shards build', or leave SHARDS out" >&2
     exit 2
 fi
@@ -108,7 +109,8 @@ part 60 versions "${measure[@]}" versions "$out"
 part 150 kernels "${measure[@]}" kernels "$out"
 part 120 step "${measure[@]}" step "$out" "${base[@]}" "${micros[@]}"
 
-shards=$(within "${SHARDS:-$scratch/shards}")
+shards=${SHARDS:-$scratch/shards}
+no_path "$shards" || shards=$(within "$shards")
 dump=package:gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2
 [ -n "${SHARDS:-}" ] || part 60 shards "${xdscale[@]}" shards build "$dump" --out "$shards" --workers 2 \
     --language-tokenizer package:cognition/model --sequence-length "$length" --validation-fraction 0.1

@@ -69,7 +69,7 @@ esac
 """
 
 
-def calls(tmp_path, *, gpus, seconds="590", fails="none", chosen="", script=ROOT / "scripts" / "gpu.sh"):
+def calls(tmp_path, *, gpus, seconds="590", fails="none", chosen="", script=ROOT / "scripts" / "gpu.sh", out="out"):
     """Runs the script with a stand-in for Python, on a machine with so many GPUs; returns its calls and its words."""
     python, called = tmp_path / "python", tmp_path / "calls"
     python.write_text(STAND_IN)
@@ -82,7 +82,7 @@ def calls(tmp_path, *, gpus, seconds="590", fails="none", chosen="", script=ROOT
         "FAILS": fails,
     }
     environment |= {"SECONDS_IN_ALL": seconds, "SHARDS": "", "PARTS": chosen, "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", script, tmp_path / "out"]
+    command = ["bash", script, tmp_path / out]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return [line.split() for line in called.read_text().splitlines()], done.stdout
 
@@ -190,9 +190,10 @@ def test_where_findings_cannot_be_written_nothing_is_done(tmp_path):
 
 def test_the_folder_is_meant_as_the_caller_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, said = calls(Path(), gpus=1, chosen="versions")
-    assert f"everything is in {tmp_path}/out" in said
-    assert (tmp_path / "out" / "parts.txt").read_text() == "versions\n"
+    for out in ("out", "at 12:30"):
+        _, said = calls(Path(), gpus=1, chosen="versions", out=out)
+        assert f"everything is in {tmp_path}/{out}" in said
+        assert (tmp_path / out / "parts.txt").read_text() == "versions\n"
 
 
 def test_a_folder_with_somebodys_files_is_refused_and_one_of_its_own_is_not(tmp_path):

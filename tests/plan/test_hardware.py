@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from xdscale.plan.hardware import GPUS, gpu_of_device
+from xdscale.plan.hardware import GPUS, gpu_of_device, usable_gib
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,8 @@ def test_the_table_is_that_of_the_makers_data_sheets():
         assert gpu.precision == ("fp16" if name.startswith(("V100", "T4")) else "bf16")
         sold = int(name.rpartition("-")[2].removesuffix("G"))
         assert 0.88 * sold < gpu.memory_gib <= sold
+
+
+def test_no_gpu_has_less_than_nothing_to_be_filled():
+    assert (usable_gib(0.1), usable_gib(1.5)) == (0, 0)
+    assert usable_gib(80) == pytest.approx(80 * 0.95 - 1.5)

@@ -163,17 +163,23 @@ def compare(
         f"{whole.images:,} images in both, {whole.only[0]:,} only in {first}, {whole.only[1]:,} only in {second}"
     )
     typer.echo(
-        f"boxes: {whole.boxes[0]:,} and {whole.boxes[1]:,}; {whole.matched:,} match with IoU of {least_iou:g} or more "
-        f"(mean {whole.iou:.4f}), {whole.in_place:.1%} of them in the same place of their image"
+        f"boxes: {whole.boxes[0]:,} and {whole.boxes[1]:,}; {whole.matched:,} match with IoU of {least_iou:g} or more"
+        + f" (mean {whole.iou:.4f}), {whole.in_place:.1%} of them in the same place of their image"
+        * bool(whole.matched)
     )
-    typer.echo(f"features of matching boxes: cosine {whole.cosine:.6f} in the mean, {whole.lowest_cosine:.6f} at least")
     same = "one of the tables has no classes" if whole.same_class is None else f"{whole.same_class:.1%} the same"
-    typer.echo(f"classes of matching boxes: {same}")
+    alike = f"cosine {whole.cosine:.6f} in the mean, {whole.lowest_cosine:.6f} at least"
+    if tables[0].width != tables[1].width or not tables[0].width:
+        alike = f"not compared: they have {tables[0].width} and {tables[1].width} numbers"
+    if whole.matched:
+        typer.echo(f"features of matching boxes: {alike}\nclasses of matching boxes: {same}")
     for image in sorted(found, key=_likeness)[:images]:
         classes = "" if image.same_class is None else f", {image.same_class} of the same class"
         typer.echo(
-            f"  {image.image_id}: {image.matched} of {image.boxes[0]} and {image.boxes[1]} boxes match "
-            f"(IoU {image.iou:.3f}), cosine {image.cosine:.4f}{classes}"
+            f"  {image.image_id}: {image.matched} of {image.boxes[0]} and {image.boxes[1]} boxes match"
+            + f" (IoU {image.iou:.3f})" * bool(image.matched)
+            + f", cosine {image.cosine:.4f}" * (image.cosine == image.cosine)
+            + classes
         )
     if csv is not None:
         names = [*Fields._fields[:1], "boxes_first", "boxes_second", *Fields._fields[2:]]

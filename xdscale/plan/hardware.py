@@ -61,7 +61,7 @@ class Gpu:
 
 def usable_gib(memory_gib: float) -> float:
     """Returns what of a GPU's memory a plan may fill: without the context and what fragmentation takes."""
-    return memory_gib * (1 - FRAGMENTED) - RESERVED_GIB
+    return max(0.0, memory_gib * (1 - FRAGMENTED) - RESERVED_GIB)
 
 
 def _gpu(

@@ -89,6 +89,22 @@ def test_the_command_shows_what_differs_most(tables, tmp_path):
     assert rows[4]["matched"] == "4"
 
 
+def test_what_cannot_be_compared_is_said_in_words(tables, tmp_path):
+    """Nothing prints "nan": tables without features, and images none of whose boxes match."""
+    images = [drawn(number)._replace(features=None, labels={}) for number in range(8)]
+    images[1] = images[1]._replace(boxes=np.array([[399, 299, 400, 300]], np.float32))
+    build_regions(images, tmp_path / "bare", Detector(model="one"))
+    command = ["compare", str(tables[0]), str(tmp_path / "bare"), "--images", "1"]
+    said = CliRunner().invoke(regions_app, command, catch_exceptions=False).output
+    assert "features of matching boxes: not compared: they have 16 and 0 numbers" in said
+    assert said.splitlines()[-1] == "  1: 0 of 6 and 1 boxes match"
+    build_regions(images[1:2], tmp_path / "apart", Detector(model="one"))
+    command = ["compare", str(tables[0]), str(tmp_path / "apart")]
+    apart = CliRunner().invoke(regions_app, command, catch_exceptions=False).output
+    assert "boxes: 6 and 1; 0 match with IoU of 0.5 or more\n" in apart
+    assert "nan" not in said + apart
+
+
 def test_classes_that_have_names_are_compared_by_name(tables, tmp_path):
     names = [f"class {number}" for number in range(50)]
     images = [drawn(number) for number in range(4)]
