@@ -79,6 +79,20 @@ def require_fitting(
         raise XdscaleError(f"{where}: holds no fitting weights for {some(wrong)} of {whose}")
 
 
+def require_floats(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuses whole numbers in the place of weights: quantised ones, which say nothing without their scales.
+
+    Raises:
+        XdscaleError: names some that are.
+    """
+    if whole := [name for name, value in state.items() if not value.is_floating_point()]:
+        kind = str(state[whole[0]].dtype).removeprefix("torch.")
+        raise XdscaleError(
+            f"{path}: {some(whole)}: {kind}, expected floating point; quantised weights say nothing without their "
+            "scales: take the checkpoint that they were made of"
+        )
+
+
 def require_numbers(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Refuses weights that are not finite, with which no step of a run would be.
 

@@ -192,11 +192,12 @@ def test_weights_of_another_encoder(folder):
 def test_weights_that_are_no_numbers(folder):
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith("encoder.layer.1.output.dense.weight"))
-    weights[name][0, 3] = torch.nan
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    message = r"model\.safetensors: encoder\.layer\.1\.output\.dense\.weight: not all values are finite"
-    with pytest.raises(XdscaleError, match=message):
-        load_language_encoder(language(folder), dropout=0.1)
+    spoilt = torch.full_like(weights[name], torch.nan), torch.ones_like(weights[name], dtype=torch.int8)
+    for value, message in zip(spoilt, ("not all values are finite", "int8, expected floating point; quantised")):
+        save_file(weights | {name: value}, folder / "model.safetensors", {"format": "pt"})
+        whole = rf"model\.safetensors: encoder\.layer\.1\.output\.dense\.weight: {message}"
+        with pytest.raises(XdscaleError, match=whole):
+            load_language_encoder(language(folder), dropout=0.1)
 
 
 def test_config_of_another_family(folder):
@@ -292,9 +293,14 @@ def test_clip_weights_that_do_not_fit(clip_file):
 def test_clip_weights_that_are_no_numbers(clip_file):
     clip, store = clip_file
     state = clip.state_dict()
-    state["text_projection"] = torch.full_like(state["text_projection"], torch.nan)
+    spoilt = state | {"text_projection": torch.full_like(state["text_projection"], torch.nan)}
     with pytest.raises(XdscaleError, match=r"clip\.safetensors: text_projection: not all values are finite"):
-        load_clip_text_tower(store(state))
+        load_clip_text_tower(store(spoilt))
+    with pytest.raises(XdscaleError, match=r"clip\.safetensors: logit_scale: not all values are finite"):
+        load_clip_text_tower(store(state | {"logit_scale": torch.tensor(torch.inf)}))
+    spoilt = state | {"text_projection": state["text_projection"].to(torch.int8)}
+    with pytest.raises(XdscaleError, match=r"clip\.safetensors: text_projection: int8, expected floating point; quant"):
+        load_clip_text_tower(store(spoilt))
 
 
 def test_torchscript_is_refused(clip_file, tmp_path):

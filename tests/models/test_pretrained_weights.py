@@ -236,6 +236,10 @@ def test_heads_that_do_not_fit_are_told(published, tmp_path):
         build_masked_lm(spoilt(**{"cls.predictions.transform.LayerNorm.bias": None}))
     with pytest.raises(XdscaleError, match=r"masked-LM head .* not of its config\.json: decoder_bias \[72\]"):
         build_masked_lm(spoilt(**{"cls.predictions.bias": torch.zeros(72)}))
+    with pytest.raises(XdscaleError, match=rf"^{tmp_path}: transform\.bias: int64, expected floating point"):
+        build_masked_lm(spoilt(**{"cls.predictions.transform.dense.bias": torch.zeros(16, dtype=torch.int64)}))
+    with pytest.raises(XdscaleError, match=rf"^{tmp_path}: decoder_bias: not all values are finite"):
+        build_masked_lm(spoilt(**{"cls.predictions.bias": torch.full((64,), torch.inf)}))
     # Some files have the bias under the decoder's name alone.
     bias = torch.arange(64.0)
     head = build_masked_lm(spoilt(**{"cls.predictions.bias": None, "cls.predictions.decoder.bias": bias})).mlm

@@ -16,7 +16,7 @@ from xdscale.names import PACKAGE_PREFIX, resolve_path
 from xdscale.recipe import SHIPPED
 from xdscale.recipe_values import describe_validation_error
 from xdscale.recipes.xdbert.schema import Clip
-from xdscale.weights import read_state_dict, require_numbers, some
+from xdscale.weights import read_state_dict, require_floats, require_numbers, some
 
 CLIP_CONTEXT = 77
 """Positions of one CLIP block; shards are cut for it."""
@@ -178,7 +178,9 @@ def _load_text_weights(encoder: CLIPTextEncoder, state: dict[str, torch.Tensor],
             f"{path}: not the weights of this CLIP text tower: missing {some(missing)}; unexpected "
             f"{some(unexpected)}; of another shape {some(reshaped)}"
         )
-    require_numbers(found, path)
+    numbers = found if scale is None else found | {"logit_scale": scale}
+    require_floats(numbers, path)
+    require_numbers(numbers, path)
     encoder.tower.load_state_dict(found)
     if scale is not None:
         with torch.no_grad():

@@ -25,6 +25,7 @@ from xdscale.weights import (
     part_of,
     read_state_dict,
     reason,
+    require_floats,
     require_numbers,
     some,
     weight_files,
@@ -127,7 +128,7 @@ def load_language_encoder(spec: Language, *, dropout: float) -> PreTrainedModel:
 
     Raises:
         XdscaleError: as `language_config`; or there are no weights, they differ from `spec.sha256`, they do not hold
-            the encoder, or hold NaN.
+            the encoder, or hold NaN or whole numbers.
     """
     config = language_config(spec)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
@@ -160,8 +161,18 @@ def load_language_encoder(spec: Language, *, dropout: float) -> PreTrainedModel:
             f"{weights}: not the weights of the encoder in {folder / 'config.json'}: "
             f"missing {some(missing)}; of another shape {some(mismatched)}"
         )
-    require_numbers(model.state_dict(), weights)
+    own, stored = model.state_dict(), {}
+    for path in files:  # transformers makes floats of whatever is there
+        for name, value in read_state_dict(path).items():
+            stored[_name_today(name.removeprefix(f"{model.base_model_prefix}."))] = value
+    require_floats({name: stored[name] for name in own if name in stored}, weights)
+    require_numbers(own, weights)
     return model
+
+
+def _name_today(name: str) -> str:
+    """Returns the name of a parameter today: BERT's first checkpoints call LayerNorm's gamma and beta."""
+    return name.replace(".gamma", ".weight").replace(".beta", ".bias")
 
 
 MASKED_LM_HEAD = "cls.predictions."
@@ -189,8 +200,8 @@ def masked_lm_head_state(spec: Language) -> dict[str, torch.Tensor] | None:
         that it is not the embedding, in fp32; None when the weights are random or hold no such head.
 
     Raises:
-        XdscaleError: the weights cannot be read, hold only a part of a head, or a decoder that is not the embedding
-            though the configuration says so.
+        XdscaleError: the weights cannot be read, hold only a part of a head or one that is no numbers, or a decoder
+            that is not the embedding though the configuration says so.
     """
     if spec.weights == "random":
         return None
@@ -198,8 +209,7 @@ def masked_lm_head_state(spec: Language) -> dict[str, torch.Tensor] | None:
     for path in files:
         for name, value in read_state_dict(path).items():
             if name.startswith(MASKED_LM_HEAD):
-                # BERT's first checkpoints call LayerNorm's parameters gamma and beta.
-                head[name.removeprefix(MASKED_LM_HEAD).replace(".gamma", ".weight").replace(".beta", ".bias")] = value
+                head[_name_today(name.removeprefix(MASKED_LM_HEAD))] = value
             elif name.endswith(_WORDS):
                 words = value
     if not head:
@@ -217,7 +227,7 @@ def masked_lm_head_state(spec: Language) -> dict[str, torch.Tensor] | None:
     missing = [MASKED_LM_HEAD + name for name in keys.values() if name not in head]
     if missing:
         raise XdscaleError(f"{files[0].parent}: the weights hold a masked-LM head without {some(missing)}")
-    return {ours: head[theirs].float() for ours, theirs in keys.items()}
+    return _as_floats({ours: head[theirs] for ours, theirs in keys.items()}, files[0].parent)
 
 
 def sentence_head_state(spec: Language) -> dict[str, torch.Tensor] | None:
@@ -226,12 +236,18 @@ def sentence_head_state(spec: Language) -> dict[str, torch.Tensor] | None:
     None where the weights are random or hold no such head.
 
     Raises:
-        XdscaleError: the weights cannot be read.
+        XdscaleError: the weights cannot be read, or are no numbers.
     """
     head: dict[str, torch.Tensor] = {}
     for path in language_weights(spec) or ():
         head |= part_of(read_state_dict(path), SENTENCE_HEAD)
-    return {name: value.float() for name, value in head.items()} if {*head} == {"weight", "bias"} else None
+    return _as_floats(head, _language_folder(spec.name)) if {*head} == {"weight", "bias"} else None
+
+
+def _as_floats(head: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    require_floats(head, folder)
+    require_numbers(head, folder)
+    return {name: value.float() for name, value in head.items()}
 
 
 def tokenizer_folder(spec: Language) -> Path | None:

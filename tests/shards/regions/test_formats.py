@@ -266,7 +266,7 @@ def test_images_whose_files_cannot_be_read_can_be_left_out(tmp_path):
 
 def test_images_of_one_file_are_refused(tmp_path):
     """Ids in two folders, or with two endings: the file of the one was stored for both."""
-    those = [one._replace(id=name) for one, name in zip(writers.images(4), ("a/1.v", "b/2.v", "b/1.v", "c/3"))]
+    those = [writers.image(number, 2, name) for number, name in enumerate(("a/1.v", "b/2.v", "b/1.v", "c/3"))]
     (path,) = writers.butd(tmp_path, those)
     (tmp_path / "images").mkdir()
     for name in ("1.v", "2.v", "3"):
