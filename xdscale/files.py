@@ -278,10 +278,10 @@ def shown(value: object) -> str:
         return f"a number too long to be shown ({type(value).__name__})"
 
 
-def csv_text(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Returns CSV with a line of names of columns."""
+def csv_text(head: Sequence[object], rows: Iterable[Sequence[object]], delimiter: str = ",") -> str:
+    """Returns CSV, or TSV, with a line of names of columns."""
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([head, *rows])
+    csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows([head, *rows])
     return file.getvalue()
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -235,3 +236,16 @@ def test_switches_and_numbers_are_labels_as_files_hold_them(describe):
     task, data = read(describe("text: text", "label: right", "labels: [false, true]", suffix=".jsonl", rows=rows))
     assert task.labels == ("false", "true")
     assert [example.label for example in data.train] == [1, 0, 1]
+
+
+def test_predictions_name_examples_as_the_file_does(describe):
+    """By the column of their ids if one is named; a text with a tab or a quote is quoted, as in any table."""
+    path = describe("text: text", "label: grade", "test: train.csv", "id: n", suffix=".csv")
+    rows = [row | {"n": name} for row, name in zip(ROWS, ("a", 'b\t"c"', "7"))]
+    write(path.parent / "train.csv", rows)
+    task = read_own_task(path).task()
+    examples = task.read(path.parent).test["mine.tsv"]
+    said = task.submission("mine.tsv", examples, np.array([0.0, 1, 1]))
+    assert said == 'n\tprediction\na\t2\n"b\t""c"""\t10\n7\t10\n'
+    unnamed = read_own_task(describe("text: text", "label: grade", "test: train.csv", suffix=".csv")).task()
+    assert unnamed.submission("mine.tsv", examples, np.array([0.0, 1, 1])) == "index\tprediction\n0\t2\n1\t10\n2\t10\n"

@@ -39,7 +39,9 @@ class OwnTask(Section):
     labels: tuple[str, ...] = Field((), description="what stands there, in the order of the classes; default: found")
     target: str | None = Field(None, description="column of a number to be predicted, instead of label")
     metrics: tuple[str, ...] = Field((), description="the first is the column's; default: accuracy, or rmse")
-    id: str | None = Field(None, description="column that names an example; default: its number, counted from 0")
+    id: str | None = Field(
+        None, description="column that names an example, in predictions too; default: its number, counted from 0"
+    )
 
     @field_validator("text", "choices", "labels", "metrics", mode="before")
     @classmethod
@@ -64,6 +66,7 @@ class OwnTask(Section):
             label=self.label or self.target,
             labels=self.labels,
             id=self.id,
+            predicts_by_id=self.id is not None,
             metrics=self.metrics,
             score=self.metrics[0],
         )

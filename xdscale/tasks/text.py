@@ -12,7 +12,7 @@ import numpy as np
 
 from xdscale.data.task_files import NO_LABEL, Example, place, read_rows
 from xdscale.errors import XdscaleError
-from xdscale.files import file_sha256
+from xdscale.files import csv_text, file_sha256
 from xdscale.tasks.contract import TaskData
 from xdscale.tasks.metrics import measure
 
@@ -65,6 +65,7 @@ class TextTask:
         labels: the words that may stand there, in the order of the classes; empty for regression.
         span: smallest and largest target of a regression.
         id: column that names an example, if it is there; else its number does, counted from 0.
+        predicts_by_id: whether predictions of an unlabelled split name examples so, too; else by their number.
         headerless: column names of labelled files that have no header line.
         torn_rows: whether a few rows without all columns are left out instead of refused.
         metrics: what is measured on a development split.
@@ -88,6 +89,7 @@ class TextTask:
     labels: tuple[str, ...] = ()
     span: tuple[float, float] = (-math.inf, math.inf)
     id: str | None = "index"
+    predicts_by_id: bool = False
     headerless: tuple[str, ...] = ()
     torn_rows: bool = False
     metrics: tuple[str, ...] = ("accuracy",)
@@ -250,10 +252,13 @@ class TextTask:
     def submission(self, name: str, examples: Sequence[Example], predictions: np.ndarray) -> str:
         """Returns lines as GLUE's server takes them: index, prediction in label words.
 
-        A .csv file is Kaggle's instead: id, target.
+        A .csv file is Kaggle's instead: id, target; and a task that `predicts_by_id` has its id in the index's place.
         """
         values = predictions.tolist()
         words = [f"{value:.6f}" if self.regression else self.labels[int(value)] for value in values]
+        if self.predicts_by_id:
+            named = ((example.id, word) for example, word in zip(examples, words))
+            return csv_text([self.id, "prediction"], named, "\t")
         if name.endswith(".csv"):
             rows = [f"{self.id},{self.label}", *(f"{example.id},{word}" for example, word in zip(examples, words))]
         else:
