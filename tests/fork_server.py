@@ -10,7 +10,7 @@ their command lines are as they are when it is started as a program.
 
 Two figures of speed take a second of each start, and no run here is about them: the rate of matrix products is measured
 for a moment only, and the FLOPs of a micro-batch are those of the first one, in proportion; of several runs of a model
-in one process, those of the first run.
+in one process, those of the first run. Ranks that are started here trace no micro-batch; those of commands do.
 """
 
 import contextlib
@@ -116,6 +116,9 @@ def lead(program, arguments, ranks, port, outputs, folder, packages, blocked):
     if program in COMMANDS:
         show([sys.executable, str(Path(sys.executable).with_name(program)), *arguments])
         work(COMMANDS[program], arguments)
+    from xdscale.training import tracing
+
+    tracing.trace = lambda module, arrays, objectives: tracing.Trace(1, 0, 0)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     left = set()
