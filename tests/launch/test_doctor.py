@@ -33,6 +33,21 @@ def start(rank, port, *arguments, cwd=ROOT, **variables):
     )
 
 
+@pytest.fixture
+def alone(launch_ranks, tmp_path):
+    """Runs one of two machines, forked ready-made, without the other."""
+
+    def alone(rank, port, *arguments):
+        ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+        (tmp_path / "machine.py").write_text(
+            f"import os, runpy\nos.environ |= {ranks}\n"
+            "runpy.run_module('xdscale.launch.probe', run_name='__main__', alter_sys=True)\n"
+        )
+        return launch_ranks(tmp_path / "machine.py", *arguments, timeout_seconds=60)
+
+    return alone
+
+
 def pair(free_port, first, second):
     """Runs both machines; each is (arguments, variables)."""
     port = free_port()
@@ -123,23 +138,21 @@ def test_every_planted_fault_is_named(free_port, recipe, wiki_shards, tmp_path):
     assert not (tmp_path / "here" / "runs").exists()
 
 
-def test_a_machine_that_does_not_answer_is_named(free_port):
+def test_a_machine_that_does_not_answer_is_named(alone, free_port):
     began = time.monotonic()
-    alone = start(0, free_port(), "--hosts", "a:1,b:1", "--timeout", 4)
-    stdout, stderr = alone.communicate(timeout=60)
-    assert alone.returncode == 2, stderr
+    done = alone(0, free_port(), "--hosts", "a:1,b:1", "--timeout", 4)
+    assert done.code == 2, done.stderr
     assert time.monotonic() - began < 40
-    assert "FAIL b, answer: rank 1 did not answer" in stdout
-    assert "a      ok" in stdout
+    assert "FAIL b, answer: rank 1 did not answer" in done.stdout
+    assert "a      ok" in done.stdout
 
 
-def test_a_machine_that_cannot_reach_the_first_says_so(free_port):
-    lost = start(1, free_port(), "--timeout", 3)
-    _, stderr = lost.communicate(timeout=60)
-    assert lost.returncode == 2
-    assert "cannot meet at 127.0.0.1:" in stderr
-    assert "firewall" in stderr
-    assert "Traceback" not in stderr
+def test_a_machine_that_cannot_reach_the_first_says_so(alone, free_port):
+    done = alone(1, free_port(), "--timeout", 3)
+    assert done.code == 2
+    assert "cannot meet at 127.0.0.1:" in done.stderr
+    assert "firewall" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_network_that_does_not_carry_is_named(free_port):
@@ -154,16 +167,15 @@ def test_a_network_that_does_not_carry_is_named(free_port):
     assert "absent0" in stdout
 
 
-def test_a_taken_port_is_named(free_port):
+def test_a_taken_port_is_named(alone):
     import socket
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        first = start(0, taken.getsockname()[1], "--timeout", 3)
-        _, stderr = first.communicate(timeout=60)
-    assert first.returncode == 2
-    assert "take another port with --master-port" in stderr
+        done = alone(0, taken.getsockname()[1], "--timeout", 3)
+    assert done.code == 2
+    assert "take another port with --master-port" in done.stderr
 
 
 def test_a_bad_recipe_is_one_message(tmp_path):
