@@ -82,6 +82,7 @@ def test_parameter_count(encoder):
     assert sum(p.numel() for p in encoder.parameters()) == 63_165_952 + 262_144 + 1
     assert encoder.tower.text_projection.numel() == 262_144
     assert [n for n, p in encoder.named_parameters() if not p.requires_grad] == ["logit_scale"]
+    assert 1 / encoder.logit_scale.exp().item() == pytest.approx(0.07)  # the temperature that CLIP began with
 
 
 def test_a_tower_that_pools_is_refused():
