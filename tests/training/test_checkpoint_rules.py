@@ -10,7 +10,7 @@ import torch
 
 from xdscale.errors import XdscaleError
 from xdscale.training import checkpoint as ckpt
-from xdscale.training import checkpoint_folder, engine, engine_state, integrity, resharding
+from xdscale.training import checkpoint_folder, consolidate, engine, engine_state, integrity, resharding
 from xdscale.training.engine import buffers_of
 from xdscale.training.engine_state import unordered_sum, weighted_sum
 
@@ -269,3 +269,36 @@ def test_what_no_optimizer_holds_is_put_together_in_the_order_of_ranks(monkeypat
     rows = [[float(number) for number in range(first, first + 11)] for first in (0, 11)]
     assert put == {module.sharded: rows, module.whole: [1.0] * 3}
     assert module.ids.tolist() == [4.0, 5.0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_that_the_optimizer_for_bf16_cut_are_put_together(tmp_path, ranks):
+    """Two groups, each flat and padded, in equal parts; what is tied shares its storage."""
+    shapes = [{"a": torch.Size((2, 3)), "b": torch.Size((1,))}, {"c": torch.Size((4,))}]
+    groups = [torch.tensor([*range(7), 77.0]), torch.arange(10.0, 14.0)]
+    saved = {"module": {}, "param_shapes": shapes, "shared_params": {"tied": "a", "elsewhere": "nothing"}}
+    torch.save(saved, tmp_path / "mp_rank_00_model_states.pt")
+    for rank in range(ranks):
+        parts = [group.chunk(ranks)[rank].clone() for group in groups]
+        state = {"optimizer_state_dict": {"single_partition_of_fp32_groups": parts}}
+        torch.save(state, tmp_path / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    found = consolidate._of_bf16_optimizer(tmp_path)
+    values = {name: value.tolist() for name, value in found.items()}
+    matrix = [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert values == {"a": matrix, "b": [6.0], "c": [10.0, 11.0, 12.0, 13.0], "tied": matrix}
+    assert found["tied"].data_ptr() == found["a"].data_ptr()
+    for rank in range(ranks):
+        state = {"optimizer_state_dict": {"zero_stage": 1}}
+        torch.save(state, tmp_path / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    assert consolidate._of_bf16_optimizer(tmp_path) is None  # another optimizer's, which DeepSpeed knows
+
+
+def test_weights_come_in_fp32_whatever_the_engine_had_and_ties_stay():
+    narrow, wide = torch.ones(3, dtype=torch.bfloat16), torch.ones(2)
+    state = {"a": narrow, "tied": narrow, "b": wide, "count": torch.tensor([3], dtype=torch.int16)}
+    found = consolidate._in_fp32(state)
+    assert {name: value.dtype for name, value in found.items()} == {
+        "a": torch.float32, "tied": torch.float32, "b": torch.float32, "count": torch.int16
+    }  # fmt: skip
+    assert found["tied"] is found["a"]
+    assert found["b"] is wide
