@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from xdscale.errors import XdscaleError
-from xdscale.extraction.contract import Choice, state_sha256
+from xdscale.extraction.contract import Choice, load_weights, state_sha256
 from xdscale.extraction.faster_rcnn import surviving_scores
 from xdscale.shards.regions import Detector
 from xdscale.weights import weights_sha256
@@ -276,3 +276,14 @@ def test_what_does_not_go_together_is_refused(extract, photographs, network, opt
 def test_weights_of_another_network_are_refused(extract, photographs, faster_rcnn):
     with pytest.raises(XdscaleError, match="not the weights of torchvision:resnet18: it lacks"):
         extract(photographs, "torchvision:resnet18", boxes="grid:2x2", weights=str(faster_rcnn[1]))
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    norm = torch.nn.BatchNorm1d(3)  # whose count of batches is a whole number
+    for value, message in ((torch.ones(3, dtype=torch.int8), "int8, expected floating point"),
+                           (torch.full((3,), torch.nan), "not all values are finite")):  # fmt: skip
+        torch.save(norm.state_dict() | {"bias": value}, tmp_path / "w.pt")
+        with pytest.raises(XdscaleError, match=rf"w\.pt: bias: {message}"):
+            load_weights(norm, str(tmp_path / "w.pt"), "norm")
+    torch.save(norm.state_dict(), tmp_path / "w.pt")
+    load_weights(norm, str(tmp_path / "w.pt"), "norm")

@@ -12,7 +12,7 @@ from xdscale.errors import XdscaleError
 from xdscale.files import one_line
 from xdscale.names import resolve_path
 from xdscale.shards.regions import Detector
-from xdscale.weights import read_state_dict, some, weights_sha256
+from xdscale.weights import read_state_dict, require_floats, require_numbers, some, weights_sha256
 
 PUBLISHED, RANDOM = "hub", "random"
 """Weights that the library of the network offers for download; or none, drawn from seed 0."""
@@ -81,7 +81,7 @@ def load_weights(module: nn.Module, weights: str, where: str) -> str:
         Their SHA-256: of the file, or of all tensors with their names where there is none.
 
     Raises:
-        XdscaleError: the file is missing, damaged, or of another architecture.
+        XdscaleError: the file is missing, damaged, of another architecture, or holds no numbers.
     """
     if weights in (PUBLISHED, RANDOM):
         return state_sha256(module)
@@ -96,6 +96,9 @@ def load_weights(module: nn.Module, weights: str, where: str) -> str:
             f"{path}: not the weights of {where}: it lacks, or has in other shapes, {some(wrong)}; it has besides "
             f"{some(unknown)}"
         )
+    taken = {name: state[name] for name, value in wanted.items() if value.is_floating_point()}
+    require_floats(taken, path)
+    require_numbers(taken, path)
     module.load_state_dict(state, strict=False)
     return weights_sha256([path])
 
