@@ -15,7 +15,7 @@ import sklearn.metrics
 from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
 from xdscale.finetune.command import Request, default_ds_config, describe_subject, make_job, run_command
 from xdscale.finetune.recipe import load_settings, resolve_run
-from xdscale.finetune.sweep import SweepRunner
+from xdscale.finetune.sweep import SweepRunner, keep_best, what_is_kept
 from xdscale.tasks.contract import find_task
 from xdscale.tasks.own import read_own_task
 
@@ -191,6 +191,7 @@ def test_a_stopped_sweep_continues_where_it_was(
     assert not (out / "cola" / "seed-0" / "result.json").exists()
     again = launch_ranks("xdscale", *arguments, timeout_seconds=200)
     assert again.code == 0, again.stderr
+    assert "results alone are kept, no weights, and a finished run cannot give them later" in again.stderr
     assert "continuing after step" in (out / "logs" / "cola-seed-0.log").read_text()
     unbroken = predictions(swept[0] / "pretrained" / "predictions-dev.jsonl")
     found = predictions(out / "cola" / "seed-0" / "predictions-dev.jsonl")
@@ -275,3 +276,34 @@ def test_a_folder_that_is_no_sweep_is_named_and_stays(small_tasks, cassette_mode
     with pytest.raises(XdscaleError, match=message):
         run_command(request(cassette_model, small_tasks, tmp_path / "out"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_a_tasks_seeds_the_best_models_weights_stay(tmp_path):
+    """Those that are kept anyway stay too, and where less is better less is best."""
+    for task, higher, stay in (("cola", True, [1, 4]), ("stsb", False, [0, 4])):
+        for seed, (value, kept) in enumerate(((0.2, "best"), (0.8, "best"), (0.5, "best"), (0.9, False), (0.1, True))):
+            folder = tmp_path / task / f"seed-{seed}"
+            (folder / "model").mkdir(parents=True)
+            found = {"format": 1, "task": task, "seed": seed, "split": "dev", "metrics": {}, "examples": 1, "data": {}}
+            found |= {"score": {"name": "x", "value": value, "higher_is_better": higher}, "settings": {}, "curve": []}
+            (folder / "result.json").write_text(json.dumps(found | {"kept_model": kept}))
+            if kept is False:
+                (folder / "model").rmdir()
+        (tmp_path / task / "seed-5" / "model").mkdir(parents=True)  # of a run that is under way
+        keep_best(tmp_path / task)
+        assert sorted(path.parent.name for path in (tmp_path / task).glob("*/model")) == [
+            f"seed-{seed}" for seed in (*stay, 5)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keep", "told"),
+    [
+        ("clip", False, "results alone are kept, no weights: what is finetuned as clip is not exported"),
+        ("vlbert", False, "no weights, and a finished run cannot give them later: run.keep_model=best keeps the model"),
+        ("language", "best", "each task's best seed's model is kept, in the folder model of its run (4 bytes for each"),
+        ("visualbert", True, "each task's models are kept, in the folder model of its run (4 bytes for each"),
+    ],
+)
+def test_what_is_left_of_a_sweep_is_said_before_it(kind, keep, told):
+    assert told in what_is_kept(kind, keep)

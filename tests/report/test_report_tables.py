@@ -254,3 +254,19 @@ def test_the_table_on_a_terminal(write_sweep):
     assert rows[place - 1][:2] == ("BERT-b (paper)", "66.43")
     styles = [row.style for row in terminal_table(report).rows]
     assert (styles[place - 1], styles[place], styles[-1]) == ("dim", "bold", "bold")
+
+
+def test_runs_that_patience_ended_are_named_with_their_best_step(report, write_sweep, tmp_path, capsys):
+    """The curves in these files end after step 240."""
+    sweep = write_sweep("BERT-b", {"rte": 0.66}, seeds=3, settings={"steps": 1000})
+    for seed, best, more in ((0, 120, []), (1, 900, [{"step": 1000, "loss": 0.1}])):
+        path = sweep / "rte" / f"seed-{seed}" / "result.json"
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps(stored | {"best_step": best, "curve": stored["curve"] + more}))
+    report([sweep], tmp_path / "out")
+    told = (
+        "BERT-b, RTE: training.patience ended 2 of 3 seeds; seed 0 ended after step 240 of 1,000, the best after 120; "
+        "seed 1 ended after step 1,000, the best after 900; seed 2 ended after step 240 of 1,000\n"
+    )
+    assert f"warning: {told}" in capsys.readouterr().err
+    assert f"- {told}" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

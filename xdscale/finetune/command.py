@@ -28,13 +28,12 @@ from xdscale.finetune.recipe import (
     load_settings,
     resolve_run,
 )
-from xdscale.finetune.sweep import SIGNALS, FinetuneJob, SweepRunner
+from xdscale.finetune.sweep import SIGNALS, FinetuneJob, SweepRunner, what_is_kept
 from xdscale.names import expand_home, resolve_path
 from xdscale.recipes.finetune.schema import ModelSettings
 from xdscale.report.sweep import FinetunedModel, SweepFile, read_result, read_sweep_file
 from xdscale.tasks.contract import (
     LARGE_FROM,
-    Subject,
     Task,
     TaskData,
     all_settings,
@@ -111,7 +110,11 @@ def run_command(request: Request) -> int:
         gpus = visible_gpus()
         console = Console(stderr=True)
         slots = _slots(request.jobs or max(1, len(gpus)), gpus)
-        sweep = SweepRunner(slots, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+
+        def say(text: str) -> None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        sweep = SweepRunner(slots, say)
         try:
             todo = [
                 (name, seed)
@@ -120,7 +123,10 @@ def run_command(request: Request) -> int:
                 if not _result(request.out, name, seed).is_file()
             ]
             sweep.start_workers(most=len(todo))
-            code = sweep.run(_plan(request, settings, sources, seeds, gpu=bool(gpus)))
+            jobs = _plan(request, settings, sources, seeds, gpu=bool(gpus))
+            if jobs:
+                say(what_is_kept(kind, settings.run.keep_model))
+            code = sweep.run(jobs)
         finally:
             sweep.end_workers()
     _print_table(request.out, sources, seeds)
@@ -222,7 +228,7 @@ def _plan(
     """Checks the model and the folder, writes `sweep.json`, and returns the runs that are still to be done."""
     tasks = [source.data.task for source in sources.values()]
     subject = describe_subject(
-        request.model, request.subject, settings.model, tasks, keep_model=settings.run.keep_model
+        request.model, request.subject, settings.model, tasks, keep_model=settings.run.keep_model is True
     )
     label = request.label or request.model.rstrip("/").rpartition("/")[2]
     summary = _summary(request.out, subject, label, seeds)
@@ -243,7 +249,7 @@ def _plan(
             result = _result(request.out, task, seed)
             if result.is_file():
                 _require_same_files(result, data, source)
-                if settings.run.keep_model:
+                if settings.run.keep_model is True:
                     _require_model(result)
             else:
                 jobs.append(make_job(recipe, name, ds_config, request.out / "logs" / f"{task}-seed-{seed}.log"))
@@ -280,7 +286,7 @@ def describe_subject(
 
     kind = subject or _kind(model)
     found = find_subject(kind)(model, settings)
-    if keep_model and type(found).export is Subject.export:
+    if keep_model and not found.exports():
         raise XdscaleError(f"run.keep_model = true: {model} as {kind} is not exported; leave it out")
     for task in tasks:
         found.require_readable(task)
@@ -375,13 +381,14 @@ def _slots(jobs: int, gpus: list[str]) -> list[dict[str, str]]:
 
 
 def _print_table(out: Path, sources: dict[str, TaskSource], seeds: dict[str, list[int]]) -> None:
-    table = Table("task", "metric", "median", "lowest", "highest", "seeds", caption=str(out))
+    table = Table("task", "metric", "median", "lowest", "highest", "seeds", "models kept", caption=str(out))
     for name, numbers in seeds.items():
         task = sources[name].data.task
         paths = [_result(out, name, seed) for seed in numbers]
         values = [read_result(path).score.value for path in paths if path.is_file()]
         if values:
             digits = [f"{value:.4f}" for value in (median(values), min(values), max(values))]
-            table.add_row(task.title, task.score, *digits, f"{len(values)} of {len(numbers)}")
+            models = ", ".join(f"{path.parent.name}/{MODEL}" for path in paths if path.with_name(MODEL).is_dir())
+            table.add_row(task.title, task.score, *digits, f"{len(values)} of {len(numbers)}", models or "none")
     if table.row_count:
         Console(markup=False).print(table)

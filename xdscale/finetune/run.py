@@ -26,7 +26,7 @@ from xdscale.systems.contract import Data, ExampleCollator, Objective, Place, Sy
 from xdscale.tasks.contract import Subject, TaskData, find_settings, find_subject, open_regions, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.metrics import METRICS
-from xdscale.training.best import final_step
+from xdscale.training.best import best_so_far, final_step
 from xdscale.training.checkpoint_folder import list_checkpoints, step_of
 from xdscale.training.run_folder import read_log
 from xdscale.training.session import Setup
@@ -62,6 +62,12 @@ class FinetuneSystem(System):
         recipe = self.recipe
         seed = recipe.training.seed if recipe.model.draws else None  # else all seeds share what is read
         return prepare(recipe.task, recipe.data, recipe.model, seed)
+
+    @property
+    def _keeps(self) -> bool | str:
+        """What `run.keep_model` says; False where nobody asked for a model of a kind that is not exported."""
+        keep = self.recipe.run.keep_model
+        return keep if keep is True or find_subject(self.recipe.model.subject).exports() else False
 
     def objectives(self) -> dict[str, Objective]:
         """Returns the task's loss, and what else the subject learns."""
@@ -126,7 +132,7 @@ class FinetuneSystem(System):
             predicted[split] = predict(setup, task, engine, split, slots, collate)
             if predicted[split] is None:
                 return EXIT_STOPPED
-        if recipe.run.keep_model:
+        if self._keeps:
             setup.watchdog.enter("saving", recipe.training.steps)
         if ranks.is_first:
             self._write(setup, predicted)
@@ -139,11 +145,12 @@ class FinetuneSystem(System):
             write_predictions(folder / f"predictions-{split}.jsonl", task, examples, predicted[split])
         for name, examples in material.data.test.items():
             write_submission(folder / "predictions" / name, task, examples, predicted[name])
-        if self.recipe.run.keep_model:
+        if self._keeps:
             shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a start that was killed
             step = final_step(folder, self.recipe) or step_of(list_checkpoints(setup.run.checkpoints)[-1])
             export_run(folder, folder / MODEL, step=step)  # of a step that is named no other rank is asked
-        result = _result(setup, material, predicted) | {"seconds": time.monotonic() - self._began}
+        result = _result(setup, material, predicted)
+        result |= {"kept_model": self._keeps, "seconds": time.monotonic() - self._began}
         write_atomically(folder / RESULT, json.dumps(result, indent=2) + "\n")
         shutil.rmtree(setup.run.checkpoints, ignore_errors=True)  # the result says it all, and a sweep has many
 
@@ -187,7 +194,8 @@ def _result(setup: Setup, material: Material, predicted: dict[str, Predicted]) -
     for split in (headline, *rest):
         measured = task.measure(predicted[split].values, material.data.dev[split])
         metrics |= measured if split == headline else {f"{name}_{split}": value for name, value in measured.items()}
-    curve = [entry for entry in read_log(setup.run.log) if entry["kind"] == "step"]
+    log = read_log(setup.run.log)
+    curve = [entry for entry in log if entry["kind"] == "step"]
     return {
         "format": FORMAT,
         "task": task.name,
@@ -203,6 +211,7 @@ def _result(setup: Setup, material: Material, predicted: dict[str, Predicted]) -
         "model": recipe.model.model_dump(include={"weights_sha256"} | recipe.model.of_model),
         "settings": _settings(recipe, setup.ds_config),
         "curve": [{"step": entry["step"], "loss": entry["loss/total"]} for entry in curve],
+        "best_step": best_so_far(recipe.training, log).step,
     }
 
 

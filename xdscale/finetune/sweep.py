@@ -1,5 +1,6 @@
 """Several tasks and seeds side by side over the devices: one worker process per slot, one queue for all."""
 
+import shutil
 import signal
 import threading
 import time
@@ -11,8 +12,10 @@ from types import FrameType
 from typing import Any
 
 from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
+from xdscale.finetune.recipe import MODEL, RESULT
 from xdscale.finetune.worker_process import LostWorkerError, WorkerProcess
 from xdscale.report.sweep import read_result
+from xdscale.tasks.contract import find_subject
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What stops a sweep."""
@@ -128,6 +131,7 @@ class SweepRunner:
             code = self._workers[slot].work(job.message, self._note)
             if code == 0 and not job.stops_early:
                 read_result(job.result)
+                keep_best(job.result.parent.parent)
         except LostWorkerError as lost:
             return str(lost), not lost.begun and self._is_stopping()
         except (OSError, XdscaleError) as error:
@@ -163,6 +167,40 @@ class SweepRunner:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopping.set()
+
+
+def keep_best(folder: Path) -> None:
+    """Takes away the models of a task's runs that keep theirs only if it is the best, but the best one.
+
+    Whoever else does so at the same time leaves the best one, too.
+    """
+    kept = {}
+    for path in sorted(folder.glob(f"seed-*/{MODEL}")):
+        result = path.with_name(RESULT)
+        if result.is_file() and (found := read_result(result)).kept_model == "best":
+            kept[path] = found.score.value * (1 if found.score.higher_is_better else -1)
+    for path in kept:
+        if path != max(kept, key=kept.get):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def what_is_kept(kind: str, keep: bool | str) -> str:
+    """Returns what a person should know, before hours of training, of what will be left of them.
+
+    Args:
+        kind: of subject.
+        keep: as `run.keep_model`.
+    """
+    if not find_subject(kind).exports():
+        return f"results alone are kept, no weights: what is finetuned as {kind} is not exported"
+    if not keep:
+        return (
+            "results alone are kept, no weights, and a finished run cannot give them later: run.keep_model=best keeps "
+            f"the model of each task's best seed, true those of all, in the folder {MODEL} of their runs (4 bytes for "
+            "each parameter)"
+        )
+    which = "best seed's model is" if keep == "best" else "models are"
+    return f"each task's {which} kept, in the folder {MODEL} of its run (4 bytes for each parameter)"
 
 
 def _describe_end(job: FinetuneJob) -> str:

@@ -242,10 +242,27 @@ def _remarks(sweeps: Sequence[Sweep], layout: Layout) -> list[str]:
             remarks.append(f"{label}: {', '.join(left_out)} left out, which {layout.title} does not have")
         counts: dict[str, list[str]] = {}
         for task, column in columns.items():
-            for count in _seed_counts(sweep, task, column.seeds):
+            for count in (*_seed_counts(sweep, task, column.seeds), *_endings(sweep, task)):
                 counts.setdefault(count, []).append(column.title)
         remarks += [f"{label}, {', '.join(titles)}: {count}" for count, titles in counts.items()]
     return remarks
+
+
+def _endings(sweep: Sweep, task: str) -> list[str]:
+    """Returns which runs ended before their last step, and of which step the predictions are, where that was chosen."""
+    told, early = [], 0
+    results = [run.result for run in sweep.tasks[task].runs] if task in sweep.tasks else []
+    for one in results:
+        done, steps = one.curve[-1].step if one.curve else 0, one.settings.get("steps")
+        ended = isinstance(steps, int) and 0 < done < steps
+        early += ended
+        if ended or one.best_step is not None:
+            of = f" of {steps:,}" if ended else ""
+            best = "" if one.best_step is None else f", the best after {one.best_step:,}"
+            told.append(f"seed {one.seed} ended after step {done:,}{of}{best}")
+    if early:
+        told.insert(0, f"training.patience ended {early} of {len(results)} seeds")
+    return ["; ".join(told)] if told else []
 
 
 def _seed_counts(sweep: Sweep, task: str, expected: int | None) -> list[str]:

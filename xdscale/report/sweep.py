@@ -73,7 +73,9 @@ class Point(_Stored):
 class Result(_Stored):
     """`result.json` of one run.
 
-    `title` is the head of its task's column; `model` what all seeds have of the model, beside the settings.
+    `title` is the head of its task's column; `model` what all seeds have of the model, beside the settings;
+    `kept_model` as `run.keep_model`, False where nothing was kept; `best_step` that whose weights predicted, where
+    validations decided.
     """
 
     format: Literal[1]
@@ -88,6 +90,8 @@ class Result(_Stored):
     model: dict[str, Any] = {}
     settings: dict[str, Any]
     curve: list[Point]
+    best_step: int | None = None
+    kept_model: bool | Literal["best"] = False
     seconds: float = 0.0
 
 
@@ -280,6 +284,7 @@ def _joint_run(answer: FinetunedRun, reason: FinetunedRun) -> FinetunedRun:
     }
     changed = {
         "task": JOINT, "title": "VCR Q→AR", "score": score, "metrics": {"accuracy": score.value}, "curve": [],
+        "best_step": None,
         "data": answer.result.data | reason.result.data, "settings": settings,
     }  # fmt: skip
     return FinetunedRun(answer.folder, answer.result.model_copy(update=changed), score, np.ones(len(right)), right)

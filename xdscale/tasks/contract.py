@@ -218,6 +218,11 @@ class Subject(ABC):
     def __init__(self, model: str, settings: ModelSettings, regions: RegionTable | None = None) -> None:
         self.model, self.settings, self.regions = model, settings, regions
 
+    @classmethod
+    def exports(cls) -> bool:
+        """Returns whether what is finetuned so can be exported."""
+        return cls.export is not Subject.export
+
     def require_readable(self, task: Task) -> None:
         """Checks that the model can read a task's input.
 
@@ -286,7 +291,7 @@ class Subject(ABC):
         Raises:
             XdscaleError: models of its kind are not exported.
         """
-        exported = (name for name in SUBJECTS if find_subject(name).export is not Subject.export)
+        exported = (name for name in SUBJECTS if find_subject(name).exports())
         raise XdscaleError(f"{self.model}: as it is finetuned here, it is not exported; {', '.join(exported)} are")
 
 
