@@ -61,6 +61,8 @@ def _field(where: str, path: Path, value: Any, text_field: str) -> str:
         message = f"{where}: {text_field!r} is {_NAMES[type(text)]}, expected a string"
         if isinstance(text, list):
             message += f"; join it first: jq -c '.{text_field} |= join(\"\\n\")' {path.name} > a.jsonl"
+        elif text is None:
+            message += f"; leave such objects out first: jq -c 'select(.{text_field} != null)' {path.name} > a.jsonl"
         raise XdscaleError(message)
     return text
 

@@ -44,7 +44,10 @@ def read_parquet(path: Path, text_field: str, bad: BadBytes) -> Iterator[tuple[s
                         column = column.dictionary_decode()
                     for text in column.cast(pyarrow.large_binary()).to_pylist():
                         if text is None:
-                            raise XdscaleError(f"{path}: row {row}: {text_field!r} is null, expected a string")
+                            raise XdscaleError(
+                                f"{path}: row {row}: {text_field!r} is null, expected a string (row 0 is the first); "
+                                "leave such rows out first, for example with pandas' dropna"
+                            )
                         yield bad.decoded(text, f"{path}: row {row}: {text_field!r}"), read
                         row += 1
     except (pyarrow.ArrowException, OSError) as error:

@@ -1,8 +1,10 @@
 """Pages are executed as their readers execute them."""
 
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,5 +26,27 @@ def run_page():
             assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
             outputs[command] = done.stdout
         return outputs
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def export_of_regions(cassette_model):
+    """Returns a function (folder, width of features): writes a new VisualBERT there, or VL-BERT, as if exported."""
+    from xdscale.pretrained import visualbert, vlbert
+    from xdscale.pretrained.language import load_language_encoder
+    from xdscale.recipes.mlm.schema import Language
+
+    def of(folder, width, *, vl_bert=False):
+        bert = load_language_encoder(Language(name=str(cassette_model)), dropout=0.1)
+        if vl_bert:
+            model, save = vlbert.from_bert(bert, appearance_size=width), vlbert.save_vlbert
+        else:
+            model = visualbert.from_bert(bert, region_size=width)
+            save = partial(visualbert.save_visualbert, alignment="mean")
+        folder.mkdir()
+        save(model.config, {f"model.{name}": value for name, value in model.state_dict().items()}, folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(cassette_model / name, folder)
 
     return of

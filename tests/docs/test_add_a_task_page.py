@@ -12,10 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from xdscale.shards.regions import Detector
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.tasks.metrics import METRICS
 from xdscale.tasks.own import OwnTask, read_own_task
 
@@ -36,12 +39,12 @@ def rows(count):
             "review": review, "verdict": ("negative", "positive")[number % 2], "stars": 1 + number % 5,
             "other": GOOD, "same_author": number % 2 == 1,
             "beginning": review, "ending_a": "I went home.", "ending_b": "Again.", "ending_c": "So be it.",
-            "right": "abc"[number % 3],
+            "right": "abc"[number % 3], "photo": number % 4,
         }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, cassette_model):
+def workplace(tmp_path_factory, cassette_model, export_of_regions):
     folder = tmp_path_factory.mktemp("add-a-task")
     for name, text in BLOCKS.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -49,6 +52,11 @@ def workplace(tmp_path_factory, cassette_model):
     (folder / "exports").mkdir()
     for name in ("bert-base", "xdbert-base"):
         (folder / "exports" / name).symlink_to(cassette_model)
+    boxes = np.array([[0, 0, 9, 9], [1, 2, 30, 40]], np.float32)
+    features = np.eye(4, dtype=np.float32)
+    photos = [RegionImage(str(number), (50, 50), boxes, features[[number, number]]) for number in range(4)]
+    build_regions(photos, folder / "data" / "photos", Detector(model="drawn"))
+    export_of_regions(folder / "exports" / "visualbert-coco", 4)
     for name, count in {"train": 48, "dev": 20}.items():
         with (folder / "reviews" / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(next(rows(1))))
@@ -94,6 +102,9 @@ def test_the_pages_commands_end_in_a_report_with_a_column_of_ones_own(workplace,
     assert len((run / "predictions-dev.jsonl").read_text().splitlines()) == 20
     result = json.loads((workplace / "finetuned" / "order" / "order" / "seed-0" / "result.json").read_text())
     assert (result["title"], result["examples"], result["data"]["dev.txt"]["rows"]) == ("Order", 16, 16)
+    shown = workplace / "finetuned" / "photo" / "photo" / "seed-0"
+    assert json.loads((shown / "result.json").read_text())["settings"]["image"] == ["photo"]
+    assert json.loads((shown / "model" / "config.json").read_text())["model_type"] == "visual_bert"
     names = {}
     monkeypatch.chdir(workplace)
     exec(compile(BLOCKS["classify.py"], "docs/add-a-task.md", "exec"), names)
@@ -109,9 +120,12 @@ def test_every_description_of_the_page_is_a_task(workplace):
         if name.endswith(".yaml") and "settings" not in name
     }
     data = {Path(name).stem: task.read(workplace / "reviews") for name, task in found.items()}
-    assert set(data) == {"reviews", "same", "ending", "stars"}
+    assert set(data) == {"reviews", "same", "ending", "stars", "photo"}
     shapes = {name: (one.task.sentences, one.task.choices, one.task.outputs) for name, one in data.items()}
-    assert shapes == {"reviews": (1, 0, 2), "same": (2, 0, 2), "ending": (2, 3, 1), "stars": (1, 0, 1)}
+    texts = {"reviews": (1, 0, 2), "same": (2, 0, 2), "ending": (2, 3, 1), "stars": (1, 0, 1)}
+    assert shapes == texts | {"photo": (1, 0, 2)}
+    assert {name: one.task.images for name, one in data.items()} == dict.fromkeys(texts, 0) | {"photo": 1}
+    assert all(example.images == (str(int(example.id) % 4),) for example in data["photo"].train)
     assert data["same"].task.labels == ("false", "true")
     assert [example.label for example in data["ending"].train[:3]] == [int(e.id) % 3 for e in data["ending"].train[:3]]
     assert data["stars"].train[3].label == 4

@@ -1,45 +1,30 @@
 """Every block of docs/python.md is executed, in its order and in one namespace, on small shards and a small export."""
 
 import re
-import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 import xdscale
 from xdscale.errors import XdscaleError
-from xdscale.pretrained import visualbert, vlbert
-from xdscale.pretrained.language import load_language_encoder
-from xdscale.recipes.mlm.schema import Language
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
-def export_of_regions(folder, save, model, bert):
-    """Writes a model that reads regions as exports are written, with the tokenizer of its BERT."""
-    folder.mkdir()
-    save(model.config, {f"model.{name}": value for name, value in model.state_dict().items()}, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(bert / name, folder)
-
-
-def test_the_blocks_run_in_order(short_shards, small_export, captioned_pictures, cassette_model, tmp_path, monkeypatch):
+def test_the_blocks_run_in_order(
+    short_shards, small_export, captioned_pictures, export_of_regions, tmp_path, monkeypatch
+):
     for name in ("data", "exports"):
         (tmp_path / name).mkdir()
     places = {"data/wikitext103": short_shards, "exports/xdbert-base": small_export, "data/coco": captioned_pictures}
     for name, target in places.items():
         (tmp_path / name).symlink_to(target)
-    bert = partial(load_language_encoder, Language(name=str(cassette_model)), dropout=0.0)
-    ours, width = visualbert.from_bert(bert(), region_size=12), {"appearance_size": 12, "masks_features": True}
-    save = partial(visualbert.save_visualbert, alignment="mean")
-    export_of_regions(tmp_path / "exports" / "visualbert-coco", save, ours, cassette_model)
-    vl_bert = vlbert.from_bert(bert(), **width)
-    export_of_regions(tmp_path / "exports" / "vlbert-base", vlbert.save_vlbert, vl_bert, cassette_model)
+    export_of_regions(tmp_path / "exports" / "visualbert-coco", 12)
+    export_of_regions(tmp_path / "exports" / "vlbert-base", 12, vl_bert=True)
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in BLOCKS:

@@ -179,6 +179,7 @@ def test_files_that_differ_are_replaced_only_when_told(tmp_path):
         (["--slurm", "--account", "a#b"], "--account 'a#b'"),
         (["--slurm", "--qos", 'a"b'], "--qos 'a\"b'"),
         (["--slurm", "--constraint", "a\nb"], "--constraint 'a\\nb'"),
+        (["--slurm", "--partition", "\udcff"], "is written in UTF-8, which '--partition=\\udcff' is not"),
         (["--slurm", "--nodes", "4"], "training.global_batch = 16 feeds at most 16 ranks, not 32"),
         (["--hosts", "a:16,b:1"], "use at most 16"),
         (["--hosts", "a:1,b:1", "--env", "A=x\ny"], "one line only"),

@@ -125,6 +125,7 @@ def write_and_read(tmp_path, name, content, **options):
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2: not valid JSON"),
         ("b.jsonl", b'{"text": "a"}\n[1]\n', r"b\.jsonl:2: expected an object with a field 'text', found a list"),
         ("c.jsonl", b'{"text": 3}\n', r"c\.jsonl:1: 'text' is a number, expected a string"),
+        ("c.jsonl", b'{"text": null}\n', r"c\.jsonl:1: 'text' is null, .* jq -c 'select\(\.text != null\)' c\.jsonl >"),
         ("d.jsonl", b'{"text": "\\ud800"}\n', r"d\.jsonl:1: 'text' holds half of a surrogate pair"),
         (
             "a.xml",

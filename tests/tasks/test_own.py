@@ -84,6 +84,17 @@ def test_all_formats_hold_the_same_examples(describe, suffix):
     assert [example.id for example in data.train] == ["0", "1", "2"]
 
 
+def test_images_are_named_in_columns_and_count_in_what_is_compared(describe):
+    for lines, images in ((["image: n"], ("a",)), (["image: [n, more]"], ("a", "A"))):
+        path = describe("text: text", "label: grade", *lines)
+        task, data = read(path)
+        assert (task.images, task.reads, data.train[0].images, data.train[0].texts) == (
+            len(images), "input", images, ((ROWS[0]["text"],),)
+        )  # fmt: skip
+        assert len(read_own_task(path).columns()["image"]) == len(images)
+    assert "image" not in read_own_task(describe("text: text", "label: grade")).columns()
+
+
 def test_choices_with_and_without_a_text_before_them(describe):
     task, data = read(describe("text: n", "choices: [text, more]", "label: choice", "labels: [0, 1]"))
     assert (task.choices, task.sentences, task.outputs, data.train[0].label) == (2, 2, 1, 1)
@@ -124,6 +135,9 @@ def test_a_tenth_is_held_out_where_dev_is_the_training_file(describe, tmp_path, 
         (["label: grade"], "names nothing to read; needs text"),
         (["text: [n, text, more]", "label: grade"], "text: 3 columns; expected one, or the two of a pair"),
         (["text: [n, text]", "choices: [more, score]", "label: choice"], "text: expected one column, since"),
+        (["text: n", "image: [text, more, score]", "label: grade"], "image: 3 columns; expected one, or the two of a"),
+        (["text: n", "image: photo", "label: grade"], "no column 'photo'"),
+        (["text: n", "image: n", "label: grade"], "'n' is named twice"),
         (["text: n", "choices: more", "label: choice"], "choices: one column; expected one for each of at least two"),
         (["text: n", "choices: [text, more]", "label: choice", "labels: [a, b, c]"], "labels: 3 of them, but 2"),
         (["text: text", "target: score", "labels: [a, b]"], "labels and choices go with label; target is a number"),

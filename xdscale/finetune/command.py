@@ -201,7 +201,8 @@ def _read_data(request: Request, settings: FinetuneSettings) -> dict[str, TaskSo
             f"--data {request.data}: nothing is read from there, since {', '.join(asked)} says where its files lie; "
             "leave --data out"
         )
-    if request.regions is not None and not any(task.images for task in tasks):
+    all_tasks = [*tasks, *(described.task() for described, _ in own.values())]
+    if request.regions is not None and not any(task.images for task in all_tasks):
         raise XdscaleError(f"--regions {request.regions}: {', '.join(asked)} has no images; leave --regions out")
     folder = HUB_DATA if request.data is None else resolve_path(request.data)
     if request.data is None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.files import check_output_folder, write_outputs
+from xdscale.files import check_output_folder, is_text, shown, write_outputs
 from xdscale.launch.environment import carried_environment, deepspeed_env_text, local_cache
 from xdscale.launch.hosts import Host, hostfile_text
 from xdscale.launch.job import TrainingJob
@@ -104,10 +104,14 @@ def write_files(files: Mapping[Path, str], *, force: bool) -> None:
     """Writes text files, all of them or none.
 
     Raises:
-        XdscaleError: a file exists with another content and `force` is not given, or one cannot be written.
+        XdscaleError: a file exists with another content and `force` is not given, or one cannot be written, as where an
+            argument is not UTF-8.
     """
     for path, text in files.items():
         check_output_folder(path.parent, "--out")
+        if not is_text(text):
+            wrong = next(word for word in text.split() if not is_text(word))
+            raise XdscaleError(f"{path}: is written in UTF-8, which {shown(wrong)} is not; give another value or name")
         if not force and path.is_file() and path.read_bytes() != text.encode():
             raise XdscaleError(f"{path}: exists and differs; --force replaces it, --out writes to another folder")
     write_outputs(files)

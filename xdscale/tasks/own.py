@@ -35,6 +35,7 @@ class OwnTask(Section):
     test: NameOrPath | None = Field(None, description="file of examples without labels, to be predicted")
     text: tuple[str, ...] = Field((), description="column of the text, or the two columns of a pair")
     choices: tuple[str, ...] = Field((), description="columns of which one is right, each read after the text, if any")
+    image: tuple[str, ...] = Field((), description="column of the image's id in --regions, or two columns of a pair")
     label: str | None = Field(None, description="column of the class, or of the right choice")
     labels: tuple[str, ...] = Field((), description="what stands there, in the order of the classes; default: found")
     target: str | None = Field(None, description="column of a number to be predicted, instead of label")
@@ -43,7 +44,7 @@ class OwnTask(Section):
         None, description="column that names an example, in predictions too; default: its number, counted from 0"
     )
 
-    @field_validator("text", "choices", "labels", "metrics", mode="before")
+    @field_validator("text", "choices", "image", "labels", "metrics", mode="before")
     @classmethod
     def _as_texts(cls, value: Any) -> Any:
         """Takes one name for a list of one, and labels that YAML reads as numbers or switches for what files hold."""
@@ -69,12 +70,13 @@ class OwnTask(Section):
             predicts_by_id=self.id is not None,
             metrics=self.metrics,
             score=self.metrics[0],
+            image_columns=self.image,
         )
 
     def columns(self) -> dict[str, Any]:
         """Returns what must be equal, besides the files, for two models' results to be comparable."""
         return self.model_dump(
-            mode="json", include={"text", "choices", "label", "labels", "target"}, exclude_defaults=True
+            mode="json", include={"text", "choices", "image", "label", "labels", "target"}, exclude_defaults=True
         )
 
 
@@ -112,7 +114,7 @@ def check_values(where: str, own: OwnTask) -> None:
         XdscaleError: begins with `where`.
     """
     fitting = [name for name, metric in METRICS.items() if metric.of == ("numbers" if own.target else "classes")]
-    columns = [*own.text, *own.choices, *filter(None, (own.label, own.target))]
+    columns = [*own.text, *own.choices, *own.image, *filter(None, (own.label, own.target))]
     twice = sorted({name for name in columns if columns.count(name) > 1} | {
         name for name in own.labels if own.labels.count(name) > 1
     })  # fmt: skip
@@ -133,6 +135,7 @@ def check_values(where: str, own: OwnTask) -> None:
         (not own.text and not own.choices, "names nothing to read; needs text (one column or two), choices, or both"),
         (len(own.text) > 2, f"text: {len(own.text)} columns; expected one, or the two of a pair"),
         (own.choices and len(own.text) > 1, "text: expected one column, since each of the choices is the second text"),
+        (len(own.image) > 2, f"image: {len(own.image)} columns; expected one, or the two of a pair"),
         (len(own.choices) == 1, "choices: one column; expected one for each of at least two choices"),
         (len(own.labels) == 1, f"labels: only {own.labels[:1]}; expected at least two"),
         (
@@ -153,7 +156,7 @@ def _check_file(path: Path, own: OwnTask, key: str, file: Path) -> None:
         raise XdscaleError(f"{path}: {key} = {file.name!r}: expected a name that ends with {', '.join(FORMATS)}")
     if not os.path.isfile(file):  # unlike Path.is_file also where a name is too long
         raise XdscaleError(f"{path}: {key} = {file}: no such file; names are relative to the folder of {path.name}")
-    wanted = [*own.text, *own.choices, *([own.label or own.target] if key != "test" else [])]
+    wanted = [*own.text, *own.choices, *own.image, *([own.label or own.target] if key != "test" else [])]
     next(read_rows(file, [*wanted, *([own.id] if own.id else [])], path.name), None)
 
 

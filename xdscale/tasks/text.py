@@ -71,9 +71,9 @@ class TextTask:
         metrics: what is measured on a development split.
         score: the metric that stands in the column.
         hub: the same data online; None where it is nowhere free to fetch.
+        image_columns: columns of the ids of an example's images.
     """
 
-    images: ClassVar[int] = 0
     reads: ClassVar[str] = "input"
 
     name: str
@@ -95,6 +95,12 @@ class TextTask:
     metrics: tuple[str, ...] = ("accuracy",)
     score: str = "accuracy"
     hub: Hub | None = None
+    image_columns: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> int:
+        """How many images belong to an example."""
+        return len(self.image_columns)
 
     @property
     def sentences(self) -> int:
@@ -200,7 +206,8 @@ class TextTask:
         Raises:
             XdscaleError: as `read`.
         """
-        columns = [*filter(None, (self.first, *self.seconds, self.prefix)), *([self.label] if labelled else [])]
+        columns = [*filter(None, (self.first, *self.seconds, self.prefix)), *self.image_columns]
+        columns += [self.label] if labelled else []
         rows = read_rows(
             path,
             columns,
@@ -212,7 +219,8 @@ class TextTask:
         examples = []
         for number, (line, row) in enumerate(rows):
             label = self._label(path, line, row[self.label]) if labelled else None
-            examples.append(Example(row.get(self.id, str(number)), self._texts(row), label, line))
+            images = tuple(row[name] for name in self.image_columns)
+            examples.append(Example(row.get(self.id, str(number)), self._texts(row), label, line, images))
         _require_some(path, "it", examples)
         return examples
 
