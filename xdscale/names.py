@@ -87,6 +87,9 @@ def own_or_shipped(
     if wanted in {entry.name.removesuffix(suffix) for entry in elsewhere}:
         raise XdscaleError(f"{name}: no such {what}; {use}")
     hint = nearest(wanted, sorted(names), f"those that ship are {', '.join(sorted(names))}")
+    if os.path.isdir(path):
+        inside = path / "recipe.yaml"
+        hint = f"it is a folder{f'; of a run give {inside}' if inside.is_file() and suffix == '.yaml' else ''}"
     raise XdscaleError(f"{name}: no such {what}, neither a file nor the name of one that ships; {hint}")
 
 

@@ -1,5 +1,6 @@
 """The values of YAML files with sections: read, replaced on the command line, validated; errors name the key."""
 
+import re
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ Values = TypeVar("Values", bound=BaseModel)
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What reading YAML raises: a number of thousands of digits is a ValueError, as bad UTF-8 is."""
+
+_KIND = re.compile(r"(constrained-)?(float|int|str|bool)|(dict|list|tuple)\[.*|\[key\]")
+"""What pydantic puts into the place of a value that may be of several kinds, and of a key itself: no keys of files."""
 
 
 def read_values(path: Path, overrides: Sequence[str], known: Iterable[str]) -> dict[str, Any]:
@@ -77,23 +81,24 @@ def describe_validation_error(
         overrides: `section.key=value` items that stood in the file's place.
     """
     typed = [override.partition("=")[0] + "." for override in overrides]
-    problems = []
+    problems: dict[str, str] = {}  # what is said of a value, by what a line begins with
     for item in error.errors():
-        location = [str(part) for part in item["loc"]]
+        location = [str(part) for part in item["loc"] if not _KIND.fullmatch(str(part))]
         key = ".".join(location)
         by_person = any(name.startswith(f"{key}.") or f"{key}.".startswith(name) for name in typed)
         where = "the command line" if by_person else source
         if item["type"] == "extra_forbidden":
             place = _place_of(model, location[-1])
             hint = f"did you mean {place!r}?" if place else unknown_key(location[-1], _known_keys(model, location[:-1]))
-            problems.append(f"{where}: unknown key {key!r}; {hint}")
+            problems[f"{where}: unknown key {key!r}"] = f"; {hint}"
         elif item["type"] == "missing":
-            problems.append(f"{where}: {key!r} is missing")
+            problems[f"{where}: {key!r} is missing"] = ""
         else:
             quotes = "; write a number that is meant as a text in quotes" if item["type"] == "string_type" else ""
-            said = item["msg"].removeprefix("Value error, ")
-            problems.append(f"{where}: {key} = {shown(item['input'])}: {said}{quotes}")
-    return "\n".join(problems)
+            said = item["msg"].removeprefix("Value error, ") + ", {NAME: VALUE}" * (item["type"] == "dict_type")
+            place = f"{where}: {key} = {shown(item['input'])}"
+            problems[place] = f"{problems[place]}, or: {said}" if place in problems else f": {said}{quotes}"
+    return "\n".join(place + said for place, said in problems.items())
 
 
 def is_overridden(overrides: Sequence[str], section: str, key: str) -> bool:

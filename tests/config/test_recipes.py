@@ -153,6 +153,14 @@ def test_a_name_that_no_file_can_have_is_no_recipe():
         load_recipe("a" * 5000)
 
 
+def test_a_folder_is_no_recipe_but_may_be_that_of_a_run(tmp_path):
+    with pytest.raises(XdscaleError, match="ships; it is a folder$"):
+        load_recipe(str(tmp_path))
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(XdscaleError, match=rf"ships; it is a folder; of a run give {tmp_path}/recipe\.yaml$"):
+        load_recipe(str(tmp_path))
+
+
 def test_a_recipe_of_finetuning_is_told_from_one_that_does_not_exist():
     with pytest.raises(XdscaleError, match="^vlbert-vqa: no such recipe; .* one of 'xdscale finetune --recipe'"):
         load_recipe("vlbert-vqa")

@@ -64,6 +64,12 @@ def test_epochs_become_steps(examples, steps, per_epoch, tmp_path):
         ("optim.learning_rate={base: {others: true}, large: {others: 1}}", r"optim.learning_rate.*others = True"),
         ("optim.learning_rate={base: {others: -1}, large: {others: 1}}", r"optim.learning_rate.*others = -1"),
         ("seeds={others: true}", "seeds.others = True"),
+        ("seeds=3", r"seeds = 3: Input should be a valid dictionary, \{NAME: VALUE\}$"),
+        ("optim.learning_rate=x", r"optim\.learning_rate = 'x': .* valid number, or: .* dictionary, \{NAME: VALUE\}$"),
+        (
+            "optim.learning_rate={bsae: {others: 1}}",
+            r".*\nthe command line: optim\.learning_rate\.bsae = 'bsae': .*'base'",
+        ),
         ("seeds={others: 1000000000}", "seeds.others = 1000000000"),
         *((f"training.epochs={epochs}", "training.epochs = ") for epochs in (".inf", "1e300", "1e12")),
         ("training.global_batch=99999999999", "training.global_batch = 99999999999"),
