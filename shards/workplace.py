@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 LOCK_NAME = "lock"
 
 _PLANS = "plan*.json"
-_ELSEWHERE = "choose another folder, or replace it with --overwrite"
+_ELSEWHERE = "choose another folder, or build beside it with --overwrite, which leaves foreign files as they are"
 _REPLACE = "choose another folder, or replace this table alone with --overwrite"
 
 

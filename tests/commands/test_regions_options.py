@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from xdscale.commands.regions import regions_app
+from xdscale.errors import XdscaleError
 from xdscale.extraction.extract import ExtractOptions
 
 
@@ -46,6 +47,15 @@ def test_every_option_of_an_import_is_passed_on(asked):
     assert options == same | dict(renamed.values())
     assert (how.columns, how.ids, how.jpegs, how.bad_images) == (("id", "-", "boxes"), "number", Path("/j"), "skip")
     assert how.sizes.of("any", "here") == (640, 480)
+
+
+@pytest.mark.parametrize("option", ["--sizes", "--columns"])
+def test_an_empty_value_is_not_the_default(tmp_path, option):
+    """As of a variable that is not set."""
+    (tmp_path / "a.tsv").write_text("1\t9\t9\t0\t\t\n")
+    words = ["import", str(tmp_path / "a.tsv"), "--format", "butd", "--detector", "butd", "--out", str(tmp_path / "o")]
+    with pytest.raises(XdscaleError, match="an empty name is given|--columns: no column ''"):
+        CliRunner().invoke(regions_app, [*words, option, ""], catch_exceptions=False)
 
 
 def test_every_option_of_an_extraction_is_passed_on(asked):

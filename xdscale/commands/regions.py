@@ -80,8 +80,8 @@ def import_command(
     from xdscale.shards.workplace import Part
 
     reading = Reading(
-        columns=tuple(columns.split(",")) if columns else (),
-        sizes=load_sizes(sizes) if sizes else None,
+        columns=() if columns is None else tuple(columns.split(",")),
+        sizes=None if sizes is None else load_sizes(sizes),
         ids=ids,
         jpegs=jpegs,
         bad_images=bad_images,

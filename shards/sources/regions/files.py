@@ -20,6 +20,7 @@ import numpy as np
 
 from xdscale.errors import XdscaleError
 from xdscale.files import file_sha256, is_text, read_json, shown
+from xdscale.names import expand_home
 from xdscale.shards.manifest import InputFile
 from xdscale.shards.sources.regions.checks import check_jpeg
 from xdscale.shards.sources.regions.source import RegionImage
@@ -149,7 +150,7 @@ def load_sizes(name: str) -> ImageSizes:
     """
     if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", name):
         return ImageSizes(name, {}, (int(match[1]), int(match[2])))
-    path = Path(name)
+    path = Path(expand_home(name))
     if not is_text(path.name):
         raise XdscaleError(f"--sizes {name}: its name is not UTF-8 text; rename the file")
     values = read_json(path)
