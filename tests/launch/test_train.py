@@ -169,6 +169,10 @@ def test_missing_shards_are_said_at_once_with_what_to_do(monkeypatch, tmp_path):
     message = f"data.shards = data/quickstart: no such file or folder in {tmp_path}; make it with 'xdscale shards build"
     with pytest.raises(XdscaleError, match=re.escape(message)):
         train.train_here("quickstart", [], None, None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(load_recipe("quickstart", ["optim.eps=0.5"]).to_yaml())
+    with pytest.raises(XdscaleError, match=r"holds a run of a different recipe \(optim\.eps"):
+        train.train_here("quickstart", ["output.folder=run", f"data.shards={tmp_path}"], None, None)
 
 
 @pytest.mark.parametrize("log", ["", '{"step": 3, "kind": "st', '{"step": 3, "kind": "step"}\n{"step": 3, "ki'])

@@ -289,9 +289,9 @@ def describe_subject(
     found = find_subject(kind)(model, settings)
     if keep_model and not found.exports():
         raise XdscaleError(f"run.keep_model = true: {model} as {kind} is not exported; leave it out")
+    facts = found.describe()  # first: what is not there would else be told to read no images
     for task in tasks:
         found.require_readable(task)
-    facts = found.describe()
     known = facts.weights is not None and settings.weights == "pretrained"
     return {
         "name": model,

@@ -23,7 +23,7 @@ from xdscale.launch.job import check_job, shipped_ds_config
 from xdscale.launch.start import program
 from xdscale.names import is_url, shards_folder
 from xdscale.recipe import Recipe, load_recipe
-from xdscale.training.run_folder import read_log
+from xdscale.training.run_folder import RunFolder, read_log
 
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # On lines of its own: the ranks' progress bar, of up to two lines, is drawn over what stands there.
@@ -54,7 +54,8 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
         Exit code of the ranks: 0 done, 2 bad input, 70 a rank died, hung or failed, 75 stopped with a checkpoint saved.
 
     Raises:
-        XdscaleError: as `check_job`; there are no shards, or fewer GPUs than ranks, or the launcher cannot address one.
+        XdscaleError: as `check_job` and `RunFolder.check`; there are no shards, or fewer GPUs than ranks, or the
+            launcher cannot address one.
     """
     gpus = visible_gpus()
     if ranks and gpus and ranks > len(gpus):
@@ -66,15 +67,16 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
     world_size = len(chosen) or ranks or 1
     known = _known_to_the_driver() if gpus else []
     job = check_job(name, overrides, ds_config or _default(load_recipe(name, overrides), gpus, known), world_size)
-    shards = getattr(job.recipe.data, "shards", None)
+    shards, folder = getattr(job.recipe.data, "shards", None), Path(job.recipe.output.folder)
+    RunFolder(folder).check(job.recipe)  # the launcher and its ranks take most of a minute to find out
     if shards is not None and not is_url(shards):
-        shards_folder(shards)  # the launcher and its ranks take most of a minute to find out
+        shards_folder(shards)
     options, settings = _devices(chosen, world_size, known)
     # Less than -q: after bad input the launcher's own word would stand beside the one message that names it.
     command = [program("deepspeed"), "--log_level", "critical", *options]
     command += ["--master_port", str(_free_port()), "--module", "xdscale.train", *job.arguments]
     print(shlex.join([*(f"{key}={value}" for key, value in settings.items()), *command]), file=sys.stderr, flush=True)
-    log = Path(job.recipe.output.folder, "log.jsonl")
+    log = folder / "log.jsonl"
     written = _written(log)
     code = run_launcher(command, settings)
     entries = read_log(log)  # none in a log that was moved away, half of a last line on a full disk
