@@ -1,7 +1,10 @@
 """DeepSpeed configurations: DeepSpeed ignores its own misspelt keys, xdscale does not."""
 
+import inspect
 import json
+import logging
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from xdscale.ds_config import (
 )
 from xdscale.errors import XdscaleError
 from xdscale.recipe import Optim, load_recipe
+from xdscale.training.environment import _is_of_use
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -204,6 +208,10 @@ def test_what_deepspeed_prints_of_memory_is_not_said(monkeypatch, capsys):
     monkeypatch.setattr("deepspeed.initialize", lambda **_: [see_memory_usage("begin bf16_optimizer", force=True)])
     build_engine(torch.nn.Linear(1, 1), Optim(), {}, load_universal=False)
     assert capsys.readouterr().out == ""
+    base = inspect.getsource(sys.modules["deepspeed.runtime.base_optimizer"])
+    said = re.search(r'logger\.warning\("(MPU is not provided.*)"\)', base)[1]
+    lines = [logging.makeLogRecord({"msg": text}) for text in (said, "a parameter was not found")]
+    assert [_is_of_use(line) for line in lines] == [False, True]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

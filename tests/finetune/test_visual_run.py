@@ -274,6 +274,7 @@ def test_damaged_regions_are_named_before_the_first_step(
     [
         ({"regions": None}, "--task vqa reads images: --regions DATASET names the dataset with their regions"),
         ({"regions": "s3://bucket/regions"}, "s3://bucket/regions: a task's regions are read from a folder; copy the"),
+        ({"model": "/nowhere"}, "^/nowhere: no such file or folder$"),
         ({"subject": "language"}, "reads no images|supported are 'bert', 'electra'"),
         ({"subject": "visual-bert"}, "no such subject; did you mean 'visualbert'"),
         ({"tasks": ["all"], "regions": None}, r"has no RTE/train\.tsv"),

@@ -1,5 +1,6 @@
 """What a rank's process is given before torch comes in: threads, quiet libraries, a precision that its GPU has."""
 
+import logging
 import os
 import warnings
 from typing import Any
@@ -30,6 +31,12 @@ def calm_environment() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Returns whether a user can do anything about a line of DeepSpeed's: tensor parallelism is not there at all."""
+    return not record.getMessage().startswith("MPU is not provided")
 
 
 def threads_per_rank() -> int:
