@@ -164,7 +164,7 @@ def test_replay_finds_the_sample_and_the_module(folder, poisoned, kind, monkeypa
     assert sorted(sample.sample_id for sample in samples) == sorted(entry["sample_ids"])
     out = capsys.readouterr().out
     assert f"1 not finite: sample {poisoned[kind]}" in out
-    assert "weights of the start, 1 steps too early" in out if kind == "loss" else "weights after step 3," in out
+    assert "weights of the start, 1 step too early" in out if kind == "loss" else "weights after step 3," in out
 
 
 def test_too_many_in_a_row_stop_the_run_and_fp16_overflows_do_not_count(

@@ -141,10 +141,14 @@ def _load_weights(module: nn.Module, checkpoint: Path | None, step: int) -> str:
     from xdscale.training.checkpoint_folder import step_of
 
     if checkpoint is None:
-        return "weights of the start" + (f", {step - 1} steps too early" if step > 1 else "")
+        return "weights of the start" + _too_early(step - 1)
     module.load_state_dict(consolidated_state(checkpoint))
     between = step - 1 - step_of(checkpoint)
-    return f"weights after step {step_of(checkpoint)}" + (f", {between} steps too early" if between else "")
+    return f"weights after step {step_of(checkpoint)}" + _too_early(between)
+
+
+def _too_early(steps: int) -> str:
+    return f", {steps} step{'s' * (steps > 1)} too early" if steps else ""
 
 
 def _replay_sample(
