@@ -158,7 +158,7 @@ def test_folders_of_shards_alone_are_looked_for(started, gpus, monkeypatch, tmp_
     gpus([])
     found = []
     monkeypatch.setattr(train, "shards_folder", found.append)
-    train.train_here(recipe, [f"output.folder={tmp_path}", *overrides], "bert-base-zero2", None)
+    train.train_here(recipe, [f"output.folder={tmp_path / 'run'}", *overrides], "bert-base-zero2", None)
     assert found == looked_for
     assert len(started) == 1
 
