@@ -36,6 +36,8 @@ FINETUNE = {
     "ds_config": "c",
     "jobs": 3,
 }
+SHAPE = {"sequence_length": None, "precision": None, "checkpointing": False}
+"""Of a plan with counts of GPUs, where nothing is typed."""
 CASES = {
     "train r a=1 b=2 --deepspeed-config c --ranks 3": [("launch.train.train_here", ("r", ["a=1", "b=2"], "c", 3), {})],
     " ".join(["plan r a=1", *GPU, "--sequence-length 64 --precision fp16 --checkpointing --json --write-configs w"]): [
@@ -48,7 +50,7 @@ CASES = {
             ("A100-80G", 8, None, None, 0.4, None),
             NO_PEAKS,
         ),
-        ("plan.report.run_scaling", ("r", ["a=1"], None), {"as_json": True, "chart": Path("c.svg")}),
+        ("plan.report.run_scaling", ("r", ["a=1"], None), SHAPE | {"as_json": True, "chart": Path("c.svg")}),
     ],
     "plan r --chart c.svg": [
         (
@@ -56,7 +58,7 @@ CASES = {
             ("A100-80G", 8, None, None, 0.4, None),
             NO_PEAKS,
         ),
-        ("plan.report.run_scaling", ("r", [], None), {"as_json": False, "chart": Path("c.svg")}),
+        ("plan.report.run_scaling", ("r", [], None), SHAPE | {"as_json": False, "chart": Path("c.svg")}),
     ],
     "export r o --step 7": [("export.export_run", (Path("r"), Path("o")), {"step": 7})],
     "finetune a=1 b=2 --model m --task rte --task mrpc --out o --data d --seeds 2 --regions r --subject vlbert "
