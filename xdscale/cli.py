@@ -172,7 +172,9 @@ def plan(
         return
     for option, value in (("--nodes", nodes), ("--write-configs", write_configs)):
         if value is not None:
-            raise XdscaleError(f"{option} {value}: goes with one number of GPUs, not with --scaling; leave one out")
+            raise XdscaleError(
+                f"{option} {value}: goes with one number of GPUs, not with --scaling or --chart; leave one out"
+            )
     run_scaling(recipe, overrides or [], machine, **model, as_json=as_json, chart=chart)
 
 

@@ -83,7 +83,10 @@ def describe_validation_error(
     typed = [override.partition("=")[0] + "." for override in overrides]
     problems: dict[str, str] = {}  # what is said of a value, by what a line begins with
     for item in error.errors():
-        location = [str(part) for part in item["loc"] if not _KIND.fullmatch(str(part))]
+        *outer, last = map(str, item["loc"] or ("",))
+        location = [part for part in outer if not _KIND.fullmatch(part)]
+        if item["type"] == "extra_forbidden" or not _KIND.fullmatch(last):  # a person's key may be called as a kind is
+            location.append(last)
         key = ".".join(location)
         by_person = any(name.startswith(f"{key}.") or f"{key}.".startswith(name) for name in typed)
         where = "the command line" if by_person else source

@@ -14,6 +14,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _no_waiting_for_the_disk() -> None:
     """What is measured waits for it, as with users."""

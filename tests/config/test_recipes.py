@@ -203,6 +203,8 @@ def test_what_was_typed_wrongly_is_not_blamed_on_the_file(write):
     for typed, problem in (
         ("trainig.steps=3", "unknown key 'trainig'; did you mean 'training'"),
         ("training.step=3", "unknown key 'training.step'; did you mean 'steps'"),
+        ("int=3", "unknown key 'int'"),
+        ("training.float=1", "unknown key 'training.float'"),
         ("training.steps=many", "training.steps = 'many'"),
         ("training={}", "'training.steps' is missing"),
     ):

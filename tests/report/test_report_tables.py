@@ -258,7 +258,7 @@ def test_the_table_on_a_terminal(write_sweep):
 
 def test_runs_that_patience_ended_are_named_with_their_best_step(report, write_sweep, tmp_path, capsys):
     """The curves in these files end after step 240."""
-    sweep = write_sweep("BERT-b", {"rte": 0.66}, seeds=3, settings={"steps": 1000})
+    sweep = write_sweep("BERT-b", {"rte": 0.66}, seeds=3, settings={"steps": 1000, "patience": 3})
     for seed, best, more in ((0, 120, []), (1, 900, [{"step": 1000, "loss": 0.1}])):
         path = sweep / "rte" / f"seed-{seed}" / "result.json"
         stored = json.loads(path.read_text())
@@ -270,3 +270,5 @@ def test_runs_that_patience_ended_are_named_with_their_best_step(report, write_s
     )
     assert f"warning: {told}" in capsys.readouterr().err
     assert f"- {told}" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    report([write_sweep("BERT-c", {"rte": 0.66}, seeds=3, settings={"steps": 1000})], tmp_path / "other")
+    assert "ended" not in capsys.readouterr().err  # a last step that was skipped is in no curve

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -253,7 +254,7 @@ def test_switches_and_numbers_are_labels_as_files_hold_them(describe):
 
 
 def test_predictions_name_examples_as_the_file_does(describe):
-    """By the column of their ids if one is named; a text with a tab or a quote is quoted, as in any table."""
+    """By the column of their ids if one is named; one with a tab is quoted, else quotes are text as in files read."""
     path = describe("text: text", "label: grade", "test: train.csv", "id: n", suffix=".csv")
     rows = [row | {"n": name} for row, name in zip(ROWS, ("a", 'b\t"c"', "7"))]
     write(path.parent / "train.csv", rows)
@@ -261,5 +262,7 @@ def test_predictions_name_examples_as_the_file_does(describe):
     examples = task.read(path.parent).test["mine.tsv"]
     said = task.submission("mine.tsv", examples, np.array([0.0, 1, 1]))
     assert said == 'n\tprediction\na\t2\n"b\t""c"""\t10\n7\t10\n'
+    said = task.submission("mine.tsv", [replace(examples[0], id='5" disk')], np.array([0.0]))
+    assert said == 'n\tprediction\n5" disk\t2\n'
     unnamed = read_own_task(describe("text: text", "label: grade", "test: train.csv", suffix=".csv")).task()
     assert unnamed.submission("mine.tsv", examples, np.array([0.0, 1, 1])) == "index\tprediction\n0\t2\n1\t10\n2\t10\n"

@@ -168,6 +168,9 @@ def test_what_does_not_fit_is_refused(table, model, cassette_model, expressions,
         describe_subject(str(model), None, settings(weights=str(tmp_path / "nowhere.pth")), [TASK])
     with pytest.raises(XdscaleError, match="keep_model = true: .* as clip is not exported"):
         describe_subject("ViT-B-32", "clip", LanguageSettings(), keep_model=True)
+    derived = type("Derived", (find_subject("language"),), {})  # a folder would say nothing of what it does otherwise
+    assert not derived.exports()
+    assert type("Own", (derived,), {"export": lambda *_: "own"}).exports()
     with pytest.raises(XdscaleError, match="as it is finetuned here, it is not exported; language, visualbert, vlbert"):
         find_subject("clip")("ViT-B-32", LanguageSettings()).export(TASK, {}, tmp_path)
     for name, value in (("loss", "softmax"), ("swap_words", False)):

@@ -28,7 +28,7 @@ from xdscale.finetune.recipe import (
     load_settings,
     resolve_run,
 )
-from xdscale.finetune.sweep import SIGNALS, FinetuneJob, SweepRunner, what_is_kept
+from xdscale.finetune.sweep import SIGNALS, FinetuneJob, SweepRunner, keep_best, what_is_kept
 from xdscale.names import expand_home, resolve_path
 from xdscale.recipes.finetune.schema import ModelSettings
 from xdscale.report.sweep import FinetunedModel, SweepFile, read_result, read_sweep_file
@@ -129,6 +129,8 @@ def run_command(request: Request) -> int:
             code = sweep.run(jobs)
         finally:
             sweep.end_workers()
+    for name in sources:
+        keep_best(request.out / name)  # also where the one before was killed behind its last run
     _print_table(request.out, sources, seeds)
     return code
 

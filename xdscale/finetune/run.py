@@ -26,7 +26,7 @@ from xdscale.systems.contract import Data, ExampleCollator, Objective, Place, Sy
 from xdscale.tasks.contract import Subject, TaskData, find_settings, find_subject, open_regions, read_task
 from xdscale.tasks.finetuning import Finetuning
 from xdscale.tasks.metrics import METRICS
-from xdscale.training.best import best_so_far, final_step
+from xdscale.training.best import final_step
 from xdscale.training.checkpoint_folder import list_checkpoints, step_of
 from xdscale.training.run_folder import read_log
 from xdscale.training.session import Setup
@@ -211,7 +211,7 @@ def _result(setup: Setup, material: Material, predicted: dict[str, Predicted]) -
         "model": recipe.model.model_dump(include={"weights_sha256"} | recipe.model.of_model),
         "settings": _settings(recipe, setup.ds_config),
         "curve": [{"step": entry["step"], "loss": entry["loss/total"]} for entry in curve],
-        "best_step": best_so_far(recipe.training, log).step,
+        "best_step": final_step(setup.run.folder, recipe),
     }
 
 

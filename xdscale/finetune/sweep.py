@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -131,7 +132,8 @@ class SweepRunner:
             code = self._workers[slot].work(job.message, self._note)
             if code == 0 and not job.stops_early:
                 read_result(job.result)
-                keep_best(job.result.parent.parent)
+                with suppress(XdscaleError):  # of another run's result, of which the end of the sweep tells
+                    keep_best(job.result.parent.parent)
         except LostWorkerError as lost:
             return str(lost), not lost.begun and self._is_stopping()
         except (OSError, XdscaleError) as error:

@@ -254,7 +254,7 @@ def _endings(sweep: Sweep, task: str) -> list[str]:
     results = [run.result for run in sweep.tasks[task].runs] if task in sweep.tasks else []
     for one in results:
         done, steps = one.curve[-1].step if one.curve else 0, one.settings.get("steps")
-        ended = isinstance(steps, int) and 0 < done < steps
+        ended = "patience" in one.settings and isinstance(steps, int) and 0 < done < steps
         early += ended
         if ended or one.best_step is not None:
             of = f" of {steps:,}" if ended else ""

@@ -113,7 +113,7 @@ def save_language_classifier(
     config.num_labels = task.outputs
     if not task.choices:
         config.problem_type = "regression" if task.outputs == 1 else "single_label_classification"
-        if labels := getattr(task, "labels", ()):
+        if len(labels := getattr(task, "labels", ())) == task.outputs:
             config.id2label, config.label2id = dict(enumerate(labels)), {name: n for n, name in enumerate(labels)}
     model = _CLASSES[config.model_type, task.choices > 0](config)
     model.load_state_dict(state)

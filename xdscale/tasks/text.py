@@ -265,9 +265,11 @@ class TextTask:
         values = predictions.tolist()
         words = [f"{value:.6f}" if self.regression else self.labels[int(value)] for value in values]
         if self.predicts_by_id:
-            named = ((example.id, word) for example, word in zip(examples, words))
-            return csv_text([self.id, "prediction"], named, "\t")
-        if name.endswith(".csv"):
+            named = [(example.id, word) for example, word in zip(examples, words)]
+            if any(mark in cell for pair in named for cell in pair for mark in "\t\r\n"):
+                return csv_text([self.id, "prediction"], named, "\t")
+            rows = [f"{self.id}\tprediction", *map("\t".join, named)]  # as in files that are read, quotes are text
+        elif name.endswith(".csv"):
             rows = [f"{self.id},{self.label}", *(f"{example.id},{word}" for example, word in zip(examples, words))]
         else:
             rows = ["index\tprediction", *(f"{index}\t{word}" for index, word in enumerate(words))]

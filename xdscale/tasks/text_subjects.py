@@ -48,6 +48,11 @@ class LanguageSubject(Subject):
             self._spec(sha256 if pretrained else None), task, dropout=self.settings.dropout
         )
 
+    @classmethod
+    def exports(cls) -> bool:
+        """Returns whether this is it, or has its own way: a folder says nothing of what a derived one computes."""
+        return cls is LanguageSubject or "export" in vars(cls)
+
     def export(self, task: Task, state: dict[str, torch.Tensor], out: Path) -> str:
         """Writes encoder and head as a Hugging Face folder."""
         weights, dropout = part_of(state, "model."), self.settings.dropout

@@ -36,7 +36,8 @@ class VisualBERTSubject(VisualSubject):
 
     def require_readable(self, task: Task) -> None:
         """Checks that a task has objects where pixels are read; else any will do, also one of texts alone."""
-        known = all(hasattr(task, method) for method in ("object_classes", "object_masks", "outlines_sha256"))
+        needed = ("object_classes", "object_masks", "outline_notes", "outlines_sha256")
+        known = all(hasattr(task, method) for method in needed)
         if self.settings.pixels is not None and not known:
             raise XdscaleError(
                 f"--task {task.name}: from pixels VisualBERT reads classes and outlines of objects, which VCR has: "

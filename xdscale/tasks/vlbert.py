@@ -46,7 +46,7 @@ class VLBERTSubject(VisualSubject):
                 raise XdscaleError(f"--task {task.name} reads no images: leave model.{name} out")
         for name, methods in (
             ("object_loss", ("object_classes", "object_count")),
-            ("object_masks", ("object_masks", "outlines_sha256")),
+            ("object_masks", ("object_masks", "outline_notes", "outlines_sha256")),
         ):
             if getattr(self.settings, name) and not all(hasattr(task, method) for method in methods):
                 raise XdscaleError(f"--task {task.name} knows no objects, VCR does: leave model.{name} out")

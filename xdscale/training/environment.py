@@ -36,7 +36,7 @@ def calm_environment() -> None:
 
 def _is_of_use(record: logging.LogRecord) -> bool:
     """Returns whether a user can do anything about a line of DeepSpeed's: tensor parallelism is not there at all."""
-    return not record.getMessage().startswith("MPU is not provided")
+    return not str(record.msg).startswith("MPU is not provided")
 
 
 def threads_per_rank() -> int:
