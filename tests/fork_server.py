@@ -46,7 +46,6 @@ MODULES = [
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.superoffload.superoffload_stage3",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
     "PIL.PngImagePlugin",
     "tensorboard.plugins.hparams.metadata",
     *(f"xdscale.kernels.{name}_triton" for name in ("activated_linear", "attention", "masked_token_loss")),

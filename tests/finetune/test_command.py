@@ -42,7 +42,7 @@ def test_the_table_has_a_row_for_each_task_with_a_finished_seed(tmp_path, capsys
     shown = capsys.readouterr().out
     (row,) = [line for line in shown.splitlines() if "RTE" in line]
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
-        "RTE", "accuracy", "0.5000", "0.1250", "0.7500", "3 of 4"
+        "RTE", "accuracy", "0.5000", "0.1250", "0.7500", "3 of 4", "none"
     ]  # fmt: skip
     assert "CoLA" not in shown
     assert "[bold]" in "".join(shown.split())

@@ -58,7 +58,7 @@ def test_an_error_out_of_an_exchange_is_told_from_others():
     """Another rank is its likely cause, and is waited for."""
     for error in (RuntimeError("[gloo/transport] reset"), RuntimeError("NCCL error"), torch.distributed.DistError("x")):
         assert distributed.is_collective(failed(error))
-    with pytest.raises(ValueError, match="process group") as raised:
+    with pytest.raises(ValueError, match="group") as raised:  # that there is none, or that this is none
         torch.distributed.get_rank(object())  # of PyTorch's own files
     assert distributed.is_collective(raised.value)
     for error in (ValueError("a shape"), RuntimeError("out of memory"), OSError(5, "Input/output error")):

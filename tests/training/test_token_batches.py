@@ -8,7 +8,7 @@ import pytest
 from xdscale.data.order import sample_hash
 from xdscale.data.token_order import TokenOrder
 from xdscale.errors import XdscaleError
-from xdscale.plan.report import run_scaling
+from xdscale.plan.report import machine_from, run_scaling
 from xdscale.recipe import load_recipe
 from xdscale.shards.table import Table
 from xdscale.training.run_folder import read_log
@@ -74,5 +74,7 @@ def test_a_step_is_counted_in_one_way(values):
 
 def test_who_counts_samples_refuses_tokens():
     values = ["training.global_batch=null", "training.batch_tokens=900"]
+    machine = machine_from("A100-40G", 1, None, None, 0.4, None)
+    unset = dict.fromkeys(("sequence_length", "precision", "checkpointing", "chart"))
     with pytest.raises(XdscaleError, match=r"training.batch_tokens = 900: a plan counts samples; give .*_batch=N"):
-        run_scaling("quickstart", values, None, as_json=False, chart=None)
+        run_scaling("quickstart", values, machine, as_json=False, **unset)
