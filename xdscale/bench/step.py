@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from xdscale.devices import keep_freed_memory, uses_gpus
 from xdscale.errors import XdscaleError
 from xdscale.recipe import GROUP, Recipe
 from xdscale.registry import SYSTEMS, find, load
@@ -34,6 +35,8 @@ def bench_step(recipe: Recipe, against: str = "plain", pairs: int = 5, sequences
         raise XdscaleError(
             f"{where}: nothing else computes its step, to be measured beside it; choose a recipe of {', '.join(having)}"
         )
+    if not uses_gpus():
+        keep_freed_memory()  # as ranks do, for all that are measured
     load(place, where)(recipe, against, pairs, sequences)
 
 
