@@ -147,3 +147,12 @@ def test_another_dataset_behind_the_same_url_gets_another_folder(small_dataset, 
     second, _ = fetch(f"file://{source}", tmp_path / "cache", records)
     assert first != second
     assert (first / MANIFEST_NAME).read_bytes() == (small_dataset / MANIFEST_NAME).read_bytes()
+
+
+def test_each_mib_that_comes_is_told(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PAUSES_SECONDS", ())  # it is not what the manifest says, and tried once
+    with fsspec.open("memory://large.tar", "wb") as file:
+        file.write(bytes((3 << 20) + 1))
+    told = []
+    remote.download("memory://large.tar", tmp_path / "aside", records[0], on_arrival=lambda: told.append(1))
+    assert len(told) == 4
