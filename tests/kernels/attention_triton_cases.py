@@ -124,7 +124,7 @@ def test_any_lengths(lengths: list[tuple[int, int]], heads: int, dropout: float,
         assert float((a.double() - b).norm()) <= 2e-6 * (float(b.norm()) + math.sqrt(b.numel()))
 
 
-@pytest.mark.parametrize("tile", [Tile(16, 64, 4, 1), Tile(64, 16, 4, 1)])
+@pytest.mark.parametrize("tile", [Tile(16, 64, 4, 1), Tile(64, 16, 4, 1), Tile(32, 64, 2, 1)])
 def test_mask_on_every_path_and_tile_is_the_same_bits(tile: Tile) -> None:
     """Equal scores and values that are unit vectors show the mask itself: out[q, k] = keep[q, k] / keys / rate."""
     queries, keys, threshold = 45, 64, drop_threshold(0.25)
