@@ -393,9 +393,8 @@ def test_outputs_that_cannot_be_written_leave_everything_as_it_was(report, write
     assert Path("/dev/full").is_char_device()
 
 
-def test_a_report_may_be_written_where_one_stands(report, write_sweep, tmp_path, monkeypatch):
-    sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=1)
+def test_a_report_may_be_written_where_one_stands(report, pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        report([sweep], Path("."))
+        report(pair, Path("."))
     assert (tmp_path / "report.html").is_file()

@@ -1,7 +1,6 @@
 """Shards fetched when they are needed: the rows of a local table under any budget, and never more than the budget."""
 
 import contextlib
-import errno
 import fcntl
 import multiprocessing
 import os
@@ -364,16 +363,6 @@ def test_a_source_that_fails_is_tried_again_then_named(small_dataset, records, l
     check_rows(table, local["train"], np.array([0]))
     assert not [name for name in stored(cache.folder) if name.startswith(".")]
     cache.close()
-
-
-def test_a_folder_without_locks_is_refused(small_dataset, tmp_path, monkeypatch):
-    def refuse(file, operation):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    folder = place_manifest(fetch_manifest(f"file://{small_dataset}"), tmp_path)
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(XdscaleError, match=rf"run\.cache: {folder}: nothing can be locked there"):
-        ShardCache(f"file://{small_dataset}", folder, Manifest.load(folder).shards, budget=10**9, sharers=1)
 
 
 def test_threads_of_one_rank_do_not_disturb_each_other(small_dataset, records, local, tmp_path):

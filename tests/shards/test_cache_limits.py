@@ -1,5 +1,8 @@
-"""Where the limits of a cache lie: what just fits stays, and what just does not makes room."""
+"""Where the limits of a cache lie: what just fits stays, what just does not makes room, and a disk has to lock."""
 
+import errno
+import fcntl
+import os
 import resource
 
 import pytest
@@ -72,3 +75,12 @@ def test_how_many_shards_a_rank_may_hold_at_once(opened, records):
         assert opened(budget, sharers).most_at_once(records) == most
     with pytest.raises(XdscaleError, match=rf"one shard needs {largest:,} bytes"):
         opened(largest - 1).most_at_once(records)
+
+
+def test_a_folder_without_locks_is_refused(opened, tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(XdscaleError, match=rf"run\.cache: {tmp_path}/\S+: nothing can be locked there"):
+        opened(10**9)
