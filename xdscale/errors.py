@@ -49,7 +49,6 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 
     Args:
         what: what is being written, for the message.
-        folder: where.
 
     Raises:
         XdscaleError: names the file or folder, the reason, the room that is left and what to do.

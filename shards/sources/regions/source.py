@@ -67,7 +67,6 @@ class RegionSource:
     """Makes the table of image regions.
 
     Args:
-        images: where they come from.
         build: what the table is to hold, and how it came to be.
     """
 
@@ -200,9 +199,7 @@ def build_regions(
 
     Args:
         images: all with the same columns.
-        out: folder of the dataset.
         detector: what found the regions.
-        workers: processes.
         overwrite: replace what another build of this table left in `out`.
         format: what the images are, for `dataset.json`.
         **how: attributes of `RegionBuild`: encoding, class_probs, box_form, whole_image, shard_images and so on.
@@ -232,7 +229,6 @@ def layout_of(
 
     Args:
         image: one of them.
-        encoding: of features.
         class_probs: "all", "top-64" or "none" of its distributions; by default "top-64" of those that are larger.
         largest_error: that companding may make.
     """
