@@ -5,6 +5,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import typer
@@ -50,6 +51,9 @@ def workplace(tmp_path, monkeypatch):
     for i in those:
         i.objects %= 91
     writers.coco(features, those)
+    with h5py.File(tmp_path / "my-features.h5", "w") as file:
+        file["ids"], file["sizes"] = ["a", "b", "c"], [[9, 8]] * 3
+        file["boxes"], file["features"] = np.full((3, 2, 4), [1, 2, 3, 4], np.float32), np.ones((3, 2, 5), np.float32)
     (tmp_path / "objects_vocab.txt").write_text("".join(f"object {number}\n" for number in range(1600)))
     (tmp_path / "vinvl_labels.txt").write_text("".join(f"class {number}\n" for number in range(1594)))
     (tmp_path / "detector.json").write_text(re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)[1])
@@ -76,11 +80,12 @@ def test_the_commands_and_the_code_run_in_order(workplace):
     info = next(text for command, text in said.items() if "shards info" in command)
     assert "Faster R-CNN of our own (sha256 0000" in info
     names = {}
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    exec(compile(block, "docs/regions.md", "exec"), names)
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(compile(block, "docs/regions.md", "exec"), names)
     assert names["second"].shape == (5, 2048)
     assert np.array_equal(names["second"], writers.image(3, 5).features.astype(np.float16))
     assert len(RegionTable.open(workplace / "data/mine")) == 1
+    assert RegionTable.open(workplace / "data/my-features").rows(["b", "c"]).tolist() == [1, 2]
     shutil.rmtree(workplace / "data")
 
 

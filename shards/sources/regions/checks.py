@@ -1,6 +1,7 @@
 """What an image with regions must be like: each refusal names file, row, field, what was found and what to do."""
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,20 @@ OUTSIDE_PIXELS = 2.0
 SUM_OF_PROBABILITIES = 0.1
 """How far a class distribution's sum may be from 1: published ones were rounded and cut (spec vlbert)."""
 _LARGEST_HALF, _LARGEST_SINGLE = (float(np.finfo(kind).max) for kind in (np.float16, np.float32))
+
+
+def require_arrays(image: "RegionImage") -> None:
+    """Refuses what a program may give and files do not: ids that are no text, lists for arrays, labels of any name."""
+    if not isinstance(image.image_id, str):
+        raise refusal(image, "image id", f"is {type(image.image_id).__name__}, expected a text")
+    if not isinstance(image.size, Sequence) or len(image.size) != 2:
+        raise refusal(image, "size", f"is {shown(image.size)}, expected width and height")
+    if unknown := sorted(set(image.labels) - set(LABELS)):
+        raise refusal(image, "labels", f"has {', '.join(map(repr, unknown))}; expected {', '.join(LABELS)}")
+    arrays = {"boxes": image.boxes, "features": image.features, "class_probs": image.class_probs} | image.labels
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) and (array is not None or name == "boxes" or name in image.labels):
+            raise refusal(image, name, f"is {type(array).__name__}, expected an array of numpy")
 
 
 def checked_image(image: "RegionImage", build: RegionBuild, regions: int) -> dict[str, np.ndarray]:

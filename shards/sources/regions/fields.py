@@ -120,8 +120,10 @@ def _count(boxes: np.ndarray, stated: int | None, where: str) -> int:
     regions = len(boxes) if boxes.ndim == 2 else stated
     if regions is None:
         raise XdscaleError(f"{where}: no field of the number of regions; expected one of {', '.join(NAMES['regions'])}")
-    if not 0 < regions < _MOST_REGIONS or stated not in (None, regions):
+    if stated not in (None, regions):
         raise XdscaleError(f"{where}: num_boxes: {shown(stated)} regions are stated, boxes are there for {regions}")
+    if not 0 < regions < _MOST_REGIONS:
+        raise XdscaleError(f"{where}: num_boxes: {shown(regions)} regions; an image has 1 to {_MOST_REGIONS - 1}")
     return regions
 
 

@@ -88,7 +88,10 @@ def region_files(
 
 def _format(name: str) -> type[RegionFormat]:
     if name not in FORMATS:
-        raise XdscaleError(f"--format {name}: {nearest(name, list(FORMATS), 'expected ' + ', '.join(FORMATS))}")
+        own = (
+            f"expected {', '.join(FORMATS)}; features in a form of your own become a table from Python, docs/regions.md"
+        )
+        raise XdscaleError(f"--format {name}: {nearest(name, list(FORMATS), own)}")
     return FORMATS[name]
 
 
@@ -112,9 +115,11 @@ def _options(reading: Reading) -> dict[str, Any]:
 def _compare(first: RegionImage, build: RegionBuild, width: int, detector: str) -> None:
     """Refuses a first image that the detector cannot have made."""
     if width and build.width not in (0, width):
+        bits = {width * 2: 64, width // 2: 16}.get(build.width, 0) if first.features.dtype == "<f4" else 0
+        doubt = f"if these are numbers of {bits} bits, write them as float32; else " * bool(bits)
         raise XdscaleError(
             f"{first.where}: features of {build.width} numbers, but the detector {detector!r} gives {width}; "
-            "describe the one that made these in a JSON file (--detector FILE)"
+            f"{doubt}describe the one that made these in a JSON file (--detector FILE)"
         )
     count = build.detector.class_count
     if first.class_probs is not None and count and first.class_probs.shape[-1] != count:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from pydantic import ValidationError
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.build import Write, build_table
@@ -14,7 +15,14 @@ from xdscale.shards.manifest import ALL, Counts, InputFile, TableManifest
 from xdscale.shards.region_encoding import KEPT_CLASSES, LARGEST_ERROR, compand, largest_classes
 from xdscale.shards.regions import LABELS, REGIONS, Detector, RegionBuild, RegionLayout
 from xdscale.shards.shard import Arrays
-from xdscale.shards.sources.regions.checks import checked_boxes, checked_features, checked_image, checked_probs
+from xdscale.shards.sources.regions.checks import (
+    checked_boxes,
+    checked_features,
+    checked_image,
+    checked_probs,
+    require_arrays,
+)
+from xdscale.shards.sources.text_build import named_problem
 
 _AT_ONCE = 16
 """Images that are packed together: their features are some MiB."""
@@ -67,6 +75,7 @@ class RegionSource:
     """Makes the table of image regions.
 
     Args:
+        images: where they come from.
         build: what the table is to hold, and how it came to be.
     """
 
@@ -165,21 +174,28 @@ def _joined(packed: list[dict[str, np.ndarray]], columns: Sequence[Any]) -> Arra
 
 
 class _Given:
-    """Images that are in memory."""
+    """Images that somebody gives, who may read each when it is asked for: one unit of them is in memory."""
 
-    def __init__(self, images: Sequence[RegionImage], shard_images: int) -> None:
-        self._images, self._shard_images = images, shard_images
-        self.total_bytes = sum(image.boxes.nbytes + _bytes_of(image.features) for image in images)
+    def __init__(self, images: Sequence[RegionImage], shard_images: int, total_bytes: int) -> None:
+        self._images, self._shard_images, self.total_bytes = images, shard_images, total_bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what goes to other processes: not the images, which units bring."""
+        return vars(self) | {"_images": ()}
 
     def units(self, threads: int) -> Iterator[tuple[Any, int]]:
         done = 0
         for first in range(0, len(self._images), self._shard_images):
-            some = self._images[first : first + self._shard_images]
-            done += sum(image.boxes.nbytes + _bytes_of(image.features) for image in some)
+            places = range(first, min(first + self._shard_images, len(self._images)))
+            some = [self._images[place] for place in places]
+            done += sum(map(_bytes_of, some))
             yield some, done
 
     def digest(self, work: list[RegionImage]) -> bytes:
-        return content_hash(work).digest()
+        digest = hashlib.sha256()
+        for image in work:
+            hash_image(digest, image)
+        return digest.digest()
 
     def images(self, work: list[RegionImage]) -> Iterator[RegionImage]:
         return iter(work)
@@ -187,7 +203,7 @@ class _Given:
 
 def build_regions(
     images: Sequence[RegionImage],
-    out: Path,
+    out: Path | str,
     detector: Detector,
     *,
     workers: int = 1,
@@ -195,31 +211,45 @@ def build_regions(
     format: str = "given",
     **how: Any,
 ) -> TableManifest:
-    """Builds the table of regions of images that are in memory: features of one's own, made anywhere.
+    """Builds the table of regions of images that a program gives: features of one's own, made anywhere.
 
     Args:
-        images: all with the same columns.
+        images: all with the same columns; a list, or any sequence that reads `images[number]` when it is asked for,
+            which it is twice, so that features need not fit into memory.
+        out: folder of the dataset.
         detector: what found the regions.
+        workers: processes.
         overwrite: replace what another build of this table left in `out`.
         format: what the images are, for `dataset.json`.
         **how: attributes of `RegionBuild`: encoding, class_probs, box_form, whole_image, shard_images and so on.
 
     Raises:
-        XdscaleError: an image is bad, two have the same id, or as `build_table`.
+        XdscaleError: an image is bad, two have the same id, `how` is wrong, or as `build_table`.
     """
-    if not images:
+    if not isinstance(images, Sequence):
+        raise XdscaleError(
+            f"images: {type(images).__name__}, expected a list, or a sequence with images[number] and len(images)"
+        )
+    if not len(images):
         raise XdscaleError("no images with regions were given")
+    digest, total_bytes = hashlib.sha256(), 0
     seen: set[str] = set()
     for image in images:
+        require_arrays(image)
         if image.image_id in seen:
             raise XdscaleError(f"{image.where}: image id {image.image_id!r} is there twice; ids must be unique")
         seen.add(image.image_id)
-    content = InputFile(name="given", bytes=0, sha256=content_hash(images).hexdigest())
+        hash_image(digest, image)
+        total_bytes += _bytes_of(image)
+    content = InputFile(name="given", bytes=0, sha256=digest.hexdigest())
     chosen = {name: how.pop(name) for name in ("encoding", "class_probs", "largest_error") if name in how}
-    layout = layout_of(images[0], **chosen)
-    build = RegionBuild(format=format, inputs=[content], detector=detector, **layout.model_dump(), **how)
-    source = RegionSource(_Given(images, build.shard_images), build)
-    return build_table(source, out, workers=workers, overwrite=overwrite)
+    try:
+        layout = layout_of(images[0], **chosen)
+        build = RegionBuild(format=format, inputs=[content], detector=detector, **layout.model_dump(), **how)
+    except ValidationError as error:
+        raise XdscaleError(f"build_regions: {named_problem(error)}") from None
+    source = RegionSource(_Given(images, build.shard_images, total_bytes), build)
+    return build_table(source, Path(out), workers=workers, overwrite=overwrite)
 
 
 def layout_of(
@@ -229,6 +259,7 @@ def layout_of(
 
     Args:
         image: one of them.
+        encoding: of features.
         class_probs: "all", "top-64" or "none" of its distributions; by default "top-64" of those that are larger.
         largest_error: that companding may make.
     """
@@ -248,21 +279,17 @@ def layout_of(
     )
 
 
-def content_hash(images: Sequence[RegionImage]) -> Any:
-    """Returns the SHA-256 of all that images hold, but not of where they come from."""
-    digest = hashlib.sha256()
-    for image in images:
-        probs, jpeg = image.class_probs, image.jpeg
-        labels = [(name, image.labels[name]) for name in sorted(image.labels)]
-        named = [("boxes", image.boxes), ("features", image.features), ("class_probs", probs), *labels]
-        digest.update(f"{image.image_id!r} {image.size} {len(jpeg or b'')} ".encode())
-        digest.update(jpeg or b"")
-        for name, array in named:
-            if array is not None:
-                digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
-                digest.update(np.ascontiguousarray(array).tobytes())
-    return digest
+def hash_image(digest: Any, image: RegionImage) -> None:
+    """Adds all that an image holds to a hash, but not where it comes from."""
+    labels = [(name, image.labels[name]) for name in sorted(image.labels)]
+    named = [("boxes", image.boxes), ("features", image.features), ("class_probs", image.class_probs), *labels]
+    digest.update(f"{image.image_id!r} {image.size} {len(image.jpeg or b'')} ".encode())
+    digest.update(image.jpeg or b"")
+    for name, array in named:
+        if array is not None:
+            digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
 
 
-def _bytes_of(array: np.ndarray | None) -> int:
-    return 0 if array is None else array.nbytes
+def _bytes_of(image: RegionImage) -> int:
+    return image.boxes.nbytes + (0 if image.features is None else image.features.nbytes)

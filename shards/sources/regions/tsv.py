@@ -1,5 +1,6 @@
 """Tab-separated files, a line an image: bottom-up attention's and LXMERT's. Columns have no header."""
 
+import codecs
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -13,6 +14,14 @@ from xdscale.shards.sources.regions.source import RegionImage
 LONGEST_LINE = 1 << 28
 """Bytes of an image's line, at most: a thousand regions of 2,048 are 11 MB."""
 _IDS = ("image_id", "img_id")
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}
+"""What files begin with that must be unpacked first, and the programs that packed them."""
 
 
 def each_line(path: Path, columns: int) -> Iterator[tuple[list[bytes], LinePlace]]:
@@ -21,8 +30,10 @@ def each_line(path: Path, columns: int) -> Iterator[tuple[list[bytes], LinePlace
     Raises:
         XdscaleError: a line is too long to be an image.
     """
-    at = 0
     with path.open("rb") as file:
+        if file.read(3) != codecs.BOM_UTF8:  # else it would stand in the first image's id
+            file.seek(0)
+        at = file.tell()
         for number in count(1):
             line = file.readline(LONGEST_LINE)
             if len(line) == LONGEST_LINE:
@@ -61,13 +72,18 @@ def text_of(values: list[bytes], where: str) -> str:
 
 
 def existing(path: Path) -> Path:
-    """Returns a path that is a file.
+    """Returns a path that is a file, and not a compressed one: lines are read where they lie.
 
     Raises:
         XdscaleError: it is none.
     """
     if not path.is_file():
         raise XdscaleError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}; name the files themselves")
+    with path.open("rb") as file:
+        head = file.read(8)
+    for magic, by in _PACKED.items():
+        if head.startswith(magic):
+            raise XdscaleError(f"{path}: is packed ({by}); unpack it, and name what comes out")
     return path
 
 
@@ -110,6 +126,8 @@ class ButdTsv(RegionFormat):
                 "(--columns says others)"
             )
         fields = {name: value for name, value in zip(self.columns, values) if name != "-"}
+        if values[self._id] == self.columns[self._id].encode():
+            raise XdscaleError(f"{where}: names of columns; take this line away, and say their order with --columns")
         return image_of(fields, text_of([values[self._id]], where), where)
 
 

@@ -1,5 +1,6 @@
 """Which files and folders each format takes, how large they may be, and how far reading them is."""
 
+import base64
 import json
 import zipfile
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 
 from xdscale.errors import XdscaleError
+from xdscale.shards.regions import Detector
 from xdscale.shards.sources.regions import decoding, json_files, tsv
+from xdscale.shards.sources.regions import source as images_given
 from xdscale.shards.sources.regions.detectors import load_detector
 from xdscale.shards.sources.regions.files import Reading, load_sizes
 from xdscale.shards.sources.regions.importing import region_files
-from xdscale.shards.sources.regions.source import _Given
 
 from . import region_files as writers
 
@@ -48,6 +50,44 @@ def test_what_is_no_input_of_a_format_is_named(tmp_path, format, name, words):
     path.mkdir() if name.endswith("/") else path.write_text("no such thing")
     with pytest.raises(XdscaleError, match=words):
         source(format, path, background=None)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"\x1f\x8b\x08\0", r"features\.tsv: is packed \(gzip\); unpack it"),
+        (b"PK\x03\x04", r"features\.tsv: is packed \(zip\); unpack it"),
+        (b"image_id\timage_w\timage_h\tnum_boxes\tboxes\tfeatures\n", r"line 1: names of columns; take this line away"),
+    ],
+)
+def test_what_stands_before_the_lines_of_a_table_is_named(tmp_path, head, words):
+    path = tmp_path / "features.tsv"
+    path.write_bytes(head)
+    with pytest.raises(XdscaleError, match=words):
+        source("butd", path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_id(tmp_path):
+    (path,) = writers.butd(tmp_path, writers.images(3))
+    before = list(_images(source("butd", path)))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    after = list(_images(source("butd", path)))
+    assert [image.image_id for image in after] == [image.image_id for image in before]
+    assert np.array_equal(after[0].features, before[0].features)
+
+
+def _images(found):
+    return (image for unit, _ in found.units(1) for image in found._images.images(unit))
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("<f2", 16), ("<f8", 64)])
+def test_numbers_of_other_bits_are_not_taken_for_another_detector(tmp_path, kind, bits):
+    one = writers.image(0, 2)
+    cells = [base64.b64encode(array.tobytes()).decode() for array in (one.boxes, np.ones((2, 2048), kind))]
+    path = tmp_path / "features.tsv"
+    path.write_text("\t".join(["1", *map(str, one.size), "2", *cells]) + "\n")
+    with pytest.raises(XdscaleError, match=rf"if these are numbers of {bits} bits, write them as float32"):
+        region_files([str(path)], "butd", "butd")
 
 
 def test_one_file_of_a_folder_is_read_alone(tmp_path):
@@ -121,7 +161,7 @@ def test_an_image_may_take_so_many_bytes_and_no_more(tmp_path, monkeypatch, shor
             assert len(list(source(format, path).units(1))) == 1
 
 
-def test_how_far_reading_is_is_told_in_bytes_of_all_inputs(tmp_path):
+def test_how_far_reading_is_is_told_in_bytes_of_all_inputs(tmp_path, monkeypatch):
     (tmp_path / "more").mkdir()
     first, second = (
         writers.butd(folder, [writers.image(n, 2) for n in some])[0]
@@ -134,7 +174,8 @@ def test_how_far_reading_is_is_told_in_bytes_of_all_inputs(tmp_path):
     assert found.total_bytes == one + other
     those = [image for unit, _ in found.units(1) for image in found._images.images(unit)]
     each = [image.boxes.nbytes + image.features.nbytes for image in those]
-    given = _Given(those, 3)
+    monkeypatch.setattr(images_given, "build_table", lambda source, *args, **how: source._images)
+    given = images_given.build_regions(those, tmp_path / "out", Detector(model="any"), shard_images=3)
     assert [read for _, read in given.units(1)] == np.cumsum(each)[[2, 5, 7]].tolist()
     assert given.total_bytes == sum(each)
 

@@ -1,5 +1,7 @@
 """The table of image regions: what is put in comes out, in any order, and images are found by their ids."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -188,3 +190,54 @@ def test_the_largest_error_is_what_a_region_may_have_and_errors_are_counted_by_t
     assert built.counts["relative_error_thousandths"] == counted.tolist()
     with pytest.raises(XdscaleError, match=rf"would change by {most:.1e} as companded bytes, allowed are {most:.1e}"):
         build_regions(images, tmp_path / "other", DETECTOR, encoding="u8", largest_error=float(np.nextafter(most, 0)))
+
+
+class ReadWhenAsked(Sequence):
+    """Images as a file of somebody's own holds them: each is made when it is asked for."""
+
+    def __init__(self, count):
+        self.count, self.asked = count, 0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, number):
+        if not 0 <= number < self.count:
+            raise IndexError
+        self.asked += 1
+        return drawn_image(number, 1 + number % 7)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_images_that_are_read_when_asked_for_make_the_same_table(images, tmp_path, workers):
+    given = ReadWhenAsked(len(images))
+    build_regions(given, str(tmp_path / "read"), DETECTOR, shard_images=5, workers=workers)
+    build_regions(images, tmp_path / "kept", DETECTOR, shard_images=5)
+    shards = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("read", "kept")]
+    assert shards[0] == shards[1]
+    assert given.asked <= 2 * len(images) + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_id": 5}, "image 5: image id: is int, expected a text"),
+        ({"size": (100,)}, "size: is \\(100,\\), expected width and height"),
+        ({"boxes": [[0, 0, 1, 1]]}, "boxes: is list, expected an array of numpy"),
+        ({"boxes": None}, "boxes: is NoneType, expected an array of numpy"),
+        ({"labels": {"confidences": [0.5]}}, "confidences: is list, expected an array of numpy"),
+        ({"labels": {"conf": np.ones(1)}}, "labels: has 'conf'; expected confidences, object_ids"),
+    ],
+)
+def test_what_a_program_gives_is_refused_by_name(tmp_path, change, words):
+    with pytest.raises(XdscaleError, match=words):
+        build_regions([drawn_image(0, 1, **change)], tmp_path / "out", DETECTOR)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_asked_of_a_build_is_refused_by_name(tmp_path, images):
+    for how, words in (({"encoding": "f16"}, "encoding = 'f16'"), ({"shard_image": 3}, "shard_image = 3")):
+        with pytest.raises(XdscaleError, match=f"build_regions: {words}"):
+            build_regions(images, tmp_path / "out", DETECTOR, **how)
+    with pytest.raises(XdscaleError, match="images: generator, expected a list, or a sequence"):
+        build_regions(iter(i for i in images), tmp_path / "out", DETECTOR)
