@@ -105,8 +105,14 @@ def test_the_pages_commands_end_in_a_report_with_a_column_of_ones_own(workplace,
     shown = workplace / "finetuned" / "photo" / "photo" / "seed-0"
     assert json.loads((shown / "result.json").read_text())["settings"]["image"] == ["photo"]
     assert json.loads((shown / "model" / "config.json").read_text())["model_type"] == "visual_bert"
-    names = {}
     monkeypatch.chdir(workplace)
+    names, dev = {}, json.loads((shown / "predictions-dev.jsonl").read_text().splitlines()[0])
+    block = BLOCKS["look.py"].replace(GOOD, dev["sentence1"]).replace('["1"]', str(dev["images"]))
+    block = block.replace('return_tensors="pt"', 'return_tensors="pt", truncation=True, max_length=16')
+    exec(compile(block, "docs/add-a-task.md", "exec"), names)
+    assert names["scores"][0].tolist() == pytest.approx(dev["scores"], abs=1e-5)
+    assert names["encoder"].config.id2label == {0: "false", 1: "true"}
+    names = {}
     exec(compile(BLOCKS["classify.py"], "docs/add-a-task.md", "exec"), names)
     _, *lines = (run.with_name("seed-0") / "predictions" / "reviews.tsv").read_text().splitlines()
     found = names["classify"](["Fine.", "Dull."])  # the two unlabelled ones

@@ -13,6 +13,7 @@ from transformers import (
     VisualBertForQuestionAnswering,
     VisualBertForRegionToPhraseAlignment,
     VisualBertForVisualReasoning,
+    VisualBertModel,
 )
 
 from xdscale.data.task_files import Example, Span
@@ -290,6 +291,27 @@ def test_images_and_features_that_do_not_fit_are_refused(read, folder, tmp_path)
     subject = VisualBERTSubject(str(folder), VisualBERTSettings(), RegionTable.open(tmp_path / "narrow"))
     with pytest.raises(XdscaleError, match="features of 5 numbers; the encoder reads 12 of each region"):
         subject.collator(task_of("input"), [example((("good",),), ("a",))])
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        (task_of("input", labels=("no", "yes", "who knows")), ["no", "yes", "who knows"]),
+        (task_of("answer", labels=("2", "a dog", "red")), ["2", "a dog", "red"]),
+        (task_of("input", outputs=1, choices=2, labels=("a", "b")), ["LABEL_0"]),
+        (task_of("region", outputs=0), []),
+    ],
+)
+def test_a_kept_model_says_what_its_outputs_stand_for(folder, region_table, tmp_path, task, names):
+    """Also one that goes on from another: the labels are those of the last task."""
+    source = folder
+    for number, one in enumerate((task_of("input", labels=("x", "y", "z")), task)):
+        subject, out = VisualBERTSubject(str(source), VisualBERTSettings(), region_table), tmp_path / str(number)
+        out.mkdir()
+        subject.export(one, subject.build(one).state_dict(), out)
+        source = out
+    config = VisualBertModel.from_pretrained(out).config
+    assert (config.id2label, config.label2id) == (dict(enumerate(names)), {name: n for n, name in enumerate(names)})
 
 
 @pytest.mark.parametrize(

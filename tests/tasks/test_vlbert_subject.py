@@ -372,3 +372,10 @@ def test_what_does_not_fit_is_refused(read, table, folder, tmp_path):
     subject = VLBERTSubject(str(folder), VLBERTSettings(), RegionTable.open(tmp_path / "narrow"))
     with pytest.raises(XdscaleError, match=r"features of 5 numbers; .* reads 12 of each region"):
         subject.collator(task_of("input"), [example((("good",),), ("a",))])
+
+
+def test_a_kept_model_says_what_its_outputs_stand_for(folder, table, tmp_path):
+    """VQA's answers, of which nothing else that is kept says which is which."""
+    subject, task = VLBERTSubject(str(folder), VLBERTSettings(), table), task_of("answer", labels=("2", "a dog", "red"))
+    subject.export(task, subject.build(task).state_dict(), tmp_path)
+    assert load_vlbert(tmp_path)[0].config.id2label == {0: "2", 1: "a dog", 2: "red"}

@@ -25,7 +25,7 @@ from xdscale.recipes.xdbert.schema import Clip, XDBERTRecipe
 from xdscale.systems.contract import Term
 from xdscale.systems.xdbert import build_adapted
 from xdscale.tasks.contract import Task
-from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier
+from xdscale.tasks.subjects import ClipClassifier, CrossModalClassifier, LanguageClassifier, name_outputs
 from xdscale.training.stored import FULL_MODEL, stored_recipe, stored_state
 from xdscale.weights import part_of
 
@@ -110,11 +110,9 @@ def save_language_classifier(
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     if config.model_type == "electra":
         config.summary_last_dropout = dropout
-    config.num_labels = task.outputs
+    name_outputs(config, task)
     if not task.choices:
         config.problem_type = "regression" if task.outputs == 1 else "single_label_classification"
-        if len(labels := getattr(task, "labels", ())) == task.outputs:
-            config.id2label, config.label2id = dict(enumerate(labels)), {name: n for n, name in enumerate(labels)}
     model = _CLASSES[config.model_type, task.choices > 0](config)
     model.load_state_dict(state)
     logging.disable_progress_bar()

@@ -9,9 +9,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.encoders import recompute_layers, valid_tokens
 from xdscale.models.xdbert import XDBERT
+from xdscale.tasks.contract import Task
 
 INITIAL_STD = 0.02
 """Of new heads, as in BERT."""
+
+
+def name_outputs(config: PretrainedConfig, task: Task) -> None:
+    """Says in a kept model's config.json what each output of its head stands for: the task's labels, if it has some."""
+    labels = getattr(task, "labels", ())
+    names = labels if len(labels) == task.outputs else [f"LABEL_{number}" for number in range(task.outputs)]
+    config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
 
 
 class LanguageClassifier(nn.Module):

@@ -20,7 +20,7 @@ from xdscale.pretrained.language_files import save_tokenizer
 from xdscale.pretrained.visualbert import DETECTOR, load_visualbert, save_visualbert
 from xdscale.recipes.visualbert.schema import VisualBERTSettings
 from xdscale.tasks.contract import Task
-from xdscale.tasks.subjects import new_linear
+from xdscale.tasks.subjects import name_outputs, new_linear
 from xdscale.tasks.visual_subject import VisualSubject
 from xdscale.weights import check_sha256, weight_files
 
@@ -91,6 +91,7 @@ class VisualBERTSubject(VisualSubject):
         config = self._config()
         save_tokenizer(self._folder, out, positions=config.max_position_embeddings)
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = self.settings.dropout
+        name_outputs(config, task)
         named = {
             f"model.{name.removeprefix('encoder.')}" if name.startswith("encoder.") else name: value
             for name, value in state.items()

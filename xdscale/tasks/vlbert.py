@@ -22,6 +22,7 @@ from xdscale.pretrained.vlbert import POOLER, TRUNK, load_vlbert, read_pooler, s
 from xdscale.recipes.vlbert.schema import VLBERTSettings
 from xdscale.systems.contract import Objective, Term
 from xdscale.tasks.contract import SubjectFacts, Task
+from xdscale.tasks.subjects import name_outputs
 from xdscale.tasks.visual_subject import VisualSubject
 from xdscale.weights import check_sha256, some, weight_files
 
@@ -163,6 +164,7 @@ class VLBERTSubject(VisualSubject):
         config.with_pooler = "encoder.pooler.weight" in state
         config.second_segment |= task.sentences > 1 or task.reads == "answer"  # which stands in it
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = self.settings.dropout
+        name_outputs(config, task)
         head = _OF_HEAD.get(task.reads, "")
         new = {"encoder.": "model.", "transform.": f"{head}transform.", "norm.": f"{head}norm."}
         named = {}
