@@ -90,6 +90,7 @@ def backward(
         grad: of the activated states. Is overwritten where it has the dtype of `states`.
         states: of the same shape.
         quick: whether the activation is `quick_gelu`; else it is the one with erf.
+        tile: how the work is cut.
 
     Returns:
         The activated states in the dtype of `grad`, and the gradient of the states; both contiguous.

@@ -59,6 +59,8 @@ def stream_keys(seed: torch.Tensor, samples: int, heads: int) -> tuple[torch.Ten
 
     Args:
         seed: int64 [1]; all 64 bits count.
+        samples: number of samples.
+        heads: number of heads.
     """
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)  # narrowing keeps the low 32 bits
     sample = torch.arange(samples, dtype=torch.int32, device=seed.device)[:, None]

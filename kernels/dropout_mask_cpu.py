@@ -15,6 +15,8 @@ class Masks:
 
     Args:
         seed: int64 [1]; all 64 bits count.
+        samples: number of samples.
+        heads: number of heads.
         threshold: bytes below it mean "dropped".
     """
 

@@ -38,6 +38,7 @@ def write_task(dump: Path, out: Path, *, train: int = 400, dev: int = 200) -> No
 
     Args:
         dump: a Wikipedia dump, or any corpus that `xdscale shards build` reads.
+        out: the folder.
         train: rows of the training split, at most.
         dev: rows of the development split, at most.
     """

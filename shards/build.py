@@ -100,6 +100,7 @@ def build_table(
     the finished table, the dataset is verified and the table returned. Parts become a table by `merge_parts`.
 
     Args:
+        source: what the table is made of.
         out: folder of the dataset; made if it does not exist.
         workers: processes; a script that asks for more than 1 needs the `if __name__ == "__main__":` guard.
         part: the part to build; all parts may build in one folder at once, on different machines too.

@@ -87,6 +87,8 @@ def compare_images(
     """Yields how each image that is in both tables differs.
 
     Args:
+        first: one table.
+        second: the other.
         names: ids of images.
         least_iou: of a pair of boxes.
 

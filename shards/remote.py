@@ -87,6 +87,7 @@ def fetch_shards(
     Args:
         url: of the dataset.
         folder: returned by `place_manifest`.
+        records: the shards wanted.
         verify: read again what the folder has, and replace what has been damaged since.
         on_progress: called after each shard with (bytes present, bytes wanted).
 

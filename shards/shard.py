@@ -52,6 +52,7 @@ class ShardWriter:
 
     Args:
         path: `PREFIX-NNNNNN.tar`; its folder exists.
+        columns: of the table.
         linked_rows: how many rows there are to link to, by column; a column that is not named is not checked.
     """
 
@@ -215,6 +216,11 @@ def _add_member(tar: tarfile.TarFile, name: str, array: np.ndarray) -> None:
 
 def read_layout(descriptor: int, record: ShardRecord, columns: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
     """Finds the arrays of every block by the tar and npy headers, every one of which is checked.
+
+    Args:
+        descriptor: of the open shard.
+        record: what the manifest says of it.
+        columns: of the table.
 
     Returns:
         (int64 [members, blocks]: byte at which each array of `members(columns)` begins in each block;

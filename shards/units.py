@@ -75,6 +75,7 @@ class UnitBuilder:
 
     Args:
         out: the folder of the dataset; its work folder exists.
+        source: what they are made of.
     """
 
     def __init__(self, out: Path, source: "Source") -> None:
@@ -167,6 +168,7 @@ def run_units(
 
     Args:
         units: read lazily, at most 2 * workers + 1 ahead of what was yielded.
+        out: the folder of the dataset.
         source: what they are made of; other processes get a pickled copy.
         workers: processes; 1 works in this one.
 

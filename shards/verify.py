@@ -64,6 +64,8 @@ def _problem(path: Path, record: ShardRecord, names: dict[str, str]) -> str | No
     """Returns what is wrong with a shard, or None. Its size is looked at first: that costs no reading.
 
     Args:
+        path: where it should be.
+        record: what it should be.
         names: shards by SHA-256, to recognise one under another's name.
     """
     try:

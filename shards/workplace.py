@@ -178,7 +178,9 @@ def workplace(out: Path, source: "Source", part: Part, *, overwrite: bool) -> It
     """Makes `out` ready and keeps other builds out of it meanwhile; other parts of the same build may work there.
 
     Args:
+        out: the folder of the dataset.
         source: of what is being built; written down, so that a later start knows whose work it finds.
+        part: which part of it.
         overwrite: remove what an earlier build of this table left. Files that no build writes are never touched.
 
     Raises:

@@ -42,6 +42,9 @@ def uses_gpus() -> bool:
 def rank_device(local_rank: int) -> "torch.device":
     """Returns the device of a rank: its own GPU, or the CPU.
 
+    Args:
+        local_rank: number of the rank on its machine.
+
     Raises:
         XdscaleError: the machine has GPUs, but fewer than ranks.
     """

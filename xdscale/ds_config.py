@@ -147,6 +147,8 @@ def resolve_ds_config(name: str, values: dict[str, Any], recipe: Recipe, world_s
     Args:
         name: the file, for messages.
         values: what `read_ds_config` returned.
+        recipe: the recipe to be trained.
+        world_size: number of ranks.
 
     Returns:
         The complete DeepSpeed configuration. Its micro-batch is the one that all ranks compute with, at most the
@@ -213,6 +215,7 @@ def split_batch(global_batch: int, ranks: int, largest: int) -> BatchSplit:
 
     Args:
         global_batch: samples of one optimizer step, over all ranks.
+        ranks: their number.
         largest: most samples of one pass of a rank.
 
     Raises:

@@ -49,6 +49,7 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 
     Args:
         what: what is being written, for the message.
+        folder: where.
 
     Raises:
         XdscaleError: names the file or folder, the reason, the room that is left and what to do.

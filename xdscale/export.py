@@ -20,6 +20,7 @@ def export_run(run: str | Path, out: str | Path, *, step: int | None = None) -> 
     safetensors (fp32) and the recipe it was built from.
 
     Args:
+        run: the run folder.
         out: a folder that does not exist yet, or is empty; also a link to one, or where a disk is mounted.
         step: whose checkpoint; None for the best one, where the run keeps it, else the newest undamaged one.
 

@@ -192,6 +192,7 @@ def lock(file: IO, operation: int) -> str | None:
     """Locks an open file until it is closed.
 
     Args:
+        file: the file.
         operation: as `fcntl.flock` takes it.
 
     Returns:

@@ -44,6 +44,7 @@ def nearest(name: str, known: Sequence[str], otherwise: str, *, cutoff: float = 
     """Returns the question whether the nearest of the known names was meant, or `otherwise` where none is near.
 
     Args:
+        name: what was given.
         known: what could have been.
         otherwise: what to say instead.
         cutoff: from 0 to 1, how near it must be.

@@ -54,6 +54,12 @@ def read_validated(path: Path, overrides: Sequence[str], model: type[Values]) ->
 def validated(values: dict[str, Any], model: type[Values], source: str, overrides: Sequence[str] = ()) -> Values:
     """Returns a recipe's values as what they are.
 
+    Args:
+        values: by section.
+        model: the class of the sections.
+        source: the file that held them.
+        overrides: what was applied to them.
+
     Raises:
         XdscaleError: an unknown key (the nearest right one is named) or a bad value.
     """
@@ -70,6 +76,7 @@ def describe_validation_error(
 
     Args:
         source: the file that held the values.
+        error: what pydantic found.
         model: the class that was validated, from which near names are taken.
         overrides: `section.key=value` items that stood in the file's place.
     """

@@ -78,6 +78,7 @@ def find(group: str, shipped: Mapping[str, str], name: str, where: str, kind: ty
     Args:
         group: of the entry points.
         shipped: `module:object` by name, of those that come with xdscale.
+        name: the name.
         where: how an error begins: the file and the key that hold the name.
         kind: what stands there is a subclass of it.
 

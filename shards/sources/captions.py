@@ -64,6 +64,7 @@ class CaptionSource:
         inputs: COCO's `captions_*.json`, read in this order.
         out: folder of the dataset, which holds the table of regions.
         language_tokenizer: `tokenizer.json` or `vocab.txt`, folder, `package:NAME/folder` or hub name.
+        options: how.
         held_out: for `options.split` "karpathy" one `dataset_coco.json`, for "list" one file of image ids, one a line,
             for "files" more files of captions; nothing for "hash".
 

@@ -20,7 +20,11 @@ _MARKS = {  # UTF-32's begins with UTF-16's
 
 
 class BadBytes:
-    """What happens to bytes that are no text in their encoding: refused, or replaced by U+FFFD and counted."""
+    """What happens to bytes that are no text in their encoding: refused, or replaced by U+FFFD and counted.
+
+    Args:
+        replace: whether to replace them.
+    """
 
     def __init__(self, replace: bool) -> None:
         self.replace = replace
@@ -46,6 +50,7 @@ class BadBytes:
 
         Args:
             decoder: made for strict decoding; it keeps the bytes of a character that is not complete yet.
+            data: the bytes.
             final: whether the stream ends with them.
             where: how an error begins.
             offset: of `data` in the stream.
@@ -105,6 +110,7 @@ def decoded(
 
     Args:
         path: names the file in errors.
+        stream: the bytes.
         encoding: theirs, unless a byte order mark says another.
         bad: what happens to bytes that are no text.
         may_end_within_character: whether the first bytes of a character at the end are left out: for a format whose

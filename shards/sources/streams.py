@@ -44,6 +44,7 @@ def open_stream(path: Path, threads: int = 1) -> Iterator[tuple[BinaryIO, Callab
     """Opens a corpus file for reading from start to end, decompressed.
 
     Args:
+        path: the file.
         threads: how many may decompress a bzip2 file of many streams; the bytes are the same.
 
     Yields:

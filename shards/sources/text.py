@@ -52,6 +52,7 @@ class TextSource:
 
     Args:
         inputs: corpus files, folders and patterns (see `find_inputs`), read in this order.
+        options: how.
 
     Raises:
         XdscaleError: a bad input, option or tokenizer.

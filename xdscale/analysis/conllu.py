@@ -69,6 +69,7 @@ def arcs(parse: list[Word], phrases: list[Example]) -> Iterator[Arc]:
     """Yields the dependencies of a caption whose governor stands in a phrase.
 
     Args:
+        parse: of the caption.
         phrases: its examples, as `xdscale.tasks.flickr30k_entities` reads them.
     """
     for word in parse:

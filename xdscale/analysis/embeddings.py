@@ -61,6 +61,8 @@ def paired_embeddings(
     A word is an alphabetic lower-case entry that stands for a whole word in both vocabularies.
 
     Args:
+        first: of one model.
+        second: of another.
         words: so many, drawn from the shared ones; None for all.
         seed: of the draw, and of random embeddings.
 

@@ -27,6 +27,7 @@ def map_csv(shown: AttentionMap, *, first: int = 1, **more: np.ndarray) -> str:
     """Returns one line for each weight: layer, head, position, word piece, region or category, weight.
 
     Args:
+        shown: the map.
         first: number of the first layer and head.
         more: columns of the shape of the weights.
     """

@@ -85,6 +85,7 @@ def update_masters(
     """Makes a step of the fp32 weights by the gradients of their copy in bf16, and copies them anew.
 
     Args:
+        optimizer: of the masters.
         masters: in fp32.
         narrow: the same module in bf16, with gradients.
         gradients: one tensor like each master, which are kept: fresh pages would cost more than the copies.

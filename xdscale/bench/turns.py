@@ -127,6 +127,7 @@ def contest(
     """Returns a case: what it is measured against in fp32 and autocast, and ours in these and in bf16.
 
     Args:
+        name: of the case.
         modules: ours and the other one, with the same weights.
         losses: compute the same loss with each, or with a copy of it.
         against: what the other one is called.

@@ -109,6 +109,14 @@ def import_command(
 def build_and_report(source: "Source", out: "Path", what: str, workers: int, part: "Part", overwrite: bool) -> None:
     """Builds a table of regions with progress on stderr, and prints what came of it.
 
+    Args:
+        source: what it is made of.
+        out: folder of the dataset.
+        what: is being done, for the progress.
+        workers: processes.
+        part: of the build.
+        overwrite: replace the table that is there.
+
     Raises:
         XdscaleError: as `build_table`.
     """

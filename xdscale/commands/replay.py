@@ -59,6 +59,7 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
     recipe names is executed or written.
 
     Args:
+        run: the run folder.
         step: counted from 1, as in `log.jsonl`.
         overrides: `data.shards=…` and `run.cache=…`, where the shards are not where the recipe says.
 

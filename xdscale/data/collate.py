@@ -31,7 +31,9 @@ class XDBERTCollator:
         """Sets the collator up.
 
         Args:
+            split: where the sequences are.
             seed: of all draws, below 2**32.
+            objectives: those that are on, with their rates.
         """
         self.split = split
         self.seed = seed
@@ -135,6 +137,8 @@ def pack_clip_blocks(
         flat: uint16 [total], the ids of all texts one after the other; an id 0 among them is a word like any
             other.
         offsets: int64 [b + 1]; text i is flat[offsets[i]:offsets[i + 1]].
+        start_id: id of the start token.
+        end_id: id of the end token.
         blocks: for each text; None for as many as the longest one needs.
 
     Returns:

@@ -24,6 +24,7 @@ def read_whole(path: Path, shape: type[_Shape], digest: Any = None) -> _Shape:
     """Reads a JSON file.
 
     Args:
+        path: the file.
         shape: what it must hold; a TypedDict keeps the keys that it names.
         digest: a hash of `hashlib` that takes in the file's bytes.
 
@@ -46,6 +47,10 @@ def read_whole(path: Path, shape: type[_Shape], digest: Any = None) -> _Shape:
 
 def read_lines(path: Path, shape: type[_Shape]) -> Iterator[tuple[int, _Shape]]:
     """Yields the entries of a JSON Lines file with their lines, counted from 1; empty lines are none.
+
+    Args:
+        path: the file.
+        shape: of an entry.
 
     Raises:
         XdscaleError: the file cannot be read, or a line is not JSON or holds something else.

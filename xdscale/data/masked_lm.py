@@ -22,7 +22,9 @@ class MaskedLMCollator:
         """Sets the collator up.
 
         Args:
+            split: where the sequences are.
             seed: of all draws, below 2**32.
+            objectives: the rates.
         """
         self.split = split
         self.seed = seed

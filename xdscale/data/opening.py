@@ -55,6 +55,7 @@ def open_data(
 
     Args:
         recipe: with `data.shards`.
+        place: of this process.
         table: its name in the dataset.
         check: refuses a dataset that does not fit the model, before any shard is read.
         collator: made for each of the two splits.
@@ -146,6 +147,7 @@ def verify_table(table: Table, ranks: Any, *, on_shard: Callable[[], None] | Non
 
     Args:
         table: in a folder of this machine.
+        ranks: as `open_shards`.
         on_shard: called after each shard of this rank's share.
 
     Raises:

@@ -57,6 +57,8 @@ class Order:
                 alternate within the batch, so that every micro-batch has its share too, give or take a sample.
             seed: of the shuffle, below 2**32.
             global_batch: samples per step over all ranks.
+            world_size: number of ranks.
+            rank: this one.
             micro_batch: samples per forward of one rank.
 
         Raises:
@@ -142,6 +144,8 @@ def validation_slots(size: int, limit: int, world_size: int, rank: int, micro_ba
     Args:
         size: samples in the validation split.
         limit: most samples to use.
+        world_size: number of ranks.
+        rank: this one.
         micro_batch: samples per forward of one rank.
 
     Raises:

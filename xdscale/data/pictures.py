@@ -62,6 +62,7 @@ def read_pictures(
     A GPU takes hundreds of images a second, a thread makes tens.
 
     Args:
+        regions: the table.
         rows: int64 [n], which images.
         sizes: [n, 2], width and height of each.
         pixels: how large they are to be.
@@ -98,6 +99,7 @@ def read_picture(
     """Decodes and scales a picture.
 
     Args:
+        jpeg: the file.
         size: width and height that it is said to have.
         scaled: width and height that it is to have.
         where: table and image, for messages.

@@ -49,7 +49,9 @@ class TaskPictures:
     with their classes classes_i int64 [k], 0 for what is no object.
 
     Args:
+        task: whose.
         regions: the table with the images themselves.
+        look: see there.
         named: whether the regions that an example speaks of are read alone.
 
     Raises:

@@ -51,6 +51,7 @@ def split_tokens(batch_tokens: int, longest: int, ranks: int, micro_tokens: int)
     Args:
         batch_tokens: most tokens of one optimizer step, over all ranks.
         longest: tokens of the longest sample.
+        ranks: their number.
         micro_tokens: most tokens of one pass of a rank.
 
     Raises:
@@ -86,6 +87,8 @@ class TokenOrder:
             lengths: tokens of each sample, integers [n], each at least 1.
             seed: of the shuffle, below 2**32.
             batch_tokens: most tokens of a step over all ranks.
+            world_size: number of ranks.
+            rank: this one.
             micro_tokens: most tokens per forward of one rank.
 
         Raises:

@@ -67,6 +67,7 @@ class VisualTaskCollator:
         """Tokenises a split and finds its images.
 
         Args:
+            task: whose.
             examples: in file order.
             tokenizer: of the encoder, set to give plain ids.
             regions: of the images; None where the task has none.

@@ -167,6 +167,7 @@ def compose(
     Args:
         recipe: objectives and lengths.
         tokenizer: ids of [CLS], [SEP] and [MASK], and the size of the vocabulary.
+        slots: which samples they are.
         texts: of each sample its texts, one or two: ids without [CLS] and [SEP].
         labels: int64 [b] of the pairs; None without `match`.
         regions: of each sample's images.

@@ -200,6 +200,7 @@ def compose(
     Args:
         recipe: objectives and lengths.
         tokens: of the vocabulary.
+        slots: which samples they are.
         words: of each sample: ids without [CLS] and [SEP].
         has_image: bool [b]; the others are texts alone.
         objects: of each sample that has an image, without the whole image.

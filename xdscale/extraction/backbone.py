@@ -35,6 +35,7 @@ class Backbone:
         stage: which feature map: of timm the number of a stage, of torchvision the name of a node; by default the last,
             and of timm's convolutional networks with the class distribution.
         short_side: images are scaled so that their shorter side has so many pixels.
+        device: where it computes.
     """
 
     def __init__(

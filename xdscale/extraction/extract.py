@@ -83,7 +83,10 @@ def region_source(
 
     Args:
         names: image files and folders.
+        options: how.
+        encoding: of features.
         class_probs: as `layout_of`.
+        shard_images: images per shard.
 
     Raises:
         XdscaleError: no images, an unknown network, weights that are not its own, or options that do not go together.
@@ -124,7 +127,9 @@ class ExtractedImages:
 
     Args:
         pictures: the files.
+        options: how.
         given: where boxes come from; None for those that the network finds.
+        shard_images: images per unit.
     """
 
     def __init__(

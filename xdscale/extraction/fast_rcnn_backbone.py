@@ -23,6 +23,7 @@ class FastRCNNBackbone:
     Args:
         name: "resnet101", or what a file of another depth holds, such as "resnet50".
         weights: file, such as the release's `resnet101-pt-vgbua-0000.model`, or "random".
+        device: where it computes.
         short_side: images are scaled so that their shorter side has so many pixels, unless the longer one then has more
             than 1,000; None for the release's 600.
 

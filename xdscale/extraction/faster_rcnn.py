@@ -29,6 +29,8 @@ class FasterRcnn:
     Args:
         name: as `torchvision.models.detection` has it.
         weights: file, "hub" or "random".
+        choice: which regions are kept.
+        device: where it computes.
     """
 
     def __init__(self, name: str, weights: str, choice: Choice, device: torch.device) -> None:

@@ -71,6 +71,7 @@ class GivenBoxes:
         """Returns the boxes of an image, within it.
 
         Args:
+            picture: which.
             size: its width and height.
 
         Raises:

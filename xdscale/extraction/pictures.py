@@ -108,6 +108,7 @@ def read_pixels(path: Path, content: bytes) -> np.ndarray:
 
     Args:
         path: for messages.
+        content: of the file.
 
     Raises:
         XdscaleError: it is no image, is damaged or cut off, has more than 8 bits a channel, or is too large.

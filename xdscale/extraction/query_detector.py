@@ -23,6 +23,8 @@ class QueryDetector:
     Args:
         name: folder, or name on the hub.
         weights: "hub" takes those of the folder or the hub's, "random" and a file only the configuration.
+        choice: which regions are kept.
+        device: where it computes.
     """
 
     def __init__(self, name: str, weights: str, choice: Choice, device: torch.device) -> None:

@@ -35,6 +35,9 @@ def all_reduce_twice(store: Any, rank: int, world_size: int, local_rank: int, ti
     """Sums one number and 64 MiB over all ranks, as training does: NCCL on GPUs, gloo without.
 
     Args:
+        store: where the ranks met.
+        rank: of this process.
+        world_size: number of ranks.
         local_rank: number of this rank on its machine, and of its GPU.
         timeout_seconds: after which a rank stops waiting; the thread that waits is left behind.
     """

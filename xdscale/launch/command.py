@@ -32,7 +32,13 @@ def launch_on_hosts(
     """Writes `hostfile` and `.deepspeed_env`, prints the commands, and with `run` becomes the first one.
 
     Args:
+        job: what to train.
+        hosts: machines and their ranks.
+        meet: where ranks meet.
+        out: folder for the files.
         env: NAME=VALUE items for every rank, on top of those that are set here.
+        run: start it.
+        force: replace files that differ.
 
     Raises:
         XdscaleError: as `carried_environment`, `launcher_command`, `write_files`; with `run`, pdsh or ssh is missing.
@@ -68,7 +74,12 @@ def launch_on_slurm(
     """Writes `job.sbatch`, prints the command that queues it, and with `run` becomes that command.
 
     Args:
+        job: what to train.
+        request: machines, GPUs, time.
+        out: folder for the file.
         env: NAME=VALUE items for every rank, on top of those that are set here.
+        run: queue it.
+        force: replace a file that differs.
 
     Raises:
         XdscaleError: as `carried_environment` and `write_files`; with `run`, sbatch is missing.

@@ -27,6 +27,7 @@ def examine(
         hosts: machines, or none.
         meet: where ranks meet, for named machines.
         recipe: whose paths and space are checked too, or None.
+        overrides: `section.key=value` items.
         timeout_seconds: how long machines may take to answer.
 
     Returns:

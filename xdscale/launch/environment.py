@@ -34,6 +34,7 @@ def carried_environment(environment: Mapping[str, str], extra: list[str] | tuple
     """Returns the variables that every rank is to have.
 
     Args:
+        environment: where the run is started.
         extra: NAME=VALUE items that come on top.
 
     Returns:

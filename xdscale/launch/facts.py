@@ -68,6 +68,8 @@ class HostFacts:
         """Looks around; changes nothing.
 
         Args:
+            rank: of this process.
+            local_ranks: ranks on this machine.
             recipe: whose paths are looked at, or None.
         """
         import torch

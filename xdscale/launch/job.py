@@ -33,8 +33,10 @@ def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str 
 
     Args:
         name: recipe file or name of a shipped recipe.
+        overrides: `section.key=value` items.
         ds_config: DeepSpeed JSON file or the name of a shipped one; None takes the ZeRO-2 one for the recipe's
             language model.
+        world_size: number of ranks.
 
     Raises:
         XdscaleError: as `load_recipe`, `read_ds_config` and `resolve_ds_config`; or no shipped file fits.

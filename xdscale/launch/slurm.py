@@ -95,8 +95,12 @@ def sbatch_text(
     """Returns the batch script.
 
     Args:
+        name: of the job.
+        request: machines, GPUs, time.
         python: interpreter, as the machines find it.
+        arguments: of `xdscale.train`.
         environment: variables that every rank is to have; Triton's cache is one per job unless it stands there.
+        run_folder: where its checkpoints lie.
     """
     options = [
         f"--job-name={name}",

@@ -46,6 +46,7 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
 
     Args:
         name: recipe file or name of a shipped recipe.
+        overrides: `section.key=value` items.
         ds_config: DeepSpeed JSON file or the name of a shipped one; None takes one for the recipe's size.
         ranks: number of ranks; None for one on each GPU, or one on the CPU.
 

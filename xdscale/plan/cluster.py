@@ -58,6 +58,7 @@ def collective_seconds(cluster: Cluster, operation: str, payload: float, calls: 
     """Returns the time of collectives.
 
     Args:
+        cluster: where they run.
         operation: `all_reduce`, `reduce_scatter` or `all_gather`.
         payload: bytes that each rank hands over, in all calls together; for all_gather its own part.
         calls: over how many calls.
@@ -75,6 +76,7 @@ def step_time(cluster: Cluster, samples: float, samples_per_second: float, liste
     """Returns the time of one optimiser step.
 
     Args:
+        cluster: where it runs.
         samples: of each GPU, all micro-batches together.
         samples_per_second: of one GPU alone.
         listed: collectives of the step.

@@ -152,6 +152,9 @@ def make_plan(name: str, recipe: Recipe, machine: Machine, profile: "Profile") -
     """Plans a run.
 
     Args:
+        name: of the recipe.
+        recipe: to be trained.
+        machine: to train on.
         profile: of the recipe's model, in the precision to be trained in.
 
     Raises:

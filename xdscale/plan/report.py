@@ -50,6 +50,7 @@ def machine_from(
 
     Args:
         gpu: name of a GPU in the table, or of one that the next values describe.
+        gpus: how many.
         nodes: in how many machines; default: as few as the GPU's usual node allows.
         memory_gib: of one GPU; replaces the table's.
         mfu: share of the peak rate that computing reaches.

@@ -50,7 +50,10 @@ def scale(name: str, recipe: Recipe, machine: Machine, profile: "Profile", *, gr
     """Plans a recipe on each number of GPUs.
 
     Args:
+        name: of the recipe.
+        recipe: to be trained.
         machine: the kind of GPU, its memory, utilisation and price; how many is replaced.
+        profile: of the recipe's model.
         grow: whether the global batch grows so that each GPU keeps `FEWEST_PER_GPU` sequences; otherwise it is the
             recipe's, and numbers of GPUs beyond it are left out. A larger batch needs its own learning rate.
 
@@ -116,6 +119,7 @@ def chart(curves: dict[str, list[ScalingPoint]], title: str) -> str:
 
     Args:
         curves: points by name, of `batch of the recipe` and `growing batch`.
+        title: printed above.
     """
     points = [point for curve in curves.values() for point in curve]
     most = math.ceil(math.log10(max(point.hours for point in points)))

@@ -85,6 +85,9 @@ def model_states(found: list[Module], settings: Settings, ranks: int, rank: int 
     """Returns the bytes of model states of one rank.
 
     Args:
+        found: the modules of the model.
+        settings: of DeepSpeed.
+        ranks: their number.
         rank: whose bytes; ranks differ only in what straddles partitions, in fp32.
     """
     if settings.stage == 0:

@@ -47,6 +47,9 @@ def collectives(found: list[Module], settings: Settings, ranks: int, accumulatio
     """Returns the collectives of one optimiser step.
 
     Args:
+        found: the modules of the model.
+        settings: of DeepSpeed.
+        ranks: their number.
         accumulation: micro-batches per step and rank.
         tasks: number of objectives that are on.
     """

@@ -53,6 +53,8 @@ def filled(
     """Returns an encoder with the weights of a checkpoint, and the heads that come with it, all in fp32.
 
     Args:
+        build: makes the encoder.
+        state: its weights.
         heads: the rest, under the names that it has in training.
         place: of the checkpoint, for messages.
         published: gives the name in `state` of a parameter.

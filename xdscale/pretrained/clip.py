@@ -94,6 +94,9 @@ def _open_clip_config(spec: Clip) -> dict[str, Any]:
 def build_clip_text_tower(spec: Clip) -> CLIPTextEncoder:
     """Builds CLIP's text tower in fp32 with random weights, shaped for the weights that `spec` names.
 
+    Args:
+        spec: names the architecture.
+
     Raises:
         XdscaleError: as `clip_config`.
     """
@@ -109,6 +112,9 @@ def build_clip_text_tower(spec: Clip) -> CLIPTextEncoder:
 
 def load_clip_text_tower(spec: Clip) -> CLIPTextEncoder:
     """Builds CLIP's text tower in fp32, without the vision tower, and loads its weights.
+
+    Args:
+        spec: names architecture and weights.
 
     Raises:
         XdscaleError: as `clip_config`; or the weights are neither 'random', nor a file, nor a tag of

@@ -58,6 +58,7 @@ def config_from_bert(config: PretrainedConfig, *, region_size: int, early_fusion
     """Returns the configuration of a VisualBERT that is made of a BERT.
 
     Args:
+        config: of the BERT.
         region_size: width of the features.
         early_fusion: whether regions enter BERT's layers, or one new layer behind them.
 
@@ -126,6 +127,7 @@ def published_weights(config: VisualBertConfig, state: dict[str, torch.Tensor]) 
     """Returns weights under the names of transformers' `VisualBertForPreTraining`, tied ones once.
 
     Args:
+        config: of the model.
         state: of a module in training: `model.…`, and `mlm.…`, `match.…` and a task's own head if it has them.
     """
     encoder = (name for name in state if name.startswith("model."))
@@ -143,6 +145,7 @@ def save_visualbert(config: VisualBertConfig, state: dict[str, torch.Tensor], ou
     A branch that was tuned along goes into `detector.safetensors`, which `xdscale.models.r2c.load_detector` reads.
 
     Args:
+        config: of the model.
         state: as for `published_weights`, in fp32, and `trunk.…`, the branch, if it has one.
         out: an existing folder.
         alignment: of the model; transformers always computes the mean.

@@ -84,6 +84,7 @@ def config_from_bert(bert: PretrainedConfig, **more: bool | int) -> VLBertConfig
     """Returns the configuration of the VL-BERT that is made of a BERT.
 
     Args:
+        bert: its configuration.
         more: of `VLBertConfig` what is not BERT's.
 
     Raises:
@@ -131,6 +132,7 @@ def save_vlbert(config: VLBertConfig, state: dict[str, torch.Tensor], out: Path)
     A branch of Fast R-CNN goes into `fast_rcnn.safetensors`, which `xdscale regions extract` reads.
 
     Args:
+        config: of the model.
         state: of a module in training, in fp32: `model.…`, and `mlm.…`, `masked_region.…` and `trunk.…` if it has them.
         out: an existing folder.
     """

@@ -86,6 +86,7 @@ def paired_bootstrap(
         labels: [examples].
         ours: predictions [examples, seeds].
         baseline: the same of the baseline; seed by seed the counterpart of `ours`.
+        resamples: how many.
         stream: name of what is compared; its resamples are the same in every run and independent of other names'.
     """
     examples, seeds = ours.shape

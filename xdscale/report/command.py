@@ -18,6 +18,7 @@ def make_report(
     """Prints the paper's table with the significance statements, and writes all forms of the report.
 
     Args:
+        runs: sweep folders.
         layout: a table of `layouts`.
         baselines: labels, see `assemble`.
         metrics: items TASK=METRIC, each instead of a task's headline.

@@ -214,6 +214,7 @@ class System(ABC):
 
         Args:
             module: that `build` returned; it may be on the meta device.
+            samples: how many.
             length: tokens of each; None for as many as the module takes.
             longest: whether what else varies in length is as long as it gets, instead of average.
 
@@ -272,6 +273,7 @@ class System(ABC):
 
         Args:
             setup: see `xdscale.training.session.Setup`.
+            engine: the DeepSpeed engine.
         """
         return 0
 

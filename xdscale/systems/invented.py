@@ -53,6 +53,8 @@ class InventedText:
         """Draws ids.
 
         Args:
+            config: of the language encoder.
+            samples: how many sequences.
             length: language tokens with [CLS] and [SEP]; None for as many as the encoder has positions.
             clip_vocabulary: of CLIP's text tower.
             texts: how long the CLIP texts are.

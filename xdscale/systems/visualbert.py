@@ -191,6 +191,7 @@ def invented(recipe: VisualBERTRecipe, samples: int, length: int | None = None, 
 
     Args:
         recipe: objectives and lengths.
+        samples: how many.
         length: tokens of each sample, of which the captions take what they have; None for what COCO's images have.
         longest: whether captions and regions are as many as there may be.
 

@@ -141,6 +141,7 @@ def read_task(task: Task, folder: Path, regions: RegionTable | None) -> TaskData
     """Reads a task's splits, and finds the images that they speak of.
 
     Args:
+        task: whose.
         folder: of its files.
         regions: where images are looked up; the data's files then count the table as "regions".
 
@@ -255,6 +256,7 @@ class Subject(ABC):
         """Tokenises the split that is trained on.
 
         Args:
+            task: whose.
             examples: in file order.
             seed: of what is drawn for an example; None where the settings say that nothing is.
         """
@@ -268,6 +270,7 @@ class Subject(ABC):
         a loss of its own for its head, `loss` is asked in the place of the task's, with the same arguments.
 
         Args:
+            task: decides the head.
             sha256: that the weights must have, if it is known.
 
         Raises:
@@ -278,6 +281,7 @@ class Subject(ABC):
         """Writes a finetuned model as a folder that can be finetuned again.
 
         Args:
+            task: on which.
             state: of what `build` returned, in fp32.
             out: an empty folder.
 

@@ -129,6 +129,7 @@ def build_cross_modal_classifier(folder: Path, task: Task, *, dropout: float) ->
 
     Args:
         folder: written by `xdscale export`.
+        task: decides the outputs.
         dropout: of all parts but CLIP-T, which has none.
 
     Raises:

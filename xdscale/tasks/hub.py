@@ -17,6 +17,7 @@ def fetch_task(task: TextTask, data: Path) -> None:
     """Writes a task's files into `data` unless they are there, so that one reader reads everything.
 
     Args:
+        task: which.
         data: gets the task's folder.
 
     Raises:

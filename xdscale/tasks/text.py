@@ -199,6 +199,7 @@ class TextTask:
         """Reads one file, of a format that `xdscale.data.task_files.read_rows` knows by its name.
 
         Args:
+            path: the file.
             labelled: whether the label column is needed; in an unlabelled split it is not looked at.
             say: told of torn rows that were left out.
 

@@ -61,6 +61,8 @@ class Board:
     """The event files of one run, all in one folder: a run that continues stays one run.
 
     Args:
+        folder: of the event files.
+        objectives: by name.
         start_step: steps already done; what an earlier process wrote after it is dropped.
     """
 

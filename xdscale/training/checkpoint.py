@@ -93,6 +93,11 @@ def save_checkpoint(
     Nothing has a checkpoint's name before all ranks have confirmed that all files are on the disk and hashed.
 
     Args:
+        engine: the DeepSpeed engine.
+        folder: the run's `checkpoints` folder.
+        position: where the run stands.
+        retention: which older checkpoints stay.
+        ranks: this process among the others.
         average: of the weights, if the run keeps one.
 
     Raises:
@@ -145,7 +150,9 @@ def choose_checkpoint(run: Path, step: int | None, ranks: "Ranks") -> Path:
     """Returns the verified checkpoint of a step of a run.
 
     Args:
+        run: the run folder.
         step: which one; None for the newest undamaged one.
+        ranks: this process among the others.
 
     Raises:
         XdscaleError: there is none (those that exist are named), or it is damaged (the file is named).
@@ -170,8 +177,10 @@ def load_checkpoint(engine: Any, source: Path, checkpoint: Path, ranks: "Ranks")
     """Loads a checkpoint into a fresh engine and checks that the engine then holds what was saved.
 
     Args:
+        engine: the DeepSpeed engine.
         source: the folder to read: the checkpoint, or its conversion for another number of ranks.
         checkpoint: the verified checkpoint, whose record says what must be there.
+        ranks: this process among the others.
 
     Raises:
         XdscaleError: a file could run code, DeepSpeed cannot load it, or parameters, buffers, optimizer, its step or

@@ -31,6 +31,8 @@ def build_engine(
 
     Args:
         module: the trained module; its forward returns sums, not means.
+        optim: the recipe's optimizer section.
+        ds_config: a resolved DeepSpeed configuration.
         load_universal: whether a converted checkpoint will be loaded.
         parts: the module's parts by name, which the recipe's rate factors are for.
 
@@ -70,6 +72,7 @@ def make_step(engine: Any, *, skip: bool) -> bool:
     the step out by itself when the gradient norm is not finite.
 
     Args:
+        engine: the DeepSpeed engine.
         skip: leave the update out.
 
     Returns:
@@ -112,6 +115,7 @@ def put_fixed(engine: Any, conversion: Path) -> None:
     Without it that would come from the files that the run began with, whatever they hold by now.
 
     Args:
+        engine: the DeepSpeed engine.
         conversion: of a checkpoint, with the model states of the ranks that wrote it.
     """
     files = sorted(conversion.glob("*_model_states.pt"), key=lambda path: [*map(int, re.findall(r"\d+", path.name))])

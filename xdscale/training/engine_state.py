@@ -55,6 +55,7 @@ def engine_state(engine: Any, ranks: Ranks) -> EngineState:
 
     Args:
         engine: the DeepSpeed engine, of any ZeRO stage.
+        ranks: this process among the others.
     """
     optimizer = adam_of(engine)
     steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]

@@ -20,7 +20,10 @@ def evaluate(
     """Measures a model on the held-out batches; every rank calls it with equally many.
 
     Args:
+        engine: the DeepSpeed engine.
         batches: this rank's micro-batches, always the same ones with the same masks.
+        objectives: by name.
+        ranks: this process among the others.
         go_on: asked before each batch, by its number; the same answer on every rank.
 
     Returns:

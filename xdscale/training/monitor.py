@@ -34,6 +34,7 @@ class Monitor:
         run: the claimed run folder.
         recipe: the resolved recipe, shown as text and as hyper-parameters.
         start_step: steps already done; what an earlier process wrote after it is dropped.
+        objectives: by name.
 
     Raises:
         XdscaleError: here and in every method, the folder takes no files.

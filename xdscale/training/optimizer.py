@@ -51,6 +51,8 @@ def build_optimizer(module: nn.Module, optim: Optim, parts: Mapping[str, nn.Modu
     run waits for a compiler.
 
     Args:
+        module: the trained module.
+        optim: the recipe's optimizer section.
         parts: the module's parts by name, which the recipe's rate factors are for.
 
     Raises:
@@ -71,7 +73,9 @@ def set_learning_rate(engine: Any, rate: float, optim: Optim, update: int) -> No
     c1 / sqrt(c2), an eps divided by sqrt(c2) and a decay divided by that factor cancel the division.
 
     Args:
+        engine: the DeepSpeed engine.
         rate: of the schedule.
+        optim: the recipe's optimizer section.
         update: how many updates the optimizer has made so far, without skipped ones.
     """
     root, factor = 1.0, 1.0

@@ -38,6 +38,7 @@ def reshard(checkpoint: Path, ranks: "Ranks") -> Path:
 
     Args:
         checkpoint: a verified checkpoint.
+        ranks: this process among the others.
 
     Raises:
         XdscaleError: the conversion failed; the converter's last words are in the message.

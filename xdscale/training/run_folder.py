@@ -180,6 +180,9 @@ class RunFolder:
         all of them for every start.
 
         Args:
+            recipe: the resolved recipe.
+            ds_config: the resolved DeepSpeed configuration.
+            world_size: number of ranks.
             step: steps that the run has done.
             continued: whether from a checkpoint.
 

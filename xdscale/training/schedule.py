@@ -11,6 +11,7 @@ def learning_rate(step: int, optim: Optim, steps: int) -> float:
 
     Args:
         step: 0 for the first optimiser step.
+        optim: the recipe's optimizer section.
         steps: optimiser steps of the whole run.
     """
     peak, warmup_steps = optim.learning_rate, round(optim.warmup_ratio * steps)

@@ -76,6 +76,10 @@ def train_run(
     """Trains a recipe from its run folder's newest checkpoint, or from the start, and does what follows the last step.
 
     Args:
+        system: of the recipe.
+        ds_config: resolved DeepSpeed configuration.
+        ranks: this process among the others.
+        stop: catches the signals.
         say: gets, on the first rank, what a person should know of the data.
 
     Returns:
@@ -114,6 +118,11 @@ def train_run(
 
 def open_session(setup: Setup, data: Data, system: System) -> Session:
     """Builds module and engine and continues from the newest undamaged checkpoint, if there is one.
+
+    Args:
+        setup: of this process.
+        data: what is trained on.
+        system: builds the module.
 
     Raises:
         XdscaleError: checkpoints are missing, damaged or of another run, or their steps are more than the recipe's.
@@ -164,6 +173,12 @@ def open_session(setup: Setup, data: Data, system: System) -> Session:
 
 def train_session(setup: Setup, data: Data, session: Session, objectives: dict[str, Objective]) -> int:
     """Trains to the end or a signal.
+
+    Args:
+        setup: of this process.
+        data: what is trained on.
+        session: where it begins.
+        objectives: of the system.
 
     Returns:
         The exit code.
@@ -216,6 +231,11 @@ def train_session(setup: Setup, data: Data, session: Session, objectives: dict[s
 
 def finish(system: System, setup: Setup, session: Session) -> int:
     """Has a system do what follows the last step, with the weights that the run gives others.
+
+    Args:
+        system: of the recipe.
+        setup: of this process.
+        session: at its end.
 
     Returns:
         The exit code.

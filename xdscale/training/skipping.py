@@ -61,6 +61,10 @@ def describe_skip(
         step: the step, counted from 0.
         losses: this rank's loss sums, [micro-batches, objectives].
         scalars: the mean losses over all ranks.
+        norm: global gradient norm.
+        order: where the step's samples come from.
+        ranks: this process among the others.
+        run: the run folder, for the command.
 
     Returns:
         The entry for the log: losses and norm, the first rank whose loss was not

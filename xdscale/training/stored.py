@@ -94,6 +94,7 @@ def save_full_model(recipe: Recipe, state: dict[str, torch.Tensor], out: Path) -
     """Writes a module's weights (safetensors, fp32; tied ones once) and the recipe that it was built from.
 
     Args:
+        recipe: of the run.
         state: the weights; tied ones share storage.
         out: a folder that does not exist yet.
     """
@@ -116,6 +117,7 @@ def build_module(system: System, *, continued: bool) -> torch.nn.Module:
     """Builds what a recipe trains, with the weights of `model.start` and by the definitions, where it says so.
 
     Args:
+        system: of the recipe.
         continued: whether a checkpoint of the run gives the weights.
 
     Raises:

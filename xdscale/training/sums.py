@@ -17,6 +17,8 @@ def weighted_loss(
     """Returns a micro-batch's part of the total loss of the global batch.
 
     Args:
+        outputs: of the module.
+        objectives: by name.
         counts: targets of each in the global batch.
         carried: objectives that the micro-batch says it carries.
 
@@ -61,6 +63,7 @@ def means(sums: torch.Tensor, objectives: Mapping[str, Objective], counts: Mappi
 
     Args:
         sums: `term_sums` over all micro-batches and ranks.
+        objectives: by name.
         counts: targets of each that these carry.
     """
     found, values = {}, iter(sums.tolist())

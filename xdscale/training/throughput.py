@@ -17,6 +17,10 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     All ranks measure at the same time, so ranks that share a machine share it here too. A CPU without instructions for
     a dtype may be a hundred times slower in it: matrices grow only as long as a product stays short.
 
+    Args:
+        device: the training device.
+        dtype: the dtype of the model's matrix products.
+
     Returns:
         FLOPs per second, the best of several products within about 0.3 s.
     """

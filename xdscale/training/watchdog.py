@@ -171,6 +171,7 @@ class Watchdog:
         When a collective failed, another rank is the cause: then the thread names it and ends this process.
 
         Args:
+            error: what ends this rank.
             stopping: whether this rank was asked to stop. An error then is no fault while the run starts: the signal
                 also ended what this rank had started, such as the conversion of a checkpoint, and all that the run
                 ever finished is on the disk. Later an error is one: the newest steps are lost.

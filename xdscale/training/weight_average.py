@@ -42,6 +42,7 @@ class WeightAverage:
         Args:
             engine: the DeepSpeed engine, of any ZeRO stage.
             decay: share of the average that stays in each update.
+            ranks: this process among the others.
         """
         self._engine = engine
         self._ranks = ranks

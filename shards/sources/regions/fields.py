@@ -39,6 +39,7 @@ def image_of(
 
     Args:
         fields: by the names of `NAMES`; arrays, or base64 of little-endian float32 (of int64 for ids).
+        image_id: of the image.
         where: file and row, for messages.
         size: width and height, where no field says them.
         background_left_out: whether distributions, and counts of classes, leave the background out: what is missing to

@@ -194,6 +194,9 @@ class FileImages:
 
     Args:
         paths: files or folders, read in this order.
+        format: of all of them.
+        reading: how.
+        shard_images: images per unit.
 
     Raises:
         XdscaleError: a file cannot be read or is of another format, two images have the same id, or one JPEG file would

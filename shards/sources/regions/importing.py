@@ -55,11 +55,14 @@ def region_files(
         inputs: files or folders, in their order.
         format: one of `FORMATS`.
         detector: as `load_detector`.
+        reading: how files are read.
         classes: file of names, as `load_detector`.
         attributes: file of names, as `load_detector`.
         background: which class is no object: "format", "none" or a number.
+        encoding: of features.
         class_probs: as `layout_of`.
         largest_error: as `layout_of`.
+        shard_images: images per shard.
         **declared: `box_form` and `box_units` ("format", or as `RegionBuild`), `region_order`, `whole_image`.
 
     Raises:
