@@ -141,7 +141,7 @@ def test_what_a_recipe_of_finetuning_leaves_out():
         "eval_samples": 2048,
         "checkpoint_every": 500,
         "keep_checkpoints": 1,
-        "keep_model": False,
+        "keep_model": "best",
         "stop_at_step": None,
         "max_skipped_in_row": 5,
         "hang_seconds": 45,

@@ -191,7 +191,8 @@ def test_a_stopped_sweep_continues_where_it_was(
     assert not (out / "cola" / "seed-0" / "result.json").exists()
     again = launch_ranks("xdscale", *arguments, timeout_seconds=200)
     assert again.code == 0, again.stderr
-    assert "results alone are kept, no weights, and a finished run cannot give them later" in again.stderr
+    assert "the model of each task's best seed is kept, in the folder model of its run" in again.stderr
+    assert (out / "cola" / "seed-0" / "model" / "model.safetensors").is_file()
     assert "continuing after step" in (out / "logs" / "cola-seed-0.log").read_text()
     unbroken = predictions(swept[0] / "pretrained" / "predictions-dev.jsonl")
     found = predictions(out / "cola" / "seed-0" / "predictions-dev.jsonl")
@@ -301,8 +302,8 @@ def test_of_a_tasks_seeds_the_best_models_weights_stay(tmp_path):
     [
         ("clip", False, "results alone are kept, no weights: what is finetuned as clip is not exported"),
         ("vlbert", False, "no weights, and a finished run cannot give them later: run.keep_model=best keeps the model"),
-        ("language", "best", "each task's best seed's model is kept, in the folder model of its run (4 bytes for each"),
-        ("visualbert", True, "each task's models are kept, in the folder model of its run (4 bytes for each"),
+        ("language", "best", "the model of each task's best seed is kept, in the folder model of its run (4 bytes for"),
+        ("visualbert", True, "the models of all seeds are kept, in the folder model of its run (4 bytes for each"),
     ],
 )
 def test_what_is_left_of_a_sweep_is_said_before_it(kind, keep, told):

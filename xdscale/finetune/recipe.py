@@ -44,7 +44,7 @@ KeepModel = Annotated[
     bool | Literal["best"],
     Field(
         description="export finetuned models, where their subject can, into the folder model of their runs: best "
-        "of each task's best seed alone, true of all"
+        "of each task's best seed alone, true of all, false of none"
     ),
 ]
 Seeds = Annotated[int, Field(gt=0, le=10_000, strict=True)]
@@ -77,7 +77,7 @@ class RunSettings(Section):
     eval_samples: int = Field(2048, ge=1, description="development examples per validation on the way, at most")
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(1, ge=1, description="while the run lasts; a finished one keeps none")
-    keep_model: KeepModel = False
+    keep_model: KeepModel = "best"
     stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows epochs")
     max_skipped_in_row: int = Field(5, ge=1, description="non-finite steps in a row that stop the run")
     hang_seconds: int = Field(45, ge=1, description="shortest time without progress after which a rank counts as hung")
@@ -150,7 +150,7 @@ class FinetuneRun(Run):
     """What decides neither the result nor how it is computed."""
 
     label: str = Field(description="the model's name in tables")
-    keep_model: KeepModel = False
+    keep_model: KeepModel = "best"
 
 
 class FinetuneRecipe(Recipe):

@@ -201,8 +201,8 @@ def what_is_kept(kind: str, keep: bool | str) -> str:
             f"the model of each task's best seed, true those of all, in the folder {MODEL} of their runs (4 bytes for "
             "each parameter)"
         )
-    which = "best seed's model is" if keep == "best" else "models are"
-    return f"each task's {which} kept, in the folder {MODEL} of its run (4 bytes for each parameter)"
+    which = "the model of each task's best seed is" if keep == "best" else "the models of all seeds are"
+    return f"{which} kept, in the folder {MODEL} of its run (4 bytes for each parameter; run.keep_model=false: none)"
 
 
 def _describe_end(job: FinetuneJob) -> str:

@@ -96,8 +96,8 @@ METHOD = (
     "together; in simulations with 5 or 9 seeds it held the truth in 91 % of the cases or more, with fewer it is too "
     "narrow. One seed has no such interval, and no mark in the table.",
     "Intervals are per task: of twenty, one excludes zero by chance.",
-    "Weights are kept where run.keep_model said so (best: of each task's best seed; true: of all), in the folder model "
-    "of a run. A finished run without cannot give them later: finetune it anew.",
+    "Weights lie in the folder model of each task's best seed (run.keep_model=true: of all, false: of none). A "
+    "finished run without cannot give them later: finetune it anew.",
     "Improved: examples that the model got right in more seeds than its baseline (in a regression: came nearer to "
     "the target); worsened: in fewer.",
 )
