@@ -3,6 +3,7 @@
 import os
 import resource
 import threading
+import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -89,8 +90,9 @@ class Table:
         self._block_rows = np.repeat(self._starts[:-1], blocks)
         self._layout = np.zeros((len(self._places), every_block), np.int64)
         self._bounds_at = np.full((len(self._bounded), every_block), NOT_KEPT, np.int64)
-        # The latter: when each file was, as it was last opened; of another one its hash says whether it is as good.
+        # When each file was written, as last opened; of another one, or one put there from now on, its hash decides.
         self._known, self._written = np.zeros(len(self._shards), bool), np.zeros(len(self._shards), np.int64)
+        self._began = time.time_ns()
         self._bounds = np.empty(min((len(self) + every_block) * len(self._bounded), MAX_BOUNDS), OFFSETS)
         self._bounds_kept = 0
         self._max_open = max_open_shards or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
@@ -195,12 +197,9 @@ class Table:
         most = np.iinfo(np.int64).max if kind.most is None else kind.most
         wrong = (lengths < kind.fewest) | (lengths > most)
         if wrong.any():
-            one, limit = wrong.argmax(), "more" if kind.most is None else f"to {kind.most}"
-            raise self._damaged(
-                shard[one],
-                f"gives {lengths[one]} elements of {column} to row {np.asarray(rows)[one]}, "
-                f"expected {kind.fewest} {'or ' * (kind.most is None)}{limit}",
-            )
+            one, limit = wrong.argmax(), "or more" if kind.most is None else f"to {kind.most}"
+            gives = f"gives {lengths[one]} elements of {column} to row {np.asarray(rows)[one]}"
+            raise self._damaged(shard[one], f"{gives}, expected {kind.fewest} {limit}")
         begin = self._layout[self._places[column], block] + first * kind.element_bytes
         values = np.frombuffer(self._read(shard, begin, lengths * kind.element_bytes), kind.dtype)
         values = self._checked_links(kind, values.reshape(-1, *kind.shape))
@@ -329,7 +328,8 @@ class Table:
             raise self._unreadable(number, error) from None
         found, before = os.fstat(descriptor), int(self._written[number])
         problem = f"expected {record.bytes} bytes, found {found.st_size}" if found.st_size != record.bytes else ""
-        if before and before != found.st_mtime_ns and damaged_shards(self.folder, [record], [record]):
+        replaced = before != found.st_mtime_ns if before else found.st_ctime_ns > self._began  # a copy keeps its mtime
+        if replaced and not problem and damaged_shards(self.folder, [record], [record]):
             problem = "was replaced by another file while it was in use"
         if problem:
             os.close(descriptor)

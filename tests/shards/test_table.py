@@ -258,7 +258,7 @@ def test_torn_and_missing_shards_are_named(small_build, tmp_path):
         reader.read("language", np.array([0]))
     path.write_bytes(b"\0" * record.bytes)
     with pytest.raises(XdscaleError, match=f"{record.file}: not a shard of this dataset"):
-        reader.read_ragged("clip", np.array([0]))
+        Table(tmp_path / "out", "train").read_ragged("clip", np.array([0]))
     path.unlink()
     with pytest.raises(XdscaleError, match=f"{record.file}: cannot be read: No such file"):
         Table(tmp_path / "out", "train").read_ragged("clip", np.array([0]))
@@ -320,10 +320,10 @@ def test_a_shard_of_other_shapes_is_refused(many_blocks, tmp_path):
 def test_manifest_errors_say_what_to_do(small_dataset, tmp_path):
     with pytest.raises(XdscaleError, match="no such folder; make it with 'xdscale shards build"):
         Manifest.load(tmp_path / "none")
-    with pytest.raises(XdscaleError, match=r"has no dataset\.json"):
+    with pytest.raises(XdscaleError, match=r"has no dataset\.json.* 'xdscale shards build .* 'xdscale regions import'"):
         Manifest.load(tmp_path)
     (tmp_path / ".build").mkdir()
-    with pytest.raises(XdscaleError, match="the build was not finished; run the same"):
+    with pytest.raises(XdscaleError, match="the build was not finished; run the same command again$"):
         Manifest.load(tmp_path)
     os.mkfifo(tmp_path / MANIFEST_NAME)
     with pytest.raises(XdscaleError, match=r"dataset\.json: is a pipe or a device, .*; expected a file"):

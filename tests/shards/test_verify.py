@@ -1,13 +1,18 @@
 """Every kind of damage is found and named."""
 
+import os
 import shutil
+import time
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdscale.errors import XdscaleError
 from xdscale.shards.manifest import Manifest, add_counts
+from xdscale.shards.table import Table
 from xdscale.shards.verify import verify_shards
 
 
@@ -92,3 +97,16 @@ def test_counts_are_summed_by_name_and_histograms_place_by_place():
     assert add_counts(parts) == {"rows": 5, "lengths": [2, 2, 5], "images": 1}
     assert add_counts(reversed(parts)) == add_counts(parts)
     assert add_counts([]) == {}
+
+
+@pytest.mark.parametrize("as_good", [True, False])
+def test_a_shard_that_is_replaced_before_it_is_first_opened_is_refused_unless_it_is_as_good(dataset, as_good):
+    """Of the same size, form and time of writing: what was verified before the first step is no longer there."""
+    row, path = Table(dataset, "train")[0]["language"], dataset / shard(dataset).file
+    reader, old = Table(dataset, "train"), path.stat().st_mtime_ns
+    time.sleep(0.02)  # a file system's clock may stand still for less
+    whole = path.read_bytes()
+    path.write_bytes(whole if as_good else whole.replace(row.tobytes(), bytes(row.nbytes)))
+    os.utime(path, ns=(old, old))
+    with nullcontext() if as_good else pytest.raises(XdscaleError, match=f"{path.name}: was replaced by another file"):
+        np.testing.assert_array_equal(reader[0]["language"], row)
