@@ -20,6 +20,12 @@ WORK_FOLDER = ".build"
 PART_FILES = "part-*-of-*.json"
 """Both are there while a build is not finished."""
 FORMAT_VERSION = 4
+TABLE_MAKERS = {
+    "text": "'xdscale shards build'",
+    "captions": "'xdscale shards captions'",
+    "regions": "'xdscale regions import' or 'xdscale regions extract'",
+}
+"""The commands that make tables, by the tables' names, for messages."""
 ALL = "all"
 """The split of a table that is not split: rows of every split of another table may link to it."""
 
@@ -248,7 +254,8 @@ class Manifest(ManifestSection):
             name = next(iter(self.tables))
         if name not in self.tables:
             missing = "several tables: say which one" if name is None else f"no table {name!r}"
-            raise XdscaleError(f"{folder}: {missing}; the dataset has: {', '.join(sorted(self.tables))}")
+            made = f" ({TABLE_MAKERS[name]} makes it)" if name in TABLE_MAKERS else ""
+            raise XdscaleError(f"{folder}: {missing}{made}; the dataset has: {', '.join(sorted(self.tables))}")
         return name, self.tables[name]
 
     @property
@@ -317,9 +324,9 @@ def _twice(names: Sequence[str]) -> str | None:
 
 
 def _missing_message(folder: Path) -> str:
+    made = f"'xdscale shards build INPUT... --out {folder}', or one of image regions with {TABLE_MAKERS['regions']}"
     if not folder.is_dir():
-        made = f"'xdscale shards build INPUT... --out {folder}', or one of image regions with 'xdscale regions'"
         return f"{folder}: no such folder; make it with {made}"
     if (folder / WORK_FOLDER).is_dir():
-        return f"{folder}: the build was not finished; run the same 'xdscale shards build' command again"
-    return f"{folder}: has no {MANIFEST_NAME}; a folder written by 'xdscale shards build' was expected"
+        return f"{folder}: the build was not finished; run the same command again"
+    return f"{folder}: has no {MANIFEST_NAME}, so it is no dataset; make one with {made}"

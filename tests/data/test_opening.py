@@ -164,7 +164,10 @@ def test_damage_that_a_run_met_counts_at_the_next_start(torn, tmp_path, monkeypa
 
 def test_a_table_that_is_not_there_is_named(wiki_shards):
     (message,) = open_on(1, str(wiki_shards), Run(), tables=["regions"])
-    assert message == f"{wiki_shards}: no table 'regions'; the dataset has: text"
+    assert message == (
+        f"{wiki_shards}: no table 'regions' ('xdscale regions import' or 'xdscale regions extract' makes it); the "
+        "dataset has: text"
+    )
 
 
 def test_a_cache_that_one_node_cannot_write_stops_every_rank_with_the_reason(wiki_shards, tmp_path, monkeypatch):

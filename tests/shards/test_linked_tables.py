@@ -240,20 +240,20 @@ def test_links_out_of_range_are_refused_wherever_they_come_from(dataset, sources
             Manifest.load(tmp_path / "mixed")
     # In a damaged shard, when it is read.
     shutil.copy(dataset / MANIFEST_NAME, path)
-    captions = Table(tmp_path / "mixed", "train", "captions")
-    record = captions.manifest.tables["captions"].splits["train"].shards[0]
+    record = Manifest.load(dataset).tables["captions"].splits["train"].shards[0]
     content = bytearray((dataset / record.file).read_bytes())
     for row in (2**32 - 1, IMAGES):
         content[512 + 128 : 512 + 132] = row.to_bytes(4, "little")
         (tmp_path / "mixed" / record.file).write_bytes(content)
         with pytest.raises(XdscaleError, match=rf"captions\.image links to row {row} of regions, .* 0 to 29"):
-            captions.read("image", np.array([0]))
+            Table(tmp_path / "mixed", "train", "captions").read("image", np.array([0]))
 
 
 def test_tables_are_named_where_there_are_several(dataset):
     with pytest.raises(XdscaleError, match="several tables: say which one; the dataset has: captions, regions"):
         open_table(dataset, "train")
-    with pytest.raises(XdscaleError, match="no table 'text'; the dataset has: captions, regions"):
+    wanted = r"no table 'text' \('xdscale shards build' makes it\); the dataset has: captions, regions"
+    with pytest.raises(XdscaleError, match=wanted):
         open_table(dataset, "train", "text")
     with pytest.raises(XdscaleError, match="no split 'train'; the dataset has: all"):
         open_table(dataset, "train", "regions")
