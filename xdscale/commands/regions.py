@@ -149,7 +149,7 @@ def compare(
     csv: Annotated[UserPath | None, typer.Option(help="File for all images, a line each.")] = None,
 ) -> None:
     """Compares two tables of the same images: boxes by IoU, features by cosine, classes."""
-    from xdscale.files import check_output_file, write_outputs
+    from xdscale.files import check_output_file, csv_text, write_outputs
     from xdscale.shards.region_comparison import ImageComparison as Fields
     from xdscale.shards.region_comparison import common_images, compare_images, overall
     from xdscale.shards.regions import RegionTable
@@ -183,8 +183,8 @@ def compare(
         )
     if csv is not None:
         names = [*Fields._fields[:1], "boxes_first", "boxes_second", *Fields._fields[2:]]
-        lines = [",".join(map(_cell, (image.image_id, *image.boxes, *image[2:]))) for image in found]
-        write_outputs({csv: "\n".join([",".join(names), *lines]) + "\n"})
+        rows = ((image.image_id, *image.boxes, *image[2:]) for image in found)
+        write_outputs({csv: csv_text(names, ([_cell(value) for value in row] for row in rows))})
 
 
 def _likeness(image: "ImageComparison") -> tuple[float, float]:
@@ -192,6 +192,5 @@ def _likeness(image: "ImageComparison") -> tuple[float, float]:
     return image.matched / max(image.boxes), cosine
 
 
-def _cell(value: object) -> str:
-    text = "" if value is None else str(value)
-    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\n') else text
+def _cell(value: object) -> object:
+    return "" if value is None or value != value else value  # nothing to compare

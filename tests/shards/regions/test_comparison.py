@@ -94,10 +94,12 @@ def test_what_cannot_be_compared_is_said_in_words(tables, tmp_path):
     images = [drawn(number)._replace(features=None, labels={}) for number in range(8)]
     images[1] = images[1]._replace(boxes=np.array([[399, 299, 400, 300]], np.float32))
     build_regions(images, tmp_path / "bare", Detector(model="one"))
-    command = ["compare", str(tables[0]), str(tmp_path / "bare"), "--images", "1"]
+    command = ["compare", str(tables[0]), str(tmp_path / "bare"), "--images", "1", "--csv", str(tmp_path / "bare.csv")]
     said = CliRunner().invoke(regions_app, command, catch_exceptions=False).output
     assert "features of matching boxes: not compared: they have 16 and 0 numbers" in said
     assert said.splitlines()[-1] == "  1: 0 of 6 and 1 boxes match"
+    rows = [line.split(",") for line in (tmp_path / "bare.csv").read_text().splitlines()]
+    assert rows[1:3] == [["0", "6", "6", "6", "6", "1.0", "", "", ""], ["1", "6", "1", "0", "0", "", "", "", ""]]
     build_regions(images[1:2], tmp_path / "apart", Detector(model="one"))
     command = ["compare", str(tables[0]), str(tmp_path / "apart")]
     apart = CliRunner().invoke(regions_app, command, catch_exceptions=False).output
