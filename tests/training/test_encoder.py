@@ -1,5 +1,6 @@
 """Encoding from Python: what transformers and the cross-modal module give, text by text."""
 
+import json
 import shutil
 
 import numpy as np
@@ -77,6 +78,15 @@ def test_a_run_of_another_system_is_told(small_run, monkeypatch):
     monkeypatch.setattr("xdscale.encoder.stored_state", lambda _: {"model.encoder.pooler.bias": torch.zeros(1)})
     with pytest.raises(XdscaleError, match="was trained as 'xdbert': there is no encoder of texts alone in it; 'xdsc"):
         xdscale.load_encoder(small_run)
+
+
+@pytest.mark.parametrize(
+    ("family", "loader"), [("visual_bert", "transformers' VisualBertModel"), ("vl_bert", r".*\.load_vlbert")]
+)
+def test_of_an_export_that_reads_regions_is_told_what_loads_it(tmp_path, family, loader):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(XdscaleError, match=rf"model_type is '{family}'; .* is loaded by {loader} \(docs/python\.md\)"):
+        xdscale.load_encoder(tmp_path)
 
 
 def test_what_is_no_model_is_told(small_export, tmp_path, wiki_shards):

@@ -24,6 +24,11 @@ What is not stated is equal in all four and transformers' default: 30,522 word p
 FAMILIES = ("bert", "electra")
 """Language encoders that can be adapted, by the `model_type` of their config.json."""
 
+_LOADERS = {
+    "visual_bert": "transformers' VisualBertModel (docs/python.md)",
+    "vl_bert": "xdscale.pretrained.vlbert.load_vlbert (docs/python.md)",
+}
+
 
 def read_encoder_config(folder: Path) -> dict[str, Any]:
     """Returns what an encoder's config.json says.
@@ -40,7 +45,8 @@ def read_encoder_config(folder: Path) -> dict[str, Any]:
     values = read_json(path)
     family = values.get("model_type")
     if family not in FAMILIES:
-        raise XdscaleError(f"{path}: model_type is {family!r}; supported are {', '.join(map(repr, FAMILIES))}")
+        seeing = f"; it reads image regions too, and is loaded by {_LOADERS[family]}" if family in _LOADERS else ""
+        raise XdscaleError(f"{path}: model_type is {family!r}; supported are {', '.join(map(repr, FAMILIES))}{seeing}")
     for key, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
         if values.get(key, wanted) != wanted:
             raise XdscaleError(f"{path}: {key} is {values[key]!r}; supported is {wanted!r} alone")

@@ -314,9 +314,9 @@ def _language_folder(name: str) -> Path:
                 break
     except Exception as error:  # the hub client raises unrelated kinds for no network, no such name, no access
         raise XdscaleError(
-            f"model.language.name = {name!r}: no such folder, and not to be had from the hub "
-            f"({one_line(error)}); give a local folder with config.json, model.safetensors and "
-            f"tokenizer.json or vocab.txt, or one of {', '.join(KNOWN)} with weights: random"
+            f"{name}: no such folder, and not to be had from the hub ({one_line(error)}); give (in a recipe as "
+            "model.language.name) a local folder with config.json, model.safetensors and tokenizer.json or vocab.txt, "
+            f"or one of {', '.join(KNOWN)} with weights: random"
         ) from None
     return folder
 
