@@ -29,12 +29,15 @@ ORDER = "the whole image, then the boxes of its metadata in their order"
 """Which regions an image must have."""
 
 
-class _Metadata(TypedDict):
+class _Boxes(TypedDict):
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)
     names: list[str]
     boxes: list[list[_Pixels]]
     width: _Side
     height: _Side
+
+
+class _Metadata(_Boxes):
     segms: NotRequired[list[list[list[tuple[_Pixels, _Pixels]]]]]
 
 
@@ -51,7 +54,8 @@ class VCRMetadata(NamedTuple):
         sha256: of the file.
         size: width and height of the image.
         boxes: float32 [1 + objects, 4], the whole image and the objects, as shares of width and height.
-        outlined: how many objects have an outline of three points or more; None where the file has no outlines.
+        outlined: how many objects have an outline of three points or more; None where the file has no outlines that
+            can be read, without which features can be.
     """
 
     sha256: str
@@ -67,12 +71,15 @@ def read_metadata(path: Path) -> tuple[list[str], VCRMetadata]:
         XdscaleError: the file cannot be read, numbers of things in it differ, or a box is none.
     """
     digest = hashlib.sha256()
-    found = read_whole(path, _Metadata, digest)
+    try:
+        found = read_whole(path, _Metadata, digest)
+    except XdscaleError:  # perhaps of outlines alone, of which `outlines_sha256` tells those who read them
+        digest = hashlib.sha256()
+        found = read_whole(path, _Boxes, digest)
     names, boxes, outlines = found["names"], found["boxes"], found.get("segms")
     width, height = size = found["width"], found["height"]
-    for what, there in (("boxes", boxes), ("segms", outlines)):
-        if there is not None and len(there) != len(names):
-            raise XdscaleError(f"{path}: {len(there)} {what}, but {len(names)} names")
+    if len(boxes) != len(names):
+        raise XdscaleError(f"{path}: {len(boxes)} boxes, but {len(names)} names")
     for number, box in enumerate(boxes):
         if len(box) != 5 or not (
             0 <= box[0] < box[2] <= width + _OUTSIDE and 0 <= box[1] < box[3] <= height + _OUTSIDE
@@ -82,7 +89,9 @@ def read_metadata(path: Path) -> tuple[list[str], VCRMetadata]:
                 f"{width} × {height} pixels"
             )
     shares = np.array([[0, 0, *size], *(box[:4] for box in boxes)], np.float32) / np.array([*size, *size], np.float32)
-    outlined = None if outlines is None else sum(any(len(one) > 2 for one in mine) for mine in outlines)
+    outlined = None
+    if outlines is not None and len(outlines) == len(names):
+        outlined = sum(any(len(one) > 2 for one in mine) for mine in outlines)
     return names, VCRMetadata(digest.hexdigest(), size, np.clip(shares, 0, 1), outlined)
 
 
@@ -115,14 +124,14 @@ def outlines_sha256(metadata: dict[Path, VCRMetadata | None]) -> str:
     """Returns the SHA-256 (hex) of files, in the order of their names.
 
     Raises:
-        XdscaleError: one of them is not there, or has no outlines.
+        XdscaleError: one of them is not there, or has no outlines that can be read.
     """
     digest = hashlib.sha256()
     for path, stated in sorted(metadata.items()):
         if stated is None:
             raise _lost(path)
         if stated.outlined is None:
-            raise XdscaleError(f"{path}: segms is missing, the outlines of objects; is the download whole?")
+            read_masks(path, len(stated.boxes) - 1, stated, centres=False)  # which says what is wrong
         digest.update(bytes.fromhex(stated.sha256))
     return digest.hexdigest()
 
