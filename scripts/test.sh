@@ -8,7 +8,10 @@ source "$(dirname "$0")/install.sh"
 ruff check .
 ruff format --check .
 speeds=(tests/bench/test_bench_{regions,shards,stream}.py)
-files=$(awk '/^MemTotal/ {print ($2 < 14e6) ? 2 : 3}' /proc/meminfo)
+# The machine's memory, or what a container may have of it, in bytes; "max" where there is no limit.
+memory=$(awk '/^MemTotal/ {print $2 "000"}' /proc/meminfo
+    cat /sys/fs/cgroup/memory{.max,/memory.limit_in_bytes} 2> /dev/null || true)
+files=$(sort -n <<< "${memory//max/}" | awk '/[0-9]/ {print ($1 < 14e9) ? 2 : 3; exit}')
 # One thread each: threads that wait for each other on a busy core would take most of the time.
 OMP_NUM_THREADS=1 "$PYTHON" -m pytest --hypothesis-profile ci -m "not proof" -n "$files" --dist loadfile \
     --no-loadscope-reorder "${speeds[@]/#/--ignore=}"

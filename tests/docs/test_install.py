@@ -1,4 +1,4 @@
-"""scripts/install.sh finds a Python that fits, whichever it is called, and says what is missing otherwise."""
+"""scripts/install.sh finds a Python that fits, or says what is missing; scripts/test.sh goes by the memory there is."""
 
 import shutil
 import subprocess
@@ -9,6 +9,29 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("bash", "cat", "chmod", "cp", "cut", "dirname", "mkdir", "sha256sum")
+
+
+@pytest.mark.parametrize(
+    ("machine", "limits", "files"),
+    [
+        (24, {}, 3),
+        (13, {"memory.max": "max"}, 2),
+        (64, {"memory.max": "max"}, 3),
+        (64, {"memory.max": 8 * 10**9}, 2),
+        (64, {"memory/memory.limit_in_bytes": 9223372036854771712}, 3),
+        (64, {"memory/memory.limit_in_bytes": 8 * 10**9}, 2),
+    ],
+)
+def test_how_many_files_are_tested_at_a_time_goes_by_a_containers_memory(tmp_path, machine, limits, files):
+    script = (ROOT / "scripts" / "test.sh").read_text()
+    lines = "set -euo pipefail\n" + script[script.index("memory=") : script.index("# One thread each")]
+    (tmp_path / "meminfo").write_text(f"MemTotal:       {machine}000000 kB\nMemFree:          300 kB\n")
+    for name, limit in limits.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{limit}\n")
+    lines = lines.replace("/proc", str(tmp_path)).replace("/sys/fs/cgroup", str(tmp_path))
+    done = subprocess.run(["bash", "-c", f"{lines} echo $files"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{files}\n"
 
 
 @pytest.fixture
