@@ -238,8 +238,9 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
     """Opens a text in UTF-8, less a byte order mark, to be read in the block; `newline` as in `open`.
 
     Raises:
-        XdscaleError: it cannot be read, or is no UTF-8.
+        XdscaleError: it cannot be read, is no file, or no UTF-8.
     """
+    require_real_file(path)
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             yield file

@@ -99,6 +99,12 @@ def test_a_malformed_hostfile_is_named(tmp_path, text, message):
         read_hostfile(path)
 
 
+def test_a_device_in_the_place_of_a_hostfile_is_not_read():
+    """Of others than this one nothing would ever end."""
+    with pytest.raises(XdscaleError, match="/dev/null: is a pipe or a device, which may never end; expected a file"):
+        read_hostfile(Path("/dev/null"))
+
+
 @pytest.mark.parametrize(
     "text", ["node-1", "node-1:", "node-1:x", f"node-1:{'9' * 5000}", "node-1:8,,", "-o:8", "a b:8", "a:1,a:1", "a:0"]
 )
