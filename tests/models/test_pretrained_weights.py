@@ -92,18 +92,6 @@ def test_of_a_model_on_the_hub_one_kind_of_weights_is_fetched(tmp_path, monkeypa
     assert not any(pattern.endswith(".bin") for pattern in asked[0][1])
 
 
-def test_a_name_that_the_hub_does_not_have_is_told_as_it_was_given(monkeypatch):
-    """Also by --model or in an analysis; of a recipe its key is named."""
-
-    def fetch(name, *, allow_patterns):
-        raise OSError("404\nNot Found")
-
-    monkeypatch.setattr("xdscale.pretrained.language.snapshot_download", fetch)
-    told = r"^someone/none: no such folder, and not to be had from the hub \(404 Not Found\); give \(in a recipe as"
-    with pytest.raises(XdscaleError, match=told):
-        own_tokenizer("someone/none")
-
-
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_weights_in_parts_are_the_whole(folder, in_parts, cassette_model, suffix):
     wanted = load_language_encoder(language(cassette_model), dropout=0.1).state_dict()
