@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from xdscale.errors import EXIT_STOPPED
-from xdscale.launch.space import checkpoint_bytes
+from xdscale.launch.probe import checkpoint_bytes
 from xdscale.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,11 @@ import pytest
 
 from xdscale.errors import EXIT_BAD_INPUT
 from xdscale.launch import facts as facts_module
+from xdscale.launch.collective import Outcome
 from xdscale.launch.facts import HostFacts, _recipe_facts, existing_parent, file_system
-from xdscale.launch.probe import _checkpoint_bytes
+from xdscale.launch.probe import needed_bytes
 from xdscale.launch.report import print_report
-from xdscale.launch.verdict import CHECKS, AllReduceTimes, Evidence, judge, table
+from xdscale.launch.verdict import CHECKS, Evidence, judge, table
 from xdscale.recipe import load_recipe
 
 SOUND = HostFacts(
@@ -41,8 +42,7 @@ def evidence(**changes):
         clock_offsets={0: 0.0, 8: 0.2},
         output_folder="/runs/x",
         needed_bytes=2**34,
-        collective=AllReduceTimes({}, 0.1, 10.0, 2**26),
-        collective_backend="nccl",
+        collective=Outcome("nccl", 0.1, 10.0, 2**26),
     )
 
 
@@ -106,7 +106,7 @@ def test_the_clock_may_be_almost_a_second_off():
 
 def test_a_rank_that_fails_in_the_all_reduce_is_found_on_its_machine():
     found = evidence()
-    found.collective = AllReduceTimes({9: "no result of an all-reduce over nccl within 5 s"}, 0, 0, 2**26)
+    found.collective_problems = {9: "no result of an all-reduce over nccl within 5 s"}
     (finding,) = judge(found)
     assert (finding.host, finding.check, finding.level) == ("gpu-b", "collective", "FAIL")
     assert "rank 9: no result" in finding.text
@@ -160,15 +160,15 @@ def test_a_report_says_what_was_measured_what_is_wrong_and_what_to_make_of_it(ca
     assert lines[6].startswith("warn gpu-b, environment: its own name gpu-b stands for a loopback address, which other")
     assert len(lines) == 8
     failed = evidence()
-    failed.collective = AllReduceTimes({9: "no result"}, 0.1, 10.0, 2**26)
+    failed.collective_problems = {9: "no result"}
     assert told(failed, capsys)[1][3].startswith("clocks within")
     assert not any("all-reduce over" in line for line in told(failed, capsys)[1])
 
 
 def test_a_report_of_one_rank_compares_it_with_nothing(capsys):
     alone = replace(SOUND, gpus=[], driver="", local_ranks=1)
-    found = Evidence(names=[""], hosts=[alone], clock_offsets={0: 0.0}, collective_backend="gloo")
-    found.collective = AllReduceTimes({}, 0.02, 5.25, 2**25)
+    found = Evidence(names=[""], hosts=[alone], clock_offsets={0: 0.0})
+    found.collective = Outcome("gloo", 0.02, 5.25, 2**25)
     assert told(found, capsys)[1] == [
         "python 3.11.7, torch 2.14.1",
         "first machine: no GPU: CPU ranks; 64 cores; /dev/shm 64.0 GiB",
@@ -221,7 +221,7 @@ def test_the_existing_parent_of_a_new_folder(tmp_path):
 )
 def test_room_for_checkpoints_is_that_of_what_they_hold(override, share):
     """Weights twice, moments, the moving average; of three checkpoints, the one being written, and the best."""
-    usual, found = (_checkpoint_bytes(load_recipe("quickstart", overrides)) for overrides in ((), (override,)))
+    usual, found = (needed_bytes(load_recipe("quickstart", overrides)) for overrides in ((), (override,)))
     assert found == usual * share
 
 

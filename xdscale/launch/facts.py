@@ -8,7 +8,7 @@ import platform
 import resource
 import shutil
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -92,10 +92,6 @@ class HostFacts:
             loopback_name=_name_is_loopback(),
             **(_recipe_facts(recipe) if recipe else {}),
         )
-
-    def to_json(self) -> dict[str, object]:
-        """Returns plain values."""
-        return asdict(self)
 
 
 def file_system(path: Path, mounts: str) -> str:

@@ -17,6 +17,9 @@ from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
 from xdscale.launch.hosts import parse_hosts, rank_names
 from xdscale.recipe import Recipe, load_recipe
 
+_WEIGHTS = 8
+"""Bytes per parameter: as computed with (4 in fp32, 2 in bf16), and its fp32 master (4)."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Examines this machine as part of a group.
@@ -95,7 +98,7 @@ def _lead(store: Any, world_size: int, recipe: Recipe | None, options: argparse.
     try:
         if token:
             evidence.output_folder = recipe.output.folder
-            evidence.needed_bytes = _checkpoint_bytes(recipe)
+            evidence.needed_bytes = needed_bytes(recipe)
             token.leave()
         store.set("token", token.text if token else "")
         store.set("facts/0", json.dumps(own))
@@ -107,7 +110,10 @@ def _lead(store: Any, world_size: int, recipe: Recipe | None, options: argparse.
             evidence.clock_offsets = serve_clock(store, machines[1:]) | {0: 0.0}
             if token:
                 evidence.output_problems = token.problems(store, machines, options.timeout)
-            _try_collective(store, 0, world_size, options.timeout, evidence)
+            evidence.collective = _try_collective(store, 0, world_size, options.timeout)
+            ended, heard = answers(store, "collective", range(world_size), options.timeout)
+            problems = {number: problem for number, problem in heard.items() if problem}
+            evidence.collective_problems = problems | dict.fromkeys(ended, "ended during the all-reduce")
     finally:
         if token:
             token.remove()
@@ -137,31 +143,32 @@ def _facts(rank: int, recipe: Recipe | None) -> dict[str, object]:
     return asdict(HostFacts.of_this_machine(rank, int(os.environ.get("LOCAL_SIZE", "1")), recipe))
 
 
-def _try_collective(store: Any, rank: int, world_size: int, timeout_seconds: int, evidence: Any = None) -> None:
+def _try_collective(store: Any, rank: int, world_size: int, timeout_seconds: int) -> Any:
+    """Sums over all ranks, tells the first one how it went, and returns what this one saw."""
     from xdscale.launch.collective import all_reduce_twice
-    from xdscale.launch.exchange import answers
-    from xdscale.launch.verdict import AllReduceTimes
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     outcome = all_reduce_twice(store, rank, world_size, local_rank, timeout_seconds)
     store.set(f"collective/{rank}", json.dumps(outcome.problem))
-    if evidence is None:
-        return
-    silent, heard = answers(store, "collective", range(world_size), timeout_seconds)
-    problems = {number: problem for number, problem in heard.items() if problem}
-    problems |= {number: "ended during the all-reduce" for number in silent}
-    evidence.collective = AllReduceTimes(
-        problems, outcome.milliseconds, outcome.large_milliseconds, outcome.large_bytes
-    )
-    evidence.collective_backend = outcome.backend
+    return outcome
 
 
-def _checkpoint_bytes(recipe: Recipe) -> int:
+def needed_bytes(recipe: Recipe) -> int:
     """Returns the room for all checkpoints that are kept, the best one among them, and the one being written."""
-    from xdscale.launch.space import checkpoint_bytes
-
     kept = recipe.run.keep_checkpoints + (recipe.training.best is not None)
     return (kept + 1) * checkpoint_bytes(recipe)
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Estimates one checkpoint; precision and ZeRO stage change little of it.
+
+    Raises:
+        XdscaleError: the model cannot be built from the recipe.
+    """
+    from xdscale.plan.profile import parameter_table
+    from xdscale.plan.settings import kept_bytes
+
+    return (_WEIGHTS + kept_bytes(recipe.optim)) * parameter_table(recipe)[-1].parameters
 
 
 if __name__ == "__main__":

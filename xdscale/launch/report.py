@@ -60,8 +60,8 @@ def _measured(evidence: Evidence) -> list[str]:
         lines.append(f"clocks within {1000 * largest:.1f} ms of the first machine's")
     result = evidence.collective
     ranks = len(evidence.names)
-    if result is not None and not result.problems:
-        line = f"all-reduce over {ranks} rank{'s' * (ranks > 1)} ({evidence.collective_backend}): 1 number "
+    if result is not None and not evidence.collective_problems:
+        line = f"all-reduce over {ranks} rank{'s' * (ranks > 1)} ({result.backend}): 1 number "
         line += f"{result.milliseconds:.2f} ms, {result.large_bytes // 2**20} MiB {result.large_milliseconds:.1f} ms"
         if ranks > 1:
             # Every byte crosses the slowest link 2 (n - 1) / n times in a ring: NCCL's "bus bandwidth".

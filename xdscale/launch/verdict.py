@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from xdscale.launch.collective import Outcome
 from xdscale.launch.facts import HostFacts
 
 CHECKS = ("answer", "versions", "gpus", "clock", "paths", "space", "environment", "collective")
@@ -33,7 +34,7 @@ class Finding(NamedTuple):
     """Something to know about one machine.
 
     Attributes:
-        host: its name in the table, or empty for all of them.
+        host: its name in the table.
         check: one of `CHECKS`.
         level: whether training would go wrong, or could.
         text: what was found and what to do.
@@ -43,22 +44,6 @@ class Finding(NamedTuple):
     check: str
     level: Literal["warn", "FAIL"]
     text: str
-
-
-class AllReduceTimes(NamedTuple):
-    """Result of the all-reduces.
-
-    Attributes:
-        problems: by rank, what went wrong.
-        milliseconds: of one element.
-        large_milliseconds: of `large_bytes`.
-        large_bytes: size of the large one.
-    """
-
-    problems: dict[int, str]
-    milliseconds: float
-    large_milliseconds: float
-    large_bytes: int
 
 
 @dataclass
@@ -73,8 +58,8 @@ class Evidence:
         output_folder: where the run will be written, or empty without a recipe.
         output_problems: by first rank, why it cannot write there or is not in the same folder as the first.
         needed_bytes: room that the checkpoints need at once, or None without a recipe.
-        collective: result, or None when it was not tried.
-        collective_backend: nccl or gloo.
+        collective: what the first rank saw of the all-reduces, or None when they were not tried.
+        collective_problems: by rank, what went wrong in them.
     """
 
     names: list[str]
@@ -84,8 +69,8 @@ class Evidence:
     output_folder: str = ""
     output_problems: dict[int, str] = field(default_factory=dict)
     needed_bytes: int | None = None
-    collective: AllReduceTimes | None = None
-    collective_backend: str = ""
+    collective: Outcome | None = None
+    collective_problems: dict[int, str] = field(default_factory=dict)
 
     def label(self, rank: int) -> str:
         """Returns what a rank's machine is called, with a rank where its own name does not tell machines apart."""
@@ -98,9 +83,13 @@ class Evidence:
         return machine.host if len(same) == 1 else f"{machine.host} (rank {machine.rank})"
 
 
+Trouble = tuple[int, Literal["warn", "FAIL"], str]
+"""A rank of a machine, and level and text of a finding there."""
+
+
 def judge(evidence: Evidence) -> list[Finding]:
     """Returns what is wrong, in the order of `CHECKS`."""
-    judges: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
+    judges: tuple[Callable[[Evidence], Iterator[Trouble]], ...] = (
         _answer,
         _versions,
         _gpus,
@@ -110,100 +99,93 @@ def judge(evidence: Evidence) -> list[Finding]:
         _environment,
         _collective,
     )
-    return [finding for check in judges for finding in check(evidence)]
+    return [
+        Finding(evidence.label(rank), check, level, text)
+        for check, find in zip(CHECKS, judges)
+        for rank, level, text in find(evidence)
+    ]
 
 
-def _answer(evidence: Evidence) -> Iterator[Finding]:
+def _answer(evidence: Evidence) -> Iterator[Trouble]:
     silent: dict[str, list[int]] = {}
     for rank in evidence.silent:
         silent.setdefault(evidence.label(rank), []).append(rank)
-    for label, ranks in silent.items():
+    for ranks in silent.values():
         which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        yield Finding(
-            label,
-            "answer",
-            "FAIL",
-            f"{which} did not answer: not started, or a firewall between it and the first machine's port; its own "
-            "output says which",
-        )
+        text = f"{which} did not answer: not started, or a firewall between it and the first machine's port; its own "
+        yield ranks[0], "FAIL", text + "output says which"
 
 
-def _versions(evidence: Evidence) -> Iterator[Finding]:
+def _versions(evidence: Evidence) -> Iterator[Trouble]:
     for facts in evidence.hosts:
         for name, version in facts.versions.items():
             first = evidence.hosts[0].versions[name]
             if version == "missing":
-                yield Finding(evidence.label(facts.rank), "versions", "FAIL", f"{name} is not installed; install it")
+                yield facts.rank, "FAIL", f"{name} is not installed; install it"
             elif version != first:
                 text = f"{name} {version}, the first machine has {first}; install the same on both"
-                yield Finding(evidence.label(facts.rank), "versions", "FAIL", text)
+                yield facts.rank, "FAIL", text
 
 
-def _gpus(evidence: Evidence) -> Iterator[Finding]:
+def _gpus(evidence: Evidence) -> Iterator[Trouble]:
     first = evidence.hosts[0] if evidence.hosts else None
     for facts in evidence.hosts:
-        label = evidence.label(facts.rank)
         if not facts.gpus and facts.driver:
             text = f"driver {facts.driver} is loaded but no GPU is usable; check 'nvidia-smi' and CUDA_VISIBLE_DEVICES"
-            yield Finding(label, "gpus", "FAIL", text)
+            yield facts.rank, "FAIL", text
         elif facts.gpus and len(facts.gpus) < facts.local_ranks:
             text = f"{facts.local_ranks} ranks for {len(facts.gpus)} GPUs; ask for as many ranks as there are GPUs"
-            yield Finding(label, "gpus", "FAIL", text)
+            yield facts.rank, "FAIL", text
         if bool(facts.gpus) != bool(first.gpus):
             text = f"{_gpu_names(facts)}, the first machine has {_gpu_names(first)}; use machines of one kind"
-            yield Finding(label, "gpus", "FAIL", text)
+            yield facts.rank, "FAIL", text
         elif set(facts.gpus) != set(first.gpus):
             text = f"{_gpu_names(facts)}, the first machine has {_gpu_names(first)}; all wait for the slowest"
-            yield Finding(label, "gpus", "warn", text)
+            yield facts.rank, "warn", text
         if facts.driver != first.driver:
             text = f"driver {facts.driver or 'none'}, the first machine has {first.driver or 'none'}; install the same"
-            yield Finding(label, "gpus", "warn", text)
+            yield facts.rank, "warn", text
 
 
-def _clock(evidence: Evidence) -> Iterator[Finding]:
+def _clock(evidence: Evidence) -> Iterator[Trouble]:
     for rank, seconds in evidence.clock_offsets.items():
         if abs(seconds) >= _LARGEST_CLOCK_OFFSET_SECONDS:
             text = f"{seconds:+.1f} s from the first machine's clock; start a time service (chrony, ntpd) on both"
-            yield Finding(evidence.label(rank), "clock", "FAIL", text)
+            yield rank, "FAIL", text
 
 
-def _paths(evidence: Evidence) -> Iterator[Finding]:
+def _paths(evidence: Evidence) -> Iterator[Trouble]:
     for facts in evidence.hosts:
-        label = evidence.label(facts.rank)
         first = evidence.hosts[0].shards_fingerprint
         if facts.shards_problem:
-            yield Finding(label, "paths", "FAIL", f"data.shards: {facts.shards_problem}; build or copy the shards")
+            yield facts.rank, "FAIL", f"data.shards: {facts.shards_problem}; build or copy the shards"
         elif first and facts.shards_fingerprint != first:
-            yield Finding(label, "paths", "FAIL", "data.shards: not the shards of the first machine; copy them anew")
+            yield facts.rank, "FAIL", "data.shards: not the shards of the first machine; copy them anew"
         if facts.rank in evidence.output_problems:
             text = f"output.folder = {evidence.output_folder}: {evidence.output_problems[facts.rank]}"
-            yield Finding(label, "paths", "FAIL", text)
+            yield facts.rank, "FAIL", text
 
 
-def _space(evidence: Evidence) -> Iterator[Finding]:
+def _space(evidence: Evidence) -> Iterator[Trouble]:
     for facts in evidence.hosts:
         free = facts.output_free_bytes
         if evidence.needed_bytes and free is not None and free < evidence.needed_bytes:
-            yield Finding(
-                evidence.label(facts.rank),
-                "space",
-                "FAIL",
-                f"{free / _GIB:.1f} GiB free at {evidence.output_folder}, checkpoints need "
-                f"{evidence.needed_bytes / _GIB:.1f} GiB; free some, or lower run.keep_checkpoints",
-            )
+            text = f"{free / _GIB:.1f} GiB free at {evidence.output_folder}, checkpoints need "
+            text += f"{evidence.needed_bytes / _GIB:.1f} GiB; free some, or lower run.keep_checkpoints"
+            yield facts.rank, "FAIL", text
 
 
-def _environment(evidence: Evidence) -> Iterator[Finding]:
+def _environment(evidence: Evidence) -> Iterator[Trouble]:
     for facts in evidence.hosts:
-        label, several = evidence.label(facts.rank), len(evidence.names) > facts.local_ranks
+        several = len(evidence.names) > facts.local_ranks
         for text in _environment_of_one(facts, several):
-            yield Finding(label, "environment", "warn", text)
+            yield facts.rank, "warn", text
         first = evidence.hosts[0].environment
         for name in sorted(first.keys() | facts.environment.keys()):
             here, there = facts.environment.get(name), first.get(name)
             if here != there:
                 text = f"{name} is {here or 'not set'}, on the first machine {there or 'not set'}; 'xdscale launch' "
-                yield Finding(label, "environment", "warn", text + "writes one environment for all")
+                yield facts.rank, "warn", text + "writes one environment for all"
 
 
 def _environment_of_one(facts: HostFacts, several: bool) -> Iterator[str]:
@@ -226,12 +208,10 @@ def _environment_of_one(facts: HostFacts, several: bool) -> Iterator[str]:
         )
 
 
-def _collective(evidence: Evidence) -> Iterator[Finding]:
-    if evidence.collective is None:
-        return
-    for rank, problem in evidence.collective.problems.items():
+def _collective(evidence: Evidence) -> Iterator[Trouble]:
+    for rank, problem in evidence.collective_problems.items():
         text = f"rank {rank}: {problem}; check the firewall between machines, and GLOO_ or NCCL_SOCKET_IFNAME"
-        yield Finding(evidence.label(rank), "collective", "FAIL", text)
+        yield rank, "FAIL", text
 
 
 def _gpu_names(facts: HostFacts) -> str:
@@ -252,7 +232,7 @@ def table(evidence: Evidence, findings: Sequence[Finding]) -> list[list[str]]:
 
 
 def _cell(evidence: Evidence, findings: Sequence[Finding], label: str, check: str, answered: bool) -> str:
-    levels = {finding.level for finding in findings if finding.host in (label, "") and finding.check == check}
+    levels = {finding.level for finding in findings if finding.host == label and finding.check == check}
     if levels:
         return "FAIL" if "FAIL" in levels else "warn"
     checked = {
