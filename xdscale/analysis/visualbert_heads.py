@@ -146,8 +146,7 @@ class HeadReader:
         return found
 
     def _batch(self, places: list[int]) -> MicroBatch:
-        ids = np.array(places)
-        return self._collate(Slots(np.zeros_like(ids), ids, np.ones(len(ids), bool)))
+        return self._collate(Slots.of(np.array(places)))
 
     def _attention(self, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, int]:
         """Returns the first input's attention, [layers, heads, positions, positions], and the length of its text."""

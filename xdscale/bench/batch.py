@@ -26,6 +26,5 @@ def bench_batch(recipe: Recipe, module: XDBERTAdaptation, sequences: int) -> Mic
         return example_batch(recipe, module, sequences, texts=lambda texts, _: np.full(texts, CLIP_TOKENS - 16))
     table = Table(folder, "train")
     check_shards(recipe.model, table.manifest)
-    sample_ids = np.arange(sequences) % len(table)
-    slots = Slots(np.zeros_like(sample_ids), sample_ids, np.ones(sequences, bool))
+    slots = Slots.of(np.arange(sequences) % len(table))
     return XDBERTCollator(table, seed=recipe.training.seed, objectives=recipe.objectives)(slots)

@@ -116,7 +116,7 @@ def _pretraining(recipe: VisualBERTRecipe, device: torch.device, samples: int, n
     chance = np.random.default_rng(0)
     texts = [[drawn_words(chance, CAPTION_WORDS) for _ in range(2)] for _ in range(samples)]
     regions = drawn_regions(chance, samples, 36, 100, recipe.model.region_size)
-    slots = Slots(np.zeros(samples, np.int64), np.arange(samples), np.ones(samples, bool))
+    slots = Slots.of(np.arange(samples))
     ours = build_module(open_system(recipe), continued=True).train().to(device)
     ids = {"vocab_size": ours.model.config.vocab_size, "cls_id": CLS, "sep_id": SEP, "mask_id": MASK, "pad_id": 0}
     tokenizer = LanguageTokenizer(name="invented", sha256="0" * 64, **ids)

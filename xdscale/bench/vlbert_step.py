@@ -170,7 +170,7 @@ def drawn_batch(recipe: VLBERTRecipe, samples: int, vocabulary: int) -> MicroBat
         width, height = scaled_size(*FILE_SIZE, spec.pixels.short_side, spec.pixels.long_side)
         pictures = [chance.standard_normal((3, height, width), np.float32) for _ in regions.sizes]
     tokens = Tokens(invented_tokenizer(vocabulary), np.zeros(vocabulary, bool))
-    slots = Slots(np.zeros(samples, np.int64), np.arange(samples), np.ones(samples, bool))
+    slots = Slots.of(np.arange(samples))
     return compose(recipe, tokens, slots, words, has_image, regions, scores / scores.sum(1, keepdims=True), pictures)
 
 

@@ -79,9 +79,10 @@ class XDBERTCollator:
         No shard is read: language ids count as 0 and texts as the longest that shards hold. So nothing of it depends
         on world size, rank, micro-batch and padding, nor on shards in quarantine, whose samples keep their places.
         """
-        build, drawn = self.text, []
-        if self.objectives.mlm is not None:
-            drawn += drawn_masks(build, slots, self.objectives.mlm, seed=self.seed)
+        build = self.text
+        drawn = drawn_masks(
+            build.sequence_length + 2, slots, self.objectives.mlm, build.language_tokenizer, seed=self.seed
+        )
         if self.objectives.match is not None:
             drawn += draw_partners(slots, len(self.split), self.objectives.match, seed=self.seed)
         if self.objectives.clip_tokens is not None:

@@ -47,4 +47,5 @@ class MaskedLMCollator:
 
     def draws(self, slots: Slots) -> list[np.ndarray]:
         """Returns masked positions and what is put there; the ids count as 0."""
-        return drawn_masks(self.text, slots, self.objectives.mlm, seed=self.seed)
+        length, tokenizer = self.text.sequence_length + 2, self.text.language_tokenizer
+        return drawn_masks(length, slots, self.objectives.mlm, tokenizer, seed=self.seed)

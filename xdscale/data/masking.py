@@ -5,7 +5,7 @@ import numpy as np
 from xdscale.data.hashing import Purpose, below, random_bits, random_bits_at, scale
 from xdscale.recipes.mlm.schema import MaskedLM
 from xdscale.recipes.xdbert.schema import ClipTokens
-from xdscale.shards.sources.text_build import LanguageTokenizer, TextBuild
+from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.systems.contract import Slots
 
 
@@ -62,10 +62,27 @@ def mask_language_ids(
     return positions, labels
 
 
-def drawn_masks(build: TextBuild, slots: Slots, recipe: MaskedLM, *, seed: int) -> list[np.ndarray]:
-    """Returns what `mask_language_ids` draws for samples, without reading them: positions, and what is put there."""
-    ids = np.zeros((len(slots.sample_ids), build.sequence_length + 2), np.int64)
-    positions, _ = mask_language_ids(ids, slots, recipe, build.language_tokenizer, seed=seed)
+def drawn_masks(
+    length: int,
+    slots: Slots,
+    recipe: MaskedLM | None,
+    tokenizer: LanguageTokenizer,
+    *,
+    seed: int,
+    everywhere: bool = False,
+) -> list[np.ndarray]:
+    """Returns what `mask_language_ids` draws for samples, without reading them: positions, and what is put there.
+
+    Args:
+        recipe: None where the objective is off: then nothing is drawn.
+        length: of each sample, in tokens.
+        everywhere: draw for the first and the last token too.
+    """
+    if recipe is None:
+        return []
+    ids = np.zeros((len(slots.sample_ids), length), np.int64)
+    maskable = np.ones_like(ids, bool) if everywhere else None
+    positions, _ = mask_language_ids(ids, slots, recipe, tokenizer, seed=seed, maskable=maskable)
     return [positions, ids.reshape(-1)[positions]]
 
 

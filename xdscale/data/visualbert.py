@@ -6,7 +6,7 @@ import numpy as np
 
 from xdscale.data.collate import readable
 from xdscale.data.hashing import Purpose, below, random_bits
-from xdscale.data.masking import mask_language_ids
+from xdscale.data.masking import drawn_masks, mask_language_ids
 from xdscale.data.pairing import OTHER_TEXT, PADDING, SAME_TEXT, one_of
 from xdscale.data.task_batches import cut_second_from_front
 from xdscale.data.visual_text import first_regions, pack, with_spatial
@@ -67,8 +67,9 @@ class VisualBERTCollator:
 
         No shard is read: every text counts as the longest, of ids 0.
         """
-        drawn, match = drawn_masks(self.recipe, self.tokenizer, slots), self.recipe.objectives.match
-        return drawn if match is None else drawn + pair_bits(slots, match.mismatch, seed=self.recipe.training.seed)
+        on, seed = self.recipe.objectives, self.recipe.training.seed
+        drawn = drawn_masks(self.recipe.model.max_text, slots, on.mlm, self.tokenizer, seed=seed, everywhere=True)
+        return drawn if on.match is None else drawn + pair_bits(slots, on.match.mismatch, seed=seed)
 
     def _words(self, rows: np.ndarray) -> list[np.ndarray]:
         words, bounds = self.captions.read_ragged("words", rows)
@@ -97,16 +98,6 @@ class VisualBERTCollator:
             usable &= of_images
         slots = Slots(slots.epochs, rows, slots.real & usable)
         return slots, second, images, None if labels is None else np.where(slots.real, labels, PADDING)
-
-
-def drawn_masks(recipe: VisualBERTRecipe, tokenizer: LanguageTokenizer, slots: Slots) -> list[np.ndarray]:
-    """Returns masked positions and what is put there, without reading samples: texts count as the longest, of ids 0."""
-    if recipe.objectives.mlm is None:
-        return []
-    ids = np.zeros((len(slots.sample_ids), recipe.model.max_text), np.int64)
-    maskable, seed = np.ones_like(ids, bool), recipe.training.seed
-    positions, _ = mask_language_ids(ids, slots, recipe.objectives.mlm, tokenizer, seed=seed, maskable=maskable)
-    return [positions, ids.reshape(-1)[positions]]
 
 
 def pair_bits(slots: Slots, mismatch: float, *, seed: int) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from xdscale.data.collate import readable
 from xdscale.data.hashing import Purpose, below, random_bits
-from xdscale.data.masking import mask_language_ids
+from xdscale.data.masking import drawn_masks, mask_language_ids
 from xdscale.data.pictures import blank, draw_flips, mirrored, read_pictures, scaled_boxes
 from xdscale.data.visual_text import chosen_regions, region_rows
 from xdscale.data.vlbert import mirrored_regions, objects_of, pack, with_whole_image
@@ -119,14 +119,10 @@ class VLBERTCollator:
         has_image, most = self._has_image(slots), self.recipe.model.max_elements
         drawn = []
         for which, on in ((has_image, self.recipe.objectives.mlm), (~has_image, self.recipe.objectives.text_mlm)):
-            part = Slots(slots.epochs[which], slots.sample_ids[which], slots.real[which])
-            if on is not None:
-                ids = np.zeros((int(which.sum()), most), np.int64)
-                everywhere, seed = np.ones_like(ids, bool), self.recipe.training.seed
-                positions, _ = mask_language_ids(ids, part, on, self.tokens.tokenizer, seed=seed, maskable=everywhere)
-                drawn += [positions, ids.reshape(-1)[positions]]
+            seed, tokenizer = self.recipe.training.seed, self.tokens.tokenizer
+            drawn += drawn_masks(most, slots.where(which), on, tokenizer, seed=seed, everywhere=True)
         if (regions := self.recipe.objectives.masked_region) is not None:
-            part = Slots(slots.epochs[has_image], slots.sample_ids[has_image], slots.real[has_image])
+            part = slots.where(has_image)
             counts = np.full(len(part.sample_ids), most)
             drawn += choose_regions(counts, part, regions, seed=self.recipe.training.seed)
         if self._flip:
@@ -244,8 +240,8 @@ def _drawn(
     if on is None:
         none = np.zeros(len(objects.boxes), bool)
         return none, none
-    with_image = Slots(slots.epochs[has_image], slots.sample_ids[has_image], slots.real[has_image])
-    chosen, masked = choose_regions(np.diff(objects.offsets), with_image, on, seed=recipe.training.seed)
+    counts = np.diff(objects.offsets)
+    chosen, masked = choose_regions(counts, slots.where(has_image), on, seed=recipe.training.seed)
     return chosen & (np.abs(probabilities.sum(1) - 1) < SUM_TOLERANCE), masked
 
 
@@ -285,7 +281,7 @@ def _mask(
         if on is None:
             continue
         samples = np.flatnonzero(which)
-        part, mine = Slots(slots.epochs[which], slots.sample_ids[which], slots.real[which]), ids[which]
+        part, mine = slots.where(which), ids[which]
         positions, labels = mask_language_ids(
             mine, part, on, tokens.tokenizer, seed=recipe.training.seed, maskable=maskable[which],
             words=of_words[which] if on.whole_words else None,

@@ -6,10 +6,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from xdscale.kernels.masked_token_loss import masked_token_loss
-from xdscale.models.operations import Linear
-
-LAYER_NORM_EPS = 1e-12
-"""As in BERT."""
+from xdscale.models.cross_modal import LAYER_NORM_EPS
+from xdscale.models.operations import Linear, initialise
 
 
 class MaskedTokenHead(nn.Module):
@@ -93,11 +91,14 @@ class MatchHead(nn.Module):
         Returns:
             Summed cross-entropy (fp32 scalar) and the number of right predictions (int64 scalar).
         """
-        logits = self.classifier(torch.tanh(self.pooler(states)))  # [batch, 2]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-        correct = (logits.detach().argmax(-1) == labels).sum()
-        return loss, correct
+        return match_loss(self.classifier(torch.tanh(self.pooler(states))), labels)
+
+
+def match_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the summed cross-entropy of logits [b, 2], in fp32, and how many are right; -1 is ignored (scalars)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    return loss, (logits.detach().argmax(-1) == labels).sum()
 
 
 class RegionClassHead(nn.Module):
@@ -119,9 +120,7 @@ class RegionClassHead(nn.Module):
         self.transform = Linear(nn.Linear(size, size))
         self.activation = activation or nn.GELU()
         self.classifier = Linear(nn.Linear(size, classes))
-        for linear in (self.transform, self.classifier):
-            nn.init.normal_(linear.weight, std=std)
-            nn.init.zeros_(linear.bias)
+        initialise((self.transform, self.classifier), std)
 
     def forward(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicts distributions.

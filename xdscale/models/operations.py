@@ -36,6 +36,15 @@ def use_definitions(model: nn.Module) -> nn.Module:
     return model
 
 
+def initialise(modules: Iterable[nn.Module], std: float) -> None:
+    """Gives new modules BERT's first values: weights from a normal distribution, biases 0."""
+    for module in modules:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
 def dropout_seed(rate: float, device: torch.device) -> torch.Tensor | None:
     """Draws the seed of one call's dropout: recomputed activations restore the generator and so draw the same again."""
     return torch.randint(2**62, (1,), device=device) if rate else None

@@ -1,6 +1,6 @@
 """What encoders of text and image regions in one stream share: BERT's layers on packed tokens of both."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -141,15 +141,6 @@ def encode_and_pool(
     else:
         states, firsts = states.split([len(selected), len(first)])
     return PackedStates(states, torch.tanh(pooler(firsts)), batch["cu_seqlens"])
-
-
-def initialise(modules: Iterable[nn.Module], std: float) -> None:
-    """Gives new modules BERT's first values: weights from a normal distribution, biases 0."""
-    for module in modules:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
 
 
 def _run(

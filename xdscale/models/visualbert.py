@@ -4,16 +4,9 @@ import torch
 from torch import nn
 from transformers import VisualBertConfig
 
-from xdscale.models.operations import Linear
+from xdscale.models.operations import Linear, initialise
 from xdscale.models.packed_tokens import packed_by_lengths
-from xdscale.models.single_stream import (
-    Batch,
-    PackedStates,
-    SelfAttentionLayer,
-    encode_and_pool,
-    encode_packed,
-    initialise,
-)
+from xdscale.models.single_stream import Batch, PackedStates, SelfAttentionLayer, encode_and_pool, encode_packed
 
 
 class VisualTextEmbeddings(nn.Module):

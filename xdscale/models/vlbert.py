@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers import BertConfig
 
-from xdscale.models.operations import Linear
-from xdscale.models.single_stream import Batch, PackedStates, SelfAttentionLayer, encode_and_pool, initialise
+from xdscale.models.operations import Linear, initialise
+from xdscale.models.single_stream import Batch, PackedStates, SelfAttentionLayer, encode_and_pool
 
 WAVES = 256
 LONGEST_WAVE = 1000.0

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -63,6 +63,15 @@ class Slots:
     epochs: np.ndarray
     sample_ids: np.ndarray
     real: np.ndarray
+
+    @classmethod
+    def of(cls, sample_ids: np.ndarray) -> Self:
+        """Returns slots of these samples in the first epoch, none of them padding."""
+        return cls(np.zeros_like(sample_ids), sample_ids, np.ones(len(sample_ids), bool))
+
+    def where(self, chosen: np.ndarray) -> Self:
+        """Returns the slots for which `chosen`, bool [b], is true."""
+        return type(self)(self.epochs[chosen], self.sample_ids[chosen], self.real[chosen])
 
 
 @dataclass(frozen=True)

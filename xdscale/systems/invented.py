@@ -85,7 +85,7 @@ class InventedText:
 
     def slots(self, samples: int) -> Slots:
         """Returns the first samples."""
-        return Slots(np.zeros(samples, np.int64), np.arange(samples), np.ones(samples, bool))
+        return Slots.of(np.arange(samples))
 
     def usable(self, rows: np.ndarray) -> np.ndarray:
         """Returns that all rows are."""

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import BertConfig
 
 from xdscale.data.opening import open_data
 from xdscale.data.visualbert import VisualBERTCollator, compose, no_regions
 from xdscale.errors import XdscaleError
-from xdscale.models.heads import masked_lm_head
+from xdscale.models.heads import masked_lm_head, match_loss
+from xdscale.models.operations import initialise
 from xdscale.models.visualbert import VisualBERT
 from xdscale.pretrained.language import language_config, load_language_encoder, sentence_head_state
 from xdscale.pretrained.language_files import copy_tokenizer, save_language_files
@@ -48,8 +48,7 @@ class VisualBERTPretraining(nn.Module):
         self.match = None
         if objectives.match is not None:
             self.match = nn.Linear(model.config.hidden_size, 2)
-            nn.init.normal_(self.match.weight, std=model.config.initializer_range)
-            nn.init.zeros_(self.match.bias)
+            initialise([self.match], model.config.initializer_range)
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Term]:
         """Computes the summed loss of each objective; the last layer runs at the places that a loss reads alone.
@@ -66,10 +65,7 @@ class VisualBERTPretraining(nn.Module):
         if self.mlm is not None:
             terms["mlm"] = Term.scored(*self.mlm(states, batch["masked_lm_labels"]))
         if self.match is not None:
-            logits, labels = self.match(pooled), batch["match_labels"]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-            terms["match"] = Term.scored(loss, (logits.detach().argmax(-1) == labels).sum())
+            terms["match"] = Term.scored(*match_loss(self.match(pooled), batch["match_labels"]))
         return terms
 
 
@@ -215,7 +211,7 @@ def invented(recipe: VisualBERTRecipe, samples: int, length: int | None = None, 
         boxes = np.zeros((samples * regions, 4), np.float32)
         features = generator.standard_normal((len(boxes), model.region_size), np.float32).astype(np.float16)
         found = Regions(features, boxes, boxes[:, 0], found.sizes, np.arange(samples + 1) * regions)
-    slots = Slots(np.zeros(samples, np.int64), np.arange(samples), np.ones(samples, bool))
+    slots = Slots.of(np.arange(samples))
     labels = None if recipe.objectives.match is None else np.arange(samples) % 2
     return compose(recipe, invented_tokenizer(vocabulary), slots, list(zip(*texts)), labels, found)
 

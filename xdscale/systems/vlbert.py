@@ -279,7 +279,7 @@ def invented(recipe: VLBERTRecipe, samples: int, length: int | None = None, *, l
     sizes = np.ones((images, 2), np.uint16)
     objects = Regions(features, boxes, boxes[:, 0], sizes, np.arange(images + 1) * regions)
     probabilities = np.full((len(boxes), spec.region_classes), 1 / spec.region_classes, np.float32)
-    slots = Slots(np.zeros(samples, np.int64), np.arange(samples), np.ones(samples, bool))
+    slots = Slots.of(np.arange(samples))
     tokens = Tokens(invented_tokenizer(vocabulary), np.zeros(vocabulary, bool))
     pictures = None
     if spec.pixels is not None:

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.encoders import recompute_layers, valid_tokens
+from xdscale.models.operations import initialise
 from xdscale.models.xdbert import XDBERT
 from xdscale.tasks.contract import Task
 
@@ -124,8 +125,7 @@ def _segments(segments: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
 def new_linear(size: int, outputs: int) -> nn.Linear:
     """Returns a head's layer as BERT begins it; its values come from torch's global generator."""
     linear = nn.Linear(size, outputs)
-    nn.init.normal_(linear.weight, std=INITIAL_STD)
-    nn.init.zeros_(linear.bias)
+    initialise([linear], INITIAL_STD)
     return linear
 
 

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from xdscale.data.held_out import held_out_batches
+from xdscale.data.masking import drawn_masks
 from xdscale.data.opening import verify_table
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.task_files import NO_LABEL, Example, Span
 from xdscale.data.visual_tasks import named_regions, pieces_of, require_named, tokenise
-from xdscale.data.visualbert import compose, drawn_masks
+from xdscale.data.visualbert import compose
 from xdscale.errors import XdscaleError
 from xdscale.pretrained.language import own_tokenizer
 from xdscale.recipes.visualbert.task_schema import VisualBERTTaskRecipe
@@ -94,7 +95,8 @@ class TaskTextCollator:
 
     def draws(self, slots: Slots) -> list[np.ndarray]:
         """Returns masked positions and what is put there, reading nothing: every text counts as the longest."""
-        return drawn_masks(self._recipe, self._tokens, slots)
+        most, on, seed = self._recipe.model.max_text, self._recipe.objectives.mlm, self._recipe.training.seed
+        return drawn_masks(most, slots, on, self._tokens, seed=seed, everywhere=True)
 
     def __call__(self, slots: Slots) -> MicroBatch:
         """Reads and prepares the samples of one micro-batch."""
