@@ -21,6 +21,16 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST_REASON
 _REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxtuple = 3, 8, 8, 8
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SPECIAL = "a pipe or a device, which may never end"
+_NO_TEXT = {
+    b"\x1f\x8b": "packed (gzip)",
+    b"BZh": "packed (bzip2)",
+    b"\x28\xb5\x2f\xfd": "packed (zstd)",
+    b"\xfd7zXZ": "packed (xz)",
+    b"PK\x03\x04": "packed (zip)",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""What the first bytes of files tell that are given where a text is read."""
 
 
 @contextlib.contextmanager
@@ -227,7 +237,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise XdscaleError(f"{path}: not a readable JSON file: {one_line(error)}") from None
+        raise XdscaleError(f"{path}: not a readable JSON file: {no_text(path) or one_line(error)}") from None
     if not isinstance(values, dict):
         raise XdscaleError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
@@ -245,9 +255,22 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError as error:
-        raise XdscaleError(f"{path}: not UTF-8 text: {error}") from None
+        raise XdscaleError(f"{path}: not UTF-8 text: {no_text(path) or error}") from None
     except OSError as error:
         raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def no_text(path: Path) -> str | None:
+    """Returns what a file is that cannot be read as text, and what to do, if its first bytes tell."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError:
+        return None
+    found = next((what for magic, what in _NO_TEXT.items() if start.startswith(magic)), None)
+    if found is None:
+        return None
+    return f"it is {found}; {'save it as UTF-8' if found == 'UTF-16' else 'unpack it, and name what comes out'}"
 
 
 def require_real_file(path: Path) -> None:

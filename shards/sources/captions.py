@@ -273,10 +273,11 @@ def _listed(path: Path) -> set[int]:
     with open_text(path) as file:
         lines = file.read().splitlines()
     chosen = set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip().isdecimal():
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line and not line.isdecimal():
             raise XdscaleError(f"{path}, line {number}: {shown(line)}: expected an image's id, such as 393225")
-        chosen.add(int(line))
+        if line:
+            chosen.add(int(line))
     return chosen
 
 

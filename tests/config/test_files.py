@@ -1,7 +1,10 @@
 """What a command was asked to write is written whole, or nothing is and one message says why."""
 
+import bz2
 import contextlib
 import errno
+import gzip
+import lzma
 import os
 import socket
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from xdscale.errors import XdscaleError
-from xdscale.files import check_output_file, check_output_folder, file_sha256, read_json, write_outputs
+from xdscale.files import check_output_file, check_output_folder, file_sha256, open_text, read_json, write_outputs
 
 
 def listing(folder):
@@ -174,3 +177,22 @@ def test_what_is_no_json_object_is_one_message(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(XdscaleError, match=r"config\.json: (not a readable JSON file|expected a JSON object)"):
         read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("pack", "words"),
+    [
+        (gzip.compress, r"it is packed \(gzip\); unpack it"),
+        (bz2.compress, r"it is packed \(bzip2\); unpack it"),
+        (lzma.compress, r"it is packed \(xz\); unpack it"),
+        (lambda data: data.decode().encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        (lambda data: b"\x80" + data, "can't decode byte 0x80"),
+    ],
+)
+def test_a_text_that_is_packed_or_in_another_encoding_is_told(tmp_path, pack, words):
+    path = tmp_path / "captions.json"
+    path.write_bytes(pack(b'{"images": []}'))
+    with pytest.raises(XdscaleError, match=rf"captions\.json: not a readable JSON file: .*{words}"):
+        read_json(path)
+    with pytest.raises(XdscaleError, match=rf"captions\.json: not UTF-8 text: .*{words}"), open_text(path) as file:
+        file.read()

@@ -148,7 +148,7 @@ def test_a_karpathy_file_holds_its_images_out_and_leaves_its_test_images_away(ru
 def test_images_are_held_out_by_a_list_or_as_files_of_their_own(run, dataset, tmp_path, cassette_model, way):
     if way == "list":
         captions = [written(tmp_path / "captions.json", entries(1, IMAGES))]
-        given = ("--held-out", written(tmp_path / "minival.txt", "\n".join(map(str, range(31, IMAGES + 1)))))
+        given = ("--held-out", written(tmp_path / "minival.txt", "\r\n".join(map(str, range(31, IMAGES + 1))) + "\n\n"))
     else:
         captions = [written(tmp_path / "a.json", entries(1, 10)), written(tmp_path / "b.json", entries(11, 20))]
         given = ("--validation", written(tmp_path / "c.json", entries(31, 10)))

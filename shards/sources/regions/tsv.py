@@ -6,7 +6,7 @@ from itertools import count
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.files import shown
+from xdscale.files import no_text, shown
 from xdscale.shards.sources.regions.fields import NAMES, image_of
 from xdscale.shards.sources.regions.files import LinePlace, Reading, RegionFormat
 from xdscale.shards.sources.regions.source import RegionImage
@@ -14,14 +14,6 @@ from xdscale.shards.sources.regions.source import RegionImage
 LONGEST_LINE = 1 << 28
 """Bytes of an image's line, at most: a thousand regions of 2,048 are 11 MB."""
 _IDS = ("image_id", "img_id")
-_PACKED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\xfd7zXZ": "xz",
-    b"PK\x03\x04": "zip",
-}
-"""What files begin with that must be unpacked first, and the programs that packed them."""
 
 
 def each_line(path: Path, columns: int) -> Iterator[tuple[list[bytes], LinePlace]]:
@@ -79,11 +71,8 @@ def existing(path: Path) -> Path:
     """
     if not path.is_file():
         raise XdscaleError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}; name the files themselves")
-    with path.open("rb") as file:
-        head = file.read(8)
-    for magic, by in _PACKED.items():
-        if head.startswith(magic):
-            raise XdscaleError(f"{path}: is packed ({by}); unpack it, and name what comes out")
+    if problem := no_text(path):
+        raise XdscaleError(f"{path}: not a TSV of regions: {problem}")
     return path
 
 

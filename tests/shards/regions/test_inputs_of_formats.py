@@ -55,8 +55,8 @@ def test_what_is_no_input_of_a_format_is_named(tmp_path, format, name, words):
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        (b"\x1f\x8b\x08\0", r"features\.tsv: is packed \(gzip\); unpack it"),
-        (b"PK\x03\x04", r"features\.tsv: is packed \(zip\); unpack it"),
+        (b"\x1f\x8b\x08\0", r"features\.tsv: not a TSV of regions: it is packed \(gzip\); unpack it"),
+        (b"PK\x03\x04", r"features\.tsv: not a TSV of regions: it is packed \(zip\); unpack it"),
         (b"image_id\timage_w\timage_h\tnum_boxes\tboxes\tfeatures\n", r"line 1: names of columns; take this line away"),
     ],
 )
