@@ -215,10 +215,14 @@ class Trainer:
                 )
 
     def _means(self, sums: torch.Tensor, counts: dict[str, int]) -> dict[str, float]:
-        """Returns losses and metrics of the global batch; the total is not finite where any loss sum is not."""
+        """Returns losses and metrics of the global batch, of objectives that have targets there.
+
+        The total is not finite where any loss sum is not.
+        """
         scalars = means(self.ranks.sum(sums), self.objectives, counts)
         total = sum(self.objectives[name].weight * scalars[f"loss/{name}"] for name in counts)
-        return {"loss/total": total} | scalars
+        without = tuple(f"/{name}" for name, count in counts.items() if not count)
+        return {"loss/total": total} | {name: value for name, value in scalars.items() if not name.endswith(without)}
 
     def _skip(self, step: int, sums: torch.Tensor, scalars: dict[str, float], norm: float, data: StepData) -> None:
         losses = sums[:, loss_columns(self.objectives)]
