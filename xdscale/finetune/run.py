@@ -19,6 +19,7 @@ from xdscale.ds_config import precision
 from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.export import export_run
 from xdscale.files import write_atomically
+from xdscale.finetune.notes import notes_on
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, MODEL, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
 from xdscale.recipes.finetune.schema import ModelSettings
@@ -94,7 +95,11 @@ class FinetuneSystem(System):
         slots = validation_slots(
             len(dev), self.recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
         )
-        notes = (*material.data.notes, *_notes_on_length(material, self.recipe.model.max_length))
+        notes = (
+            *material.data.notes,
+            *notes_on(material.data),
+            *_notes_on_length(material, self.recipe.model.max_length),
+        )
         fingerprints = material.data.fingerprints()
         if material.subject.reads_outlines():
             task, splits = material.data.task, material.data.dev | material.data.test

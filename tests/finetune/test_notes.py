@@ -1,0 +1,57 @@
+"""What is said of a task's examples before they are trained on."""
+
+from dataclasses import replace
+
+import pytest
+
+from xdscale.data.task_files import Example
+from xdscale.finetune.notes import notes_on
+from xdscale.tasks.contract import TaskData, find_task
+
+SOURCES = {"train": "RTE/train.tsv", "dev": "RTE/dev.tsv", "RTE.tsv": "RTE/test.tsv"}
+
+
+def examples(count, first=0, **change):
+    """Pairs of texts that are all different, of both classes by turns."""
+    numbers = range(first, first + count)
+    return [replace(Example(str(n), ((f"text {n}", f"more {n}"),), n % 2, n + 2), **change) for n in numbers]
+
+
+def notes(train, dev, test=(), task="rte"):
+    return notes_on(TaskData(find_task(task), train, {"dev": dev}, {"RTE.tsv": list(test)}, {}, SOURCES))
+
+
+def test_of_examples_as_they_should_be_nothing_is_said():
+    """A twentieth of the development split may be trained on: published tasks have such pairs."""
+    assert notes(examples(40), examples(40, first=38), examples(3, first=90, label=None)) == []
+
+
+@pytest.mark.parametrize("wrong", ["train", "dev"])
+def test_a_class_that_a_split_has_none_of_is_named(wrong):
+    splits = {"train": examples(20), "dev": examples(20, first=50)}
+    splits[wrong] = examples(20, first=90, label=0)
+    assert notes(**splits) == [f"{SOURCES[wrong]}: none of 20 examples is of the class not_entailment"]
+
+
+def test_what_is_trained_on_and_measured_on_is_counted():
+    (note,) = notes(examples(40), examples(40, first=37))
+    assert note.startswith(
+        "RTE/dev.tsv: 3 of 40 examples are trained on, since they stand in RTE/train.tsv too, the first in line 39; "
+    )
+    shown = [replace(example, images=(example.id,)) for example in examples(40)]  # with other images it is another one
+    assert notes(shown, [replace(example, images=("other",)) for example in shown]) == []
+
+
+def test_empty_texts_are_counted_in_each_split():
+    blank = [*examples(3), *examples(2, first=3, texts=(("a text", " "),))]
+    found = notes(blank, examples(5, first=50), blank[2:4])
+    assert found == [
+        "RTE/train.tsv: 2 of 5 examples have an empty text, the first in line 5",
+        "RTE/test.tsv: 1 of 2 examples have an empty text, the first in line 5",
+    ]
+
+
+def test_of_choices_and_numbers_no_class_is_missed():
+    four = [replace(example, texts=example.texts * 4, label=0) for example in examples(9)]
+    assert notes(four, examples(9, first=50), task="swag") == []
+    assert notes(examples(9, label=2.5), examples(9, first=50, label=2.5), task="stsb") == []

@@ -1,0 +1,52 @@
+"""What a person should know of a task's examples before hours of training: mistakes that no line of a file is."""
+
+from collections.abc import Sequence
+
+from xdscale.data.task_files import Example
+from xdscale.tasks.contract import TaskData
+
+_FEW = 0.05
+"""Share of a development split that may stand in the training split unsaid; published tasks have such examples."""
+
+
+def notes_on(data: TaskData) -> list[str]:
+    """Returns a line for each split with empty texts or without a class, or of which much is trained on."""
+    labelled = {"train": data.train, **data.dev}
+    notes = [*_of_empty_texts(data, labelled | data.test)]
+    for split, examples in labelled.items():
+        if missing := _missing_labels(data, examples):
+            notes.append(f"{data.sources[split]}: none of {len(examples):,} examples is of the class {missing}")
+    known = {_content(example) for example in data.train}
+    for split, examples in data.dev.items():
+        shared = [example for example in examples if _content(example) in known]
+        if len(shared) > _FEW * len(examples):
+            notes.append(
+                f"{data.sources[split]}: {len(shared):,} of {len(examples):,} examples are trained on, since they "
+                f"stand in {data.sources['train']} too, the first in line {shared[0].line}; they say little of others"
+            )
+    return notes
+
+
+def _of_empty_texts(data: TaskData, splits: dict[str, list[Example]]) -> list[str]:
+    notes = []
+    for split, examples in splits.items():
+        empty = [one for one in examples if not all(text.strip() for texts in one.texts for text in texts)]
+        if empty:
+            notes.append(
+                f"{data.sources[split]}: {len(empty):,} of {len(examples):,} examples have an empty text, the first in "
+                f"line {empty[0].line}"
+            )
+    return notes
+
+
+def _missing_labels(data: TaskData, examples: Sequence[Example]) -> str:
+    """Returns the names of classes that no example is of; of choices any may be the right one each time."""
+    labels = getattr(data.task, "labels", ())
+    if data.task.choices or len(labels) != data.task.outputs:
+        return ""
+    there = {example.label for example in examples}
+    return ", ".join(name for number, name in enumerate(labels) if number not in there)
+
+
+def _content(example: Example) -> int:
+    return hash((example.texts, example.images))
