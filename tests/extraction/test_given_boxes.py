@@ -88,6 +88,7 @@ def test_own_proposals_have_confidences(tmp_path):
         ({"17": {"boxes": [[5, 0, 0, 5]]}}, r"box 0 is \(5, 0, 0, 5\)"),
         ({"17": {"boxes": [[0, 0, 5, 5], [0, 0, 70, 5]]}}, r"box 1 is .* within 60 × 40"),
         ({"17": {"boxes": [[0, 0, float("nan"), 5]]}}, "box 0"),
+        ({"17": {"boxes": [[0, 0, 1, 1], [0.2, 0.1, 0.5, 0.9]]}}, "boxes lie between 0 and 1: shares of the image"),
         ({"18": {"boxes": [[0, 0, 5, 5]]}}, "no boxes of '17'.* look like '18'"),
         ({"images": [{}], "annotations": []}, "COCO's instances"),
         ("many", "expected a JSON object or a list of detections, found 'many'"),
@@ -106,7 +107,7 @@ def test_own_proposals_have_confidences(tmp_path):
 )
 def test_wrong_boxes_are_refused_by_name(tmp_path, value, words):
     with pytest.raises(XdscaleError, match=words):
-        GivenBoxes(written(tmp_path, value)).of(PICTURE, SIZE)
+        GivenBoxes(written(tmp_path, value), whole_image=True).of(PICTURE, SIZE)
 
 
 @pytest.mark.parametrize("name", ["grid:0x3", "nowhere.json", "grid:3"])

@@ -192,4 +192,6 @@ def _within(boxes: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
         raise XdscaleError(
             f"{where}: box {number} is ({values}), expected left < right and top < bottom within {size[0]} × {size[1]}"
         )
+    if len(boxes) and boxes.max() <= 1 < min(size):
+        raise XdscaleError(f"{where}: boxes lie between 0 and 1: shares of the image; expected pixels")
     return np.clip(boxes, 0, [*size, *size])
