@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from xdscale.data.task_files import Example
-from xdscale.finetune.notes import notes_on
+from xdscale.finetune.notes import notes_on, notes_on_recipe
 from xdscale.tasks.contract import TaskData, find_task
 
 SOURCES = {"train": "RTE/train.tsv", "dev": "RTE/dev.tsv", "RTE.tsv": "RTE/test.tsv"}
@@ -49,6 +49,25 @@ def test_empty_texts_are_counted_in_each_split():
         "RTE/train.tsv: 2 of 5 examples have an empty text, the first in line 5",
         "RTE/test.tsv: 1 of 2 examples have an empty text, the first in line 5",
     ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "fitting"),
+    [
+        ("paper", "visualbert", "visualbert-vqa"),  # the default, which is XDBERT's
+        ("visualbert-vqa", "vlbert", "vlbert-refcoco-e2e"),
+        ("visualbert-vqa", "visualbert", None),
+        ("quickstart-vqa", "visualbert", None),
+        ("./visualbert-vqa.yaml", "vlbert", None),
+        ("paper", "language", None),
+    ],
+)
+def test_a_recipe_of_another_model_is_told_with_those_that_fit(recipe, kind, fitting):
+    found = notes_on_recipe(recipe, kind)
+    assert len(found) == (fitting is not None)
+    if fitting is not None:
+        assert found[0].startswith(f"note: --recipe {recipe} is not how a {kind} was finetuned as published: ")
+        assert fitting in found[0].replace(" are", "").split(": ")[-1].split(", ")
 
 
 def test_of_choices_and_numbers_no_class_is_missed():

@@ -18,6 +18,7 @@ from xdscale.devices import computes_in_bf16, visible_gpus
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.files import DISKS_OWN, check_output_folder, read_json, shown, write_outputs
+from xdscale.finetune.notes import notes_on_recipe
 from xdscale.finetune.recipe import (
     FORMAT,
     MODEL,
@@ -125,7 +126,8 @@ def run_command(request: Request) -> int:
             sweep.start_workers(most=len(todo))
             jobs = _plan(request, settings, sources, seeds, gpu=bool(gpus))
             if jobs:
-                say(what_is_kept(kind, settings.run.keep_model))
+                for line in (what_is_kept(kind, settings.run.keep_model), *notes_on_recipe(request.recipe, kind)):
+                    say(line)
             code = sweep.run(jobs)
         finally:
             sweep.end_workers()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from xdscale.data.task_files import Example
+from xdscale.recipe import shipped_settings
 from xdscale.tasks.contract import TaskData
 
 _FEW = 0.05
@@ -25,6 +26,20 @@ def notes_on(data: TaskData) -> list[str]:
                 f"stand in {data.sources['train']} too, the first in line {shared[0].line}; they say little of others"
             )
     return notes
+
+
+def notes_on_recipe(recipe: str, kind: str) -> list[str]:
+    """Returns a line where a recipe ships for other kinds of subject, and there are some for this one.
+
+    Args:
+        recipe: as it was named.
+        kind: of subject.
+    """
+    shipped = [path.stem for path in shipped_settings()]
+    fitting = [name for name in shipped if name.startswith(f"{kind}-")]
+    if not fitting or recipe not in shipped or recipe.startswith((f"{kind}-", "quickstart")):
+        return []
+    return [f"note: --recipe {recipe} is not how a {kind} was finetuned as published: {', '.join(fitting)} are"]
 
 
 def _of_empty_texts(data: TaskData, splits: dict[str, list[Example]]) -> list[str]:
