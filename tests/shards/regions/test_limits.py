@@ -1,17 +1,19 @@
 """Of an image with regions what lies at a limit is stored, and what lies beyond is refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.regions import Detector, RegionTable
+from xdscale.shards.regions import Detector, RegionBuild, RegionTable
+from xdscale.shards.sources.regions import checks
 from xdscale.shards.sources.regions.detectors import load_detector
 from xdscale.shards.sources.regions.fields import image_of, whole_number
 from xdscale.shards.sources.regions.importing import _background
 from xdscale.shards.sources.regions.json_files import detection
-from xdscale.shards.sources.regions.source import RegionImage, build_regions
+from xdscale.shards.sources.regions.source import RegionImage, RegionSource, build_regions
 from xdscale.shards.sources.regions.vinvl import _cut_geometry
 
 HALF, SINGLE = 65504.0, float(np.finfo(np.float32).max)
@@ -83,6 +85,47 @@ def test_what_lies_beyond_is_refused(tmp_path, name):
     fields, message = BEYOND[name]
     with pytest.raises(XdscaleError, match=f"^x: image 'a': .*{message}"):
         stored(tmp_path / "out", **fields)
+
+
+FIRST = RegionImage("a", (10, 20), np.array([[1.0, 2, 3, 4], [2, 3, 4, 5]]), np.ones((2, 3)),
+                    {"confidences": np.ones(2)}, np.full((2, 2), 0.5), b"\xff\xd8")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_id": ""}, "image '': image id: is '', expected a text"),
+        ({"image_id": "b\0"}, r"image id: is 'b\\x00', expected a text"),
+        ({"image_id": "a"}, "image id 'a' is there twice; ids must be unique"),
+        ({"labels": {}}, "fields: has none, but the first image confidences; all must have the same"),
+        ({"labels": {"confidences": np.ones(3)}}, r"confidences: have the shape \[3\], expected \[2\]"),
+        ({"labels": {"confidences": np.array(["1", "1"])}}, "confidences: are <U1, expected numbers"),
+        ({"jpeg": None}, "jpeg: some images have their file, others do not"),
+        ({"boxes": np.zeros(4)}, r"boxes: have the shape \[4\], expected \[regions, 4\] with a region or more"),
+        ({"boxes": np.zeros((2, 5))}, r"boxes: have the shape \[2, 5\], expected"),
+        ({"boxes": np.zeros((0, 4))}, r"boxes: have the shape \[0, 4\], expected"),
+        ({"features": None}, "features: are missing"),
+        ({"features": np.ones((3, 3))}, r"features: have the shape \[3, 3\], expected \[2, 3\]"),
+        ({"features": np.ones((2, 3), bool)}, "features: are bool, expected numbers"),
+        ({"features": np.array([[1, 1, 1], [1, np.inf, np.nan]])}, r"features: inf at \[1, 1\]: not a finite number"),
+        ({"class_probs": None}, "class distributions: are missing"),
+        ({"class_probs": np.full((2, 3), 1 / 3)}, r"class distributions: have the shape \[2, 3\], expected \[2, 2\]"),
+        ({"class_probs": np.array([[0.5, 0.5], [0.5, 0.39]])}, "region 1 has the sum 0.89 and the least value 0.39"),
+    ],
+)
+def test_every_image_is_like_the_first(tmp_path, monkeypatch, change, words):
+    monkeypatch.setattr(checks, "check_jpeg", lambda image: None)
+    second = FIRST._replace(image_id="b", where="line 2")._replace(**change)
+    with pytest.raises(XdscaleError, match=f"^line 2: .*{words}"):
+        build_regions([FIRST, second], tmp_path / "out", Detector(model="m"))
+
+
+def test_there_must_be_an_image(tmp_path):
+    with pytest.raises(XdscaleError, match="^no images with regions were given$"):
+        build_regions([], tmp_path / "out", Detector(model="m"))
+    build = RegionBuild(format="mine", inputs=[], detector=Detector(model="m"), width=3)
+    source = RegionSource(SimpleNamespace(total_bytes=0), build)
+    assert source.if_empty({}) == "mine: no images with regions; is the format 'mine' right?"
 
 
 @pytest.mark.parametrize(("classes", "kept"), [(64, "all"), (65, "top-64")])
