@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from xdscale.errors import XdscaleError
+from xdscale.files import no_text
 from xdscale.names import own_or_shipped, unknown_key
 from xdscale.recipe import Recipe
 from xdscale.recipe_values import describe_validation_error
@@ -67,6 +68,7 @@ _SECTION_KEYS = {
     "activation_checkpointing": ("enabled",),
     "optimizer": ("type", "params"),
 }
+_OFFLOADING = ("offload_optimizer", "offload_param")
 
 
 def read_ds_config(name: str) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
 
     Raises:
         XdscaleError: no such file (the nearest one that ships is named), not JSON, a key given twice, an unknown key
-            (the nearest right one is named) or a key whose job the recipe has.
+            (the nearest right one is named), a key whose job the recipe has, or values that do not go together.
     """
     try:
         path = own_or_shipped(name, sorted(SHIPPED.glob("*.json")), ".json", "DeepSpeed config")
@@ -93,7 +95,9 @@ def read_ds_config(name: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_refuse_duplicates(name))
     except (OSError, ValueError, RecursionError) as error:
-        raise XdscaleError(f"{name}: not valid JSON: {error}") from None
+        beside = isinstance(error, json.JSONDecodeError) and error.doc[error.pos : error.pos + 1] in ("/", "#")
+        hint = "; JSON has no comments, take them out" * beside
+        raise XdscaleError(f"{name}: not valid JSON: {no_text(path) or error}{hint}") from None
     if not isinstance(values, dict):
         raise XdscaleError(f"{name}: expected a JSON object, found {type(values).__name__}")
     for key in values:
@@ -103,6 +107,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
     for section, keys in _SECTION_KEYS.items():
         for key in _section(name, values, section):
             _require_known(name, f"{section}.", key, keys)
+    _check_values(name, values)
     return values
 
 
@@ -244,6 +249,38 @@ def precision(values: dict[str, Any]) -> str:
 def activation_checkpointing(values: dict[str, Any]) -> bool:
     """Returns whether layers are recomputed in the backward pass instead of keeping their activations."""
     return bool(values.get("activation_checkpointing", {}).get("enabled", False))
+
+
+def _check_values(name: str, values: dict[str, Any]) -> None:
+    """Refuses what DeepSpeed's own classes let through, and would stop at only in the ranks, or pass over."""
+    on = [key for key in ("bf16", "fp16", "activation_checkpointing") if _is_on(name, values, key)]
+    zero = _section(name, values, "zero_optimization")
+    stage, steps = zero.get("stage", 0), values.get("steps_per_print", 1)
+    offloaded = {key: _section(name, zero, key) for key in _OFFLOADING if zero.get(key) is not None}
+    nowhere = next(
+        (key for key, body in offloaded.items() if body.get("device") == "nvme" and not body.get("nvme_path")), None
+    )
+    sliced = offloaded.get("offload_param", {}).get("device", "none") != "none"
+    for wrong, problem in (
+        ({"bf16", "fp16"} <= {*on}, "bf16 and fp16 are both enabled; expected one of them, take the other away"),
+        (not _is_whole(stage) or stage not in range(4), f"zero_optimization.stage = {stage!r}: expected 0, 1, 2 or 3"),
+        (sliced and stage != 3, f"zero_optimization.offload_param is for stage 3, not {stage!r}: leave it out"),
+        (nowhere, f"zero_optimization.{nowhere}: device nvme needs nvme_path, a folder on that disk"),
+        (not _is_whole(steps) or steps < 1, f"steps_per_print = {steps!r}: expected a whole number >= 1"),
+    ):
+        if wrong:
+            raise XdscaleError(f"{name}: {problem}")
+
+
+def _is_on(name: str, values: dict[str, Any], section: str) -> bool:
+    enabled = _section(name, values, section).get("enabled", False)
+    if not isinstance(enabled, bool):
+        raise XdscaleError(f"{name}: {section}.enabled = {enabled!r}: expected true or false")
+    return enabled
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _refuse_duplicates(name: str) -> Any:

@@ -84,6 +84,40 @@ def test_sections_are_checked_with_deepspeeds_own_classes(write, section, body, 
         check_sections(name, read_ds_config(name))
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
+        ({"fp16": {"enabled": "true"}}, r"fp16\.enabled = 'true': expected true or false"),
+        ({"bf16": True}, "bf16 = True: expected a JSON object"),
+        ({"zero_optimization": None}, "zero_optimization = None: expected a JSON object"),
+        ({"zero_optimization": {"stage": "2"}}, r"zero_optimization\.stage = '2': expected 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2.0}}, r"zero_optimization\.stage = 2\.0: expected 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": True}}, r"zero_optimization\.stage = True: expected 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 4}}, r"zero_optimization\.stage = 4: expected 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            r"zero_optimization\.offload_param is for stage 3, not 2: leave it out",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            r"zero_optimization\.offload_optimizer: device nvme needs nvme_path",
+        ),
+        ({"steps_per_print": 0}, r"steps_per_print = 0: expected a whole number >= 1"),
+    ],
+)
+def test_what_deepspeed_would_stop_at_in_the_ranks_or_pass_over_is_refused(write, values, message):
+    with pytest.raises(XdscaleError, match=message):
+        read_ds_config(write(values))
+
+
+def test_what_goes_together_passes(write):
+    offload = {"offload_param": {"device": "nvme", "nvme_path": "/disk"}, "offload_optimizer": {"device": "cpu"}}
+    for zero in ({"stage": 0}, {"stage": 2, "offload_param": {"device": "none"}}, {"stage": 3} | offload):
+        values = {"zero_optimization": zero, "fp16": {"enabled": True}, "bf16": {"enabled": False}}
+        assert read_ds_config(write(values)) == values
+
+
 def test_sections_that_deepspeed_does_not_check_are_checked_here(write):
     with pytest.raises(XdscaleError, match=r"'data_types\.grad_acum_dtype'; did you mean 'grad_accum_dtype'"):
         read_ds_config(write({"train_micro_batch_size_per_gpu": 1, "data_types": {"grad_acum_dtype": "fp32"}}))
@@ -100,6 +134,9 @@ def test_duplicate_key_and_bad_json(write):
         read_ds_config(write('{"bf16": {}, "bf16": {}}'))
     with pytest.raises(XdscaleError, match="not valid JSON"):
         read_ds_config(write("{"))
+    for comment in ("// x", "/* x */", "# x"):
+        with pytest.raises(XdscaleError, match="JSON has no comments, take them out"):
+            read_ds_config(write(f'{{"bf16": {{}}, {comment}\n"fp16": {{}}}}'))
     assert read_ds_config(write("\ufeff{}")) == {}  # as editors under Windows begin it
     with pytest.raises(XdscaleError, match="not valid JSON: Exceeds the limit"):
         read_ds_config(write('{"train_batch_size": ' + "1" * 5000 + "}"))

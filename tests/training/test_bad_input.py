@@ -1,5 +1,6 @@
 """Every mistake gives one message that names file and value, exit code 2, no traceback, nothing half-written."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -163,6 +164,18 @@ def test_bf16_on_a_card_without_it(monkeypatch):
     check_precision("ds.json", {"fp16": {"enabled": True}})
     with pytest.raises(XdscaleError, match="ds.json: bf16 = enabled, but .* Tesla V100-SXM2-32GB does not .*-fp16"):
         check_precision("ds.json", {"bf16": {"enabled": True}})
+
+
+def test_fp16_on_a_cpu_without_it(monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr("xdscale.training.environment.uses_gpus", lambda: False)
+    for supported in (True, False):
+        monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda supported=supported: supported)
+        check_precision("ds.json", {"bf16": {"enabled": True}, "fp16": {"enabled": False}})
+        refused = pytest.raises(XdscaleError, match=r'ds\.json: fp16 = enabled, but .* no GPU; take "fp16" out')
+        with contextlib.nullcontext() if supported else refused:
+            check_precision("ds.json", {"fp16": {"enabled": True}})
 
 
 def test_what_the_first_rank_has_said_the_others_do_not_repeat(monkeypatch, capsys, config):

@@ -49,19 +49,25 @@ def threads_per_rank() -> int:
 
 
 def check_precision(name: str, ds_config: dict[str, Any]) -> None:
-    """Refuses bf16 on a GPU that does not compute in it: PyTorch would imitate it there, many times slower.
+    """Refuses bf16 on a GPU and fp16 on a CPU that do not compute in it; PyTorch would imitate the former, slowly.
 
     Args:
         name: the DeepSpeed configuration's file, for the message.
         ds_config: its values.
 
     Raises:
-        XdscaleError: names the GPU and what to choose.
+        XdscaleError: names what the machine lacks and what to choose.
     """
     import torch
+    from deepspeed.accelerator import get_accelerator
 
     if precision(ds_config) == "bf16" and uses_gpus() and not computes_in_bf16():
         raise XdscaleError(
             f"{name}: bf16 = enabled, but this machine's {torch.cuda.get_device_name()} does not compute in bf16; "
             'take a shipped file whose name ends in -fp16, or write "fp16": {"enabled": true} in place of "bf16"'
+        )
+    if precision(ds_config) == "fp16" and not uses_gpus() and not get_accelerator().is_fp16_supported():
+        raise XdscaleError(
+            f"{name}: fp16 = enabled, but DeepSpeed does not compute in fp16 on this machine, which has no GPU; take "
+            '"fp16" out of a copy of the file, for fp32'
         )
