@@ -302,3 +302,65 @@ def test_weights_come_in_fp32_whatever_the_engine_had_and_ties_stay():
     }  # fmt: skip
     assert found["tied"] is found["a"]
     assert found["b"] is wide
+
+
+def test_a_damaged_checkpoint_of_the_same_step_gives_way_to_the_new_one(tmp_path):
+    final, aside = tmp_path / "step-00000007", tmp_path / ".partial-step-00000007"
+    final.mkdir()
+    (final / "old.pt").write_text("half of it")
+    aside.mkdir()
+    (aside / "new.pt").write_text("whole")
+    checksums = {"new.pt": hashlib.sha256(b"whole").hexdigest()}
+    ckpt._publish(aside, final, {"position": {"step": 7}}, checksums)
+    assert sorted(path.name for path in final.iterdir()) == ["checksums.json", "new.pt", "position.json"]
+    assert integrity.damage(final) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000007"]
+
+
+@pytest.mark.parametrize("record", ["{", "[]", "{}", '{"position": {}}', '{"position": {"step": 1, "size": 2}}'])
+def test_a_record_that_says_something_else_is_named(tmp_path, record):
+    (tmp_path / "position.json").write_text(record)
+    with pytest.raises(XdscaleError, match=r"position\.json: not a readable checkpoint record: "):
+        ckpt.read_position(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_damage_and_does_not_hide_the_rest(tmp_path):
+    for name in ("a.pt", "b.pt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    names = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a.pt", "b.pt", "c.txt")}
+    (tmp_path / "checksums.json").write_text(integrity.checksum_text(names))
+    assert integrity.damage(tmp_path) == []
+    (tmp_path / "a.pt").unlink()
+    (tmp_path / "a.pt").mkdir()
+    (tmp_path / "b.pt").write_text("other")
+    (tmp_path / "stray.pt").touch()
+    (tmp_path / "stray.txt").touch()
+    a, b, stray = (str(tmp_path / name) for name in ("a.pt", "b.pt", "stray.pt"))
+    assert integrity.damage(tmp_path) == [
+        f"{a} cannot be read: Is a directory",
+        f"{b} is altered: expected SHA-256 {names['b.pt'][:12]}…, found d9298a10d1b0…",
+        f"{stray} does not belong to the checkpoint",
+    ]
+    assert [len(integrity.damage(tmp_path, (part, 2))) for part in (0, 1)] == [2, 1]
+
+
+def test_no_conversion_begins_that_cannot_be_written_and_a_full_disk_is_said(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "step-00000007"
+    checkpoint.mkdir()
+    (tmp_path / ".universal-step-00000007").write_text("in its way")
+    target = resharding._hidden(checkpoint)
+    assert "File exists" in resharding._convert(checkpoint, target)
+    (tmp_path / ".universal-step-00000007").unlink()
+    monkeypatch.setattr(
+        resharding.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="unexpected pos 64\n")
+    )
+
+    def refuse(folder):
+        assert folder == target.parent
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resharding, "check_room", refuse)
+    said = resharding._convert(checkpoint, target)
+    assert "the disk is full" in said
+    assert said.endswith("MiB are free with what was converted so far")
+    assert not target.parent.exists()
