@@ -6,11 +6,13 @@ import json
 import os
 import platform
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from xdscale.errors import XdscaleError
 from xdscale.recipe import load_recipe
+from xdscale.training import run_folder
 from xdscale.training.monitor import Monitor
 from xdscale.training.run_folder import RunFolder, read_log
 
@@ -108,6 +110,20 @@ def test_a_place_that_takes_no_folder_is_named(tmp_path, place):
         folder.claim()
 
 
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "run").write_text("notes")
+    with pytest.raises(XdscaleError, match=r"^output\.folder = .*/run: exists and is not a folder$"):
+        RunFolder(tmp_path / "run").check(load_recipe("quickstart"))
+
+
+def test_what_a_process_left_that_was_killed_while_it_looked_goes(tmp_path):
+    alone = SimpleNamespace(rank=0, is_first=True, gather=lambda value: [value], barrier=lambda: None)
+    (tmp_path / f"{run_folder._TOKEN}0123").touch()
+    (tmp_path / "notes").touch()
+    RunFolder(tmp_path).check_shared(alone)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes"]
+
+
 STOP = "stopped after .* as run.stop_at_step = 5 says"
 
 
@@ -175,7 +191,10 @@ def test_records_tell_of_the_newest_start_and_the_list_of_all(tmp_path):
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", start["time"]) for start in starts)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b'{"recipe": {}}\n', b"\xff", b"[" * 100_000])
+STATED = b'{"recipe": {}, "ds_config": {}, "environment": "of then"}\n'
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b'{"recipe": {}}\n', STATED, b"\xff", b"[" * 100_000])
 def test_a_damaged_list_of_starts_is_named_and_nothing_is_written(tmp_path, content):
     (tmp_path / "starts.jsonl").write_bytes(content)
     with pytest.raises(XdscaleError, match=r"starts\.jsonl: its last line is no record of a start .*; mend"):

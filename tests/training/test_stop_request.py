@@ -1,5 +1,6 @@
 """Signals that were blocked: held by a launcher, or waiting for a rank's handlers."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -86,6 +87,41 @@ def test_a_second_ctrl_c_ends_at_once():
         time.sleep(0.4)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == -signal.SIGINT
+
+
+def test_two_signals_of_one_ctrl_c_are_one_and_later_ones_are_counted_from_the_first(monkeypatch):
+    """The terminal's, and that of a launcher which passes it on within a moment."""
+    clock, done = [5.0], []
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(signals.signal, "signal", lambda number, handler: done.append((number, handler)))
+    monkeypatch.setattr(signals.os, "kill", lambda process, number: done.append((process, number)))
+    stop = StopRequest()
+    for number, at in ((signal.SIGTERM, 5.0), (signal.SIGINT, 6.0), (signal.SIGINT, 6.25), (signal.SIGTERM, 7.0)):
+        clock[0] = at
+        stop._remember(number, None)
+        assert stop.requested
+        assert done == []
+    clock[0] = 6.375  # of the first one, not of the second
+    stop._remember(signal.SIGINT, None)
+    assert done == [(signal.SIGINT, signal.SIG_DFL), (os.getpid(), signal.SIGINT)]
+
+
+def test_handlers_that_were_there_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with StopRequest() as stop:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            assert signal.getsignal(number) == stop._remember
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+def test_a_process_of_which_nothing_can_be_said_is_gone():
+    def refuse():
+        raise psutil.AccessDenied(7)
+
+    assert not signals._alive(SimpleNamespace(is_running=lambda: True, status=refuse))
+    assert not signals._alive(SimpleNamespace(is_running=lambda: False, status=lambda: "sleeping"))
+    assert not signals._alive(SimpleNamespace(is_running=lambda: True, status=lambda: psutil.STATUS_ZOMBIE))
+    assert signals._alive(SimpleNamespace(is_running=lambda: True, status=lambda: "sleeping"))
 
 
 class Process:
