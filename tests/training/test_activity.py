@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from xdscale.training import activity as activity_module
 from xdscale.training import distributed
 from xdscale.training.activity import Activity
 from xdscale.training.arrivals import Arrival, Arrivals
@@ -61,28 +62,17 @@ def test_activity_is_computing_here_or_in_a_child_or_moving_bytes_and_not_sleepi
 def test_threads_that_end_meanwhile_are_passed_over_and_a_system_that_does_not_tell_counts_as_activity(
     tmp_path, monkeypatch
 ):
-    (tmp_path / "7").mkdir()
-    (tmp_path / "7" / "stat").mkdir()  # cannot be read, as that of a thread that has ended
-    fields = "7 (a) b) S " + " ".join(str(number) for number in range(4, 53))
-    (tmp_path / "8").mkdir()
-    (tmp_path / "8" / "stat").write_text(fields)
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    (tmp_path / "ended" / "stat").mkdir(parents=True)  # cannot be read either
+    stand_in(tmp_path, reader=("D", 0))
     activity = Activity(tmp_path)
-    assert not activity.waits_for_disk()
-    words = fields.rpartition(")")[2].split()
-    for place, waits in ((38, False), (39, True), (40, False)):  # the 42nd field counts waits for block devices
-        words[place] = str(int(words[place]) + 1)
-        (tmp_path / "8" / "stat").write_text("7 (a) b) " + " ".join(words))
-        assert activity.waits_for_disk() == waits
-        assert not activity.waits_for_disk()
-    (tmp_path / "8" / "stat").write_text("7 (a) b) " + " ".join(["D", *words[1:]]))
     assert activity.waits_for_disk()
-    monkeypatch.setattr(Activity, "waits_for_disk", lambda _: False)
-    monkeypatch.setattr(Activity, "_cpu_seconds", lambda _: 5.0)
-    for moved, busy in ((100, False), (100 + (1 << 16) - 1, False), (100 + (2 << 16) - 1, True), (None, True)):
-        monkeypatch.setattr(Activity, "_bytes_moved", lambda _, moved=moved: moved)
-        if moved == 100:
-            activity = Activity(tmp_path)
-        assert activity.busy() == busy
+    stand_in(tmp_path, reader=("S", 0))
+    monkeypatch.setattr(activity_module, "_bytes_read_or_written", refuse)
+    monkeypatch.setattr(activity, "_cpu_seconds", lambda: 0.0)
+    assert activity.busy()
 
 
 class _Device:
