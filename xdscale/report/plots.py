@@ -106,7 +106,8 @@ def _fall(runs: TaskRuns) -> str:
     if not len(steps):
         return "has no step that all seeds logged"
     first, last = np.median(losses[:, [0, -1]], axis=0)
-    return f"from {first:.3f} at step {steps[0]} to {last:.3f} at step {steps[-1]} ({len(losses)} seeds)"
+    seeds = wording.counted(len(losses), "seed")
+    return f"from {first:.3f} at step {steps[0]} to {last:.3f} at step {steps[-1]} ({seeds})"
 
 
 def _colour(report: Report, sweep: Sweep) -> str:

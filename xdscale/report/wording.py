@@ -41,7 +41,7 @@ def spread(metric: str, cell: Cell) -> str:
 def seeds(cell: Cell) -> str:
     """Returns how many seeds a cell is made of, "3 of 5 seeds" where some are missing."""
     missing = cell.finished < cell.planned
-    return f"{cell.finished} of {cell.planned} seeds" if missing else _counted(cell.finished, "seed")
+    return f"{cell.finished} of {cell.planned} seeds" if missing else counted(cell.finished, "seed")
 
 
 def shortfall(cell: Cell) -> str:
@@ -72,7 +72,7 @@ def sentence(report: Report, comparison: Comparison) -> str:
     return (
         f"{report.column(comparison.task).title}: {change(metric, difference.observed, digits=1)} "
         f"{METRICS[metric].title} (95 % CI {interval(metric, difference.interval, digits=1)}): {words}. "
-        f"{_counted(comparison.improved, 'example')} improved, {comparison.worsened:,} worsened."
+        f"{counted(comparison.improved, 'example')} improved, {comparison.worsened:,} worsened."
     )
 
 
@@ -103,5 +103,6 @@ METHOD = (
 )
 
 
-def _counted(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """Returns a number of things, "1 seed" or "2 seeds"."""
     return f"{number:,} {what}{'s' * (number != 1)}"
