@@ -6,11 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from xdscale.data.task_files import Example
 from xdscale.errors import XdscaleError
 from xdscale.finetune.command import default_ds_config, describe_subject
-from xdscale.finetune.recipe import RunSettings, check_tasks, load_settings, resolve_run
+from xdscale.finetune.recipe import RunSettings, TaskSection, check_tasks, load_settings, resolve_run
 from xdscale.finetune.run import _settings
 from xdscale.recipe import Run
 from xdscale.recipes.xdbert.schema import ClipSettings, LanguageSettings
@@ -170,6 +171,42 @@ def test_settings_for_a_task_that_is_not_asked_for_are_told_and_mistyped_names_r
     assert capsys.readouterr().err == "warning: quickstart: seeds: 'reviews' is no task of this command\n"
     with pytest.raises(XdscaleError, match="seeds: unknown task 'reviews'; did you mean 'review'"):
         check_tasks("quickstart", settings, ["cola", "review"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rate={base: {others: 1}}", "optim.learning_rate has no 'large'; it has base and large"),
+        ("optim.learning_rate={large: {others: 1}}", "optim.learning_rate has no 'base'; it has base and large"),
+        (
+            "optim.learning_rate={base: {rte: 1}, large: {others: 1}}",
+            "optim.learning_rate.base: no value for 'others'",
+        ),
+        ("seeds={rte: 2}", None),  # those of the recipe for the others stay
+    ],
+)
+def test_a_table_has_both_sizes_and_a_value_for_all_others(override, message, tmp_path):
+    text = (ROOT / "xdscale" / "recipes" / "finetune" / "paper.yaml").read_text()
+    stated = yaml.safe_load(text)
+    key, _, value = override.partition("=")
+    section, name = stated, key
+    if "." in key:
+        section, name = stated[key.split(".")[0]], key.split(".")[1]
+    section[name] = yaml.safe_load(value)
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(stated))
+    message = message or "seeds: no value for 'others'"
+    with pytest.raises(XdscaleError, match=rf"^{path}: {message}$"):
+        load_settings(str(path), [])
+
+
+def test_a_run_of_a_task_of_ones_own_finds_it_in_its_recipe():
+    own = OwnTask(name="mine", title="Mine", train="t.tsv", dev="d.tsv", text="text", target="score", metrics="rmse")
+    found = TaskSection(name="mine", epochs=1, own=own).find()
+    assert (found.name, found.title, found.train, found.label) == ("mine", "Mine", "t.tsv", "score")
+    assert TaskSection(name="rte", epochs=1).find() is find_task("rte")
+    with pytest.raises(XdscaleError, match="task.own"):
+        TaskSection(name="mine", epochs=1, own=OwnTask(name="mine", train="t.tsv", dev="d.tsv")).find()
 
 
 def test_the_shipped_deepspeed_config_is_the_commands_default_on_gpus():

@@ -199,6 +199,39 @@ def test_a_result_that_cannot_be_read_is_a_failed_run(sweep):
     assert "result-1.json" in said
 
 
+def test_a_worker_that_was_ended_can_be_asked_to_stop(monkeypatch):
+    """The sweep's watch may hold on to one that another thread has just replaced."""
+    monkeypatch.setattr(worker_process, "PROGRAM", ("-S", "-c", "import time; time.sleep(60)"))
+    worker = worker_process.WorkerProcess({})
+    worker.end()
+    assert not worker.alive
+    worker.stop()
+    worker.kill()
+    worker.end()
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_busy_worker_is_given_a_moment_to_save_and_an_idle_one_none(monkeypatch, tmp_path, leaves):
+    program = (
+        "import pathlib, signal, sys, time\n"
+        f"def save(*_):\n    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n    {'sys.exit()' if leaves else ''}\n"
+        f"signal.signal(signal.SIGTERM, save)\npathlib.Path({str(tmp_path / 'began')!r}).touch()\n"
+        "while True: time.sleep(0.01)"
+    )
+    monkeypatch.setattr(worker_process, "PROGRAM", ("-S", "-c", program))
+    monkeypatch.setattr(worker_process, "_SECONDS_TO_LEAVE", 0.5)
+    for busy in (True, False):
+        worker = worker_process.WorkerProcess({})
+        while not (tmp_path / "began").exists():
+            time.sleep(0.01)
+        worker._busy = busy
+        worker.end()
+        assert not worker.alive
+        assert (tmp_path / "saved").exists() == busy
+        (tmp_path / "began").unlink()
+        (tmp_path / "saved").unlink(missing_ok=True)
+
+
 REAL = """
 import pathlib, sys, time, types
 from xdscale.finetune import worker

@@ -114,8 +114,7 @@ class WorkerProcess:
             self._channel.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # it is gone
-        if self.alive:
-            self._process.terminate()
+        self._process.terminate()  # nothing where it has ended
 
     def end(self) -> None:
         """Ends the worker, at once when it does nothing; else it is given a moment to save."""
