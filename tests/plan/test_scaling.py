@@ -74,3 +74,19 @@ def test_every_gpu_has_a_sequence_of_the_recipes_batch(batch, last):
     assert [point.gpus for point in points][-1] == last
     assert {point.global_batch for point in points} == {batch}
     assert [point.nodes for point in points] == [-(-point.gpus // 8) for point in points]
+
+
+def test_what_fits_on_no_number_of_gpus_is_told():
+    machine = machine_from("A100-80G", 8, None, 1.7, 0.4, None)
+    with pytest.raises(XdscaleError, match=f"^{NAME}: fits on no number of A100-80G up to 1024$"):
+        scale(NAME, load_recipe(NAME), machine, profiled(), grow=True)
+
+
+def test_scaling_is_printed_as_tables_and_drawn_where_that_is_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(profile, "profile_model", lambda spec, **options: profiled())
+    machine, path = machine_from("A100-80G", 8, None, None, 0.4, None), tmp_path / "chart.svg"
+    how = {"sequence_length": None, "precision": None, "checkpointing": False}
+    run_scaling(NAME, ["training.steps=22000"], machine, **how, as_json=False, chart=path)
+    found = curves("A100-80G")
+    assert capsys.readouterr().out == "\n\n".join(f"{name}:\n\n{markdown(found[name])}" for name in found) + "\n"
+    assert path.read_text() == chart(found, f"{NAME}, A100-80G: hours over GPUs")

@@ -100,6 +100,10 @@ def test_a_file_that_is_written_asks_no_more_than_a_ranks_share(tmp_path, capsys
     run_plan(RECIPES["bert-base"], [], machine, **options, write_configs=tmp_path)
     written = [json.loads(path.read_text())["train_micro_batch_size_per_gpu"] for path in tmp_path.iterdir()]
     assert written == [288 // 8] * len(WAYS)
+    json.loads(capsys.readouterr().out)  # and nothing else
+    run_plan(RECIPES["bert-base"], [], machine, **options | {"as_json": False}, write_configs=tmp_path)
+    told = capsys.readouterr().out.splitlines()[-len(WAYS) :]
+    assert sorted(told) == sorted(f"written: {path}" for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -130,11 +130,6 @@ class CLIPTextEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)), requires_grad=False)
 
     @property
-    def context_length(self) -> int:
-        """Positions of one block: 77."""
-        return self.tower.context_length
-
-    @property
     def output_size(self) -> int:
         """Size of one projected state."""
         return self.tower.output_dim

@@ -47,11 +47,6 @@ class Settings:
         """Bytes of one parameter in the forward pass."""
         return BYTES[self.precision]
 
-    @property
-    def name(self) -> str:
-        """Short name of stage and offload, as in the file names of `ds_configs/`."""
-        return f"zero{self.stage}" + ("-offload" if self.offload_optimizer else "")
-
 
 def kept_bytes(optim: Optim) -> int:
     """Returns the bytes that training keeps per trained parameter, beside its weight: moments and average, in fp32."""
