@@ -281,6 +281,7 @@ def test_memory_does_not_grow_with_queries_times_keys() -> None:
         ({"key": torch.zeros(5, 2, 9)}, ValueError, r"key must have the shape \[tokens, 2, 8\]"),
         ({"value": torch.zeros(6, 2, 8)}, ValueError, "value must have 5 tokens like key, not 6"),
         ({"value": torch.zeros(5, 2, 8, device="meta")}, ValueError, "value must be on cpu like query, not on meta"),
+        ({"cu_seqlens_k": offsets([5]).to("meta")}, ValueError, "cu_seqlens_k must be on cpu like query, not on meta"),
         ({"cu_seqlens_q": torch.tensor([0, 4])}, TypeError, "cu_seqlens_q must be int32, not torch.int64"),
         ({"cu_seqlens_k": offsets([2, 3])}, ValueError, r"cu_seqlens_k must have the shape \[samples \+ 1\]"),
         ({"cu_seqlens_k": offsets([6])}, ValueError, "cu_seqlens_k must rise from 0 to its 5 tokens"),

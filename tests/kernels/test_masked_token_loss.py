@@ -271,6 +271,12 @@ def test_what_does_not_fit_is_named(changes, error, words):
         masked_token_loss(**bad(**changes))
 
 
+def test_labels_are_looked_at_where_that_makes_no_gpu_wait():
+    for labels in (torch.empty(0, dtype=torch.int64), torch.empty(3, dtype=torch.int64, device="meta")):
+        operation._check_labels(labels, 5)
+    operation._check_labels(torch.tensor([4, 0]), 5)
+
+
 def peak_bytes(function, inputs, path):
     """Most bytes allocated at once by forward and backward, the gradient of the weight not counted."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -101,3 +101,10 @@ def test_wrong_arguments_are_named(name, wrong, error, expected):
     with pytest.raises(error, match=expected) as raised:
         pre_norm(**({**fitting, "eps": EPS} | {name: wrong}))
     assert name in str(raised.value)
+
+
+def test_a_device_without_kernels_takes_the_plain_definition():
+    states, weight = torch.empty(3, 8, dtype=torch.float64, device="meta"), torch.ones(8, dtype=torch.float64)
+    total, out = pre_norm(states, states, weight.to("meta"), weight.to("meta"), eps=EPS)
+    for found in (total, out):
+        assert (found.shape, found.dtype, found.device.type) == ((3, 8), torch.float64, "meta")

@@ -1,7 +1,10 @@
 """Tiles of all kernels on all architectures, also those of which no case is compiled here: what Triton takes at all."""
 
+import ast
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,3 +110,36 @@ def test_heads_of_up_to_128_states_are_attended_by_the_kernels(monkeypatch) -> N
     assert [chosen(128), chosen(128, torch.float64)] == [attention_cpu, None]
     monkeypatch.setattr(gpu, "FORCE_TRITON", True)
     assert [chosen(128), chosen(129), chosen(128, torch.float64)] == [attention_launch, attention_cpu, None]
+
+
+@pytest.mark.parametrize(("target", "precision"), [("sm_80", "tf32x3"), ("sm_90", "tf32x3"), ("gfx942", "ieee")])
+def test_fp32_is_multiplied_in_three_passes_of_tf32_but_on_amds_cards(target, precision) -> None:
+    bounds = torch.zeros(2, dtype=torch.int32)
+    packing = Packing(bounds, bounds, 1, 1, 0, None, False)
+    with gpu.launches_on(target) as launches:
+        query = torch.empty(1, 1, 64, device="meta")
+        _, *saved = attention_launch.forward(query, query, query, packing)
+        attention_launch.backward(query, query, query, query, packing, *saved)
+    assert [launch.options["PRECISION"] for launch in launches] == [precision] * 3
+
+
+def test_a_loss_multiplies_fp32_as_pytorch_is_told_to(monkeypatch) -> None:
+    def chosen(family, dtype=torch.float32):
+        return masked_token_loss_triton._precision(dtype, family)
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="ieee"))
+    assert [chosen("ampere"), chosen("hip"), chosen("ampere", torch.bfloat16)] == ["tf32x3", "ieee", "ieee"]
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    assert [chosen("hopper"), chosen("hip"), chosen("hopper", torch.float16)] == ["tf32", "ieee", "ieee"]
+
+
+def test_masked_loads_say_what_stands_where_nothing_is_read() -> None:
+    """On a GPU it is anything otherwise; Triton's interpreter has zeros there, so that no value shows it.
+
+    A kernel without sums may leave it open: it stores nothing there.
+    """
+    for path in set(Path(gpu.__file__).parent.glob("*.py")) - {Path(activated_linear_triton.__file__)}:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
+                given = {keyword.arg for keyword in node.keywords}
+                assert given in (set(), {"mask", "other"}), f"{path.name}: {ast.unparse(node)}"

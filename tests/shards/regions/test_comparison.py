@@ -119,6 +119,23 @@ def test_classes_that_have_names_are_compared_by_name(tables, tmp_path):
     assert [image.same_class for image in compare_images(*both, common_images(*both))] == [6, 4, 6, 6]
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_the_most_likely_class_counts_where_no_ids_are_there_and_background_is_one(tmp_path, named):
+    """Of six regions two are nothing in both tables, one in the first alone and one in the second alone."""
+    both = []
+    # The classes are nothing, dog, cat in the first table; dog, nothing, cat in the second.
+    for name, background, likely in (("first", 0, [0, 0, 0, 1, 2, 1]), ("second", 1, [1, 1, 0, 1, 2, 0])):
+        probs = np.eye(3, dtype=np.float32)[likely] * 0.7 + 0.1
+        names = ["dog", "cat"]
+        names.insert(background, "nothing")
+        how = Detector(model=name, class_count=3, background=background, classes=names if named else [])
+        image = drawn(1)._replace(labels={}, class_probs=probs)
+        build_regions([image], tmp_path / name, how)
+        both.append(RegionTable.open(tmp_path / name))
+    [image] = compare_images(*both, common_images(*both))
+    assert (image.matched, image.same_class) == (6, 4)
+
+
 def test_tables_without_a_common_image_are_refused(tables, tmp_path):
     build_regions([drawn(3)._replace(image_id="COCO_3")], tmp_path / "other", Detector(model="one"))
     with pytest.raises(XdscaleError, match="no image in common: ids look like '0' and 'COCO_3'"):
