@@ -267,6 +267,7 @@ def test_a_detector_of_transformers(extract, photographs, yolos):
         ("transformers:/nowhere", {"boxes": "grid:2x2"}, "finds its own and cannot take others"),
         ("transformers:/nowhere", {"short_side": 3}, "is a detector"),
         ("torchvision:resnet18", {}, "finds no regions"),
+        ("torchvision:resnet18", {"boxes": "grid:2x2", "most": 3}, "--most choose among .*; of --boxes all are taken"),
         ("torchvision:resnet18", {"boxes": "grid:2x2", "stage": "layer9"}, "layer9"),
         ("timm:test_resnet", {"boxes": "grid:2x2", "stage": "99"}, "number from 0 to"),
         (f"torchvision:{DETECTOR}", {"short_side": 3}, "is a detector"),

@@ -25,6 +25,8 @@ from xdscale.shards.regions import Detector, RegionBuild
 from xdscale.shards.sources.regions.checks import JPEG_BEGINS
 from xdscale.shards.sources.regions.source import RegionImage, RegionSource, layout_of
 
+CHOOSING = ("threshold", "fewest", "most")
+"""Options that say which of the regions that a network finds are kept."""
 LIBRARIES = ("timm", "torchvision", "transformers", "vlbert")
 SAMPLE = 64
 """Images whose regions say what is usual."""
@@ -95,6 +97,9 @@ def region_source(
     given = None if options.boxes is None else GivenBoxes(options.boxes, whole_image=options.whole_image)
     if given is None and options.whole_image:
         raise XdscaleError("--whole-image: the whole image can be a region before given boxes alone (--boxes)")
+    if given is not None and any(getattr(options, name) != getattr(ExtractOptions, name) for name in CHOOSING):
+        told = ", ".join(f"--{name}" for name in CHOOSING)
+        raise XdscaleError(f"{told} choose among what a network finds; of --boxes all are taken: leave them out")
     images = ExtractedImages(pictures, options, given, shard_images)
     if options.standardize:
         images.standardize()
