@@ -240,7 +240,10 @@ def test_the_second_phase_learns_what_is_true_of_the_images(adapt, finetune, cas
     assert last["step"] == 60
     assert last["validation/accuracy/match"] > 0.8
     export_run(tmp_path / "run", tmp_path / "exported")
-    finetune(tmp_path / "exported", data, regions, tmp_path / "out", tasks=["nlvr2"])
+    said = finetune(tmp_path / "exported", data, regions, tmp_path / "out", tasks=["nlvr2"])
+    assert "was trained on those of" not in said.stderr
+    config = json.loads((tmp_path / "out" / "nlvr2" / "seed-0" / "model" / "config.json").read_text())
+    assert config["features_of"] == {"model": "drawn", "sha256": None}
 
 
 def test_damaged_regions_are_named_before_the_first_step(

@@ -294,6 +294,7 @@ def test_an_export_is_read_by_transformers_and_begun_with(runs, tmp_path):
     theirs, report = VisualBertModel.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"]
     assert theirs.config.visual_embedding_dim == 12
+    assert theirs.config.features_of == {"model": "drawn", "sha256": None}
     assert AutoTokenizer.from_pretrained(out)("a dog")["input_ids"][0] == 101
     ours, heads = load_visualbert(out)
     assert sorted(heads) == sorted(name for name in heads if name.startswith(("mlm.", "match.")))

@@ -288,6 +288,7 @@ def test_an_export_is_read_and_begun_with(runs, tmp_path):
     said = export_run(runs[2], out)
     assert re.search(r"VL-BERT \([\d,]+ parameters\), with the heads of mlm, text_mlm, masked_region", said)
     ours, heads = load_vlbert(out)
+    assert ours.config.features_of == {"model": "drawn", "sha256": None}
     assert AutoTokenizer.from_pretrained(out)("a dog")["input_ids"][0] == 101
     assert sorted(heads) == sorted(name for name in heads if name.startswith(("mlm.", "masked_region.")))
     save_release({f"model.{name}": value for name, value in ours.state_dict().items()} | heads, tmp_path / "vl.model")

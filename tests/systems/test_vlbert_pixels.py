@@ -239,6 +239,7 @@ def test_an_export_has_the_branch_for_extraction_and_for_the_release(runs, small
         assert len(statistics) == 26
         assert all(torch.equal(trunk.state_dict()[name], value) for name, value in statistics.items())
     model, heads = load_vlbert(tmp_path / "export-2")
+    assert model.config.features_of is None
     state = {f"model.{name}": value for name, value in model.state_dict().items()} | heads
     save_release(state, tmp_path / "e2e.model")
     again, more = load_vlbert(tmp_path / "e2e.model")

@@ -1,5 +1,6 @@
 """VisualBERT on tasks: what it reads of their examples; its heads against transformers' (spec VisualBERT §5)."""
 
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -327,3 +328,25 @@ def test_parameters_are_the_published_ones(width, task, parameters):
     with torch.device("meta"):
         module = VisualBERTClassifier(VisualBERT(VisualBertConfig(visual_embedding_dim=width)), task, dropout=0.1)
     assert sum(parameter.numel() for parameter in module.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("trained", "told"),
+    [
+        (None, None),
+        ({"model": "drawn", "sha256": None}, None),
+        ({"model": "drawn", "sha256": "ab" * 32}, None),  # weights that nobody states may be the same
+        ({"model": "another", "sha256": "ab" * 32}, "of drawn, but .* on those of another (weights abababababab),"),
+        ("drawn", None),
+    ],
+)
+def test_features_of_another_network_than_the_models_are_told(folder, region_table, tmp_path, trained, told):
+    """Widths are alike: 2,048 numbers are the features of a dozen detectors."""
+    copied = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"features_of": trained}))
+    notes = VisualBERTSubject(str(copied), VisualBERTSettings(), region_table).notes()
+    assert len(notes) == (told is not None)
+    if told is not None:
+        assert re.search(told.replace("(", r"\(").replace(")", r"\)"), notes[0])
+    assert VisualBERTSubject(str(copied), VisualBERTSettings()).notes() == []

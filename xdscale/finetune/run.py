@@ -97,6 +97,7 @@ class FinetuneSystem(System):
         )
         notes = (
             *material.data.notes,
+            *material.subject.notes(),
             *notes_on(material.data),
             *_notes_on_length(material, self.recipe.model.max_length),
         )

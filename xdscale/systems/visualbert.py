@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import BertConfig
 
+from xdscale.data.feature_source import keep_feature_source, kept_feature_source
 from xdscale.data.opening import open_data
 from xdscale.data.visualbert import VisualBERTCollator, compose, no_regions
 from xdscale.errors import XdscaleError
@@ -19,7 +20,7 @@ from xdscale.pretrained.language_files import copy_tokenizer, save_language_file
 from xdscale.pretrained.visualbert import config_from_bert, from_bert, load_visualbert, save_visualbert
 from xdscale.recipes.visualbert.schema import VisualBERTObjectives, VisualBERTRecipe
 from xdscale.shards.manifest import Manifest
-from xdscale.shards.regions import REGIONS, RegionBuild, Regions
+from xdscale.shards.regions import REGIONS, RegionBuild, Regions, RegionTable
 from xdscale.shards.sources.caption_build import CAPTIONS, CaptionBuild
 from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, Slots, System, Term, parameter_count
 from xdscale.systems.invented import invented_tokenizer
@@ -73,17 +74,20 @@ class VisualBERTSystem(System):
     """Trains a BERT on with captions and the regions of their images."""
 
     recipe: VisualBERTRecipe
+    _regions: RegionTable | None = None  # of an open run that reads features
 
     def open(self, place: Place) -> Data:
         """Opens the captions, and the regions that they are linked to."""
         recipe = self.recipe
-        return open_data(
+        data = open_data(
             recipe,
             place,
             CAPTIONS,
             lambda manifest: check_captions(recipe, manifest),
             lambda table: VisualBERTCollator(table, recipe),
         )
+        self._regions = data.collate.regions
+        return data
 
     def build(self) -> VisualBERTPretraining:
         """Builds encoder and heads of a BERT, whose own heads come along where it was published with them."""
@@ -129,8 +133,9 @@ class VisualBERTSystem(System):
         return [*rows, PartCount("model during training", parameter_count(module), total=True)]
 
     def keep(self, folder: Path) -> None:
-        """Keeps the BERT's configuration and tokenizer."""
+        """Keeps the BERT's configuration and tokenizer, and what computed the features."""
         save_language_files(self.recipe.model.language, folder / "language")
+        keep_feature_source(self._regions, folder)
 
     def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
         """Writes a folder that transformers' `VisualBertModel` and `VisualBertForPreTraining` load."""
@@ -140,6 +145,7 @@ class VisualBERTSystem(System):
             BertConfig.from_pretrained(source), region_size=self.recipe.region_width, early_fusion=spec.early_fusion
         )
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = spec.dropout
+        config.features_of = kept_feature_source(run)
         save_visualbert(config, state, out, alignment=spec.alignment)
         count = sum(value.numel() for name, value in state.items() if name.startswith(MODEL_PREFIX))
         return f"VisualBERT ({count:,} parameters), with the heads of {', '.join(self.objectives())}"

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BertConfig
 from transformers.activations import ACT2FN
 
+from xdscale.data.feature_source import keep_feature_source, kept_feature_source
 from xdscale.data.held_out import held_out_batches
 from xdscale.data.opening import open_shards
 from xdscale.data.order import Order, check_size, validation_slots
@@ -26,7 +27,7 @@ from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.pixels import RANDOM
 from xdscale.recipes.vlbert.schema import READING, GroundedObjectives, VLBERTRecipe
 from xdscale.shards.manifest import Manifest
-from xdscale.shards.regions import REGIONS, RegionBuild, Regions
+from xdscale.shards.regions import REGIONS, RegionBuild, Regions, RegionTable
 from xdscale.shards.sources.caption_build import CAPTIONS, CaptionBuild
 from xdscale.shards.sources.text_build import TEXT, TextBuild
 from xdscale.systems.contract import Data, MicroBatch, PartCount, Place, Slots, System, Term, parameter_count
@@ -93,6 +94,7 @@ class VLBERTSystem(System):
     """Trains a BERT on with captions and regions, and with texts, half and half."""
 
     recipe: VLBERTRecipe
+    _regions: RegionTable | None = None  # of an open run that reads features
 
     def open(self, place: Place) -> Data:
         """Opens captions, the regions that they are linked to, and texts, which lie in one dataset."""
@@ -123,6 +125,7 @@ class VLBERTSystem(System):
         validation = held_out_batches(held_out, map(held_out.alternating, slots))
         order = Order.of(recipe, place, *train.sizes, shares=[1] * len(tables))
         fingerprints = train.captions.manifest.only(tables).fingerprints
+        self._regions = train.regions if recipe.model.pixels is None else None
         return Data(order, train, validation, fingerprints, shards.damaged, shards.cache is not None)
 
     def build(self) -> VLBERTPretraining:
@@ -189,9 +192,10 @@ class VLBERTSystem(System):
         return [*rows, PartCount("model during training", parameter_count(module), total=True)]
 
     def keep(self, folder: Path) -> None:
-        """Keeps the BERT's configuration, tokenizer and pooler."""
+        """Keeps the BERT's configuration, tokenizer and pooler, and what computed the features."""
         save_language_files(self.recipe.model.language, folder / "language")
         save_pooler(self.recipe.model.language, folder / "language")
+        keep_feature_source(self._regions, folder)
 
     def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
         """Writes a folder that `xdscale.pretrained.vlbert.load_vlbert` reads, with the heads."""
@@ -199,6 +203,7 @@ class VLBERTSystem(System):
         copy_tokenizer(source, out)
         config = config_from_bert(BertConfig.from_pretrained(source), **spec.encoder_values())
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = spec.dropout
+        config.features_of = kept_feature_source(run)
         save_vlbert(config, state, out)
         count = sum(value.numel() for name, value in state.items() if name.startswith(MODEL_PREFIX))
         return f"VL-BERT ({count:,} parameters), with the heads of {', '.join(self.objectives())}"

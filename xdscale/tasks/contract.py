@@ -236,6 +236,10 @@ class Subject(ABC):
         """Returns by name what it learns beside a task; its forward returns their terms."""
         return {}
 
+    def notes(self) -> list[str]:
+        """Returns what a person should know of the model and the regions that it is given."""
+        return []
+
     def reads_outlines(self) -> bool:
         """Returns whether it reads the outlines of VCR's objects, which then stand in each checkpoint's hash."""
         return False

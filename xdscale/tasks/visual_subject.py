@@ -7,6 +7,7 @@ from typing import ClassVar
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
+from xdscale.data.feature_source import notes_on_features
 from xdscale.errors import XdscaleError
 from xdscale.names import resolve_path
 from xdscale.pretrained.language import tokenizer_of
@@ -48,6 +49,12 @@ class VisualSubject(Subject):
             encoder += f", with {self.trunk_words}{frozen} on {size}"
         trunk, pretrained = self._trunk_file(), self.settings.weights == "pretrained"
         return SubjectFacts(config.hidden_size, encoder, [*weight_files(folder), *trunk] if pretrained else None)
+
+    def notes(self) -> list[str]:
+        """Returns a line where features are read, and are of another network than those of the model's training."""
+        if self.regions is None or self.settings.pixels is not None:
+            return []
+        return notes_on_features(getattr(self._config(), "features_of", None), self.regions, self.model)
 
     def _trunk_file(self) -> list[Path]:
         """Returns the file of the branch's weights; none where features are read, or weights are random.

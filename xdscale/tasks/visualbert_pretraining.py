@@ -45,6 +45,7 @@ class VisualBERTTaskSystem(VisualBERTSystem):
             len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
         )
         order = Order.of(recipe, place, len(train))
+        self._regions = regions if recipe.model.images else None
         return Data(order, train, held_out_batches(held_out, slots), data.fingerprints(), notes=data.notes)
 
 

@@ -1,0 +1,49 @@
+"""Which network computed the features of regions that a model was trained on: those of another mean something else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from xdscale.files import read_json
+from xdscale.shards.regions import RegionTable
+
+_KEPT = "regions.json"
+
+
+def feature_source(regions: RegionTable) -> dict[str, str | None]:
+    """Returns what tells the network that computed a table's features: its name, and the SHA-256 of its weights."""
+    detector = regions.build.detector
+    return {"model": detector.model, "sha256": detector.sha256}
+
+
+def keep_feature_source(regions: RegionTable | None, run: Path) -> None:
+    """Writes into a run's folder what computed the features that it reads; nothing where it reads none."""
+    if regions is not None:
+        (run / _KEPT).write_text(json.dumps(feature_source(regions), indent=2) + "\n", encoding="utf-8")
+
+
+def kept_feature_source(run: Path) -> dict[str, Any] | None:
+    """Returns what `keep_feature_source` wrote; None where it wrote nothing."""
+    return read_json(run / _KEPT) if (run / _KEPT).is_file() else None
+
+
+def notes_on_features(trained: object, regions: RegionTable, model: str) -> list[str]:
+    """Returns a line where a table has features of another network than those that a model was trained on.
+
+    Args:
+        trained: what its config.json says of these; anything else than an object says nothing.
+        regions: the table.
+        model: its name, for the line.
+    """
+    found = feature_source(regions)
+    if not isinstance(trained, dict) or all(
+        trained.get(key) is None or value is None or trained[key] == value for key, value in found.items()
+    ):
+        return []
+    told = f"{regions.table.folder}: features of {_words(found)}, but {model} was trained on those of {_words(trained)}"
+    return [f"{told}, which mean something else; take a table of the same network"]
+
+
+def _words(source: dict[str, Any]) -> str:
+    weights = source.get("sha256")
+    return f"{source.get('model')}{f' (weights {str(weights)[:12]})' if weights else ''}"
