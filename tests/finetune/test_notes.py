@@ -33,6 +33,24 @@ def test_a_class_that_a_split_has_none_of_is_named(wrong):
     assert notes(**splits) == [f"{SOURCES[wrong]}: none of 20 examples is of the class not_entailment"]
 
 
+def test_of_answers_none_is_missed_and_of_many_classes_the_first_are_named():
+    answers = replace(find_task("vqa"), labels=("yes", "no", "red"))
+    many = replace(find_task("rte"), labels=tuple(f"class {number}" for number in range(9)))
+    for task, told in ((answers, []), (many, ["RTE/dev.tsv", "RTE/train.tsv"])):
+        data = TaskData(task, examples(20), {"dev": examples(20, first=50)}, {}, {}, SOURCES)
+        wanted = "none of 20 examples is of the class class 2, class 3, class 4 and 4 more"
+        assert sorted(notes_on(data)) == [f"{source}: {wanted}" for source in told]
+
+
+def test_a_name_of_several_examples_is_told_where_predictions_name_them_so():
+    own = replace(find_task("rte"), predicts_by_id=True, id="article")
+    dev, test = examples(5, first=50), examples(6, first=90, label=None)
+    named = [replace(example, id=name) for example, name in zip(test, "abcbab")]
+    data = TaskData(own, examples(20), {"dev": dev}, {"RTE.tsv": named}, {}, SOURCES)
+    assert notes_on(data) == ["RTE/test.tsv: 3 examples have the article 'b', by which predictions name them"]
+    assert notes_on(replace(data, task=find_task("rte"))) == []
+
+
 def test_what_is_trained_on_and_measured_on_is_counted():
     (note,) = notes(examples(40), examples(40, first=37))
     assert note.startswith(

@@ -1,5 +1,6 @@
 """What a person should know of a task's examples before hours of training: mistakes that no line of a file is."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from xdscale.data.task_files import Example
@@ -11,9 +12,9 @@ _FEW = 0.05
 
 
 def notes_on(data: TaskData) -> list[str]:
-    """Returns a line for each split with empty texts or without a class, or of which much is trained on."""
+    """Returns a line for each split with empty texts, with an id twice, without a class, or that is trained on too."""
     labelled = {"train": data.train, **data.dev}
-    notes = [*_of_empty_texts(data, labelled | data.test)]
+    notes = [*_of_empty_texts(data, labelled | data.test), *_of_ids(data, data.dev | data.test)]
     for split, examples in labelled.items():
         if missing := _missing_labels(data, examples):
             notes.append(f"{data.sources[split]}: none of {len(examples):,} examples is of the class {missing}")
@@ -55,12 +56,24 @@ def _of_empty_texts(data: TaskData, splits: dict[str, list[Example]]) -> list[st
 
 
 def _missing_labels(data: TaskData, examples: Sequence[Example]) -> str:
-    """Returns the names of classes that no example is of; of choices any may be the right one each time."""
+    """Returns names of classes that no example is of; answers are too many to be all there, choices are no classes."""
     labels = getattr(data.task, "labels", ())
-    if data.task.choices or len(labels) != data.task.outputs:
+    if data.task.reads != "input" or data.task.choices or not labels:
         return ""
     there = {example.label for example in examples}
-    return ", ".join(name for number, name in enumerate(labels) if number not in there)
+    missing = [name for number, name in enumerate(labels) if number not in there]
+    return ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
+
+
+def _of_ids(data: TaskData, splits: dict[str, list[Example]]) -> list[str]:
+    """Returns a line for each split in which one name stands for several examples, where predictions name them so."""
+    notes = []
+    for split, examples in splits.items() if getattr(data.task, "predicts_by_id", False) else ():
+        for name, count in Counter(example.id for example in examples).most_common(1):
+            if count > 1:
+                told = f"{count:,} examples have the {data.task.id} {name!r}, by which predictions name them"
+                notes.append(f"{data.sources[split]}: {told}")
+    return notes
 
 
 def _content(example: Example) -> int:
