@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,15 @@ from xdscale.shards.manifest import MANIFEST_NAME, ShardRecord
 
 PAUSES_SECONDS = (1.0, 4.0)
 """Between attempts: one more attempt than pauses."""
+
+_OF_CURL = {
+    "6": "no machine of that name is known",
+    "7": "nothing answers there",
+    "22": "the server has no such file, or does not give it to us",
+    "28": "the server took too long",
+    "35": "the server and this machine agree on no encryption",
+    "60": "the server's certificate is not trusted here",
+}
 
 AT_ONCE = 4
 """Shards that one process fetches at a time: what a round trip takes is then not waited for."""
@@ -197,7 +207,11 @@ def _difference(address: str, aside: Path, record: ShardRecord) -> str | None:
 
 
 def _unfetched(address: str, error: Exception | None) -> XdscaleError:
-    return XdscaleError(f"{address}: cannot be fetched after {len(PAUSES_SECONDS) + 1} attempts: {one_line(error)}")
+    program = re.search(r"\['curl', .*: exit (\d+) \(", text := one_line(error))  # as webdataset says it
+    if program:
+        reason = _OF_CURL.get(program[1], "it did not come")
+        text = f"{reason} (curl ended with {program[1]}); is the address right, and reached from this machine?"
+    return XdscaleError(f"{address}: cannot be fetched after {len(PAUSES_SECONDS) + 1} attempts: {text}")
 
 
 def address_of(url: str, name: str) -> str:

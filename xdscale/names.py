@@ -17,6 +17,9 @@ PACKAGE_PREFIX = "package:"
 SCHEMES_IN_FILES = ("https", "http", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "file", "memory")
 """What a URL in a file may begin with: these read what they name, run no command and open no session elsewhere."""
 
+NO_URL = "is a URL; name a file or folder on this machine, and copy from or to the other place"
+"""Said of one where a path is expected: written to, it would become a folder called `s3:`."""
+
 
 def expand_home(name: str) -> str:
     """Returns a name that a user gave with `~` or `~user` at its start replaced by the home folder.
@@ -94,9 +97,15 @@ def own_or_shipped(
 
 
 class UserPath(Path):
-    """The type of paths on the command line: gives a plain `Path`, with `~` expanded."""
+    """The type of paths on the command line: gives a plain `Path`, with `~` expanded.
+
+    Raises:
+        XdscaleError: as `expand_home`, or it is a URL.
+    """
 
     def __new__(cls, name: Any) -> Path:  # noqa: D102
+        if "://" in str(name):
+            raise XdscaleError(f"{name}: {NO_URL}")
         return Path(expand_home(str(name)))
 
     @classmethod

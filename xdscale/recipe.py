@@ -20,7 +20,7 @@ from pydantic import (
 
 from xdscale.errors import XdscaleError
 from xdscale.files import shown
-from xdscale.names import check_stated_url, expand_home, is_url, own_or_shipped
+from xdscale.names import NO_URL, check_stated_url, expand_home, is_url, own_or_shipped
 from xdscale.recipe_values import is_overridden, read_values, validated
 from xdscale.recipe_yaml import write_yaml
 from xdscale.registry import SYSTEMS, find, folder_of, locate
@@ -33,7 +33,16 @@ GROUP = "xdscale.systems"
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 NameOrPath = Annotated[str, AfterValidator(expand_home)]
-"""A path, or a name that may be one."""
+
+
+def _no_url(name: str) -> str:
+    if "://" in name:
+        raise ValueError(NO_URL)
+    return name
+
+
+OwnPath = Annotated[NameOrPath, AfterValidator(_no_url)]
+"""A folder of this machine, which is written to."""
 
 
 def _watches_a_figure(value: int | None, info: ValidationInfo) -> int | None:
@@ -167,7 +176,7 @@ class Run(Section):
     stop_at_step: int | None = Field(None, ge=1, description="save and stop here; the schedule still follows steps")
     max_skipped_in_row: int = Field(5, ge=1, description="non-finite steps in a row that stop the run")
     hang_seconds: int = Field(45, ge=1, description="shortest time without progress after which a rank counts as hung")
-    cache: NameOrPath | None = Field(None, description="local folder for shards from a URL; one for each node")
+    cache: OwnPath | None = Field(None, description="local folder for shards from a URL; one for each node")
     cache_bytes: int | None = Field(
         None, ge=1, description="bytes for shards from a URL, fetched when needed; null fetches all first"
     )
@@ -178,7 +187,7 @@ class Run(Section):
 class Output(Section):
     """Where the run is written."""
 
-    folder: NameOrPath = Field(description="run folder: checkpoints, log.jsonl, TensorBoard; a run in it is continued")
+    folder: OwnPath = Field(description="run folder: checkpoints, log.jsonl, TensorBoard; a run in it is continued")
 
 
 class Recipe(Section):

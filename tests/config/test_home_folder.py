@@ -43,6 +43,17 @@ def test_an_empty_name_is_not_the_working_folder(home):
         expand_home("a\0b")
 
 
+def test_a_url_is_no_path_of_this_machine():
+    """Else a run of days would go into a folder `s3:` of a machine that is rented by the hour."""
+    with pytest.raises(XdscaleError, match=r"^s3://bucket/out: is a URL; name a file or folder on this machine"):
+        UserPath("s3://bucket/out")
+    for key in ("output.folder", "run.cache"):
+        with pytest.raises(XdscaleError, match=rf"{key} = 'gs://b/x': .*is a URL; name a file or folder on this"):
+            load_recipe("quickstart", [f"{key}=gs://b/x", "data.shards=s3://bucket/wiki"])
+    recipe = load_recipe("quickstart", ["data.shards=s3://bucket/wiki", "run.cache=cache"])
+    assert recipe.data.shards == "s3://bucket/wiki"
+
+
 def callbacks(typer_app):
     for group in typer_app.registered_groups:
         yield from callbacks(group.typer_instance)

@@ -291,6 +291,7 @@ def test_says_what_to_do_when_nothing_fits():
             "--write-configs c: goes with one number of",
         ),
         (["xdbert-base-wikitext103", "--chart", "c.svg", "--nodes", "2"], "--nodes 2: goes with"),
+        (["xdbert-base-wikitext103", "--scaling", "--chart", "c.png"], "c.png: the chart is written as SVG"),
         (["xdbert-base-wikitext103", "--scaling", "--chart", "."], ".: cannot be written: it is a folder"),
         (["xdbert-base-wikitext103", "--scaling", "--chart", "/dev/full"], "cannot be written: No space left"),
         (["xdbert-bse-wikitext103"], "did you mean 'xdbert-base-wikitext103'"),

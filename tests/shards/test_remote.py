@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
@@ -106,6 +107,18 @@ def test_a_server_that_is_not_there_is_named(server, records, tmp_path, free_por
     folder = place_manifest(fetch_manifest(server.url), tmp_path)
     with pytest.raises(XdscaleError, match=rf"bad://host/{records[0].file}: cannot be fetched after 3 attempts: "):
         fetch_shards("bad://host", folder, records[:1], verify=False)
+
+
+def test_what_curl_ends_with_is_told_in_words(server, free_port, monkeypatch):
+    """http is fetched with curl where fsspec has no package for it."""
+    monkeypatch.setattr(remote, "PAUSES_SECONDS", ())
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    for url, words in (
+        (f"{server.url}/nothing", r"the server has no such file, or does not give it to us \(curl ended with 22\)"),
+        (f"http://127.0.0.1:{free_port()}", r"nothing answers there \(curl ended with 7\); is the address right"),
+    ):
+        with pytest.raises(XdscaleError, match=rf"{url}/dataset\.json: cannot be fetched after 1 attempts: {words}"):
+            fetch_manifest(url)
 
 
 def test_memory_file_and_pipe_urls(small_dataset, records, tmp_path, monkeypatch):

@@ -136,8 +136,10 @@ def run_scaling(
     """Plans the recipe from 1 to 1,024 GPUs and prints Markdown or JSON; writes the chart if asked to.
 
     Raises:
-        XdscaleError: as `profile_model` and `scale`.
+        XdscaleError: as `profile_model` and `scale`, or the chart is named as another kind of file.
     """
+    if chart is not None and chart.suffix not in ("", ".svg"):
+        raise XdscaleError(f"--chart {chart}: the chart is written as SVG; expected a name that ends with .svg")
     chosen = _precision(machine, precision)
     spec = load_recipe(recipe, overrides)
     refuse_tokens(spec, "a plan")
