@@ -3,6 +3,9 @@
 from dataclasses import asdict
 from inspect import signature
 
+import typer
+
+from xdscale.cli import app
 from xdscale.extraction.contract import Choice
 from xdscale.extraction.extract import ExtractOptions, region_source
 from xdscale.finetune.recipe import RunSettings, TrainingSettings
@@ -11,7 +14,13 @@ from xdscale.recipes.visualbert.schema import VisualBERTRecipe
 from xdscale.recipes.visualbert.task_schema import VisualBERTTaskRecipe
 from xdscale.recipes.vlbert.schema import GroundedModel, VLBERTRecipe
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
+from xdscale.shards.build import WHOLE, build_table
+from xdscale.shards.region_comparison import compare_images
+from xdscale.shards.regions import RegionBuild
 from xdscale.shards.sources.caption_build import CaptionOptions
+from xdscale.shards.sources.regions.files import Reading
+from xdscale.shards.sources.regions.importing import AS_THE_FORMAT, region_files
+from xdscale.shards.sources.text import TextOptions
 from xdscale.shards.sources.text_build import PackingOptions
 
 LANGUAGE = {"name": "bert-base-uncased", "weights": "pretrained", "sha256": None}
@@ -190,3 +199,39 @@ def test_what_regions_of_images_leave_out():
     }
     assert Choice() == (0.2, 10, 100)  # bottom-up attention's
     assert signature(region_source).parameters["shard_images"].default == 512
+
+
+def test_commands_leave_out_what_programs_leave_out():
+    """tests/config/command_line.txt has the commands' own defaults; programs call what these commands call."""
+
+    def options_of(command):
+        return {option.name: option.default for option in command.params if not option.required}
+
+    found = typer.main.get_command(app).commands
+    text = {name: field.default for name, field in TextOptions.model_fields.items() if not field.is_required()}
+    captions = {name: field.default for name, field in CaptionOptions.model_fields.items()}
+    built = {"workers": signature(build_table).parameters["workers"].default, "overwrite": False, "part": "0/1"}
+    reading, regions = asdict(Reading()) | {"columns": None}, RegionBuild.model_fields
+    declared = {"order": regions["region_order"].default, "whole_image": regions["whole_image"].default}
+    for name, library in (
+        ("shards build", text | built),
+        ("shards captions", captions | built | dict.fromkeys(("karpathy", "held_out", "validation"))),
+        (
+            "regions import",
+            of(region_files) | reading | declared | built | dict.fromkeys(("boxes", "units"), AS_THE_FORMAT),
+        ),
+        (
+            "regions extract",
+            of(region_source) | asdict(ExtractOptions("x", "hub")) | built | {"workers": None, "device": None},
+        ),
+        ("regions compare", of(compare_images) | {"images": 5, "csv": None}),
+    ):
+        group, command = name.split()
+        typed = options_of(found[group].commands[command])
+        assert typed == {option: library[option] for option in typed}, name
+    assert (WHOLE.index, WHOLE.of) == (0, 1)
+
+
+def of(function):
+    """The defaults of a function's parameters."""
+    return {name: one.default for name, one in signature(function).parameters.items() if one.default is not one.empty}
