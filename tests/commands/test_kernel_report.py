@@ -183,6 +183,16 @@ def test_a_changed_figure_is_shown(documented, column):
         ("gfx942", 92, 256, 4, 5 / 8),
         ("gfx942", 128, 0, 4, 4 / 8),
         ("gfx942", 250, 0, 8, 2 / 8),
+        # Programs of one warp each, of which a core holds 32 or 16; half of a core's memory, and a byte more.
+        *((target, 32, 0, 1, 32 / 64) for target in ("sm_80", "sm_90", "sm_100")),
+        ("gfx942", 32, 0, 1, 16 / 32),
+        *(("sm_80", 32, 81 * 1024 + more, 8, (16 - 8 * more) / 64) for more in (0, 1)),
+        *(
+            (target, 32, 113 * 1024 + more, 8, (16 - 8 * more) / 64)
+            for more in (0, 1)
+            for target in ("sm_90", "sm_100")
+        ),
+        *(("gfx942", 32, 32 * 1024 + more, 4, (8 - 4 * more) / 32) for more in (0, 1)),
     ],
 )
 def test_occupancy_follows_the_makers_tables(target, registers, shared_bytes, warps, expected):

@@ -147,3 +147,16 @@ def test_columns_that_share_their_offsets_have_equally_many_elements(tmp_path):
     describe(tmp_path, REGIONS, Manifest.load(tmp_path).shards)
     with pytest.raises(XdscaleError, match=r"000000\.boxes\.npy holds float32"):
         Table(tmp_path, "train").read("scores", np.array([0]))
+
+
+@pytest.mark.parametrize(("shape", "most"), [((), 1024), ((1 << 20,), 16)])
+def test_a_block_has_1024_rows_or_16_mib_at_most(tmp_path, shape, most):
+    """The bytes of shards hang on it."""
+    columns = [Column(name="values", dtype="|u1", shape=shape)]
+    for rows, blocks in ((most, 1), (most + 1, 2)):
+        record = write_shard(tmp_path / "train-000000.tar", columns, {"values": np.zeros((rows, *shape), np.uint8)})
+        assert (record.rows, record.blocks) == (rows, blocks)
+    describe(tmp_path, columns, [record])
+    table = Table(tmp_path, "train")
+    table.read("values", np.array([most]))
+    assert table._block_rows.tolist() == [0, most]
