@@ -19,6 +19,8 @@ from xdscale.recipes.mlm.schema import Language
 from xdscale.report.command import make_report
 from xdscale.shards.regions import Detector
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
+from xdscale.systems.contract import Place, open_system
+from xdscale.training.distributed import Ranks
 from xdscale.training.run_folder import read_log
 
 WIDTH = 16
@@ -244,6 +246,21 @@ def test_the_second_phase_learns_what_is_true_of_the_images(adapt, finetune, cas
     assert "was trained on those of" not in said.stderr
     config = json.loads((tmp_path / "out" / "nlvr2" / "seed-0" / "model" / "config.json").read_text())
     assert config["features_of"] == {"model": "drawn", "sha256": None}
+
+
+def test_a_second_phase_on_features_of_another_network_is_told(model, cassette_model, data, regions, tmp_path):
+    start, before = shutil.copytree(model, tmp_path / "export"), tmp_path / "run"
+    before.mkdir()
+    for path, values in (
+        (start / "config.json", json.loads((start / "config.json").read_text()) | {"features_of": {"model": "other"}}),
+        (before / "regions.json", {"model": "other", "sha256": "ab" * 32}),
+    ):
+        path.write_text(json.dumps(values))
+        values = [f"model.language.name={cassette_model}", f"model.region_size={WIDTH}", "model.max_regions=null"]
+        values += [f"data.folder={data}", f"data.regions={regions}", f"model.start={path.parent}"]
+        system = open_system(load_recipe("visualbert-nlvr2-task", values))
+        (note,) = system.open(Place(Ranks(0, 1, 0), 4)).notes
+        assert f"features of drawn, but model.start = {path.parent} was trained on those of other" in note
 
 
 def test_damaged_regions_are_named_before_the_first_step(

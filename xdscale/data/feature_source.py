@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from xdscale.files import read_json
+from xdscale.names import resolve_path
 from xdscale.shards.regions import RegionTable
 
 _KEPT = "regions.json"
@@ -25,6 +26,15 @@ def keep_feature_source(regions: RegionTable | None, run: Path) -> None:
 def kept_feature_source(run: Path) -> dict[str, Any] | None:
     """Returns what `keep_feature_source` wrote; None where it wrote nothing."""
     return read_json(run / _KEPT) if (run / _KEPT).is_file() else None
+
+
+def started_features(start: str | None) -> object:
+    """Returns what the run or the export that `model.start` names says of the features that it was trained on."""
+    if start is None:
+        return None
+    folder = resolve_path(start)
+    config = folder / "config.json"
+    return read_json(config).get("features_of") if config.is_file() else kept_feature_source(folder)
 
 
 def notes_on_features(trained: object, regions: RegionTable, model: str) -> list[str]:

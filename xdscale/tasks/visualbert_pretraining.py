@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xdscale.data.feature_source import notes_on_features, started_features
 from xdscale.data.held_out import held_out_batches
 from xdscale.data.masking import drawn_masks
 from xdscale.data.opening import verify_table
@@ -45,8 +46,11 @@ class VisualBERTTaskSystem(VisualBERTSystem):
             len(held_out), recipe.run.eval_samples, ranks.world_size, ranks.rank, place.micro_batch
         )
         order = Order.of(recipe, place, len(train))
-        self._regions = regions if recipe.model.images else None
-        return Data(order, train, held_out_batches(held_out, slots), data.fingerprints(), notes=data.notes)
+        notes = list(data.notes)
+        if recipe.model.images:
+            self._regions, start = regions, recipe.model.start
+            notes += notes_on_features(started_features(start), regions, f"model.start = {start}")
+        return Data(order, train, held_out_batches(held_out, slots), data.fingerprints(), notes=tuple(notes))
 
 
 class TaskTextCollator:
