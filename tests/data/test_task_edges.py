@@ -102,3 +102,15 @@ def test_empty_lines_of_a_table_are_no_rows(tmp_path, name, end):
 def test_lines_that_are_not_there_are_named(tmp_path):
     with pytest.raises(XdscaleError, match=f"^{tmp_path / 'a.jsonl'}: cannot be read: No such file or directory$"):
         list(read_lines(tmp_path / "a.jsonl", dict))
+
+
+def test_only_where_words_name_regions_a_batch_says_which():
+    """Where nothing is aligned an encoder adds nothing."""
+    regions = Regions(np.ones((2, 4), np.float16), np.zeros((2, 4), np.float32), np.ones(2), None, np.array([0, 1, 2]))
+    collator = SimpleNamespace(_seen=lambda slots, regions, packed: packed)
+    texts, none = [np.arange(3), np.arange(2)], np.empty((0, 3), np.int64)
+    for pairs, aligned in ((none, None), (np.array([[0, 1, 1]]), [1])):
+        places = np.zeros(2, np.int64)
+        found = VisualTaskCollator._pack(collator, None, texts, texts, regions, places, [none, pairs])
+        assert ("aligned_regions" in found) == (aligned is not None)
+        assert aligned is None or found["aligned_regions"].tolist() == aligned

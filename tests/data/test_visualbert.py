@@ -173,6 +173,15 @@ def test_draws_hang_on_seed_epoch_and_sample(train, collate):
     assert not any(np.array_equal(one, two) for one, two in zip(other, again))
 
 
+def test_nothing_is_drawn_for_objectives_that_are_off(train, collate):
+    slots = slots_of(np.arange(20), 1)
+    every = collate.draws(slots)
+    for name, left in (("mlm", every[2:]), ("match", every[:2])):
+        drawn = VisualBERTCollator(train, recipe(f"objectives.{name}=null")).draws(slots)
+        assert all(map(np.array_equal, drawn, left))
+        assert len(drawn) == len(left) == 2
+
+
 def test_what_is_drawn_is_what_is_done(collate, train):
     """Masked places and words are those of the batch, where its texts reach so far."""
     slots = slots_of(np.arange(30))

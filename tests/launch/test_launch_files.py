@@ -190,7 +190,16 @@ def test_arguments_arrive_unchanged_on_the_other_machine(arguments):
     assert shell.stdout.split("\0")[:-1] == arguments
 
 
-@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", platform.node()])
+@pytest.mark.parametrize("port", [None, 2222])
+def test_machines_are_reached_where_their_sshd_listens(port):
+    """The launcher and pdsh have ssh's own port where nobody says another one."""
+    command = launcher_command(TWO, Path("/hosts"), Rendezvous("node-1", 29500, port), "m", ("a",))
+    assert parse_args(command[1:]).ssh_port == port
+    alone = launcher_command([Host("localhost", 2)], Path("/hosts"), Rendezvous("localhost", 29500, port), "m", ("a",))
+    assert parse_args(alone[1:]).ssh_port is None
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "::1", platform.node()])
 def test_this_machine_alone_needs_neither_pdsh_nor_quoting(name):
     arguments = ("a b", "$x")
     command = launcher_command([Host(name, 2)], Path("/hosts"), Rendezvous(name, 29500), "m", arguments)
