@@ -179,6 +179,25 @@ def test_a_cache_that_one_node_cannot_write_stops_every_rank_with_the_reason(wik
     assert found == [f"run.cache: rank 0: {tmp_path}/cache: cannot be written: Read-only file system"] * 2
 
 
+@pytest.mark.parametrize("budget", [None, 10**9])
+def test_a_shard_that_one_rank_cannot_fetch_stops_every_rank(wiki_shards, tmp_path, monkeypatch, budget):
+    monkeypatch.setattr("xdscale.shards.remote.PAUSES_SECONDS", ())
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    source = shutil.copytree(wiki_shards, tmp_path / "source")
+    shard = Manifest.load(source).shards[1].file
+    (source / shard).unlink()
+    (source / shard).mkdir()
+    run = Run(cache=str(tmp_path / "cache"), cache_bytes=budget)
+    found = open_on(2, f"file://{source}", run)
+    if budget is None:
+        assert found[0].startswith(f"data.shards: rank 1: file://{source}/{shard}: cannot be fetched after 1 attempts")
+        assert found[0] == found[1]
+    else:  # nobody needs it yet
+        assert [shards.damaged for shards in found] == [{}, {}]
+        for shards in found:
+            shards.cache.close()
+
+
 def test_progress_is_told_shard_by_shard_and_said_only_by_the_first_rank(wiki_shards, monkeypatch, capsys):
     monkeypatch.setattr("xdscale.data.opening.SECONDS_BETWEEN_LINES", -1.0)
     ticks = []

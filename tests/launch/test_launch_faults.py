@@ -201,3 +201,77 @@ def test_what_is_to_run_becomes_this_process(become, tmp_path, capsys):
     with pytest.raises(StopIteration):
         command.launch_on_slurm(job, request, tmp_path / "slurm", **how)
     assert become[-1] == ("sbatch", ["sbatch", str(tmp_path / "slurm" / "job.sbatch")], {})
+
+
+@pytest.fixture
+def led(monkeypatch):
+    """Has the first rank lead with what others left in the store; returns what it found out and what it did."""
+    done, found = [], []
+    own = {"rank": 0, "host": "a", "versions": {}, "gpus": [], "driver": "", "local_ranks": 2, "cores": 4}
+    own |= {"environment": {}, "triton_cache": "/t", "triton_cache_kind": "ext4", "open_files": 9}
+    own |= {"shared_memory_gib": 1.0, "loopback_name": False}
+
+    class Token:
+        def __init__(self, folder):
+            self.folder, self.text = folder, ""
+
+        def leave(self):
+            self.text = "left"
+            done.append(("leave", self.folder))
+
+        def problems(self, store, ranks, timeout_seconds):
+            done.append(("problems", ranks, timeout_seconds))
+            return {0: "full"}
+
+        def remove(self):
+            done.append("remove")
+
+    def collective(store, rank, world_size, timeout_seconds):
+        done.append(("all-reduce", rank, world_size, timeout_seconds))
+        store.set("collective/0", json.dumps(""))
+        return "outcome"
+
+    monkeypatch.setattr(exchange, "OutputToken", Token)
+    monkeypatch.setattr(exchange, "serve_clock", lambda store, ranks: dict.fromkeys(ranks, 0.5))
+    monkeypatch.setattr(probe, "_facts", lambda rank, recipe: own)
+    monkeypatch.setattr(probe, "needed_bytes", lambda recipe: 77)
+    monkeypatch.setattr(probe, "_try_collective", collective)
+    monkeypatch.setattr("xdscale.launch.report.print_report", lambda evidence: found.append(evidence) or 3)
+
+    def lead(answers, recipe, hosts=None):
+        store = torch.distributed.HashStore()
+        for key, value in answers.items():
+            store.set(key, json.dumps(own | value if isinstance(value, dict) else value))
+        assert probe._lead(store, 3, recipe, SimpleNamespace(hosts=hosts, timeout=1)) == 3
+        return found[-1], done, store
+
+    return lead
+
+
+RECIPE = SimpleNamespace(output=SimpleNamespace(folder="/runs/x"))
+
+
+def test_the_first_rank_asks_serves_judges_and_leaves_the_folder_as_it_was(led):
+    """Rank 1 is of its machine, rank 2 of another one, where the all-reduce went wrong."""
+    answers = {"facts/1": None, "facts/2": {"rank": 2, "host": "b"}, "collective/1": "", "collective/2": "no route"}
+    found, done, store = led(answers, RECIPE, "a:2,b:1")
+    assert done == [("leave", Path("/runs/x")), ("problems", [0, 2], 1), ("all-reduce", 0, 3, 1), "remove"]
+    assert (store.get("token"), store.get("go")) == (b"left", b"go")
+    assert (found.names, found.silent, [facts.host for facts in found.hosts]) == (["a", "a", "b"], [], ["a", "b"])
+    assert (found.output_folder, found.needed_bytes, found.output_problems) == ("/runs/x", 77, {0: "full"})
+    assert (found.clock_offsets, found.collective) == ({2: 0.5, 0: 0.0}, "outcome")
+    assert found.collective_problems == {2: "no route"}
+
+
+def test_where_a_rank_is_silent_the_others_are_told_to_end(led):
+    found, done, store = led({"facts/2": {"rank": 2, "host": "b"}}, RECIPE)
+    assert done == [("leave", Path("/runs/x")), "remove"]
+    assert (found.names, found.silent, store.get("go")) == ([""] * 3, [1], b"stop")
+    assert (found.clock_offsets, found.output_problems, found.collective) == ({}, {}, None)
+
+
+def test_a_rank_that_ends_during_the_all_reduce_is_told(led):
+    found, done, store = led({"facts/1": None, "facts/2": None, "collective/2": ""}, None)
+    assert found.collective_problems == {1: "ended during the all-reduce"}
+    assert (done, store.get("token")) == ([("all-reduce", 0, 3, 1)], b"")
+    assert (found.output_folder, found.needed_bytes) == ("", None)
