@@ -20,6 +20,7 @@ from xdscale.shards.sources.regions.checks import (
     checked_features,
     checked_image,
     checked_probs,
+    refusal,
     require_arrays,
 )
 from xdscale.shards.sources.text_build import named_problem
@@ -262,10 +263,16 @@ def layout_of(
         encoding: of features.
         class_probs: "all", "top-64" or "none" of its distributions; by default "top-64" of those that are larger.
         largest_error: that companding may make.
+
+    Raises:
+        XdscaleError: distributions are to be kept, and there are none.
     """
     probabilities = 0 if image.class_probs is None else image.class_probs.shape[-1]
     if class_probs is None:
         class_probs = "top-64" if probabilities > KEPT_CLASSES else "all"
+    elif class_probs != "none" and not probabilities:
+        told = f"are missing, so --class-probs {class_probs} keeps none; leave it out"
+        raise refusal(image, "class distributions", told)
     if not probabilities:
         class_probs = "none"
     return RegionLayout(

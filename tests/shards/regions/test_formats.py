@@ -62,11 +62,15 @@ def imported(name, folder, those, **how):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_was_written_is_read(name, tmp_path):
+def test_what_was_written_is_read(name, tmp_path, tmp_path_factory):
     those = [*writers.images(), writers.image(5, regions=1)]
-    build_table(imported(name, tmp_path, those, shard_images=2, class_probs="all"), tmp_path / "out")
-    table = RegionTable.open(tmp_path / "out")
     _, more, _ = CASES[name]
+    if "probs" not in more:
+        with pytest.raises(XdscaleError, match="class distributions: are missing, so --class-probs all keeps none"):
+            imported(name, tmp_path_factory.mktemp("refused"), those, class_probs="all")
+    kept = "all" if "probs" in more else None
+    build_table(imported(name, tmp_path, those, shard_images=2, class_probs=kept), tmp_path / "out")
+    table = RegionTable.open(tmp_path / "out")
     rows = table.rows([i.id for i in those])
     assert rows.tolist() == list(range(len(those)))
     found = table.read(rows)
