@@ -9,7 +9,7 @@ import pytest
 from xdscale.ds_config import precision, read_ds_config, zero_stage
 from xdscale.plan.cluster import Cluster
 from xdscale.plan.configs import WAYS, config_text, ds_config
-from xdscale.plan.hardware import find_gpu
+from xdscale.plan.hardware import find_gpu, usable_gib
 from xdscale.plan.planner import GIB, Machine, make_plan
 from xdscale.plan.profile import build_on_meta, profile_model
 from xdscale.plan.report import machine_from, run_plan
@@ -77,7 +77,7 @@ def test_micro_batch_is_the_largest_that_fits_the_gpu_and_its_share_of_a_step(na
     assert (precision(values), zero_stage(values)) == (kind, int(way[4]))
     micro_batch = values["train_micro_batch_size_per_gpu"]
     states = model_states(known.modules, read_settings(values), 1)
-    usable = gpu.usable_gib * GIB
+    usable = usable_gib(gpu.memory_gib) * GIB
     assert states.device + known.peak(micro_batch) <= usable < states.device + known.peak(micro_batch + 1)
     machine = Machine(cluster=Cluster(gpu, 1, 1), memory_gib=gpu.memory_gib, price=1)
     recipe = load_recipe((RECIPES | FROM_PIXELS)[model], ["training.global_batch=20"])

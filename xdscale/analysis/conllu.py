@@ -15,14 +15,12 @@ class Word(NamedTuple):
     """A word of a parse.
 
     Attributes:
-        form: as it is written.
         head: number of the word that it depends on, counted from 0; -1 of the root.
         relation: to that word, as the parser calls it.
         start: first character in the caption.
         end: after the last one.
     """
 
-    form: str
     head: int
     relation: str
     start: int
@@ -118,5 +116,5 @@ def _located(path: Path, rows: list[tuple[int, list[str]]], caption: str) -> lis
                 "captions as they are, one sentence each"
             )
         end = start + len(form)
-        words.append(Word(form, int(head) - 1, relation, start, end))
+        words.append(Word(int(head) - 1, relation, start, end))
     return words

@@ -53,11 +53,6 @@ class Gpu:
     network: float
     price: float | None
 
-    @property
-    def usable_gib(self) -> float:
-        """Memory that a plan may fill."""
-        return usable_gib(self.memory_gib)
-
 
 def usable_gib(memory_gib: float) -> float:
     """Returns what of a GPU's memory a plan may fill: without the context and what fragmentation takes."""

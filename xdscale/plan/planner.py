@@ -1,8 +1,8 @@
 """Puts a plan together: for each way to share the model states its memory, micro-batch, traffic, time and cost."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from xdscale.ds_config import split_batch
 from xdscale.plan.cluster import REFERENCE_MFU, Cluster, step_time
@@ -142,10 +142,6 @@ class Plan:
     checkpointing: bool
     rows: tuple[PlanRow, ...]
     best: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON."""
-        return asdict(self)
 
 
 def make_plan(name: str, recipe: Recipe, machine: Machine, profile: "Profile") -> Plan:

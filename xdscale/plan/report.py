@@ -106,7 +106,7 @@ def run_plan(
     profile = profile_model(spec, precision=chosen, checkpointing=checkpointing, sequence_length=sequence_length)
     plan = make_plan(recipe, spec, machine, profile)
     if as_json:
-        print(json.dumps(plan.to_dict(), indent=2))
+        print(json.dumps(asdict(plan), indent=2))
     else:
         print_plan(plan)
     if write_configs is not None:

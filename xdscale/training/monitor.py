@@ -87,7 +87,7 @@ class Monitor:
             for suspect in entry["suspects"][:3]
         )
         what = f"the loss is not finite ({where})" if where else "the gradient is not finite"
-        self._say(f"warning: step {step} skipped on all ranks: {what}; see why: {entry['replay']}")
+        self.message(f"warning: step {step} skipped on all ranks: {what}; see why: {entry['replay']}")
 
     def validation(self, step: int, scalars: dict[str, float]) -> None:
         """Records the held-out losses and accuracies after `step` steps."""
@@ -95,7 +95,7 @@ class Monitor:
         self._validated = scalars
         text = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         without = ", ".join(f"{name} – (no targets)" for name in self._objectives if f"loss/{name}" not in scalars)
-        self._say(f"step {step}: held-out {', '.join(filter(None, (text, without)))}")
+        self.message(f"step {step}: held-out {', '.join(filter(None, (text, without)))}")
 
     def attention(self, step: int, layer: int, weights: np.ndarray) -> None:
         """Adds one cross-attention map, language positions × CLIP positions, scaled to its largest weight."""
@@ -121,7 +121,7 @@ class Monitor:
         if any(change.startswith("recipe.training.steps ") for change in changes):
             steps = self._recipe.training.steps
             text += f"; from step {step + 1} on the learning rate is that of a run of {steps} steps"
-        self._say(text)
+        self.message(text)
 
     def quarantine(self, step: int, problems: dict[str, str]) -> None:
         """Records the shards that the run does without from `step` on.
@@ -134,16 +134,12 @@ class Monitor:
         with self._writing():
             self._board.writer.add_text("quarantined shards", "\n\n".join(problems.values()) or "none", step)
         if problems:
-            self._say("\n".join([f"shards in quarantine from step {step} on: {len(problems)}", *problems.values()]))
+            self.message("\n".join([f"shards in quarantine from step {step} on: {len(problems)}", *problems.values()]))
 
     def split(self, step: int, split: BatchSplit | TokenSplit) -> None:
         """Records how each step is split over ranks from `step` on."""
         self._write(step, "start", {}, split._asdict() | {"padding": split.padding})
-        self._say(str(split))
-
-    def message(self, text: str) -> None:
-        """Says something to the person at the terminal."""
-        self._say(text)
+        self.message(str(split))
 
     def end(self, step: int, peaks_gib: list[float], stopped: bool) -> None:
         """Says how the process ended and closes the files.
@@ -175,7 +171,7 @@ class Monitor:
             else:
                 how, what_next = "ended", f": {training.patience} validations in a row had no better {training.best}"
         memory = f"peak memory {max(peaks_gib):.2f} GiB per rank"
-        self._say(f"{how} after step {step} of {steps}{what_next}; {memory}; run folder {self._folder}")
+        self.message(f"{how} after step {step} of {steps}{what_next}; {memory}; run folder {self._folder}")
         if self._progress:
             self._progress[0].stop()
 
@@ -205,9 +201,10 @@ class Monitor:
         elif now - self._last_line_seconds > SECONDS_BETWEEN_LINES:
             self._last_line_seconds = now
             left = f"  {time_left((steps - step) * (now - began) / (step - first))}" if step > first else ""
-            self._say(f"step {step}/{steps}: {text}{left}")
+            self.message(f"step {step}/{steps}: {text}{left}")
 
-    def _say(self, text: str) -> None:
+    def message(self, text: str) -> None:
+        """Says something to the person at the terminal."""
         if self._progress:
             # As it is: a path may hold what rich takes for markup, and is copied whole.
             self._progress[0].console.print(text, markup=False, highlight=False, soft_wrap=True)

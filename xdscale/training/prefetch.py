@@ -4,7 +4,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
@@ -100,9 +99,7 @@ class Prefetcher(Generic[Item]):
     def __enter__(self) -> "Prefetcher[Item]":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _run(self) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -49,9 +49,7 @@ class StopRequest:
         """Counts it as a request, too, once the process of this number is gone: it started this one to work for it."""
         self._launchers.append(psutil.Process(process))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in zip(_SIGNALS, self._before):
             signal.signal(number, handler)
 

@@ -87,10 +87,5 @@ def describe_skip(
         "suspects": suspects,
         "epochs": epochs.tolist(),
         "sample_ids": sample_ids.tolist(),
-        "replay": replay_command(run, step + 1),
+        "replay": f"xdscale replay {run} {step + 1}",
     }
-
-
-def replay_command(run: Path, step: int) -> str:
-    """Returns the command that repeats a step (counted from 1) sample by sample."""
-    return f"xdscale replay {run} {step}"
