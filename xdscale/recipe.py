@@ -263,6 +263,14 @@ class Recipe(Section):
         return write_yaml(self.model_dump(mode="json"))
 
 
+def with_random_weights(recipe: Recipe) -> Recipe:
+    """Returns a recipe whose encoders' weights are not read: what is planned or timed depends on their sizes alone."""
+    encoders = {
+        name: part.model_copy(update={"weights": "random"}) for name, part in recipe.model if hasattr(part, "weights")
+    }
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=encoders)})
+
+
 def shipped_recipes() -> list[Path]:
     """Returns the recipes that lie beside the schemas of the systems, those of installed packages among them."""
     folders = {folder for place in locate(GROUP, SYSTEMS).values() if (folder := folder_of(place)) is not None}

@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from xdscale.bench.batch import bench_batch
-from xdscale.bench.kernels import device_milliseconds, reason
+from xdscale.bench.kernels import captured, device_milliseconds, reason
 from xdscale.bench.plain_model import attending_by, fused_attend, plain_losses
 from xdscale.devices import rank_device
 from xdscale.models.operations import use_definitions
@@ -21,6 +21,7 @@ from xdscale.plan.hardware import gpu_of_device
 from xdscale.recipe import Recipe, load_recipe
 from xdscale.systems.xdbert import build_adaptation
 from xdscale.training.engine import to_device
+from xdscale.training.throughput import wait
 from xdscale.training.tracing import on_meta, trace
 
 STEPS_COMPARED = 20
@@ -148,17 +149,13 @@ def _waits(tell: Tell, name: dict[str, Any], trained: TrainedStep) -> bool:
 
 def _replay_graph(tell: Tell, name: dict[str, Any], trained: TrainedStep) -> None:
     """What the step would take if the host cost nothing."""
+
+    def both_passes() -> None:
+        trained.module.zero_grad(set_to_none=True)
+        trained.forward().backward()
+
     try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        trained.module.zero_grad(set_to_none=True)
-        with torch.cuda.stream(stream):
-            trained.forward().backward()
-        torch.cuda.current_stream().wait_stream(stream)
-        trained.module.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            trained.forward().backward()
+        graph = captured([both_passes])
         tell(**name, graph_ms=statistics.median(device_milliseconds(graph.replay) for _ in range(5)))
     except RuntimeError as error:
         torch.cuda.synchronize()
@@ -241,8 +238,7 @@ def step_rivals(tell: Tell, _out: Path, rest: list[str]) -> None:
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     began = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return time.perf_counter() - began
 
 

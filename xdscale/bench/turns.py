@@ -17,6 +17,7 @@ from torch import nn
 from xdscale.bench.step import activation_bytes, update_masters
 from xdscale.bench.step_report import spread
 from xdscale.shards.regions import Regions
+from xdscale.training.throughput import wait
 
 OURS, OURS_AUTOCAST, OURS_MASTERS = "xdscale, fp32", "xdscale, autocast", "xdscale, bf16 with fp32 masters"
 
@@ -52,28 +53,21 @@ class Contestant:
 
     def step(self) -> None:
         """Makes a step and keeps its time."""
-        self._wait()
+        wait(self.device)
         began = time.perf_counter()
         self._forward_backward()
         if self.masters:
             update_masters(self.optimizer, self.module, self.computing, self._gradients)
         else:
             self.optimizer.step()
-        self._wait()
+        wait(self.device)
         self.seconds.append(time.perf_counter() - began)
 
     def measure_memory(self) -> None:
         """Finds the peak of a step, and warms caches."""
         for module in (self.module, self.computing):  # freeing what others left would count as memory gained
             module.zero_grad(set_to_none=True)
-        if self.device.type == "cpu":
-            self.peak = activation_bytes(self._forward_backward, self.computing.parameters())
-            return
-        self._forward_backward()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        self._forward_backward()
-        self.peak = torch.cuda.max_memory_allocated(self.device) - before
+        self.peak = activation_bytes(self._forward_backward, self.computing.parameters())
 
     def _forward_backward(self) -> None:
         torch.manual_seed(0)
@@ -82,10 +76,6 @@ class Contestant:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(self.computing)
         loss.backward()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 @dataclass
@@ -142,6 +132,14 @@ def contest(
         contestants[OURS_AUTOCAST] = Contestant(ours, our_loss, True, autocast=True)
         contestants[OURS_MASTERS] = Contestant(ours, our_loss, True, masters=True)
     return Case(name, disagreement, contestants)
+
+
+def take_weights(theirs: nn.Module, state: dict[str, torch.Tensor], tied: set[str]) -> None:
+    """Gives the other computation our weights; they are all that it has, but for those that it ties."""
+    found = theirs.load_state_dict(state, strict=False)
+    if found.unexpected_keys or {*found.missing_keys} - tied:
+        raise ValueError(f"not the same parameters: {found}")
+    theirs.train()
 
 
 def case_table(case: Case) -> Table:

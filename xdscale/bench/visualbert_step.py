@@ -6,6 +6,7 @@ transformers has one attention for VisualBERT, in plain operations.
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,12 +23,13 @@ from transformers import (
 )
 
 from xdscale.bench.step import check_counts, matmul_rate
-from xdscale.bench.turns import Case, case_table, contest, drawn_regions, drawn_words
+from xdscale.bench.turns import Case, case_table, contest, drawn_regions, drawn_words, take_weights
 from xdscale.data.visual_text import pack
 from xdscale.data.visualbert import compose
 from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
 from xdscale.pretrained.visualbert import published_weights
+from xdscale.recipe import with_random_weights
 from xdscale.recipes.visualbert.schema import VisualBERTRecipe
 from xdscale.shards.sources.text_build import LanguageTokenizer
 from xdscale.systems.contract import MicroBatch, Slots, open_system
@@ -75,9 +77,8 @@ def measure_visualbert(recipe: VisualBERTRecipe, device: torch.device, pairs: in
             "objectives"
         )
     narrow = matmul_rate(device, torch.bfloat16) >= matmul_rate(device, torch.float32)
-    random = spec.language.model_copy(update={"weights": "random", "sha256": None})
-    recipe = recipe.model_copy(update={"model": spec.model_copy(update={"language": random})})
-    for make in (_pretraining, _adaptive_answers, _fixed_answers):
+    recipe = with_random_weights(recipe)
+    for make in (_pretraining, partial(_answers, fewest=10), partial(_answers, fewest=100)):
         torch.manual_seed(recipe.training.seed)
         case = make(recipe, device, sequences, narrow)
         case.measure(pairs)
@@ -137,14 +138,6 @@ def _pretraining(recipe: VisualBERTRecipe, device: torch.device, samples: int, n
     return contest(name, (ours, theirs.to(device)), losses, AGAINST, narrow)
 
 
-def _adaptive_answers(recipe: VisualBERTRecipe, device: torch.device, samples: int, narrow: bool) -> Case:
-    return _answers(recipe, device, samples, narrow, 10)
-
-
-def _fixed_answers(recipe: VisualBERTRecipe, device: torch.device, samples: int, narrow: bool) -> Case:
-    return _answers(recipe, device, samples, narrow, 100)
-
-
 def _answers(recipe: VisualBERTRecipe, device: torch.device, samples: int, narrow: bool, fewest: int) -> Case:
     """A question with [MASK] behind it and so many to 100 regions, against `VisualBertForQuestionAnswering`."""
     chance = np.random.default_rng(0)
@@ -182,12 +175,9 @@ def _config(config: VisualBertConfig, **more: Any) -> VisualBertConfig:
 
 
 def _take_weights(theirs: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
-    found = theirs.load_state_dict(state, strict=False)
     tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "visual_bert.embeddings.position_ids"}
-    if found.unexpected_keys or {*found.missing_keys} - tied:
-        raise ValueError(f"not the same parameters: {found}")
+    take_weights(theirs, state, tied)
     theirs.tie_weights()
-    theirs.train()
 
 
 def _shape(batch: MicroBatch) -> str:

@@ -18,19 +18,21 @@ from torch import nn
 from xdscale.bench.padded_vlbert import PaddedVLBERT, padded_targets
 from xdscale.bench.promises import Promise, print_promises
 from xdscale.bench.step import check_counts, matmul_rate
-from xdscale.bench.turns import Case, case_table, contest, drawn_regions, drawn_words
+from xdscale.bench.turns import Case, case_table, contest, drawn_regions, drawn_words, take_weights
 from xdscale.data.pictures import read_picture, scaled_size
 from xdscale.data.vlbert_pretraining import Tokens, compose
 from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
 from xdscale.pretrained.vlbert import release_weights
-from xdscale.recipes.pixels import RANDOM, Pixels
+from xdscale.recipe import with_random_weights
+from xdscale.recipes.pixels import Pixels
 from xdscale.recipes.vlbert.schema import READING, GroundedModel, VLBERTRecipe
 from xdscale.systems.contract import MicroBatch, Slots, open_system
 from xdscale.systems.invented import invented_tokenizer
 from xdscale.systems.vlbert import VLBERTPretraining
 from xdscale.training.engine import to_device
 from xdscale.training.stored import build_module
+from xdscale.training.throughput import wait
 
 AGAINST = "the release's computation"
 CAPTION_WORDS, REGIONS = (8, 20), (10, 100)
@@ -83,7 +85,7 @@ def measure_vlbert(recipe: VLBERTRecipe, device: torch.device, pairs: int, seque
     batch = drawn_batch(recipe, sequences, ours.model.config.vocab_size)
     sizes = {name: getattr(ours.model.config, name) for name in SIZES}
     theirs = PaddedVLBERT(sizes, own.region_classes, appearance=own.region_size)
-    _take_weights(theirs, ours)
+    take_weights(theirs, release_weights(ours.state_dict()), {"vlbert.mlm_head.predictions.decoder.bias"})
     arrays = to_device(batch.arrays, device)
     inputs = {name: value.to(device) for name, value in padded_targets(batch.arrays).items()}
 
@@ -113,8 +115,7 @@ def measure_pixels(recipe: VLBERTRecipe, device: torch.device, pairs: int, seque
     marks: list[float] = []
 
     def mark(*_: object) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         marks.append(time.perf_counter())
 
     def mark_both_ways(_module: nn.Module, _inputs: object, features: torch.Tensor) -> None:
@@ -176,20 +177,8 @@ def drawn_batch(recipe: VLBERTRecipe, samples: int, vocabulary: int) -> MicroBat
 
 def _built(recipe: VLBERTRecipe) -> VLBERTPretraining:
     """Returns the module with random weights, in which what is seen counts."""
-    spec = recipe.model
-    values = {"language": spec.language.model_copy(update={"weights": RANDOM, "sha256": None}), "start": None}
-    if spec.pixels is not None:
-        values["pixels"] = spec.pixels.model_copy(update={"weights": RANDOM})
     torch.manual_seed(recipe.training.seed)
-    recipe = recipe.model_copy(update={"model": spec.model_copy(update=values)})
-    module = build_module(open_system(recipe), continued=True).train()
+    module = build_module(open_system(with_random_weights(recipe)), continued=True).train()
     for norm in (module.model.embeddings.visual_norm_text, module.model.embeddings.visual_norm_region):
         nn.init.ones_(norm.weight)
     return module
-
-
-def _take_weights(theirs: PaddedVLBERT, ours: VLBERTPretraining) -> None:
-    found = theirs.load_state_dict(release_weights(ours.state_dict()), strict=False)
-    if found.unexpected_keys or {*found.missing_keys} - {"vlbert.mlm_head.predictions.decoder.bias"}:
-        raise ValueError(f"not the same parameters: {found}")
-    theirs.train()

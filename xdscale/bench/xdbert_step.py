@@ -36,11 +36,13 @@ from xdscale.bench.step_report import (
 from xdscale.devices import rank_device
 from xdscale.errors import XdscaleError
 from xdscale.plan.hardware import gpu_of_device
+from xdscale.recipe import with_random_weights
 from xdscale.recipes.xdbert.schema import XDBERTRecipe
 from xdscale.systems.contract import MicroBatch, open_system
 from xdscale.systems.xdbert import XDBERTAdaptation
 from xdscale.training.engine import to_device
 from xdscale.training.stored import build_module
+from xdscale.training.throughput import wait
 from xdscale.training.tracing import on_meta, trace
 
 AGAINST = {"plain": PLAIN, "fp32": FAST}
@@ -85,7 +87,7 @@ def measure_step(recipe: XDBERTRecipe, *, against: str, pairs: int, sequences: i
     device = rank_device(0)
     rates = {dtype: matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     torch.manual_seed(recipe.training.seed)
-    module = build_module(open_system(_with_random_weights(recipe)), continued=True).train().to(device)
+    module = build_module(open_system(with_random_weights(recipe)), continued=True).train().to(device)
     bench = _Bench(module, recipe, bench_batch(recipe, module, sequences))
     names = [PLAIN, FAST] if against == "plain" else [FAST]
     ways = [MASTERS, AUTOCAST] if rates[torch.bfloat16] >= rates[torch.float32] else []
@@ -195,13 +197,13 @@ class _Bench:
         """Makes a step and adds its times to `measured`."""
         self._clear()
         self.clock.take()
-        self._wait()
+        wait(self.device)
         began, cpu_began = time.perf_counter(), time.process_time()
         self._forward_backward(name)
         self.clock.begin(("optimizer", "forward"))
         self._update(name)
         self.clock.begin(None)
-        self._wait()
+        wait(self.device)
         measured.seconds.append(time.perf_counter() - began)
         measured.cpu_seconds.append(time.process_time() - cpu_began)
         measured.parts.append(self.clock.take())
@@ -210,13 +212,7 @@ class _Bench:
         """Returns the peak memory of forward and backward above weights and gradients; also warms caches."""
         self._clear()
         module = self.narrow if name == MASTERS else self.module
-        if self.device.type == "cpu":
-            return activation_bytes(lambda: self._forward_backward(name), module.parameters())
-        self._forward_backward(name)  # from now on gradients exist, and a new one counts until it is added
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        self._forward_backward(name)
-        return torch.cuda.max_memory_allocated(self.device) - before
+        return activation_bytes(lambda: self._forward_backward(name), module.parameters())
 
     def flops(self, name: str) -> int:
         """Returns the FLOPs of the matrix products in forward and backward, counted without values."""
@@ -236,10 +232,6 @@ class _Bench:
             found = self.module(self.batch)
         self.module.train()
         return max(abs(found[name][0] / expected[name] - 1).item() for name in expected)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def _clear(self) -> None:
         torch.manual_seed(0)
@@ -266,11 +258,3 @@ class _Bench:
             self.optimizer.step()
             return
         update_masters(self.optimizer, self.module, self.narrow, self._wide_gradients)
-
-
-def _with_random_weights(recipe: XDBERTRecipe) -> XDBERTRecipe:
-    """Speed does not depend on the weights, and random ones need no network."""
-    model = recipe.model
-    language = model.language.model_copy(update={"weights": "random"})
-    clip = model.clip.model_copy(update={"weights": "random"})
-    return recipe.model_copy(update={"model": model.model_copy(update={"language": language, "clip": clip})})

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from xdscale.plan.states import Module
-from xdscale.recipe import Recipe
+from xdscale.recipe import Recipe, with_random_weights
 from xdscale.systems.contract import PartCount, open_system, recompute_activations
 from xdscale.training.tracing import trace
 
@@ -101,12 +101,8 @@ def build_on_meta(spec: Recipe) -> nn.Module:
     Raises:
         XdscaleError: an architecture is neither known nor in a local folder, or cannot be built.
     """
-    encoders = {
-        name: part.model_copy(update={"weights": "random"}) for name, part in spec.model if hasattr(part, "weights")
-    }
-    bare = spec.model_copy(update={"model": spec.model.model_copy(update=encoders)})
     with torch.device("meta"):
-        return open_system(bare).build()
+        return open_system(with_random_weights(spec)).build()
 
 
 def parameter_table(recipe: Recipe) -> list[PartCount]:

@@ -45,18 +45,19 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 2**30
 
 
+def wait(device: torch.device) -> None:
+    """Waits until the device has come to the end of its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _product_seconds(matrix: torch.Tensor) -> float:
     """Returns the shorter of two products: the first one chooses kernels."""
     seconds = []
     for _ in range(2):
-        _wait(matrix.device)
+        wait(matrix.device)
         start = time.perf_counter()
         matrix @ matrix
-        _wait(matrix.device)
+        wait(matrix.device)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
