@@ -273,6 +273,18 @@ def no_text(path: Path) -> str | None:
     return f"it is {found}; {'save it as UTF-8' if found == 'UTF-16' else 'unpack it, and name what comes out'}"
 
 
+def read_bytes(path: Path) -> bytes:
+    """Returns the content of a file.
+
+    Raises:
+        XdscaleError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
 def require_real_file(path: Path) -> None:
     """Refuses what stands in a file's place: a pipe or a device, or the few lines that a clone without Git LFS has.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xdscale.errors import XdscaleError
+from xdscale.files import read_bytes
 
 REQUIRED = ("id", "sentence1", "correct_baseline", "correct_ours")
 OPTIONAL = "sentence2"
@@ -99,12 +100,10 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + error.object[: error.start].count(b"\n")
         raise XdscaleError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from None
-    except OSError as error:
-        raise XdscaleError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _example(place: str, values: dict[str, Any], runs: int | None) -> ComparedExample:

@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from xdscale.data.task_files import LONGEST_TEXT, place
 from xdscale.errors import XdscaleError
-from xdscale.files import require_real_file, shown
+from xdscale.files import read_bytes, require_real_file, shown
 
 Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
 """A text that a model reads."""
@@ -33,10 +33,7 @@ def read_whole(path: Path, shape: type[_Shape], digest: Any = None) -> _Shape:
             `annotations[3].answers[0].answer`.
     """
     require_real_file(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
+    data = read_bytes(path)
     if digest is not None:
         digest.update(data)
     try:

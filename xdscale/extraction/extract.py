@@ -17,7 +17,8 @@ import numpy as np
 
 from xdscale.errors import XdscaleError
 from xdscale.extraction.given_boxes import VCR, GivenBoxes
-from xdscale.extraction.pictures import Ids, Picture, find_pictures, read_bytes, read_pixels
+from xdscale.extraction.pictures import Ids, Picture, find_pictures, read_pixels
+from xdscale.files import read_bytes
 from xdscale.names import nearest
 from xdscale.shards.manifest import InputFile
 from xdscale.shards.progress import counted

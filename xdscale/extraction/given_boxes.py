@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xdscale.errors import XdscaleError
-from xdscale.extraction.pictures import Picture, read_bytes
-from xdscale.files import file_sha256, read_json, require_real_file, shown
+from xdscale.extraction.pictures import Picture
+from xdscale.files import file_sha256, read_bytes, read_json, require_real_file, shown
 from xdscale.shards.manifest import InputFile
 from xdscale.shards.sources.regions.decoding import from_json
 from xdscale.shards.sources.regions.json_files import detection

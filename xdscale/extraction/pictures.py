@@ -141,15 +141,3 @@ def _check_header(path: Path, image: Image.Image) -> None:
         )
     if image.mode not in _EIGHT_BITS:
         raise XdscaleError(f"{path}: has pixels of the kind {shown(image.mode)}; save it with 8 bits a channel")
-
-
-def read_bytes(path: Path) -> bytes:
-    """Returns the content of a file.
-
-    Raises:
-        XdscaleError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None

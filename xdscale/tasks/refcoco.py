@@ -13,7 +13,7 @@ from typing_extensions import TypedDict  # pydantic needs this one on Python 3.1
 from xdscale.data.json_shapes import Text, first_problem, read_whole
 from xdscale.data.task_files import Example, Span
 from xdscale.errors import XdscaleError
-from xdscale.files import file_sha256, require_real_file, shown
+from xdscale.files import file_sha256, read_bytes, require_real_file, shown
 from xdscale.shards.region_comparison import box_iou
 from xdscale.shards.sources.regions.plain_pickle import load_plain
 from xdscale.tasks.contract import TaskData
@@ -154,12 +154,9 @@ def _examples(path: Path, instances: Path, boxes: dict[int, tuple[int, Phrase]])
 
 def _read_references(path: Path) -> list[_Reference]:
     require_real_file(path)
+    data = load_plain(read_bytes(path), str(path))
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise XdscaleError(f"{path}: cannot be read: {error.strerror or error}") from None
-    try:
-        return TypeAdapter(list[_Reference]).validate_python(load_plain(data, str(path)))
+        return TypeAdapter(list[_Reference]).validate_python(data)
     except ValidationError as error:
         raise XdscaleError(f"{path}: {first_problem(error)}") from None
 
