@@ -12,6 +12,7 @@ chance of about 2^-32.
 
 import functools
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -160,7 +161,9 @@ def _parameters(engine: Any, ranks: Ranks) -> str:
 
 def _moments(engine: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> str:
     total = torch.zeros((), dtype=torch.int64, device=engine.device)
-    real = _real_elements(engine.optimizer, ranks)
+    real: dict[int, list[slice]] = {}
+    for flat, _, _, piece in partitions(engine.optimizer, ranks):
+        real.setdefault(id(flat), []).append(piece)
     for weights, state in optimizer.state.items():
         for multiplier, values in ((1, weights), (3, state.get("exp_avg")), (5, state.get("exp_avg_sq"))):
             for piece in real.get(id(weights), [slice(None)]) if values is not None else []:
@@ -170,17 +173,20 @@ def _moments(engine: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> str
     return _hex(ranks.sum(total) if max(ranks.gather(mine)) < whole else total)
 
 
-def _real_elements(wrapper: Any, ranks: Ranks) -> dict[int, list[slice]]:
-    """Returns which elements of ZeRO stage 3's flat partitions are not padding, whose content is arbitrary there."""
-    real = {}
+def partitions(wrapper: Any, ranks: Ranks) -> Iterator[tuple[torch.Tensor, torch.nn.Parameter, int, slice]]:
+    """Yields what of parameters this rank's flat partitions hold under ZeRO stage 3; nothing under other stages.
+
+    Yields:
+        The flat partition; the parameter; the position in it of the first element that is held; and where the elements
+        lie in the partition, without the padding behind them, whose content is arbitrary.
+    """
     for flat, group in zip(getattr(wrapper, "fp32_partitioned_groups_flat", ()), getattr(wrapper, "fp16_groups", ())):
-        offset, real[id(flat)] = 0, []
+        offset = 0
         for parameter in group:
             part = parameter.ds_tensor.ds_numel
-            count = min(part, max(0, parameter.ds_numel - ranks.rank * part))
-            real[id(flat)].append(slice(offset, offset + count))
+            start = ranks.rank * part
+            yield flat, parameter, start, slice(offset, offset + min(part, max(0, parameter.ds_numel - start)))
             offset += part
-    return real
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from xdscale.errors import XdscaleError
 from xdscale.files import follow_umask
 from xdscale.training.distributed import Ranks
+from xdscale.training.engine_state import partitions
 
 PATTERN = "average-*.safetensors"
 
@@ -23,12 +23,10 @@ class Piece(NamedTuple):
     """A rank's part of a parameter.
 
     Attributes:
-        parameter: of the module.
         start: position of the first element in the flattened parameter.
         weights: the optimizer's weights of this part, fp32, one dimension; a view.
     """
 
-    parameter: nn.Parameter
     start: int
     weights: torch.Tensor
 
@@ -151,23 +149,17 @@ def _pieces(engine: Any, ranks: Ranks) -> dict[str, Piece]:
     names = {parameter: name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     wrapper, pieces = engine.optimizer, {}
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO stage 3
-        for flat, group in zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups):
-            offset = 0
-            for parameter in group:
-                part = parameter.ds_tensor.ds_numel
-                start = ranks.rank * part
-                count = min(part, max(0, parameter.ds_numel - start))
-                pieces[names[parameter]] = Piece(parameter, start, flat.detach()[offset : offset + count])
-                offset += part
+        for flat, parameter, start, place in partitions(wrapper, ranks):
+            pieces[names[parameter]] = Piece(start, flat.detach()[place])
     elif hasattr(wrapper, "fp32_groups"):  # bf16 and fp16 without ZeRO
         for parameters, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups):
             for parameter, master in zip(parameters, masters):
-                pieces[names[parameter]] = Piece(parameter, 0, master.detach().view(-1))
+                pieces[names[parameter]] = Piece(0, master.detach().view(-1))
     else:
         for parameter, name in names.items():
             if not hasattr(parameter, "_hp_mapping"):  # fp32 without ZeRO
-                pieces[name] = Piece(parameter, 0, parameter.detach().view(-1))
+                pieces[name] = Piece(0, parameter.detach().view(-1))
             elif parameter._hp_mapping is not None:  # ZeRO stages 1 and 2
                 mapping = parameter._hp_mapping
-                pieces[name] = Piece(parameter, mapping.lp_fragment_address.start, mapping.hp_fragment.detach())
+                pieces[name] = Piece(mapping.lp_fragment_address.start, mapping.hp_fragment.detach())
     return pieces
