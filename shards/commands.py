@@ -1,6 +1,7 @@
 """`xdscale shards build | merge | verify | info`. Heavy imports stand inside the commands: `--help` must be quick."""
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -8,10 +9,10 @@ import typer
 from xdscale.names import UserPath
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from xdscale.shards.manifest import TableManifest
-    from xdscale.shards.sources.text import TextOptions
     from xdscale.shards.workplace import Part
 
 shards_app = typer.Typer(help="Build, check and describe tables in tar shards.", no_args_is_help=True)
@@ -51,7 +52,7 @@ def build(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the text alone in the folder.")] = False,
 ) -> None:
     """Turns text into shards; a build that was stopped goes on when started again."""
-    from xdscale.shards.sources.text import TextOptions
+    from xdscale.shards.sources.text import TextOptions, build_shards
     from xdscale.shards.workplace import Part
 
     options = TextOptions(
@@ -66,26 +67,39 @@ def build(
         bad_bytes=bad_bytes,
         line_breaks=line_breaks,
     )
-    _build(inputs, out, options, workers, Part.parse(part), overwrite)
+    build = partial(build_shards, inputs, options=options)
+    build_and_report(build, out, "building", workers, Part.parse(part), overwrite)
 
 
-def _build(inputs: list[str], out: "Path", options: "TextOptions", workers: int, part: "Part", overwrite: bool) -> None:
+def build_and_report(
+    build: "Callable[..., TableManifest]", out: "Path", what: str, workers: int, part: "Part", overwrite: bool
+) -> None:
+    """Builds a table with progress on stderr, and prints what came of it.
+
+    Args:
+        build: `build_table` with its source, which takes the rest.
+        out: folder of the dataset.
+        what: is being done, for the progress.
+        workers: processes.
+        part: of the build.
+        overwrite: replace the table that is there.
+
+    Raises:
+        XdscaleError: as `build_table`.
+    """
     from xdscale.shards.build import Progress
     from xdscale.shards.progress import shown_progress
-    from xdscale.shards.sources.text import build_shards
     from xdscale.shards.sources.text_report import summary, warnings
 
     started = time.monotonic()
     last: list[Progress] = []
-    with shown_progress("building") as advance:
+    with shown_progress(what) as advance:
 
         def on_progress(progress: Progress) -> None:
             last[:] = [progress]
-            advance(progress.bytes_read, progress.bytes_total, progress.counts["documents"])
+            advance(progress.bytes_read, progress.bytes_total, progress.counts.get("documents"))
 
-        table = build_shards(
-            inputs, out, options, workers=workers, part=part, overwrite=overwrite, on_progress=on_progress
-        )
+        table = build(out=out, workers=workers, part=part, overwrite=overwrite, on_progress=on_progress)
     kept = last[-1].kept_shards if last else 0
     lines = [f"{out}: {len(table.shards)} shards ({kept} kept from an earlier run)", *summary(table)]
     typer.echo("\n".join([*lines, f"seconds: {time.monotonic() - started:.1f}"]))

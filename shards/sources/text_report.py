@@ -9,7 +9,9 @@ from xdscale.shards.sources.text_build import TEXT, TextBuild
 
 
 def summary(table: TableManifest) -> list[str]:
-    """Returns what a build made, a line for each kind of figure."""
+    """Returns what a build of packed text or of regions made, a line for each kind of figure."""
+    if table.build["source"] == REGIONS:
+        return summary_of_regions(table)
     stored = sum(shard.bytes for shard in table.shards)
     payload = sum(map(table.payload_bytes, table.splits))
     counts = ", ".join(f"{name} {split.rows:,}" for name, split in table.splits.items())

@@ -21,7 +21,9 @@ def asked(monkeypatch):
 
     monkeypatch.setattr("xdscale.shards.sources.regions.importing.region_files", source)
     monkeypatch.setattr("xdscale.extraction.extract.region_source", source)
-    monkeypatch.setattr("xdscale.commands.regions.build_and_report", lambda *arguments: of_build.append(arguments))
+    for file in ("regions", "regions_extract"):
+        build = f"xdscale.commands.{file}.build_and_report"
+        monkeypatch.setattr(build, lambda *arguments: of_build.append(arguments))
 
     def call(command, values, *flags):
         words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -29,7 +31,7 @@ def asked(monkeypatch):
         done = CliRunner().invoke(regions_app, [command, "a", "b", *words], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         [(made, out, _, workers, part, overwrite)] = of_build
-        assert (made, out, workers, (part.index, part.of), overwrite) == ("source", Path("/o"), 3, (1, 2), True)
+        assert (made.args, out, workers, (part.index, part.of), overwrite) == (("source",), Path("/o"), 3, (1, 2), True)
         return of_source[0]
 
     return call

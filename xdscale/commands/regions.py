@@ -1,19 +1,16 @@
 """`xdscale regions import | extract | compare`. Heavy imports stand inside the commands: `--help` must be quick."""
 
-import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from xdscale.commands.regions_extract import extract_command
 from xdscale.names import UserPath
+from xdscale.shards.commands import build_and_report
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from xdscale.shards.build import Source
     from xdscale.shards.region_comparison import ImageComparison
-    from xdscale.shards.workplace import Part
 
 regions_app = typer.Typer(
     help="Image regions as a table: from published features or images, and compared.", no_args_is_help=True
@@ -75,6 +72,7 @@ def import_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the table of regions in the folder.")] = False,
 ) -> None:
     """Turns published features into a table; an import that was stopped goes on when started again."""
+    from xdscale.shards.build import build_table
     from xdscale.shards.sources.regions.files import Reading, load_sizes
     from xdscale.shards.sources.regions.importing import region_files
     from xdscale.shards.workplace import Part
@@ -103,41 +101,7 @@ def import_command(
         region_order=order,
         whole_image=whole_image,
     )
-    build_and_report(source, out, "importing", workers, Part.parse(part), overwrite)
-
-
-def build_and_report(source: "Source", out: "Path", what: str, workers: int, part: "Part", overwrite: bool) -> None:
-    """Builds a table of regions with progress on stderr, and prints what came of it.
-
-    Args:
-        source: what it is made of.
-        out: folder of the dataset.
-        what: is being done, for the progress.
-        workers: processes.
-        part: of the build.
-        overwrite: replace the table that is there.
-
-    Raises:
-        XdscaleError: as `build_table`.
-    """
-    from xdscale.shards.build import Progress, build_table
-    from xdscale.shards.progress import shown_progress
-    from xdscale.shards.sources.regions.report import summary
-
-    started = time.monotonic()
-    last: list[Progress] = []
-    with shown_progress(what) as advance:
-
-        def on_progress(progress: Progress) -> None:
-            last[:] = [progress]
-            advance(progress.bytes_read, progress.bytes_total, None)
-
-        table = build_table(source, out, workers=workers, part=part, overwrite=overwrite, on_progress=on_progress)
-    kept = last[-1].kept_shards if last else 0
-    typer.echo(f"{out}: {len(table.shards)} shards ({kept} kept from an earlier run)")
-    typer.echo("\n".join([*summary(table), f"seconds: {time.monotonic() - started:.1f}"]))
-    if part.of > 1:
-        typer.echo(f"part {part.index}/{part.of} is finished; when all are: xdscale shards merge {out}")
+    build_and_report(partial(build_table, source), out, "importing", workers, Part.parse(part), overwrite)
 
 
 @regions_app.command()

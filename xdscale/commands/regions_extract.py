@@ -1,11 +1,13 @@
 """`xdscale regions extract`. Heavy imports stand inside the command: `--help` must be quick."""
 
 import os
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
 
 from xdscale.names import UserPath
+from xdscale.shards.commands import build_and_report
 
 
 def extract_command(
@@ -66,9 +68,9 @@ def extract_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the table of regions in the folder.")] = False,
 ) -> None:
     """Makes regions of images; an extraction that was stopped goes on when started again."""
-    from xdscale.commands.regions import build_and_report
     from xdscale.devices import visible_gpus
     from xdscale.extraction.extract import ExtractOptions, region_source
+    from xdscale.shards.build import build_table
     from xdscale.shards.workplace import Part
 
     device = device or ("cuda" if visible_gpus() else "cpu")
@@ -91,4 +93,4 @@ def extract_command(
     )
     source = region_source(images, options, encoding=encoding, class_probs=class_probs, shard_images=shard_images)
     workers = workers or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
-    build_and_report(source, out, "extracting", workers, Part.parse(part), overwrite)
+    build_and_report(partial(build_table, source), out, "extracting", workers, Part.parse(part), overwrite)
