@@ -33,26 +33,22 @@ ANNOTATORS = 10
 def write_coco(out: Path, seed: int, counts: dict[str, int]) -> None:
     """Writes `counts` pictures by split with captions, instances, questions and annotations."""
     with Folder(out / "COCO", seed) as folder, Folder(out / "VQA", seed) as vqa:
-        _write_coco(folder, vqa, seed, counts)
-
-
-def _write_coco(folder: Folder, vqa: Folder, seed: int, counts: dict[str, int]) -> None:
-    for split, year in SPLITS.items():
-        scenes = [draw_scene(generator(seed, "coco", split, number)) for number in range(counts[split])]
-        ids = [FIRST_ID[split] + number for number in range(len(scenes))]
-        names = [f"COCO_{year}_{image:012}.jpg" for image in ids]
-        for name, scene in zip(names, scenes):
-            folder.picture(f"{year}/{name}", scene)
-        images = _images(ids, names)
-        rows = [
-            {"image_id": image, "id": image * 10 + place, "caption": text(caption) + "."}
-            for image, scene in zip(ids, scenes)
-            for place, caption in enumerate(captions(generator(seed, "captions", image), scene))
-        ]
-        head = {"info": INFO, "licenses": _LICENSES, "images": images}
-        folder.json(f"annotations/captions_{year}.json", head | {"annotations": rows})
-        folder.json(f"annotations/instances_{year}.json", head | _instances(ids, scenes))
-        _write_questions(vqa, seed, year, ids, scenes)
+        for split, year in SPLITS.items():
+            scenes = [draw_scene(generator(seed, "coco", split, number)) for number in range(counts[split])]
+            ids = [FIRST_ID[split] + number for number in range(len(scenes))]
+            names = [f"COCO_{year}_{image:012}.jpg" for image in ids]
+            for name, scene in zip(names, scenes):
+                folder.picture(f"{year}/{name}", scene)
+            images = _images(ids, names)
+            rows = [
+                {"image_id": image, "id": image * 10 + place, "caption": text(caption) + "."}
+                for image, scene in zip(ids, scenes)
+                for place, caption in enumerate(captions(generator(seed, "captions", image), scene))
+            ]
+            head = {"info": INFO, "licenses": _LICENSES, "images": images}
+            folder.json(f"annotations/captions_{year}.json", head | {"annotations": rows})
+            folder.json(f"annotations/instances_{year}.json", head | _instances(ids, scenes))
+            _write_questions(vqa, seed, year, ids, scenes)
 
 
 def _images(ids: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -138,27 +134,23 @@ def write_refcoco(out: Path, seed: int, counts: dict[str, int]) -> None:
     lists, dicts, numbers and strings.
     """
     with Folder(out / "RefCOCO", seed) as folder:
-        _write_refcoco(folder, seed, counts)
-
-
-def _write_refcoco(folder: Folder, seed: int, counts: dict[str, int]) -> None:
-    wanted = {"train": counts["train"]} | dict.fromkeys(("val", "testA", "testB"), counts["val"])
-    splits = [split for split, count in wanted.items() for _ in range(count)]
-    scenes = [draw_scene(generator(seed, "refcoco", number), twins=True) for number in range(len(splits))]
-    ids = [FIRST_REFERRED + number for number in range(len(scenes))]
-    names = [f"COCO_train2014_{image:012}.jpg" for image in ids]
-    refs: dict[str, list[dict[str, Any]]] = {"refcoco": [], "refcoco+": []}
-    for image, name, split, scene in zip(ids, names, splits, scenes):
-        folder.picture(f"images/train2014/{name}", scene)
-        random = generator(seed, "expressions", image)
-        for place in random.permutation(len(scene.things))[:2].tolist():
-            for task, found in refs.items():
-                said = _expressions(scene, scene.things[place], where=task == "refcoco")
-                found.append(_ref(len(found), image, name, split, place, scene, said))
-    head = {"info": INFO, "licenses": _LICENSES, "images": _images(ids, names)}
-    for task, found in refs.items():
-        folder.json(f"{task}/instances.json", head | _instances(ids, scenes))
-        folder.write(f"{task}/refs(unc).p", pickle.dumps(found, protocol=2))
+        wanted = {"train": counts["train"]} | dict.fromkeys(("val", "testA", "testB"), counts["val"])
+        splits = [split for split, count in wanted.items() for _ in range(count)]
+        scenes = [draw_scene(generator(seed, "refcoco", number), twins=True) for number in range(len(splits))]
+        ids = [FIRST_REFERRED + number for number in range(len(scenes))]
+        names = [f"COCO_train2014_{image:012}.jpg" for image in ids]
+        refs: dict[str, list[dict[str, Any]]] = {"refcoco": [], "refcoco+": []}
+        for image, name, split, scene in zip(ids, names, splits, scenes):
+            folder.picture(f"images/train2014/{name}", scene)
+            random = generator(seed, "expressions", image)
+            for place in random.permutation(len(scene.things))[:2].tolist():
+                for task, found in refs.items():
+                    said = _expressions(scene, scene.things[place], where=task == "refcoco")
+                    found.append(_ref(len(found), image, name, split, place, scene, said))
+        head = {"info": INFO, "licenses": _LICENSES, "images": _images(ids, names)}
+        for task, found in refs.items():
+            folder.json(f"{task}/instances.json", head | _instances(ids, scenes))
+            folder.write(f"{task}/refs(unc).p", pickle.dumps(found, protocol=2))
 
 
 def _expressions(scene: Scene, thing: Thing, *, where: bool) -> list[str]:

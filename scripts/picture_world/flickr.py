@@ -17,23 +17,19 @@ _SNLI_VE = {"train": "train", "val": "dev", "test": "test"}
 def write_flickr(out: Path, seed: int, counts: dict[str, int]) -> None:
     """Writes pictures with five sentences each, the boxes of their phrases, and hypotheses with a label."""
     with Folder(out / "Flickr30kEntities", seed) as folder, Folder(out / "SNLI-VE", seed) as snli_ve:
-        _write_flickr(folder, snli_ve, seed, counts)
-
-
-def _write_flickr(folder: Folder, snli_ve: Folder, seed: int, counts: dict[str, int]) -> None:
-    number = FIRST_ID
-    for split in SPLITS:
-        ids = list(range(number, number + counts["train" if split == "train" else "val"]))
-        number += len(ids)
-        scenes = [draw_scene(generator(seed, "flickr", image)) for image in ids]
-        said = [captions(generator(seed, "captions", image), scene) for image, scene in zip(ids, scenes)]
-        for image, scene, sentences in zip(ids, scenes, said):
-            folder.picture(f"flickr30k-images/{image}.jpg", scene)
-            marked = "".join(_marked(sentence, _numbers(image, scene)) + "\n" for sentence in sentences)
-            folder.write(f"Sentences/{image}.txt", marked.encode())
-            folder.write(f"Annotations/{image}.xml", _boxes(image, scene).encode())
-        folder.write(f"{split}.txt", "".join(f"{image}\n" for image in ids).encode())
-        snli_ve.lines(f"snli_ve_{_SNLI_VE[split]}.jsonl", _hypotheses(ids, scenes, said))
+        number = FIRST_ID
+        for split in SPLITS:
+            ids = list(range(number, number + counts["train" if split == "train" else "val"]))
+            number += len(ids)
+            scenes = [draw_scene(generator(seed, "flickr", image)) for image in ids]
+            said = [captions(generator(seed, "captions", image), scene) for image, scene in zip(ids, scenes)]
+            for image, scene, sentences in zip(ids, scenes, said):
+                folder.picture(f"flickr30k-images/{image}.jpg", scene)
+                marked = "".join(_marked(sentence, _numbers(image, scene)) + "\n" for sentence in sentences)
+                folder.write(f"Sentences/{image}.txt", marked.encode())
+                folder.write(f"Annotations/{image}.xml", _boxes(image, scene).encode())
+            folder.write(f"{split}.txt", "".join(f"{image}\n" for image in ids).encode())
+            snli_ve.lines(f"snli_ve_{_SNLI_VE[split]}.jsonl", _hypotheses(ids, scenes, said))
 
 
 def _numbers(image: int, scene: Scene) -> dict[str, int]:
