@@ -196,13 +196,14 @@ class _RowMaker:
         listed = collectives(self.profile.modules, settings, gpus, split.accumulation, self.profile.objectives)
         rate = self.machine.mfu * self.machine.cluster.gpu.peak_flops / self.profile.flops_per_sequence
         step = step_time(self.machine.cluster, split.accumulation * split.micro_batch, rate, listed)
+        kept = self.profile.kept(split.micro_batch)
         waiting = step.communicating_seconds + self._host_seconds(settings)
         seconds = step.computing_seconds + waiting if largest else None
         hours = seconds * self.recipe.training.steps / 3600 if seconds else None
         return PlanRow(
             way=way,
             states=states,
-            activations=self._activations(split.micro_batch),
+            activations=Activations(kept, self.profile.peak(split.micro_batch) - kept),
             largest_micro_batch=largest,
             micro_batch=split.micro_batch if largest else 0,
             accumulation=split.accumulation,
@@ -215,10 +216,6 @@ class _RowMaker:
             cost=hours * gpus * self.machine.price if hours and self.machine.price is not None else None,
             config=file_name(model_name(self.recipe), way, settings.precision) if way in WAYS else "",
         )
-
-    def _activations(self, micro_batch: int) -> Activations:
-        kept, peak = self.profile.kept(micro_batch), self.profile.peak(micro_batch)
-        return Activations(kept, peak - kept)
 
     def _largest(self, states: States) -> int:
         room = self.machine.usable_bytes - states.device - self.profile.peak.fixed

@@ -169,7 +169,8 @@ def _moments(engine: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> str
             for piece in real.get(id(weights), [slice(None)]) if values is not None else []:
                 total += unordered_sum(values.reshape(-1)[piece]).to(engine.device) * multiplier
     mine = sum(weights.numel() for weights in optimizer.state)
-    whole = sum(_numel(parameter) for parameter in engine.module.parameters() if parameter.requires_grad)
+    trained = (parameter for parameter in engine.module.parameters() if parameter.requires_grad)
+    whole = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
     return _hex(ranks.sum(total) if max(ranks.gather(mine)) < whole else total)
 
 
@@ -187,10 +188,6 @@ def partitions(wrapper: Any, ranks: Ranks) -> Iterator[tuple[torch.Tensor, torch
             start = ranks.rank * part
             yield flat, parameter, start, slice(offset, offset + min(part, max(0, parameter.ds_numel - start)))
             offset += part
-
-
-def _numel(parameter: torch.nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @functools.cache
