@@ -162,12 +162,13 @@ def test_every_option_of_a_build_is_passed_on(monkeypatch):
         "line_breaks": "keep",
     }
     found = []
-    monkeypatch.setattr("xdscale.shards.commands._build", lambda *arguments: found.extend(arguments))
+    monkeypatch.setattr("xdscale.shards.commands.build_and_report", lambda *arguments: found.extend(arguments))
     options = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
     options += ["--workers", 3, "--part", "1/2", "--overwrite"]
     assert run("build", "a", "b", "--out", "/o", *options).exit_code == 0
-    inputs, out, asked, workers, part, overwrite = found
-    assert (inputs, str(out), workers, (part.index, part.of), overwrite) == (["a", "b"], "/o", 3, (1, 2), True)
+    build, out, _, workers, part, overwrite = found
+    asked = build.keywords["options"]
+    assert (*build.args, str(out), workers, (part.index, part.of), overwrite) == (["a", "b"], "/o", 3, (1, 2), True)
     assert asked.model_dump(include=set(values)) == values
 
 
