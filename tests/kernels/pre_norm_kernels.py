@@ -59,7 +59,9 @@ def assert_as_plain(inputs, adds=True, used=(0, 1)):
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize(("tokens", "size"), [(0, 48), (1, 48), (77, 512), (67, 33), (130, 200), (5, 1500)])
-def test_equals_the_plain_definition(tokens, size, dtype, adds):
+def test_equals_the_plain_definition(tokens, size, dtype, adds, monkeypatch):
+    if size > 300 and dtype != torch.float32:  # fewer programs to interpret: partial sums are fp32 whatever the dtype
+        monkeypatch.setattr("xdscale.kernels.residual_norm_triton.SUM_COLUMNS", 64)
     assert_as_plain(draw(tokens, size, dtype), adds)
 
 

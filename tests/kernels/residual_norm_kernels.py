@@ -66,7 +66,9 @@ def assert_as_plain(inputs, dropout, seed=None, absolute=0.0):
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize(("tokens", "size"), [(0, 48), (1, 48), (1, 768), (77, 512), (67, 33), (9, 1024), (130, 200)])
-def test_equals_the_plain_definition(tokens, size, dtype, dropout):
+def test_equals_the_plain_definition(tokens, size, dtype, dropout, monkeypatch):
+    if size > 300 and dtype != torch.float32:  # fewer programs to interpret: partial sums are fp32 whatever the dtype
+        monkeypatch.setattr(kernels, "SUM_COLUMNS", 64)
     assert_as_plain(draw(tokens, size, dtype), dropout)
 
 
