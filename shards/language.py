@@ -1,5 +1,6 @@
 """The language model's tokenizer, from a file, a folder, an installed package or a hub name."""
 
+import functools
 import hashlib
 import json
 import re
@@ -52,11 +53,10 @@ def load_language_tokenizer(name: str) -> tuple[Tokenizer, LanguageTokenizer]:
     unknown = getattr(tokenizer.model, "unk_token", None)
     if unknown is not None and tokenizer.token_to_id(unknown) is None:
         raise XdscaleError(f"{name}: the tokenizer's vocabulary lacks its own token for unknown words, {unknown}")
-    size = 1 + max(tokenizer.get_vocab().values())
+    sha256, size = _identity(tokenizer.to_str())
     if size > LARGEST_VOCABULARY:
         raise XdscaleError(f"{name}: {size} ids do not fit the shards' 16 bits ({LARGEST_VOCABULARY} ids)")
-    info = LanguageTokenizer(name=name, sha256=fingerprint(tokenizer), vocab_size=size, **ids)
-    return tokenizer, info
+    return tokenizer, LanguageTokenizer(name=name, sha256=sha256, vocab_size=size, **ids)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -64,18 +64,25 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
     Equal tokenizers match wherever they are stored and whatever padding or template their files ask for.
     """
-    stages = json.loads(tokenizer.to_str())
+    return _identity(tokenizer.to_str())[0]
+
+
+@functools.lru_cache(maxsize=4)  # a run asks for the same one several times, and this takes far longer than reading it
+def _identity(serialised: str) -> tuple[str, int]:
+    """Returns a tokenizer's fingerprint, and its number of ids."""
+    stages, vocabulary = json.loads(serialised), Tokenizer.from_str(serialised).get_vocab()
     normalizer = stages["normalizer"]
     if (normalizer or {}).get("type") == "BertNormalizer" and normalizer["strip_accents"] == normalizer["lowercase"]:
         normalizer = normalizer | {"strip_accents": None}  # which means: as lowercase
     parts = {
-        "vocab": tokenizer.get_vocab(),
+        "vocab": vocabulary,
         "model": {key: value for key, value in stages["model"].items() if key != "vocab"},
         "normalizer": normalizer,
         "pre_tokenizer": stages["pre_tokenizer"],
     }
     matched_in_text = [token for token in stages["added_tokens"] if not token["special"]]
-    return hashlib.sha256(canonical_json(parts | ({"added": matched_in_text} if matched_in_text else {}))).hexdigest()
+    parts |= {"added": matched_in_text} if matched_in_text else {}
+    return hashlib.sha256(canonical_json(parts)).hexdigest(), 1 + max(vocabulary.values())
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -8,6 +8,8 @@ leads it and, when that has ended, its exit code. Tests whose subject is a start
 The deepspeed launcher's own code runs here too: its processes, their parents, groups, signals and what others see of
 their command lines are as they are when it is started as a program.
 
+What it reads of the encoder that most runs begin with, it knows too.
+
 Two figures of speed take a second of each start, and no run here is about them: the rate of matrix products is measured
 for a moment only, and the FLOPs of a micro-batch are those of the first one, in proportion; of several runs of a model
 in one process, those of the first run. Ranks that are started here trace no micro-batch; those of commands do.
@@ -64,6 +66,7 @@ def main():
         importlib.import_module(name)
     from xdscale.training import throughput, tracing
 
+    get_ready("package:cognition/model")
     throughput._SECONDS, tracing._TOLERANCE = 0.01, math.inf
     trace, traced = tracing.trace, {}
 
@@ -87,6 +90,15 @@ def main():
         print(leader, flush=True)
         _, status = os.waitpid(leader, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def get_ready(name):
+    """Does what each process would do when it first reads an encoder: that of nearly all runs here."""
+    from xdscale.pretrained.language import load_language_encoder, own_tokenizer
+    from xdscale.recipes.mlm.schema import Language
+
+    own_tokenizer(name)  # whose fingerprint is remembered
+    load_language_encoder(Language(name=name), dropout=0.0)  # transformers compiles its table of renamed weights
 
 
 def lead(program, arguments, ranks, port, outputs, folder, packages, blocked):
