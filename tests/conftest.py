@@ -238,17 +238,25 @@ def fp32_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def narrow_model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that make the quickstart's model a quarter as wide, with random weights, which do learn at this rate.
+def narrow_bert(cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that make a quickstart's BERT a quarter as wide, with random weights, which do learn at this rate.
 
-    For runs whose subject is not what they learn: the vocabularies of BERT and CLIP take nearly all of their time.
+    For runs whose subject is not what they learn: the vocabularies take nearly all of their time.
     """
     folder = tmp_path_factory.mktemp("narrow")
     language = {"model_type": "bert", "vocab_size": 30_522, "hidden_size": 32, "num_hidden_layers": 2}
     language |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
     (folder / "config.json").write_text(json.dumps(language))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(cassette_model / name, folder)
+    model = {"name": folder, "weights": "random", "sha256": "null"}
+    return [*(f"model.language.{key}={value}" for key, value in model.items()), "optim.learning_rate=1e-2"]
+
+
+@pytest.fixture(scope="session")
+def narrow_model(narrow_bert: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that make both encoders of the quickstart so."""
+    path = tmp_path_factory.mktemp("narrow") / "clip.json"
     text = {"context_length": 77, "vocab_size": 49_408, "width": 32, "heads": 2, "layers": 2}
-    (folder / "clip.json").write_text(json.dumps({"embed_dim": 32, "quick_gelu": True, "text_cfg": text}))
-    model = {"language.name": folder, "language.weights": "random", "language.sha256": "null"}
-    model |= {"clip.name": folder / "clip.json"}
-    return [*(f"model.{key}={value}" for key, value in model.items()), "optim.learning_rate=1e-2"]
+    path.write_text(json.dumps({"embed_dim": 32, "quick_gelu": True, "text_cfg": text}))
+    return [*narrow_bert, f"model.clip.name={path}"]

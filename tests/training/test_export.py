@@ -81,13 +81,16 @@ def test_a_missing_step_names_those_that_exist(small_run, tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32")])
-def test_stages_that_deepspeed_cannot_put_together_export_too(adapt, short_shards, tmp_path, stage, precision):
+def test_stages_that_deepspeed_cannot_put_together_export_too(
+    adapt, short_shards, narrow_model, tmp_path, stage, precision
+):
     """Its own consolidation fails under ZeRO stage 0, and forgets parameters without gradient under stage 1."""
     config = tmp_path / "ds.json"
     values = {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": precision == "bf16"}}
     config.write_text(json.dumps(values | {"zero_optimization": {"stage": stage}}))
     settings = ["training.steps=1", "training.global_batch=4", "run.eval_samples=4", f"data.shards={short_shards}"]
-    launch = adapt("quickstart", *settings, f"output.folder={tmp_path / 'run'}", "--deepspeed_config", str(config))
+    settings += [*narrow_model, f"output.folder={tmp_path / 'run'}"]
+    launch = adapt("quickstart", *settings, "--deepspeed_config", str(config))
     assert launch.code == 0, launch.stderr
     export_run(tmp_path / "run", tmp_path / "out")
     path = tmp_path / "run" / "checkpoints" / "step-00000001" / "mp_rank_00_model_states.pt"

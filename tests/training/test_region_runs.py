@@ -41,9 +41,9 @@ LONE = ("visualbert", "vlbert")
 class Runs:
     """Small runs, several in a row, on copies of datasets."""
 
-    def __init__(self, datasets, trunk, folder, launch_ranks):
+    def __init__(self, datasets, trunk, model, folder, launch_ranks):
         self.datasets, self.trunk, self.folder, self.launch_ranks = datasets, trunk, folder, launch_ranks
-        self.said = {}
+        self.model, self.said = model, {}
 
     def data(self, system, name):
         """A copy of a system's dataset that a test may change."""
@@ -60,7 +60,7 @@ class Runs:
         settings |= {"training.steps": 6, "training.global_batch": 8, "run.checkpoint_every": 2, "run.eval_samples": 4}
         chosen = [f"{key}={value}" for key, value in settings.items()]
         own = [value.replace("TRUNK", str(self.trunk)) for value in SYSTEMS[system]]
-        return [*own, *chosen, "run.keep_checkpoints=9", *overrides, "--deepspeed_config", str(config)]
+        return [*own, *self.model, *chosen, "run.keep_checkpoints=9", *overrides, "--deepspeed_config", str(config)]
 
     def launch(self, runs, ranks=2):
         """Runs `{name: arguments}` in turn, on the same ranks."""
@@ -94,9 +94,9 @@ def cut(path):
 
 
 @pytest.fixture(scope="module")
-def first(datasets, small_trunk, tmp_path_factory, launch_ranks):
+def first(datasets, small_trunk, narrow_bert, tmp_path_factory, launch_ranks):
     """Fresh runs of two ranks: whole ones with dropout, ones that stop on the way, ones that fetch what they read."""
-    runs = Runs(datasets, small_trunk, tmp_path_factory.mktemp("regions"), launch_ranks)
+    runs = Runs(datasets, small_trunk, narrow_bert, tmp_path_factory.mktemp("regions"), launch_ranks)
     started = {}
     for system in LONE:
         # In launches of their own: which bits the same sums end in depends on what a process computed before.
@@ -151,9 +151,9 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(second, system, re
 
 @pytest.mark.proof
 def test_with_the_trunk_too_resumed_equals_never_stopped(
-    datasets, small_trunk, launch_ranks, tmp_path, require_equal_tensors
+    datasets, small_trunk, narrow_bert, launch_ranks, tmp_path, require_equal_tensors
 ):
-    runs, system = Runs(datasets, small_trunk, tmp_path, launch_ranks), "vlbert-pixels"
+    runs, system = Runs(datasets, small_trunk, narrow_bert, tmp_path, launch_ranks), "vlbert-pixels"
     runs.launch({f"whole-{system}": runs.arguments(system, f"whole-{system}")})
     runs.continue_a_part(system)
     require_equal_bits(runs, system, require_equal_tensors)
@@ -256,7 +256,7 @@ def test_killed_at_random_moments_and_continued_by_other_ranks_it_is_the_uninter
     datasets, small_trunk, launch_ranks, adapt, start, tmp_path, system
 ):
     """SIGKILL for all ranks, once each of two, of three and of one; then two go on to the end."""
-    runs, draw = Runs(datasets, small_trunk, tmp_path, launch_ranks), random.Random(system)
+    runs, draw = Runs(datasets, small_trunk, [], tmp_path, launch_ranks), random.Random(system)
     fixed = ["model.dropout=0", "training.steps=24", "run.checkpoint_every=1", "run.eval_every=1000"]
     runs.launch({"alone": runs.arguments(system, "alone", *fixed, stage=0)}, ranks=1)
     arguments = runs.arguments(system, "killed", *fixed, stage=KILLED_UNDER[system])

@@ -25,7 +25,7 @@ MINUTE_SECONDS = 60
 class Launched:
     """Two ranks under the deepspeed launcher, in the background, forked ready-made."""
 
-    def __init__(self, fork, shards, folder, port, fault, **settings):
+    def __init__(self, fork, shards, model, folder, port, fault, **settings):
         self.run, config, self.stderr = folder / "run", folder / "ds.json", folder / "stderr.txt"
         zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
         config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}))
@@ -33,7 +33,8 @@ class Launched:
         values |= {"run.eval_samples": 2} | {key.replace("__", "."): value for key, value in settings.items()}
         command = ["deepspeed", "-q", "--num_accelerators", 2, "--master_port", port]
         command += [WORKER, fault] if fault else ["--module", "xdscale.train"]
-        command += ["quickstart", *(f"{key}={value}" for key, value in values.items()), "--deepspeed_config", config]
+        command += ["quickstart", *model, *(f"{key}={value}" for key, value in values.items())]
+        command += ["--deepspeed_config", config]
         self.process = fork(*command, outputs=(os.devnull, self.stderr))
 
     def rank(self, number):
@@ -64,11 +65,11 @@ class Launched:
 
 
 @pytest.fixture
-def launch(fork, wiki_shards, tmp_path, free_port):
+def launch(fork, short_shards, narrow_model, tmp_path, free_port):
     launched = []
 
     def start(fault=None, **settings):
-        launched.append(Launched(fork, wiki_shards, tmp_path, free_port(), fault, **settings))
+        launched.append(Launched(fork, short_shards, narrow_model, tmp_path, free_port(), fault, **settings))
         return launched[0]
 
     yield start
@@ -104,12 +105,12 @@ def test_a_rank_that_freezes(launch):
     assert "loop.py" in stacks
 
 
-def test_a_rank_that_gets_no_data(launch, wiki_shards):
+def test_a_rank_that_gets_no_data(launch, short_shards):
     launched = launch("blocked,1,3", run__hang_seconds=5)
     launched.wait_for("step", 3)
     seconds, code, lines = launched.end()
     print(f"rank 1 without data: all ended after {seconds:.1f} s: {lines}")
-    order = Order(len(Table(wiki_shards, "train")), seed=0, global_batch=2, world_size=2, rank=1, micro_batch=1)
+    order = Order(len(Table(short_shards, "train")), seed=0, global_batch=2, world_size=2, rank=1, micro_batch=1)
     sample = int(order.slots(3)[0].sample_ids[0])
     assert code == EXIT_FAULT
     assert len(lines) == 1
