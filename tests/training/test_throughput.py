@@ -8,6 +8,15 @@ import torch
 from xdscale.training import throughput
 
 
+@pytest.fixture
+def _unmeasured():
+    """Nothing is known of this machine, neither before nor after."""
+    throughput.matmul_flops_per_second.cache_clear()
+    yield
+    throughput.matmul_flops_per_second.cache_clear()
+
+
+@pytest.mark.usefixtures("_unmeasured")
 @pytest.mark.parametrize(
     ("rate", "largest"),
     [
@@ -32,6 +41,9 @@ def test_products_grow_as_long_as_the_next_one_is_short(monkeypatch, rate, large
     assert throughput.matmul_flops_per_second(torch.device("cpu"), torch.float32) == pytest.approx(rate)
     assert max(sizes) == largest
     assert sizes == sorted(sizes)
+    products = len(sizes)
+    assert throughput.matmul_flops_per_second(torch.device("cpu"), torch.float32) == pytest.approx(rate)
+    assert len(sizes) == products  # once is enough
 
 
 def test_peak_memory_is_told_in_gib(monkeypatch):

@@ -1,5 +1,6 @@
 """What the device can do and what the process takes."""
 
+import functools
 import resource
 import sys
 import time
@@ -11,11 +12,13 @@ _LARGEST_SIZE = {"cpu": 1024, "cuda": 8192}
 _SECONDS = 0.3
 
 
+@functools.cache  # of a sweep's short runs in one process each would spend a third of a second on it
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Measures this rank's rate on a plain square matrix product, the honest base of a utilisation figure.
 
     All ranks measure at the same time, so ranks that share a machine share it here too. A CPU without instructions for
-    a dtype may be a hundred times slower in it: matrices grow only as long as a product stays short.
+    a dtype may be a hundred times slower in it: matrices grow only as long as a product stays short. A process measures
+    once.
 
     Args:
         device: the training device.
