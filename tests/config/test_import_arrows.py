@@ -1,6 +1,7 @@
 """Imports run one way (the contracts stand in pyproject.toml), few files know a system, and a name is one class."""
 
 import ast
+import functools
 import os
 import shutil
 import subprocess
@@ -13,15 +14,20 @@ import pytest
 from xdscale.registry import SYSTEMS
 
 ROOT = Path(__file__).parents[2]
-FILES = {
-    path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8"))
-    for folder in ("xdscale", "kernels", "shards")
-    for path in (ROOT / folder).rglob("*.py")
-}
 HOUSE = {"finetune", "mlm", "xdbert"}
 """What the house was built with: other systems are made of their parts."""
 MORE = {"visualbert": ("r2c",)}
 """Files of a system that are not called by its name: a network that it alone tunes along."""
+
+
+@functools.cache  # not as a constant: all workers would parse them as they collect
+def files():
+    """Returns the package's files, parsed, by their paths."""
+    return {
+        path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8"))
+        for folder in ("xdscale", "kernels", "shards")
+        for path in (ROOT / folder).rglob("*.py")
+    }
 
 
 def test_arrows_run_one_way(tmp_path):
@@ -41,7 +47,7 @@ def test_arrows_run_one_way(tmp_path):
 
 
 def test_no_two_public_classes_have_one_name():
-    statements = (each for tree in FILES.values() for each in tree.body)
+    statements = (each for tree in files().values() for each in tree.body)
     names = Counter(each.name for each in statements if isinstance(each, ast.ClassDef) and each.name[0] != "_")
     assert len(names) > 100
     assert [name for name, homes in names.items() if homes > 1] == []
@@ -65,10 +71,10 @@ def named(tree):
 
 def others_that_know(*words):
     """Returns the files that name a module whose path has one of the words, without these modules themselves."""
-    own = {path: module_of(path) for path in FILES if any(word in str(path) for word in words)}
+    own = {path: module_of(path) for path in files() if any(word in str(path) for word in words)}
     assert own
     packages = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    known = {path for path, tree in FILES.items() if path not in own and set(own.values()) & set(named(tree))}
+    known = {path for path, tree in files().items() if path not in own and set(own.values()) & set(named(tree))}
     return {str(path) for path in known} | {"pyproject.toml" for word in words if f".{word}" in packages}
 
 
@@ -77,7 +83,9 @@ def test_a_system_touches_its_own_files_and_two_others(system):
     """DESIGN's measure: the registry, and where packages and layers of imports are listed."""
     assert others_that_know(system, *MORE.get(system, ())) == {"xdscale/registry.py", "pyproject.toml"}
     # Nothing goes by its name either, but a network's and a file format's that are called so, which anyone may read.
-    texts = {path for path, tree in FILES.items() for node in ast.walk(tree) if getattr(node, "value", None) == system}
+    texts = {
+        path for path, tree in files().items() for node in ast.walk(tree) if getattr(node, "value", None) == system
+    }
     assert {str(path) for path in texts if system not in str(path)} <= {
         "xdscale/registry.py", "xdscale/extraction/extract.py", "shards/sources/regions/importing.py",
     }  # fmt: skip
@@ -104,7 +112,7 @@ def test_records_stay_as_they_were_made_but_those_that_count_and_many_numbers_ar
     """Nobody who is handed one changes it under those who hold it too."""
     found = [
         (each.name, ast.unparse(decorator))
-        for tree in FILES.values()
+        for tree in files().values()
         for each in tree.body
         if isinstance(each, ast.ClassDef)
         for decorator in each.decorator_list
@@ -121,7 +129,7 @@ LOCKS = {"(folder / '.locks').open('w')", "path.open('w')"}
 
 def test_texts_are_read_and_written_in_a_stated_encoding():
     """Not in that of the machine's locale."""
-    calls = [node for tree in FILES.values() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = [node for tree in files().values() for node in ast.walk(tree) if isinstance(node, ast.Call)]
     methods = [call for call in calls if isinstance(call.func, ast.Attribute)]
     whole = [call for call in methods if call.func.attr in ("read_text", "write_text")]
     modes = {"r", "w", "a", "x", "r+", "w+", "a+"}

@@ -124,7 +124,7 @@ def test_a_batch_is_the_sum_of_its_samples_and_what_is_frozen_stays(table, model
 
 def test_held_out_pictures_are_decoded_again_and_say_the_same(table, model, expressions, monkeypatch):
     subject = VLBERTSubject(str(model), settings(), table)
-    collate = subject.collator(TASK, TASK.read(expressions).train)  # 18 expressions
+    collate = subject.collator(TASK, TASK.read(expressions).train)
     engine, found, decoded = Engine(Finetuning(subject.build(TASK), TASK)), [], []
     read_pictures = task_pictures.read_pictures
 
@@ -136,15 +136,15 @@ def test_held_out_pictures_are_decoded_again_and_say_the_same(table, model, expr
     for kept_bytes in (1 << 30, 100_000, 0):
         monkeypatch.setattr(held_out, "KEPT_BYTES", kept_bytes)
         decoded.append(0)
-        batches = held_out.held_out_batches(collate, validation_slots(18, 99, 1, 0, 3))
+        batches = held_out.held_out_batches(collate, validation_slots(9, 99, 1, 0, 3))
         for _ in range(2):
             decoded.append(0)
             found.append(evaluate(engine, batches, {"task": Objective(1.0)}, Ranks(0, 1, 0), lambda number: True)[0])
     assert all(one == pytest.approx(found[0], rel=1e-6) for one in found)
     assert found[0]["loss/task"] > 0
-    assert decoded[:3] == [18, 0, 0]
-    assert 0 < decoded[4] == decoded[5] < decoded[3] == 18
-    assert decoded[6:] == [18, 18, 18]
+    assert decoded[:3] == [9, 0, 0]
+    assert 0 < decoded[4] == decoded[5] < decoded[3] == 9
+    assert decoded[6:] == [9, 9, 9]
 
 
 class Engine:
