@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from xdscale.bench.batch import bench_batch
-from xdscale.bench.kernels import captured, device_milliseconds, reason
+from xdscale.bench.kernels import device_milliseconds, reason
 from xdscale.bench.plain_model import attending_by, fused_attend, plain_losses
 from xdscale.devices import rank_device
 from xdscale.models.operations import use_definitions
@@ -149,13 +149,17 @@ def _waits(tell: Tell, name: dict[str, Any], trained: TrainedStep) -> bool:
 
 def _replay_graph(tell: Tell, name: dict[str, Any], trained: TrainedStep) -> None:
     """What the step would take if the host cost nothing."""
-
-    def both_passes() -> None:
-        trained.module.zero_grad(set_to_none=True)
-        trained.forward().backward()
-
     try:
-        graph = captured([both_passes])
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        trained.module.zero_grad(set_to_none=True)
+        with torch.cuda.stream(stream):
+            trained.forward().backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        trained.module.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            trained.forward().backward()
         tell(**name, graph_ms=statistics.median(device_milliseconds(graph.replay) for _ in range(5)))
     except RuntimeError as error:
         torch.cuda.synchronize()
