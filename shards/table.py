@@ -249,13 +249,13 @@ class Table:
                     self._learn(number, descriptor)
 
     def _checked(self, rows: np.ndarray) -> np.ndarray:
-        rows = np.asarray(rows, np.int64)
-        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
-            outside = rows[(rows < 0) | (rows >= len(self))]
-            raise XdscaleError(
-                f"{self.folder}: row {outside[0]} does not exist; {self.split} has rows 0 to {len(self) - 1}"
-            )
-        return rows
+        rows = np.asarray(rows)
+        if rows.size and rows.dtype.kind not in "iu":  # a mask too, whose True would be row 1
+            raise XdscaleError(f"{self.folder}: rows of {rows.dtype}; expected numbers, of a mask np.flatnonzero(mask)")
+        if (wrong := rows[(rows < 0) | (rows >= len(self))]).size:
+            there = f"{self.split} has rows 0 to {len(self) - 1}"
+            raise XdscaleError(f"{self.folder}: row {wrong[0]} does not exist; {there}")
+        return rows.astype(np.int64, copy=False)
 
     def _shard_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts, rows, side="right") - 1

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from xdscale.data.collate import pack_clip_blocks
 from xdscale.errors import XdscaleError
-from xdscale.files import shown
+from xdscale.files import one_line, shown
 from xdscale.models.operations import use_definitions
 from xdscale.models.xdbert import XDBERT
 from xdscale.names import expand_home
@@ -74,7 +74,8 @@ class Encoder:
             truncate: cut a text that has more tokens than the encoder has positions.
 
         Raises:
-            XdscaleError: a text is too long and `truncate` is not given; something is no text, or `batch_size` below 1.
+            XdscaleError: a text is too long and `truncate` is not given; something is no text, `batch_size` below 1, or
+                no such device.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         for number, text in enumerate(texts):
@@ -83,7 +84,10 @@ class Encoder:
         if batch_size < 1:
             raise XdscaleError(f"batch_size = {batch_size}; expected 1 or more")
         if device is not None:
-            self.model.to(device)
+            try:
+                self.model.to(device)
+            except (RuntimeError, AssertionError) as error:  # the second without CUDA in torch
+                raise XdscaleError(f"device = {device}: {one_line(error)}") from None
         ids, texts = self._language_ids(texts, truncate=truncate)
         found: list[torch.Tensor] = [torch.empty(0)] * len(ids)
         # Texts of about the same length together: least padding.

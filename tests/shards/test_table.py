@@ -243,6 +243,10 @@ def test_bad_ids_and_splits_are_named(small_dataset):
     for bad in (-1, len(reader)):
         with pytest.raises(XdscaleError, match=f"row {bad} does not exist; train has rows 0 to"):
             reader.read("language", np.array([0, bad]))
+    for mask in (np.arange(len(reader)) > 3, np.array([0.5])):
+        with pytest.raises(XdscaleError, match=rf"rows of {mask.dtype}; expected numbers, of a mask"):
+            reader.read("language", mask)
+    assert len(reader.read("language", [])) == 0
     with pytest.raises(XdscaleError, match="no split 'test'; the dataset has: train, validation"):
         Table(small_dataset, "test")
 

@@ -72,6 +72,8 @@ def test_what_is_no_text_is_told(small_export):
         encoder.encode(["A dog.", None])
     with pytest.raises(XdscaleError, match="batch_size = 0; expected 1 or more"):
         encoder.encode(TEXTS, batch_size=0)
+    with pytest.raises(XdscaleError, match="device = nosuch: Expected one of cpu, cuda"):
+        encoder.encode(TEXTS, device="nosuch")
 
 
 def test_a_run_of_another_system_is_told(small_run, monkeypatch):
