@@ -71,18 +71,18 @@ def read_comparison(path: Path, *, runs: int | None = None) -> list[ComparedExam
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     # `newline=""` semantics are csv's own: quoted fields may hold line breaks.
     reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    missing = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
-    if missing:
-        found = ", ".join(reader.fieldnames or ()) or "nothing"
-        raise XdscaleError(f"{path}, line 1: the header lacks {', '.join(missing)}; it has {found}")
     try:
+        missing = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
+        if missing:
+            found = ", ".join(reader.fieldnames or ()) or "nothing"
+            raise XdscaleError(f"{path}, line 1: the header lacks {', '.join(missing)}; it has {found}")
         for values in reader:
             if None in values or None in values.values():
                 columns = len(reader.fieldnames)
                 raise XdscaleError(f"{path}, line {reader.line_num}: does not have the {columns} columns of the header")
             yield reader.line_num, values
-    except csv.Error as error:
-        raise XdscaleError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+    except csv.Error as error:  # of a line that `reader` itself has not counted yet
+        raise XdscaleError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
