@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel, VisualBertModel
 from typer.testing import CliRunner
 
+from xdscale.analysis import visualbert_heads
 from xdscale.analysis.visualbert_heads import HeadReader, captions_of
 from xdscale.cli import app
 from xdscale.errors import XdscaleError
@@ -115,6 +116,21 @@ def test_entities_and_relations_are_asked_from_the_words_that_they_should(model,
     assert {relation: one.words for relation, one in found.relations.items()} == {"det": 3, "amod": 1}
     assert found.relations["amod"].baseline == 1.0
     assert found.relations["det"].baseline == pytest.approx(1 / 3)
+
+
+def test_behind_the_phrases_of_a_caption_its_dependents_are_asked(data, parses):
+    asked = visualbert_heads._asked(data / "Flickr30kEntities" / "val.txt", parses)
+    found = []
+    for example, relation in asked:
+        ((span,),) = example.spans[0]
+        found.append((relation, example.texts[0][0][span.start : span.end], [*example.truth.boxes][0]))
+    assert [(relation, words) for relation, words, _ in found] == [
+        (None, "A brown dog"), (None, "the cat"), ("det", "A"), ("amod", "brown"), ("det", "the"),
+        (None, "The women"), ("det", "The"),
+    ]  # fmt: skip
+    boxes = [box for *_, box in found]
+    assert boxes[0] == boxes[2] == boxes[3] != boxes[1] == boxes[4]
+    assert boxes[5] == boxes[6]
 
 
 @pytest.mark.parametrize(("whole_image", "confidences"), [("first", True), ("none", False), ("first", False)])

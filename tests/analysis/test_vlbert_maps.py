@@ -144,6 +144,12 @@ def test_what_does_not_fit_is_refused(model, captioned_pictures, tmp_path):
     reader = MapReader(model, captioned_pictures, split="train")
     with pytest.raises(XdscaleError, match=r"--number 99999: the split train of .* has captions 0 to"):
         reader.maps(99_999)
+    config, pieces = reader._model.config, len(reader.maps(7).shown.pieces)
+    config.max_position_embeddings = pieces + 2  # those of the regions and of the end
+    reader.maps(7)
+    config.max_position_embeddings -= 1
+    with pytest.raises(XdscaleError, match=f"--number 7: {pieces - 2} word pieces; the model has {pieces + 1} pos"):
+        reader.maps(7)
     other = tmp_path / "other"
     shutil.copytree(model, other)
     words = json.loads((other / "tokenizer.json").read_text())

@@ -70,6 +70,23 @@ def test_another_metric(report, write_sweep, tmp_path):
         report([sweep], tmp_path / "other", metrics=["mprc=f1"])
 
 
+def test_a_further_split_is_told_from_the_longest_name_of_a_metric(report, write_sweep, tmp_path):
+    """pearson_spearman_half is pearson_spearman of half, not pearson of spearman_half."""
+    sweep = write_sweep("BERT-b", {"stsb": 0.8}, seeds=1)
+    (result,) = sweep.glob("stsb/seed-0/result.json")
+    stored = json.loads(result.read_text())
+    stored["metrics"]["pearson_spearman_half"] = stored["metrics"]["pearson_spearman"]
+    result.write_text(json.dumps(stored))
+    shutil.copy(result.with_name("predictions-dev.jsonl"), result.with_name("predictions-half.jsonl"))
+    lines = report([sweep], tmp_path / "out", metrics=["stsb=pearson_spearman_half"])
+    assert lines["BERT-b", "stsb"]["metric"] == "pearson_spearman"
+    assert float(lines["BERT-b", "stsb"]["median"]) == stored["score"]["value"]
+    stored["score"]["name"] = "no_metric"
+    result.write_text(json.dumps(stored))
+    with pytest.raises(XdscaleError, match=r"result\.json: unknown metric 'no_metric'; known: accuracy"):
+        report([sweep], tmp_path / "other")
+
+
 def columns(folder):
     """The heads of the table of a written report."""
     table = (folder / "report.md").read_text(encoding="utf-8").split("\n\n")[2]
