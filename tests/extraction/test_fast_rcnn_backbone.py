@@ -8,6 +8,7 @@ from torchvision.models import resnet101
 
 from xdscale.data.pictures import scaled_size
 from xdscale.errors import XdscaleError
+from xdscale.extraction.fast_rcnn_backbone import FastRCNNBackbone
 from xdscale.models.fast_rcnn import load_fast_rcnn
 from xdscale.shards.regions import Detector
 from xdscale.weights import weights_sha256
@@ -72,6 +73,17 @@ def test_features_are_those_of_the_scaled_image_in_blue_green_and_red(extract, p
         with torch.no_grad():
             other = model([torch.from_numpy(turned.transpose(2, 0, 1).copy())], [torch.from_numpy(boxes)]).numpy()
         assert np.linalg.norm(found - other) > 0.05 * np.linalg.norm(wanted)
+
+
+def test_boxes_end_at_the_last_pixel_of_the_scaled_image():
+    """As the release cuts them: one less than the sides."""
+    given, seen = torch.tensor([[-3.0, 2, 30, 10], [0, 0, 50, 20]]), []
+    backbone = object.__new__(FastRCNNBackbone)
+    backbone._short_side = 40
+    backbone._model = lambda images, boxes: seen.extend(boxes) or torch.zeros(2, 1)
+    (found,) = backbone(torch.zeros(1, 3, 20, 50, dtype=torch.uint8), [given])
+    assert seen[0].tolist() == [[0, 4, 60, 20], [0, 0, 99, 39]]
+    assert found.boxes.tolist() == given.tolist()
 
 
 @pytest.mark.parametrize(

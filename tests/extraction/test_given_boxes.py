@@ -88,6 +88,7 @@ def test_own_proposals_have_confidences(tmp_path):
         ({"17": {"boxes": [[5, 0, 0, 5]]}}, r"box 0 is \(5, 0, 0, 5\)"),
         ({"17": {"boxes": [[0, 0, 5, 5], [0, 0, 70, 5]]}}, r"box 1 is .* within 60 × 40"),
         ({"17": {"boxes": [[0, 0, float("nan"), 5]]}}, "box 0"),
+        ({"17": {"boxes": [[0, 0, 5, 5], [0, 0, 5, float("nan")]]}}, r"box 1 is \(0, 0, 5, nan\)"),
         ({"17": {"boxes": [[0, 0, 1, 1], [0.2, 0.1, 0.5, 0.9]]}}, "boxes lie between 0 and 1: shares of the image"),
         ({"18": {"boxes": [[0, 0, 5, 5]]}}, "no boxes of '17'.* look like '18'"),
         ({"images": [{}], "annotations": []}, "COCO's instances"),

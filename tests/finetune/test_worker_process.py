@@ -185,6 +185,17 @@ def test_what_could_not_be_saved_after_a_signal_is_no_success(sweep, behaviour, 
     assert not made._workers[0].alive
 
 
+def test_after_each_run_only_the_best_model_stays(sweep, monkeypatch, tmp_path):
+    """Those of hours of training would fill a disk together."""
+    looked = []
+    monkeypatch.setattr(sweeps, "keep_best", looked.append)
+    assert sweep("def do(job):\n    finish(job)", jobs=2)[0] == 0
+    assert looked == [(tmp_path / "result-0.json").parent.parent] * 2
+    assert sweep("def do(job):\n    finish(job)", stops_early=True)[0] == 0
+    assert sweep("def do(job):\n    answer(code=3)")[0] == EXIT_FAULT
+    assert len(looked) == 2
+
+
 def test_a_worker_that_was_stopped_alone_is_a_failed_run(sweep, monkeypatch):
     monkeypatch.setattr(sweeps, "_SECONDS_TO_HEAR", 0.1)
     code, said, _ = sweep("def do(job):\n    answer(code=75)")
@@ -256,6 +267,18 @@ worker_process.PROGRAM = ("-c", %r)
 worker = worker_process.WorkerProcess({})
 worker.work({"result": %r}, lambda note: os.kill(os.getpid(), signal.SIGKILL))
 """
+
+
+def test_a_worker_that_was_asked_to_stop_begins_with_no_further_job(monkeypatch, tmp_path):
+    """Nothing of the run is lost: the same command begins it."""
+    stop = "__import__('os').kill(__import__('os').getpid(), 15)"  # while it imports what a run needs
+    program = REAL.replace("worker.calm_environment = lambda: None", f"worker.calm_environment = lambda: {stop}")
+    monkeypatch.setattr(worker_process, "PROGRAM", ("-c", program))
+    worker = worker_process.WorkerProcess({})
+    notes = []
+    assert worker.work({"result": str(tmp_path / "result")}, notes.append) == EXIT_STOPPED
+    assert (notes, list(tmp_path.iterdir())) == ([], [])
+    worker.end()
 
 
 def test_a_sweep_that_was_killed_leaves_no_worker_that_goes_on(tmp_path):

@@ -165,6 +165,7 @@ def test_a_checkpoint_of_the_release_is_the_same_model(folder, inputs, tmp_path)
     assert {name: tuple(value.shape) for name, value in heads.items()} == {"match.weight": (2, 48), "match.bias": (2,)}
     assert not none
     assert released.config.num_hidden_layers == 3
+    assert (released.config.type_vocab_size, released.config.pad_token_id) == (2, 0)
     assert released.config.visual_embedding_dim == WIDTH
     for name, value in wanted.state_dict().items():
         assert torch.equal(released.state_dict()[name], value), name

@@ -34,6 +34,18 @@ def test_each_run_belongs_to_the_baseline_before_it(report, write_sweep, tmp_pat
         report(runs, tmp_path / "other", baselines=["BERT"])
 
 
+def test_a_single_difference_is_named_alone(report, write_sweep, tmp_path):
+    lengths = {"BERT-b": 128, "XDBERT-b": 64}
+    runs = [write_sweep(name, {"rte": 0.7}, seeds=1, settings={"max_length": n}) for name, n in lengths.items()]
+    with pytest.raises(XdscaleError) as caught:
+        report(runs, tmp_path / "out")
+    theirs, ours = (sweep / "rte" / "seed-0" for sweep in runs)
+    assert str(caught.value) == (
+        f"{ours}: cannot be compared with {theirs}:\n  max_length is 64, there 128\n"
+        "finetune both with the same files and settings, or name another --baseline"
+    )
+
+
 def test_two_runs_of_one_label_are_refused(report, write_sweep, tmp_path):
     runs = [write_sweep("BERT-b", {"rte": 0.7}, seeds=1, folder=name) for name in ("a", "b")]
     with pytest.raises(XdscaleError, match="both labelled 'BERT-b'"):

@@ -9,8 +9,10 @@ import threading
 
 import pytest
 
+from xdscale import train
 from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
 from xdscale.train import main
+from xdscale.training.distributed import Ranks
 from xdscale.training.environment import check_precision
 
 
@@ -42,6 +44,26 @@ def refuse(capsys, tmp_path, wiki_shards, config, monkeypatch):
         return error
 
     return run
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_what_is_asked_for_reaches_the_run_in_a_calm_environment(monkeypatch, config, typed):
+    """What stands in the environment must stand there before the first import of what reads it."""
+    order, ranks = [], Ranks(0, 1, 0)
+
+    def run(system, ds_config, its_ranks, stop):
+        order.append((system.recipe.training.seed, ds_config["train_micro_batch_size_per_gpu"], its_ranks is ranks))
+        assert not stop.requested
+        return 7
+
+    monkeypatch.setattr(train, "calm_environment", lambda: order.append("calm"))
+    monkeypatch.setattr("xdscale.training.distributed.start_distributed", lambda: order.append("start") or ranks)
+    monkeypatch.setattr(train, "check_precision", lambda name, values: order.append(name))
+    monkeypatch.setattr("xdscale.training.session.train_run", run)
+    words = ["quickstart", "--local_rank", "3", "training.seed=5", "--deepspeed_config", str(config)]
+    monkeypatch.setattr("sys.argv", ["train", *words])
+    assert main(words if typed else None) == 7
+    assert order == ["calm", "start", str(config), (5, 4, True)]
 
 
 def test_unknown_recipe_key(refuse):
