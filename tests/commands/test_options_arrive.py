@@ -107,3 +107,20 @@ def test_every_option_arrives(words, monkeypatch):
     done = CliRunner().invoke(app, words.split(), catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert calls == CASES[words]
+
+
+def test_the_keys_shown_are_those_of_the_kind_of_recipe_that_is_asked_for():
+    """Recipes of both kinds may have one name."""
+
+    def shown(*words):
+        done = CliRunner().invoke(app, ["recipes", *words], catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.stdout
+
+    assert "cross_layers" in shown("quickstart")
+    assert "seeds" in shown("quickstart", "--finetuning")
+    assert "cross_layers" not in shown("quickstart", "--finetuning")
+    assert "quickstart-mlm" in shown()
+    assert "quickstart-mlm" not in shown("--finetuning")
+    assert "paper" in shown("--finetuning").split()
+    assert "7" in shown("quickstart", "training.seed=7")

@@ -141,12 +141,29 @@ def test_of_every_task_the_first_seeds_come_first_and_finished_ones_stay(monkeyp
     assert (last.message["log"], last.stops_early) == (str(last.log), False)
     assert last.message["ds_config_name"] == "the default DeepSpeed configuration"
     assert last.message["ds_config"] == command.default_ds_config(gpu=False)
+    own = tmp_path / "own.json"
+    own.write_text('{"train_micro_batch_size_per_gpu": 3}')
+    stated = request(model="m", out=tmp_path / "stated", ds_config=str(own)), *asked[1:]
+    (job,) = command._plan(*stated, {"cola": [1]}, gpu=False)
+    assert (job.message["ds_config_name"], job.message["ds_config"]) == (str(own), json.loads(own.read_text()))
+    pixels = load_settings("visualbert-vcr-answer-e2e", [])
+    monkeypatch.setattr(command, "computes_in_bf16", lambda: False)
+    monkeypatch.setattr(command, "describe_subject", lambda *_, **__: SUBJECT | {"subject": "visualbert"})
+    (job,) = command._plan(request(out=tmp_path / "p"), pixels, sources, {"cola": [1]}, gpu=True)
+    assert job.message["ds_config"] == command.default_ds_config(gpu=True, bf16=False, micro_batch=4)
+    monkeypatch.setattr(command, "describe_subject", lambda *_, **__: SUBJECT)
     recipe = last.message["recipe"]
     assert (recipe["training"]["seed"], recipe["run"]["label"], recipe["output"]["folder"]) == (2, "mine", str(folder))
     assert recipe["data"]["folder"] == str(tmp_path / "rte")
     write_result(tmp_path / "out", "cola", 0, 0.5)
     again = command._plan(*asked, {"rte": [0, 1, 2], "cola": [0, 1]}, gpu=False)
     assert [job.name for job in again] == ["rte seed 0", "rte seed 1", "cola seed 1", "rte seed 2"]
+    kept = asked[0], load_settings("paper", ["run.keep_model=true"]), sources
+    with pytest.raises(XdscaleError, match=r"cola/seed-0/result\.json: this run is finished, but has kept no model"):
+        command._plan(*kept, {"cola": [0]}, gpu=False)
+    other = sources | {"cola": TaskSource(data_of("cola", train="1"), tmp_path / "cola")}
+    with pytest.raises(XdscaleError, match=r"this run is finished, but train of .*/cola is another file than then"):
+        command._plan(*asked[:2], other, {"cola": [0]}, gpu=False)
     stated = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert (stated["model"]["label"], stated["tasks"]["rte"]["seeds"]) == ("mine", [0, 1, 2])
 

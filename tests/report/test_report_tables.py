@@ -186,6 +186,11 @@ def test_vcrs_q2ar_needs_both_right_on_the_seeds_that_both_have(report, write_sw
     assert float(line["median"]) == pytest.approx(median(scores))
     assert line["published"] == "52.2"
     assert "VCR Q→AR: 2 of 3 seeds are finished" in capsys.readouterr().err
+    plan = json.loads((sweep / "sweep.json").read_text())
+    plan["tasks"]["vcr_qar"]["seeds"] = [0, 2, 3]
+    (sweep / "sweep.json").write_text(json.dumps(plan))
+    line = report([sweep], tmp_path / "out", layout="visualbert")["visualbert-base", "vcr_q2ar"]
+    assert (line["seeds"], line["seeds_planned"]) == ("2", "2")  # of those that are planned on both parts
     for seed in (0, 2):
         path = sweep / "vcr_qar" / f"seed-{seed}" / "predictions-dev.jsonl"
         path.write_text(path.read_text().replace('"id": "1000"', '"id": "7"'))

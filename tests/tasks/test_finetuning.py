@@ -71,12 +71,18 @@ def test_logits_are_those_of_transformers_own_model(
     reference = kind.from_pretrained(
         folder, num_labels=find_task(task).outputs, attn_implementation="eager", ignore_mismatched_sizes=True
     ).eval()
-    subject, state = LanguageSubject(str(folder), LanguageSettings()), module.subject.state_dict()
+    subject = LanguageSubject(str(folder), LanguageSettings(dropout=0.25))
+    state = module.subject.state_dict()
     said = subject.export(find_task(task), state, tmp_path)
     kept = kind.from_pretrained(tmp_path).eval()
     assert said == f"finetuned {type(kept).__name__}"
     words = {"mnli": "entailment", "cola": "0", "swag": "LABEL_0"}
     assert kept.config.id2label[0] == words[task]
+    dropout = {"hidden_dropout_prob", "attention_probs_dropout_prob"} | (
+        {"summary_last_dropout"} & {*vars(kept.config)}
+    )
+    assert {getattr(kept.config, name) for name in dropout} == {0.25}
+    assert kept.config.problem_type == (None if task == "swag" else "single_label_classification")
     assert AutoTokenizer.from_pretrained(tmp_path)("a dog").input_ids[0] == 101
     heads = {k: v for k, v in module.subject.model.state_dict().items() if not k.startswith(f"{family}.")}
     pooler = {k: v for k, v in module.subject.model.state_dict().items() if ".pooler." in k}  # the file has none

@@ -344,6 +344,25 @@ def test_a_file_that_cannot_be_read_is_damage_and_does_not_hide_the_rest(tmp_pat
     assert [len(integrity.damage(tmp_path, (part, 2))) for part in (0, 1)] == [2, 1]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_why_a_conversion_failed_is_told_to_all_ranks(tmp_path, monkeypatch, rank):
+    ranks, told = Ranks(rank, 2), []
+    ranks.raise_first = lambda *problem: told.append(problem)
+    monkeypatch.setattr(resharding, "_convert", lambda *_: "KeyError: 'x'")
+    resharding.reshard(tmp_path / "step-00000007", ranks)
+    assert told == [(None if rank else "KeyError: 'x'", f"cannot convert {tmp_path}/step-00000007 for 2 ranks")]
+    with pytest.raises(XdscaleError, match=r"^cannot convert .*/step-00000007: KeyError: 'x'$"):
+        resharding.reshard_ahead(tmp_path / "step-00000007")
+
+
+def test_a_disk_is_asked_for_a_mib_and_gets_it_back(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(integrity, "sync", lambda path: written.append(path.stat().st_size))
+    integrity.check_room(tmp_path)
+    assert written == [2**20]
+    assert not any(tmp_path.iterdir())
+
+
 def test_no_conversion_begins_that_cannot_be_written_and_a_full_disk_is_said(tmp_path, monkeypatch):
     checkpoint = tmp_path / "step-00000007"
     checkpoint.mkdir()
