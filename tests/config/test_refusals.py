@@ -93,7 +93,6 @@ CSV = 'id,sentence1,correct_baseline,correct_ours\n1,"a" b,0,0\n'
         (read_text(comparison.read_comparison, "a.jsonl", JSONL), "a.jsonl, line 1: sentence1 and sentence2 must be t"),
         (refcoco._read_references, "{folder}: cannot be read: Is a directory$"),
         (flickr30k_entities._parse, "{folder}: cannot be read: Is a directory$"),
-        (pictures.read_bytes, "{folder}: cannot be read: Is a directory$"),
         (lambda _: pictures.find_pictures([], "stem"), "no images: name at least one file or folder$"),
         (
             read_text(lambda path: language_config(Language(name=str(path))), "bert", ""),

@@ -124,7 +124,13 @@ def test_each_worker_has_its_gpu_and_its_share_of_the_cores(monkeypatch):
 
 
 def test_of_every_task_the_first_seeds_come_first_and_finished_ones_stay(monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "describe_subject", lambda *_, **__: SUBJECT)
+    asked_of = []
+
+    def describe(*given, **more):
+        asked_of.append((given, more))
+        return SUBJECT
+
+    monkeypatch.setattr(command, "describe_subject", describe)
     checked = []
     monkeypatch.setattr(command, "RunFolder", lambda folder: SimpleNamespace(check=lambda _: checked.append(folder)))
     examples = [Example("0", (("a", "b"),), 0, 1)] * 10
@@ -136,6 +142,8 @@ def test_of_every_task_the_first_seeds_come_first_and_finished_ones_stay(monkeyp
     jobs = command._plan(*asked, {"rte": [0, 1, 2], "cola": [0, 1]}, gpu=False)
     assert [job.name for job in jobs] == ["rte seed 0", "cola seed 0", "rte seed 1", "cola seed 1", "rte seed 2"]
     assert sorted(checked) == sorted(job.result.parent for job in jobs)
+    tasks = [source.data.task for source in sources.values()]
+    assert asked_of == [(("models/mine/", None, asked[1].model, tasks), {"keep_model": False})]
     last, folder = jobs[-1], tmp_path / "out" / "rte" / "seed-2"
     assert (last.result, last.log) == (folder / "result.json", tmp_path / "out" / "logs" / "rte-seed-2.log")
     assert (last.message["log"], last.stops_early) == (str(last.log), False)
@@ -151,7 +159,7 @@ def test_of_every_task_the_first_seeds_come_first_and_finished_ones_stay(monkeyp
     monkeypatch.setattr(command, "describe_subject", lambda *_, **__: SUBJECT | {"subject": "visualbert"})
     (job,) = command._plan(request(out=tmp_path / "p"), pixels, sources, {"cola": [1]}, gpu=True)
     assert job.message["ds_config"] == command.default_ds_config(gpu=True, bf16=False, micro_batch=4)
-    monkeypatch.setattr(command, "describe_subject", lambda *_, **__: SUBJECT)
+    monkeypatch.setattr(command, "describe_subject", describe)
     recipe = last.message["recipe"]
     assert (recipe["training"]["seed"], recipe["run"]["label"], recipe["output"]["folder"]) == (2, "mine", str(folder))
     assert recipe["data"]["folder"] == str(tmp_path / "rte")
@@ -161,6 +169,7 @@ def test_of_every_task_the_first_seeds_come_first_and_finished_ones_stay(monkeyp
     kept = asked[0], load_settings("paper", ["run.keep_model=true"]), sources
     with pytest.raises(XdscaleError, match=r"cola/seed-0/result\.json: this run is finished, but has kept no model"):
         command._plan(*kept, {"cola": [0]}, gpu=False)
+    assert asked_of[-1][1] == {"keep_model": True}
     other = sources | {"cola": TaskSource(data_of("cola", train="1"), tmp_path / "cola")}
     with pytest.raises(XdscaleError, match=r"this run is finished, but train of .*/cola is another file than then"):
         command._plan(*asked[:2], other, {"cola": [0]}, gpu=False)

@@ -90,6 +90,10 @@ def test_models_of_the_best_and_of_the_last_weights_are_not_comparable(tmp_path)
     chosen = ["training.best=accuracy/task", "training.patience=2"]
     last, best = (_settings(resolve_run(load_settings("paper", more), data, **of_run), {}) for more in ([], chosen))
     assert best == last | {"best": "accuracy/task", "patience": 2}
+    visual = load_settings("visualbert-vqa", []), load_settings("visualbert-vqa", ["model.freeze_pooler=false"])
+    of_run["subject"] = subject | {"subject": "visualbert"}
+    frozen, free = (_settings(resolve_run(settings, data, **of_run), {}) for settings in visual)
+    assert frozen == free | {"freeze_pooler": True}
 
 
 def test_what_must_be_equal_is_what_a_text_model_was_trained_with(tmp_path):

@@ -194,6 +194,7 @@ def test_the_converters_last_words_say_why_it_failed(tmp_path, monkeypatch, said
 
     def run(command, *, env, **options):
         calls.append((command, env))
+        assert options == {"capture_output": True, "text": True, "check": False}
         return SimpleNamespace(returncode=code, stderr=said)
 
     monkeypatch.setenv("RANK", "1")
