@@ -1,5 +1,6 @@
 """VL-BERT on tasks: what it reads, its heads and its losses against those of its release (spec VL-BERT §5)."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -379,3 +380,16 @@ def test_a_kept_model_says_what_its_outputs_stand_for(folder, table, tmp_path):
     subject, task = VLBERTSubject(str(folder), VLBERTSettings(), table), task_of("answer", labels=("2", "a dog", "red"))
     subject.export(task, subject.build(task).state_dict(), tmp_path)
     assert load_vlbert(tmp_path)[0].config.id2label == {0: "2", 1: "a dog", 2: "red"}
+
+
+def test_a_model_trained_from_pixels_is_told_of_features_that_are_not_of_its_branch(folder, region_table, tmp_path):
+    copied, branch = shutil.copytree(folder, tmp_path / "model"), tmp_path / "model" / "fast_rcnn.safetensors"
+    save_file({"conv1.weight": torch.ones(2)}, branch)
+    (note,) = VLBERTSubject(str(copied), VLBERTSettings(), region_table).notes()
+    assert "features of drawn, but " in note
+    assert "on those of vlbert:resnet101 (weights " in note
+    own = Detector(model="vlbert:resnet50", sha256=hashlib.sha256(branch.read_bytes()).hexdigest())
+    image = RegionImage("a", (9, 9), np.array([[0, 0, 5, 5]], np.float32), np.zeros((1, WIDTH), np.float32))
+    build_regions([image], tmp_path / "own", own)
+    assert VLBERTSubject(str(copied), VLBERTSettings(), RegionTable.open(tmp_path / "own")).notes() == []
+    assert VLBERTSubject(str(folder), VLBERTSettings(), region_table).notes() == []

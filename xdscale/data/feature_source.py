@@ -40,15 +40,18 @@ def started_features(start: str | None) -> object:
 def notes_on_features(trained: object, regions: RegionTable, model: str) -> list[str]:
     """Returns a line where a table has features of another network than those that a model was trained on.
 
+    The hashes of the weights decide where both are known, else the names.
+
     Args:
-        trained: what its config.json says of these; anything else than an object says nothing.
+        trained: as `feature_source`, what its config.json says of these; anything else than an object says nothing.
         regions: the table.
         model: its name, for the line.
     """
     found = feature_source(regions)
-    if not isinstance(trained, dict) or all(
-        trained.get(key) is None or value is None or trained[key] == value for key, value in found.items()
-    ):
+    if not isinstance(trained, dict):
+        return []
+    key = "sha256" if found["sha256"] and trained.get("sha256") else "model"
+    if found[key] == trained.get(key):
         return []
     told = f"{regions.table.folder}: features of {_words(found)}, but {model} was trained on those of {_words(trained)}"
     return [f"{told}, which mean something else; take a table of the same network"]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
+from xdscale.data.feature_source import notes_on_features
 from xdscale.data.task_files import Example
 from xdscale.data.task_pictures import Look
 from xdscale.data.vlbert_tasks import OBJECT_CLASS, VLBERTTaskCollator
@@ -24,7 +25,7 @@ from xdscale.systems.contract import Objective, Term
 from xdscale.tasks.contract import SubjectFacts, Task
 from xdscale.tasks.subjects import name_outputs
 from xdscale.tasks.visual_subject import VisualSubject
-from xdscale.weights import check_sha256, some, weight_files
+from xdscale.weights import check_sha256, some, weight_files, weights_sha256
 
 _OF_HEAD = {"answer": "mlm.", "region": "masked_region."}
 """Whose first layer a task's head begins with, by what the task reads."""
@@ -65,6 +66,14 @@ class VLBERTSubject(VisualSubject):
     def reads_outlines(self) -> bool:
         """Returns whether masks of objects are multiplied with states."""
         return self.settings.object_masks is not None
+
+    def notes(self) -> list[str]:
+        """Returns a line as others do; a model that was trained from pixels reads features of its own branch alone."""
+        branch = self._folder / TRUNK
+        if self.regions is None or self.settings.pixels is not None or not branch.is_file():
+            return super().notes()
+        own = {"model": "vlbert:resnet101", "sha256": weights_sha256([branch])}
+        return notes_on_features(own, self.regions, self.model)
 
     def describe(self) -> SubjectFacts:
         """Checks configuration, tokenizer and weights, those of the branch of Fast R-CNN among them."""
