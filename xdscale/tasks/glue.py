@@ -1,13 +1,19 @@
 """GLUE's tasks, in the layout of its download (`glue_data/RTE/dev.tsv`)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from xdscale.tasks.text import Hub, TextTask
 
 
-def _glue(config: str, columns: Mapping[str, str] | None = None, splits: Mapping[str, str] | None = None) -> Hub:
+def _hub(config: str, columns: Mapping[str, str] | None = None, splits: Mapping[str, str] | None = None) -> Hub:
     usual = {"train.tsv": "train", "dev.tsv": "validation", "test.tsv": "test"}
     return Hub(path="nyu-mll/glue", config=config, splits=splits or usual, columns={"index": "idx"} | (columns or {}))
+
+
+def _glue(*, name: str, folder: str, columns: Mapping[str, str] | None = None, **own: Any) -> TextTask:
+    test = {f"{folder}.tsv": "test.tsv"}
+    return TextTask(name=name, folder=folder, test=test, hub=_hub(name, columns), **own)
 
 
 _ENTAILED = ("entailment", "not_entailment")
@@ -20,23 +26,21 @@ _MNLI_SPLITS = {
     "test_mismatched.tsv": "test_mismatched",
 }
 
-RTE = TextTask(
+RTE = _glue(
     name="rte",
     title="RTE",
     folder="RTE",
-    test={"RTE.tsv": "test.tsv"},
     first="sentence1",
     seconds=("sentence2",),
     label="label",
     labels=_ENTAILED,
-    hub=_glue("rte"),
 )
 
-MRPC = TextTask(
+MRPC = _glue(
     name="mrpc",
     title="MRPC",
     folder="MRPC",
-    test={"MRPC.tsv": "test.tsv"},
+    columns={"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"},
     first="#1 String",
     seconds=("#2 String",),
     label="Quality",
@@ -44,28 +48,25 @@ MRPC = TextTask(
     id=None,
     metrics=("accuracy", "f1"),
     score="f1",  # §4 calls F1 MRPC's "original metric"
-    hub=_glue("mrpc", {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"}),
 )
 
-STSB = TextTask(
+STSB = _glue(
     name="stsb",
     title="STSB",
     folder="STS-B",
-    test={"STS-B.tsv": "test.tsv"},
+    columns={"score": "label"},
     first="sentence1",
     seconds=("sentence2",),
     label="score",
     span=(0.0, 5.0),
     metrics=("pearson", "spearman", "pearson_spearman"),
     score="pearson_spearman",  # GLUE's; the paper does not say
-    hub=_glue("stsb", {"score": "label"}),
 )
 
-COLA = TextTask(
+COLA = _glue(
     name="cola",
     title="CoLA",
     folder="CoLA",
-    test={"CoLA.tsv": "test.tsv"},
     first="sentence",
     label="label",
     labels=_BINARY,
@@ -73,38 +74,33 @@ COLA = TextTask(
     headerless=("source", "label", "star", "sentence"),
     metrics=("matthews", "accuracy"),
     score="matthews",
-    hub=_glue("cola"),
 )
 
-SST2 = TextTask(
+SST2 = _glue(
     name="sst2",
     title="SST2",
     folder="SST-2",
-    test={"SST-2.tsv": "test.tsv"},
     first="sentence",
     label="label",
     labels=_BINARY,
     id=None,
-    hub=_glue("sst2"),
 )
 
-QNLI = TextTask(
+QNLI = _glue(
     name="qnli",
     title="QNLI",
     folder="QNLI",
-    test={"QNLI.tsv": "test.tsv"},
     first="question",
     seconds=("sentence",),
     label="label",
     labels=_ENTAILED,
-    hub=_glue("qnli"),
 )
 
-QQP = TextTask(
+QQP = _glue(
     name="qqp",
     title="QQP",
     folder="QQP",
-    test={"QQP.tsv": "test.tsv"},
+    columns={"is_duplicate": "label", "id": "idx"},
     first="question1",
     seconds=("question2",),
     label="is_duplicate",
@@ -113,7 +109,6 @@ QQP = TextTask(
     torn_rows=True,  # some questions of the public file hold a line break
     metrics=("accuracy", "f1"),
     score="accuracy",  # the paper names no metric of its own; GLUE has both
-    hub=_glue("qqp", {"is_duplicate": "label", "id": "idx"}),
 )
 
 MNLI = TextTask(
@@ -126,5 +121,5 @@ MNLI = TextTask(
     seconds=("sentence2",),
     label="gold_label",
     labels=("entailment", "neutral", "contradiction"),
-    hub=_glue("mnli", {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"}, splits=_MNLI_SPLITS),
+    hub=_hub("mnli", {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"}, splits=_MNLI_SPLITS),
 )
