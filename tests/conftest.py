@@ -239,24 +239,27 @@ def fp32_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def narrow_bert(cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that make a quickstart's BERT a quarter as wide, with random weights, which do learn at this rate.
+    """Overrides that make a quickstart's BERT a quarter as wide; nobody has trained it, but it learns at this rate.
 
     For runs whose subject is not what they learn: the vocabularies take nearly all of their time.
     """
+    import torch
+    from transformers import BertConfig, BertForPreTraining
+
     folder = tmp_path_factory.mktemp("narrow")
-    language = {"model_type": "bert", "vocab_size": 30_522, "hidden_size": 32, "num_hidden_layers": 2}
-    language |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
-    (folder / "config.json").write_text(json.dumps(language))
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForPreTraining(BertConfig(hidden_size=32, **sizes)).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(cassette_model / name, folder)
-    model = {"name": folder, "weights": "random", "sha256": "null"}
-    return [*(f"model.language.{key}={value}" for key, value in model.items()), "optim.learning_rate=1e-2"]
+    return [f"model.language.name={folder}", "model.language.sha256=null", "optim.learning_rate=1e-2"]
 
 
 @pytest.fixture(scope="session")
 def narrow_model(narrow_bert: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that make both encoders of the quickstart so."""
+    """Overrides that make both encoders of the quickstart so, with random weights."""
     path = tmp_path_factory.mktemp("narrow") / "clip.json"
     text = {"context_length": 77, "vocab_size": 49_408, "width": 32, "heads": 2, "layers": 2}
     path.write_text(json.dumps({"embed_dim": 32, "quick_gelu": True, "text_cfg": text}))
-    return [*narrow_bert, f"model.clip.name={path}"]
+    return [*narrow_bert, "model.language.weights=random", f"model.clip.name={path}"]

@@ -264,11 +264,12 @@ def test_published_runs(task, batch, rate, size):
 
 
 @pytest.fixture(scope="module")
-def runs(run_by_stage, captioned_pictures):
+def runs(run_by_stage, captioned_pictures, narrow_bert):
     """Run folders by ZeRO stage: stopped after 2 of 4 steps, continued on another number of ranks."""
     starts = {0: (1,), 1: (2, 1), 2: (2,), 3: (1, 2)}
     micro_batches = {0: 6, 1: 2, 2: 1, 3: 2}  # with 4 a rank would have padding
-    return run_by_stage("quickstart-visualbert", [f"data.shards={captioned_pictures}", *FIXED], starts, micro_batches)
+    settings = [*narrow_bert, f"data.shards={captioned_pictures}", *FIXED]
+    return run_by_stage("quickstart-visualbert", settings, starts, micro_batches)
 
 
 def losses(run):
@@ -287,7 +288,7 @@ def test_it_trains_alike_under_every_stage_and_goes_on_at_another_number_of_rank
 
 
 @pytest.mark.slow
-def test_an_export_is_read_by_transformers_and_begun_with(runs, tmp_path):
+def test_an_export_is_read_by_transformers_and_begun_with(runs, narrow_bert, tmp_path):
     out = tmp_path / "export"
     said = export_run(runs[2], out)
     assert re.search(r"VisualBERT \([\d,]+ parameters\), with the heads of mlm, match", said)
@@ -299,10 +300,10 @@ def test_an_export_is_read_by_transformers_and_begun_with(runs, tmp_path):
     ours, heads = load_visualbert(out)
     assert sorted(heads) == sorted(name for name in heads if name.startswith(("mlm.", "match.")))
     for place in (out, runs[2]):
-        begun = built(f"model.start={place}")
+        begun = built(*narrow_bert, f"model.start={place}")
         for name, value in ours.state_dict().items():
             assert torch.equal(begun.model.state_dict()[name], value), name
         for name, value in heads.items():
             assert torch.equal(begun.state_dict()[name], value), name
     with pytest.raises(XdscaleError, match=r"start = .*: holds no fitting weights for model\.embeddings\.visual_proj"):
-        built(f"model.start={out}", "model.spatial=true")
+        built(*narrow_bert, f"model.start={out}", "model.spatial=true")

@@ -261,11 +261,12 @@ def test_ablations_leave_objectives_out_and_take_half_of_the_epochs(letter, off)
 
 
 @pytest.fixture(scope="module")
-def runs(run_by_stage, grounded_pictures):
+def runs(run_by_stage, grounded_pictures, narrow_bert):
     """Run folders by ZeRO stage: stopped after 2 of 4 steps, continued on another number of ranks."""
     starts = {0: (1,), 1: (2, 1), 2: (2,), 3: (1, 2)}
     micro_batches = {0: 8, 1: 2, 2: 1, 3: 2}  # of 1 a rank has captions alone, the other one texts
-    return run_by_stage("quickstart-vlbert", [f"data.shards={grounded_pictures}", *FIXED], starts, micro_batches)
+    settings = [*narrow_bert, f"data.shards={grounded_pictures}", *FIXED]
+    return run_by_stage("quickstart-vlbert", settings, starts, micro_batches)
 
 
 @pytest.mark.slow
@@ -283,7 +284,7 @@ def test_it_trains_alike_under_every_stage_and_goes_on_at_another_number_of_rank
 
 
 @pytest.mark.slow
-def test_an_export_is_read_and_begun_with(runs, tmp_path):
+def test_an_export_is_read_and_begun_with(runs, narrow_bert, tmp_path):
     out = tmp_path / "export"
     said = export_run(runs[2], out)
     assert re.search(r"VL-BERT \([\d,]+ parameters\), with the heads of mlm, text_mlm, masked_region", said)
@@ -293,14 +294,14 @@ def test_an_export_is_read_and_begun_with(runs, tmp_path):
     assert sorted(heads) == sorted(name for name in heads if name.startswith(("mlm.", "masked_region.")))
     save_release({f"model.{name}": value for name, value in ours.state_dict().items()} | heads, tmp_path / "vl.model")
     for place in (out, runs[2], tmp_path / "vl.model"):
-        begun = built(f"model.start={place}")
+        begun = built(*narrow_bert, f"model.start={place}")
         for name, value in ours.state_dict().items():
             assert torch.equal(begun.model.state_dict()[name], value), name
         for name, value in heads.items():
             assert torch.equal(begun.state_dict()[name], value), name
     for place in (out, runs[2], tmp_path / "vl.model"):
         with pytest.raises(XdscaleError, match=r"trained with model\.corners=false, which this recipe has not"):
-            built(f"model.start={place}", "model.corners=true")
+            built(*narrow_bert, f"model.start={place}", "model.corners=true")
     wrong = r"model\.regions\.projection\.weight, model\.regions\.mask\.weight of this recipe"
     with pytest.raises(XdscaleError, match=rf"model\.start = .*: holds no fitting weights for {wrong}"):
-        built(f"model.start={out}", "model.region_size=13")
+        built(*narrow_bert, f"model.start={out}", "model.region_size=13")

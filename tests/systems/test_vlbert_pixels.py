@@ -206,10 +206,10 @@ def test_a_table_without_images_is_refused(grounded_pictures, photographs):
 
 
 @pytest.fixture(scope="module")
-def runs(run_by_stage, photographs, small):
+def runs(run_by_stage, photographs, small, narrow_bert):
     """Run folders by ZeRO stage, of two steps."""
-    fixed = [*TABLES, small, "training.steps=2", "training.global_batch=4", "run.eval_samples=4", "run.eval_every=2"]
-    fixed += ["run.checkpoint_every=2", f"data.shards={photographs}"]
+    fixed = [*narrow_bert, *TABLES, small, f"data.shards={photographs}", "training.steps=2", "training.global_batch=4"]
+    fixed += ["run.eval_samples=4", "run.eval_every=2", "run.checkpoint_every=2"]
     micro_batches = {0: 4, 1: 2, 2: 1, 3: 1}  # of 1 a rank has captions alone, the other one texts
     return run_by_stage("quickstart-vlbert", fixed, {0: (1,), 1: (2,), 2: (2,), 3: (2,)}, micro_batches)
 
