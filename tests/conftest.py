@@ -2,6 +2,7 @@
 
 import gc
 import io
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from xdscale.names import resolve_path
 
@@ -41,6 +43,28 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Returns a function (name, what fills a folder) -> folder: made for all workers by the first one that needs it.
+
+    To be read alone: a test that changes something does so in a copy.
+    """
+    own = tmp_path_factory.getbasetemp()
+    place = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def made(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = place / name, place / f".{name}.done"
+        with FileLock(place / f".{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
 def wiki_dump() -> Path:
     """106 articles of the English Wikipedia, a genuine pages-articles dump."""
     return resolve_path(WIKI_DUMP)
@@ -59,43 +83,45 @@ def clip_tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
-def wiki_text(wiki_dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wiki_text(wiki_dump: Path, made_once: Callable[..., Path]) -> Path:
     """The first 40 articles of the dump as plain text."""
     from xdscale.shards.sources.corpus import read_documents
 
-    path = tmp_path_factory.mktemp("text") / "articles.txt"
-    with path.open("w", encoding="utf-8") as file:
-        for number, document in enumerate(read_documents(wiki_dump)):
-            if number == 40:
-                break
-            file.write("\n".join(document) + "\n\n")
-    return path
+    def write(folder: Path) -> None:
+        with (folder / "articles.txt").open("w", encoding="utf-8") as file:
+            for document in itertools.islice(read_documents(wiki_dump), 40):
+                file.write("\n".join(document) + "\n\n")
+
+    return made_once("text", write) / "articles.txt"
 
 
 @pytest.fixture(scope="session")
-def wiki_shards(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wiki_shards(wiki_text: Path, cassette_model: Path, made_once: Callable[..., Path]) -> Path:
     """Shards of those articles in sequences of 126 ids."""
-    return _in_sequences(126, wiki_text, cassette_model, tmp_path_factory.mktemp("shards") / "wiki")
+    return made_once("shards", lambda folder: _in_sequences(126, wiki_text, cassette_model, folder / "wiki")) / "wiki"
 
 
 @pytest.fixture(scope="session")
-def short_shards(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_shards(wiki_text: Path, cassette_model: Path, made_once: Callable[..., Path]) -> Path:
     """Shards of those articles in sequences of 30 ids, for runs whose subject is not the text."""
-    return _in_sequences(30, wiki_text, cassette_model, tmp_path_factory.mktemp("short") / "wiki")
+    return made_once("short", lambda folder: _in_sequences(30, wiki_text, cassette_model, folder / "wiki")) / "wiki"
 
 
-def _in_sequences(length: int, text: Path, model: Path, out: Path) -> Path:
+def _in_sequences(length: int, text: Path, model: Path, out: Path) -> None:
     from xdscale.shards.sources.text import TextOptions, build_shards
 
     build_shards(
         [text], out, TextOptions(language_tokenizer=str(model), sequence_length=length, validation_fraction=0.1)
     )
-    return out
 
 
 @pytest.fixture(scope="session")
-def captioned_pictures(cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def captioned_pictures(cassette_model: Path, made_once: Callable[..., Path]) -> Path:
     """A dataset of 80 images of 1 to 8 regions of 12 numbers, with 3 captions each that say what is in them."""
+    return made_once("pictures", lambda folder: _draw_captioned(folder, cassette_model)) / "dataset"
+
+
+def _draw_captioned(folder: Path, model: Path) -> None:
     import numpy as np
 
     from xdscale.shards.build import build_table
@@ -104,7 +130,7 @@ def captioned_pictures(cassette_model: Path, tmp_path_factory: pytest.TempPathFa
     from xdscale.shards.sources.captions import CaptionSource
     from xdscale.shards.sources.regions.source import RegionImage, build_regions
 
-    folder, chance = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    chance = np.random.default_rng(0)
     things = ["a dog", "two red cars", "an old house", "the sea", "a child with a ball", "some apples"]
     images, annotations = [], []
     for number in range(80):
@@ -121,28 +147,30 @@ def captioned_pictures(cassette_model: Path, tmp_path_factory: pytest.TempPathFa
     listed = {"images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(80)]}
     (folder / "captions.json").write_text(json.dumps(listed | {"annotations": annotations}))
     options = CaptionOptions(validation_fraction=0.2, shard_images=20)
-    source = CaptionSource([folder / "captions.json"], folder / "dataset", str(cassette_model), options)
+    source = CaptionSource([folder / "captions.json"], folder / "dataset", str(model), options)
     build_table(source, folder / "dataset")
-    return folder / "dataset"
 
 
 @pytest.fixture(scope="session")
 def grounded_pictures(
-    captioned_pictures: Path, wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.TempPathFactory
+    captioned_pictures: Path, wiki_text: Path, cassette_model: Path, made_once: Callable[..., Path]
 ) -> Path:
     """The same dataset with a table of text, in sequences of 20 ids."""
-    from xdscale.shards.sources.text import TextOptions, build_shards
 
-    folder = tmp_path_factory.mktemp("grounded") / "dataset"
-    shutil.copytree(captioned_pictures, folder)
-    options = TextOptions(language_tokenizer=str(cassette_model), sequence_length=20, validation_fraction=0.1)
-    build_shards([wiki_text], folder, options)
-    return folder
+    def fill(folder: Path) -> None:
+        shutil.copytree(captioned_pictures, folder / "dataset")
+        _in_sequences(20, wiki_text, cassette_model, folder / "dataset")
+
+    return made_once("grounded", fill) / "dataset"
 
 
 @pytest.fixture(scope="session")
-def photographs(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photographs(wiki_text: Path, cassette_model: Path, made_once: Callable[..., Path]) -> Path:
     """A dataset of 24 JPEG files with boxes, distributions and captions, without features, and texts."""
+    return made_once("photographs", lambda folder: _photograph(folder, wiki_text, cassette_model)) / "dataset"
+
+
+def _photograph(folder: Path, text: Path, model: Path) -> None:
     import numpy as np
     from PIL import Image
 
@@ -151,9 +179,8 @@ def photographs(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.
     from xdscale.shards.sources.caption_build import CaptionOptions
     from xdscale.shards.sources.captions import CaptionSource
     from xdscale.shards.sources.regions.source import RegionImage, build_regions
-    from xdscale.shards.sources.text import TextOptions, build_shards
 
-    folder, chance = tmp_path_factory.mktemp("pixels"), np.random.default_rng(0)
+    chance = np.random.default_rng(0)
     images, annotations = [], []
     for number in range(24):
         size, count = ((60, 40), (40, 60), (50, 50))[number % 3], 1 + number % 4
@@ -170,10 +197,8 @@ def photographs(wiki_text: Path, cassette_model: Path, tmp_path_factory: pytest.
     listed = {"images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(24)]}
     (folder / "captions.json").write_text(json.dumps(listed | {"annotations": annotations}))
     options = CaptionOptions(validation_fraction=0.3)
-    build_table(CaptionSource([folder / "captions.json"], out, str(cassette_model), options), out)
-    options = TextOptions(language_tokenizer=str(cassette_model), sequence_length=20, validation_fraction=0.1)
-    build_shards([wiki_text], out, options)
-    return out
+    build_table(CaptionSource([folder / "captions.json"], out, str(model), options), out)
+    _in_sequences(20, text, model, out)
 
 
 @pytest.fixture(scope="session")
