@@ -44,11 +44,13 @@ MODULES = [
     "xdscale.finetune.run",
     *(f"xdscale.systems.{name}" for name in ("visualbert", "vlbert", "xdbert")),
     "xdscale.training.session",
-    # What a rank would import on its way, as an engine, a trace or TensorBoard needs it.
+    # What a rank would import on its way, as an engine, a trace, TensorBoard or a task's metrics need it.
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "PIL.PngImagePlugin",
+    "scipy.stats",
+    "sklearn.metrics",
     "tensorboard.plugins.hparams.metadata",
     *(f"xdscale.kernels.{name}_triton" for name in ("activated_linear", "attention", "masked_token_loss")),
     *(f"xdscale.kernels.{name}" for name in ("attention_launch", "quick_gelu_triton", "residual_norm_triton")),
