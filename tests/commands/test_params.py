@@ -75,7 +75,7 @@ def test_local_folders_need_only_their_configuration(cassette_model, tmp_path):
 
 
 def test_unknown_architecture():
-    with pytest.raises(XdscaleError, match="'nobody/no-such-bert'"):
+    with pytest.raises(XdscaleError, match="^nobody/no-such-bert: no such folder"):
         parameter_table(spec("nobody/no-such-bert"))
 
 
