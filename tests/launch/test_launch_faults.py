@@ -134,6 +134,22 @@ def test_a_folder_that_takes_no_second_file_is_told(tmp_path, monkeypatch):
     assert json.loads(store.get("folder/2")) == "cannot be written: [Errno 28] No space left on device"
 
 
+def test_where_no_token_could_be_left_nothing_is_taken_away(tmp_path, monkeypatch):
+    """The folder may be that of a run."""
+    (tmp_path / "log.jsonl").write_text("")
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exchange.Path, "touch", full)
+    token = exchange.OutputToken(tmp_path)
+    token.leave()
+    found = token.problems(torch.distributed.HashStore(), [0], 1)
+    assert found == {0: "cannot be written: [Errno 28] No space left on device"}
+    token.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
 def test_machines_that_nobody_named_are_called_silent():
     found = Evidence(names=["", "", "b"], silent=[0, 1, 2])
     assert [found.label(rank) for rank in range(3)] == ["(silent)", "(silent)", "b"]

@@ -129,3 +129,14 @@ def test_a_resnet_50_gives_the_trunk_alone(tmp_path):
 def test_a_branch_that_was_trained_for_other_features_is_refused(path):
     with pytest.raises(XdscaleError, match=r"best\.th: holds no fitting weights for projection\.weight, projection\.b"):
         load_detector(path, size=512, dropout=0.1)
+
+
+def test_without_a_file_the_branch_is_a_random_resnet_50():
+    with torch.device("meta"):
+        found = load_detector(None, size=SIZE, dropout=0.3)
+        stock = resnet50()
+    assert (found.projection.out_features, found.dropout.p) == (SIZE, 0.3)
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        shapes = [{name: tuple(value.shape) for name, value in getattr(net, stage).state_dict().items()
+                   if "num_batches" not in name} for net in (found, stock)]  # fmt: skip
+        assert shapes[0] == shapes[1]

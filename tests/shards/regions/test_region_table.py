@@ -12,6 +12,7 @@ from xdscale.errors import XdscaleError
 from xdscale.shards.manifest import Manifest
 from xdscale.shards.region_encoding import compand, expand, largest_classes, whole_distributions
 from xdscale.shards.regions import Detector, RegionTable, other_forms
+from xdscale.shards.sources.regions.report import summary
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.shards.table import Table
 
@@ -241,3 +242,30 @@ def test_what_is_asked_of_a_build_is_refused_by_name(tmp_path, images):
             build_regions(images, tmp_path / "out", DETECTOR, **how)
     with pytest.raises(XdscaleError, match="images: generator, expected a list, or a sequence"):
         build_regions(iter(i for i in images), tmp_path / "out", DETECTOR)
+
+
+def test_a_summary_says_all_that_a_table_holds(tmp_path):
+    image = RegionImage("a", (10, 20), np.array([[0.0, 0, 10, 20], [2, 3, 4, 5]]), np.ones((2, 3)))
+    table = build_regions([image, image._replace(image_id="b")], tmp_path / "out", Detector(model="m"))
+    stored = sum(shard.bytes for shard in table.shards)
+    bare = [
+        f"2 images, 4 regions, {stored:,} bytes",
+        "detector: m (weights not stated); 0 classes, not named, none of them background",
+        "features: 3 numbers, fp16",
+    ]
+    assert summary(table) == bare
+    detector = {"model": "m", "sha256": "0" * 64, "classes": ["x", "y"], "class_count": 2, "background": 1}
+    more = {"detector": detector, "encoding": "u8", "largest_error": 0.05, "class_probs": "all", "probabilities": 2}
+    more |= {"labels": ["confidences", "object_ids"], "jpeg": True, "whole_image": "first"}
+    counts = {"images": 1200, "regions": 3400, "relative_error_thousandths": [1, 0, 3]}
+    assert summary(table.model_copy(update={"build": table.build | more, "counts": counts})) == [
+        f"1,200 images, 3,400 regions, {stored:,} bytes",
+        f"detector: m (sha256 {'0' * 64}); 2 classes, named, background is 1",
+        "features: 3 numbers, u8, relative error up to 0.05",
+        "regions by their error in whole thousandths: 0: 25%, 2: 75%",
+        "class distributions: all of 2",
+        "also: confidences, object_ids, the image files",
+        "region 0 of each image is the whole image",
+    ]
+    boxes = table.model_copy(update={"build": table.build | {"width": 0}, "counts": {}})
+    assert summary(boxes) == [f"0 images, 0 regions, {stored:,} bytes", bare[1]]
