@@ -254,3 +254,12 @@ def test_nvidias_driver_is_that_which_the_kernel_has_loaded(tmp_path, monkeypatc
     places = {"/proc/driver/nvidia/version": tmp_path / "version"}
     monkeypatch.setattr(facts_module, "Path", places.__getitem__)
     assert facts_module._driver() == driver
+
+
+def test_a_report_begins_with_a_table_of_machines_and_checks(capsys):
+    print_report(evidence(host="a-machine-with-quite-a-long-name-that-nobody-cuts", driver="", open_files=64))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip() and "─" not in line]
+    assert rows[0] == ["host", *CHECKS]
+    assert rows[1] == ["gpu-a", *["ok"] * len(CHECKS)]
+    levels = {"gpus": "warn", "environment": "warn"}
+    assert rows[2] == ["a-machine-with-quite-a-long-name-that-nobody-cuts", *(levels.get(one, "ok") for one in CHECKS)]

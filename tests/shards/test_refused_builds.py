@@ -7,11 +7,13 @@ import os
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from xdscale.errors import XdscaleError
 from xdscale.shards import clip_bpe
 from xdscale.shards.build import build_table, merge_parts
 from xdscale.shards.clip_bpe import MERGES, _read_merges
+from xdscale.shards.commands import shards_app
 from xdscale.shards.manifest import MANIFEST_NAME, Manifest
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources import json_texts, wiki_markup
@@ -298,3 +300,30 @@ def test_a_tag_that_is_never_closed_is_sought_once(monkeypatch):
     monkeypatch.setattr(wiki_markup, "_next_tag", lambda name: sought.append(name) or pattern(name))
     assert wiki_markup.prose_lines("a <ref> b <math> c <ref> d <ref>") == ["a  b  c  d"]
     assert sought.count("math") == 1
+
+
+def cells(text):
+    """The rows of tables that are drawn, cell by cell."""
+    return [[cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line]
+
+
+def test_info_shows_what_splits_and_columns_are(captioned, tmp_path):
+    source, out = captioned("a dog", "some cats", "a dog sees cats .")
+    table = build_table(source, out)
+    told = CliRunner().invoke(shards_app, ["info", str(out)], catch_exceptions=False).output
+    rows = {row[0]: row[1:] for row in cells(told)}
+    train, stored = table.splits["train"], sum(shard.bytes for shard in table.shards)
+    pieces = 2 + 2 + 5
+    payload = 2 * pieces + 3 * 4 + 3 * 8
+    assert rows["train"] == ["1", "3", str(train.elements["word_offsets"]), f"{stored:,}", f"{stored / payload:.3f}"]
+    assert train.elements == {"word_offsets": pieces}
+    assert rows["validation"] == ["0", "0", "0", "0", "-"]
+    assert rows["words"] == ["<u2", "1-any", ""]
+    assert rows["image"] == ["<u4", "1", "regions"]
+    assert rows["siblings"] == ["<u4 [2]", "1", ""]
+    assert f"{out}: captions: built from captions, 3 images, 3 captions" in told
+    assert f"{out}: regions: image regions, given" in told
+    other = regions(tmp_path / "other")
+    alone = CliRunner().invoke(shards_app, ["info", str(other)], catch_exceptions=False).output
+    assert alone.startswith(f"{other}: image regions, given\n")
+    assert ["boxes", "<f4 [4]", "1-any", ""] in cells(alone)
