@@ -28,6 +28,18 @@ def test_clocks_of_one_machine_agree(store):
     assert all(abs(offset) < 1 for offset in found.values())
 
 
+def test_a_clock_is_served_when_it_is_asked_for_and_not_before():
+    """An answer that was there already would be old by as long as it waited."""
+    calls = []
+    store = SimpleNamespace(
+        get=lambda key: calls.append(f"get {key}") or "0.25", set=lambda key, value: calls.append(f"set {key}")
+    )
+    assert serve_clock(store, [3, 4]) == {3: 0.25, 4: 0.25}
+    turns = [[f"get clock/{rank}/{turn}", f"set time/{rank}/{turn}"] for rank in (3, 4) for turn in range(5)]
+    flat = [call for turn in turns for call in turn]
+    assert calls == [*flat[:10], "get offset/3", *flat[10:], "get offset/4"]
+
+
 def test_the_shortest_of_five_round_trips_says_how_far_a_clock_is_ahead(monkeypatch):
     """7 s. The network takes longer on one of the ways, except when it is quickest: there and back 0.1 s each."""
     now, ways, told = [1000.0], iter([(0.1, 0.7), (0.3, 0.2), (0.1, 0.1), (0.9, 0.1), (0.4, 0.1)]), {}

@@ -3,6 +3,8 @@
 import io
 import sys
 
+import pytest
+
 from xdscale.shards import progress
 from xdscale.shards.progress import Pace, shown_progress
 
@@ -35,6 +37,19 @@ def test_shards_kept_from_an_earlier_run_do_not_promise_too_much():
         clock.now += 7
         text = pace.describe(5_000_000_000 + step * 14_000_000, 14_000_000_000)
     assert ", 2.00 MB/s, 1:03:20 left" in text  # (14,000 - 6,400) MB at 2 MB/s are 3,800 s
+
+
+@pytest.mark.parametrize(("seconds", "rate"), [(300, "2.00"), (301, "1.00")])
+def test_the_rate_is_that_of_the_last_five_minutes(seconds, rate):
+    """Of 100 MB at once and 1 MB a second from then on what is older than that is forgotten."""
+    clock = Clock()
+    pace = Pace(clock)
+    pace.describe(0, 10**9)
+    clock.now += 1
+    pace.describe(301_000_000, 10**9)
+    clock.now += seconds
+    text = pace.describe(301_000_000 + seconds * 1_000_000 + (seconds == 300) * 1_000_000, 10**9)
+    assert f", {rate} MB/s, " in text
 
 
 def test_counted_work_says_how_far_it_is(monkeypatch, capsys):

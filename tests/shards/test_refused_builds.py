@@ -321,7 +321,7 @@ def test_info_shows_what_splits_and_columns_are(captioned, tmp_path):
     assert rows["words"] == ["<u2", "1-any", ""]
     assert rows["image"] == ["<u4", "1", "regions"]
     assert rows["siblings"] == ["<u4 [2]", "1", ""]
-    assert f"{out}: captions: built from captions, 3 images, 3 captions" in told
+    assert f"{out}: captions: built from captions, 3 captions, 0 empty captions, 3 images" in told
     assert f"{out}: regions: image regions, given" in told
     other = regions(tmp_path / "other")
     alone = CliRunner().invoke(shards_app, ["info", str(other)], catch_exceptions=False).output
