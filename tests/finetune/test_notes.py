@@ -5,8 +5,13 @@ from dataclasses import replace
 import pytest
 
 from xdscale.data.task_files import Example
-from xdscale.finetune.notes import notes_on, notes_on_recipe
+from xdscale.finetune.notes import notes_on, notes_on_recipe, notes_on_words
+from xdscale.finetune.recipe import load_settings, resolve_run
+from xdscale.finetune.run import FinetuneSystem
+from xdscale.pretrained.language import own_tokenizer
+from xdscale.systems.contract import Place
 from xdscale.tasks.contract import TaskData, find_task
+from xdscale.training.distributed import Ranks
 
 SOURCES = {"train": "RTE/train.tsv", "dev": "RTE/dev.tsv", "RTE.tsv": "RTE/test.tsv"}
 
@@ -69,6 +74,15 @@ def test_empty_texts_are_counted_in_each_split():
     ]
 
 
+def test_texts_in_letters_that_the_tokenizer_does_not_know_are_told(cassette_model):
+    tokenizer, _ = own_tokenizer(str(cassette_model))
+    data = TaskData(find_task("rte"), examples(9), {}, {}, {}, SOURCES)
+    assert notes_on_words(data, tokenizer) == notes_on_words(data, None) == []
+    other = examples(1, texts=(("text", "ጽሑፍ ጽሑፍ"),))  # of four words, as many pieces
+    (note,) = notes_on_words(replace(data, train=examples(1) + other), tokenizer)
+    assert note.startswith("RTE/train.tsv: 29% of the word pieces at its beginning are [UNK], unknown to the model's")
+
+
 @pytest.mark.parametrize(
     ("recipe", "kind", "fitting"),
     [
@@ -92,3 +106,21 @@ def test_of_choices_and_numbers_no_class_is_missed():
     four = [replace(example, texts=example.texts * 4, label=0) for example in examples(9)]
     assert notes(four, examples(9, first=50), task="swag") == []
     assert notes(examples(9, label=2.5), examples(9, first=50, label=2.5), task="stsb") == []
+
+
+def test_all_of_it_is_told_before_the_first_step(cassette_model, tmp_path):
+    (tmp_path / "RTE").mkdir()
+    for name in ("train", "dev"):
+        lines = [f"{n}\tጽሑፍ {n}\t\tentailment\n" for n in range(4)]
+        (tmp_path / "RTE" / f"{name}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + "".join(lines))
+    subject = {"name": str(cassette_model), "subject": "language", "size": "base", "weights_sha256": None}
+    of_run = {"subject": subject, "source": tmp_path, "seed": 0, "label": "x", "folder": tmp_path / "run"}
+    recipe = resolve_run(load_settings("quickstart", []), find_task("rte").read(tmp_path), **of_run)
+    notes = "\n".join(FinetuneSystem(recipe).open(Place(Ranks(0, 1, 0), 2)).notes)
+    told = (
+        "4 of 4 examples have an empty text",
+        "of the class not_entailment",
+        "4 of 4 examples are trained on",
+        "[UNK]",
+    )
+    assert [words for words in told if words not in notes] == []

@@ -19,7 +19,7 @@ from xdscale.ds_config import precision
 from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.export import export_run
 from xdscale.files import write_atomically
-from xdscale.finetune.notes import notes_on
+from xdscale.finetune.notes import notes_on, notes_on_words
 from xdscale.finetune.predictions import Predicted, predict, write_predictions, write_submission
 from xdscale.finetune.recipe import FORMAT, MODEL, RESULT, FinetuneRecipe, SubjectSection, TaskFiles, TaskSection
 from xdscale.recipes.finetune.schema import ModelSettings
@@ -99,6 +99,7 @@ class FinetuneSystem(System):
             *material.data.notes,
             *material.subject.notes(),
             *notes_on(material.data),
+            *notes_on_words(material.data, material.subject.tokenizer()),
             *_notes_on_length(material, self.recipe.model.max_length),
         )
         fingerprints = material.data.fingerprints()

@@ -19,6 +19,7 @@ from xdscale.registry import SUBJECTS
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from tokenizers import Tokenizer
     from torch import nn
 
     from xdscale.shards.regions import Regions, RegionTable
@@ -239,6 +240,10 @@ class Subject(ABC):
     def notes(self) -> list[str]:
         """Returns what a person should know of the model and the regions that it is given."""
         return []
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Returns what makes word pieces of texts, if there are any that it does not know."""
+        return None
 
     def reads_outlines(self) -> bool:
         """Returns whether it reads the outlines of VCR's objects, which then stand in each checkpoint's hash."""

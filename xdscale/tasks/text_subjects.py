@@ -41,6 +41,10 @@ class LanguageSubject(Subject):
         """Tokenises for the language encoder."""
         return _collator(self, task, examples, language=own_tokenizer(self.model))
 
+    def tokenizer(self) -> Tokenizer:
+        """Returns the encoder's own."""
+        return own_tokenizer(self.model)[0]
+
     def build(self, task: Task, *, sha256: str | None = None) -> LanguageClassifier:
         """Builds the encoder with a new head."""
         pretrained = self.settings.weights == "pretrained"

@@ -50,6 +50,10 @@ class VisualSubject(Subject):
         trunk, pretrained = self._trunk_file(), self.settings.weights == "pretrained"
         return SubjectFacts(config.hidden_size, encoder, [*weight_files(folder), *trunk] if pretrained else None)
 
+    def tokenizer(self) -> Tokenizer:
+        """Returns that in the folder."""
+        return self._tokenizer()[0]
+
     def notes(self) -> list[str]:
         """Returns a line where features are read, and are of another network than those of the model's training."""
         if self.regions is None or self.settings.pixels is not None:
