@@ -1,6 +1,11 @@
 """The promises of reading image regions, measured: every row of the bench reaches its goal."""
 
+import numpy as np
+
+from xdscale.bench import regions
 from xdscale.bench.regions import bench_regions
+from xdscale.shards.regions import Detector
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
 
 
 def test_every_promise_is_kept(capsys):
@@ -10,3 +15,18 @@ def test_every_promise_is_kept(capsys):
     assert [row for row in goals if not row.reached] == []
     printed = capsys.readouterr().out
     assert all(row.goal in printed and row.figure in printed for row in rows)
+
+
+def test_features_that_bytes_would_change_too_much_are_measured_without_them(tmp_path, capsys, monkeypatch):
+    """As those that --standardize makes, of which half are negative."""
+    chance, boxes = np.random.default_rng(0), np.array([[0, 0, 9, 9]] * 3, np.float32)
+    images = [
+        RegionImage(f"{number}", (9, 9), boxes, chance.standard_normal((3, 40)).astype(np.float32))
+        for number in range(4)
+    ]
+    build_regions(images, tmp_path / "own", Detector(model="own"))
+    monkeypatch.setattr(regions, "_fresh_process", lambda work, those: [])
+    rows = bench_regions(tmp_path / "own", images=8, rounds=1)
+    assert [row for row in rows if "u8" in row.name] == []
+    assert {"fp16 : UNITER npz LMDB", "bytes per payload byte, fp16"} <= {row.name for row in rows}
+    assert "u8 is left out: image: image '0': features of region" in capsys.readouterr().err
