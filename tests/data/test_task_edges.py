@@ -1,9 +1,12 @@
 """Of examples of tasks: what is fetched ahead, cut, left out, and what cannot be read."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from xdscale.data import visual_tasks
 from xdscale.data.json_shapes import read_lines
@@ -97,6 +100,39 @@ def test_empty_lines_of_a_table_are_no_rows(tmp_path, name, end):
     rows = list(read_rows(path, ["text", "label"], "task"))
     assert [row for _, row in rows] == [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}]
     assert [line for line, _ in rows] == [3, 5]
+
+
+def rows_of(path, value):
+    """The rows of a file of one value."""
+    if path.suffix == ".jsonl":
+        path.write_text(f'\n{{"text": {json.dumps(value)}, "more": 1}}\n\n')
+    else:
+        parquet.write_table(pyarrow.table({"text": [value], "more": [1]}), path)
+    return list(read_rows(path, ["text"], "task", optional=["note"]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize(("value", "text"), [("a b", "a b"), (True, "true"), (3, "3"), (-0.5, "-0.5"), ("", "")])
+def test_values_are_what_a_table_of_text_would_hold(tmp_path, name, value, text):
+    assert rows_of(tmp_path / name, value) == [(2 if name == "a.jsonl" else 1, {"text": text})]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "no value"),
+        (float("nan"), "the value nan"),
+        (float("inf"), "the value inf"),
+        ([1], "a list"),
+        ({"a": 1}, "a dict"),
+    ],
+)
+def test_values_that_are_no_text_are_named(tmp_path, name, value, words):
+    where = "line 2" if name == "a.jsonl" else "row 1"
+    message = f"^{tmp_path / name}, {where}: column 'text' has {words}; expected a text, or a number$"
+    with pytest.raises(XdscaleError, match=message):
+        rows_of(tmp_path / name, value)
 
 
 def test_lines_that_are_not_there_are_named(tmp_path):

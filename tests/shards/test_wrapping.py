@@ -33,6 +33,7 @@ def test_wrapping_at_any_width_and_joining_is_the_identity(paragraphs, width):
 
 def test_breaks_at_hyphens_and_between_ideographs_leave_no_blank():
     assert joined("a well-\nknown town -\nor so") == "a well-known town - or so"
+    assert joined("中文\n字a\nb文\n字 c\nd") == "中文字a b文字 c d"  # the two characters at the break tell
     assert joined("中文文字没有\n空格。\n\n新的一段 with\nEnglish") == "中文文字没有空格。\n新的一段 with English"
 
 
