@@ -12,7 +12,7 @@ from xdscale.data.task_files import Example
 from xdscale.errors import XdscaleError
 from xdscale.finetune.command import default_ds_config, describe_subject
 from xdscale.finetune.recipe import RunSettings, TaskSection, check_tasks, load_settings, resolve_run
-from xdscale.finetune.run import _settings
+from xdscale.finetune.run import _notes_on_length, _settings
 from xdscale.recipe import Run
 from xdscale.recipes.xdbert.schema import ClipSettings, LanguageSettings
 from xdscale.tasks.contract import SHIPPED, TaskData, find_task
@@ -152,6 +152,24 @@ def test_all_that_is_asked_for_stands_in_a_runs_recipe(task, regions, tmp_path):
     assert (run.run.label, run.run.keep_model, run.run.stop_at_step) == ("l", True, 2)
     assert (run.run.eval_samples, run.run.eval_every) == (7, 2)
     assert run.output.folder == str(tmp_path / "run")
+
+
+def test_only_files_with_examples_that_are_cut_are_told_of():
+    class Split(list):
+        def __init__(self, count, *cut):
+            super().__init__(range(count))
+            self.first_cut = lambda: cut
+
+    examples = [Example("0", (("a", "b"),), 0, line) for line in range(1, 9)]
+    files = {"train": "CoLA/train.tsv", "dev": "CoLA/dev.tsv", "CoLA.tsv": "CoLA/test.tsv"}
+    data = SimpleNamespace(train=examples, dev={"dev": examples}, test={"CoLA.tsv": examples}, sources=files)
+    cut = SimpleNamespace(
+        data=data, train=Split(8, 2, 6), dev={"dev": Split(8, 0, None)}, test={"CoLA.tsv": Split(8, 1, 0)}
+    )
+    assert _notes_on_length(cut, 99) == [
+        "CoLA/train.tsv: 2 of 8 examples have more than 99 tokens and are cut, the first in line 7",
+        "CoLA/test.tsv: 1 of 8 examples have more than 99 tokens and are cut, the first in line 1",
+    ]
 
 
 def test_a_single_example_may_be_validated_on():

@@ -281,6 +281,21 @@ def test_a_worker_that_was_asked_to_stop_begins_with_no_further_job(monkeypatch,
     worker.end()
 
 
+def test_an_idle_worker_that_is_asked_to_stop_leaves_in_peace(monkeypatch):
+    """It waits for a job: a signal alone would not end that."""
+    program = REAL.replace(
+        "worker.calm_environment = lambda: None", "worker.calm_environment = lambda: print(flush=True)"
+    )
+    monkeypatch.setattr(worker_process, "PROGRAM", ("-c", program))
+    worker = worker_process.WorkerProcess({})
+    while not worker.output():
+        time.sleep(0.02)
+    time.sleep(0.1)
+    worker.stop()
+    assert worker._process.wait(10) == 0
+    worker.end()
+
+
 def test_a_sweep_that_was_killed_leaves_no_worker_that_goes_on(tmp_path):
     result = tmp_path / "result"
     killed = subprocess.run([sys.executable, "-c", KILLED_SWEEP % (REAL, str(result))], check=False)

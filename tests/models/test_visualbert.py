@@ -13,6 +13,7 @@ from xdscale.data.visual_text import pack
 from xdscale.errors import XdscaleError
 from xdscale.models.operations import use_definitions
 from xdscale.models.visualbert import VisualBERT
+from xdscale.pretrained import visualbert as pretrained
 from xdscale.pretrained.visualbert import from_bert, load_visualbert, published_name, save_visualbert
 from xdscale.shards.regions import Regions
 from xdscale.training.engine import to_device
@@ -169,6 +170,9 @@ def test_a_checkpoint_of_the_release_is_the_same_model(folder, inputs, tmp_path)
     assert released.config.visual_embedding_dim == WIDTH
     for name, value in wanted.state_dict().items():
         assert torch.equal(released.state_dict()[name], value), name
+    segments = next(name for name in state if name.endswith("token_type_embeddings.weight") and "visual" not in name)
+    torch.save(state | {segments: torch.zeros(3, 48)}, tmp_path / "three.th")
+    assert pretrained._read(tmp_path / "three.th")[0].type_vocab_size == 3
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,26 @@ def test_a_launcher_that_blocks_a_signal_lives_on_and_holds_it(number):
     assert not _holds_signal(launcher)
 
 
+@pytest.mark.parametrize(
+    ("held", "holds"),
+    [
+        ("0", False),
+        ("2", True),
+        ("200", True),
+        ("4000", True),
+        ("4202", True),
+        ("100", False),
+        ("10000", False),
+        ("bdfd", False),
+    ],
+)
+def test_which_signals_a_launcher_holds_is_read_from_their_bits(monkeypatch, held, holds):
+    """Bit 1 of Ctrl-C, 9 of SIGUSR1 and 14 of SIGTERM; waiting signals of one thread alone are another line."""
+    status = f"Name:\tdeepspeed\nSigPnd:\t{'f' * 16}\nShdPnd:\t{held:0>16}\nSigBlk:\t{'f' * 16}\n"
+    monkeypatch.setattr(signals, "Path", lambda name: SimpleNamespace(read_text=lambda **_: status))
+    assert _holds_signal(SimpleNamespace(pid=7)) == holds
+
+
 RANK = """
 import os
 from xdscale.training.signals import StopRequest
