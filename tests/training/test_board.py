@@ -14,7 +14,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from xdscale.recipe import load_recipe
 from xdscale.systems.contract import Objective
-from xdscale.training.board import describe
+from xdscale.training.board import describe, layout
 from xdscale.training.monitor import Monitor
 from xdscale.training.run_folder import RunFolder, read_log
 
@@ -270,3 +270,49 @@ def test_a_map_of_attention_is_scaled_to_its_largest_weight(tmp_path, monkeypatc
     (((tag, image, step), options),) = images
     assert (tag, step, options) == ("cross_attention/layer_1", 4, {"dataformats": "HW"})
     np.testing.assert_allclose(image, [[0, 0.5], [0.25, 1]])
+
+
+def test_the_layout_has_a_chart_for_each_kind_of_figure():
+    """Of objectives with other metrics than accuracy too; a total is there where there are several losses."""
+    tags = {
+        "losses (per target)": ["loss/mlm", "loss/task"],
+        "accuracies (share of targets)": ["accuracy/mlm", "accuracy/task"],
+        "credits (per target)": ["credits/task"],
+    }
+    charts = layout({"mlm": Objective(1.0), "task": Objective(1.0, metrics=("accuracy", "credits"))})
+    held_out = {f"held-out {title}": [f"validation/{tag}" for tag in names] for title, names in tags.items()}
+    tags["losses (per target)"] = ["loss/total", *tags["losses (per target)"]]
+    assert charts.pop("Learning") == {title: ["Multiline", names] for title, names in (tags | held_out).items()}
+    rest = {title: names for named in charts.values() for title, (_, names) in named.items()}
+    assert rest == {
+        "learning rate": ["optim/lr"],
+        "gradient norm, before clipping": ["optim/grad_norm"],
+        "throughput (language tokens/s)": ["throughput/tokens_per_second"],
+        "model FLOPs utilisation (share of the measured matrix rate)": ["throughput/mfu"],
+        "waiting for data (share of the step)": ["data/wait_fraction"],
+        "peak memory (GiB)": ["memory/peak_gib"],
+        "left out (count so far)": ["health/skipped_steps", "health/loss_scale_overflows", "data/quarantined_shards"],
+    }
+    assert [*charts] == ["Optimiser", "Speed", "Health"]
+    assert layout({"task": Objective(1.0)})["Learning"]["losses (per target)"] == ["Multiline", ["loss/task"]]
+
+
+@pytest.mark.parametrize(
+    ("tag", "title", "words"),
+    [
+        ("loss/total", "total loss", "The objectives' mean losses"),
+        (
+            "loss/mlm",
+            "loss, masked language modelling (per target)",
+            "Mean over the targets of the global batch: minus",
+        ),
+        ("accuracy/match", "accuracy, same text or not (MATCH) (share)", "Share of the targets"),
+        ("credits/mine", "credits, mine (per target)", "Mean over the targets of the global batch."),
+        ("validation/loss/task", "held-out loss, the finetuning task (per target)", "Always the same held-out samples"),
+        ("final/accuracy/task", "last held-out accuracy, the finetuning task (share)", "The last held-out figure"),
+    ],
+)
+def test_a_curve_says_what_it_is(tag, title, words):
+    found, description = describe(tag)
+    assert found == title
+    assert description.startswith(words)
