@@ -49,7 +49,11 @@ def test_a_conversion_is_verified_with_its_checkpoint(run):
 
 
 def test_a_checkpoint_that_any_number_of_ranks_loads_is_not_converted(run, monkeypatch):
-    monkeypatch.setattr("xdscale.training.checkpoint.choose_checkpoint", lambda run, step, ranks: run / str(step))
+    def chosen(run, step, ranks):
+        assert (ranks.rank, ranks.world_size, ranks.local_rank) == (0, 1, 0)
+        return run / str(step)
+
+    monkeypatch.setattr("xdscale.training.checkpoint.choose_checkpoint", chosen)
     stage = [0]
     found = type("Place", (), {"zero_stage": property(lambda self: stage[0])})()
     monkeypatch.setattr("xdscale.training.checkpoint.read_position", lambda path: found)

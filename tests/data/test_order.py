@@ -1,5 +1,7 @@
 """The order is the same at any world size and sees every sample of an epoch exactly once."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from xdscale.data.order import Order, Position, sample_hash, validation_slots
 from xdscale.ds_config import split_batch
 from xdscale.errors import XdscaleError
+from xdscale.recipe import load_recipe
 
 sizes, batches, worlds, micros = st.integers(1, 60), st.integers(1, 50), st.integers(1, 8), st.integers(1, 7)
 quick = settings(deadline=None, max_examples=60)
@@ -159,3 +162,16 @@ def test_sample_hash_stands_for_epochs_ids_and_order():
     assert known == sample_hash(epochs.astype(np.int32), ids.astype(np.int32))
     changed = [(epochs, ids[::-1]), (epochs, ids + 1), (epochs + 1, ids), (epochs[:2], ids[:2])]
     assert known not in {sample_hash(*pair) for pair in changed}
+
+
+def test_a_recipes_order_is_that_of_its_batch_and_of_the_place():
+    """Of an odd number of samples too."""
+    ranks = SimpleNamespace(world_size=2, rank=1)
+    recipe = load_recipe("quickstart", ["training.global_batch=7", "training.seed=3"])
+    found = Order.of(recipe, SimpleNamespace(ranks=ranks, micro_batch=2), 50)
+    expected = Order(50, seed=3, global_batch=7, world_size=2, rank=1, micro_batch=2)
+    for step in (0, 9):
+        assert all(map(np.array_equal, found.global_batch_ids(step), expected.global_batch_ids(step)))
+        for one, other in zip(found.slots(step), expected.slots(step), strict=True):
+            assert np.array_equal(one.sample_ids, other.sample_ids)
+            assert np.array_equal(one.real, other.real)

@@ -58,6 +58,23 @@ def test_a_package_that_is_not_there_is_missing(monkeypatch):
     assert found["no-such-package-anywhere"] == "missing"
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_a_machine_names_the_gpus_that_ranks_may_use(monkeypatch, tmp_path, on_cpu):
+    monkeypatch.setattr(facts, "asked_for_cpu", lambda: on_cpu)
+    monkeypatch.setattr(facts, "_driver", lambda: "570.1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    found = facts.HostFacts.of_this_machine(3, 2, None)
+    assert (found.gpus, found.driver) == (([], "") if on_cpu else (["card 0", "card 1"], "570.1"))
+    assert (found.rank, found.local_ranks, found.triton_cache) == (3, 2, str(tmp_path))
+    assert found.environment["NCCL_DEBUG"] == "INFO"
+    assert (found.shards_fingerprint, found.shards_problem, found.output_free_bytes) == (None, "", None)
+    assert found.cores == len(os.sched_getaffinity(0))
+    assert found.shared_memory_gib == pytest.approx(shutil.disk_usage("/dev/shm").total / 2**30)
+
+
 def test_a_name_that_stands_for_no_address_is_no_loopback(monkeypatch):
     def unknown(name):
         raise OSError("Name or service not known")

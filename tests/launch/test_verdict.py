@@ -68,6 +68,8 @@ def test_nothing_is_said_of_sound_machines():
         ({"open_files": 1024}, "environment", "warn", "1024 open files"),
         ({"shared_memory_gib": 0.0625}, "environment", "warn", "/dev/shm has 0.06 GiB"),
         ({"loopback_name": True}, "environment", "warn", "loopback address"),
+        ({"environment": {}}, "environment", "warn", "OMP_NUM_THREADS is not set, on the first machine 8"),
+        ({"environment": {"OMP_NUM_THREADS": "4,2"}}, "environment", "warn", "is 4,2, on the first machine 8"),
         ({"cores": 32}, "environment", "warn", "OMP_NUM_THREADS=8 for 8 ranks on 32 cores"),
     ],
 )

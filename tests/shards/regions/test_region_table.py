@@ -125,7 +125,7 @@ def test_boxes_alone(tmp_path):
 
 
 def test_a_table_of_another_kind_is_none_of_regions(small_dataset):
-    with pytest.raises(XdscaleError, match="text is not a table of image regions"):
+    with pytest.raises(XdscaleError, match="text is not a table of image regions: build.width: Field required; make"):
         RegionTable(Table(small_dataset, "train"))
     with pytest.raises(XdscaleError, match="no table 'regions'"):
         RegionTable.open(small_dataset)
