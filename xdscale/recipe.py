@@ -4,6 +4,7 @@ A recipe decides the result (model, objectives, data, optimiser, schedule). How 
 micro-batch) stands in a DeepSpeed JSON file: see `xdscale.ds_config`. Each system has a schema, found by name.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -302,7 +303,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         if isinstance(value, str) and not is_overridden(overrides, "data", key):
             check_stated_url(value, str(path), f"data.{key}")
     if problem := recipe.problem():
-        raise XdscaleError(f"{path}: {problem}")
+        section, key, *_ = *re.split(r"\W", problem, maxsplit=2), ""  # it begins with the keys
+        where = "the command line" if is_overridden(overrides, section, key) else path
+        raise XdscaleError(f"{where}: {problem}")
     return recipe
 
 

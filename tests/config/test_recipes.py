@@ -304,3 +304,20 @@ def test_a_number_that_is_meant_as_a_text_belongs_in_quotes(write):
     with pytest.raises(XdscaleError, match="steps = 'many'") as error:
         load_recipe(write(MINIMAL), ["training.steps=many"])
     assert "quotes" not in str(error.value)
+
+
+def test_what_does_not_go_together_is_told_where_it_was_said(tmp_path):
+    """On the command line, and not in the shipped file, which is in order."""
+    own = tmp_path / "own.yaml"
+    own.write_text(load_recipe("quickstart").to_yaml().replace("best: null", "best: loss/nothing"))
+    for name, overrides, where in (
+        ("quickstart", ["training.best=loss/nothing"], "the command line"),
+        (str(own), [], str(own)),
+        (str(own), ["training.steps=9"], str(own)),
+    ):
+        with pytest.raises(XdscaleError, match=rf"^{where}: training\.best = loss/nothing: no figure of an objective"):
+            load_recipe(name, overrides)
+    with pytest.raises(XdscaleError, match=r"quickstart\.yaml: objectives: every one is off"):
+        load_recipe("quickstart", [f"objectives.{name}=null" for name in ("mlm", "match", "clip_tokens")])
+    with pytest.raises(XdscaleError, match=r"^the command line: objectives\.mlm: mask 0\.9 \+ random 0\.9 is"):
+        load_recipe("quickstart", ["objectives.mlm.mask=0.9", "objectives.mlm.random=0.9"])
