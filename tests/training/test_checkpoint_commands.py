@@ -204,11 +204,11 @@ def test_listing_needs_no_torch(run):
     assert time.perf_counter() - began < 2
 
 
-def test_a_broken_conversion_leaves_nothing(run):
+def test_a_broken_conversion_leaves_nothing(run, launch_ranks):
     """These stand-in files are sound but not DeepSpeed's."""
     before = sorted((run / "checkpoints").iterdir())
-    result = command("reshard", run)
-    assert result.returncode == 2
+    result = launch_ranks("xdscale", "checkpoints", "reshard", run)
+    assert result.code == 2
     assert "cannot convert" in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted((run / "checkpoints").iterdir()) == before
