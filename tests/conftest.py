@@ -43,13 +43,16 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+def made_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Callable[[Path], object]], Path]:
     """Returns a function (name, what fills a folder) -> folder: made for all workers by the first one that needs it.
 
     To be read alone: a test that changes something does so in a copy.
     """
     own = tmp_path_factory.getbasetemp()
-    place = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    # Not by a variable: a pytest that a worker starts has that too, and a folder of its own beside those of other days.
+    place = own.parent if hasattr(request.config, "workerinput") else own
 
     def made(name: str, fill: Callable[[Path], object]) -> Path:
         folder, done = place / name, place / f".{name}.done"
