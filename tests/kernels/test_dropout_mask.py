@@ -140,3 +140,9 @@ def test_mask_does_not_depend_on_how_much_is_drawn() -> None:
     seed = torch.tensor([9])
     whole = keep_mask(seed, 2, 3, 40, 50, 26)
     assert torch.equal(whole[:2, :17, :33], keep_mask(seed, 2, 2, 17, 33, 26))
+
+
+def test_a_mask_lies_where_its_seed_does():
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    found = keep_mask(seed, 1, 2, 3, 5, 7)
+    assert (found.shape, found.dtype, found.device.type) == ((2, 3, 5), torch.bool, "meta")
