@@ -1,6 +1,7 @@
 """Of examples of tasks: what is fetched ahead, cut, left out, and what cannot be read."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from xdscale.data import visual_tasks
-from xdscale.data.json_shapes import read_lines
+from xdscale.data.json_shapes import read_lines, read_whole
 from xdscale.data.masked_lm import MaskedLMCollator
 from xdscale.data.task_batches import TaskCollator, cut_longest_first, cut_second_from_front
 from xdscale.data.task_files import read_rows
@@ -138,6 +139,11 @@ def test_values_that_are_no_text_are_named(tmp_path, name, value, words):
 def test_lines_that_are_not_there_are_named(tmp_path):
     with pytest.raises(XdscaleError, match=f"^{tmp_path / 'a.jsonl'}: cannot be read: No such file or directory$"):
         list(read_lines(tmp_path / "a.jsonl", dict))
+    for read in (read_lines, read_whole):  # of others than this one nothing would ever end
+        with pytest.raises(
+            XdscaleError, match="/dev/null: is a pipe or a device, which may never end; expected a file"
+        ):
+            list(read(Path("/dev/null"), dict))
 
 
 def test_only_where_words_name_regions_a_batch_says_which():
