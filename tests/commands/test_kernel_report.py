@@ -139,6 +139,15 @@ def test_launches_take_no_variant_that_the_table_does_not_show():
                 assert fixed == (parameter.name not in case.divisible_by_16), f"{case.name}: {parameter.name}"
 
 
+def test_the_case_that_joins_splits_takes_what_a_loss_hands_on():
+    """Maxima, sums and logits in fp32, ids in int32 and int64: an argument too many would move all others on."""
+    floats = dict.fromkeys(("split_maximum", "split_total", "split_label_logit", "maximum", "total", "label_logit"))
+    wanted = dict.fromkeys(floats, "*fp32") | {"split_best": "*i32", "labels": "*i64", "correct": "*i8"}
+    for case in (case for case in shipped_cases() if case.name.startswith("combine")):
+        given = {name: kind for name, kind in case.signature.items() if kind != "constexpr"}
+        assert given == wanted | {"rows": "i32", "splits": "i32"}
+
+
 def test_interpreted_kernels_are_refused():
     """In a process of its own: whether kernels are interpreted is decided when they are imported."""
     code = "from xdscale.commands.kernel_report import measure_all; measure_all([0])"
