@@ -339,6 +339,19 @@ def test_weights_that_are_read_identify_a_model(monkeypatch, tmp_path, weights):
     assert found == (hashlib.sha256(b"abc").hexdigest() if weights == "pretrained" else None)
 
 
+@pytest.mark.parametrize(("keep", "exports"), [(True, True), (True, False), (False, True), (False, False)])
+def test_only_a_model_that_is_exported_can_be_kept(monkeypatch, keep, exports):
+    facts = SimpleNamespace(weights=None, hidden_size=8, encoder="small")
+    subject = SimpleNamespace(describe=lambda: facts, exports=lambda: exports)
+    monkeypatch.setattr("xdscale.finetune.command.find_subject", lambda kind: lambda model, settings: subject)
+    if keep and not exports:
+        with pytest.raises(XdscaleError, match=r"^run.keep_model = true: small as mine is not exported; leave it out$"):
+            describe_subject("small", "mine", LanguageSettings(), keep_model=keep)
+        return
+    found = describe_subject("small", "mine", LanguageSettings(), keep_model=keep)
+    assert found == {"name": "small", "subject": "mine", "size": "base", "encoder": "small", "weights_sha256": None}
+
+
 def test_regions_are_hashed_unless_somebody_says_otherwise():
     """With the same words as in pretraining."""
     own, other = (kind.model_fields["verify"] for kind in (RunSettings, Run))

@@ -108,6 +108,7 @@ def test_checksums_in_checkpoints_are_those_of_earlier_versions():
     assert int(weighted_sum(values, "encoder.weight", 2**20 - 300)) == WEIGHTED
     assert int(weighted_sum(values.bfloat16(), "encoder.weight", 0)) == WEIGHTED_BF16
     assert int(unordered_sum(values)) == UNORDERED
+    assert len({int(weighted_sum(values, f"layers.{number}", 0)) for number in range(32)}) == 32
     weights = torch.nn.ParameterList([torch.nn.Parameter(values)])
     state = {"exp_avg": values + 1, "exp_avg_sq": values**2}
     engine = SimpleNamespace(device=values.device, module=weights, optimizer=None)

@@ -260,6 +260,46 @@ def test_the_log_holds_means_over_the_targets_of_all_ranks_and_the_speed(saved, 
     assert entry["optim/lr"] == pytest.approx(1e-4)
 
 
+def test_what_deepspeed_left_out_is_an_overflow_in_fp16_and_else_a_skipped_step(saved, monkeypatch):
+    """Gradients of the step before are forgotten first, each time."""
+    order = []
+
+    class LeavesOut(FakeEngine):
+        fp16 = False
+
+        def forward(self, batch):
+            order.append("forward")
+            return super().forward(batch)
+
+        def was_step_applied(self):
+            return False
+
+        def fp16_enabled(self):
+            return self.fp16
+
+        def bfloat16_enabled(self):  # the norm is DeepSpeed's
+            return True
+
+        def get_global_grad_norm(self):
+            return 2.5
+
+    monkeypatch.setattr(loop, "forget_gradients", lambda engine: order.append("forget"))
+    monkeypatch.setattr(loop, "describe_skip", lambda step, *rest: {"replay": "r", "step": step})
+    run, told = trainer(LeavesOut(), steps=9, max_skipped_in_row=3), []
+    run.monitor.skipped = lambda *given: told.append(given)
+    assert run._step(4)
+    assert (run.skipped.steps, run.skipped.in_row, run.skipped.overflows) == (1, 1, 0)
+    assert told == [(5, {"replay": "r", "step": 4}, "samples", 1)]
+    assert run.monitor.steps == []
+    run.engine.fp16 = True
+    assert run._step(5)
+    assert (run.skipped.steps, run.skipped.in_row, run.skipped.overflows) == (1, 0, 1)
+    ((entry,), told_still) = run.monitor.steps, len(told)
+    assert (entry["health/skipped_steps"], entry["health/loss_scale_overflows"], told_still) == (1, 1, 1)
+    assert entry["optim/grad_norm"] == 2.5
+    assert order == ["forget", "forward", "forward"] * 2
+
+
 def test_updates_that_were_skipped_do_not_count_for_bias_correction(saved, monkeypatch):
     counted = []
     monkeypatch.setattr(loop, "set_learning_rate", lambda engine, rate, optim, update: counted.append(update))
