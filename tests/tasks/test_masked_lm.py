@@ -26,6 +26,24 @@ def test_the_loss_is_transformers_own(module, cassette_model, batch):
     assert metrics["accuracy"] == (wanted.logits.argmax(-1) == labels).sum()
 
 
+def test_recomputed_layers_keep_less_and_give_the_same(cassette_model, batch, kept_bytes):
+    results, bytes_kept = [], []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        stated = [f"model.language.name={cassette_model}", "model.dropout=0"]
+        module = build_masked_lm(load_recipe("quickstart-mlm", stated)).train()
+        if recomputed:
+            module.enable_activation_checkpointing()
+        bytes_kept.append(kept_bytes(module, batch))
+        loss = module(batch)["mlm"][0]
+        loss.backward()
+        weight = module.model["language"].get_input_embeddings().weight
+        results.append((loss.item(), weight.grad.clone()))
+    assert bytes_kept[1] < bytes_kept[0]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-4)
+
+
 def test_it_is_the_language_encoder_and_nothing_of_clip(module, cassette_model):
     names = {name.split(".")[0] for name, _ in module.named_parameters()}
     assert names == {"model", "mlm"}

@@ -22,7 +22,7 @@ from xdscale.errors import XdscaleError
 from xdscale.finetune.recipe import load_settings
 from xdscale.models.visualbert import VisualBERT
 from xdscale.pretrained.language import load_language_encoder
-from xdscale.pretrained.visualbert import from_bert, save_visualbert
+from xdscale.pretrained.visualbert import from_bert, load_visualbert, save_visualbert
 from xdscale.recipes.mlm.schema import Language
 from xdscale.recipes.visualbert.schema import VisualBERTSettings
 from xdscale.shards.language import load_language_tokenizer
@@ -292,6 +292,22 @@ def test_images_and_features_that_do_not_fit_are_refused(read, folder, tmp_path)
     subject = VisualBERTSubject(str(folder), VisualBERTSettings(), RegionTable.open(tmp_path / "narrow"))
     with pytest.raises(XdscaleError, match="features of 5 numbers; the encoder reads 12 of each region"):
         subject.collator(task_of("input"), [example((("good",),), ("a",))])
+
+
+def test_random_weights_take_their_sizes_and_the_dropout_alone(folder, region_table):
+    task = task_of("input", labels=("no", "yes"))
+    for weights in ("random", "pretrained"):
+        subject = VisualBERTSubject(str(folder), VisualBERTSettings(weights=weights, dropout=0.25), region_table)
+        torch.manual_seed(0)
+        encoder = subject.build(task).encoder
+        published, _ = load_visualbert(folder)
+        names = "embeddings.word_embeddings.weight", "layers.0.attention.query.weight"
+        theirs, ours = published.state_dict(), encoder.state_dict()
+        assert {name: value.shape for name, value in ours.items()} == {name: v.shape for name, v in theirs.items()}
+        assert [torch.equal(ours[name], theirs[name]) for name in names] == [weights == "pretrained"] * 2
+        config = encoder.config
+        assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.25, 0.25)
+        assert encoder.training
 
 
 @pytest.mark.parametrize(

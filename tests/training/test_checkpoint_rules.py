@@ -365,6 +365,12 @@ def test_a_disk_is_asked_for_a_mib_and_gets_it_back(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_torn_file_would_call_nothing(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(XdscaleError, match=r"/a\.pt: not a checkpoint file that can be read .*from it \((?!it would)"):
+        integrity.read_pickle(tmp_path / "a.pt")
+
+
 def test_no_conversion_begins_that_cannot_be_written_and_a_full_disk_is_said(tmp_path, monkeypatch):
     checkpoint = tmp_path / "step-00000007"
     checkpoint.mkdir()
