@@ -41,6 +41,8 @@ def test_products_grow_as_long_as_the_next_one_is_short(monkeypatch, rate, large
     assert throughput.matmul_flops_per_second(torch.device("cpu"), torch.float32) == pytest.approx(rate)
     assert max(sizes) == largest
     assert sizes == sorted(sizes)
+    growing = sum(2 * 2 * size**3 / rate for size in {*sizes})
+    assert growing + 0.3 <= clock[0] < growing + 0.3 + 2 * 2 * largest**3 / rate  # of the largest for so long
     products = len(sizes)
     assert throughput.matmul_flops_per_second(torch.device("cpu"), torch.float32) == pytest.approx(rate)
     assert len(sizes) == products  # once is enough
