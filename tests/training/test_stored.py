@@ -4,10 +4,19 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from xdscale.errors import XdscaleError
-from xdscale.training.stored import FULL_MODEL, begin_with, run_recipe, stored_recipe, stored_state
+from xdscale.recipe import load_recipe
+from xdscale.training.stored import (
+    FULL_MODEL,
+    begin_with,
+    run_recipe,
+    save_full_model,
+    stored_recipe,
+    stored_state,
+)
 
 
 @pytest.fixture
@@ -64,3 +73,18 @@ def test_a_head_that_was_off_keeps_its_values_but_the_model_must_be_whole(tmp_pa
             XdscaleError, match=f"model.start = {tmp_path}: holds no fitting weights for (model|head).bias"
         ):
             begin_with(module, tmp_path, wrong)
+
+
+def test_a_full_model_is_written_as_people_read_it_and_what_is_tied_once(tmp_path):
+    shared = torch.arange(6.0).view(2, 3)
+    state = {"a": shared, "tied": shared, "turned": shared.t()}
+    recipe = load_recipe("quickstart")
+    save_full_model(recipe, state, tmp_path / "full")
+    text = (tmp_path / "full" / "config.json").read_text(encoding="utf-8")
+    stated = {"recipe": recipe.model_dump(mode="json"), "tied_weights": {"tied": "a"}}
+    assert text == json.dumps(stated, indent=2) + "\n"
+    found = load_file(tmp_path / "full" / "model.safetensors")
+    assert found.keys() == {"a", "turned"}  # of one storage, but not the same
+    assert all(torch.equal(value, state[name]) for name, value in found.items())
+    with safe_open(tmp_path / "full" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
