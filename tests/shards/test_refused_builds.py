@@ -228,10 +228,10 @@ def test_a_table_of_other_columns_than_its_build_states_is_refused(tmp_path):
     ("content", "words"),
     [
         (b"no gzip", r"not CLIP's merges \("),
-        (gzip.compress(b"\xff\n"), r"not CLIP's merges \("),
-        (gzip.compress(b"#version\n" + b"a b\n" * MERGES)[:-30], r"not CLIP's merges \("),
-        (gzip.compress(b"#version" + b"\na b" * (MERGES - 1)), f"expected {MERGES} merges of two parts"),
-        (gzip.compress(b"#version\na b c" + b"\na b" * MERGES), f"expected {MERGES} merges of two parts"),
+        (gzip.compress(b"\xff\n", mtime=0), r"not CLIP's merges \("),
+        (gzip.compress(b"#version\n" + b"a b\n" * MERGES, mtime=0)[:-30], r"not CLIP's merges \("),
+        (gzip.compress(b"#version" + b"\na b" * (MERGES - 1), mtime=0), f"expected {MERGES} merges of two parts"),
+        (gzip.compress(b"#version\na b c" + b"\na b" * MERGES, mtime=0), f"expected {MERGES} merges of two parts"),
     ],
 )
 def test_merges_that_are_not_clips(tmp_path, content, words):
