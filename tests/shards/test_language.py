@@ -89,3 +89,16 @@ def test_hub_name_without_network_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(XdscaleError, match="no-such-model: no such file or folder, and the model hub did not"):
         load_language_tokenizer("no-such-model")
+
+
+def test_of_a_name_on_the_hub_the_tokenizers_files_alone_are_fetched(cassette_model, monkeypatch):
+    asked = []
+
+    def fetch(name, *, allow_patterns):
+        asked.append((name, set(allow_patterns)))
+        return str(cassette_model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert load_language_tokenizer("some/bert")[1].sha256 == load_language_tokenizer(str(cassette_model))[1].sha256
+    files = {"tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"}
+    assert asked == [("some/bert", files)]

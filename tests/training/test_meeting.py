@@ -9,6 +9,8 @@ import torch
 
 from xdscale.errors import XdscaleError
 from xdscale.training import distributed
+from xdscale.training.distributed import Ranks
+from xdscale.training.watchdog import Watchdog
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -107,3 +109,13 @@ def test_a_thread_in_an_exchange_is_told_from_others():
     for thread in found.values():
         thread.join()
         assert not distributed.in_collective(thread.ident)
+
+
+def test_ranks_watch_each_other_once_all_have_begun(tmp_path, monkeypatch):
+    """A rank that starts late finds a judge that has waited for it, and nobody's verdict is wiped."""
+    events = []
+    monkeypatch.setattr(Ranks, "barrier", lambda self: events.append("all are here"))
+    monkeypatch.setattr(Watchdog, "_watch", lambda self: events.append("watches"))
+    with Watchdog(Ranks(0, 1, 0), tmp_path, 45) as watchdog:
+        watchdog._thread.join()
+    assert events == ["all are here", "watches"]

@@ -61,7 +61,11 @@ def same_everywhere(folder, tmp_path):
     return ids
 
 
-def test_word_pieces_alone(folder, stored, short_shards, tmp_path):
+@pytest.mark.parametrize("settings", [None, {"do_lower_case": True}])
+def test_word_pieces_alone(folder, stored, short_shards, tmp_path, settings):
+    """What settings leave out, such as special tokens and the greatest length, an export says."""
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     vocabulary = stored["model"]["vocab"]
     words = sorted(vocabulary, key=vocabulary.get)
     write_vocabulary(folder, words)
