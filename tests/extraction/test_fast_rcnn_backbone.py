@@ -103,3 +103,9 @@ def test_what_does_not_go_together_is_refused(extract, photographs, options, wor
 def test_a_name_that_is_not_that_of_the_weights_is_refused(extract, photographs, weights):
     with pytest.raises(XdscaleError, match=r"are those of a resnet101: --network vlbert:resnet101"):
         extract(photographs, "vlbert:resnet50", boxes="grid:2x2", weights=str(weights))
+
+
+def test_where_nobody_says_images_are_scaled_as_the_release_does(weights):
+    """cfgs/…/SCALES: (600, 1000)."""
+    settings = FastRCNNBackbone("resnet101", str(weights), torch.device("cpu")).detector.settings
+    assert (settings["short_side"], settings["long_side"]) == (600, 1000)
