@@ -2,6 +2,7 @@
 
 import os
 import threading
+import warnings
 
 import deepspeed
 import pytest
@@ -10,6 +11,7 @@ import torch
 from xdscale.errors import XdscaleError
 from xdscale.training import distributed
 from xdscale.training.distributed import Ranks
+from xdscale.training.environment import calm_environment
 from xdscale.training.watchdog import Watchdog
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -46,6 +48,58 @@ def test_what_a_launcher_says_stays_and_of_several_ranks_it_must_say_the_port(st
     ranks, left = start(**said)
     assert (ranks.rank, ranks.world_size, ranks.local_rank) == (3, 4, 1)
     assert left == said
+
+
+class OnGpus:
+    """Stands in for a group of ranks with GPUs, to which torch's own barrier comes."""
+
+    bound_device_id = None
+
+    def rank(self):
+        return 0
+
+    def barrier(self, opts):
+        self.device = opts.device
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    group, c10d = OnGpus(), torch.distributed.distributed_c10d
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(c10d, "_get_default_group", lambda: group)
+    monkeypatch.setattr(c10d, "_rank_not_in_group", lambda group: False)
+    monkeypatch.setattr(c10d, "_get_object_coll_device", lambda group: "cuda")
+    monkeypatch.setattr(distributed, "uses_gpus", lambda: True)
+    return group
+
+
+def test_ranks_with_gpus_meet_on_their_own_ones_and_torch_has_nothing_to_warn_of(on_gpus):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Ranks(5, 8, 1).barrier()
+    assert on_gpus.device == torch.device("cuda", 1)
+
+
+def test_what_torch_warns_of_at_deepspeeds_own_barriers_is_not_told(on_gpus, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1"})
+    with pytest.warns(UserWarning, match="device under current context"):
+        torch.distributed.barrier()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        calm_environment()
+        torch.distributed.barrier()
+        warnings.warn("another", stacklevel=1)
+    assert [str(warning.message) for warning in told] == ["another"]
+
+
+def test_ranks_without_gpus_name_none(monkeypatch):
+    named = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda **options: named.append(options))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    Ranks(0, 2, 0).barrier()
+    assert named == [{"device_ids": None}]
 
 
 def failed(error):

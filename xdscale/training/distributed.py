@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from xdscale.devices import keep_freed_memory, rank_device
+from xdscale.devices import keep_freed_memory, rank_device, uses_gpus
 from xdscale.errors import XdscaleError
 from xdscale.files import one_line
 
@@ -40,7 +40,7 @@ class Ranks:
     def barrier(self) -> None:
         """Waits until every rank is here."""
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+            torch.distributed.barrier(device_ids=[self.local_rank] if uses_gpus() else None)  # else torch warns of GPUs
 
     def gather(self, value: Any) -> list[Any]:
         """Returns the small picklable values of all ranks, in rank order, on every rank."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from typing import Any
 
@@ -17,6 +18,8 @@ def calm_environment() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # ranks that cannot meet print pages of C++
     # DeepSpeed calls names that torch is about to rename; nothing a user could do about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # DeepSpeed's barriers name no device; the one "under current context" is the rank's own, which it began with.
+    warnings.filterwarnings("ignore", message=re.escape("barrier(): using the device under current context"))
     # Torch would give each rank all cores, torchrun gives one; AdamW on the host, for offloading, needs its share.
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if by_torchrun or "OMP_NUM_THREADS" not in os.environ:
