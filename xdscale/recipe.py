@@ -76,6 +76,15 @@ OBJECTIVE_WEIGHT: Any = Field(1.0, gt=0, description="factor of this objective's
 class Objectives(Section):
     """The losses that are minimised, by name; one that is null is off."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_is_off(cls, value: Any, info: ValidationInfo) -> Any:
+        has_off = type(None) in get_args(cls.model_fields[info.field_name].annotation)
+        if not isinstance(value, dict | BaseModel) and not (value is None and has_off):
+            off = "null, which turns it off, or " if has_off else ""
+            raise ValueError(f"expected {off}its keys, such as {{weight: 1.0}}; {{}} is all of their defaults")
+        return value
+
     def weights(self) -> dict[str, float]:
         """Returns the weight of each objective that is on, by name."""
         return {name: term.weight for name, term in self if term is not None}

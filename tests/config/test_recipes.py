@@ -55,6 +55,21 @@ def test_unknown_key_names_the_nearest_right_one(write):
         load_recipe(path)
 
 
+@pytest.mark.parametrize("value", ["false", "true", "off", "0", "no", "[]"])
+@pytest.mark.parametrize("system", ["quickstart", "quickstart-visualbert", "quickstart-vlbert"])
+def test_an_objective_that_is_turned_off_in_another_way_than_by_null_is_told_how(system, value):
+    with pytest.raises(XdscaleError, match=r"^the command line: objectives\.mlm = .*: expected null, which turns"):
+        load_recipe(system, [f"objectives.mlm={value}"])
+    assert "mlm" not in load_recipe(system, ["objectives.mlm=null"]).objectives.weights()
+
+
+def test_the_only_objective_is_not_said_to_turn_off():
+    for value in ("false", "null"):
+        with pytest.raises(XdscaleError, match=r"objectives\.mlm = \w+: expected its keys, such as \{weight: 1\.0\}"):
+            load_recipe("quickstart-mlm", [f"objectives.mlm={value}"])
+    assert load_recipe("quickstart-mlm", ["objectives.mlm={}"]).objectives.weights() == {"mlm": 1.0}
+
+
 def test_unknown_section_names_the_nearest_right_one(write):
     with pytest.raises(XdscaleError, match=r"unknown key 'trainin'; did you mean 'training'\?"):
         load_recipe(write(MINIMAL | {"trainin": {}}))
