@@ -89,7 +89,9 @@ if [ "$gpus" -gt 0 ]; then
     micros=(36 144) large_micros=(18 72) compared=2 length=510 steps=6 batch=()
     gpu=$("$python" -c 'import torch; from xdscale.plan.hardware import gpu_of_device as f; g = f(torch.device("cuda")); print(g.name if g else "H100-80G")')
     config() {
-        [ "$1" -gt 0 ] || sed 's/"stage": 2/"stage": 0/' ds_configs/bert-base-zero2.json >"$scratch/zero0.json"
+        # Stage 0 sums gradients in the precision that it trains in, and in no other.
+        [ "$1" -gt 0 ] || sed -z 's/"stage": 2/"stage": 0/; s/"data_types": {[^}]*},\n *//' \
+            ds_configs/bert-base-zero2.json >"$scratch/zero0.json"
         [ "$1" -gt 0 ] && echo "bert-base-zero$1" || echo "$scratch/zero0.json"
     }
     large_config=electra-large-zero2

@@ -69,6 +69,7 @@ _SECTION_KEYS = {
     "optimizer": ("type", "params"),
 }
 _OFFLOADING = ("offload_optimizer", "offload_param")
+_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def read_ds_config(name: str) -> dict[str, Any]:
@@ -261,11 +262,21 @@ def _check_values(name: str, values: dict[str, Any]) -> None:
         (key for key, body in offloaded.items() if body.get("device") == "nvme" and not body.get("nvme_path")), None
     )
     sliced = offloaded.get("offload_param", {}).get("device", "none") != "none"
+    sums, own = _section(name, values, "data_types").get("grad_accum_dtype"), precision(values)
     for wrong, problem in (
         ({"bf16", "fp16"} <= {*on}, "bf16 and fp16 are both enabled; expected one of them, take the other away"),
         (not _is_whole(stage) or stage not in range(4), f"zero_optimization.stage = {stage!r}: expected 0, 1, 2 or 3"),
         (sliced and stage != 3, f"zero_optimization.offload_param is for stage 3, not {stage!r}: leave it out"),
         (nowhere, f"zero_optimization.{nowhere}: device nvme needs nvme_path, a folder on that disk"),
+        (
+            sums not in (None, *_PRECISIONS),
+            f"data_types.grad_accum_dtype = {sums!r}: expected one of {', '.join(_PRECISIONS)}",
+        ),
+        (
+            stage == 0 and sums not in (None, own),
+            f"data_types.grad_accum_dtype = {sums!r}: zero_optimization.stage 0 sums gradients in the precision that "
+            f"it trains in, here {own}; leave it out, or take stage 1",
+        ),
         (not _is_whole(steps) or steps < 1, f"steps_per_print = {steps!r}: expected a whole number >= 1"),
     ):
         if wrong:

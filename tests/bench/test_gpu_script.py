@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from xdscale.bench import gpu_runs
+from xdscale.ds_config import read_ds_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +65,7 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
     -c*visible_gpus*) echo "$GPUS" ;;
     -c*gpu_of_device*) echo H200-141G ;;
+    *gpu_runs\ zero0*) cp "$6" "$CALLS-zero0.json" ;;&
     *) echo "${*:2}" >>"$CALLS"; [[ "$*" != *"gpu $FAILS "* ]] ;;
 esac
 """
@@ -108,6 +110,10 @@ def test_on_a_gpu_the_true_shapes_run(tmp_path):
     assert said.startswith("GPUs: 8, of which one is used\n")
     assert parts(made) == ORDER
     assert made[2][3:] == ["xdbert-base-wikitext103", "36", "144"]
+    shipped = read_ds_config("bert-base-zero2")
+    del shipped["data_types"]  # which stage 0 does not have
+    shipped["zero_optimization"]["stage"] = 0
+    assert read_ds_config(str(tmp_path / "calls-zero0.json")) == shipped
     zero2 = next(words for words in made if words[1] == "zero2")
     assert zero2[4:6] == ["bert-base-zero2", "xdbert-base-wikitext103"]
     plans = [words for words in made if words[1] == "plan"]

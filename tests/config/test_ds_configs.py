@@ -103,6 +103,11 @@ def test_sections_are_checked_with_deepspeeds_own_classes(write, section, body, 
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
             r"zero_optimization\.offload_optimizer: device nvme needs nvme_path",
         ),
+        ({"data_types": {"grad_accum_dtype": "half"}}, r"grad_accum_dtype = 'half': expected one of fp32, bf16, fp16"),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}, "bf16": {"enabled": True}},
+            r"ds\.json: data_types\.grad_accum_dtype = 'fp32': .*stage 0 .* here bf16; leave it out, or take stage 1",
+        ),
         ({"steps_per_print": 0}, r"steps_per_print = 0: expected a whole number >= 1"),
     ],
 )
@@ -115,6 +120,7 @@ def test_what_goes_together_passes(write):
     offload = {"offload_param": {"device": "nvme", "nvme_path": "/disk"}, "offload_optimizer": {"device": "cpu"}}
     for zero in ({"stage": 0}, {"stage": 2, "offload_param": {"device": "none"}}, {"stage": 3} | offload):
         values = {"zero_optimization": zero, "fp16": {"enabled": True}, "bf16": {"enabled": False}}
+        values["data_types"] = {"grad_accum_dtype": "fp32" if zero["stage"] else "fp16"}
         assert read_ds_config(write(values)) == values
 
 
