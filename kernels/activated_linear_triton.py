@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from xdscale.kernels.compile_case import TYPES, CompileCase, compile_case
-from xdscale.kernels.gpu import PROCESSORS, architecture, launch, launches_on
+from xdscale.kernels.gpu import PROCESSORS, architecture, cdiv, launch, launches_on
 from xdscale.kernels.quick_gelu_triton import TRUE_ELEMENTS, quick_gelu_gradient, quick_gelu_of
 
 
@@ -100,7 +100,7 @@ def backward(
     grad_states = grad if grad.dtype == states.dtype else torch.empty_like(states)
     warps = tile.threads // (64 if architecture(grad.device) == "gfx942" else 32)
     launch(
-        backward_kernel, (triton.cdiv(grad.numel(), tile.elements),), grad, states, hidden, grad_states, grad.numel(),
+        backward_kernel, (cdiv(grad.numel(), tile.elements),), grad, states, hidden, grad_states, grad.numel(),
         QUICK=quick, TILE=tile.elements, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return hidden, grad_states

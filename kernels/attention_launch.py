@@ -1,5 +1,6 @@
 """Launches packed attention's Triton kernels: tile shapes per architecture, grids, and ahead-of-time cases."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from xdscale.kernels.attention_triton import (
 )
 from xdscale.kernels.compile_case import TYPES, CompileCase, compile_case
 from xdscale.kernels.dropout_mask import drop_threshold, keep_rate
-from xdscale.kernels.gpu import PROCESSORS, architecture, count_flops, launch, launches_on
+from xdscale.kernels.gpu import PROCESSORS, architecture, cdiv, count_flops, launch, launches_on, next_power_of_2
 from xdscale.kernels.packing import Packing
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -150,15 +151,14 @@ def launch_kernel(name: str, tile: Tile, packing: Packing, pointers: tuple[torch
     """Launches one of `KERNELS` on its pointers up to the bounds of the samples, in the kernel's order."""
     query = pointers[0]
     of_keys = name == "backward_key_value"
-    parts = triton.cdiv(packing.max_seqlen_k, tile.keys) if of_keys else triton.cdiv(packing.max_seqlen_q, tile.queries)
+    parts = cdiv(packing.max_seqlen_k, tile.keys) if of_keys else cdiv(packing.max_seqlen_q, tile.queries)
     tokens, heads, size = query.shape
     seed = packing.cu_seqlens_q if packing.seed is None else packing.seed  # not read without dropout
     strides = [tensor.stride(0) for tensor in (*pointers[:3], *pointers[len(pointers) - WRITTEN_GRADIENTS[name] :])]
     arguments = (*pointers, packing.cu_seqlens_q, packing.cu_seqlens_k, seed, tokens, heads, *strides)
     widen = INTERPRETED and query.dtype == torch.bfloat16
-    constants = _constants(tile, size, packing, widen, _precision(architecture(query.device)))
-    if of_keys:
-        constants["PRODUCT_ROWS"] = 16 * tile.warps
+    precision = _precision(architecture(query.device))
+    constants = _constants(tile, size, packing.threshold, packing.causal, widen, precision, of_keys)
     scale = size**-0.5 * LOG2_E.value
     grid = parts, heads, packing.samples
     launch(KERNELS[name], grid, *arguments, scale, **constants, num_warps=tile.warps, num_stages=tile.stages)
@@ -166,18 +166,23 @@ def launch_kernel(name: str, tile: Tile, packing: Packing, pointers: tuple[torch
         count_flops(2 * USEFUL_PRODUCTS[name] * packing.scores(query, pointers[1]) * heads * size)
 
 
-def _constants(tile: Tile, head_size: int, packing: Packing, widen: bool, precision: str) -> dict[str, object]:
+@functools.cache
+def _constants(
+    tile: Tile, head_size: int, threshold: int, causal: bool, widen: bool, precision: str, of_keys: bool
+) -> dict[str, object]:
+    """Compile-time arguments; made once, as a step launches these kernels a hundred times."""
+    products = {"PRODUCT_ROWS": 16 * tile.warps} if of_keys else {}
     return {
         "D": head_size,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "BLOCK_D": max(16, next_power_of_2(head_size)),
         "BLOCK_Q": tile.queries,
         "BLOCK_K": tile.keys,
-        "THRESHOLD": packing.threshold,
-        "RESCALE": 1.0 / keep_rate(packing.threshold),
+        "THRESHOLD": threshold,
+        "RESCALE": 1.0 / keep_rate(threshold),
         "WIDEN": widen,
         "PRECISION": precision,
-        "CAUSAL": packing.causal,
-    }
+        "CAUSAL": causal,
+    } | products
 
 
 def tile_of(name: str, query: torch.Tensor, packing: Packing) -> Tile:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from xdscale.kernels.compile_case import TYPES, CompileCase, compile_case
-from xdscale.kernels.gpu import PROCESSORS, architecture, launch, launches_on, processors
+from xdscale.kernels.gpu import PROCESSORS, architecture, cdiv, launch, launches_on, processors
 
 
 class SumTile(NamedTuple):
@@ -65,9 +65,9 @@ def column_sums(values: torch.Tensor, dtype: torch.dtype, tile: SumTile = TILE) 
     """Returns the sums over rows, [n, columns] to [columns], added up in fp32; without rows they are 0."""
     values = values.contiguous()
     rows, columns = values.shape
-    tiles = triton.cdiv(columns, tile.columns)
+    tiles = cdiv(columns, tile.columns)
     most = max(1, processors(values.device) * tile.programs // max(1, tiles))
-    programs = max(1, min(most, triton.cdiv(rows, _rows(values, tile))))
+    programs = max(1, min(most, cdiv(rows, _rows(values, tile))))
     partial = values.new_empty((programs, columns), dtype=torch.float32)
     sums = values.new_empty((columns,), dtype=dtype)
     _launch(values, partial, tile)
@@ -79,7 +79,7 @@ def _launch(values: torch.Tensor, sums: torch.Tensor, tile: SumTile) -> None:
     """Adds rows of `values` into those of `sums`, each of which is one program's."""
     rows, columns = values.shape
     launch(
-        column_sums_kernel, (triton.cdiv(columns, tile.columns), len(sums)), values, sums, rows, columns,
+        column_sums_kernel, (cdiv(columns, tile.columns), len(sums)), values, sums, rows, columns,
         TILE_ROWS=_rows(values, tile), TILE_COLUMNS=tile.columns, STAGES=tile.stages,
         num_warps=tile.threads // (64 if architecture(values.device) == "gfx942" else 32), num_stages=1,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xdscale.kernels.gpu import architecture, count_flops, launch, processors
+from xdscale.kernels.gpu import architecture, cdiv, count_flops, launch, next_power_of_2, processors
 from xdscale.kernels.masked_token_loss import ChunkGradients, RowStatistics
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -208,7 +208,7 @@ class _Operands:
         family = FAMILIES[architecture(hidden.device)]
         few, many = TILES[family, dtype.itemsize, weight.dtype.itemsize]
         self.tile = few if self.rows <= few.rows else many
-        self.row_blocks = triton.cdiv(self.rows, self.tile.rows)
+        self.row_blocks = cdiv(self.rows, self.tile.rows)
         self.options = {
             "TILE_ROWS": self.tile.rows,
             "TILE_COLUMNS": self.tile.columns,
@@ -243,14 +243,13 @@ def split_columns(row_blocks: int, columns: int, tile_columns: int, resident: in
         tile_columns: columns of a tile.
         resident: programs that the GPU holds at a time.
     """
-    tiles = triton.cdiv(columns, tile_columns)
+    tiles = cdiv(columns, tile_columns)
     # When the last program ends, in times of a tile. Each split costs memory traffic too: the fewest of the good ones.
     ends = [
-        triton.cdiv(row_blocks * splits, resident) * triton.cdiv(tiles, splits)
-        for splits in range(1, min(tiles, MAX_SPLITS) + 1)
+        cdiv(row_blocks * splits, resident) * cdiv(tiles, splits) for splits in range(1, min(tiles, MAX_SPLITS) + 1)
     ]
     splits = next(number for number, end in enumerate(ends, 1) if end <= 1.05 * min(ends))
-    return triton.cdiv(tiles, splits) * tile_columns
+    return cdiv(tiles, splits) * tile_columns
 
 
 def chunk_columns(rows: int, itemsize: int) -> int:
@@ -268,7 +267,7 @@ def row_statistics(
     n, columns = work.rows, work.columns
     resident = processors(hidden.device) * work.tile.resident
     per_split = split_columns(work.row_blocks, columns, work.tile.columns, resident)
-    splits = triton.cdiv(columns, per_split)
+    splits = cdiv(columns, per_split)
     parts = hidden.new_empty((3, splits, n), dtype=torch.float32)
     best = labels.new_empty((splits, n), dtype=torch.int32)
     launch(
@@ -287,8 +286,8 @@ def combine(parts: torch.Tensor, best: torch.Tensor, labels: torch.Tensor) -> Ro
     joined = parts.new_empty((3, n))
     correct = labels.new_empty(n, dtype=torch.int8)
     launch(
-        combine_kernel, (triton.cdiv(n, COMBINED_ROWS),), *parts, best, labels, *joined, correct, n, splits,
-        TILE_ROWS=COMBINED_ROWS, TILE_SPLITS=triton.next_power_of_2(splits), num_warps=4, num_stages=1,
+        combine_kernel, (cdiv(n, COMBINED_ROWS),), *parts, best, labels, *joined, correct, n, splits,
+        TILE_ROWS=COMBINED_ROWS, TILE_SPLITS=next_power_of_2(splits), num_warps=4, num_stages=1,
     )  # fmt: skip
     return RowStatistics(*joined, correct.view(torch.bool))
 
@@ -308,13 +307,13 @@ def logit_gradients(
     work = _Operands(hidden, weight, bias, dtype)
     labels, grad_losses, n = labels.contiguous(), grad_losses.contiguous(), work.rows
     width = min(chunk_columns(n, work.product_dtype.itemsize), work.columns)
-    stride = triton.cdiv(width, STRIDE_COLUMNS) * STRIDE_COLUMNS
+    stride = cdiv(width, STRIDE_COLUMNS) * STRIDE_COLUMNS
     scratch = hidden.new_empty((n, stride), dtype=work.product_dtype)
     sums = hidden.new_empty((work.row_blocks, work.columns), dtype=torch.float32)
     for begin in range(0, work.columns, width):
         end = min(begin + width, work.columns)
         launch(
-            logit_gradients_kernel, (work.row_blocks, triton.cdiv(end - begin, work.tile.columns)),
+            logit_gradients_kernel, (work.row_blocks, cdiv(end - begin, work.tile.columns)),
             work.hidden, work.weight, work.bias, labels, maximum, total, grad_losses, scratch, sums,
             n, work.columns, work.size, begin, end,
             work.hidden.stride(0), work.weight.stride(0), stride, **work.options,

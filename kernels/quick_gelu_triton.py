@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from xdscale.kernels.compile_case import TYPES, CompileCase, compile_case
-from xdscale.kernels.gpu import PROCESSORS, architecture, launch, launches_on
+from xdscale.kernels.gpu import PROCESSORS, architecture, cdiv, launch, launches_on
 from xdscale.kernels.quick_gelu import SCALE
 
 TILE = 2048
@@ -85,7 +85,7 @@ def backward(grad: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:
     elements, warps = tensors[0].numel(), _warps(tensors[0].device)
-    launch(kernel, (triton.cdiv(elements, TILE),), *tensors, elements, TILE=TILE, num_warps=warps, num_stages=1)
+    launch(kernel, (cdiv(elements, TILE),), *tensors, elements, TILE=TILE, num_warps=warps, num_stages=1)
 
 
 def _warps(device: torch.device) -> int:

@@ -10,6 +10,7 @@ All arithmetic is fp32: operands are widened as they are loaded (Triton's interp
 
 # ruff: noqa: ANN001, ANN201, ANN202 -- the arguments of kernels are pointers and integers, typed by each launch
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from xdscale.kernels.dropout_mask import (
     seed_key_tile,
     seeded_stream_key_tile,
 )
-from xdscale.kernels.gpu import PROCESSORS, Launch, architecture, launch, launches_on, processors
+from xdscale.kernels.gpu import PROCESSORS, Launch, architecture, cdiv, launch, launches_on, next_power_of_2, processors
 
 
 class NormTile(NamedTuple):
@@ -52,7 +53,7 @@ TILES = {
     "sm_100": {"forward": NormTile(1024, 2), "backward": NormTile(2048, 4, stages=3, programs=4)},
     "gfx942": {"forward": NormTile(4096, 4), "backward": NormTile(2048, 4, stages=1, programs=2)},
 }
-"""The fastest on an H200 (`python -m xdscale.bench.gpu tiles`): forward at 85 % of a copy's speed, backward at 72 %.
+"""The fastest on an H200 (`python -m xdscale.bench.gpu tiles`): forward at 85 % of a copy's speed, backward at 73 %.
 For the others it is as good a guess as any."""
 
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 512, 8, 8
@@ -191,7 +192,7 @@ def forward(
     tile = _fitting(tile or TILES[architecture(states.device)]["forward"], size)
     constants = _constants(tile, size, threshold)
     launch(
-        forward_kernel, (triton.cdiv(tokens, constants["TILE_ROWS"]),),
+        forward_kernel, (cdiv(tokens, constants["TILE_ROWS"]),),
         states, residual, weight, bias, mean if seed is None else seed, out, total, mean, scale, tokens, eps,
         **constants, ADDS=adds, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -226,7 +227,7 @@ def backward(
     grad_states = torch.empty_like(grad, dtype=dtype) if two else grad_residual
     tile = _fitting(tile or TILES[architecture(grad.device)]["backward"], size)
     constants = _constants(tile, size, threshold)
-    programs = min(triton.cdiv(tokens, constants["TILE_ROWS"]), processors(grad.device) * tile.programs)
+    programs = min(cdiv(tokens, constants["TILE_ROWS"]), processors(grad.device) * tile.programs)
     partial = [grad.new_empty((programs, size), dtype=torch.float32) for _ in range(2)]
     launch(
         backward_kernel, (programs,), grad, grad_total, total, mean, scale, weight, mean if seed is None else seed,
@@ -235,12 +236,13 @@ def backward(
     )  # fmt: skip
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight, dtype=bias.dtype)
     launch(
-        sums_kernel, (triton.cdiv(size, SUM_COLUMNS),), *partial, grad_weight, grad_bias, programs, size,
+        sums_kernel, (cdiv(size, SUM_COLUMNS),), *partial, grad_weight, grad_bias, programs, size,
         TILE_ROWS=SUM_ROWS, TILE_COLUMNS=SUM_COLUMNS, num_warps=SUM_WARPS, num_stages=1,
     )  # fmt: skip
     return grad_states, grad_residual, grad_weight, grad_bias
 
 
+@functools.cache
 def _fitting(tile: NormTile, size: int) -> NormTile:
     """Returns a tile that holds at least one row: with as many elements per thread, and as many warps in all."""
     times = max(1, _padded(size) // tile.elements)
@@ -250,11 +252,12 @@ def _fitting(tile: NormTile, size: int) -> NormTile:
 
 def _padded(size: int) -> int:
     """Returns the columns of a tile: a power of two."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
+@functools.cache
 def _constants(tile: NormTile, size: int, threshold: int) -> dict[str, object]:
-    """Compile-time arguments of both kernels."""
+    """Compile-time arguments of both kernels; made once, as a step launches them a hundred times."""
     columns = _padded(size)
     return {
         "SIZE": size,

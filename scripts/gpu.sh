@@ -24,8 +24,8 @@ if [[ ! $limit =~ ^[0-9]{1,9}$ ]]; then
 fi
 limit=$((10#$limit))
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-known=(versions kernels step shards runs-zero2 runs-zero2-killed rivals runs-zero1 runs-zero3 runs-zero0 runs-large
-    definitions compare step_rivals tiles planned)
+known=(versions kernels step shards runs-zero2 runs-zero2-killed rivals runs-zero1 runs-zero3 runs-zero0 runs-zero2-again
+    runs-large definitions repeats compare step_rivals tiles planned)
 read -rd '' -a named <<<"${PARTS:-}" # from several lines, too
 PARTS=${named[*]}
 for name in "${named[@]}"; do
@@ -86,7 +86,7 @@ xdscale=("$python" -m xdscale)
 if [ "$gpus" -gt 0 ]; then
     [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || export CUDA_VISIBLE_DEVICES=0
     base=(xdbert-base-wikitext103) large=(xdelectra-large-wikitext103)
-    micros=(36 144) large_micros=(18 72) compared=2 length=510 steps=6 batch=()
+    micros=(36 144) rivals_micro=96 large_micros=(18 72) compared=2 length=510 steps=6 batch=()
     gpu=$("$python" -c 'import torch; from xdscale.plan.hardware import gpu_of_device as f; g = f(torch.device("cuda")); print(g.name if g else "H100-80G")')
     config() {
         # Stage 0 sums gradients in the precision that it trains in, and in no other.
@@ -99,7 +99,7 @@ else
     patience=4 # a CPU may be busy with other things
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     base=(quickstart model.cross_layers=1) large=(quickstart)
-    micros=(2) large_micros=(1) compared=1 length=126 steps=4 batch=(training.global_batch=4) gpu=H100-80G
+    micros=(2) rivals_micro=2 large_micros=(1) compared=1 length=126 steps=4 batch=(training.global_batch=4) gpu=H100-80G
     config() {
         echo "{\"train_micro_batch_size_per_gpu\": 2, \"zero_optimization\": {\"stage\": $1}}" >"$scratch/zero$1.json"
         echo "$scratch/zero$1.json"
@@ -122,16 +122,18 @@ run() { # SECONDS NAME CONFIG RECIPE…
     rm -rf "${scratch:?}/$2"
 }
 run 90 zero2 "$(config 2)" "${base[@]}"
-run 120 zero2-killed "$(config 2)" "${base[@]}" --killed-as zero2
+run 120 zero2-killed "$(config 2)" "${base[@]}" --compared-with zero2 --killed
 part 150 rivals "${measure[@]}" rivals "$out"
 part 90 step "${measure[@]}" step "$out" "${large[@]}" "${large_micros[@]}"
 run 70 zero1 "$(config 1)" "${base[@]}"
 run 80 zero3 "$(config 3)" "${base[@]}"
 run 70 zero0 "$(config 0)" "${base[@]}"
+run 70 zero2-again "$(config 2)" "${base[@]}" --compared-with zero2
 run 90 large "$large_config" "${large[@]}"
 part 90 definitions "${measure[@]}" definitions "$out" "${base[@]}" "$compared"
+part 60 repeats "${measure[@]}" repeats "$out" "${base[@]}" "${micros[0]}"
 part 60 compare "${measure[@]}" compare "$out" "${base[@]}" "$compared"
-part 120 step_rivals "${measure[@]}" step_rivals "$out" "${base[@]}" "${micros[0]}"
+part 150 step_rivals "${measure[@]}" step_rivals "$out" "${base[@]}" "$rivals_micro"
 part 90 tiles "${measure[@]}" tiles "$out"
 plans=()
 for recipe in "${base[0]}" "${large[0]}"; do

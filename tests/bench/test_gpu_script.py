@@ -45,17 +45,22 @@ def test_every_part_runs_on_a_cpu(tmp_path):
     ways = {found["way"]: found for found in findings(tmp_path / "step_rivals.jsonl")}
     assert all(0 < min(found["seconds"]) for found in ways.values())
     assert len(ways) == 4
+    (repeated,) = findings(tmp_path / "repeats.jsonl")
+    assert repeated["gradients"] > 40
+    assert (repeated["differing"], repeated["losses"]) == ([], 1)
     (compared,) = findings(tmp_path / "compare.jsonl")
     assert compared["relative"] == compared["gradient"] == 0.0  # both are the CPU
     runs = {found["run"]: found for found in findings(tmp_path / "runs.jsonl") if "losses" in found}
-    assert runs.keys() == {"zero0", "zero1", "zero2", "zero2-killed", "zero3", "large"}
+    assert runs.keys() == {"zero0", "zero1", "zero2", "zero2-again", "zero2-killed", "zero3", "large"}
     for run in runs.values():
         assert run["steps"] == [1, 2, 3, 4]
     for stage in (0, 1, 3):
         assert runs[f"zero{stage}"]["losses"] == pytest.approx(runs["zero2"]["losses"], rel=1e-5)
-    (verdict,) = [found for found in findings(tmp_path / "runs.jsonl") if "bitwise" in found]
-    assert verdict["compared_steps"] == 4
-    assert verdict["bitwise"]
+    killed, again = [found for found in findings(tmp_path / "runs.jsonl") if "bitwise" in found]
+    assert (killed["run"], again["run"]) == ("zero2-killed", "zero2-again")
+    assert killed["compared_steps"] == again["compared_steps"] == 4
+    assert killed["bitwise"]
+    assert again["bitwise"]
     for found in findings(tmp_path / "planned.jsonl"):
         expected, measured = found["flops_per_sequence"]
         assert expected > 0 < measured
@@ -94,7 +99,7 @@ def parts(made):
 
 
 ORDER = ["versions", "kernels", "step", "shards", "zero2", "zero2-killed", "rivals", "step", "zero1", "zero3", "zero0"]
-ORDER += ["large", "definitions", "compare", "step_rivals", "tiles", "planned"]
+ORDER += ["zero2-again", "large", "definitions", "repeats", "compare", "step_rivals", "tiles", "planned"]
 
 
 def test_what_matters_most_comes_first_and_a_part_that_fails_stops_none(tmp_path):
@@ -227,11 +232,11 @@ def test_a_continued_run_is_compared_with_the_whole_one(tmp_path):
     path = tmp_path / "runs.jsonl"
     tell = gpu_runs.teller(path)
     tell(run="whole", losses=[2.0, 1.0])
-    gpu_runs._compare(tell, path, "whole", [2.0, 1.0])
-    gpu_runs._compare(tell, path, "whole", [2.0, 1.001])
-    gpu_runs._compare(tell, path, "whole", [2.0])
+    gpu_runs._compare(tell, path, "killed", [2.0, 1.0], "whole")
+    gpu_runs._compare(tell, path, "killed", [2.0, 1.001], "whole")
+    gpu_runs._compare(tell, path, "killed", [2.0], "whole")
     same, other, short = findings(path)[1:]
-    assert same["bitwise"]
+    assert (same["run"], same["compared_with"], same["bitwise"]) == ("killed", "whole", True)
     assert not other["bitwise"]
     assert other["largest_relative_difference"] == pytest.approx(1e-3)
     assert "nothing to compare" in short["problem"]

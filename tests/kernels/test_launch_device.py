@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from xdscale.kernels import (
     activated_linear_triton,
@@ -122,3 +123,10 @@ def test_kernels_start_on_their_tensors_gpu(monkeypatch, device, grid, expected)
     gpu.launch(Kernel(), list(grid), tensor, 5, num_warps=8)
     on = [device] if device.type == "cuda" else []
     assert launches == [(grid, on, (tensor, 5), {"num_warps": 8}) for grid in expected]
+
+
+def test_the_host_rounds_as_triton_does():
+    for number in range(1, 3000):
+        assert gpu.next_power_of_2(number) == triton.next_power_of_2(number)
+        assert [gpu.cdiv(number, divisor) for divisor in (1, 16, 77)] == [triton.cdiv(number, d) for d in (1, 16, 77)]
+    assert gpu.cdiv(0, 8) == 0

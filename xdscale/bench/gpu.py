@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from xdscale.bench.gpu_step import Tell, TrainedStep, definitions, recipe_and_micros, step, step_rivals
+from xdscale.bench.gpu_step import Tell, TrainedStep, definitions, recipe_and_micros, repeats, step, step_rivals
 from xdscale.bench.kernels import bench_kernels, reason
 from xdscale.bench.tiles import tiles
 from xdscale.devices import rank_device
@@ -212,7 +212,7 @@ def planned(tell: Tell, out: Path, rest: list[str]) -> None:
             )
 
 
-_PARTS = (versions, kernels, tiles, rivals, step, step_rivals, compare, definitions, planned)
+_PARTS = (versions, kernels, tiles, rivals, step, step_rivals, compare, definitions, repeats, planned)
 PARTS = {part.__name__: part for part in _PARTS}
 
 

@@ -1,8 +1,8 @@
 """Real runs for scripts/gpu.sh: `python -m xdscale.bench.gpu_runs NAME OUT SCRATCH CONFIG RECIPE section.key=value …`.
 
 A few steps on one rank, with a checkpoint after every second; its losses, norms and speeds are one JSON object in
-OUT/runs.jsonl. With --killed-as RUN the process is killed as soon as a checkpoint stands, started again, and its losses
-are compared with those of RUN, which has the same settings and was left alone.
+OUT/runs.jsonl. With --compared-with RUN its losses are compared with those of RUN, which has the same settings. With
+--killed the process is killed as soon as a checkpoint stands, and started again.
 """
 
 import argparse
@@ -37,20 +37,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("scratch", type=Path, help="where the run folder may lie; checkpoints are gigabytes")
     parser.add_argument("config", help="DeepSpeed JSON")
     parser.add_argument("recipe", nargs="+", help="recipe and overrides")
-    parser.add_argument("--killed-as", metavar="RUN", help="run of the same settings to compare with")
+    parser.add_argument("--compared-with", metavar="RUN", help="run of the same settings, left alone")
+    parser.add_argument("--killed", action="store_true", help="kill it as soon as a checkpoint stands, and continue it")
     options = parser.parse_intermixed_args(arguments)
     folder = options.scratch / options.name
     command = [sys.executable, "-m", "xdscale.train", *options.recipe, *FIXED, f"output.folder={folder}"]
     command += ["--deepspeed_config", options.config]
     tell = teller(options.out / "runs.jsonl")
-    if options.killed_as:
+    if options.killed:
         tell(run=options.name, killed=_kill_after_checkpoint(command, folder))
     code = subprocess.run(command, check=False).returncode
     steps = [entry for entry in _log(folder) if entry["kind"] == "step"]
     curves = {name: [entry[key] for entry in steps] for name, key in CURVES.items()}
     tell(run=options.name, code=code, steps=[entry["step"] for entry in steps], **curves)
-    if options.killed_as:
-        _compare(tell, options.out / "runs.jsonl", options.killed_as, curves["losses"])
+    if options.compared_with:
+        _compare(tell, options.out / "runs.jsonl", options.name, curves["losses"], options.compared_with)
     return code
 
 
@@ -70,14 +71,20 @@ def _kill_after_checkpoint(command: list[str], folder: Path) -> bool:
     return alive
 
 
-def _compare(tell: Tell, path: Path, name: str, losses: list[float]) -> None:
+def _compare(tell: Tell, path: Path, name: str, losses: list[float], other: str) -> None:
     findings = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    whole = next((found["losses"] for found in findings if found["run"] == name and "losses" in found), [])
+    whole = next((found["losses"] for found in findings if found["run"] == other and "losses" in found), [])
     if not losses or len(whole) != len(losses):
-        tell(run=name, problem=f"{len(losses)} steps against {len(whole)}: nothing to compare")
+        tell(run=name, compared_with=other, problem=f"{len(losses)} steps against {len(whole)}: nothing to compare")
         return
     largest = max(abs(ours / theirs - 1) for ours, theirs in zip(losses, whole))
-    tell(run=name, compared_steps=len(losses), bitwise=losses == whole, largest_relative_difference=largest)
+    tell(
+        run=name,
+        compared_with=other,
+        compared_steps=len(losses),
+        bitwise=losses == whole,
+        largest_relative_difference=largest,
+    )
 
 
 if __name__ == "__main__":

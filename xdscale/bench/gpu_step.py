@@ -25,6 +25,7 @@ from xdscale.training.throughput import wait
 from xdscale.training.tracing import on_meta, trace
 
 STEPS_COMPARED = 20
+PASSES_COMPARED = 50
 
 Tell = Callable[..., None]
 """Writes one finding."""
@@ -117,13 +118,15 @@ def _measure(tell: Tell, name: dict[str, Any], trained: TrainedStep, peak: float
         before = torch.cuda.memory_allocated()
     # Gradients come as activations go: the peak above what was there is nearly all activations.
     rounds = [trained.run() for _ in range(7 if on_gpu else 1)]
-    host, device = ([statistics.median(r[part][side] for r in rounds) for part in range(3)] for side in (0, 1))
-    seconds = sum(device) / 1e3
+    with torch.autograd.set_multithreading_enabled(False):  # else a thread of autograd's own makes the backward pass
+        alone = [trained.run() for _ in range(4 if on_gpu else 1)]
+    seconds = sum(_medians(rounds, 1).values()) / 1e3
     tell(
         **name,
         first_seconds=first,
-        host_ms=dict(zip(("forward", "backward", "optimizer"), host)),
-        device_ms=dict(zip(("forward", "backward", "optimizer"), device)),
+        host_ms=_medians(rounds, 0),
+        host_ms_one_thread=_medians(alone, 0),
+        device_ms=_medians(rounds, 1),
         tokens_per_second=trained.tokens / seconds,
         tflops_per_second=trained.flops / seconds / 1e12,
         flops_per_sequence=trained.flops / name["micro"],
@@ -131,6 +134,12 @@ def _measure(tell: Tell, name: dict[str, Any], trained: TrainedStep, peak: float
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
         activations_gib=(torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else None,
     )
+
+
+def _medians(rounds: list[list[tuple[float, float]]], side: int) -> dict[str, float]:
+    """Returns the median milliseconds of each part, of the host (side 0) or the device (1)."""
+    parts = enumerate(("forward", "backward", "optimizer"))
+    return {part: statistics.median(found[number][side] for found in rounds) for number, part in parts}
 
 
 def _waits(tell: Tell, name: dict[str, Any], trained: TrainedStep) -> bool:
@@ -229,14 +238,24 @@ def step_rivals(tell: Tell, _out: Path, rest: list[str]) -> None:
     middle = {}
     for name, run in ways.items():
         try:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             with attending_by(fused_attend) if "SDPA" in name else contextlib.nullcontext():
                 times = [_seconds(run, device) for _ in range(2 + 5)][2:]  # the first ones compile and warm up
             middle[name] = statistics.median(times)
-            times_ours = middle[name] / next(iter(middle.values()))
-            tell(recipe=Path(rest[0]).stem, micro=micro, way=name, seconds=times, times_ours=times_ours)
+            tell(
+                recipe=Path(rest[0]).stem,
+                micro=micro,
+                way=name,
+                seconds=times,
+                times_ours=middle[name] / next(iter(middle.values())),
+                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+            )
         except Exception as error:  # one that does not fit or compile leaves the others to be seen
             tell(recipe=Path(rest[0]).stem, micro=micro, way=name, problem=reason(error))
-        optimizer.zero_grad(set_to_none=True)
+        for used in (module, ours.module):
+            used.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()  # for the next one's memory
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -268,6 +287,27 @@ def definitions(tell: Tell, _out: Path, rest: list[str]) -> None:
     fused_losses, plain = curves
     difference = ((fused_losses - plain).abs() / plain).max().item()
     tell(steps=STEPS_COMPARED, first=plain[0].item(), last=plain[-1].item(), largest_relative_difference=difference)
+
+
+def repeats(tell: Tell, _out: Path, rest: list[str]) -> None:
+    """The same pass again and again in bf16, with dropout: how many gradients ever have other bits."""
+    recipe, (micro, *_) = recipe_and_micros(rest)
+    device = rank_device(0)
+    torch.manual_seed(0)
+    module = build_adaptation(recipe).train().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    trained = TrainedStep(module, recipe, micro, device)
+    first: dict[str, torch.Tensor] = {}
+    differing, losses = set(), set()
+    for _ in range(PASSES_COMPARED if device.type == "cuda" else 3):
+        torch.manual_seed(0)  # all drop the same
+        module.zero_grad(set_to_none=True)
+        loss = trained.forward()
+        loss.backward()
+        losses.add(loss.item())
+        found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        first = first or {name: gradient.clone() for name, gradient in found.items()}
+        differing |= {name for name in found if not torch.equal(found[name], first[name])}
+    tell(gradients=len(first), differing=sorted(differing), losses=len(losses))
 
 
 def recipe_and_micros(rest: list[str]) -> tuple[Recipe, list[int]]:

@@ -161,27 +161,29 @@ def _loss(device: torch.device) -> Iterator[tuple[str, Search]]:
 
 
 def _norm(device: torch.device) -> Iterator[tuple[str, Search]]:
-    tokens = SAMPLES * LENGTH
-    states, residual, grad = (_normal(tokens, HIDDEN, device=device) for _ in range(3))
-    weight, bias = (_normal(HIDDEN, device=device) for _ in range(2))
-    seed, threshold = torch.tensor([1], device=device), drop_threshold(0.1)
-    saved = residual_norm_triton.forward(states, residual, weight, bias, seed, 1e-12, threshold)[1:]
+    tokens, seed, threshold = SAMPLES * LENGTH, torch.tensor([1], device=device), drop_threshold(0.1)
     shipped = residual_norm_triton.TILES[residual_norm_triton.architecture(device)]
-
-    def forward(tile: NormTile) -> None:
-        residual_norm_triton.forward(states, residual, weight, bias, seed, 1e-12, threshold, tile=tile)
-
-    def backward(tile: NormTile) -> None:
-        residual_norm_triton.backward(grad, weight, bias, seed, threshold, residual.dtype, *saved, tile=tile)
-
     tiles = [NormTile(*shape) for shape in [(1024, 1), (1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8)]]
     forwards = [shipped["forward"], *(tile for tile in tiles if tile != shipped["forward"])]
     choices = [tile._replace(stages=stages) for tile in tiles for stages in (1, 3, 4)]
     # As many elements on a processor at a time, and up to four times as many.
     choices = [tile._replace(programs=8192 * n // tile.elements) for tile in choices for n in (1, 2, 4)]
     backwards = [shipped["backward"], *(tile for tile in choices if tile != shipped["backward"])]
-    yield "norm_forward", Search(forward, [(tile,) for tile in forwards], 4 * states.nbytes, 0)
-    yield "norm_backward", Search(backward, [(tile,) for tile in backwards], 4 * states.nbytes, 0)
+    for size in residual_norm_triton.TRUE_SIZES:
+        states, residual, grad = (_normal(tokens, size, device=device) for _ in range(3))
+        weight, bias = (_normal(size, device=device) for _ in range(2))
+        inputs = states, residual, weight, bias, seed, 1e-12, threshold
+        gradients = grad, weight, bias, seed, threshold, residual.dtype
+        saved = residual_norm_triton.forward(*inputs)[1:]
+
+        def forward(tile: NormTile, inputs: tuple = inputs) -> None:
+            residual_norm_triton.forward(*inputs, tile=tile)
+
+        def backward(tile: NormTile, inputs: tuple = (*gradients, *saved)) -> None:
+            residual_norm_triton.backward(*inputs, tile=tile)
+
+        yield f"norm_forward_{size}", Search(forward, [(tile,) for tile in forwards], 4 * states.nbytes, 0)
+        yield f"norm_backward_{size}", Search(backward, [(tile,) for tile in backwards], 4 * states.nbytes, 0)
 
 
 def _quick_gelu(device: torch.device) -> Iterator[tuple[str, Search]]:
