@@ -87,6 +87,7 @@ def build_and_report(
     Raises:
         XdscaleError: as `build_table`.
     """
+    from xdscale.files import count_of
     from xdscale.shards.build import Progress
     from xdscale.shards.progress import shown_progress
     from xdscale.shards.sources.text_report import summary, warnings
@@ -101,7 +102,7 @@ def build_and_report(
 
         table = build(out=out, workers=workers, part=part, overwrite=overwrite, on_progress=on_progress)
     kept = last[-1].kept_shards if last else 0
-    lines = [f"{out}: {len(table.shards)} shards ({kept} kept from an earlier run)", *summary(table)]
+    lines = [f"{out}: {count_of(len(table.shards), 'shard')} ({kept} kept from an earlier run)", *summary(table)]
     typer.echo("\n".join([*lines, f"seconds: {time.monotonic() - started:.1f}"]))
     if part.of == 1:
         _warn(warnings(table))
@@ -165,19 +166,26 @@ def captions(
 @shards_app.command()
 def merge(folder: Annotated[UserPath, typer.Argument(help="Folder that holds all parts.")]) -> None:
     """Joins the parts that 'build --part i/n' made to one dataset, after verifying their shards."""
+    from xdscale.files import count_of
     from xdscale.shards.build import merge_parts
+    from xdscale.shards.manifest import Manifest
     from xdscale.shards.progress import shown_progress
     from xdscale.shards.sources.text_report import left_out, warnings
 
     with shown_progress("verifying") as advance:
         table = merge_parts(folder, on_progress=advance)
-    typer.echo("\n".join([f"{folder}: one dataset of {len(table.shards)} shards", *left_out(table)]))
+    dataset = Manifest.load(folder)
+    told = f"{folder}: one dataset of {count_of(len(dataset.shards), 'shard')}"
+    if len(dataset.tables) > 1:
+        told += ": " + ", ".join(f"{name} {len(one.shards):,}" for name, one in dataset.tables.items())
+    typer.echo("\n".join([told, *left_out(table)]))
     _warn(warnings(table))
 
 
 @shards_app.command()
 def verify(folder: Folder) -> None:
     """Compares every shard's size and SHA-256 with the manifest."""
+    from xdscale.files import count_of
     from xdscale.shards.manifest import Manifest
     from xdscale.shards.progress import shown_progress
     from xdscale.shards.verify import verify_shards
@@ -185,7 +193,8 @@ def verify(folder: Folder) -> None:
     with shown_progress("verifying") as advance:
         verify_shards(folder, on_progress=advance)
     shards = Manifest.load(folder).shards
-    typer.echo(f"{folder}: {len(shards)} shards, {sum(shard.bytes for shard in shards):,} bytes, all as built")
+    stored = sum(shard.bytes for shard in shards)
+    typer.echo(f"{folder}: {count_of(len(shards), 'shard')}, {stored:,} bytes, all as built")
 
 
 @shards_app.command()

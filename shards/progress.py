@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
+from xdscale.files import count_of
+
 LINE_SECONDS = 30.0
 """Between plain lines: a log of a day's build stays readable."""
 WINDOW_SECONDS = 300.0
@@ -32,7 +34,7 @@ class Pace:
         while len(self._seen) > 2 and now - self._seen[1][0] > WINDOW_SECONDS:
             self._seen.popleft()
         (then, before), share = self._seen[0], done / total if total else 1.0
-        parts = [] if documents is None else [f"{documents:,} documents"]
+        parts = [] if documents is None else [count_of(documents, "document")]
         parts.append(f"{_size(done, total)} of {_size(total, total)} {_unit(total)[1]} ({share:.1%})")
         if now > then and done > before:
             rate = (done - before) / (now - then)

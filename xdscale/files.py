@@ -314,6 +314,11 @@ def shown(value: object) -> str:
         return f"a number too long to be shown ({type(value).__name__})"
 
 
+def count_of(number: int, what: str) -> str:
+    """Returns a number of things, "1 seed" or "2 seeds"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def csv_text(head: Sequence[object], rows: Iterable[Sequence[object]], delimiter: str = ",") -> str:
     """Returns CSV, or TSV, with a line of names of columns."""
     file = io.StringIO()

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from xdscale.errors import XdscaleError
+from xdscale.files import count_of
 from xdscale.shards.build import WHOLE, Part, Progress, Write, build_table
 from xdscale.shards.clip_bpe import ClipBPE, describe_clip_tokenizer
 from xdscale.shards.language import load_language_tokenizer
@@ -166,8 +167,9 @@ class TextSource:
             return f"{names}: no documents; {advice}"
         short = counts["short_paragraphs"]
         few = f"; {short} paragraphs have fewer than {self._text.min_words} words: lower --min-words" if short else ""
+        documents = count_of(counts["documents"], "document")
         return (
-            f"{names}: {counts['documents']} documents give {counts['dropped_tokens']} tokens and no sequence of "
+            f"{names}: {counts['dropped_tokens']} tokens of {documents} give no sequence of "
             f"{self._text.sequence_length}{few}; use more text or a shorter --sequence-length"
         )
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from xdscale.files import count_of
 from xdscale.shards.manifest import Split, TableManifest
 from xdscale.shards.regions import REGIONS
 from xdscale.shards.sources.regions.report import summary as summary_of_regions
@@ -34,20 +35,22 @@ def left_out(table: TableManifest) -> list[str]:
     build = TextBuild(**table.build)
     words = found["words"] + found["heading_words"] + found["short_words"]
     kept = found["words"]
-    lines = [f"kept: {found['paragraphs']:,} paragraphs of {kept:,} words ({_percent(kept, words)})"]
-    few = f"paragraphs of fewer than {build.min_words} words (--min-words)"
-    for count, of, what in (
-        (found["short_paragraphs"], found["short_words"], few),
-        (found["headings"], found["heading_words"], "headings"),
+    paragraphs = count_of(found["paragraphs"], "paragraph")
+    lines = [f"kept: {paragraphs} of {count_of(kept, 'word')} ({_percent(kept, words)})"]
+    few = f" of fewer than {count_of(build.min_words, 'word')} (--min-words)"
+    for count, of, what, more in (
+        (found["short_paragraphs"], found["short_words"], "paragraph", few),
+        (found["headings"], found["heading_words"], "heading", ""),
     ):
         if count:
-            lines.append(f"left out: {count:,} {what}: {of:,} words ({_percent(of, words)})")
+            told = f"{count_of(count, what)}{more}: {count_of(of, 'word')}"
+            lines.append(f"left out: {told} ({_percent(of, words)})")
     if dropped := found["dropped_tokens"]:
         ids = dropped + build.sequence_length * sum(split.rows for split in table.splits.values())
         share = _percent(dropped, ids)
         lines.append(f"left out: {dropped:,} language ids that fill no sequence at unit ends ({share})")
     if joined := found["joined_documents"]:
-        lines.append(f"hard-wrapped: the lines of {joined:,} documents were joined (--line-breaks keep)")
+        lines.append(f"hard-wrapped: the lines of {count_of(joined, 'document')} were joined (--line-breaks keep)")
     if empty := [item.name for item in build.inputs if not item.bytes]:
         more = f" and {len(empty) - 3:,} more" if len(empty) > 3 else ""
         lines.append(f"empty: {', '.join(empty[:3])}{more}: 0 bytes; look whether a download failed")
@@ -63,8 +66,9 @@ def warnings(table: TableManifest) -> list[str]:
     build = TextBuild(**table.build)
     fraction, documents = build.validation_fraction, table.counts["documents"]
     whole = "; documents are held out whole, and in plain text blank lines part them" if documents == 1 else ""
+    give = "1 document gives" if documents == 1 else f"{documents:,} documents give"
     return [
-        f"the split {name} is empty: {share:.4g} of {documents:,} documents give no sequence of "
+        f"the split {name} is empty: {share:.4g} of {give} no sequence of "
         f"{build.sequence_length} tokens{whole}; change --validation-fraction ({fraction:g}), or use more text or a "
         "shorter --sequence-length"
         for name, share in (("train", 1 - fraction), ("validation", fraction))
@@ -82,8 +86,8 @@ def description(table: TableManifest) -> list[Any]:
     built, found = TextBuild(**table.build), table.counts
     title = (
         f"sequences of {built.sequence_length} language tokens ({built.language_tokenizer.name}), "
-        f"up to {built.clip_blocks} CLIP blocks; {found['documents']:,} documents, "
-        f"{found['paragraphs']:,} paragraphs, {found['text_bytes']:,} bytes of text"
+        f"up to {built.clip_blocks} CLIP blocks; {count_of(found['documents'], 'document')}, "
+        f"{count_of(found['paragraphs'], 'paragraph')}, {found['text_bytes']:,} bytes of text"
     )
     return [title, _lengths(table, built.clip_blocks), _documents(table)]
 

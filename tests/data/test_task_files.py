@@ -170,7 +170,7 @@ def test_torn_rows_are_left_out_where_the_public_file_has_them(tmp_path, capsys)
     rows = [f"{n}\t1\t2\tHow is {n}?\tWhat is {n}?\t{n % 2}\n" for n in range(2000)]
     path = write(tmp_path, dev__tsv=head + "".join(rows[:5]) + "7\t1\t2\tHow\n" + "".join(rows[5:])) / "dev.tsv"
     assert len(find_task("qqp").read_examples(path, labelled=True)) == 2000
-    assert "1 rows without all columns left out, first line 7" in capsys.readouterr().err
+    assert "1 row without all columns left out, first line 7" in capsys.readouterr().err
     path.write_text(head + rows[0] + "7\t1\n")
     with pytest.raises(XdscaleError, match="line 3: a column is missing, as in 1 of 2 rows"):
         find_task("qqp").read_examples(path, labelled=True)
@@ -182,7 +182,7 @@ def test_torn_rows_are_a_note_of_the_data_and_print_nothing(tmp_path, capfd):
     rows = "".join(f"{n}\t1\t2\tHow is {n}?\tWhat is {n}?\t{n % 2}\n" for n in range(1000))
     write(tmp_path / "QQP", train__tsv=head + rows + "7\t1\t2\tHow\n", dev__tsv=head + rows)
     notes = find_task("qqp").read(tmp_path).notes
-    assert notes == (f"{tmp_path}/QQP/train.tsv: 1 rows without all columns left out, first line 1002",)
+    assert notes == (f"{tmp_path}/QQP/train.tsv: 1 row without all columns left out, first line 1002",)
     assert "".join(capfd.readouterr()) == ""
 
 

@@ -187,7 +187,7 @@ def test_a_stopped_sweep_continues_where_it_was(
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == EXIT_STOPPED, stderr.read_text()
-    assert "stopped by a signal, 0 of 1 runs done; the same command continues" in stderr.read_text()
+    assert "stopped by a signal, 0 of 1 run done; the same command continues" in stderr.read_text()
     assert not (out / "cola" / "seed-0" / "result.json").exists()
     again = launch_ranks("xdscale", *arguments, timeout_seconds=200)
     assert again.code == 0, again.stderr

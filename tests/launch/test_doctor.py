@@ -126,7 +126,7 @@ def test_every_planted_fault_is_named(free_port, recipe, wiki_shards, tmp_path):
         f"FAIL b, paths: data.shards: {shard}: ",
         "FAIL b, paths: output.folder = runs/new: not the first machine's folder",
         "warn b, environment: OMP_NUM_THREADS is 64, on the first machine 1",
-        "warn b, environment: OMP_NUM_THREADS=64 for 1 ranks on ",
+        "warn b, environment: OMP_NUM_THREADS=64 for 1 rank on ",
         "warn b, environment: NCCL_SOCKET_IFNAME is eth7, on the first machine not set",
         f"warn b, environment: PYTHONPATH is {copy}",
         "warn b, environment: TRITON_CACHE_DIR is /tmp/elsewhere",

@@ -286,7 +286,7 @@ def test_bad_inputs_are_named(cassette_model, tmp_path):
         build(empty)
     # Where nothing was finished, nothing is in the way of another input.
     assert not (tmp_path / "out").exists()
-    with pytest.raises(XdscaleError, match=r"1 documents give 6 tokens and no sequence of 510"):
+    with pytest.raises(XdscaleError, match=r"6 tokens of 1 document give no sequence of 510"):
         build(short)
     with pytest.raises(XdscaleError, match=r"broken\.jsonl:2: not valid JSON"):
         build(broken)

@@ -189,7 +189,7 @@ def test_inputs_without_a_sequence_are_named(tmp_path, tokenizer, files, named):
     paths = [_text(tmp_path, f"{number}.txt", "a dog\n") for number in range(files)]
     options = TextOptions(language_tokenizer=str(tokenizer), sequence_length=4)
     with pytest.raises(
-        XdscaleError, match=f"^{named} {files} documents give 0 tokens and no sequence of 4; {20 * files} "
+        XdscaleError, match=f"^{named} 0 tokens of {files} documents give no sequence of 4; {20 * files} "
     ):
         build_shards(paths, tmp_path / "out", options)
 

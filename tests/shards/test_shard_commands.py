@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -14,7 +15,9 @@ from xdscale.errors import XdscaleError
 from xdscale.shards.build import Progress
 from xdscale.shards.commands import shards_app
 from xdscale.shards.manifest import MANIFEST_NAME, Manifest
+from xdscale.shards.regions import Detector
 from xdscale.shards.sources.caption_build import CaptionOptions
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.shards.sources.text_report import left_out
 
 
@@ -48,8 +51,8 @@ def test_build_says_what_it_left_out_and_so_does_merge(tmp_path):
     result = build(tmp_path / "a.txt", tmp_path / "out", "--validation-fraction", 0)
     expected = [
         "kept: 3 paragraphs of 120 words (93.0%)",
-        "left out: 1 paragraphs of fewer than 5 words (--min-words): 2 words (1.6%)",
-        "left out: 1 headings: 7 words (5.4%)",
+        "left out: 1 paragraph of fewer than 5 words (--min-words): 2 words (1.6%)",
+        "left out: 1 heading: 7 words (5.4%)",
     ]
     assert [line for line in result.stdout.splitlines() if line.startswith(("kept", "left"))] == expected
     corpus = Manifest.load(tmp_path / "out").tables["text"].counts
@@ -62,7 +65,7 @@ def test_build_says_what_it_left_out_and_so_does_merge(tmp_path):
 def test_an_empty_split_is_named_with_the_option(tmp_path):
     (tmp_path / "a.txt").write_text(" ".join(["river"] * 400))
     result = build(tmp_path / "a.txt", tmp_path / "out", "--validation-fraction", 0.0001)
-    assert "warning: the split validation is empty: 0.0001 of 1 documents" in result.stderr
+    assert "warning: the split validation is empty: 0.0001 of 1 document gives no sequence of" in result.stderr
     assert "--validation-fraction (0.0001)" in result.stderr
     assert "documents are held out whole, and in plain text blank lines part them" in result.stderr
     (tmp_path / "two.txt").write_text("\n\n".join([" ".join(["river"] * 400)] * 2))
@@ -97,7 +100,7 @@ def test_files_of_no_bytes_are_named(small_corpus, tmp_path):
             {"dropped_tokens": 3, "short_paragraphs": 1, "short_words": 1, "headings": 2, "heading_words": 6},
             0,
             [
-                "left out: 1 paragraphs of fewer than 5 words (--min-words): 1 words (10.0%)",
+                "left out: 1 paragraph of fewer than 5 words (--min-words): 1 word (10.0%)",
                 "left out: 2 headings: 6 words (60.0%)",
                 "left out: 3 language ids that fill no sequence at unit ends ({ids:.1%})",
             ],
@@ -322,6 +325,16 @@ def test_parts_and_merge(small_corpus, tmp_path):
     assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
     with pytest.raises(XdscaleError, match="part '2/2': expected i/n with i from 0"):
         build(small_corpus, out, "--part", "2/2")
+
+
+def test_merge_counts_the_shards_of_each_table(small_corpus, tmp_path):
+    boxes = np.array([[0, 0, 5, 5]], np.float32)
+    build_regions([RegionImage("a", (9, 9), boxes)], tmp_path, Detector(model="m"))
+    for index in range(2):
+        build(f"{small_corpus.parent}/*.txt", tmp_path, "--part", f"{index}/2")
+    assert run("merge", tmp_path).stdout.startswith(f"{tmp_path}: one dataset of 3 shards: regions 1, text 2\n")
+    assert run("merge", tmp_path).stdout == f"{tmp_path}: one dataset of 3 shards: regions 1, text 2\n"  # once more
+    assert run("verify", tmp_path).stdout.startswith(f"{tmp_path}: 3 shards, ")
 
 
 def test_importing_the_commands_is_light():

@@ -242,7 +242,7 @@ def test_a_list_may_be_an_object_from_answer_to_number(world):
         (["red", "cat", "red"], "'red' stands twice, as answers 0 and 2"),
         ({"red": 0, "cat": 0}, "'red' and 'cat' both have number 0"),
         ({"red": 0, "cat": 2}, "'cat' has number 2; expected 0 to 1, each of them once"),
-        (["red"], "holds 1 answers; at least 2 are needed"),
+        (["red"], "holds 1 answer; at least 2 are needed"),
         (["red", 2], r"list\[str\]\[1\] = 2: expected a valid string"),
     ],
 )

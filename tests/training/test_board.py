@@ -157,6 +157,13 @@ def test_the_last_line_says_why_a_run_ended(tmp_path, capsys, step, stopped, how
     assert "peak memory 2.50 GiB per rank" in said.out + said.err
 
 
+def test_a_patience_of_one_is_told_in_the_singular(tmp_path, capsys):
+    stated = ["training.steps=9", "training.best=loss/mlm", "training.patience=1"]
+    Monitor(RunFolder(tmp_path), load_recipe("quickstart", stated), 0, {}).end(4, [1.0], stopped=False)
+    said = capsys.readouterr()
+    assert "of 9: 1 validation in a row had no better loss/mlm; peak" in said.out + said.err
+
+
 def test_settings_are_those_of_the_newest_end(tmp_path, capsys):
     """TensorBoard's HParams show the first settings that a run's files have."""
     train(tmp_path / "first", OBJECTIVES["MLM alone"], 0, 4)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from xdscale.commands.regions_extract import extract_command
+from xdscale.files import count_of
 from xdscale.names import UserPath
 from xdscale.shards.commands import build_and_report
 
@@ -124,7 +125,8 @@ def compare(
     found = list(compare_images(*tables, common_images(*tables), least_iou=least_iou))
     whole = overall(found, (len(tables[0]), len(tables[1])))
     typer.echo(
-        f"{whole.images:,} images in both, {whole.only[0]:,} only in {first}, {whole.only[1]:,} only in {second}"
+        f"{count_of(whole.images, 'image')} in both, {whole.only[0]:,} only in {first}, "
+        f"{whole.only[1]:,} only in {second}"
     )
     typer.echo(
         f"boxes: {whole.boxes[0]:,} and {whole.boxes[1]:,}; {whole.matched:,} match with IoU of {least_iou:g} or more"

@@ -14,7 +14,7 @@ from torch import nn
 from xdscale.devices import rank_device
 from xdscale.ds_config import precision
 from xdscale.errors import XdscaleError
-from xdscale.files import read_json
+from xdscale.files import count_of, read_json
 from xdscale.names import is_url
 from xdscale.recipe import Recipe, Run, load_recipe, recipe_file
 from xdscale.shards.manifest import MANIFEST_NAME
@@ -89,7 +89,8 @@ def replay(run: Path, step: int, overrides: Sequence[str] = ()) -> list[SampleRe
         for part, batch in zip(slots, batches)
     ]
     found.sort(key=lambda sample: (sample.culprit is None, -sample.gradient_norm))
-    _print(found, module, f"step {step} of {run}, {len(found)} samples, {source}, {precision(config)} on {device.type}")
+    told = f"step {step} of {run}, {count_of(len(found), 'sample')}, {source}"
+    _print(found, module, f"{told}, {precision(config)} on {device.type}")
     return found
 
 

@@ -13,6 +13,7 @@ from xdscale.data.held_out import held_out_batches
 from xdscale.data.order import Order, validation_slots
 from xdscale.data.token_order import TokenOrder
 from xdscale.errors import XdscaleError
+from xdscale.files import count_of
 from xdscale.names import is_url, shards_folder
 from xdscale.recipe import Recipe, Run
 from xdscale.shards.cache import ShardCache
@@ -158,8 +159,8 @@ def verify_table(table: Table, ranks: Any, *, on_shard: Callable[[], None] | Non
     mine = damaged_shards(table.folder, every[ranks.rank :: ranks.world_size], every, on_progress=progress)
     damaged = {file: text for part in ranks.gather(mine) for file, text in sorted(part.items())}
     if damaged:
-        told = f"{table.folder}: {len(damaged)} of {len(every)} shards of {table.name} damaged; copy them again"
-        raise XdscaleError("\n".join([told, *damaged.values()]))
+        told = f"{table.folder}: {len(damaged)} of {count_of(len(every), 'shard')} of {table.name} damaged"
+        raise XdscaleError("\n".join([f"{told}; copy them again", *damaged.values()]))
 
 
 def _fetch_manifest(shards: str, run: Run, ranks: Any) -> Path:
@@ -184,8 +185,8 @@ def _check_budget(shards: str, run: Run, damaged: dict[str, str], every: list[Sh
         raise XdscaleError(
             "\n".join(
                 [
-                    f"data.shards = {shards}: {len(damaged)} of {len(every)} shards damaged; copy them again, "
-                    f"or train without them: run.max_damaged_shards={len(damaged)} or more, "
+                    f"data.shards = {shards}: {len(damaged)} of {count_of(len(every), 'shard')} damaged; copy them "
+                    f"again, or train without them: run.max_damaged_shards={len(damaged)} or more, "
                     f"now {run.max_damaged_shards}",
                     *damaged.values(),
                 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xdscale.errors import XdscaleError
-from xdscale.files import one_line, open_text
+from xdscale.files import count_of, one_line, open_text
 
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 """What a task's files may end with."""
@@ -131,7 +131,7 @@ def _of_cells(
             f"{path}, line {torn[0]}: a column is missing, as in {len(torn)} of {whole + len(torn)} rows"
         )
     if torn and torn_rows is not None:
-        torn_rows(f"{path}: {len(torn)} rows without all columns left out, first line {torn[0]}")
+        torn_rows(f"{path}: {count_of(len(torn), 'row')} without all columns left out, first line {torn[0]}")
 
 
 def _tsv(path: Path) -> Iterator[tuple[int, list[str]]]:

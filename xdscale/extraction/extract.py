@@ -18,7 +18,7 @@ import numpy as np
 from xdscale.errors import XdscaleError
 from xdscale.extraction.given_boxes import VCR, GivenBoxes
 from xdscale.extraction.pictures import Ids, Picture, find_pictures, read_pixels
-from xdscale.files import read_bytes
+from xdscale.files import count_of, read_bytes
 from xdscale.names import nearest
 from xdscale.shards.manifest import InputFile
 from xdscale.shards.progress import counted
@@ -106,7 +106,7 @@ def region_source(
         images.standardize()
     first = next((image for picture in pictures for image in images.images([picture])), None)
     if first is None:
-        raise XdscaleError(f"{', '.join(names)}: none of {len(pictures):,} images can be read")
+        raise XdscaleError(f"{', '.join(names)}: none of {count_of(len(pictures), 'image')} can be read")
     detector = images.detector
     layout = layout_of(first, encoding, class_probs)
     how = {"given_boxes": options.boxes is not None, "standardized": images.standardized, "batch": options.batch}

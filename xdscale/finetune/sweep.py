@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
+from xdscale.files import count_of
 from xdscale.finetune.recipe import MODEL, RESULT
 from xdscale.finetune.worker_process import LostWorkerError, WorkerProcess
 from xdscale.report.sweep import read_result
@@ -94,7 +95,7 @@ class SweepRunner:
             self._say(f"failed: {name}\n{text}")
         if self._stopping.is_set() and self._done < self._total:
             how = "not every run could be saved" if self._unsaved else "the same command continues"
-            self._say(f"stopped by a signal, {self._done} of {self._total} runs done; {how}")
+            self._say(f"stopped by a signal, {self._done} of {count_of(self._total, 'run')} done; {how}")
             return EXIT_FAULT if self._unsaved else EXIT_STOPPED
         return EXIT_FAULT if self._failed else 0
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from xdscale.files import count_of
 from xdscale.launch.collective import Outcome
 from xdscale.launch.facts import HostFacts
 
@@ -134,8 +135,8 @@ def _gpus(evidence: Evidence) -> Iterator[Trouble]:
             text = f"driver {facts.driver} is loaded but no GPU is usable; check 'nvidia-smi' and CUDA_VISIBLE_DEVICES"
             yield facts.rank, "FAIL", text
         elif facts.gpus and len(facts.gpus) < facts.local_ranks:
-            text = f"{facts.local_ranks} ranks for {len(facts.gpus)} GPUs; ask for as many ranks as there are GPUs"
-            yield facts.rank, "FAIL", text
+            text = f"{facts.local_ranks} ranks for {count_of(len(facts.gpus), 'GPU')}"
+            yield facts.rank, "FAIL", f"{text}; ask for as many ranks as there are GPUs"
         if bool(facts.gpus) != bool(first.gpus):
             text = f"{_gpu_names(facts)}, the first machine has {_gpu_names(first)}; use machines of one kind"
             yield facts.rank, "FAIL", text
@@ -196,7 +197,8 @@ def _environment_of_one(facts: HostFacts, several: bool) -> Iterator[str]:
         )
     threads = facts.environment.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) * facts.local_ranks > facts.cores:
-        yield f"OMP_NUM_THREADS={threads} for {facts.local_ranks} ranks on {facts.cores} cores; lower it"
+        where = f"{count_of(facts.local_ranks, 'rank')} on {count_of(facts.cores, 'core')}"
+        yield f"OMP_NUM_THREADS={threads} for {where}; lower it"
     if several and facts.open_files < _LEAST_OPEN_FILES:
         yield f"at most {facts.open_files} open files; raise it: ulimit -n 65536"
     if facts.local_ranks > 1 and facts.shared_memory_gib < _LEAST_SHARED_MEMORY_GIB:

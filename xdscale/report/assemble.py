@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from xdscale.errors import XdscaleError
+from xdscale.files import count_of
 from xdscale.report.bootstrap import Difference, average
 from xdscale.report.comparison import Comparison, compare, require_comparable, unlike
 from xdscale.report.published import Layout, PublishedRow, TaskColumn, layouts
@@ -261,7 +262,7 @@ def _endings(sweep: Sweep, task: str) -> list[str]:
             best = "" if one.best_step is None else f", the best after {one.best_step:,}"
             told.append(f"seed {one.seed} ended after step {done:,}{of}{best}")
     if early:
-        told.insert(0, f"training.patience ended {early} of {len(results)} seeds")
+        told.insert(0, f"training.patience ended {early} of {count_of(len(results), 'seed')}")
     return ["; ".join(told)] if told else []
 
 
@@ -275,5 +276,5 @@ def _seed_counts(sweep: Sweep, task: str, expected: int | None) -> list[str]:
     if finished < planned:
         counts.append(f"{finished} of {planned} seeds are finished")
     if expected is not None and planned < expected:
-        counts.append(f"{planned} {'seed' if planned == 1 else 'seeds'}, the paper's median is of {expected}")
+        counts.append(f"{count_of(planned, 'seed')}, the paper's median is of {expected}")
     return counts

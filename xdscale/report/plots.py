@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xdscale.files import count_of
 from xdscale.report import wording
 from xdscale.report.assemble import Report
 from xdscale.report.published import TaskColumn
@@ -106,7 +107,7 @@ def _fall(runs: TaskRuns) -> str:
     if not len(steps):
         return "has no step that all seeds logged"
     first, last = np.median(losses[:, [0, -1]], axis=0)
-    seeds = wording.counted(len(losses), "seed")
+    seeds = count_of(len(losses), "seed")
     return f"from {first:.3f} at step {steps[0]} to {last:.3f} at step {steps[-1]} ({seeds})"
 
 

@@ -1,5 +1,6 @@
 """Numbers and sentences as a reader sees them, the same in every form of the report."""
 
+from xdscale.files import count_of
 from xdscale.report.assemble import Cell, Report
 from xdscale.report.bootstrap import Difference, Interval
 from xdscale.report.comparison import Comparison
@@ -41,7 +42,7 @@ def spread(metric: str, cell: Cell) -> str:
 def seeds(cell: Cell) -> str:
     """Returns how many seeds a cell is made of, "3 of 5 seeds" where some are missing."""
     missing = cell.finished < cell.planned
-    return f"{cell.finished} of {cell.planned} seeds" if missing else counted(cell.finished, "seed")
+    return f"{cell.finished} of {cell.planned} seeds" if missing else count_of(cell.finished, "seed")
 
 
 def shortfall(cell: Cell) -> str:
@@ -72,7 +73,7 @@ def sentence(report: Report, comparison: Comparison) -> str:
     return (
         f"{report.column(comparison.task).title}: {change(metric, difference.observed, digits=1)} "
         f"{METRICS[metric].title} (95 % CI {interval(metric, difference.interval, digits=1)}): {words}. "
-        f"{counted(comparison.improved, 'example')} improved, {comparison.worsened:,} worsened."
+        f"{count_of(comparison.improved, 'example')} improved, {comparison.worsened:,} worsened."
     )
 
 
@@ -101,8 +102,3 @@ METHOD = (
     "Improved: examples that the model got right in more seeds than its baseline (in a regression: came nearer to "
     "the target); worsened: in fewer.",
 )
-
-
-def counted(number: int, what: str) -> str:
-    """Returns a number of things, "1 seed" or "2 seeds"."""
-    return f"{number:,} {what}{'s' * (number != 1)}"

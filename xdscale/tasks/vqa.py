@@ -16,7 +16,7 @@ from typing_extensions import TypedDict  # pydantic needs this one on Python 3.1
 from xdscale.data.json_shapes import Text, read_whole
 from xdscale.data.task_files import NO_LABEL, Example
 from xdscale.errors import XdscaleError
-from xdscale.files import file_sha256, shown
+from xdscale.files import count_of, file_sha256, shown
 from xdscale.tasks.contract import TaskData
 from xdscale.tasks.text import TextTask, held_out
 from xdscale.tasks.vqa_accuracy import PEOPLE, credit_of, normal_form, stripped
@@ -293,7 +293,7 @@ def _read_answers(path: Path) -> tuple[str, ...]:
             raise XdscaleError(f"{path}: {shown(answers[number])} and {shown(answer)} both have number {number}")
         answers[number], seen[answer] = answer, number
     if len(answers) < 2:
-        raise XdscaleError(f"{path}: holds {len(answers)} answers; at least 2 are needed")
+        raise XdscaleError(f"{path}: holds {count_of(len(answers), 'answer')}; at least 2 are needed")
     return tuple(map(str, answers))
 
 

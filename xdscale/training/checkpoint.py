@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdscale.errors import XdscaleError, free_mib, refusal
-from xdscale.files import file_sha256, one_line, require_real_file, sync, write_atomically
+from xdscale.files import count_of, file_sha256, one_line, require_real_file, sync, write_atomically
 from xdscale.training.checkpoint_folder import (
     LATEST,
     Retention,
@@ -140,7 +140,7 @@ def find_checkpoint(folder: Path, ranks: "Ranks") -> Path | None:
             print(f"warning: skipping damaged checkpoint {checkpoint.name}: {'; '.join(problems)}", file=sys.stderr)
     if candidates:
         raise XdscaleError(
-            f"{folder}: none of the {len(candidates)} checkpoints is undamaged; restore one from a "
+            f"{folder}: none of the {count_of(len(candidates), 'checkpoint')} is undamaged; restore one from a "
             "backup, or delete the run folder to start again"
         )
     return None

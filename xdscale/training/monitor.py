@@ -17,6 +17,7 @@ from rich.table import Column
 from xdscale.data.token_order import TokenSplit
 from xdscale.ds_config import BatchSplit
 from xdscale.errors import writing
+from xdscale.files import count_of
 from xdscale.recipe import Recipe
 from xdscale.shards.progress import time_left
 from xdscale.systems.contract import Objective
@@ -120,7 +121,7 @@ class Monitor:
         text = f"changed since the last start: {'; '.join(changes)}"
         if any(change.startswith("recipe.training.steps ") for change in changes):
             steps = self._recipe.training.steps
-            text += f"; from step {step + 1} on the learning rate is that of a run of {steps} steps"
+            text += f"; from step {step + 1} on the learning rate is that of a run of {count_of(steps, 'step')}"
         self.message(text)
 
     def quarantine(self, step: int, problems: dict[str, str]) -> None:
@@ -169,7 +170,8 @@ class Monitor:
                     "continues"
                 )
             else:
-                how, what_next = "ended", f": {training.patience} validations in a row had no better {training.best}"
+                waited = count_of(training.patience, "validation")
+                how, what_next = "ended", f": {waited} in a row had no better {training.best}"
         memory = f"peak memory {max(peaks_gib):.2f} GiB per rank"
         self.message(f"{how} after step {step} of {steps}{what_next}; {memory}; run folder {self._folder}")
         if self._progress:

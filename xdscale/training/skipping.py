@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from xdscale.errors import XdscaleError
+from xdscale.files import count_of
 from xdscale.systems.contract import SampleOrder
 from xdscale.training.distributed import Ranks
 
@@ -35,7 +36,7 @@ class Skipped:
         self.in_row += 1
         if self.in_row >= most_in_row:
             raise XdscaleError(
-                f"{self.in_row} steps in a row up to step {step} had no finite loss and gradient "
+                f"{count_of(self.in_row, 'step')} in a row up to step {step} had no finite loss and gradient "
                 f"(run.max_skipped_in_row = {most_in_row}); the parameters are those of before them. "
                 f"See why with '{command}'; then lower optim.learning_rate, use bf16 for fp16, or repair the data"
             )

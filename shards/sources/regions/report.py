@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from xdscale.files import count_of
 from xdscale.shards.manifest import TableManifest
 from xdscale.shards.regions import RegionBuild
 
@@ -15,10 +16,10 @@ def summary(table: TableManifest) -> list[str]:
     build = RegionBuild.model_validate(table.build)
     images, regions = table.counts.get("images", 0), table.counts.get("regions", 0)
     stored = sum(shard.bytes for shard in table.shards)
-    lines = [f"{images:,} images, {regions:,} regions, {stored:,} bytes", _detector(build)]
+    lines = [f"{count_of(images, 'image')}, {count_of(regions, 'region')}, {stored:,} bytes", _detector(build)]
     if build.width:
         error = f", relative error up to {build.largest_error:g}" if build.largest_error else ""
-        lines.append(f"features: {build.width} numbers, {build.encoding}{error}")
+        lines.append(f"features: {count_of(build.width, 'number')}, {build.encoding}{error}")
     found: Any = table.counts.get("relative_error_thousandths", [])
     if any(found):
         shares = [f"{place}: {count / sum(found):.0%}" for place, count in enumerate(found) if count]
