@@ -105,7 +105,9 @@ def test_refuses_other_settings_and_data(report, pair, tmp_path, values, message
     with pytest.raises(XdscaleError, match=re.escape(message)) as caught:
         report(pair, tmp_path / "out")
     assert "XDBERT-b/rte/seed-0: cannot be compared with" in str(caught.value)
+    assert str(caught.value).endswith(f"report of each by itself: 'xdscale report {pair[1]}'")
     assert not (tmp_path / "out").exists()
+    report(pair[1:], tmp_path / "alone")  # which can be done
 
 
 def test_names_rows_before_hashes_and_at_most_five_differences(report, pair, tmp_path):
@@ -122,7 +124,8 @@ def test_refuses_a_sweep_whose_own_seeds_differ(report, write_sweep, tmp_path):
     sweep = write_sweep("BERT-b", {"rte": 0.7})
     path = sweep / "rte" / "seed-3" / "result.json"
     change(path, settings=json.loads(path.read_text())["settings"] | {"epochs": 4})
-    with pytest.raises(XdscaleError, match="seed-3: cannot be compared .*\n *epochs is 4, there 3"):
+    told = "seed-3: cannot be compared .*\n *epochs is 4, there 3\nseeds of one sweep must be alike: finetune this task"
+    with pytest.raises(XdscaleError, match=told):
         report([sweep], tmp_path / "out")
 
 

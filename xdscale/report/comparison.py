@@ -71,10 +71,13 @@ def require_comparable(ours: Sweep, baseline: Sweep) -> None:
             if differences:
                 more = len(differences) - _NAMED_DIFFERENCES
                 named = "\n  ".join(differences[:_NAMED_DIFFERENCES]) + (f"\n  and {more} more" if more > 0 else "")
-                raise XdscaleError(
-                    f"{run.folder}: cannot be compared with {first.folder}:\n  {named}\n"
-                    "finetune both with the same files and settings, or name another --baseline"
+                what_to_do = (
+                    "seeds of one sweep must be alike: finetune this task anew in another --out"
+                    if ours is baseline
+                    else "finetune both with the same files and settings, name another --baseline, or have a report of "
+                    f"each by itself: 'xdscale report {ours.folder}'"
                 )
+                raise XdscaleError(f"{run.folder}: cannot be compared with {first.folder}:\n  {named}\n{what_to_do}")
 
 
 def compare(ours: Sweep, baseline: Sweep, task: str) -> Comparison | str:
