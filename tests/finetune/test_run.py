@@ -13,6 +13,8 @@ from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.finetune import run as runs
 from xdscale.finetune.predictions import Predicted
 from xdscale.finetune.recipe import load_settings, resolve_run
+from xdscale.shards.regions import Detector
+from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.systems.contract import Objective, Place
 from xdscale.tasks.contract import TaskData, find_task
 
@@ -170,6 +172,25 @@ def test_an_export_is_the_subjects(system, tmp_path):
     made = system()
     assert made.export({"subject.a": 1, "other.b": 2}, tmp_path, tmp_path / "out") == "said"
     assert made.calls == [("export", "rte", {"a": 1}, tmp_path / "out")]
+
+
+@pytest.mark.parametrize(
+    ("reads", "stated"),
+    [("features", {"model": "drawn", "sha256": "ab" * 32}), ("pixels", None), ("texts", {"model": "first"})],
+)
+def test_an_export_says_what_features_it_was_finetuned_on(system, tmp_path, monkeypatch, reads, stated):
+    """Not those of pretraining; of texts alone these stay the last ones. Pixels have a branch that lies beside."""
+    made, out, run = system(), tmp_path / "out", tmp_path / "run"
+    out.mkdir()
+    image = RegionImage("a", (9, 9), np.array([[0, 0, 5, 5]], np.float32), np.zeros((1, 2), np.float32))
+    build_regions([image], tmp_path / "regions", Detector(model="drawn", sha256="ab" * 32))
+    (out / "config.json").write_text('{"hidden_size": 8, "features_of": {"model": "first"}}')
+    model = SimpleNamespace(reads_pixels=reads == "pixels")
+    data = SimpleNamespace(regions=None if reads == "texts" else str(tmp_path / "regions"))
+    made.recipe = SimpleNamespace(model=model, data=data, task=made.recipe.task)
+    made.keep(run)
+    made.export({}, run, out)
+    assert json.loads((out / "config.json").read_text()) == {"hidden_size": 8, "features_of": stated}
 
 
 def test_a_pooler_is_left_as_it_is_where_there_is_one():

@@ -28,6 +28,13 @@ def kept_feature_source(run: Path) -> dict[str, Any] | None:
     return read_json(run / _KEPT) if (run / _KEPT).is_file() else None
 
 
+def state_feature_source(source: dict[str, Any] | None, export: Path) -> None:
+    """Writes into the config.json of an export what computed the features that it was last trained on, if any."""
+    path = export / "config.json"
+    values = read_json(path) | {"features_of": source}
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def started_features(start: str | None) -> object:
     """Returns what the run or the export that `model.start` names says of the features that it was trained on."""
     if start is None:

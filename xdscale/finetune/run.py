@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from xdscale.data.feature_source import keep_feature_source, kept_feature_source, state_feature_source
 from xdscale.data.held_out import held_out_batches
 from xdscale.data.opening import verify_table
 from xdscale.data.order import Order, validation_slots
@@ -124,9 +125,18 @@ class FinetuneSystem(System):
         more = {} if trunk is None else {"trunk": trunk}
         return {"encoder": module.subject.encoder, **more, "head": module.subject}
 
+    def keep(self, folder: Path) -> None:
+        """Keeps what computed the features, where some are read."""
+        if not self.recipe.model.reads_pixels:
+            keep_feature_source(open_regions(self.recipe.data.regions), folder)
+
     def export(self, state: dict[str, torch.Tensor], run: Path, out: Path) -> str:
-        """Writes the finetuned model as its subject does."""
-        return self._subject.export(self.recipe.task.find(), part_of(state, "subject."), out)
+        """Writes the finetuned model as its subject does, which says what features it was trained on before."""
+        said = self._subject.export(self.recipe.task.find(), part_of(state, "subject."), out)
+        source = kept_feature_source(run)
+        if source is not None or self.recipe.model.reads_pixels:
+            state_feature_source(source, out)
+        return said
 
     def finish(self, setup: Setup, engine: Any) -> int:
         """Predicts every example of the development and test splits once, and writes the result."""
