@@ -105,7 +105,7 @@ def build_and_report(
     lines = [f"{out}: {count_of(len(table.shards), 'shard')} ({kept} kept from an earlier run)", *summary(table)]
     typer.echo("\n".join([*lines, f"seconds: {time.monotonic() - started:.1f}"]))
     if part.of == 1:
-        _warn(warnings(table))
+        _warn([*warnings(table), *_unknown_words(out, table)])
     else:
         typer.echo(f"part {part.index}/{part.of} is finished; when all are: xdscale shards merge {out}")
 
@@ -160,7 +160,9 @@ def captions(
     told = ", ".join(f"{name} {count:,}" for name, count in rows.items())
     typer.echo("\n".join([f"{out}: captions: {told}", *description(table)]))
     ways = "--validation-fraction, --validation, --held-out or --karpathy"
-    _warn([f"the split {name} is empty; say with {ways} what is held out" for name, count in rows.items() if not count])
+    empty = [name for name, count in rows.items() if not count]
+    notes = [f"the split {name} is empty; say with {ways} what is held out" for name in empty]
+    _warn([*notes, *_unknown_words(out, table)])
 
 
 @shards_app.command()
@@ -223,6 +225,25 @@ def info(folder: Folder) -> None:
         console.print(_columns(table))
         for item in more:
             console.print(item)
+
+
+def _unknown_words(out: "Path", table: "TableManifest") -> list[str]:
+    """Returns a line where much of what was packed from texts or captions is unknown to their tokenizer."""
+    import numpy as np
+
+    from xdscale.shards.language import load_language_tokenizer, notes_on_unknown
+    from xdscale.shards.sources.caption_build import CAPTIONS
+    from xdscale.shards.sources.text_build import TEXT
+    from xdscale.shards.table import open_table
+
+    name: Any = table.build["source"]
+    if name not in (TEXT, CAPTIONS) or not table.splits["train"].rows:
+        return []
+    beginning = open_table(out, "train", name)
+    rows = np.arange(min(len(beginning), 1000))
+    ids = beginning.read("language", rows) if name == TEXT else beginning.read_ragged("words", rows).values
+    tokenizer, _ = load_language_tokenizer(table.build["language_tokenizer"]["name"])
+    return notes_on_unknown(f"{out}: {name}", ids.ravel(), tokenizer)
 
 
 def _warn(lines: list[str]) -> None:

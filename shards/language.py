@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.models import WordPiece
@@ -22,6 +23,9 @@ LARGEST_VOCABULARY = 2**16
 FILE_NAME, VOCABULARY, SETTINGS, ADDED = "tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json"
 TOKENIZER_FILES = (FILE_NAME, VOCABULARY, SETTINGS, ADDED, "special_tokens_map.json")
 """What belongs to a tokenizer in a Hugging Face folder."""
+
+UNKNOWN = 0.05
+"""Share of word pieces that may be unknown unsaid: smileys and names are."""
 
 _WORD_PIECE_CLASSES = ("BertTokenizer", "ElectraTokenizer", "DistilBertTokenizer")
 _HOW_TO_CONVERT = "write a tokenizer.json there with transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
@@ -83,6 +87,22 @@ def _identity(serialised: str) -> tuple[str, int]:
     matched_in_text = [token for token in stages["added_tokens"] if not token["special"]]
     parts |= {"added": matched_in_text} if matched_in_text else {}
     return hashlib.sha256(canonical_json(parts)).hexdigest(), 1 + max(vocabulary.values())
+
+
+def notes_on_unknown(where: str, ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """Returns a line where much of a text is unknown to a tokenizer: of another language, say.
+
+    Args:
+        where: the text's file or table.
+        ids: word pieces of its beginning.
+        tokenizer: that gave them.
+    """
+    token = getattr(tokenizer.model, "unk_token", None)
+    share = np.mean(ids == tokenizer.token_to_id(token)) if token is not None and len(ids) else 0
+    if share <= UNKNOWN:
+        return []
+    told = f"{where}: {share:.0%} of the word pieces at its beginning are {token}, unknown to the model's tokenizer"
+    return [f"{told}; is it of this language?"]
 
 
 def has_tokenizer(folder: Path) -> bool:

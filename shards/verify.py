@@ -28,7 +28,7 @@ def verify_shards(folder: Path, *, on_progress: Callable[[int, int], None] | Non
     problems += [f"{path}: extra: not named in {MANIFEST_NAME}; remove it" for path in extra]
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        hint = "copy the named files again, or build again with 'xdscale shards build ... --overwrite'"
+        hint = "copy the named files again, or build the dataset again with --overwrite, or in another folder"
         raise XdscaleError("\n".join([f"{folder}: {count} found; {hint}", *problems]))
 
 

@@ -42,6 +42,7 @@ class CaptionedImage(NamedTuple):
 class _Placed(NamedTuple):
     """An image that goes into the table: its row among the regions, its split, and the row of its first caption."""
 
+    image_id: int
     row: int
     split: str
     first: int
@@ -131,7 +132,7 @@ class CaptionSource:
                 why = _left_out(image, split, row)
                 counts[why or "images"] += 1
                 if why is None:
-                    placed.append(_Placed(row, split, first[split], image.captions))
+                    placed.append(_Placed(image.image_id, row, split, first[split], image.captions))
                     first[split] += len(image.captions)
             share = min(1.0, part.stop / len(self._images))
             yield (placed, dict(counts)), int(self.total_bytes * share)
@@ -155,9 +156,9 @@ class CaptionSource:
             if not texts:
                 continue
             encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
-            if [] in encoded:
-                raise XdscaleError(f"caption {shown(texts[encoded.index([])])}: gives no word pieces; take it out")
             numbers = [len(image.captions) for image in found]
+            if [] in encoded:
+                self._refuse_unread(np.repeat([image.image_id for image in found], numbers), texts, encoded)
             siblings = np.array([(image.first, len(image.captions)) for image in found], "<u4")
             arrays = {
                 "words": np.concatenate([np.array(ids, "<u2") for ids in encoded]),
@@ -169,11 +170,23 @@ class CaptionSource:
             captions += len(texts)
         return counts | {"captions": captions}
 
+    def _refuse_unread(self, image_ids: np.ndarray, texts: list[str], encoded: list[list[int]]) -> None:
+        """Names the first caption that gives no word pieces, such as a lone U+200B, and how many more do not."""
+        unread = [number for number, ids in enumerate(encoded) if not ids]
+        more = f", and take out {len(unread) - 1:,} more like it" if unread[1:] else ""
+        raise XdscaleError(
+            f"{self._named_inputs()}: image {image_ids[unread[0]]}: caption {shown(texts[unread[0]])}: gives no word "
+            f"pieces; take it out{more}"
+        )
+
+    def _named_inputs(self) -> str:
+        files = [*self._build.inputs, *(self._build.held_out if self._build.split == "files" else [])]
+        return ", ".join(item.name for item in files[:3])
+
     def if_empty(self, counts: Counts) -> str:
         """Returns why there are no rows."""
-        names = ", ".join(item.name for item in self._build.inputs[:3])
         told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
-        return f"{names}: no captions of images that are there ({told or 'no images'})"
+        return f"{self._named_inputs()}: no captions of images that are there ({told or 'no images'})"
 
 
 def read_captions(path: Path) -> list[CaptionedImage]:

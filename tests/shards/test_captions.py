@@ -251,6 +251,17 @@ def test_captions_without_a_word_are_counted(run, dataset, tmp_path, cassette_mo
     assert len(captions_of(dataset, "train", cassette_model)[0]) == 4 * 25 - 1
 
 
+def test_captions_in_letters_that_the_tokenizer_does_not_know_are_told(run, dataset, tmp_path):
+    """Else a model is trained on [UNK] for days."""
+    values = entries(1, IMAGES)
+    assert "[UNK]" not in run(written(tmp_path / "captions.json", values)).output
+    for entry in values["annotations"]:
+        entry["caption"] = "แมวนั่ง 2"
+    done = run(written(tmp_path / "captions.json", values), "--overwrite")
+    assert done.exit_code == 0
+    assert f"warning: {dataset}: captions: 50% of the word pieces at its beginning are [UNK], unknown" in done.output
+
+
 def test_captions_beside_other_regions_are_told(run, dataset, tmp_path):
     run(written(tmp_path / "captions.json", entries(1, IMAGES)))
     manifest = Manifest.load(dataset)

@@ -3,11 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from xdscale.errors import XdscaleError
-from xdscale.shards.language import fingerprint, load_language_tokenizer
+from xdscale.shards.language import fingerprint, load_language_tokenizer, notes_on_unknown
 
 
 def test_bert_base_uncased_ids(cassette_model):
@@ -15,6 +16,15 @@ def test_bert_base_uncased_ids(cassette_model):
     assert (info.vocab_size, info.cls_id, info.sep_id, info.mask_id, info.pad_id) == (30_522, 101, 102, 103, 0)
     # "hello world" in bert-base-uncased.
     assert tokenizer.encode("Hello world", add_special_tokens=False).ids == [7592, 2088]
+
+
+@pytest.mark.parametrize(("unknown", "told"), [(0, []), (5, []), (6, ["6%"]), (100, ["100%"])])
+def test_a_text_that_is_unknown_from_a_twentieth_on_is_told(cassette_model, unknown, told):
+    tokenizer, _ = load_language_tokenizer(str(cassette_model))
+    ids = np.array([100] * unknown + [7592] * (100 - unknown), "<u2")  # [UNK], and "hello" in bert-base-uncased
+    notes = notes_on_unknown("data: captions", ids, tokenizer)
+    assert [note.split()[2] for note in notes] == told
+    assert notes_on_unknown("data: captions", ids[:0], tokenizer) == []
 
 
 def test_file_folder_and_package_are_the_same_tokenizer(cassette_model, tmp_path):

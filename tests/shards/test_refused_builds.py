@@ -164,7 +164,15 @@ def test_a_tokenizer_that_changes_while_shards_are_built_is_named(captioned, tmp
 
 def test_a_caption_without_a_word_piece_is_named(captioned):
     source, out = captioned("a dog", "\u200d", "some cats")
-    with pytest.raises(XdscaleError, match=r"^caption '\\u200d': gives no word pieces; take it out$"):
+    with pytest.raises(
+        XdscaleError, match=r"^captions\.json: image 2: caption '\\u200d': gives no word pieces; take it out$"
+    ):
+        build_table(source, out)
+
+
+def test_how_many_captions_more_have_no_word_piece_is_told_at_once(captioned):
+    source, out = captioned("\u200d", "a dog", "\u200b")
+    with pytest.raises(XdscaleError, match=r"^captions\.json: image 1: .* take it out, and take out 1 more like it$"):
         build_table(source, out)
 
 

@@ -44,6 +44,12 @@ def test_build_says_what_was_made(small_corpus, tmp_path):
     assert "2 shards (2 kept from an earlier run)" in build(small_corpus, tmp_path / "out").stdout
 
 
+def test_build_says_that_the_tokenizer_does_not_know_the_words(tmp_path):
+    (tmp_path / "a.txt").write_text("แมวนั่ง cat " * 200)
+    result = build(tmp_path / "a.txt", tmp_path / "out", "--validation-fraction", 0)
+    assert "out: text: 50% of the word pieces at its beginning are [UNK], unknown" in result.stderr
+
+
 def test_build_says_what_it_left_out_and_so_does_merge(tmp_path):
     """By hand: 3 paragraphs of 40 words kept, one of 2 and a heading of 6 not; the ids are what is left over."""
     text = "\n".join([" ".join(["river"] * 40)] * 3 + ["too short", "= a heading of some words ="])

@@ -4,14 +4,16 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from xdscale.data.task_files import Example
 from xdscale.recipe import shipped_settings
+from xdscale.shards.language import notes_on_unknown
 from xdscale.tasks.contract import TaskData
 
 _FEW = 0.05
-"""Share of a development split that may be trained on unsaid, as of published tasks, and of word pieces unknown."""
+"""Share of a development split that may be trained on unsaid, as of published tasks."""
 _LOOKED_AT = 1000
 """Examples whose texts are looked at for unknown words."""
 
@@ -36,19 +38,12 @@ def notes_on(data: TaskData) -> list[str]:
 
 def notes_on_words(data: TaskData, tokenizer: Tokenizer | None) -> list[str]:
     """Returns a line where much of the training texts is unknown to a tokenizer: of another language, say."""
-    token = None if tokenizer is None else getattr(tokenizer.model, "unk_token", None)
-    if token is None:
+    if tokenizer is None:
         return []
     texts = dict.fromkeys(text for one in data.train[:_LOOKED_AT] for texts in one.texts for text in texts)
     encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    pieces, unknown = Counter(chain.from_iterable(one.ids for one in encoded)), tokenizer.token_to_id(token)
-    share = pieces[unknown] / max(1, pieces.total())
-    if share <= _FEW:
-        return []
-    return [
-        f"{data.sources['train']}: {share:.0%} of the word pieces at its beginning are {token}, unknown to the model's "
-        "tokenizer; is it of this language?"
-    ]
+    pieces = np.fromiter(chain.from_iterable(one.ids for one in encoded), np.int64)
+    return notes_on_unknown(data.sources["train"], pieces, tokenizer)
 
 
 def notes_on_recipe(recipe: str, kind: str) -> list[str]:
