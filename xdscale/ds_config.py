@@ -273,6 +273,11 @@ def _check_values(name: str, values: dict[str, Any]) -> None:
             f"data_types.grad_accum_dtype = {sums!r}: expected one of {', '.join(_PRECISIONS)}",
         ),
         (
+            stage == 0 and own == "fp16",
+            "zero_optimization.stage = 0 with fp16: DeepSpeed divides the gradients there by a loss scale that it has "
+            "not multiplied them by; expected stage 1, 2 or 3, of which 1 is closest",
+        ),
+        (
             stage == 0 and sums not in (None, own),
             f"data_types.grad_accum_dtype = {sums!r}: zero_optimization.stage 0 sums gradients in the precision that "
             f"it trains in, here {own}; leave it out, or take stage 1",

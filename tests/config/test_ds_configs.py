@@ -108,6 +108,7 @@ def test_sections_are_checked_with_deepspeeds_own_classes(write, section, body, 
             {"data_types": {"grad_accum_dtype": "fp32"}, "bf16": {"enabled": True}},
             r"ds\.json: data_types\.grad_accum_dtype = 'fp32': .*stage 0 .* here bf16; leave it out, or take stage 1",
         ),
+        ({"fp16": {"enabled": True}}, r"stage = 0 with fp16: .* expected stage 1, 2 or 3"),
         ({"steps_per_print": 0}, r"steps_per_print = 0: expected a whole number >= 1"),
     ],
 )
@@ -119,8 +120,9 @@ def test_what_deepspeed_would_stop_at_in_the_ranks_or_pass_over_is_refused(write
 def test_what_goes_together_passes(write):
     offload = {"offload_param": {"device": "nvme", "nvme_path": "/disk"}, "offload_optimizer": {"device": "cpu"}}
     for zero in ({"stage": 0}, {"stage": 2, "offload_param": {"device": "none"}}, {"stage": 3} | offload):
-        values = {"zero_optimization": zero, "fp16": {"enabled": True}, "bf16": {"enabled": False}}
-        values["data_types"] = {"grad_accum_dtype": "fp32" if zero["stage"] else "fp16"}
+        on, off = ("fp16", "bf16") if zero["stage"] else ("bf16", "fp16")
+        values = {"zero_optimization": zero, on: {"enabled": True}, off: {"enabled": False}}
+        values["data_types"] = {"grad_accum_dtype": "fp32" if zero["stage"] else on}
         assert read_ds_config(write(values)) == values
 
 

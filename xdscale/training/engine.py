@@ -58,10 +58,17 @@ def build_engine(
 
 
 def forget_gradients(engine: Any) -> None:
-    """Zeroes the gradients of the step before, which ZeRO-3 would use again for parameters that get none."""
-    buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    """Drops the gradients of the step before, which DeepSpeed would use again in two cases.
+
+    ZeRO-3 does for parameters that get none. ZeRO-1 and 2 with an offloaded optimizer and sums in fp32 keep what was
+    not finite and add to it, so that no later step is finite either.
+    """
+    optimizer = engine.optimizer
+    buffer = getattr(optimizer, "grad_partitions_flat_buffer", None)
     if buffer is not None:
         buffer.zero_()
+    elif getattr(optimizer, "cpu_offload", False):
+        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
 
 
 def make_step(engine: Any, *, skip: bool) -> bool:
