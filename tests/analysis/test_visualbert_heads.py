@@ -254,6 +254,14 @@ def test_what_does_not_fit_is_named(model, data, table, parses, tmp_path):
     short.write_text(parses.read_text().partition("\n\n")[0] + "\n\n")
     with pytest.raises(XdscaleError, match=r"short\.conllu: 1 sentences, expected 3"):
         HeadReader(model, data, regions, split="dev", parses=short).count()
+    images = [
+        RegionImage(image, size=(100, 100), boxes=np.array(boxes, np.float32), features=np.zeros((len(boxes), 5), "f4"))
+        for image, boxes in BOXES.items()
+    ]
+    build_regions(images, tmp_path / "narrow", Detector(model="drawn"))
+    told = f"narrow: features of 5 numbers; {model} reads 12 of each region: take a table of the network that it was"
+    with pytest.raises(XdscaleError, match=told):
+        HeadReader(model, data, RegionTable.open(tmp_path / "narrow"), split="dev", parses=None)
     late = from_bert(bert_of(model), region_size=WIDTH, early_fusion=False)
     folder = tmp_path / "late"
     folder.mkdir()

@@ -165,3 +165,16 @@ def test_what_does_not_fit_is_refused(model, captioned_pictures, tmp_path):
     shutil.copy(model / "tokenizer.json", other)
     with pytest.raises(XdscaleError, match=r"features of 12 numbers; .* reads 13 of each region"):
         MapReader(other, captioned_pictures, split="train")
+
+
+def test_a_dataset_of_images_alone_is_told_how_features_are_made(model, photographs, small_trunk, tmp_path):
+    """On which a model is trained from pixels; its branch has 1 + 1 + 2 + 3 blocks of three layers, and 2 more."""
+    trained = shutil.copytree(model, tmp_path / "trained")
+    shutil.copy(small_trunk, trained / "fast_rcnn.safetensors")
+    with pytest.raises(XdscaleError) as caught:
+        MapReader(trained, photographs, split="train")
+    command = f"--network vlbert:resnet23 --weights {trained}/fast_rcnn.safetensors --boxes BOXES --whole-image --out"
+    assert str(caught.value) == (
+        f"{photographs}: images and no features; {trained} reads 12 numbers of each region: its own branch makes them "
+        f"from pixels: 'xdscale regions extract IMAGES {command} DATASET', then captions with 'xdscale shards captions'"
+    )

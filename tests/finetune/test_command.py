@@ -11,6 +11,7 @@ from xdscale.data.task_files import Example
 from xdscale.errors import EXIT_FAULT, XdscaleError
 from xdscale.finetune import command
 from xdscale.finetune.command import Request, TaskSource
+from xdscale.finetune.finished import print_table, require_model, require_same_files
 from xdscale.finetune.recipe import load_settings
 from xdscale.tasks.contract import TaskData, find_task, task_names
 
@@ -37,8 +38,8 @@ def test_the_table_has_a_row_for_each_task_with_a_finished_seed(tmp_path, capsys
     out = tmp_path / "[bold]"  # which is no markup
     for seed, score in enumerate((0.5, 0.75, 0.125)):
         write_result(out, "rte", seed, score)
-    sources = {task: TaskSource(data_of(task), tmp_path) for task in ("rte", "cola")}
-    command._print_table(out, sources, {"rte": [0, 1, 2, 3], "cola": [0]})
+    tasks = {task: find_task(task) for task in ("rte", "cola")}
+    print_table(out, tasks, {"rte": [0, 1, 2, 3], "cola": [0]})
     shown = capsys.readouterr().out
     (row,) = [line for line in shown.splitlines() if "RTE" in line]
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
@@ -46,7 +47,7 @@ def test_the_table_has_a_row_for_each_task_with_a_finished_seed(tmp_path, capsys
     ]  # fmt: skip
     assert "CoLA" not in shown
     assert "[bold]" in "".join(shown.split())
-    command._print_table(out, sources, {"cola": [0]})
+    print_table(out, tasks, {"cola": [0]})
     assert capsys.readouterr().out == ""
 
 
@@ -96,15 +97,15 @@ def test_a_sweep_goes_on_with_more_seeds_and_tasks_of_the_same_model(tmp_path):
 
 def test_a_finished_run_stays_where_its_files_are_the_same_and_its_model_is_kept(tmp_path):
     path = write_result(tmp_path, "rte", 0, 0.5, train="1", dev="2")
-    command._require_same_files(path, data_of("rte", dev="2", train="1"), tmp_path)
+    require_same_files(path, data_of("rte", dev="2", train="1"), tmp_path)
     for files, name in (({"train": "1", "dev": "3"}, "dev"), ({"dev": "2"}, "train"), ({"a": "1"}, "a")):
         with pytest.raises(XdscaleError, match=f"this run is finished, but {name} of .* is another file than then"):
-            command._require_same_files(path, data_of("rte", **files), tmp_path)
+            require_same_files(path, data_of("rte", **files), tmp_path)
     with pytest.raises(XdscaleError, match=r"this run is finished, but has kept no model \(run\.keep_model\)"):
-        command._require_model(path)
+        require_model(path)
     (path.parent / "model").mkdir()
     (path.parent / "model" / "config.json").write_text("{}")
-    command._require_model(path)
+    require_model(path)
 
 
 def test_each_worker_has_its_gpu_and_its_share_of_the_cores(monkeypatch):
@@ -143,7 +144,7 @@ def test_of_every_task_the_first_seeds_come_first_and_finished_ones_stay(monkeyp
     assert [job.name for job in jobs] == ["rte seed 0", "cola seed 0", "rte seed 1", "cola seed 1", "rte seed 2"]
     assert sorted(checked) == sorted(job.result.parent for job in jobs)
     tasks = [source.data.task for source in sources.values()]
-    assert asked_of == [(("models/mine/", None, asked[1].model, tasks), {"keep_model": False})]
+    assert asked_of == [(("models/mine/", None, asked[1].model, tasks), {"keep_model": False, "regions": None})]
     last, folder = jobs[-1], tmp_path / "out" / "rte" / "seed-2"
     assert (last.result, last.log) == (folder / "result.json", tmp_path / "out" / "logs" / "rte-seed-2.log")
     assert (last.message["log"], last.stops_early) == (str(last.log), False)
@@ -169,7 +170,7 @@ def test_of_every_task_the_first_seeds_come_first_and_finished_ones_stay(monkeyp
     kept = asked[0], load_settings("paper", ["run.keep_model=true"]), sources
     with pytest.raises(XdscaleError, match=r"cola/seed-0/result\.json: this run is finished, but has kept no model"):
         command._plan(*kept, {"cola": [0]}, gpu=False)
-    assert asked_of[-1][1] == {"keep_model": True}
+    assert asked_of[-1][1] == {"keep_model": True, "regions": None}
     other = sources | {"cola": TaskSource(data_of("cola", train="1"), tmp_path / "cola")}
     with pytest.raises(XdscaleError, match=r"this run is finished, but train of .*/cola is another file than then"):
         command._plan(*asked[:2], other, {"cola": [0]}, gpu=False)

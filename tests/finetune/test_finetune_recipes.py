@@ -334,7 +334,7 @@ def test_weights_that_are_read_identify_a_model(monkeypatch, tmp_path, weights):
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     facts = SimpleNamespace(weights=[tmp_path / "model.safetensors"], hidden_size=8, encoder="small")
     subject = SimpleNamespace(describe=lambda: facts)
-    monkeypatch.setattr("xdscale.finetune.command.find_subject", lambda kind: lambda model, settings: subject)
+    monkeypatch.setattr("xdscale.finetune.command.find_subject", lambda kind: lambda *_: subject)
     found = describe_subject("small", "language", LanguageSettings(weights=weights))["weights_sha256"]
     assert found == (hashlib.sha256(b"abc").hexdigest() if weights == "pretrained" else None)
 
@@ -343,7 +343,7 @@ def test_weights_that_are_read_identify_a_model(monkeypatch, tmp_path, weights):
 def test_only_a_model_that_is_exported_can_be_kept(monkeypatch, keep, exports):
     facts = SimpleNamespace(weights=None, hidden_size=8, encoder="small")
     subject = SimpleNamespace(describe=lambda: facts, exports=lambda: exports)
-    monkeypatch.setattr("xdscale.finetune.command.find_subject", lambda kind: lambda model, settings: subject)
+    monkeypatch.setattr("xdscale.finetune.command.find_subject", lambda kind: lambda *_: subject)
     if keep and not exports:
         with pytest.raises(XdscaleError, match=r"^run.keep_model = true: small as mine is not exported; leave it out$"):
             describe_subject("small", "mine", LanguageSettings(), keep_model=keep)

@@ -19,7 +19,7 @@ from xdscale.recipe import load_recipe
 from xdscale.shards.manifest import MANIFEST_NAME, Manifest
 from xdscale.shards.table import Table
 from xdscale.systems.contract import Slots, open_system
-from xdscale.systems.visualbert import check_captions, invented
+from xdscale.systems.visualbert import check_captions, check_inputs, invented
 from xdscale.training.engine import to_device
 from xdscale.training.run_folder import read_log
 from xdscale.training.stored import build_module
@@ -222,6 +222,8 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(captioned_pictures
         with pytest.raises(XdscaleError, match=message):
             check_captions(recipe(*overrides), manifest)
     check_captions(recipe("model.region_size=13", "model.images=false"), manifest)
+    with pytest.raises(XdscaleError, match="region_size = 12, but the regions have no features; take some that have"):
+        check_inputs(recipe(), 0)
     check_captions(recipe("model.max_text=512"), manifest)
     lone = changed(captioned_pictures, tmp_path, captions=lambda table: table["splits"]["train"]["counts"].update(
         lone_captions=3))  # fmt: skip

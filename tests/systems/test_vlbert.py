@@ -198,7 +198,7 @@ def test_the_plan_runs_on_batches_like_real_ones(micro_batch):
             system.example(module, 2, length=length)
 
 
-def test_what_does_not_fit_is_refused_before_weights_are_read(grounded_pictures, captioned_pictures):
+def test_what_does_not_fit_is_refused_before_weights_are_read(grounded_pictures, captioned_pictures, photographs):
     manifest = Manifest.load(grounded_pictures)
     check_tables(recipe(), manifest)
     cases = {
@@ -210,6 +210,8 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(grounded_pictures,
         with pytest.raises(XdscaleError, match=message):
             check_tables(recipe(override), manifest)
     check_tables(recipe("model.max_elements=510"), manifest)
+    with pytest.raises(XdscaleError, match=r"have no features; take some that have, or state model\.pixels, which"):
+        check_tables(recipe(), Manifest.load(photographs))
     with pytest.raises(XdscaleError, match="no table of packed text, only captions, regions"):
         check_tables(recipe(), Manifest.load(captioned_pictures))
     check_tables(recipe("objectives.text_mlm=null"), Manifest.load(captioned_pictures))

@@ -290,8 +290,15 @@ def test_images_and_features_that_do_not_fit_are_refused(read, folder, tmp_path)
     image = RegionImage("a", size=(9, 9), boxes=np.array([[0, 0, 5, 5]], np.float32), features=narrow)
     build_regions([image], tmp_path / "narrow", Detector(model="drawn", class_count=0))
     subject = VisualBERTSubject(str(folder), VisualBERTSettings(), RegionTable.open(tmp_path / "narrow"))
-    with pytest.raises(XdscaleError, match="features of 5 numbers; the encoder reads 12 of each region"):
+    with pytest.raises(XdscaleError, match=r"features of 5 numbers; .* reads 12 of each region: take a table of"):
         subject.collator(task_of("input"), [example((("good",),), ("a",))])
+    copied = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"features_of": {"model": "another", "sha256": None}}))
+    subject = VisualBERTSubject(str(copied), VisualBERTSettings(), RegionTable.open(tmp_path / "narrow"))
+    with pytest.raises(XdscaleError, match="take a table of the network that it was trained on, another$"):
+        subject.require_readable(task_of("input"))
+    subject.require_readable(task_of("input", images=0))
 
 
 def test_random_weights_take_their_sizes_and_the_dropout_alone(folder, region_table):

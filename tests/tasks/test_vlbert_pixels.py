@@ -1,6 +1,7 @@
 """VL-BERT's tasks from pixels, with Fast R-CNN tuned along (spec VL-BERT §1.4, §5)."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from xdscale.bench.padded_vlbert import padded
 from xdscale.data import held_out, task_pictures
 from xdscale.data.order import validation_slots
 from xdscale.errors import XdscaleError
-from xdscale.finetune.command import Request, TaskSource, _plan, _require_model, describe_subject, run_command
+from xdscale.finetune.command import Request, TaskSource, _plan, describe_subject, run_command
+from xdscale.finetune.finished import require_model
 from xdscale.finetune.recipe import load_settings, resolve_run
 from xdscale.models.fast_rcnn import load_fast_rcnn
 from xdscale.pretrained.vlbert import load_vlbert, save_release
@@ -206,18 +208,44 @@ def test_from_pixels_a_micro_batch_is_that_of_the_release(table, model, expressi
     """And steps have the recipe's batch all the same."""
     source = TaskSource(read_task(TASK, expressions, table), expressions)
     asked = request(model, expressions, table.table.folder, tmp_path / "out", recipe=recipe)
+    asked = asked if recipe.endswith("e2e") else replace(asked, regions=None)  # the table has no features
     (job,) = _plan(asked, load_settings(recipe, []), {TASK.name: source}, {TASK.name: [0]}, gpu=False)
     assert job.message["ds_config"]["train_micro_batch_size_per_gpu"] == most
     assert job.message["recipe"]["training"]["global_batch"] == 32
+
+
+def test_features_that_a_model_does_not_read_are_refused_before_anything_is_trained(
+    table, model, expressions, tmp_path
+):
+    """With the command that makes those that it reads, and pixels where there are some."""
+    source = TaskSource(read_task(TASK, expressions, table), expressions)
+    images = [
+        RegionImage(str(number), world.SIZES[number % 3], boxes, np.zeros((len(boxes), 5), np.float32))
+        for number, (_, boxes) in enumerate(map(world.drawn, range(9)))
+    ]
+    build_regions(images, tmp_path / "narrow", Detector(model="drawn"))
+    command = "'xdscale regions extract IMAGES --network vlbert:resnet14 --weights {}/fast_rcnn.safetensors --boxes"
+    own = f"of each region: its own branch makes them from pixels: {command.format(model)}"
+    pixels = "; or have the images themselves read: model.pixels={}"
+    for folder, held, more in (
+        (table.table.folder, f"images and no features; {model} reads 2048 numbers", pixels),
+        (tmp_path / "narrow", f"features of 5 numbers; {model} reads 2048", ""),
+    ):
+        asked = request(model, expressions, folder, tmp_path / "out")
+        with pytest.raises(XdscaleError) as caught:
+            _plan(asked, load_settings(asked.recipe, []), {TASK.name: source}, {TASK.name: [0]}, gpu=False)
+        assert str(caught.value).startswith(f"{folder}: {held} {own}")
+        assert str(caught.value).endswith(f"--whole-image --out DATASET'{more}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_that_has_kept_no_model_is_told(tmp_path):
     result = tmp_path / "seed-0" / "result.json"
     (result.parent / "model").mkdir(parents=True)
     with pytest.raises(XdscaleError, match=r"result\.json: this run is finished, but has kept no model"):
-        _require_model(result)
+        require_model(result)
     (result.parent / "model" / "config.json").touch()  # which an export moves there last
-    _require_model(result)
+    require_model(result)
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,10 @@ from xdscale.analysis.grounding import (
     heads_csv,
 )
 from xdscale.analysis.shown import AttentionMap, map_csv, new_table, print_table
+from xdscale.data.feature_source import of_same_network, require_width
 from xdscale.data.json_shapes import read_whole
 from xdscale.data.task_files import Example, Span
-from xdscale.data.visual_tasks import VisualTaskCollator
+from xdscale.data.visual_tasks import VisualTaskCollator, table_widths
 from xdscale.errors import XdscaleError
 from xdscale.files import check_output_folder, write_outputs
 from xdscale.pretrained.visualbert import load_visualbert, published_name
@@ -83,14 +84,17 @@ class HeadReader:
         self._asked = _asked(_list_of(data, split), parses)
         self._with_parses, self._build = parses is not None, regions.build
         self._encoder = _eager(model)
+        config = self._encoder.config
+        trained = getattr(config, "features_of", None)
+        require_width(regions, table_widths(config.visual_embedding_dim), str(model), lambda: of_same_network(trained))
         self._tokenizer = load_language_tokenizer(str(model))
         self._collate = VisualTaskCollator(
             FLICKR30K_ENTITIES,
             [one.example for one in self._asked],
             self._tokenizer,
             regions,
-            width=self._encoder.config.visual_embedding_dim,
-            max_length=self._encoder.config.max_position_embeddings,
+            width=config.visual_embedding_dim,
+            max_length=config.max_position_embeddings,
         )
 
     def count(self) -> HeadGrounding:

@@ -12,6 +12,7 @@ import torch
 
 from xdscale.analysis import pictures
 from xdscale.analysis.shown import AttentionMap, map_csv, new_table, print_table
+from xdscale.data.feature_source import require_width
 from xdscale.data.vlbert import pack, whole_image_first
 from xdscale.errors import XdscaleError
 from xdscale.files import check_output_folder, write_outputs
@@ -21,6 +22,7 @@ from xdscale.shards.language import load_language_tokenizer
 from xdscale.shards.regions import RegionTable
 from xdscale.shards.sources.caption_build import CAPTIONS, CaptionBuild
 from xdscale.shards.table import Table
+from xdscale.tasks.vlbert import needed_features
 from xdscale.training.engine import to_device
 
 WHOLE_IMAGE = "image"
@@ -62,11 +64,12 @@ class MapReader:
         made = CaptionBuild.of(self._captions.manifest).language_tokenizer
         if made.sha256 != self._special.sha256:
             raise XdscaleError(f"{data}: its captions are ids of the tokenizer of {made.name}, not of that of {model}")
-        width = self._model.config.appearance_size
-        if self._regions.width != width:
-            raise XdscaleError(
-                f"{data}: features of {self._regions.width} numbers; {model} reads {width} of each region"
-            )
+        config = self._model.config
+
+        def remedy() -> str:
+            return f"{needed_features(model, config)}, then captions with 'xdscale shards captions'"
+
+        require_width(self._regions, (config.appearance_size,), str(model), remedy)
         self._data, self._split = data, split
 
     def maps(self, number: int) -> CaptionMaps:

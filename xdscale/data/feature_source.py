@@ -1,10 +1,12 @@
 """Which network computed the features of regions that a model was trained on: those of another mean something else."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from xdscale.files import read_json
+from xdscale.errors import XdscaleError
+from xdscale.files import count_of, read_json
 from xdscale.names import resolve_path
 from xdscale.shards.regions import RegionTable
 
@@ -42,6 +44,33 @@ def started_features(start: str | None) -> object:
     folder = resolve_path(start)
     config = folder / "config.json"
     return read_json(config).get("features_of") if config.is_file() else kept_feature_source(folder)
+
+
+def require_width(regions: RegionTable, widths: Sequence[int], model: str, remedy: Callable[[], str]) -> None:
+    """Checks that a table's features are as wide as a model reads them.
+
+    Args:
+        regions: the table.
+        widths: numbers of a region that will do, first those that it reads.
+        model: its name, for the message.
+        remedy: says what to do; it may look into weights, and is asked for nothing else.
+
+    Raises:
+        XdscaleError: they are of another width; or there are none, perhaps the images themselves.
+    """
+    if regions.width in widths:
+        return
+    held, numbers = f"features of {count_of(regions.width, 'number')}", ""
+    if not regions.width:
+        held, numbers = "images and no features" if regions.build.jpeg else "no features", " numbers"
+    told = f"{regions.table.folder}: {held}; {model} reads {widths[0]}{numbers} of each region"
+    raise XdscaleError(f"{told}: {remedy()}")
+
+
+def of_same_network(trained: object) -> str:
+    """Says which table a model needs, as far as its config.json says what it was trained on, as `feature_source`."""
+    named = f", {_words(trained)}" if isinstance(trained, dict) else ""
+    return f"take a table of the network that it was trained on{named}"
 
 
 def notes_on_features(trained: object, regions: RegionTable, model: str) -> list[str]:

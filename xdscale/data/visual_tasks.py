@@ -32,6 +32,11 @@ SPATIAL = 6
 """Numbers of `spatial`, which are appended to features where an encoder was trained with them (Flickr30K)."""
 
 
+def table_widths(width: int) -> tuple[int, int]:
+    """Returns how wide a table's features may be for an encoder that reads so many: `spatial` is appended to fewer."""
+    return width, width - SPATIAL
+
+
 class VisualTaskCollator:
     """Turns slots into finetuning batches: one packed row of [CLS] first [SEP] second [SEP] regions for each input.
 
@@ -71,15 +76,15 @@ class VisualTaskCollator:
             examples: in file order.
             tokenizer: of the encoder, set to give plain ids.
             regions: of the images; None where the task has none.
-            width: numbers that the encoder reads of a region.
+            width: numbers that the encoder reads of a region; the table must have one of `table_widths`.
             max_length: word pieces with [CLS], [SEP] and [MASK].
             objects: "named" reads the regions that an example speaks of alone.
             truncation: "second_from_front", or "longest_first", from its end.
             look: how pictures are read; None where features are.
 
         Raises:
-            XdscaleError: images are missing, features are of another width, nobody says what is named, or pictures are
-                to be read and the table has none, or objects are unknown.
+            XdscaleError: images are missing, nobody says what is named, or pictures are to be read and the table has
+                none, or objects are unknown.
         """
         self._task, self.examples, self._tokens, self._regions = task, examples, tokenizer[1], regions
         self._width, self._max_length, self._from_front = width, max_length, truncation != LONGEST_FIRST
@@ -91,10 +96,6 @@ class VisualTaskCollator:
             self._pictures = TaskPictures(task, regions, look, named=self._named)
             self._pictures.check(examples)
         self._specials = 1 + task.sentences + (task.reads == "answer") * (1 + self.separates_answers)
-        if task.images and regions.width not in (width, width - SPATIAL):
-            raise XdscaleError(
-                f"{regions.table.folder}: features of {regions.width} numbers; the encoder reads {width} of each region"
-            )
         images = [image for example in examples for image in example.images] if task.images else []
         self._rows = regions.rows(images).reshape(-1, task.images) if images else np.zeros((len(examples), 0), np.int64)
         texts, self._index = distinct_texts(examples)  # [n, choices or 1, sentences]

@@ -7,21 +7,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
 from xdscale.data.pictures import require_pictures
 from xdscale.devices import computes_in_bf16, visible_gpus
 from xdscale.ds_config import read_ds_config
 from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.files import DISKS_OWN, check_output_folder, read_json, shown, write_outputs
+from xdscale.finetune.finished import print_table, require_model, require_same_files, result_path
 from xdscale.finetune.notes import notes_on_recipe
 from xdscale.finetune.recipe import (
     FORMAT,
-    MODEL,
     RESULT,
     FinetuneRecipe,
     FinetuneSettings,
@@ -32,7 +30,8 @@ from xdscale.finetune.recipe import (
 from xdscale.finetune.sweep import SIGNALS, FinetuneJob, SweepRunner, keep_best, what_is_kept
 from xdscale.names import expand_home, resolve_path
 from xdscale.recipes.finetune.schema import ModelSettings
-from xdscale.report.sweep import FinetunedModel, SweepFile, read_result, read_sweep_file
+from xdscale.report.sweep import FinetunedModel, SweepFile, read_sweep_file
+from xdscale.shards.regions import RegionTable
 from xdscale.tasks.contract import (
     LARGE_FROM,
     Task,
@@ -121,7 +120,7 @@ def run_command(request: Request) -> int:
                 (name, seed)
                 for name in sources
                 for seed in seeds[name]
-                if not _result(request.out, name, seed).is_file()
+                if not result_path(request.out, name, seed).is_file()
             ]
             sweep.start_workers(most=len(todo))
             jobs = _plan(request, settings, sources, seeds, gpu=bool(gpus))
@@ -133,7 +132,7 @@ def run_command(request: Request) -> int:
             sweep.end_workers()
     for name in sources:
         keep_best(request.out / name)  # also where the one before was killed behind its last run
-    _print_table(request.out, sources, seeds)
+    print_table(request.out, {name: source.data.task for name, source in sources.items()}, seeds)
     return code
 
 
@@ -232,9 +231,8 @@ def _plan(
 ) -> list[FinetuneJob]:
     """Checks the model and the folder, writes `sweep.json`, and returns the runs that are still to be done."""
     tasks = [source.data.task for source in sources.values()]
-    subject = describe_subject(
-        request.model, request.subject, settings.model, tasks, keep_model=settings.run.keep_model is True
-    )
+    keep, regions = settings.run.keep_model is True, open_regions(request.regions)
+    subject = describe_subject(request.model, request.subject, settings.model, tasks, keep_model=keep, regions=regions)
     label = request.label or request.model.rstrip("/").rpartition("/")[2]
     summary = _summary(request.out, subject, label, seeds)
     name = request.ds_config or "the default DeepSpeed configuration"
@@ -251,11 +249,11 @@ def _plan(
             of_run = {"subject": subject, "source": source, "seed": seed, "label": label, "folder": folder}
             recipe = resolve_run(settings, data, own=own, regions=request.regions, **of_run)
             RunFolder(folder).check(recipe)
-            result = _result(request.out, task, seed)
+            result = result_path(request.out, task, seed)
             if result.is_file():
-                _require_same_files(result, data, source)
+                require_same_files(result, data, source)
                 if settings.run.keep_model is True:
-                    _require_model(result)
+                    require_model(result)
             else:
                 jobs.append(make_job(recipe, name, ds_config, request.out / "logs" / f"{task}-seed-{seed}.log"))
     logs = request.out / "logs"
@@ -274,6 +272,7 @@ def describe_subject(
     tasks: Sequence[Task] = (),
     *,
     keep_model: bool = False,
+    regions: RegionTable | None = None,
 ) -> dict[str, Any]:
     """Checks a model and returns what identifies it: name, subject, size, encoder (in words), weights_sha256.
 
@@ -283,14 +282,15 @@ def describe_subject(
         settings: of the recipe.
         tasks: on which.
         keep_model: whether it is to be exported afterwards.
+        regions: of the images that the tasks speak of.
 
     Raises:
-        XdscaleError: as `Subject.describe`, or it cannot read the input of a task, or be exported.
+        XdscaleError: as `Subject.describe`, or it cannot read the input of a task or its regions, or be exported.
     """
     from xdscale.weights import weights_sha256
 
     kind = subject or _kind(model)
-    found = find_subject(kind)(model, settings)
+    found = find_subject(kind)(model, settings, regions)
     if keep_model and not found.exports():
         raise XdscaleError(f"run.keep_model = true: {model} as {kind} is not exported; leave it out")
     facts = found.describe()  # first: what is not there would else be told to read no images
@@ -326,31 +326,6 @@ def make_job(recipe: FinetuneRecipe, ds_name: str, ds_config: dict[str, Any], lo
     return FinetuneJob(name, message, folder / RESULT, log, stops_early)
 
 
-def _result(out: Path, task: str, seed: int) -> Path:
-    return out / task / f"seed-{seed}" / RESULT
-
-
-def _require_same_files(path: Path, data: TaskData, source: Path) -> None:
-    """Refuses to leave a finished run as it is where the task's files have changed since."""
-    before = {name: file.sha256 for name, file in read_result(path).data.items()}
-    now = {name: file["sha256"] for name, file in data.files.items()}
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise XdscaleError(
-                f"{path}: this run is finished, but {name} of {source} is another file than then; choose another "
-                f"--out, or delete {path.parent} to finetune anew"
-            )
-
-
-def _require_model(path: Path) -> None:
-    """Refuses to leave a finished run as it is that has kept no model."""
-    if not (path.parent / MODEL / "config.json").is_file():
-        raise XdscaleError(
-            f"{path}: this run is finished, but has kept no model (run.keep_model); choose another --out, or delete "
-            f"{path.parent} to finetune anew"
-        )
-
-
 def _summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[str, list[int]]) -> SweepFile:
     """Returns what `sweep.json` is to say; refuses a folder that holds something else."""
     path = out / SUMMARY
@@ -383,17 +358,3 @@ def _slots(jobs: int, gpus: list[str]) -> list[dict[str, str]]:
         return [{"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)], "OMP_NUM_THREADS": threads} for slot in range(jobs)]
     # Threads that spin while they wait slow a busy machine down by an order of magnitude.
     return [{"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}] * jobs
-
-
-def _print_table(out: Path, sources: dict[str, TaskSource], seeds: dict[str, list[int]]) -> None:
-    table = Table("task", "metric", "median", "lowest", "highest", "seeds", "models kept", caption=str(out))
-    for name, numbers in seeds.items():
-        task = sources[name].data.task
-        paths = [_result(out, name, seed) for seed in numbers]
-        values = [read_result(path).score.value for path in paths if path.is_file()]
-        if values:
-            digits = [f"{value:.4f}" for value in (median(values), min(values), max(values))]
-            models = ", ".join(f"{path.parent.name}/{MODEL}" for path in paths if path.with_name(MODEL).is_dir())
-            table.add_row(task.title, task.score, *digits, f"{len(values)} of {len(numbers)}", models or "none")
-    if table.row_count:
-        Console(markup=False).print(table)

@@ -185,6 +185,8 @@ def check_inputs(recipe: VisualBERTRecipe, width: int) -> None:
         raise XdscaleError(
             f"model.region_size = {spec.region_size}, but the regions' features are {width} wide; "
             f"write model.region_size={width}, or take the regions that the recipe is for"
+            if width
+            else f"model.region_size = {spec.region_size}, but the regions have no features; take some that have"
         )
 
 

@@ -233,6 +233,9 @@ def check_tables(recipe: VLBERTRecipe, manifest: Manifest) -> None:
         raise XdscaleError(
             f"model.region_size = {spec.region_size}, but the regions' features are {regions.width} wide; "
             f"write model.region_size={regions.width}, or take the regions that the recipe is for"
+            if regions.width
+            else f"model.region_size = {spec.region_size}, but the regions have no features; take some that have, or "
+            "state model.pixels, which reads the images themselves"
         )
     if on.masked_region is not None and regions.probabilities != spec.region_classes:
         found = f"distributions over {regions.probabilities} classes" if regions.probabilities else "no distributions"

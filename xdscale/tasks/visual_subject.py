@@ -1,19 +1,20 @@
 """What subjects of texts with image regions share: the folder of the model, and the branch that is tuned along."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
-from xdscale.data.feature_source import notes_on_features
+from xdscale.data.feature_source import notes_on_features, of_same_network, require_width
 from xdscale.errors import XdscaleError
 from xdscale.names import resolve_path
 from xdscale.pretrained.language import tokenizer_of
 from xdscale.recipes.pixels import RANDOM, PixelSettings
 from xdscale.shards.sources.text_build import LanguageTokenizer
-from xdscale.tasks.contract import Subject, SubjectFacts
+from xdscale.tasks.contract import Subject, SubjectFacts, Task
 from xdscale.weights import weight_files
 
 
@@ -59,6 +60,27 @@ class VisualSubject(Subject):
         if self.regions is None or self.settings.pixels is not None:
             return []
         return notes_on_features(getattr(self._config(), "features_of", None), self.regions, self.model)
+
+    def require_width(self, task: Task) -> None:
+        """Checks that features, where a task's images are read so, are as wide as the model reads them.
+
+        Raises:
+            XdscaleError: they are not, with what to do.
+        """
+        if task.images and self.regions is not None and self.settings.pixels is None:
+            require_width(self.regions, self._widths(), self.model, self._remedy)
+
+    def _remedy(self) -> str:
+        readable = self.regions.build.jpeg and (self._folder / self.own_trunk).is_file()
+        return self._needed() + "; or have the images themselves read: model.pixels={}" * readable
+
+    def _needed(self) -> str:
+        """Says where the features come from that the model reads."""
+        return of_same_network(getattr(self._config(), "features_of", None))
+
+    @abstractmethod
+    def _widths(self) -> Sequence[int]:
+        """Returns how wide features may be, first how wide they are read."""
 
     def _trunk_file(self) -> list[Path]:
         """Returns the file of the branch's weights; none where features are read, or weights are random.

@@ -10,7 +10,7 @@ from transformers import VisualBertConfig
 from xdscale.data.pictures import standardised
 from xdscale.data.task_files import Example
 from xdscale.data.task_pictures import Look
-from xdscale.data.visual_tasks import VisualTaskCollator
+from xdscale.data.visual_tasks import VisualTaskCollator, table_widths
 from xdscale.errors import XdscaleError
 from xdscale.models.fast_rcnn import with_features
 from xdscale.models.r2c import R2CDetector, load_detector
@@ -35,7 +35,9 @@ class VisualBERTSubject(VisualSubject):
     own_trunk, trunk_like, trunk_words = DETECTOR, R2CDetector.like, "r2c's ResNet"
 
     def require_readable(self, task: Task) -> None:
-        """Checks that a task has objects where pixels are read; else any will do, also one of texts alone."""
+        """Checks that a task has objects where pixels are read; else any will do whose features have the model's width,
+        also one of texts alone.
+        """
         needed = ("object_classes", "object_masks", "outline_notes", "outlines_sha256")
         known = all(hasattr(task, method) for method in needed)
         if self.settings.pixels is not None and not known:
@@ -43,6 +45,7 @@ class VisualBERTSubject(VisualSubject):
                 f"--task {task.name}: from pixels VisualBERT reads classes and outlines of objects, which VCR has: "
                 "leave model.pixels out"
             )
+        self.require_width(task)
 
     def reads_outlines(self) -> bool:
         """Returns whether masks of objects are read, as from pixels they are."""
@@ -50,6 +53,7 @@ class VisualBERTSubject(VisualSubject):
 
     def collator(self, task: Task, examples: Sequence[Example]) -> VisualTaskCollator:
         """Tokenises a split; regions are read when they are needed."""
+        self.require_width(task)
         pixels, look = self.settings.pixels, None
         if pixels is not None:
             look = Look(pixels, standardised, outlines=True, centres=True, classes=True)
@@ -99,6 +103,9 @@ class VisualBERTSubject(VisualSubject):
         save_visualbert(config, named, out, alignment=getattr(config, "alignment", "mean"))
         trunk = "" if self.settings.pixels is None else ", r2c's branch of ResNet-50"
         return f"finetuned VisualBERT{trunk} and the task's head"
+
+    def _widths(self) -> Sequence[int]:
+        return table_widths(self._config().visual_embedding_dim)
 
     def _config(self) -> VisualBertConfig:
         return read_config(self._folder / "config.json", VisualBertConfig)

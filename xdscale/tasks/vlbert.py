@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from xdscale.data.feature_source import notes_on_features
+from xdscale.data.feature_source import notes_on_features, of_same_network
 from xdscale.data.task_files import Example
 from xdscale.data.task_pictures import Look
 from xdscale.data.vlbert_tasks import OBJECT_CLASS, VLBERTTaskCollator
@@ -40,7 +40,7 @@ class VLBERTSubject(VisualSubject):
     own_trunk, trunk_like, trunk_words = TRUNK, FastRCNN.like, "Fast R-CNN"
 
     def require_readable(self, task: Task) -> None:
-        """Checks that a task has one image at most."""
+        """Checks that a task has one image at most, and that features have the model's width."""
         if task.images > 1:
             raise XdscaleError(f"--task {task.name}: VL-BERT reads one image, not {task.images}")
         for name in ("flip", "object_loss", "object_masks", "pixels"):
@@ -58,6 +58,7 @@ class VLBERTSubject(VisualSubject):
             raise XdscaleError(
                 f"model.pixels.freeze = true: {self.model} has no such choice, VisualBERT has; leave it out"
             )
+        self.require_width(task)
 
     def objectives(self) -> dict[str, Objective]:
         """Returns the loss on classes of objects, if it is on."""
@@ -112,11 +113,7 @@ class VLBERTSubject(VisualSubject):
             flips = {"flip": self.settings.flip, "sides": sides if exchange else None, "seed": seed}
         if pixels is not None:
             width = self.regions.width
-        elif task.images and self.regions.width != width:
-            raise XdscaleError(
-                f"{self.regions.table.folder}: features of {self.regions.width} numbers; {self.model} reads {width} of "
-                "each region"
-            )
+        self.require_width(task)
         return VLBERTTaskCollator(
             task,
             examples,
@@ -193,8 +190,24 @@ class VLBERTSubject(VisualSubject):
         trunk.masks_at = self.settings.object_masks or trunk.masks_at
         return trunk
 
+    def _widths(self) -> Sequence[int]:
+        return (self._config().appearance_size,)
+
+    def _needed(self) -> str:
+        return needed_features(self._folder, self._config())
+
     def _config(self) -> VLBertConfig:
         return read_config(self._folder / "config.json", VLBertConfig)
+
+
+def needed_features(folder: Path, config: VLBertConfig) -> str:
+    """Says where the features come from that a VL-BERT in a folder reads: of its own branch, or of another network."""
+    branch = folder / TRUNK
+    if not branch.is_file():
+        return of_same_network(getattr(config, "features_of", None))
+    network = f"--network vlbert:{load_fast_rcnn(branch).name} --weights {branch}"
+    command = f"xdscale regions extract IMAGES {network} --boxes BOXES --whole-image --out DATASET"
+    return f"its own branch makes them from pixels: '{command}'"
 
 
 def _marks_a_part(example: Example) -> bool:
