@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xdscale.errors import XdscaleError
+from xdscale.files import count_of
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ def rank_device(local_rank: int) -> "torch.device":
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise XdscaleError(
-            f"{local_rank + 1} ranks or more on this machine, {count} GPU{'s'[: count > 1]} visible: every rank needs "
+            f"{local_rank + 1} ranks or more on this machine, {count_of(count, 'GPU')} visible: every rank needs "
             f"one of its own; start {count} (deepspeed --num_accelerators {count}), or compute on the CPU with "
             "DS_ACCELERATOR=cpu"
         )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from xdscale.errors import XdscaleError
-from xdscale.files import no_text
+from xdscale.files import count_of, no_text
 from xdscale.names import own_or_shipped, unknown_key
 from xdscale.recipe import Recipe
 from xdscale.recipe_values import describe_validation_error
@@ -210,10 +210,10 @@ class BatchSplit(NamedTuple):
         return 1 - self.global_batch / (self.ranks * self.micro_batch * self.accumulation)
 
     def __str__(self) -> str:
-        ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
+        samples, ranks = count_of(self.global_batch, "sample"), count_of(self.ranks, "rank")
         passes = f"{self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of {self.micro_batch}"
         padding = f"{self.padding:.1%} of it padding" if self.padding else "no padding"
-        return f"a step of {self.global_batch} samples: {ranks} × {passes}, {padding}"
+        return f"a step of {samples}: {ranks} × {passes}, {padding}"
 
 
 def split_batch(global_batch: int, ranks: int, largest: int) -> BatchSplit:

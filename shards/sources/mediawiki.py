@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from xdscale.errors import XdscaleError
+from xdscale.files import count_of
 
 ARTICLE_NAMESPACE = "0"
 PREFIX_FORMAT = "mediawiki-prefix"
@@ -71,7 +72,7 @@ class _Pages:
     def place(self) -> str:
         """Where reading stopped, in words."""
         last = f", the last one {self._title!r}" if self._count else ""
-        return f"after {self._count:,} whole page{'s' * (self._count != 1)}{last}"
+        return f"after {count_of(self._count, 'whole page')}{last}"
 
     def articles(self, stream: BinaryIO) -> Iterator[str]:
         """Yields their texts."""

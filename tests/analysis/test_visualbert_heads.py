@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_named(model, data, table, parses, tmp_path):
         captions_of(data, "val")
     short = tmp_path / "short.conllu"
     short.write_text(parses.read_text().partition("\n\n")[0] + "\n\n")
-    with pytest.raises(XdscaleError, match=r"short\.conllu: 1 sentences, expected 3"):
+    with pytest.raises(XdscaleError, match=r"short\.conllu: 1 sentence, expected 3"):
         HeadReader(model, data, regions, split="dev", parses=short).count()
     images = [
         RegionImage(image, size=(100, 100), boxes=np.array(boxes, np.float32), features=np.zeros((len(boxes), 5), "f4"))

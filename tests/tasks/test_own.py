@@ -184,7 +184,7 @@ def test_a_mistake_is_one_message_with_the_file_and_the_value(describe, lines, m
         (".tsv", lambda path: path.write_text(""), r"train\.tsv: is empty; expected a header line"),
         (".tsv", lambda path: path.write_text("text\tgrade\n"), r"train\.tsv: no examples in it"),
         (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\t1\n"), r"only \['1'\] in 'grade'; expected"),
-        (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\n"), r"train\.tsv, line 3: 1 columns, expected 2"),
+        (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\n"), r"train\.tsv, line 3: 1 column, expected 2"),
         (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\t\n"), r"train\.tsv, line 3: grade is empty"),
         (".tsv", lambda path: path.write_text("text\tgrade\nA\tyes\nB\tno\nC\tyes \n"), r"holds 'yes' and 'yes '"),
         (".tsv", lambda path: path.write_text("text\ttext\tgrade\n"), r"line 1: two columns are named 'text'"),

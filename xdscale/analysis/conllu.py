@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from xdscale.data.task_files import Example, place
 from xdscale.errors import XdscaleError
-from xdscale.files import open_text
+from xdscale.files import count_of, open_text
 
 COLUMNS = 10
 
@@ -56,10 +56,11 @@ def read_parses(path: Path, captions: list[str]) -> list[list[Word]]:
     parses = []
     for number, (line, rows) in enumerate(_sentences(path)):
         if number == len(captions):
-            raise XdscaleError(f"{place(path, line)}: a further sentence; there are {len(captions)} captions")
+            raise XdscaleError(f"{place(path, line)}: a further sentence than {count_of(len(captions), 'caption')}")
         parses.append(_located(path, rows, captions[number]))
     if len(parses) < len(captions):
-        raise XdscaleError(f"{path}: {len(parses)} sentences, expected {len(captions)}, one for each caption")
+        found = count_of(len(parses), "sentence")
+        raise XdscaleError(f"{path}: {found}, expected {len(captions)}, one for each caption")
     return parses
 
 
@@ -94,9 +95,8 @@ def _sentences(path: Path) -> Iterator[tuple[int, list[tuple[int, list[str]]]]]:
         elif not line.startswith("#"):
             columns = line.split("\t")
             if len(columns) != COLUMNS:
-                raise XdscaleError(
-                    f"{place(path, number)}: {len(columns)} columns, expected {COLUMNS} with tabs between them"
-                )
+                found = count_of(len(columns), "column")
+                raise XdscaleError(f"{place(path, number)}: {found}, expected {COLUMNS} with tabs between them")
             if not ("-" in columns[0] or "." in columns[0]):
                 rows.append((number, columns))
 

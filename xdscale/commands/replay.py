@@ -149,7 +149,7 @@ def _load_weights(module: nn.Module, checkpoint: Path | None, step: int) -> str:
 
 
 def _too_early(steps: int) -> str:
-    return f", {steps} step{'s' * (steps > 1)} too early" if steps else ""
+    return f", {count_of(steps, 'step')} too early" if steps else ""
 
 
 def _replay_sample(

@@ -118,7 +118,7 @@ def _of_cells(
             continue
         if len(row) != len(columns):
             if torn_rows is None:
-                raise XdscaleError(f"{path}, line {line}: {len(row)} columns, expected {len(columns)}")
+                raise XdscaleError(f"{path}, line {line}: {count_of(len(row), 'column')}, expected {len(columns)}")
             torn.append(line)
             continue
         whole += 1

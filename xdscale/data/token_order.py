@@ -13,6 +13,7 @@ import numpy as np
 
 from xdscale.data.order import WINDOW, Position, check_size, window
 from xdscale.errors import XdscaleError
+from xdscale.files import count_of
 from xdscale.recipe import Recipe
 from xdscale.systems.contract import Place, Slots
 
@@ -40,7 +41,7 @@ class TokenSplit(NamedTuple):
         return 0.0
 
     def __str__(self) -> str:
-        ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
+        ranks = count_of(self.ranks, "rank")
         passes = f"{self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of at most {self.micro_tokens}"
         return f"a step of at most {self.batch_tokens} tokens, {self.stretch} on average: {ranks} × {passes}"
 
@@ -60,8 +61,8 @@ def split_tokens(batch_tokens: int, longest: int, ranks: int, micro_tokens: int)
     stretch = batch_tokens - longest + 1
     if stretch < ranks * longest:
         raise XdscaleError(
-            f"training.batch_tokens = {batch_tokens}: the longest sample has {longest} tokens, so {ranks} "
-            f"rank{'s' * (ranks > 1)} need at least {(ranks + 1) * longest - 1} to have a sample each in every step"
+            f"training.batch_tokens = {batch_tokens}: the longest sample has {longest} tokens, so "
+            f"{count_of(ranks, 'rank')} need at least {(ranks + 1) * longest - 1} to have a sample each in every step"
         )
     if micro_tokens < longest:
         raise XdscaleError(

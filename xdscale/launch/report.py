@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xdscale.errors import EXIT_BAD_INPUT
+from xdscale.files import count_of
 from xdscale.launch.verdict import CHECKS, Evidence, judge, table
 
 _STYLES = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
@@ -38,7 +39,7 @@ def print_report(evidence: Evidence) -> int:
         )
     failures = sum(finding.level == "FAIL" for finding in findings)
     warnings = len(findings) - failures
-    counts = f"{failures} failure{'s' * (failures != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+    counts = f"{count_of(failures, 'failure')}, {count_of(warnings, 'warning')}"
     console.print(f"verdict: {'FAIL' if failures else 'ok'} ({counts})", style="bold", markup=False)
     return EXIT_BAD_INPUT if failures else 0
 
@@ -61,7 +62,7 @@ def _measured(evidence: Evidence) -> list[str]:
     result = evidence.collective
     ranks = len(evidence.names)
     if result is not None and not evidence.collective_problems:
-        line = f"all-reduce over {ranks} rank{'s' * (ranks > 1)} ({result.backend}): 1 number "
+        line = f"all-reduce over {count_of(ranks, 'rank')} ({result.backend}): 1 number "
         line += f"{result.milliseconds:.2f} ms, {result.large_bytes // 2**20} MiB {result.large_milliseconds:.1f} ms"
         if ranks > 1:
             # Every byte crosses the slowest link 2 (n - 1) / n times in a ring: NCCL's "bus bandwidth".

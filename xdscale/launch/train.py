@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from xdscale.devices import visible_gpus
 from xdscale.errors import EXIT_FAULT, XdscaleError
+from xdscale.files import count_of
 from xdscale.launch.job import check_job, shipped_ds_config
 from xdscale.launch.start import program
 from xdscale.names import is_url, shards_folder
@@ -60,7 +61,7 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
     gpus = visible_gpus()
     if ranks and gpus and ranks > len(gpus):
         raise XdscaleError(
-            f"--ranks {ranks}: {len(gpus)} GPU{'s'[: len(gpus) > 1]} visible, and every rank needs one of its own; "
+            f"--ranks {ranks}: {count_of(len(gpus), 'GPU')} visible, and every rank needs one of its own; "
             f"give --ranks {len(gpus)} or less, or compute on the CPU with DS_ACCELERATOR=cpu"
         )
     chosen = gpus[:ranks]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from xdscale.data.json_shapes import read_lines, read_whole
 from xdscale.errors import XdscaleError
+from xdscale.files import count_of
 from xdscale.report.metrics import measure
 from xdscale.tasks.metrics import METRICS
 
@@ -311,7 +312,8 @@ def _read_run(folder: Path, result: Result, metric: str | None) -> tuple[Finetun
     path = folder / f"predictions-{split}.jsonl"
     lines = _read_predictions(path)
     if split == result.split and len(lines) != result.examples:
-        raise XdscaleError(f"{path}: has {len(lines)} lines, {folder / 'result.json'} says {result.examples} examples")
+        found = count_of(len(lines), "line")
+        raise XdscaleError(f"{path}: has {found}, {folder / 'result.json'} says {result.examples} examples")
     labels = np.array([line.label for line in lines])
     predictions = np.array(_credits(path, lines, name) or [line.prediction for line in lines])
     found = float(measure(name, np.ones((1, len(lines))), labels, predictions[:, None])[0, 0])

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from xdscale.data.collate import XDBERTCollator, language_lengths
 from xdscale.data.opening import open_data
 from xdscale.errors import XdscaleError
+from xdscale.files import count_of
 from xdscale.models.clip_text import CLIPTextEncoder
 from xdscale.models.cross_modal import CrossModalLayer
 from xdscale.models.encoders import use_kernels
@@ -142,7 +143,7 @@ class XDBERTSystem(System):
             PartCount(f"CLIP text transformer, {names.clip.name}", tower),
             PartCount("text_projection + logit_scale", parameter_count(model.clip) - tower),
             PartCount("one cross-modal layer", parameter_count(model.layers[0])),
-            PartCount(f"model with {layers} cross-modal layer{'s' * (layers > 1)}", parameter_count(model), total=True),
+            PartCount(f"model with {count_of(layers, 'cross-modal layer')}", parameter_count(model), total=True),
         ]
         heads = {"masked-LM": module.mlm, "MATCH": module.match, "CLIP token": module.clip_tokens}
         own = set(model.parameters())

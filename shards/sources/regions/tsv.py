@@ -6,7 +6,7 @@ from itertools import count
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.files import no_text, shown
+from xdscale.files import count_of, no_text, shown
 from xdscale.shards.sources.regions.fields import NAMES, image_of
 from xdscale.shards.sources.regions.files import LinePlace, Reading, RegionFormat
 from xdscale.shards.sources.regions.source import RegionImage
@@ -111,7 +111,7 @@ class ButdTsv(RegionFormat):
     def _image(self, values: list[bytes], where: str) -> RegionImage:
         if len(values) != len(self.columns):
             raise XdscaleError(
-                f"{where}: {len(values)} columns, expected {len(self.columns)}: {', '.join(self.columns)} "
+                f"{where}: {count_of(len(values), 'column')}, expected {len(self.columns)}: {', '.join(self.columns)} "
                 "(--columns says others)"
             )
         fields = {name: value for name, value in zip(self.columns, values) if name != "-"}

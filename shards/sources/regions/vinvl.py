@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from xdscale.errors import XdscaleError
-from xdscale.files import shown
+from xdscale.files import count_of, shown
 from xdscale.shards.sources.regions.decoding import from_base64, from_json
 from xdscale.shards.sources.regions.fields import NAMES, array_of, image_of, whole_number
 from xdscale.shards.sources.regions.files import LinePlace, Reading, RegionFormat
@@ -51,7 +51,8 @@ class VinvlTsv(RegionFormat):
         elif len(values) == 2:
             fields = from_json(values[1], where)
         else:
-            raise XdscaleError(f"{where}: {len(values)} columns; expected key and JSON, or key, num_boxes and features")
+            found = count_of(len(values), "column")
+            raise XdscaleError(f"{where}: {found}; expected key and JSON, or key, num_boxes and features")
         if not isinstance(fields, dict):
             raise XdscaleError(f"{where}: expected a JSON object, found {shown(fields)}")
         size = None

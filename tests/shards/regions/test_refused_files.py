@@ -171,7 +171,7 @@ def objects(*regions, **more):
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ([], "1 columns; expected key and JSON, or key, num_boxes and features"),
+        ([], "1 column; expected key and JSON, or key, num_boxes and features"),
         (["1", "2", "3"], "4 columns; expected key and JSON, or key, num_boxes and features"),
         (["[1]"], "expected a JSON object, found"),
         (objects(), "objects: expected a list of objects, found"),
