@@ -308,7 +308,7 @@ def launch(
     """Start a recipe on several machines: write hostfile and environment, or a Slurm script, and print the command."""
     from xdscale.launch.command import launch_on_hosts, launch_on_slurm
     from xdscale.launch.hosts import first_address, one_of
-    from xdscale.launch.job import check_job, check_own_config, path_warnings
+    from xdscale.launch.job import check_job, path_warnings
     from xdscale.launch.slurm import SlurmRequest
     from xdscale.launch.start import Rendezvous
 
@@ -318,8 +318,6 @@ def launch(
     request = SlurmRequest(nodes, gpus_per_node, time, partition, account, qos, constraint, cpus_per_task)
     world_size = request.world_size if slurm else sum(host.slots for host in machines)
     job = check_job(recipe, overrides or [], deepspeed_config, world_size)
-    if deepspeed_config is not None:
-        check_own_config(deepspeed_config)
     print(job.split, file=sys.stderr)
     for warning in path_warnings(job.recipe):
         print(f"warning: {warning}", file=sys.stderr)

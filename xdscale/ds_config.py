@@ -9,13 +9,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
-
+from xdscale.ds_sections import check_sections
 from xdscale.errors import XdscaleError
 from xdscale.files import count_of, no_text
 from xdscale.names import own_or_shipped, unknown_key
 from xdscale.recipe import Recipe
-from xdscale.recipe_values import describe_validation_error
 
 _PACKAGED = Path(__file__).with_name("ds_configs")
 SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "ds_configs"
@@ -31,29 +29,6 @@ SIZES = {
 
 AUTO = "auto"
 
-KNOWN_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "bf16",
-    "fp16",
-    "data_types",
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "activation_checkpointing",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "comms_logger",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "steps_per_print",
-    "disable_python_gc",
-)
-
 REFUSED_KEYS = {
     "scheduler": "the learning rate follows the recipe (optim.learning_rate, optim.warmup_ratio)",
     "timers": "xdscale measures every step itself (log.jsonl, TensorBoard); DeepSpeed's timer waits for the GPU",
@@ -62,14 +37,6 @@ REFUSED_KEYS = {
     "csv_monitor": "xdscale writes log.jsonl to the run folder itself",
     "checkpoint": "checkpoints follow the recipe (run.checkpoint_every, run.keep_checkpoints)",
 }
-
-_SECTION_KEYS = {
-    "data_types": ("grad_accum_dtype",),
-    "activation_checkpointing": ("enabled",),
-    "optimizer": ("type", "params"),
-}
-_OFFLOADING = ("offload_optimizer", "offload_param")
-_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def read_ds_config(name: str) -> dict[str, Any]:
@@ -104,47 +71,13 @@ def read_ds_config(name: str) -> dict[str, Any]:
     for key in values:
         if key in REFUSED_KEYS:
             raise XdscaleError(f"{name}: {key!r} does not belong here: {REFUSED_KEYS[key]}; remove it")
-        _require_known(name, "", key, KNOWN_KEYS)
-    for section, keys in _SECTION_KEYS.items():
-        for key in _section(name, values, section):
-            _require_known(name, f"{section}.", key, keys)
-    _check_values(name, values)
+    check_sections(name, values)
     return values
 
 
 def pixels_suffix(recipe: Recipe) -> str:
     """Returns "-pixels" for a recipe that trains a network on images along, of whose samples other numbers fit."""
     return "-pixels" if getattr(recipe.model, "pixels", None) is not None else ""
-
-
-def check_sections(name: str, values: dict[str, Any]) -> None:
-    """Checks the inside of the sections that DeepSpeed itself defines, with DeepSpeed's own classes.
-
-    Imports DeepSpeed, which takes seconds: the training entry point calls this, light commands do not.
-
-    Args:
-        name: the file, for messages.
-        values: what `read_ds_config` returned.
-
-    Raises:
-        XdscaleError: an unknown key or a value of the wrong type.
-    """
-    from deepspeed.comm.config import CommsLoggerConfig
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    classes: dict[str, type[BaseModel]] = {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "bf16": DeepSpeedBF16Config,
-        "fp16": DeepSpeedFP16Config,
-        "comms_logger": CommsLoggerConfig,
-    }
-    for section, model in classes.items():
-        body = _section(name, values, section)
-        try:
-            model(**body)
-        except ValidationError as error:
-            raise XdscaleError(describe_validation_error(f"{name}: {section}", error, model)) from None
 
 
 def resolve_ds_config(name: str, values: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -252,53 +185,6 @@ def activation_checkpointing(values: dict[str, Any]) -> bool:
     return bool(values.get("activation_checkpointing", {}).get("enabled", False))
 
 
-def _check_values(name: str, values: dict[str, Any]) -> None:
-    """Refuses what DeepSpeed's own classes let through, and would stop at only in the ranks, or pass over."""
-    on = [key for key in ("bf16", "fp16", "activation_checkpointing") if _is_on(name, values, key)]
-    zero = _section(name, values, "zero_optimization")
-    stage, steps = zero.get("stage", 0), values.get("steps_per_print", 1)
-    offloaded = {key: _section(name, zero, key) for key in _OFFLOADING if zero.get(key) is not None}
-    nowhere = next(
-        (key for key, body in offloaded.items() if body.get("device") == "nvme" and not body.get("nvme_path")), None
-    )
-    sliced = offloaded.get("offload_param", {}).get("device", "none") != "none"
-    sums, own = _section(name, values, "data_types").get("grad_accum_dtype"), precision(values)
-    for wrong, problem in (
-        ({"bf16", "fp16"} <= {*on}, "bf16 and fp16 are both enabled; expected one of them, take the other away"),
-        (not _is_whole(stage) or stage not in range(4), f"zero_optimization.stage = {stage!r}: expected 0, 1, 2 or 3"),
-        (sliced and stage != 3, f"zero_optimization.offload_param is for stage 3, not {stage!r}: leave it out"),
-        (nowhere, f"zero_optimization.{nowhere}: device nvme needs nvme_path, a folder on that disk"),
-        (
-            sums not in (None, *_PRECISIONS),
-            f"data_types.grad_accum_dtype = {sums!r}: expected one of {', '.join(_PRECISIONS)}",
-        ),
-        (
-            stage == 0 and own == "fp16",
-            "zero_optimization.stage = 0 with fp16: DeepSpeed divides the gradients there by a loss scale that it has "
-            "not multiplied them by; expected stage 1, 2 or 3, of which 1 is closest",
-        ),
-        (
-            stage == 0 and sums not in (None, own),
-            f"data_types.grad_accum_dtype = {sums!r}: zero_optimization.stage 0 sums gradients in the precision that "
-            f"it trains in, here {own}; leave it out, or take stage 1",
-        ),
-        (not _is_whole(steps) or steps < 1, f"steps_per_print = {steps!r}: expected a whole number >= 1"),
-    ):
-        if wrong:
-            raise XdscaleError(f"{name}: {problem}")
-
-
-def _is_on(name: str, values: dict[str, Any], section: str) -> bool:
-    enabled = _section(name, values, section).get("enabled", False)
-    if not isinstance(enabled, bool):
-        raise XdscaleError(f"{name}: {section}.enabled = {enabled!r}: expected true or false")
-    return enabled
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _refuse_duplicates(name: str) -> Any:
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -308,13 +194,6 @@ def _refuse_duplicates(name: str) -> Any:
         return dict(pairs)
 
     return build
-
-
-def _section(name: str, values: dict[str, Any], section: str) -> dict[str, Any]:
-    body = values.get(section, {})
-    if not isinstance(body, dict):
-        raise XdscaleError(f"{name}: {section} = {body!r}: expected a JSON object")
-    return body
 
 
 def _require_known(name: str, prefix: str, key: str, known: tuple[str, ...]) -> None:
@@ -332,7 +211,7 @@ def _agree(name: str, values: dict[str, Any], key: str, wanted: float, source: s
 
 
 def _check_optimizer(name: str, values: dict[str, Any], recipe: Recipe) -> None:
-    optimizer = _section(name, values, "optimizer")
+    optimizer = values.get("optimizer", {})
     optim = recipe.optim
     kind = {"adamw": "AdamW", "sgd": "SGD"}[optim.optimizer]
     _agree(name, {"optimizer.type": optimizer.get("type", AUTO)}, "optimizer.type", kind, "optim.optimizer")

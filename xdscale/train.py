@@ -5,7 +5,7 @@ import os
 import sys
 import time
 
-from xdscale.ds_config import check_sections, read_ds_config, resolve_ds_config
+from xdscale.ds_config import read_ds_config, resolve_ds_config
 from xdscale.errors import EXIT_BAD_INPUT, XdscaleError
 from xdscale.recipe import load_recipe
 from xdscale.systems.contract import open_system
@@ -72,7 +72,6 @@ def _train(options: argparse.Namespace, stop: StopRequest) -> int:
     from xdscale.training.session import train_run
 
     ranks = start_distributed()
-    check_sections(options.deepspeed_config, ds_values)
     ds_config = resolve_ds_config(options.deepspeed_config, ds_values, recipe, ranks.world_size)
     check_precision(options.deepspeed_config, ds_config)
     return train_run(open_system(recipe), ds_config, ranks, stop)

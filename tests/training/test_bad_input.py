@@ -79,7 +79,7 @@ def test_unknown_ds_config_key(refuse, tmp_path):
 def test_unknown_key_inside_a_ds_config_section(refuse, tmp_path):
     path = tmp_path / "typo.json"
     path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stagee": 2}}))
-    assert "unknown key 'stagee'; did you mean 'stage'?" in refuse(ds_config=path)
+    assert "unknown key 'zero_optimization.stagee'; did you mean 'stage'?" in refuse(ds_config=path)
 
 
 def test_recipe_and_ds_config_disagree(refuse, tmp_path):

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from xdscale.ds_config import check_sections, resolve_ds_config
+from xdscale.ds_config import resolve_ds_config
 from xdscale.errors import EXIT_FAULT, EXIT_STOPPED, XdscaleError
 from xdscale.training.environment import calm_environment, check_precision
 from xdscale.training.signals import StopRequest
@@ -62,7 +62,6 @@ def _work(job: dict[str, Any], ranks: Any, stop: StopRequest, say: Callable[[str
         with Path(job["log"]).open("ab", buffering=0) as log:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
-        check_sections(job["ds_config_name"], job["ds_config"])
         ds_config = resolve_ds_config(job["ds_config_name"], job["ds_config"], recipe, ranks.world_size)
         check_precision(job["ds_config_name"], ds_config)
         return train_run(FinetuneSystem(recipe), ds_config, ranks, stop, say)

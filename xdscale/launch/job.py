@@ -1,22 +1,18 @@
 """What is to run: a recipe and a DeepSpeed configuration, checked before anybody waits in a queue."""
 
-import io
-import os
 import re
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 from xdscale.ds_config import (
     SIZES,
-    check_sections,
     pixels_suffix,
     read_ds_config,
     resolve_ds_config,
     split_batch,
 )
 from xdscale.errors import XdscaleError
-from xdscale.names import expand_home, is_url, resolve_path
+from xdscale.names import is_url, resolve_path
 from xdscale.pretrained.architectures import read_encoder_config
 from xdscale.recipe import Recipe, load_recipe
 
@@ -65,20 +61,6 @@ def check_job(name: str, overrides: list[str] | tuple[str, ...], ds_config: str 
         arguments=(name, *overrides, "--deepspeed_config", ds_file),
         split=split,
     )
-
-
-def check_own_config(name: str) -> None:
-    """Checks a DeepSpeed configuration of the user's own as the ranks will, which imports DeepSpeed: it takes seconds.
-
-    Args:
-        name: file, or name of one that ships, which is in order.
-
-    Raises:
-        XdscaleError: as `check_sections`.
-    """
-    if os.path.isfile(expand_home(name)):
-        with redirect_stdout(io.StringIO()):  # what DeepSpeed says of this machine does not belong to the command
-            check_sections(name, read_ds_config(name))
 
 
 def shipped_ds_config(recipe: Recipe) -> str:

@@ -47,6 +47,8 @@ def build_engine(
     optimizer = build_optimizer(module, optim, parts)
     # DeepSpeed's timer waits for the GPU twice per micro-batch, to say what our progress line says.
     config = ds_config | {"timers": {"throughput": {"enabled": False}}, "zero_allow_untested_optimizer": True}
+    # Offloading, too, is done with our optimizer: DeepSpeed's own is compiled at the first run, for minutes.
+    config["zero_force_ds_cpu_optimizer"] = False
     config |= {"checkpoint": {"load_universal": True}} if load_universal else {}
     # To DeepSpeed each pass is a micro-batch: it exchanges gradients behind the last one, and takes their mean.
     config["gradient_accumulation_steps"] = config.get("gradient_accumulation_steps", 1) * len(pass_numbers(module))
