@@ -72,8 +72,11 @@ def main():
                 average.update()
         tensors[f"{stage}-{precision} after"] = after = whole(engine)
         if average:
+            own = held_out(engine, precision)
             with average.in_use():
+                assert not torch.equal(held_out(engine, precision), own)
                 tensors[f"{stage}-{precision} average"] = whole(engine)
+            assert torch.equal(held_out(engine, precision), own)
             assert all(torch.equal(after[name], value) for name, value in whole(engine).items())
         results[f"{stage}-{precision}"] = {
             "converted": convert and source.name,
@@ -120,6 +123,17 @@ def make_step(engine, step, precision, optim):
     inputs = torch.randn(4, 7).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine.backward(engine(inputs).float().square().sum())
     engine.step()
+
+
+def held_out(engine, precision):
+    """Returns what the module computes when it is validated."""
+    import torch
+
+    engine.eval()
+    with torch.no_grad():
+        outputs = engine(torch.ones(1, 7).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision]))
+    engine.train()
+    return outputs
 
 
 def whole(engine):

@@ -122,10 +122,16 @@ class WeightAverage:
         own.copy_((whole if self._is_whole else self._ranks.sum(whole)).view_as(own))
 
     def _gather_again(self) -> None:
-        """Renews the parameters that ZeRO stage 3 keeps whole on every rank."""
-        persistent = getattr(self._engine.optimizer, "persistent_parameters", None)
-        if persistent:
-            persistent[0].all_gather(persistent)
+        """Under ZeRO stage 3 renews the parameters that every rank keeps whole, and drops those gathered before.
+
+        A forward pass without a backward pass leaves many of them gathered for the next one.
+        """
+        offload = getattr(self._engine.optimizer, "parameter_offload", None)
+        if offload is None:
+            return
+        offload.partition_all_parameters()
+        if offload.persistent_parameters:
+            offload.persistent_parameters[0].all_gather(offload.persistent_parameters)
 
 
 def using(average: WeightAverage | None) -> AbstractContextManager[None]:
