@@ -187,6 +187,7 @@ def test_a_mistake_is_one_message_with_the_file_and_the_value(describe, lines, m
         (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\n"), r"train\.tsv, line 3: 1 column, expected 2"),
         (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\t\n"), r"train\.tsv, line 3: grade is empty"),
         (".tsv", lambda path: path.write_text("text\tgrade\nA\tyes\nB\tno\nC\tyes \n"), r"holds 'yes' and 'yes '"),
+        (".tsv", lambda path: path.write_text("text\tgrade\nA\t1\nB\t0\nC\t1.0\n"), r"holds '1' and '1\.0'; make them"),
         (".tsv", lambda path: path.write_text("text\ttext\tgrade\n"), r"line 1: two columns are named 'text'"),
         (".tsv", lambda path: path.write_bytes(b"text\tgrade\n\xff\t1\n"), r"train\.tsv: not UTF-8 text"),
         (

@@ -160,6 +160,11 @@ def _check_file(path: Path, own: OwnTask, key: str, file: Path) -> None:
     next(read_rows(file, [*wanted, *([own.id] if own.id else [])], path.name), None)
 
 
+def _one_spelling(label: str) -> str:
+    """Returns what labels that mean the same have in common: "Yes" and "yes ", and 1 and the 1.0 of a joined table."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", label.strip().casefold())
+
+
 def _find_labels(own: OwnTask, train: Path) -> tuple[str, ...]:
     if own.choices:
         return tuple(map(str, range(len(own.choices))))
@@ -180,7 +185,7 @@ def _find_labels(own: OwnTask, train: Path) -> tuple[str, ...]:
         raise XdscaleError(f"{train}: only {sorted(found)} in {own.label!r}; expected at least two labels")
     alike: dict[str, str] = {}
     for label in sorted(found):
-        other = alike.setdefault(label.strip().casefold(), label)
+        other = alike.setdefault(_one_spelling(label), label)
         if other != label:
             raise XdscaleError(
                 f"{train}: {own.label} holds {other!r} and {label!r}; make them one, or list both under labels"
