@@ -26,7 +26,7 @@ def main(cases, out, folder):
     found = {}
     for name, values in json.loads(Path(cases).read_text()).items():
         try:
-            found[name] = run(values, Path(folder) / name, ranks)
+            found[name] = run(values, Path(folder) / name.replace(" ", "-"), ranks)
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
     Path(out).write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""DeepSpeed configurations that the check accepts start, train, save, continue and export; against plain PyTorch."""
+"""DeepSpeed configurations that the check takes start, train, save, continue and export; against plain PyTorch."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from xdscale.ds_config import precision, read_ds_config
+from xdscale.ds_sections import check_sections
+from xdscale.errors import XdscaleError
 
 from . import configs_worker as worker
 
@@ -17,34 +19,73 @@ ZERO = {
     "offload": [{"stage": stage, "offload_optimizer": HOST} for stage in (1, 2, 3)],
     "offload all": [{"stage": 3, "offload_optimizer": HOST, "offload_param": HOST}],
 }
-PRECISIONS = {
-    "fp32": {},
-    "bf16": {"bf16": {"enabled": True}},
-    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 4}},
-}
+BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "initial_scale_power": 4}}
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 TOLERANCE = {"fp32": 1e-5, "bf16": 4e-3, "fp16": 1e-3}
+DIVIDED = {"prescale_gradients": True, "gradient_predivide_factor": 2}
+SAID = {"comms_logger": {"enabled": True}, "wall_clock_breakdown": True, "steps_per_print": 1}
+
+
+def zero(stage, **values):
+    return {"zero_optimization": {"stage": stage} | values}
 
 
 def configs():
-    """Returns what is accepted, by a name for each."""
+    """Returns what is taken, by a name for each: ways × precisions × sums, and every other key with another value."""
     found = {}
     for way, zeros in ZERO.items():
-        for zero in zeros:
-            for kind, given in PRECISIONS.items() if zero["stage"] else list(PRECISIONS.items())[:2]:
-                for sums in (None, "fp32") if zero["stage"] else (None,):
-                    values = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False} | given
-                    values |= {"data_types": {"grad_accum_dtype": sums}} if sums else {}
-                    found[f"{way} {zero['stage']} {kind} {sums}"] = values
-    return found
+        for shared in zeros:
+            for kind, given in {"fp32": {}, "bf16": BF16, "fp16": FP16}.items():
+                if kind == "fp16" and not shared["stage"]:
+                    continue
+                values = {"zero_optimization": shared} | given
+                found[f"{way} {shared['stage']} {kind}"] = values
+                if shared["stage"] and given:
+                    found[f"{way} {shared['stage']} {kind}, sums in fp32"] = values | FP32_SUMS
+    off = dict.fromkeys(
+        ("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions"), False
+    )
+    thresholds = ("param_persistence_threshold", "model_persistence_threshold", "max_live_parameters")
+    none = {f"stage3_{name}": 0 for name in (*thresholds, "max_reuse_distance", "prefetch_bucket_size")}
+    other = {"stage3_allgather_sequential": True, "stage3_gather_16bit_weights_on_model_save": True}
+    other |= {"memory_efficient_linear": False, "override_module_apply": False}
+    other |= {"log_trace_cache_warnings": True, "enable_sanity_checks": True, "contiguous_gradients": False}
+    scale = {"loss_scale": 128.0, "auto_cast": True}
+    steady = {"hysteresis": 1, "consecutive_hysteresis": True, "loss_scale_window": 2, "min_loss_scale": 2}
+    return found | {
+        "1, little": zero(1, **off, overlap_comm=True) | DIVIDED | SAID,
+        "2, little": zero(2, **off, overlap_comm=False) | DIVIDED,
+        "1, aligned": zero(1, round_robin_gradients=True, parameter_alignment=True),
+        "2, aligned": zero(2, round_robin_gradients=True, parameter_alignment=True, overlap_comm=True) | BF16,
+        "2, small": zero(2, reduce_bucket_size=1, allgather_bucket_size=2),
+        "3, none": zero(3, **none, sub_group_size=50, stage3_use_all_reduce_for_fetch_params=True),
+        "3, other": zero(3, **other, overlap_comm=False) | {"disable_python_gc": True},
+        "3, whole sums": zero(3, reduce_scatter=False) | {"prescale_gradients": True},
+        "1, at once": zero(1) | FP32_SUMS | {"bf16": {"enabled": True, "immediate_grad_update": True}},
+        "2, messages": zero(2) | BF16 | {"communication_data_type": "fp32"},
+        "2, static scale": zero(2) | {"fp16": FP16["fp16"] | scale},
+        "3, steady": zero(3) | {"fp16": FP16["fp16"] | steady},
+    }
 
 
 CONFIGS = configs()
+REFUSED = {
+    "sums": BF16 | FP32_SUMS,
+    "prescaled": zero(2) | {"prescale_gradients": True},
+    "divided": zero(3) | {"gradient_predivide_factor": 2},
+    "odd": zero(1, allgather_bucket_size=3),
+    "scale": zero(2) | {"fp16": {"enabled": True, "initial_scale_power": 2000}},
+    "narrow masters": zero(2) | {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+    "elastic": zero(2, elastic_checkpoint=True),
+    "quantised": zero(3, zero_quantized_weights=True),
+    "zenflow": zero(3, zenflow={}),
+}
 
 
 @pytest.fixture(scope="module")
 def ran(launch_ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
-    (folder / "cases.json").write_text(json.dumps(CONFIGS))
+    (folder / "cases.json").write_text(json.dumps(CONFIGS | REFUSED))
     done = launch_ranks(WORKER, folder / "cases.json", folder / "out.json", folder)
     assert done.code == 0, done.stderr
     return json.loads((folder / "out.json").read_text())
@@ -67,7 +108,7 @@ def expected():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_accepted_config_trains_leaves_out_what_is_not_finite_and_continues(name, ran, expected, tmp_path):
+def test_what_is_taken_trains_leaves_out_what_is_not_finite_and_continues(name, ran, expected, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(CONFIGS[name]))
     assert read_ds_config(str(tmp_path / "ds.json")) == CONFIGS[name]
     found = ran[name]
@@ -79,3 +120,11 @@ def test_an_accepted_config_trains_leaves_out_what_is_not_finite_and_continues(n
         torch.testing.assert_close(
             torch.tensor(found["state"][key]), value, rtol=0, atol=TOLERANCE[precision(CONFIGS[name])]
         )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_ends_in_deepspeed(name, ran):
+    """Where another release does not, it can be taken."""
+    assert "error" in ran[name]
+    with pytest.raises(XdscaleError):
+        check_sections("ds.json", REFUSED[name])
