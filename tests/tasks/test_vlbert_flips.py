@@ -97,6 +97,11 @@ def test_words_that_the_tokenizer_does_not_know_are_not_exchanged_in_silence(tab
     subject._tokenizer = lambda: (SimpleNamespace(token_to_id=lambda word: None), None)
     with pytest.raises(XdscaleError, match=r"model\.swap_words = true: the tokenizer of .* has no word pieces 'left'"):
         subject.training_collator(TASK, examples, 3)
+    with pytest.raises(XdscaleError, match="has no word pieces 'left' and 'right'"):
+        subject.require_readable(TASK)  # before a run is started
+    unmirrored = VLBERTSubject(str(model), settings().model_copy(update={"flip": 0.0}), table)
+    unmirrored._tokenizer = subject._tokenizer
+    unmirrored.require_readable(TASK)
 
 
 def test_what_is_measured_is_never_mirrored(table, model, tmp_path):

@@ -40,7 +40,7 @@ class VLBERTSubject(VisualSubject):
     own_trunk, trunk_like, trunk_words = TRUNK, FastRCNN.like, "Fast R-CNN"
 
     def require_readable(self, task: Task) -> None:
-        """Checks that a task has one image at most, and that features have the model's width."""
+        """Checks that a task has one image at most, and that features and words are the model's."""
         if task.images > 1:
             raise XdscaleError(f"--task {task.name}: VL-BERT reads one image, not {task.images}")
         for name in ("flip", "object_loss", "object_masks", "pixels"):
@@ -59,6 +59,8 @@ class VLBERTSubject(VisualSubject):
                 f"model.pixels.freeze = true: {self.model} has no such choice, VisualBERT has; leave it out"
             )
         self.require_width(task)
+        if self.settings.draws:
+            self._sides()
 
     def objectives(self) -> dict[str, Objective]:
         """Returns the loss on classes of objects, if it is on."""
@@ -103,14 +105,7 @@ class VLBERTSubject(VisualSubject):
         width, pixels, flips = config.appearance_size, self.settings.pixels, {}
         tokenizer = self._tokenizer()
         if seed is not None:
-            sides = tuple(tokenizer[0].token_to_id(word) for word in ("left", "right"))
-            exchange = self.settings.swap_words
-            if exchange and None in sides:
-                raise XdscaleError(
-                    f"model.swap_words = true: the tokenizer of {self.model} has no word pieces 'left' and 'right'; "
-                    "model.swap_words=false leaves words as they are where an image is mirrored"
-                )
-            flips = {"flip": self.settings.flip, "sides": sides if exchange else None, "seed": seed}
+            flips = {"flip": self.settings.flip, "sides": self._sides(), "seed": seed}
         if pixels is not None:
             width = self.regions.width
         self.require_width(task)
@@ -189,6 +184,18 @@ class VLBERTSubject(VisualSubject):
         trunk = load_fast_rcnn(next(iter(self._trunk_file()), None))
         trunk.masks_at = self.settings.object_masks or trunk.masks_at
         return trunk
+
+    def _sides(self) -> tuple[int, int] | None:
+        """Returns the word pieces that change places where an image is mirrored; None for none."""
+        if not self.settings.swap_words:
+            return None
+        left, right = map(self.tokenizer().token_to_id, ("left", "right"))
+        if left is None or right is None:
+            raise XdscaleError(
+                f"model.swap_words = true: the tokenizer of {self.model} has no word pieces 'left' and 'right'; "
+                "model.swap_words=false leaves words as they are where an image is mirrored"
+            )
+        return left, right
 
     def _widths(self) -> Sequence[int]:
         return (self._config().appearance_size,)
