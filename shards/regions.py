@@ -6,6 +6,7 @@ Light to import. What makes such a table is in `xdscale.shards.sources.regions`.
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -281,19 +282,31 @@ class RegionTable:
         return hashes[order], order
 
     def _missing(self, names: list[str]) -> str:
-        hashes, _ = self._index
-        known = next((form for form in other_forms(names[0]) if np.isin(np.uint64(_hash(form.encode())), hashes)), None)
-        example = self.image_ids(np.array([0]))[0]
-        hint = f"it has {known!r} for {names[0]!r}" if known else f"its ids look like {example!r}"
         shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-        return (
-            f"{self.table.folder}: the table of regions has no image {shown}; {hint}: name images as it does, or make "
-            "it again with other ids ('xdscale regions import --ids')"
-        )
+        return f"{self.table.folder}: the table of regions has no image {shown}; {self.hint(names[:1])}"
+
+    def hint(self, names: Sequence[str]) -> str:
+        """Returns what to do about an image that is not there.
+
+        Args:
+            names: what it is called; the first one that the table has in another form is told with that.
+        """
+        pairs = ((name, form) for name in names for form in other_forms(name) if self.find([form])[0] >= 0)
+        name, form = next(pairs, (None, None))
+        if form is None:
+            known = f"its ids look like {self.image_ids(np.array([0]))[0]!r}"
+        elif unicodedata.is_normalized("NFC", form) != unicodedata.is_normalized("NFC", name):
+            known = f"it has {form!a} for {name!a}, its letters in another form of Unicode"  # shown, they look alike
+        else:
+            known = f"it has {form!r} for {name!r}"
+        return f"{known}: name images as it does, or make it again with other ids ('xdscale regions import --ids')"
 
 
 def other_forms(name: str) -> list[str]:
-    """Returns other names of the same image that are in use: without folder and ending, its number alone, COCO's."""
+    """Returns other names of the same image that are in use.
+
+    They are without folder and ending, its number alone, COCO's, and with accents as macOS writes them or as others do.
+    """
     stem = PurePosixPath(name).stem
     forms = [PurePosixPath(name).name, stem, f"{stem}.jpg"]
     if number := re.search(r"(\d+)$", stem):
@@ -302,6 +315,7 @@ def other_forms(name: str) -> list[str]:
         forms += [short, long, f"{long}.jpg"]
         for split in ("train2014", "val2014", "test2015"):
             forms += [f"COCO_{split}_{long}", f"COCO_{split}_{long}.jpg", f"coco_{split}_{long}"]
+    forms += [unicodedata.normalize(kind, form) for form in [name, *forms] for kind in ("NFC", "NFD")]
     return list(dict.fromkeys(form for form in forms if form != name))
 
 

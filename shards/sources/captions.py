@@ -52,6 +52,7 @@ class _Placed(NamedTuple):
 IMAGE_NAMES: dict[str, Callable[[CaptionedImage], str]] = {
     "id": lambda image: str(image.image_id),
     "file_name": lambda image: image.file_name,
+    "file_name without folder": lambda image: PurePosixPath(image.file_name).name,
     "file_name without ending": lambda image: PurePosixPath(image.file_name).stem,
     "id in 12 digits": lambda image: f"{image.image_id:012d}",
 }
@@ -300,21 +301,40 @@ def _rows_of(
     """Returns in which form the table of regions names the images, and their rows there, -1 for those it has not.
 
     Raises:
-        XdscaleError: it has none of them, or misses some that are not to be left out.
+        XdscaleError: it has none of them, or misses some that are not to be left out, or has one for two of them.
     """
     wanted = np.array([split is not None and bool(image.captions) for image, split in zip(images, splits)], bool)
     found = {form: regions.find([name(image) for image in images]) for form, name in IMAGE_NAMES.items()}
     form = max(found, key=lambda form: int((found[form] >= 0).sum()))  # the first of those that find most
     rows = found[form]
     missing = np.flatnonzero(wanted & (rows < 0))
-    none = len(missing) == wanted.sum()
-    if none or (len(missing) and options.missing == "refuse"):
+    if len(missing) and len(missing) == wanted.sum():
+        first = images[missing[0]]
+        names = list(dict.fromkeys([first.file_name, *(name(first) for name in IMAGE_NAMES.values())]))
+        shown_names = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}, as the first one may be called"
+        raise XdscaleError(
+            f"{regions.table.folder}: the table of regions has no image {shown_names}; {regions.hint(names)}; it has "
+            "none of the captions' images"
+        )
+    if len(missing) and options.missing == "refuse":
         try:  # names the first ones, and what the table's ids look like
             regions.rows([IMAGE_NAMES[form](images[place]) for place in missing])
         except XdscaleError as error:
-            hint = "it has none of the captions' images" if none else "or leave such images out: --missing leave-out"
-            raise XdscaleError(f"{error}; {hint}") from None
+            raise XdscaleError(f"{error}; or leave such images out: --missing leave-out") from None
+    _check_distinct([images[place] for place in np.flatnonzero(wanted)], rows[wanted], regions)
     return form, rows
+
+
+def _check_distinct(images: list[CaptionedImage], rows: np.ndarray, regions: RegionTable) -> None:
+    """Refuses two files of one row: the table knows one of them by its name alone, without its folder or ending."""
+    names: dict[int, str] = {}
+    for image, row in zip(images, rows.tolist()):
+        other = names.setdefault(row, image.file_name) if row >= 0 else image.file_name
+        if other != image.file_name:
+            raise XdscaleError(
+                f"{regions.table.folder}: {other!r} and {image.file_name!r} would both be its image "
+                f"{regions.image_ids(np.array([row]))[0]!r}; make it again with ids that tell them apart (--ids path)"
+            )
 
 
 def _left_out(image: CaptionedImage, split: str | None, row: int) -> str | None:

@@ -1,6 +1,7 @@
 """COCO's captions as a table linked to image regions: what is held out, what is refused, which row is whose."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from xdscale.shards.manifest import Manifest
 from xdscale.shards.regions import Detector, RegionTable
 from xdscale.shards.sources import captions
 from xdscale.shards.sources.caption_build import CaptionBuild, CaptionOptions
+from xdscale.shards.sources.captions import CaptionSource
 from xdscale.shards.sources.regions.source import RegionImage, build_regions
 from xdscale.shards.table import Table, open_table
 
@@ -260,6 +262,47 @@ def test_captions_in_letters_that_the_tokenizer_does_not_know_are_told(run, data
     done = run(written(tmp_path / "captions.json", values), "--overwrite")
     assert done.exit_code == 0
     assert f"warning: {dataset}: captions: 50% of the word pieces at its beginning are [UNK], unknown" in done.output
+
+
+@pytest.mark.parametrize(
+    ("ids", "names", "found"),
+    [
+        (["a/1.jpg", "b/1.jpg"], ["a/1.jpg", "b/1.jpg"], "file_name"),
+        (["1.jpg", "2.jpg"], ["a/1.jpg", "b/2.jpg"], "file_name without folder"),
+        (["1", "2"], ["a/1.png", "b/2.jpg"], "file_name without ending"),
+        (["1.jpg", "2.jpg"], ["1.jpg", "1.jpg"], "file_name"),  # an entry for each caption of one file
+    ],
+)
+def test_images_are_found_by_their_files_with_or_without_folders(tmp_path, cassette_model, ids, names, found):
+    out, path = regions(tmp_path / "out", ids), written(tmp_path / "captions.json", captioned_files(names))
+    source = CaptionSource([path], out, str(cassette_model), CaptionOptions())
+    assert source.build["image_names"] == found
+
+
+def captioned_files(names):
+    return {
+        "images": [{"id": number, "file_name": name} for number, name in enumerate(names, 90)],
+        "annotations": [{"image_id": number, "caption": "A dog."} for number in range(90, 90 + len(names))],
+    }
+
+
+@pytest.mark.parametrize("id", ["1.jpg", "1"])
+def test_files_of_two_folders_are_not_one_image(tmp_path, cassette_model, id):
+    """The dog's regions would be the cat's, too."""
+    out = regions(tmp_path / "out", [id, "2"])
+    path = written(tmp_path / "captions.json", captioned_files(["dogs/1.jpg", "cats/1.jpg"]))
+    with pytest.raises(XdscaleError, match=f"'dogs/1.jpg' and 'cats/1.jpg' would both be its image '{id}'; make it ag"):
+        CaptionSource([path], out, str(cassette_model), CaptionOptions())
+
+
+def test_accents_that_macos_writes_otherwise_are_told(tmp_path, cassette_model):
+    """Which look alike."""
+    out = regions(tmp_path / "out", [unicodedata.normalize("NFD", "café")])
+    path = written(tmp_path / "captions.json", captioned_files([unicodedata.normalize("NFC", "café.jpg")]))
+    told = r"no image 'café\.jpg', '90', 'café' or '000000000090', as the first one may be called; "
+    told += r"it has 'cafe\\u0301' for 'caf\\xe9\.jpg', its letters in another form of Unicode: name images as it does"
+    with pytest.raises(XdscaleError, match=told):
+        CaptionSource([path], out, str(cassette_model), CaptionOptions())
 
 
 def test_captions_beside_other_regions_are_told(run, dataset, tmp_path):
