@@ -91,6 +91,30 @@ def test_gpus_without_bf16_train_in_fp16(started, gpus):
     assert train._default(load_recipe("xdbert-base-wikitext103"), ["0", "1"], mixed) == "bert-base-zero2-fp16"
 
 
+def test_a_precision_that_this_machine_does_not_have_is_refused_before_the_launcher_starts(started, gpus, monkeypatch):
+    """Where a GPU may have it, as one of several kinds, its rank says what it finds."""
+    from deepspeed.accelerator import get_accelerator
+
+    gpus(["0"], "7.5")
+    with pytest.raises(
+        XdscaleError, match=r"^bert-base-zero2: bf16 = enabled, but .* capability 7\.5 does not .* -fp16,"
+    ):
+        train.train_here("xdbert-base-wikitext103", [], "bert-base-zero2", None)
+    assert (
+        train._check_precision("bert-base-zero2", ["0"], [train._Gpu("0", "a", 7.5), train._Gpu("1", "b", 8.0)]) is None
+    )
+    assert train._check_precision("bert-base-zero2-fp16", ["0"], [train._Gpu("0", "a", 7.5)]) is None
+    gpus([])
+    monkeypatch.setattr("xdscale.training.environment.uses_gpus", lambda: False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(
+        XdscaleError, match="^bert-base-zero2-fp16: fp16 = enabled, but DeepSpeed does not compute in fp16"
+    ):
+        train.train_here("xdbert-base-wikitext103", [], "bert-base-zero2-fp16", None)
+    assert started == []
+
+
 @pytest.mark.parametrize("capability", ["7.0", "9.0"])
 @pytest.mark.parametrize(
     ("recipe", "size"),

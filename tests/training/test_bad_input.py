@@ -192,6 +192,7 @@ def test_fp16_on_a_cpu_without_it(monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr("xdscale.training.environment.uses_gpus", lambda: False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     for supported in (True, False):
         monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda supported=supported: supported)
         check_precision("ds.json", {"bf16": {"enabled": True}, "fp16": {"enabled": False}})

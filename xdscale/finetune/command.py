@@ -44,6 +44,7 @@ from xdscale.tasks.contract import (
     task_names,
 )
 from xdscale.tasks.own import OwnTask, read_own_task
+from xdscale.training.environment import check_precision
 from xdscale.training.run_folder import RunFolder
 
 HUB_DATA = Path("data/tasks")
@@ -238,6 +239,7 @@ def _plan(
     name = request.ds_config or "the default DeepSpeed configuration"
     if request.ds_config:
         ds_config = read_ds_config(request.ds_config)
+        check_precision(name, ds_config)
     else:
         micro_batch = MICRO_BATCH_OF_PIXELS if settings.model.reads_pixels else MICRO_BATCH
         ds_config = default_ds_config(gpu=gpu, bf16=gpu and computes_in_bf16(), micro_batch=micro_batch)

@@ -18,12 +18,14 @@ from types import FrameType
 from typing import NamedTuple
 
 from xdscale.devices import visible_gpus
+from xdscale.ds_config import precision, read_ds_config
 from xdscale.errors import EXIT_FAULT, XdscaleError
 from xdscale.files import count_of
 from xdscale.launch.job import check_job, shipped_ds_config
 from xdscale.launch.start import program
 from xdscale.names import is_url, shards_folder
 from xdscale.recipe import Recipe, load_recipe
+from xdscale.training.environment import check_precision, no_bf16
 from xdscale.training.run_folder import RunFolder, read_log
 
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -55,8 +57,8 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
         Exit code of the ranks: 0 done, 2 bad input, 70 a rank died, hung or failed, 75 stopped with a checkpoint saved.
 
     Raises:
-        XdscaleError: as `check_job` and `RunFolder.check`; there are no shards, or fewer GPUs than ranks, or the
-            launcher cannot address one.
+        XdscaleError: as `check_job`, `check_precision` and `RunFolder.check`; there are no shards, or fewer GPUs than
+            ranks, or the launcher cannot address one.
     """
     gpus = visible_gpus()
     if ranks and gpus and ranks > len(gpus):
@@ -68,6 +70,7 @@ def train_here(name: str, overrides: list[str], ds_config: str | None, ranks: in
     world_size = len(chosen) or ranks or 1
     known = _known_to_the_driver() if gpus else []
     job = check_job(name, overrides, ds_config or _default(load_recipe(name, overrides), gpus, known), world_size)
+    _check_precision(job.arguments[-1], gpus, known)
     shards, folder = getattr(job.recipe.data, "shards", None), Path(job.recipe.output.folder)
     RunFolder(folder).check(job.recipe)  # the launcher and its ranks take most of a minute to find out
     if shards is not None and not is_url(shards):
@@ -139,6 +142,19 @@ def _default(recipe: Recipe, gpus: list[str], known: list[_Gpu]) -> str:
     fitting = shipped_ds_config(recipe)
     without_bf16 = any(gpu.capability < _BF16_FROM for gpu in known)
     return f"{fitting}-fp16" if without_bf16 and fitting != _FP32_FOR_CPU else fitting
+
+
+def _check_precision(ds_config: str, gpus: list[str], known: list[_Gpu]) -> None:
+    """Refuses what the ranks would; what a GPU computes in is asked of the driver alone.
+
+    Raises:
+        XdscaleError: bf16 where every GPU is too old for it, fp16 on a CPU that does not compute in it.
+    """
+    values = read_ds_config(ds_config)
+    if not gpus:
+        check_precision(ds_config, values)
+    elif precision(values) == "bf16" and known and (newest := max(gpu.capability for gpu in known)) < _BF16_FROM:
+        raise no_bf16(ds_config, f"GPU of compute capability {newest}")
 
 
 def _known_to_the_driver() -> list[_Gpu]:

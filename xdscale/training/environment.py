@@ -61,16 +61,25 @@ def check_precision(name: str, ds_config: dict[str, Any]) -> None:
     Raises:
         XdscaleError: names what the machine lacks and what to choose.
     """
-    import torch
-    from deepspeed.accelerator import get_accelerator
+    kind = precision(ds_config)
+    if kind == "bf16" and uses_gpus() and not computes_in_bf16():
+        import torch
 
-    if precision(ds_config) == "bf16" and uses_gpus() and not computes_in_bf16():
-        raise XdscaleError(
-            f"{name}: bf16 = enabled, but this machine's {torch.cuda.get_device_name()} does not compute in bf16; "
-            'take a shipped file whose name ends in -fp16, or write "fp16": {"enabled": true} in place of "bf16"'
-        )
-    if precision(ds_config) == "fp16" and not uses_gpus() and not get_accelerator().is_fp16_supported():
-        raise XdscaleError(
-            f"{name}: fp16 = enabled, but DeepSpeed does not compute in fp16 on this machine, which has no GPU; take "
-            '"fp16" out of a copy of the file, for fp32'
-        )
+        raise no_bf16(name, torch.cuda.get_device_name())
+    if kind == "fp16" and not uses_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says that it found no GPU
+        from deepspeed.accelerator import get_accelerator
+
+        if not get_accelerator().is_fp16_supported():
+            raise XdscaleError(
+                f"{name}: fp16 = enabled, but DeepSpeed does not compute in fp16 on this machine, which has no GPU; "
+                'take "fp16" out of a copy of the file, for fp32'
+            )
+
+
+def no_bf16(name: str, gpu: str) -> XdscaleError:
+    """Returns what is said of a DeepSpeed configuration in bf16 for a GPU that does not compute in it."""
+    return XdscaleError(
+        f"{name}: bf16 = enabled, but this machine's {gpu} does not compute in bf16; take a shipped file whose name "
+        'ends in -fp16, or write "fp16": {"enabled": true} in place of "bf16"'
+    )
