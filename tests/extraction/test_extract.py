@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -48,6 +49,16 @@ def test_killed_it_goes_on_with_the_same_bytes(extract, photographs, tmp_path, m
     assert sum(run) == 1 + 7 - 3 * len(left)  # the first image says what the table looks like
     assert shards_of(tmp_path / "killed") == shards_of(tmp_path / "whole")
     verify_shards(tmp_path / "killed")
+
+
+def test_images_of_one_name_are_refused_before_a_network_is_made(extract, photographs, tmp_path, monkeypatch):
+    twice = [shutil.copytree(photographs, tmp_path / name) for name in ("one", "two")]
+    name = "COCO_val2014_000000000004.png"
+    (tmp_path / "boxes.json").write_text(json.dumps({name: {"boxes": [[0, 0, 5, 5]]}}))
+    monkeypatch.setattr(extracting, "ExtractedImages", None)
+    both = rf"^{twice[0] / name} and {twice[1] / name}: both would have the boxes of '{name}'"
+    with pytest.raises(XdscaleError, match=both):
+        extract(tmp_path, NETWORK, boxes=str(tmp_path / "boxes.json"), ids="path")
 
 
 def test_neighbours_do_not_change_an_image(extract, photographs):

@@ -62,6 +62,21 @@ def test_detections_in_cocos_form_and_mattnets(tmp_path):
     assert confidences.tolist() == [1, 0.5, 0.25]
 
 
+@pytest.mark.parametrize("name", ["1.jpg", "1"])
+def test_two_images_do_not_take_the_boxes_of_one(tmp_path, name):
+    """A cat's and a dog's of the same name."""
+    images = [Picture(Path(folder) / "1.jpg", f"{folder}/1.jpg", 1) for folder in ("dogs", "cats")]
+    both = GivenBoxes(written(tmp_path, {name: {"boxes": [[0, 0, 5, 5]]}}))
+    both.check_distinct([images[0], Picture(Path("dogs/2.jpg"), "dogs/2.jpg", 1)])  # of which it has none
+    told = f"^dogs/1.jpg and cats/1.jpg: both would have the boxes of '{name}' in .*boxes.json; name .* --ids path"
+    with pytest.raises(XdscaleError, match=told):
+        both.check_distinct(images)
+    own = {image.image_id: {"boxes": [[0, 0, side, 5]]} for image, side in zip(images, (3, 4))}
+    each = GivenBoxes(written(tmp_path, own | {name: {"boxes": []}}))
+    each.check_distinct(images)
+    assert [each.of(image, (9, 9)).boxes[0, 2] for image in images] == [3, 4]
+
+
 def test_vcr_metadata_lies_beside_the_image(tmp_path):
     metadata = {"boxes": [[1.5, 2, 30, 20, 0.75]], "names": ["person"], "segms": [], "width": 60, "height": 40}
     (tmp_path / "a.json").write_text(json.dumps(metadata))

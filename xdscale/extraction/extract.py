@@ -96,6 +96,8 @@ def region_source(
     """
     pictures = find_pictures(names, options.ids)
     given = None if options.boxes is None else GivenBoxes(options.boxes, whole_image=options.whole_image)
+    if given is not None:
+        given.check_distinct(pictures)
     if given is None and options.whole_image:
         raise XdscaleError("--whole-image: the whole image can be a region before given boxes alone (--boxes)")
     if given is not None and any(getattr(options, name) != getattr(ExtractOptions, name) for name in CHOOSING):

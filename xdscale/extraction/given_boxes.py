@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,10 +114,30 @@ class GivenBoxes:
             ) from None
         return _within(rows[:, :4], size, f"{where}: image {picture.image_id!r}"), scores
 
+    def check_distinct(self, pictures: Iterable[Picture]) -> None:
+        """Checks that no two images take the same boxes of a file: those of one name in two folders would.
+
+        Raises:
+            XdscaleError: two do.
+        """
+        taken: dict[str, Picture] = {}
+        for picture in pictures:
+            name = self._name(picture)
+            other = picture if name is None else taken.setdefault(name, picture)
+            if other is not picture:
+                raise XdscaleError(
+                    f"{other.path} and {picture.path}: both would have the boxes of {name!r} in {self.name}; "
+                    "name images there as --ids path does here, or extract one folder at a time"
+                )
+
+    def _name(self, picture: Picture) -> str | None:
+        """Returns under which name the file has an image's boxes; None where it has none."""
+        names = picture.image_id, picture.path.name, picture.path.stem
+        return next((name for name in names if name in self._by_image), None)
+
     def _of_file(self, picture: Picture) -> dict[str, Any]:
-        for name in (picture.image_id, picture.path.name, picture.path.stem):
-            if name in self._by_image:
-                return self._by_image[name]
+        if (name := self._name(picture)) is not None:
+            return self._by_image[name]
         example = next(iter(self._by_image), None)
         raise XdscaleError(
             f"{picture.path}: {self.name} has no boxes of {picture.image_id!r} or {picture.path.name!r}; "
