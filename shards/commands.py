@@ -68,11 +68,17 @@ def build(
         line_breaks=line_breaks,
     )
     build = partial(build_shards, inputs, options=options)
-    build_and_report(build, out, "building", workers, Part.parse(part), overwrite)
+    build_and_report(build, out, "building", workers, Part.parse(part), overwrite, language_tokenizer)
 
 
 def build_and_report(
-    build: "Callable[..., TableManifest]", out: "Path", what: str, workers: int, part: "Part", overwrite: bool
+    build: "Callable[..., TableManifest]",
+    out: "Path",
+    what: str,
+    workers: int,
+    part: "Part",
+    overwrite: bool,
+    language_tokenizer: str | None = None,
 ) -> None:
     """Builds a table with progress on stderr, and prints what came of it.
 
@@ -83,6 +89,7 @@ def build_and_report(
         workers: processes.
         part: of the build.
         overwrite: replace the table that is there.
+        language_tokenizer: that gave the table's word pieces; None where it has none.
 
     Raises:
         XdscaleError: as `build_table`.
@@ -105,7 +112,8 @@ def build_and_report(
     lines = [f"{out}: {count_of(len(table.shards), 'shard')} ({kept} kept from an earlier run)", *summary(table)]
     typer.echo("\n".join([*lines, f"seconds: {time.monotonic() - started:.1f}"]))
     if part.of == 1:
-        _warn([*warnings(table), *_unknown_words(out, table)])
+        unknown = [] if language_tokenizer is None else _unknown_words(out, table, language_tokenizer)
+        _warn([*warnings(table), *unknown])
     else:
         typer.echo(f"part {part.index}/{part.of} is finished; when all are: xdscale shards merge {out}")
 
@@ -162,7 +170,7 @@ def captions(
     ways = "--validation-fraction, --validation, --held-out or --karpathy"
     empty = [name for name, count in rows.items() if not count]
     notes = [f"the split {name} is empty; say with {ways} what is held out" for name in empty]
-    _warn([*notes, *_unknown_words(out, table)])
+    _warn([*notes, *_unknown_words(out, table, language_tokenizer)])
 
 
 @shards_app.command()
@@ -227,22 +235,24 @@ def info(folder: Folder) -> None:
             console.print(item)
 
 
-def _unknown_words(out: "Path", table: "TableManifest") -> list[str]:
-    """Returns a line where much of what was packed from texts or captions is unknown to their tokenizer."""
+def _unknown_words(out: "Path", table: "TableManifest", language_tokenizer: str) -> list[str]:
+    """Returns a line where much of what was packed from texts or captions is unknown to their tokenizer.
+
+    The table names a tokenizer too, but one that was made elsewhere, or before, by a name that may lead nowhere here.
+    """
     import numpy as np
 
     from xdscale.shards.language import load_language_tokenizer, notes_on_unknown
-    from xdscale.shards.sources.caption_build import CAPTIONS
     from xdscale.shards.sources.text_build import TEXT
     from xdscale.shards.table import open_table
 
-    name: Any = table.build["source"]
-    if name not in (TEXT, CAPTIONS) or not table.splits["train"].rows:
+    if not table.splits["train"].rows:
         return []
+    name: Any = table.build["source"]
     beginning = open_table(out, "train", name)
     rows = np.arange(min(len(beginning), 1000))
     ids = beginning.read("language", rows) if name == TEXT else beginning.read_ragged("words", rows).values
-    tokenizer, _ = load_language_tokenizer(table.build["language_tokenizer"]["name"])
+    tokenizer, _ = load_language_tokenizer(language_tokenizer)
     return notes_on_unknown(f"{out}: {name}", ids.ravel(), tokenizer)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,17 @@ def test_build_says_that_the_tokenizer_does_not_know_the_words(tmp_path):
     (tmp_path / "a.txt").write_text("แมวนั่ง cat " * 200)
     result = build(tmp_path / "a.txt", tmp_path / "out", "--validation-fraction", 0)
     assert "out: text: 50% of the word pieces at its beginning are [UNK], unknown" in result.stderr
+
+
+def test_a_finished_build_is_found_with_its_tokenizer_in_another_place(small_corpus, cassette_model, tmp_path):
+    """As where the dataset was made on another machine: its shards say where the tokenizer was then."""
+    for place in ("there", "here"):
+        (tmp_path / place).mkdir()
+        shutil.copy(cassette_model / "tokenizer.json", tmp_path / place)
+        result = build(small_corpus, tmp_path / "out", "--language-tokenizer", tmp_path / place)
+        shutil.rmtree(tmp_path / place)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "2 shards (2 kept from an earlier run)" in result.stdout
 
 
 def test_build_says_what_it_left_out_and_so_does_merge(tmp_path):
@@ -175,9 +187,10 @@ def test_every_option_of_a_build_is_passed_on(monkeypatch):
     options = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
     options += ["--workers", 3, "--part", "1/2", "--overwrite"]
     assert run("build", "a", "b", "--out", "/o", *options).exit_code == 0
-    build, out, _, workers, part, overwrite = found
+    build, out, _, workers, part, overwrite, tokenizer = found
     asked = build.keywords["options"]
     assert (*build.args, str(out), workers, (part.index, part.of), overwrite) == (["a", "b"], "/o", 3, (1, 2), True)
+    assert tokenizer == asked.language_tokenizer
     assert asked.model_dump(include=set(values)) == values
 
 
