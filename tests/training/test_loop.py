@@ -1,13 +1,14 @@
 """The loop and the evaluation against plain sums, on an engine that remembers how it was called."""
 
 import itertools
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
 from xdscale.errors import XdscaleError
@@ -374,3 +375,14 @@ def test_as_many_skipped_steps_in_a_row_as_the_recipe_says_stop_the_run(most, to
     with pytest.raises(XdscaleError, match=rf"^{told} in a row up to step 9 had .*_in_row = {most}\); .*run 3'"):
         counts.add(9, most, "xdscale replay run 3")
     assert (counts.steps, counts.in_row) == (4 + most, most)
+
+
+@pytest.mark.parametrize(
+    ("zero", "refused"),
+    [({}, False), ({"offload_optimizer": {"device": "none"}}, False), ({"offload_optimizer": {"device": "cpu"}}, True)],
+)
+def test_a_micro_batch_may_leave_an_objective_out_where_nothing_is_offloaded(zero, refused):
+    run, stated = trainer(FakeEngine()), DeepSpeedZeroConfig(stage=2, **zero)
+    run.engine.zero_offload_optimizer = lambda: stated.offload_optimizer
+    with pytest.raises(XdscaleError, match="'second' is not in its targets") if refused else nullcontext():
+        run._check_carried(0, np.array([[1, 0]]))

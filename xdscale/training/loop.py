@@ -208,7 +208,8 @@ class Trainer:
                 raise XdscaleError(
                     f"{where}: {count} of {ranks} ranks have {name!r} in its targets; it must be all of them or none"
                 )
-            if self.engine.zero_offload_optimizer():
+            offload = self.engine.zero_offload_optimizer()
+            if offload and offload.device != "none":
                 raise XdscaleError(
                     f"{where}: {name!r} is not in its targets; with zero_optimization.offload_optimizer DeepSpeed "
                     "would use an older gradient for it: leave offloading out"
