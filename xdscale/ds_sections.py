@@ -106,7 +106,6 @@ class Zero(DSSection):
     stage3_gather_16bit_weights_on_model_save: StrictBool = False
     stage3_use_all_reduce_for_fetch_params: StrictBool = False
     stage3_allgather_sequential: StrictBool = False
-    round_robin_gradients: StrictBool = False
     parameter_alignment: StrictBool = False
     memory_efficient_linear: StrictBool = True
     override_module_apply: StrictBool = True
@@ -193,6 +192,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "zero_optimization.legacy_stage1": (False, "DeepSpeed no longer has it"),
     "zero_optimization.load_from_fp32_weights": (True, "a continued run would begin with rounded weights"),
     "zero_optimization.pipeline_loading_checkpoint": (False, "no system of xdscale has pipeline stages"),
+    "zero_optimization.round_robin_gradients": (False, "no run could go on with another number of ranks"),
     "zero_optimization.save_muon_momentum_buffer_in_memory": (False, "it is for the optimizer Muon"),
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": (False, "xdscale saves weights itself"),
     "zero_optimization.stage3_module_granularity_threshold": (

@@ -1,7 +1,7 @@
-"""Trains a small module in a real engine under each of many DeepSpeed configurations, saves it, and continues.
+"""Trains a small module in a real engine under each of many DeepSpeed configurations, saves it, and continues it.
 
-Run by test_configs_run on one rank. Every case makes four steps of two micro-batches, of which the second step has no
-finite gradient. What each case found is written to OUT.
+Run by test_configs_run on one rank. A case is a configuration and the one it continues with. It makes four steps of
+two micro-batches, of which the second step has no finite gradient. What each case found is written to OUT.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ def main(cases, out, folder):
     get_accelerator().is_fp16_supported = lambda: True
     ranks = start_distributed()
     found = {}
-    for name, values in json.loads(Path(cases).read_text()).items():
+    for name, (values, then) in json.loads(Path(cases).read_text()).items():
         try:
-            found[name] = run(values, Path(folder) / name.replace(" ", "-"), ranks)
+            found[name] = run(values, then, Path(folder) / name.replace(" ", "-"), ranks)
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
     Path(out).write_text(json.dumps(found))
 
 
-def run(values, folder, ranks):
+def run(values, then, folder, ranks):
     """Returns which steps updated the weights, the next losses of the run and of a continued one, and the weights."""
     from xdscale.ds_config import precision, zero_stage
     from xdscale.training import checkpoint as ckpt
@@ -55,7 +55,7 @@ def run(values, folder, ranks):
     ckpt.save_checkpoint(engine, folder, position, Retention(newest=1), ranks, None)
     saved = ckpt.find_checkpoint(folder, ranks)
     state = {name: value.tolist() for name, value in consolidated_state(saved).items()}
-    continued = make_engine(values, seed=1)
+    continued = make_engine(then, seed=1)
     ckpt.load_checkpoint(continued, saved, saved, ranks)
     losses = [loss(part, batches(STEPS)[0]).item() for part in (engine, continued)]
     return {"applied": applied, "losses": losses, "state": state}

@@ -1,6 +1,7 @@
 """DeepSpeed configurations that the check takes start, train, save, continue and export; against plain PyTorch."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,8 @@ def configs():
     return found | {
         "1, little": zero(1, **off, overlap_comm=True) | DIVIDED | SAID,
         "2, little": zero(2, **off, overlap_comm=False) | DIVIDED,
-        "1, aligned": zero(1, round_robin_gradients=True, parameter_alignment=True),
-        "2, aligned": zero(2, round_robin_gradients=True, parameter_alignment=True, overlap_comm=True) | BF16,
+        "1, aligned": zero(1, parameter_alignment=True),
+        "2, aligned": zero(2, parameter_alignment=True, overlap_comm=True) | BF16,
         "2, small": zero(2, reduce_bucket_size=1, allgather_bucket_size=2),
         "3, none": zero(3, **none, sub_group_size=50, stage3_use_all_reduce_for_fetch_params=True),
         "3, other": zero(3, **other, overlap_comm=False) | {"disable_python_gc": True},
@@ -80,12 +81,22 @@ REFUSED = {
     "quantised": zero(3, zero_quantized_weights=True),
     "zenflow": zero(3, zenflow={}),
 }
+SPLIT = zero(3, sub_group_size=50)
+OTHERWISE = {
+    "on the host": (zero(2) | BF16, zero(1, offload_optimizer=HOST) | BF16 | FP32_SUMS),
+    "aligned": (zero(1) | BF16 | FP32_SUMS, zero(2, parameter_alignment=True) | BF16),
+    "little": (zero(3, offload_param=HOST), zero(3, contiguous_gradients=False, stage3_max_live_parameters=0)),
+    "whole": (SPLIT, zero(3)),
+    "split": (zero(3), SPLIT),
+}
+"""Configurations that a run begins and goes on with."""
 
 
 @pytest.fixture(scope="module")
 def ran(launch_ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
-    (folder / "cases.json").write_text(json.dumps(CONFIGS | REFUSED))
+    cases = {name: (values, values) for name, values in (CONFIGS | REFUSED).items()} | OTHERWISE
+    (folder / "cases.json").write_text(json.dumps(cases))
     done = launch_ranks(WORKER, folder / "cases.json", folder / "out.json", folder)
     assert done.code == 0, done.stderr
     return json.loads((folder / "out.json").read_text())
@@ -128,3 +139,14 @@ def test_what_is_refused_ends_in_deepspeed(name, ran):
     assert "error" in ran[name]
     with pytest.raises(XdscaleError):
         check_sections("ds.json", REFUSED[name])
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_run_goes_on_with_another_config_or_says_which_key_keeps_it_from_it(name, ran):
+    found = ran[name]
+    if SPLIT in OTHERWISE[name]:
+        said = r"^XdscaleError: cannot load .*: rank 0: it was written with another zero_optimization\.sub_group_size"
+        assert re.search(said, found["error"])
+    else:
+        before, after = found["losses"]
+        assert after == pytest.approx(before, abs=2e-3)

@@ -301,7 +301,15 @@ def _load(engine: Any, source: Path) -> None:
 
     groups = adam_of(engine).param_groups
     kept = [{key: group[key] for key in GROUP_KEYS if key in group} for group in groups]
-    path, _ = engine.load_checkpoint(str(source.parent), tag=source.name)
+    try:
+        path, _ = engine.load_checkpoint(str(source.parent), tag=source.name)
+    except ValueError as error:
+        if "size of optimizer's group" not in str(error):
+            raise
+        raise XdscaleError(
+            "it was written with another zero_optimization.sub_group_size, which splits the optimizer's state; "
+            "continue with that one, which the run's ds_config.json holds"
+        ) from None
     if path is None:
         raise RuntimeError("DeepSpeed found nothing to load")
     for group, own in zip(adam_of(engine).param_groups, kept):
