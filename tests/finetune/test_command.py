@@ -13,9 +13,12 @@ from xdscale.finetune import command
 from xdscale.finetune.command import Request, TaskSource
 from xdscale.finetune.finished import print_table, require_model, require_same_files
 from xdscale.finetune.recipe import load_settings
+from xdscale.report.sweep import FinetunedModel
 from xdscale.tasks.contract import TaskData, find_task, task_names
 
 SUBJECT = {"name": "m", "subject": "language", "encoder": "bert", "weights_sha256": "ab", "size": "base"}
+
+NAMELESS = FinetunedModel(name="m", label="mine", subject="language", encoder="bert")  # of weights that nobody hashed
 
 
 def data_of(task, **files):
@@ -90,6 +93,14 @@ def test_a_sweep_goes_on_with_more_seeds_and_tasks_of_the_same_model(tmp_path):
     assert {task: entry.seeds for task, entry in more.tasks.items()} == {"rte": [0, 1, 2], "cola": [0]}
     with pytest.raises(XdscaleError, match=r"sweep of another model \(label was 'mine', now 'other'\); choose another"):
         command._summary(tmp_path, SUBJECT, "other", {"rte": [0]})
+    moved = command._summary(tmp_path, SUBJECT | {"name": "elsewhere/m/"}, "mine", {"rte": [0]})  # the same weights
+    assert (moved.model.name, moved.tasks) == ("elsewhere/m/", first.tasks)
+    for change in ({"weights_sha256": "cd"}, {"name": "n", "weights_sha256": None}, {"name": "n", "encoder": "other"}):
+        with pytest.raises(XdscaleError, match="holds the sweep of another model"):
+            command._summary(tmp_path, SUBJECT | change, "mine", {"rte": [0]})
+    (tmp_path / "sweep.json").write_text(moved.model_copy(update={"model": NAMELESS}).model_dump_json())
+    with pytest.raises(XdscaleError, match=r"another model \(name was 'm', now 'n'\)"):
+        command._summary(tmp_path, SUBJECT | {"name": "n", "weights_sha256": None}, "mine", {"rte": [0]})
     (tmp_path / "sweep.json").rename(tmp_path / "else.json")
     with pytest.raises(XdscaleError, match=r"holds files but no sweep\.json; choose an empty or new folder"):
         command._summary(tmp_path, SUBJECT, "mine", {"rte": [0]})

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from xdscale.recipe import Run
 from xdscale.recipes.xdbert.schema import ClipSettings, LanguageSettings
 from xdscale.tasks.contract import SHIPPED, TaskData, find_task
 from xdscale.tasks.own import OwnTask
+from xdscale.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +28,26 @@ def test_learning_rates_are_those_of_table_5(size, small, others):
     settings = load_settings("paper", [])
     found = {name: settings.learning_rate(name, size) for name in SHIPPED}
     assert found == {name: small if name in ("rte", "mrpc", "stsb") else others for name in SHIPPED}
+
+
+@pytest.mark.parametrize(("weights", "same"), [("ab" * 32, True), (None, False)])
+def test_a_model_that_was_moved_is_the_same_where_its_weights_are_known(tmp_path, weights, same):
+    data = TaskData(find_task("rte"), [Example("0", (("a", "b"),), 0, 1)] * 9, {}, {}, {}, {})
+    of_run = {"source": tmp_path, "seed": 3, "label": "m", "folder": tmp_path / "r"}
+    here, there, other = (
+        resolve_run(
+            load_settings("paper", []),
+            data,
+            subject={"name": name, "subject": "language", "size": "base", "weights_sha256": sha256},
+            **of_run,
+        )
+        for name, sha256 in (("exports/m", weights), ("/home/m/", weights), ("exports/m", "cd" * 32))
+    )
+    assert (here.identity() == there.identity()) is same
+    assert here.identity() != other.identity()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(here.model_dump(mode="json")))
+    with nullcontext() if same else pytest.raises(XdscaleError, match=r"model\.name was 'exports/m', now '/home/m/'"):
+        RunFolder(tmp_path).check(there)
 
 
 def test_schedule_and_seeds_are_the_papers():

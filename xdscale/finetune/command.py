@@ -337,9 +337,10 @@ def _summary(out: Path, subject: dict[str, Any], label: str, seeds: dict[str, li
     planned: dict[str, list[int]] = {}
     if path.is_file():
         before = read_sweep_file(path)
-        if before.model != model:
-            was, now = before.model.model_dump(), model.model_dump()
-            changed = [key for key in was if was[key] != now[key]]
+        was, now = before.model.model_dump(), model.model_dump()
+        changed = [key for key in was if was[key] != now[key]]
+        # The same weights may lie elsewhere, or be named with a / behind, as shells complete it.
+        if changed and (changed != ["name"] or model.weights_sha256 is None):
             other = ", ".join(f"{key} was {shown(was[key])}, now {shown(now[key])}" for key in changed)
             raise XdscaleError(
                 f"{path}: holds the sweep of another model ({other}); choose another --out, or delete this one"

@@ -164,6 +164,13 @@ class FinetuneRecipe(Recipe):
     run: FinetuneRun
     task: TaskSection
 
+    def identity(self) -> dict[str, Any]:
+        """Returns what must be equal for a run to be continued; where known weights lie is not part of it."""
+        found = super().identity()
+        if self.model.weights_sha256 is not None:
+            del found["model"]["name"]
+        return found
+
     @field_validator("model", mode="before")
     @classmethod
     def _has_its_subjects_keys(cls, value: Any) -> Any:
