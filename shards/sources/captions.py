@@ -172,9 +172,12 @@ class CaptionSource:
         return counts | {"captions": captions}
 
     def _refuse_unread(self, image_ids: np.ndarray, texts: list[str], encoded: list[list[int]]) -> None:
-        """Names the first caption that gives no word pieces, such as a lone U+200B, and how many more do not."""
+        """Names the first caption of a unit that gives no word pieces, such as a lone U+200B, and how many more do not.
+
+        Other units may hold more of them.
+        """
         unread = [number for number, ids in enumerate(encoded) if not ids]
-        more = f", and take out {len(unread) - 1:,} more like it" if unread[1:] else ""
+        more = f", and at least {len(unread) - 1:,} more like it" if unread[1:] else ""
         raise XdscaleError(
             f"{self._named_inputs()}: image {image_ids[unread[0]]}: caption {shown(texts[unread[0]])}: gives no word "
             f"pieces; take it out{more}"
