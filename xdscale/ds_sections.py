@@ -161,7 +161,6 @@ class DSConfig(DSSection):
     gradient_predivide_factor: Annotated[Number, Field(gt=0)] = 1.0
     comms_logger: CommsLogger = CommsLogger()
     wall_clock_breakdown: StrictBool = False
-    memory_breakdown: StrictBool = False
     steps_per_print: Annotated[Whole, Field(ge=1)] = 1
     disable_python_gc: StrictBool = False
 
@@ -178,6 +177,7 @@ _RENAMED = 'DeepSpeed\'s old name; write "{}": {{"device": "cpu"}}'
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "zero_force_ds_cpu_optimizer": (False, _OWN),
+    "memory_breakdown": (False, "it resets the peaks that log.jsonl records, and takes longer than a pass"),
     "bf16.check_grad_overflow": (True, "a step whose gradient is not finite would be made, and the weights lost"),
     "bf16.bf16_master_weights_and_grads": (False, _OWN),
     "bf16.bf16_optimizer_states": (False, _OWN),

@@ -135,6 +135,30 @@ def test_each_worker_has_its_gpu_and_its_share_of_the_cores(monkeypatch):
     assert {slot["OMP_NUM_THREADS"] for slot in (*command._slots(9, []), *command._slots(1, ["0"]))} == {"3"}
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu = None: expected a whole number"),
+        ({"gradient_clipping": 0.5}, r"gradient_clipping = 0\.5 contradicts the recipe: optim\.gradient_clipping"),
+        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "fp16 = enabled, but .* has no GPU"),
+    ],
+)
+def test_a_deepspeed_config_that_no_run_could_take_is_refused_before_the_first(monkeypatch, tmp_path, values, message):
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr("xdscale.training.environment.uses_gpus", lambda: False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    monkeypatch.setattr(command, "describe_subject", lambda *_, **__: SUBJECT)
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"train_micro_batch_size_per_gpu": 3} | values))
+    sources = {"cola": TaskSource(data_of("cola"), tmp_path / "cola")}
+    asked = request(model="m", out=tmp_path / "out", ds_config=str(own)), load_settings("paper", []), sources
+    with pytest.raises(XdscaleError, match=rf"own\.json: {message}"):
+        command._plan(*asked, {"cola": [1]}, gpu=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_of_every_task_the_first_seeds_come_first_and_finished_ones_stay(monkeypatch, tmp_path):
     asked_of = []
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from xdscale.data.pictures import require_pictures
 from xdscale.devices import computes_in_bf16, visible_gpus
-from xdscale.ds_config import read_ds_config
+from xdscale.ds_config import read_ds_config, resolve_ds_config
 from xdscale.errors import EXIT_STOPPED, XdscaleError
 from xdscale.files import DISKS_OWN, check_output_folder, read_json, shown, write_outputs
 from xdscale.finetune.finished import print_table, require_model, require_same_files, result_path
@@ -257,6 +257,7 @@ def _plan(
                 if settings.run.keep_model is True:
                     require_model(result)
             else:
+                resolve_ds_config(name, ds_config, recipe, world_size=1)  # for what it refuses
                 jobs.append(make_job(recipe, name, ds_config, request.out / "logs" / f"{task}-seed-{seed}.log"))
     logs = request.out / "logs"
     for folder in (logs, *(request.out / task for task in seeds)):
