@@ -168,8 +168,7 @@ def captions(
     told = ", ".join(f"{name} {count:,}" for name, count in rows.items())
     typer.echo("\n".join([f"{out}: captions: {told}", *description(table)]))
     ways = "--validation-fraction, --validation, --held-out or --karpathy"
-    empty = [name for name, count in rows.items() if not count]
-    notes = [f"the split {name} is empty; say with {ways} what is held out" for name in empty]
+    notes = [f"the split {name} is empty; say with {ways} what is held out" for name, kept in rows.items() if not kept]
     _warn([*notes, *_unknown_words(out, table, language_tokenizer)])
 
 

@@ -75,3 +75,11 @@ def test_the_page_shows_through_and_nothing_but_the_axis_below_frames_a_figure(d
     assert axes.get_axisbelow() is True
     words = [axes.xaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()]
     assert len({(text.get_fontsize(), text.get_color()) for text in words}) == 1
+
+
+def test_a_run_that_diverged_is_drawn_too(report, write_sweep, tmp_path):
+    sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=2)
+    path = sweep / "rte" / "seed-1" / "result.json"
+    curve = [{"step": 10, "loss": None}, {"step": 20, "loss": 0.5}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"curve": curve}))
+    report([sweep], tmp_path / "out")

@@ -235,12 +235,6 @@ def test_the_page_is_whole_and_needs_nothing_else(report, pair, write_sweep, tmp
     assert re.findall(r"#(?:0[123]0[123]0[123]|1000\d\d)", text) == []
 
 
-def test_a_run_that_diverged_is_drawn_too(report, write_sweep, tmp_path):
-    sweep = write_sweep("BERT-b", {"rte": 0.7}, seeds=2)
-    change(sweep / "rte" / "seed-1" / "result.json", curve=[{"step": 10, "loss": None}, {"step": 20, "loss": 0.5}])
-    report([sweep], tmp_path / "out")
-
-
 def test_the_command(pair, tmp_path):
     done = subprocess.run(
         [PROGRAM, "report", *pair, "--out", tmp_path / "out"], capture_output=True, text=True, check=False
