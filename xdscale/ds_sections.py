@@ -254,8 +254,8 @@ def _without_refused(name: str, values: dict[str, Any]) -> dict[str, Any]:
         place = kept
         for part in outer:
             place = place.get(part) if isinstance(place, dict) else None
-        if isinstance(place, dict) and last in place and (found := place.pop(last)) not in (default, None):
-            raise XdscaleError(f"{name}: {key} = {found!r}: {why}; leave it out")
+        if isinstance(place, dict) and last in place and (found := place.pop(last)) != default:
+            raise XdscaleError(f"{name}: {key} = {found!r}: expected {default!r}: {why}; leave it out")
     return kept
 
 

@@ -113,7 +113,7 @@ def test_a_key_that_only_has_its_default_is_refused_with_another_value(read, key
     other = {False: True, True: False}.get(default, 7) if isinstance(default, bool) else 7
     with pytest.raises(XdscaleError) as refusal:
         read(holding(other))
-    assert f"ds.json: {key} = {other!r}: {why}; leave it out" in str(refusal.value)
+    assert f"ds.json: {key} = {other!r}: expected {default!r}: {why}; leave it out" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
