@@ -13,10 +13,13 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from xdscale.commands.checkpoints import _checkpoints
 from xdscale.errors import XdscaleError
 from xdscale.files import file_sha256
 from xdscale.training import checkpoint as ckpt
+from xdscale.training.checkpoint_folder import no_checkpoint
 from xdscale.training.consolidate import consolidated_state
+from xdscale.training.distributed import Ranks
 from xdscale.training.integrity import CHECKSUMS, check_pickles, checksum_text, file_names, read_pickle
 from xdscale.training.resharding import reshard_ahead
 from xdscale.training.run_folder import RunFolder
@@ -195,6 +198,18 @@ def test_commands_on_what_is_no_run_or_has_no_checkpoint(tmp_path, name):
     for folder, message in ((tmp_path / "nowhere", "not a run folder"), (tmp_path, "has no checkpoint yet")):
         result = command(name, folder)
         assert (result.returncode, message in result.stderr, "Traceback" in result.stderr) == (2, True, False)
+
+
+def test_a_finished_run_says_where_its_model_is(tmp_path):
+    """What somebody exports who has finetuned for the first time."""
+    (tmp_path / "model").mkdir()
+    assert str(no_checkpoint(tmp_path)).endswith("has no checkpoint yet")
+    (tmp_path / "model" / "config.json").touch()
+    (tmp_path / "recipe.yaml").touch()
+    told = f"any more, since it is finished; its model is the folder {tmp_path}/model$"
+    for ask in (lambda: ckpt.choose_checkpoint(tmp_path, None, Ranks(0, 1, 0)), lambda: _checkpoints(tmp_path)):
+        with pytest.raises(XdscaleError, match=told):
+            ask()
 
 
 def test_listing_needs_no_torch(run):

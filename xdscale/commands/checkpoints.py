@@ -80,10 +80,10 @@ def reshard_command(run: Run, step: Step = None) -> None:
 
 def _checkpoints(run: Path) -> list[Path]:
     from xdscale.recipe import recipe_file
-    from xdscale.training.checkpoint_folder import list_checkpoints
+    from xdscale.training.checkpoint_folder import list_checkpoints, no_checkpoint
 
     recipe_file(run)
     found = list_checkpoints(run / "checkpoints")
     if not found:
-        raise XdscaleError(f"{run}: has no checkpoint yet")
+        raise no_checkpoint(run)
     return found

@@ -22,6 +22,7 @@ from xdscale.training.checkpoint_folder import (
     checkpoint_name,
     clear,
     list_checkpoints,
+    no_checkpoint,
     prune,
     remove,
     step_of,
@@ -161,7 +162,7 @@ def choose_checkpoint(run: Path, step: int | None, ranks: "Ranks") -> Path:
     if step is None:
         found = find_checkpoint(folder, ranks)
         if found is None:
-            raise XdscaleError(f"{run}: has no checkpoint yet")
+            raise no_checkpoint(run)
         return found
     found = folder / checkpoint_name(step)
     if not found.is_dir():

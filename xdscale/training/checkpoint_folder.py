@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xdscale.errors import refusal
+from xdscale.errors import XdscaleError, refusal
 from xdscale.files import sync
 from xdscale.training.integrity import damage
 
@@ -34,6 +34,18 @@ def step_of(checkpoint: Path) -> int:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Returns the published checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)) if folder.is_dir() else []
+
+
+def no_checkpoint(run: Path) -> XdscaleError:
+    """Returns the error of a run that has no checkpoint: none yet, or none any more, since its model is kept instead.
+
+    Args:
+        run: the run folder; a finished one of finetuning has its model in the folder `model`.
+    """
+    kept = run / "model"
+    if (kept / "config.json").is_file():
+        return XdscaleError(f"{run}: has no checkpoint any more, since it is finished; its model is the folder {kept}")
+    return XdscaleError(f"{run}: has no checkpoint yet")
 
 
 @dataclass(frozen=True, kw_only=True)
