@@ -1,6 +1,7 @@
 """`xdscale shards build | merge | verify | info`. Heavy imports stand inside the commands: `--help` must be quick."""
 
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -175,6 +176,7 @@ def captions(
 @shards_app.command()
 def merge(folder: Annotated[UserPath, typer.Argument(help="Folder that holds all parts.")]) -> None:
     """Joins the parts that 'build --part i/n' made to one dataset, after verifying their shards."""
+    from xdscale.errors import XdscaleError
     from xdscale.files import count_of
     from xdscale.shards.build import merge_parts
     from xdscale.shards.manifest import Manifest
@@ -188,7 +190,12 @@ def merge(folder: Annotated[UserPath, typer.Argument(help="Folder that holds all
     if len(dataset.tables) > 1:
         told += ": " + ", ".join(f"{name} {len(one.shards):,}" for name, one in dataset.tables.items())
     typer.echo("\n".join([told, *left_out(table)]))
-    _warn(warnings(table))
+    made_with: Any = table.build.get("language_tokenizer")
+    unknown = []
+    if made_with is not None:
+        with suppress(XdscaleError):  # the parts may have been made where it was, and is not any more
+            unknown = _unknown_words(folder, table, made_with["name"])
+    _warn([*warnings(table), *unknown])
 
 
 @shards_app.command()

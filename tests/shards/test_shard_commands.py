@@ -51,6 +51,19 @@ def test_build_says_that_the_tokenizer_does_not_know_the_words(tmp_path):
     assert "out: text: 50% of the word pieces at its beginning are [UNK], unknown" in result.stderr
 
 
+def test_merge_says_so_too_where_the_tokenizer_is_still_there(cassette_model, tmp_path):
+    (tmp_path / "a.txt").write_text("แมวนั่ง cat " * 200)
+    (tmp_path / "b.txt").write_text("แมวนั่ง dog " * 200)
+    shutil.copy(cassette_model / "tokenizer.json", tmp_path)
+    options = ("--language-tokenizer", tmp_path / "tokenizer.json", "--validation-fraction", 0)
+    for index in range(2):
+        build(f"{tmp_path}/*.txt", tmp_path / "out", *options, "--part", f"{index}/2")
+    assert "out: text: 50% of the word pieces at its beginning are [UNK]" in run("merge", tmp_path / "out").stderr
+    (tmp_path / "tokenizer.json").unlink()
+    merged = run("merge", tmp_path / "out")  # once more
+    assert (merged.exit_code, merged.stderr) == (0, "")
+
+
 def test_a_finished_build_is_found_with_its_tokenizer_in_another_place(small_corpus, cassette_model, tmp_path):
     """As where the dataset was made on another machine: its shards say where the tokenizer was then."""
     for place in ("there", "here"):
