@@ -304,7 +304,7 @@ def _rows_of(
     """Returns in which form the table of regions names the images, and their rows there, -1 for those it has not.
 
     Raises:
-        XdscaleError: it has none of them, or misses some that are not to be left out, or has one for two of them.
+        XdscaleError: it has none of them, misses some that are not to be left out, or it is unclear which it means.
     """
     wanted = np.array([split is not None and bool(image.captions) for image, split in zip(images, splits)], bool)
     found = {form: regions.find([name(image) for image in images]) for form, name in IMAGE_NAMES.items()}
@@ -324,8 +324,34 @@ def _rows_of(
             regions.rows([IMAGE_NAMES[form](images[place]) for place in missing])
         except XdscaleError as error:
             raise XdscaleError(f"{error}; or leave such images out: --missing leave-out") from None
+    for other in found:
+        _check_forms(images, regions, {form: rows, other: found[other]})
     _check_distinct([images[place] for place in np.flatnonzero(wanted)], rows[wanted], regions)
     return form, rows
+
+
+def _check_forms(images: list[CaptionedImage], regions: RegionTable, found: dict[str, np.ndarray]) -> None:
+    """Refuses a table that has most images under two of their names, as different ones: nobody knows which is meant.
+
+    A few may be: file names that are numbers meet ids that only count.
+
+    Args:
+        images: of the captions.
+        regions: the table.
+        found: rows of the images by the form of their names, of the chosen one and of another.
+
+    Raises:
+        XdscaleError: half of the found images are other ones by their other name.
+    """
+    rows, others = next(iter(found.values())), list(found.values())[-1]
+    apart = np.flatnonzero((rows >= 0) & (others >= 0) & (rows != others))
+    if len(apart) and 2 * len(apart) >= (rows >= 0).sum():
+        image = images[apart[0]]
+        names = " and ".join(f"{IMAGE_NAMES[form](image)!r}, its {form}" for form in found)
+        raise XdscaleError(
+            f"{regions.table.folder}: of image {image.image_id} ({image.file_name}) it has {names}, as two images; "
+            "change the ids in the file of captions to the numbers of the files, or the regions' ids (--ids path)"
+        )
 
 
 def _check_distinct(images: list[CaptionedImage], rows: np.ndarray, regions: RegionTable) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -284,6 +285,22 @@ def captioned_files(names):
         "images": [{"id": number, "file_name": name} for number, name in enumerate(names, 90)],
         "annotations": [{"image_id": number, "caption": "A dog."} for number in range(90, 90 + len(names))],
     }
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["91", "92", "90"], "of image 90 .91.jpg. it has '90', its id and '91', its file_name without ending, as two"),
+        (["90", "91", "92"], None),
+        (["5", "7", "8", "90"], None),  # a number that meets an id by chance
+    ],
+)
+def test_ids_that_only_count_are_not_taken_for_file_names(tmp_path, cassette_model, names, told):
+    """Files 90.jpg to 92.jpg in another order: each caption got the regions of another image."""
+    out = regions(tmp_path / "out", names)
+    path = written(tmp_path / "captions.json", captioned_files([f"{name}.jpg" for name in names]))
+    with nullcontext() if told is None else pytest.raises(XdscaleError, match=told):
+        CaptionSource([path], out, str(cassette_model), CaptionOptions())
 
 
 @pytest.mark.parametrize("id", ["1.jpg", "1"])
