@@ -204,6 +204,8 @@ def test_a_finished_run_says_where_its_model_is(tmp_path):
     """What somebody exports who has finetuned for the first time."""
     (tmp_path / "model").mkdir()
     assert str(no_checkpoint(tmp_path)).endswith("has no checkpoint yet")
+    (tmp_path / "result.json").touch()  # as of all seeds but the best one
+    assert "any more, since it is finished, and its model was not kept (run.keep_model)" in str(no_checkpoint(tmp_path))
     (tmp_path / "model" / "config.json").touch()
     (tmp_path / "recipe.yaml").touch()
     told = f"any more, since it is finished; its model is the folder {tmp_path}/model$"

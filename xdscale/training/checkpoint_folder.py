@@ -37,14 +37,17 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def no_checkpoint(run: Path) -> XdscaleError:
-    """Returns the error of a run that has no checkpoint: none yet, or none any more, since its model is kept instead.
+    """Returns the error of a run that has no checkpoint: none yet, or none any more, since it is finished.
 
     Args:
-        run: the run folder; a finished one of finetuning has its model in the folder `model`.
+        run: the run folder; a finished one of finetuning has its model in the folder `model`, if it was kept.
     """
     kept = run / "model"
+    ended = f"{run}: has no checkpoint any more, since it is finished"
     if (kept / "config.json").is_file():
-        return XdscaleError(f"{run}: has no checkpoint any more, since it is finished; its model is the folder {kept}")
+        return XdscaleError(f"{ended}; its model is the folder {kept}")
+    if (run / "result.json").is_file():
+        return XdscaleError(f"{ended}, and its model was not kept (run.keep_model); take that of another seed")
     return XdscaleError(f"{run}: has no checkpoint yet")
 
 
