@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from xdscale.bench import gpu_runs
+from xdscale.bench import gpu_runs, gpu_step
 from xdscale.ds_config import read_ds_config
 
 ROOT = Path(__file__).parents[2]
@@ -240,3 +240,18 @@ def test_a_continued_run_is_compared_with_the_whole_one(tmp_path):
     assert not other["bitwise"]
     assert other["largest_relative_difference"] == pytest.approx(1e-3)
     assert "nothing to compare" in short["problem"]
+
+
+def test_rivals_of_a_step_that_does_not_fit_are_not_compared_with_each_other(monkeypatch, tmp_path):
+    times = iter([RuntimeError("out of memory"), *[2.0] * 7, *[4.0] * 7, *[1.0] * 7])
+
+    def seconds(run, device):
+        if isinstance(found := next(times), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(gpu_step, "_seconds", seconds)
+    told = []
+    gpu_step.step_rivals(lambda **found: told.append(found), tmp_path, ["quickstart", "model.cross_layers=1", "2"])
+    assert "out of memory" in told[0]["problem"]
+    assert [(found["seconds"][0], found["times_ours"]) for found in told[1:]] == [(2.0, None), (4.0, None), (1.0, None)]

@@ -235,7 +235,7 @@ def step_rivals(tell: Tell, _out: Path, rest: list[str]) -> None:
         "plain, fp32": plain(plain_losses, None),
         "plain, SDPA, compiled, autocast to bf16": plain(torch.compile(plain_losses, dynamic=False), torch.bfloat16),
     }
-    middle = {}
+    middle, own = {}, next(iter(ways))
     for name, run in ways.items():
         try:
             if device.type == "cuda":
@@ -248,7 +248,7 @@ def step_rivals(tell: Tell, _out: Path, rest: list[str]) -> None:
                 micro=micro,
                 way=name,
                 seconds=times,
-                times_ours=middle[name] / next(iter(middle.values())),
+                times_ours=middle[name] / middle[own] if own in middle else None,
                 peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
             )
         except Exception as error:  # one that does not fit or compile leaves the others to be seen
