@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xdscale.errors import XdscaleError
-from xdscale.files import file_sha256
+from xdscale.files import count_of, file_sha256
 from xdscale.shards.manifest import MANIFEST_NAME, PART_FILES, WORK_FOLDER, Manifest, ShardRecord
 
 
@@ -27,9 +27,8 @@ def verify_shards(folder: Path, *, on_progress: Callable[[int, int], None] | Non
     extra = [] if unfinished else sorted(path for path in folder.glob("*.tar") if path.name not in known)
     problems += [f"{path}: extra: not named in {MANIFEST_NAME}; remove it" for path in extra]
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         hint = "copy the named files again, or build the dataset again with --overwrite, or in another folder"
-        raise XdscaleError("\n".join([f"{folder}: {count} found; {hint}", *problems]))
+        raise XdscaleError("\n".join([f"{folder}: {count_of(len(problems), 'problem')} found; {hint}", *problems]))
 
 
 def damaged_shards(

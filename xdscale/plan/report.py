@@ -12,7 +12,7 @@ from rich.table import Table
 from xdscale.data.order import refuse_tokens
 from xdscale.ds_config import SHIPPED, split_batch
 from xdscale.errors import XdscaleError
-from xdscale.files import check_output_folder, write_outputs
+from xdscale.files import check_output_folder, count_of, write_outputs
 from xdscale.plan.cluster import NETWORK_EFFICIENCY, Cluster
 from xdscale.plan.configs import WAYS, config_text, ds_config
 from xdscale.plan.hardware import FRAGMENTED, RESERVED_GIB, describe_gpu
@@ -174,7 +174,7 @@ def print_plan(plan: Plan) -> None:
     frozen = f", {plan.frozen:,} not trained" if plan.frozen else ""
     console.print(f"{plan.recipe}: {plan.trained:,} trained parameters{frozen}", highlight=False)
     console.print(
-        f"{cluster.gpus} × {cluster.gpu.name} in {cluster.nodes} node{'s' if cluster.nodes > 1 else ''}, "
+        f"{cluster.gpus} × {cluster.gpu.name} in {count_of(cluster.nodes, 'node')}, "
         f"{plan.precision}, sequences of {plan.sequence_length}, {plan.flops_per_sequence / 1e12:.2f} TFLOP each; "
         f"{plan.machine.usable_bytes / GIB:.1f} of {plan.machine.memory_gib:g} GiB usable",
         highlight=False,
