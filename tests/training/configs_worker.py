@@ -33,14 +33,14 @@ def main(cases, out, folder):
 
 
 def run(values, then, folder, ranks):
-    """Returns which steps updated the weights, the next losses of the run and of a continued one, and the weights."""
+    """Returns the norms of the steps, the next losses of the run and of a continued one, and the weights."""
     from xdscale.ds_config import precision, zero_stage
     from xdscale.training import checkpoint as ckpt
     from xdscale.training.checkpoint_folder import Retention
     from xdscale.training.consolidate import consolidated_state
 
     engine = make_engine(values, seed=0)
-    applied = [make_step(engine, number, broken=number == BROKEN) for number in range(STEPS)]
+    norms = [make_step(engine, number, broken=number == BROKEN) for number in range(STEPS)]
     position = ckpt.CheckpointPosition(
         step=STEPS,
         epoch=0,
@@ -58,7 +58,7 @@ def run(values, then, folder, ranks):
     continued = make_engine(then, seed=1)
     ckpt.load_checkpoint(continued, saved, saved, ranks)
     losses = [loss(part, batches(STEPS)[0]).item() for part in (engine, continued)]
-    return {"applied": applied, "losses": losses, "state": state}
+    return {"norms": norms, "losses": losses, "state": state}
 
 
 def make_module():
@@ -95,7 +95,7 @@ def loss(engine, inputs):
 
 
 def make_step(engine, number, *, broken=False):
-    """Makes a step as the trainer does; returns whether it updated the weights."""
+    """Makes a step as the trainer does; returns its gradient's norm, NaN where it left the weights as they are."""
     import math
 
     from xdscale.recipe import Optim
@@ -109,7 +109,8 @@ def make_step(engine, number, *, broken=False):
         if which == 0:
             engine.step()  # only counts
     norm = engines.plain_gradient_norm(engine)
-    return engines.make_step(engine, skip=norm is not None and not math.isfinite(norm))
+    applied = engines.make_step(engine, skip=norm is not None and not math.isfinite(norm))
+    return float(engine.get_global_grad_norm() if norm is None else norm) if applied else math.nan
 
 
 if __name__ == "__main__":
