@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from xdscale.ds_config import read_ds_config
-from xdscale.ds_sections import REFUSED, DSConfig
+from xdscale.ds_sections import REFUSED, DSConfig, check_sections
 from xdscale.errors import XdscaleError
 
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
@@ -18,6 +18,12 @@ def zero(stage=2, **values):
 
 def fp16(**values):
     return zero() | {"fp16": {"enabled": True} | values}
+
+
+def nested(key, value):
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 HOST = {"device": "cpu"}
@@ -101,19 +107,11 @@ def test_what_deepspeed_would_end_at_in_the_ranks_or_pass_over_is_refused(read, 
 def test_a_key_that_only_has_its_default_is_refused_with_another_value(read, key):
     """With its default it may stand there, as in files that people bring along."""
     default, why = REFUSED[key]
-    *outer, last = key.split(".")
-
-    def holding(value):
-        body = {last: value}
-        for part in reversed(outer):
-            body = {part: body}
-        return body
-
-    assert read(holding(default)) == holding(default)
+    assert read(nested(key, default)) == nested(key, default)
     other = {False: True, True: False}.get(default, 7) if isinstance(default, bool) else 7
     with pytest.raises(XdscaleError) as refusal:
-        read(holding(other))
-    assert f"ds.json: {key} = {other!r}: expected {default!r}: {why}; leave it out" in str(refusal.value)
+        read(nested(key, other))
+    assert f"ds.json: {key} = {other!r}: expected {json.dumps(default)}: {why}; leave it out" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +134,7 @@ def test_what_goes_together_passes_as_it_stands(read, values):
 
 
 def test_every_key_of_deepspeeds_own_classes_is_taken_with_its_default_or_refused():
-    """So that none is new, gone or of another default in another release of DeepSpeed."""
+    """So that none is new, gone or of another default in another release of DeepSpeed; null, too, where it is that."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -170,3 +168,5 @@ def test_every_key_of_deepspeeds_own_classes_is_taken_with_its_default_or_refuse
             found = field.get_default(call_default_factory=True)
             found = found.value if hasattr(found, "value") else found
             assert wanted == found or (found is None and wanted is False) or isinstance(found, BaseModel), name
+            if found is None:
+                check_sections("ds.json", nested(f"{section}.{name}", None))
