@@ -176,6 +176,13 @@ _QUANTIZED = "quantised weights and gradients change the result, and on a CPU De
 _NVME = "for device nvme, which checkpoints of xdscale do not know"
 _RENAMED = 'DeepSpeed\'s old name; write "{}": {{"device": "cpu"}}'
 
+_NEW_NAMES = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "cpu_offload_use_pin_memory": "",
+}
+"""Of old names, whose own default is null: the sections that DeepSpeed does not take beside them."""
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "zero_force_ds_cpu_optimizer": (False, _OWN),
     "memory_breakdown": (False, "it resets the peaks that log.jsonl records, and takes longer than a pass"),
@@ -258,10 +265,12 @@ def _without_refused(name: str, values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(place, dict) or last not in place:
             continue
         found = place.pop(last)
-        # DeepSpeed's own default of its old names is null; of the others it takes none.
-        if found != default and not (found is None and last.startswith("cpu_offload")):
+        # Of the others DeepSpeed takes no null.
+        if found != default and not (found is None and last in _NEW_NAMES):
             expected = json.dumps(default)
             raise XdscaleError(f"{name}: {key} = {found!r}: expected {expected}: {why}; leave it out")
+        if (new := _NEW_NAMES.get(last)) in place:
+            raise XdscaleError(f"{name}: {key} = {found!r}: DeepSpeed does not take it beside {new}; leave it out")
     return kept
 
 

@@ -46,6 +46,10 @@ CONTRADICTIONS = {
     "prescaled": (zero() | {"prescale_gradients": True}, "prescale_gradients = True: .*reduce_scatter: false"),
     "predivided": (zero(2) | {"gradient_predivide_factor": 2}, "gradient_predivide_factor = 2.0: expected 1 where"),
     "halved": (zero(3, reduce_scatter=False) | {"gradient_predivide_factor": 2}, "= 2.0: expected 1 .* in stage 3"),
+    "old beside new": (
+        zero(2, offload_optimizer=HOST, cpu_offload=False),
+        r"zero_optimization\.cpu_offload = False: DeepSpeed does not take it beside offload_optimizer; leave it out",
+    ),
     "high least scale": (fp16(min_loss_scale=2**17), "min_loss_scale = 131072: expected at most the first .*= 65536"),
 }
 VALUES = [

@@ -79,6 +79,7 @@ REFUSED = {
     "scale": zero(2) | {"fp16": {"enabled": True, "initial_scale_power": 2000}},
     "narrow masters": zero(2) | {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
     "elastic": zero(2, elastic_checkpoint=True),
+    "old name": zero(2, cpu_offload=False, offload_optimizer=HOST),
     "quantised": zero(3, zero_quantized_weights=True),
     "zenflow": zero(3, zenflow={}),
 }
