@@ -179,9 +179,9 @@ _RENAMED = 'DeepSpeed\'s old name; write "{}": {{"device": "cpu"}}'
 _NEW_NAMES = {
     "cpu_offload": "offload_optimizer",
     "cpu_offload_param": "offload_param",
-    "cpu_offload_use_pin_memory": "",
+    "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
 }
-"""Of old names, whose own default is null: the sections that DeepSpeed does not take beside them."""
+"""Of old names, beside which DeepSpeed does not take the new ones, whatever they say."""
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "zero_force_ds_cpu_optimizer": (False, _OWN),
@@ -265,8 +265,8 @@ def _without_refused(name: str, values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(place, dict) or last not in place:
             continue
         found = place.pop(last)
-        # Of the others DeepSpeed takes no null.
-        if found != default and not (found is None and last in _NEW_NAMES):
+        # Null is DeepSpeed's own default of these; of the others it takes none.
+        if found != default and not (found is None and last.startswith("cpu_offload")):
             expected = json.dumps(default)
             raise XdscaleError(f"{name}: {key} = {found!r}: expected {expected}: {why}; leave it out")
         if (new := _NEW_NAMES.get(last)) in place:

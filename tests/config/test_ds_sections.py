@@ -50,6 +50,10 @@ CONTRADICTIONS = {
         zero(2, offload_optimizer=HOST, cpu_offload=False),
         r"zero_optimization\.cpu_offload = False: DeepSpeed does not take it beside offload_optimizer; leave it out",
     ),
+    "old beside new of weights": (
+        zero(3, stage3_gather_fp16_weights_on_model_save=False, stage3_gather_16bit_weights_on_model_save=True),
+        r"_fp16_weights_on_model_save = False: DeepSpeed does not take it beside stage3_gather_16bit_weights_on_model_s",
+    ),
     "high least scale": (fp16(min_loss_scale=2**17), "min_loss_scale = 131072: expected at most the first .*= 65536"),
 }
 VALUES = [

@@ -80,6 +80,9 @@ REFUSED = {
     "narrow masters": zero(2) | {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
     "elastic": zero(2, elastic_checkpoint=True),
     "old name": zero(2, cpu_offload=False, offload_optimizer=HOST),
+    "old name of weights": zero(
+        3, stage3_gather_fp16_weights_on_model_save=False, stage3_gather_16bit_weights_on_model_save=False
+    ),
     "quantised": zero(3, zero_quantized_weights=True),
     "zenflow": zero(3, zenflow={}),
 }
