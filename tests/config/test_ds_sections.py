@@ -52,7 +52,7 @@ CONTRADICTIONS = {
     ),
     "old beside new of weights": (
         zero(3, stage3_gather_fp16_weights_on_model_save=False, stage3_gather_16bit_weights_on_model_save=True),
-        r"_fp16_weights_on_model_save = False: DeepSpeed does not take it beside stage3_gather_16bit_weights_on_model_s",
+        r"_fp16_weights_on_model_save = False: DeepSpeed does not take it beside stage3_gather_16bit_weights_on_m",
     ),
     "high least scale": (fp16(min_loss_scale=2**17), "min_loss_scale = 131072: expected at most the first .*= 65536"),
 }
