@@ -48,13 +48,14 @@ def test_any_bytes_in_any_pieces_are_what_the_codec_makes_of_them(data, size, en
         patch.setattr(decoding, "PIECE_BYTES", size)
         patch.setattr(decoding, "_MARKS", {})
         bad = BadBytes(replace=True)
-        assert "".join(decoded("a", as_stream(iter([data])), encoding, bad)) == data.decode(encoding, "replace")
+        pieces = as_stream(piece for piece in [data])
+        assert "".join(decoded("a", pieces, encoding, bad)) == data.decode(encoding, "replace")
         try:
             data.decode(encoding)
         except UnicodeDecodeError as error:
             assert bad.take() > 0
             with pytest.raises(XdscaleError, match=rf"a: byte {error.start} "):
-                list(decoded("a", as_stream(iter([data])), encoding, BadBytes(replace=False)))
+                list(decoded("a", as_stream(piece for piece in [data]), encoding, BadBytes(replace=False)))
         else:
             assert bad.take() == 0
 
