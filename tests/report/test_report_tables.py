@@ -42,7 +42,8 @@ def test_a_single_difference_is_named_alone(report, write_sweep, tmp_path):
     theirs, ours = (sweep / "rte" / "seed-0" for sweep in runs)
     assert str(caught.value) == (
         f"{ours}: cannot be compared with {theirs}:\n  max_length is 64, there 128\n"
-        "finetune both with the same files and settings, or name another --baseline"
+        "finetune both with the same files and settings, name another --baseline, or have a report of each by itself: "
+        f"'xdscale report {runs[1]}'"
     )
 
 
