@@ -15,10 +15,11 @@ SIZES = contestants.Sizes("cpu", attention_samples=1, loss_samples=1, rivals=Fal
     [
         lambda: contestants.attention_contestants(SIZES, torch.float32, 0.0),
         lambda: contestants.loss_contestants(SIZES, torch.float32),
+        lambda: contestants.loss_contestants(SIZES, torch.float32, 48, 700),
         lambda: contestants.quick_gelu_contestants(SIZES, torch.float32),
         lambda: contestants.activated_linear_contestants(SIZES, torch.float32),
     ],
-    ids=["attention", "loss", "quick_gelu", "activated_linear"],
+    ids=["attention", "loss", "loss of another size", "quick_gelu", "activated_linear"],
 )
 def test_all_contestants_return_the_same_gradients(make):
     ours, *others = (run() for run in make().values())
@@ -85,3 +86,20 @@ def test_rivals_are_built_when_they_are_called(monkeypatch):
     expected, found = loss["masked_token_loss"](), loss["linear_cross_entropy"]()
     for ours, theirs in zip(expected, found, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_on_a_gpu_both_vocabularies_and_attention_without_dropout_compete_too():
+    on_cpu, on_gpu = (
+        [title for title, _ in kernels._contests(sizes, torch.float32)] for sizes in (SIZES, kernels.GPU_SIZES)
+    )
+    assert {*on_gpu} - {*on_cpu} == {"attention", "masked-token loss, CLIP's"}
+    assert {*on_cpu} < {*on_gpu}
+
+
+def test_memory_of_a_call_is_its_peak_beside_what_was_there(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 << 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10 << 20)
+    assert kernels._peak_mib(lambda: calls.append("call")) == 7.0
+    assert calls == ["reset", "call"]

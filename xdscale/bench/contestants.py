@@ -24,7 +24,7 @@ KEY_LENGTHS = (427, 693)
 HIDDEN, INTERMEDIATE, VOCABULARY, LABELLED = 768, 3072, 30_522, 77
 """BERT-base; labelled positions are 15 % of each sample's 512."""
 
-CLIP_INTERMEDIATE = 2048
+CLIP_HIDDEN, CLIP_INTERMEDIATE, CLIP_VOCABULARY = 512, 2048, 49_408
 """ViT-B-32's text tower."""
 
 DROPOUT = 0.1
@@ -137,15 +137,15 @@ def _flex_attention(padded: list[torch.Tensor], lengths: torch.Tensor) -> Callab
     return lambda: build()()
 
 
-def loss_contestants(sizes: Sizes, dtype: torch.dtype) -> Contestants:
-    """Returns the loss of 15 % labelled positions; gathering them is part of the time."""
+def loss_contestants(sizes: Sizes, dtype: torch.dtype, size: int = HIDDEN, vocabulary: int = VOCABULARY) -> Contestants:
+    """Returns the loss of 15 % labelled positions of so many states; gathering them is part of the time."""
     device, positions = sizes.device, sizes.loss_samples * QUERIES
-    hidden = _leaf(positions, HIDDEN, dtype=dtype, device=device)
-    weight = _leaf(VOCABULARY, HIDDEN, dtype=dtype, device=device, scale=HIDDEN**-0.5)
-    bias = _leaf(VOCABULARY, dtype=dtype, device=device)
+    hidden = _leaf(positions, size, dtype=dtype, device=device)
+    weight = _leaf(vocabulary, size, dtype=dtype, device=device, scale=size**-0.5)
+    bias = _leaf(vocabulary, dtype=dtype, device=device)
     leaves = [hidden, weight, bias]
     labelled = torch.randperm(positions, device=device)[: sizes.loss_samples * LABELLED].sort()[0]
-    labels = torch.randint(VOCABULARY, labelled.shape, device=device)
+    labels = torch.randint(vocabulary, labelled.shape, device=device)
     all_labels = torch.full((positions,), IGNORED, device=device).index_copy(0, labelled, labels)
 
     def plain_everywhere() -> torch.Tensor:

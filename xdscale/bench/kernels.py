@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 from xdscale.bench.contestants import (
+    CLIP_HIDDEN,
+    CLIP_VOCABULARY,
     DROPOUT,
     Contestants,
     Sizes,
@@ -48,6 +50,7 @@ class KernelTiming:
         ratio: median over the project's own; None where one of the two failed.
         how: "graph" for replays of a CUDA graph, "calls" for single calls.
         problem: why it failed, or why there is no graph; else empty.
+        peak_mib: memory of a call on a GPU above its inputs; None elsewhere and where it failed.
     """
 
     operation: str
@@ -57,6 +60,7 @@ class KernelTiming:
     ratio: float | None
     how: str
     problem: str
+    peak_mib: float | None = None
 
 
 def bench_kernels(out: Path | None = None, rounds: int | None = None) -> list[KernelTiming]:
@@ -105,11 +109,14 @@ def _dtypes(device: torch.device) -> list[torch.dtype]:
 
 def _contests(sizes: Sizes, dtype: torch.dtype) -> list[tuple[str, Callable[[], Contestants]]]:
     """Returns what is compared in one dtype: title, and a function that makes contestants with inputs of their own."""
-    contests = [(f"attention, dropout {DROPOUT}", lambda: attention_contestants(sizes, dtype, DROPOUT))]
-    if sizes.device == "cuda":
-        contests.append(("attention", lambda: attention_contestants(sizes, dtype, 0.0)))
+    clip = CLIP_HIDDEN, CLIP_VOCABULARY
+    contests = [
+        (f"attention, dropout {DROPOUT}", lambda: attention_contestants(sizes, dtype, DROPOUT)),
+        ("attention", lambda: attention_contestants(sizes, dtype, 0.0)),
+        ("masked-token loss, CLIP's", lambda: loss_contestants(sizes, dtype, *clip)),
+    ]
     return [
-        *contests,
+        *(contests if sizes.device == "cuda" else contests[:1]),
         ("masked-token loss", lambda: loss_contestants(sizes, dtype)),
         (f"dropout {DROPOUT} + residual + LayerNorm", lambda: norm_contestants(sizes, dtype)),
         ("CLIP's activation", lambda: quick_gelu_contestants(sizes, dtype)),
@@ -124,9 +131,11 @@ def _compete(
     copies = [make() for _ in range(GPU_COPIES if sizes.device == "cuda" else 1)]
     turns: dict[str, Callable[[], float]] = {}
     hows, problems, found = {}, {}, {name: [] for name in copies[0]}
+    peaks: dict[str, float | None] = dict.fromkeys(found)
     for name in found:
         try:
             turns[name], hows[name], problems[name] = _prepare([copy[name] for copy in copies], sizes.device)
+            peaks[name] = _peak_mib(copies[0][name]) if sizes.device == "cuda" else None
         except Exception as error:  # whatever a rival, its import or its compiler raises is the finding
             hows[name], problems[name] = "", reason(error)
     for _ in range(rounds):
@@ -139,9 +148,8 @@ def _compete(
     ours = found[next(iter(found))]
     for name, values in found.items():
         ratio = statistics.median(values) / statistics.median(ours) if values and ours else None
-        yield KernelTiming(
-            operation, str(dtype).removeprefix("torch."), name, values, ratio, hows[name], problems[name]
-        )
+        kind = str(dtype).removeprefix("torch.")
+        yield KernelTiming(operation, kind, name, values, ratio, hows[name], problems[name], peaks[name])
 
 
 def _prepare(calls: list[Callable[[], object]], device: str) -> tuple[Callable[[], float], str, str]:
@@ -165,6 +173,14 @@ def _prepare(calls: list[Callable[[], object]], device: str) -> tuple[Callable[[
         torch.cuda.synchronize()
         return lambda: device_milliseconds(lambda: [call() for call in calls]) / len(calls), "calls", reason(error)
     return lambda: device_milliseconds(graph.replay) / len(calls), "graph", ""
+
+
+def _peak_mib(call: Callable[[], object]) -> float:
+    """Returns the most memory that a call takes of a GPU beside what is there."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def captured(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -209,5 +225,6 @@ def _line(row: KernelTiming) -> str:
         return f"{who} failed: {row.problem}"
     low, high = min(row.milliseconds), max(row.milliseconds)
     ratio = "" if row.ratio is None else f" {row.ratio:7.2f}"
-    note = f"  no graph: {row.problem}" if row.problem else ""
+    note = "" if row.peak_mib is None else f"  {row.peak_mib:,.1f} MiB"
+    note += f"  no graph: {row.problem}" if row.problem else ""
     return f"{who} {statistics.median(row.milliseconds):9.3f} ({low:.3f} - {high:.3f}){ratio}{note}"
