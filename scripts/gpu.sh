@@ -123,7 +123,7 @@ run() { # SECONDS NAME CONFIG RECIPE…
 }
 run 90 zero2 "$(config 2)" "${base[@]}"
 run 120 zero2-killed "$(config 2)" "${base[@]}" --compared-with zero2 --killed
-part 150 rivals "${measure[@]}" rivals "$out"
+part 180 rivals "${measure[@]}" rivals "$out"
 part 90 step "${measure[@]}" step "$out" "${large[@]}" "${large_micros[@]}"
 run 70 zero1 "$(config 1)" "${base[@]}"
 run 80 zero3 "$(config 3)" "${base[@]}"

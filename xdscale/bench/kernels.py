@@ -109,15 +109,16 @@ def _dtypes(device: torch.device) -> list[torch.dtype]:
 
 def _contests(sizes: Sizes, dtype: torch.dtype) -> list[tuple[str, Callable[[], Contestants]]]:
     """Returns what is compared in one dtype: title, and a function that makes contestants with inputs of their own."""
-    clip = CLIP_HIDDEN, CLIP_VOCABULARY
     contests = [
         (f"attention, dropout {DROPOUT}", lambda: attention_contestants(sizes, dtype, DROPOUT)),
-        ("attention", lambda: attention_contestants(sizes, dtype, 0.0)),
-        ("masked-token loss, CLIP's", lambda: loss_contestants(sizes, dtype, *clip)),
-    ]
-    return [
-        *(contests if sizes.device == "cuda" else contests[:1]),
         ("masked-token loss", lambda: loss_contestants(sizes, dtype)),
+    ]
+    if sizes.device == "cuda":
+        clip = CLIP_HIDDEN, CLIP_VOCABULARY
+        contests.append(("attention", lambda: attention_contestants(sizes, dtype, 0.0)))
+        contests.append(("masked-token loss, CLIP's", lambda: loss_contestants(sizes, dtype, *clip)))
+    return [
+        *contests,
         (f"dropout {DROPOUT} + residual + LayerNorm", lambda: norm_contestants(sizes, dtype)),
         ("CLIP's activation", lambda: quick_gelu_contestants(sizes, dtype)),
         ("GELU + Linear", lambda: activated_linear_contestants(sizes, dtype)),
